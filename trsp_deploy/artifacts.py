@@ -1,0 +1,305 @@
+"""A run folder: artefacts that appear whole or not at all, and one record for each finished step.
+
+A step's record (`records/<step>.json`) names the fingerprints of its inputs, its settings,
+the fingerprints of its outputs, versions and hardware. A second run compares these and redoes
+only what no longer matches. This module imports no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from trsp_deploy import __version__
+from trsp_deploy.errors import RunError, StorageError
+from trsp_deploy.recipe import Strict
+
+# Raise when a step's code changes what it makes from the same inputs, so that old records no longer match.
+FORMAT = 1
+
+Result = TypeVar("Result", bound=BaseModel)
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "optimum",
+    "optimum-onnx",
+    "onnx",
+    "onnxslim",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt-rtx",
+    "datasets",
+    "numpy",
+)
+
+
+class Provenance(Strict):
+    """Where and with what an artefact was made."""
+
+    trsp_deploy: str
+    python: str
+    packages: dict[str, str]
+    cpu: str
+    cores: int
+    memory_bytes: int
+    gpus: tuple[str, ...]
+
+
+class StepRecord(Strict):
+    """What a finished step read, did and wrote."""
+
+    step: str
+    key: str
+    settings: dict[str, Any]
+    inputs: dict[str, str]  # name -> fingerprint
+    outputs: dict[str, str]  # path below the run folder -> fingerprint
+    result: dict[str, Any]
+    elapsed_s: float
+    provenance: Provenance
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 over a file, or over the sorted names and contents of a folder's files."""
+    if path.is_dir():
+        digest = hashlib.sha256()
+        for file in sorted(p for p in path.rglob("*") if p.is_file()):
+            digest.update(f"{file.relative_to(path).as_posix()} {fingerprint(file)}\n".encode())
+        return digest.hexdigest()
+    stat = path.stat()
+    return _file_sha256(path.resolve(), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+
+@functools.lru_cache(maxsize=4096)
+def _file_sha256(path: Path, _size: int, _mtime_ns: int, _inode: int) -> str:
+    # Size, time and inode are part of the cache key only: one process reads an unchanged file once.
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def size_bytes(path: Path) -> int:
+    """Bytes in a file or below a folder."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk or a refused write below `path` into one StorageError line.
+
+    Writers outside Python (safetensors, protobuf, ONNX Runtime, TensorRT) report a full disk as
+    errors of their own, so an unknown error on a disk with nothing left counts as one too.
+    """
+    try:
+        yield
+    except OSError as problem:
+        if problem.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _disk_full(path) from problem
+        if problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise StorageError(f"{problem.filename or path}: no permission to write ({problem.strerror})") from problem
+        raise
+    except Exception as problem:
+        if "no space left" in str(problem).lower() or _free_bytes(path) < 1 << 20:
+            raise _disk_full(path) from problem
+        raise
+
+
+def _disk_full(path: Path) -> StorageError:
+    return StorageError(
+        f"{path}: the disk is full ({_free_bytes(path) / 1e6:.0f} MB free); "
+        "free some space and run the same command again: finished steps are kept"
+    )
+
+
+def _free_bytes(path: Path) -> int:
+    existing = next(p for p in (path, *path.parents) if p.exists())
+    return shutil.disk_usage(existing).free
+
+
+@contextlib.contextmanager
+def writing(target: Path) -> Iterator[Path]:
+    """Yield a path beside `target` to write a file or folder to; it takes target's place on success.
+
+    After an error or a kill the target is what it was before.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    with storage_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove(partial)
+        try:
+            yield partial
+            _sync(partial)
+            # A folder cannot replace a folder in one rename, so the old one steps aside first.
+            if target.is_dir():
+                _remove(target)
+            os.replace(partial, target)
+        except BaseException:
+            _remove(partial)
+            raise
+
+
+def write_json(path: Path, value: BaseModel | Mapping[str, Any]) -> None:
+    """Write a record or mapping as indented JSON, whole or not at all."""
+    plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+    with writing(path) as partial:
+        partial.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    for file in files:
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+
+
+@functools.cache
+def provenance() -> Provenance:
+    """Versions and hardware of this process."""
+    versions = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return Provenance(
+        trsp_deploy=__version__,
+        python=platform.python_version(),
+        packages=versions,
+        cpu=_cpu_name(),
+        cores=len(os.sched_getaffinity(0)),
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        gpus=_gpu_names(),
+    )
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _gpu_names() -> tuple[str, ...]:
+    # torch knows the GPUs that this process can use; without torch loaded there is nothing to say.
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return ()
+    return tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+
+
+class RunFolder:
+    """One run's folder: its artefacts, its step records, and the lock that keeps a second run out."""
+
+    def __init__(self, path: Path, announce: Callable[[str, str], None] = lambda step, state: None) -> None:
+        self.path = path
+        self._announce = announce
+        self._lock: int | None = None
+
+    def __enter__(self) -> RunFolder:
+        with storage_errors(self.path):
+            if self.path.exists() and not self.path.is_dir():
+                raise RunError(f"{self.path}: is a file, expected a folder for the run")
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            # The kernel drops the lock with its holder, so a killed run leaves nothing to clean up.
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as problem:
+            holder = os.pread(self._lock, 32, 0).decode() or "unknown"
+            os.close(self._lock)
+            self._lock = None
+            raise RunError(f"{self.path}: in use by another trsp-deploy (process {holder.strip()})") from problem
+        with storage_errors(self.path):
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, str(os.getpid()).encode(), 0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def record(self, step: str) -> StepRecord | None:
+        """The record of a finished step, or None when there is none that can be read."""
+        try:
+            return StepRecord.model_validate_json((self.path / "records" / f"{step}.json").read_bytes())
+        except (OSError, ValidationError):
+            return None
+
+    def step(
+        self,
+        name: str,
+        work: Callable[[], Result],
+        result_type: type[Result],
+        *,
+        settings: BaseModel | Mapping[str, Any],
+        inputs: Mapping[str, Path | str],
+        outputs: Sequence[str] = (),
+    ) -> Result:
+        """Return the recorded result when nothing it depends on has changed, else run `work` and record it.
+
+        name: the step's name, unique in the run, such as "export-dense-fp32".
+        work: makes every path in `outputs` and returns the step's result.
+        settings: what the user chose for this step.
+        inputs: name -> a file or folder, or the fingerprint of something that is neither.
+        outputs: paths below the run folder.
+        """
+        plain = settings.model_dump(mode="json") if isinstance(settings, BaseModel) else dict(settings)
+        prints = {key: fingerprint(value) if isinstance(value, Path) else value for key, value in inputs.items()}
+        key = hashlib.sha256(json.dumps([FORMAT, name, plain, prints], sort_keys=True).encode()).hexdigest()
+        known = self.record(name)
+        if known is not None and known.key == key and self._outputs_match(known):
+            try:
+                result = result_type.model_validate(known.result)
+            except ValidationError:
+                pass  # written by another version of the toolkit: redo
+            else:
+                self._announce(name, "reused")
+                return result
+        self._announce(name, "started")
+        began = time.perf_counter()
+        with storage_errors(self.path):
+            result = work()
+        elapsed = time.perf_counter() - began
+        record = StepRecord(
+            step=name,
+            key=key,
+            settings=plain,
+            inputs=prints,
+            outputs={path: fingerprint(self.path / path) for path in outputs},
+            result=result.model_dump(mode="json"),
+            elapsed_s=elapsed,
+            provenance=provenance(),
+        )
+        write_json(self.path / "records" / f"{name}.json", record)
+        self._announce(name, f"done in {elapsed:.1f} s")
+        return result
+
+    def _outputs_match(self, record: StepRecord) -> bool:
+        return all(
+            (self.path / path).exists() and fingerprint(self.path / path) == expected
+            for path, expected in record.outputs.items()
+        )

@@ -1,0 +1,66 @@
+"""The command line: each command parses, calls one library function and prints.
+
+Nothing heavy is imported before a command needs it, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+
+import typer
+from typer.exceptions import Exit, TyperException
+
+from trsp_deploy.cli import catalogue, jobs
+from trsp_deploy.errors import TrspError
+
+INTERRUPTED = 130
+BUG = 70
+
+app = typer.Typer(
+    name="trsp-deploy",
+    help="Remove a share of an LLM's layers (TRSP), ship its engine, and prove that it got faster.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+jobs.register(app)
+catalogue.register(app)
+
+
+def main() -> None:
+    """Entry point of `trsp-deploy`; exit codes are listed in docs/exit-codes.md."""
+    # Threads that spin at barriers make two busy processes on few cores five times slower, and gain nothing alone.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line and return its exit code; errors become one line on stderr."""
+    try:
+        result = app(args=arguments, prog_name="trsp-deploy", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except Exit as done:
+        return done.exit_code
+    except TyperException as problem:
+        return _say(problem.format_message(), 1)
+    except TrspError as problem:
+        return _say(str(problem), problem.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        return _say("interrupted; finished steps are kept, and the same command goes on from there", INTERRUPTED)
+    except OSError as problem:
+        # What a user's path or disk can cause, wherever it happens; anything else is a bug and shows its traceback.
+        if problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
+            return _say(f"{problem.filename or 'disk'}: {problem.strerror}", 1)
+        traceback.print_exc()
+        return BUG
+    except Exception:
+        traceback.print_exc()
+        return BUG
+
+
+def _say(message: str, code: int) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return code

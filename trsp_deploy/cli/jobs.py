@@ -1,0 +1,260 @@
+"""The commands that work on a run: prune-and-build, and each of its stages."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from trsp_deploy.errors import RecipeError
+
+if TYPE_CHECKING:
+    from trsp_deploy.pipeline import Pipeline
+    from trsp_deploy.recipe import Recipe
+
+Model = Annotated[
+    str | None, typer.Option("--model", help="A folder, a hub id, or a short name such as opt-6.7b.", metavar="M")
+]
+Drop = Annotated[
+    str | None, typer.Option("--drop", help="Share of layers (25%) or count of layers (8) to remove.", metavar="D")
+]
+RecipeName = Annotated[
+    str | None, typer.Option("--recipe", help="A name from `recipes ls` or a YAML file.", metavar="R")
+]
+Engines = Annotated[
+    list[str] | None,
+    typer.Option("--engine", help="A name from `engines ls` or a YAML file; repeat for more.", metavar="E"),
+]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration", help="Text to learn from: a .txt or .jsonl, dataset:split, or a name.", metavar="TEXTS"
+    ),
+]
+Evaluation = Annotated[
+    list[str] | None,
+    typer.Option("--eval", help="Text to judge on, as NAME=TEXTS; repeat for more.", metavar="NAME=TEXTS"),
+]
+Out = Annotated[Path | None, typer.Option("--out", help="Run folder [default: runs/<model>-drop<k>].", metavar="DIR")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of every random choice.", metavar="N")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", help="Override one recipe key: transfer.steps=64.", metavar="KEY=VALUE")
+]
+PlanFile = Annotated[
+    Path | None, typer.Option("--plan", help="Apply this plan.json instead of choosing layers.", metavar="FILE")
+]
+Json = Annotated[bool, typer.Option("--json", help="End stdout with one JSON line; all else goes to stderr.")]
+Run = Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    for command in (prune_and_build, prune, export, build, bench, evaluate, report):
+        app.command(command.__name__.replace("_", "-"))(command)
+
+
+def prune_and_build(
+    model: Model = None,
+    drop: Drop = None,
+    recipe: RecipeName = None,
+    engine: Engines = None,
+    calibration: Calibration = None,
+    evaluation: Evaluation = None,
+    out: Out = None,
+    seed: Seed = None,
+    sets: Sets = None,
+    plan: PlanFile = None,
+    as_json: Json = False,
+) -> None:
+    """The whole job: prune, export, build engines, and judge the result against the dense model."""
+    chosen = _recipe_from_options(model, drop, recipe, engine, calibration, evaluation, seed, sets)
+    with _pipeline(chosen, out, plan) as job:
+        from trsp_deploy.pipeline import prune_and_build as run_all
+
+        _finish(job, run_all(job), as_json)
+
+
+def prune(
+    model: Model = None,
+    drop: Drop = None,
+    recipe: RecipeName = None,
+    calibration: Calibration = None,
+    out: Out = None,
+    seed: Seed = None,
+    sets: Sets = None,
+    plan: PlanFile = None,
+    as_json: Json = False,
+) -> None:
+    """Choose the layers, move their knowledge, remove them: writes plan.json and pruned/."""
+    chosen = _recipe_from_options(model, drop, recipe, None, calibration, None, seed, sets)
+    with _pipeline(chosen, out, plan) as job:
+        result = job.prune()
+        _print_json(
+            as_json,
+            {**result.model_dump(mode="json", exclude={"lm_loss", "penalty"}), "run": str(job.run.path)},
+            f"dropped {', '.join(map(str, result.dropped))}; perplexity on held-out calibration text {result.ppl_dense:.2f} "
+            f"dense, {result.ppl_after_removal:.2f} pruned; checkpoint: {job.run.path / 'pruned'}",
+        )
+
+
+def export(run: Run, sets: Sets = None, as_json: Json = False) -> None:
+    """Export dense and pruned to ONNX."""
+    with _existing(run, None, None, sets) as job:
+        models = job.export()
+        _print_json(
+            as_json,
+            {"onnx": [model.model_dump(mode="json") for model in models.values()]},
+            "\n".join(
+                f"{run / model.folder}: {model.precision}, {model.size_bytes / 1e6:.0f} MB" for model in models.values()
+            ),
+        )
+
+
+def build(run: Run, engine: Engines = None, sets: Sets = None, as_json: Json = False) -> None:
+    """Build engines for dense and pruned."""
+    with _existing(run, engine, None, sets) as job:
+        outcomes = job.build()
+        lines = []
+        for outcome in outcomes:
+            state = ("built" if outcome.manifests else "unavailable") + (
+                f" ({outcome.reason})" if outcome.reason else ""
+            )
+            lines.append(f"{outcome.spec.name}: {state}")
+        _print_json(
+            as_json,
+            {
+                "engines": [
+                    {"name": o.spec.name, "built": bool(o.manifests), "runs": o.reason is None, "reason": o.reason}
+                    for o in outcomes
+                ]
+            },
+            "\n".join(lines),
+        )
+
+
+def bench(run: Run, engine: Engines = None, sets: Sets = None, as_json: Json = False) -> None:
+    """Measure dense and pruned in turn on every engine that runs here."""
+    with _existing(run, engine, None, sets) as job:
+        from trsp_deploy.tools.statistics import decode_speedup, prefill_speedup
+
+        job.check()
+        found = {
+            name: {"prefill": prefill_speedup(m).model_dump(), "decode": decode_speedup(m).model_dump()}
+            for name, m in job.bench().items()
+        }
+        lines = [
+            f"{name}: {phase} {r['ratio']:.2f}x ({r['low']:.2f} to {r['high']:.2f})"
+            for name, phases in found.items()
+            for phase, r in phases.items()
+        ]
+        _print_json(as_json, {"speedup": found}, "\n".join(lines) or "no engine of this run can run on this machine")
+
+
+def evaluate(run: Run, evaluation: Evaluation = None, sets: Sets = None, as_json: Json = False) -> None:
+    """Perplexity of dense and pruned on held-out text."""
+    with _existing(run, None, evaluation, sets) as job:
+        found = {name: {role: ppl.ppl for role, ppl in by_role.items()} for name, by_role in job.evaluate().items()}
+        lines = [f"{name}: {ppl['dense']:.2f} dense, {ppl['pruned']:.2f} pruned" for name, ppl in found.items()]
+        _print_json(as_json, {"perplexity": found}, "\n".join(lines))
+
+
+def report(run: Run, as_json: Json = False) -> None:
+    """Write report.json and report.md again, finishing what is missing."""
+    with _existing(run, None, None, None) as job:
+        _finish(job, job.report(), as_json)
+
+
+def _recipe_from_options(
+    model: str | None,
+    drop: str | None,
+    recipe: str | None,
+    engine: list[str] | None,
+    calibration: str | None,
+    evaluation: list[str] | None,
+    seed: int | None,
+    sets: list[str] | None,
+) -> Recipe:
+    """The recipe named, or the model's own, or the default one, with every option on top."""
+    from trsp_deploy.recipe import override, read_recipe
+    from trsp_deploy.tools.library import load_recipe_values, recipe_names
+
+    if model is None and recipe is None:
+        raise RecipeError("--model is missing: give a folder, a hub id or a short name (or a --recipe that names one)")
+    name = recipe or (model if model in recipe_names() else "default")
+    values, source = load_recipe_values(name)
+    for key, value in (("model", model), ("drop", drop), ("seed", seed)):
+        if value is not None:
+            values[key] = value
+    if calibration is not None:
+        values.setdefault("calibration", {})["texts"] = calibration
+    values = _with_lists(values, engine, evaluation)
+    return read_recipe(override(values, sets or []), f"{source} with the options given" if sets else source)
+
+
+def _with_lists(values: dict[str, Any], engine: list[str] | None, evaluation: list[str] | None) -> dict[str, Any]:
+    if engine:
+        values["engines"] = engine
+    if evaluation:
+        pairs = [text.partition("=") for text in evaluation]
+        for name, equals, texts in pairs:
+            if not (name and equals and texts):
+                raise RecipeError(f"--eval '{name}{equals}{texts}': expected NAME=TEXTS, such as wiki=wiki-demo")
+        values["evaluation"] = {name: texts for name, _, texts in pairs}
+    return values
+
+
+@contextlib.contextmanager
+def _existing(
+    run: Path, engine: list[str] | None, evaluation: list[str] | None, sets: list[str] | None
+) -> Iterator[Pipeline]:
+    from trsp_deploy.pipeline import load_recipe
+    from trsp_deploy.recipe import override, read_recipe
+
+    values = override(_with_lists(load_recipe(run), engine, evaluation), sets or [])
+    with _pipeline(read_recipe(values, str(run / "recipe.yaml")), run, None) as job:
+        yield job
+
+
+@contextlib.contextmanager
+def _pipeline(recipe: Recipe, out: Path | None, plan: Path | None) -> Iterator[Pipeline]:
+    """Enter the run folder and keep the resolved recipe in it."""
+    _say(f"{recipe.model}, dropping {recipe.drop} of the layers")
+    from trsp_deploy.artifacts import RunFolder
+    from trsp_deploy.pipeline import Pipeline, save_recipe
+
+    folder = out or Path("runs") / f"{Path(recipe.model).name}-drop{recipe.drop.replace('%', 'pct')}"
+    with RunFolder(folder, _announce) as run:
+        job = Pipeline(run, recipe, plan, _say)
+        save_recipe(run, recipe)
+        yield job
+
+
+def _announce(step: str, state: str) -> None:
+    _say(f"{step}: {state}")
+
+
+def _say(line: str) -> None:
+    from rich.console import Console
+
+    Console(file=sys.stderr, highlight=False, soft_wrap=True).print(f"[bold cyan]>[/] {line}".replace("\n", " "))
+
+
+def _print_json(as_json: bool, value: dict[str, Any], text: str) -> None:
+    print(text, file=sys.stderr if as_json else sys.stdout)
+    if as_json:
+        print(json.dumps(value))
+
+
+def _finish(job: Pipeline, found: Any, as_json: bool) -> None:
+    """Show the report's table and verdict; with --json its summary is the last line of stdout."""
+    from trsp_deploy.cli.tables import print_report
+    from trsp_deploy.stages.report import summary
+
+    print_report(found, job.run.path, sys.stderr if as_json else sys.stdout)
+    if as_json:
+        print(json.dumps(summary(found, job.run.path)))

@@ -1,0 +1,44 @@
+"""Tables for the terminal; the numbers come from where `report.md` has them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+from rich.table import Table
+
+from trsp_deploy.stages.report import ENGINE_COLUMNS, Report, engine_rows, model_rows
+
+STATE_STYLES = {"ok": "green", "warning": "yellow", "missing": "yellow", "conflict": "bold red"}
+PIPED_WIDTH = 120
+
+
+def console(file: TextIO) -> Console:
+    """A console on a stream; piped output gets a fixed width instead of a terminal's."""
+    return Console(file=file, highlight=False, width=None if file.isatty() else PIPED_WIDTH)
+
+
+def print_report(report: Report, run: Path, file: TextIO) -> None:
+    """The model, its quality, every engine, and the verdict."""
+    out = console(file)
+    facts = Table(show_header=False, box=None, pad_edge=False)
+    facts.add_column(style="bold", no_wrap=True)
+    facts.add_column(overflow="fold")
+    for label, value in model_rows(report):
+        facts.add_row(label, value)
+    out.print()
+    out.print(facts)
+    out.print()
+    out.print(plain_table(ENGINE_COLUMNS, engine_rows(report)))
+    out.print(f"\n[bold]{report.verdict}[/bold]", soft_wrap=True)
+    out.print(f"report: {run / 'report.md'} and report.json", soft_wrap=True)
+
+
+def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Rows under headings, without lines."""
+    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        table.add_row(*row)
+    return table

@@ -1,0 +1,76 @@
+"""Every error that trsp_deploy raises on purpose, as one tree.
+
+    TrspError
+    |-- UserError              exit code 1, one line: the value, where it came from, what would be valid
+    |   |-- ModelError         a model that cannot be found, read or pruned
+    |   |-- TextError          calibration or evaluation text that cannot be used
+    |   |-- RecipeError        a recipe, a --set or a --drop that does not make sense
+    |   |-- PlanError          a plan.json that does not fit the model
+    |   |-- EngineSpecError    an engine spec that is unknown or malformed
+    |   |-- RunError           a run folder that is missing, incomplete or in use
+    |   `-- StorageError       a full disk, a folder that cannot be written
+    |-- ParityError            exit code 4: PyTorch, ONNX and engine disagree; nothing may be shipped
+    `-- EngineUnavailable      never reaches the user as an error: the report's `unavailable` with its reason
+
+Anything else that escapes is a bug: it prints its traceback and exits with 70.
+`docs/exit-codes.md` is the page for users.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TrspError(Exception):
+    """Root of the tree. `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class UserError(TrspError):
+    """Something the user can put right; printed as one line, without a traceback."""
+
+
+class ModelError(UserError):
+    """The model cannot be found, read or pruned."""
+
+
+class TextError(UserError):
+    """Calibration or evaluation text cannot be used."""
+
+
+class RecipeError(UserError):
+    """A recipe, an override or the wanted drop does not make sense."""
+
+
+class PlanError(UserError):
+    """A pruning plan does not fit the model it is applied to."""
+
+
+class EngineSpecError(UserError):
+    """An engine spec is unknown or malformed."""
+
+
+class RunError(UserError):
+    """A run folder is missing, incomplete or in use."""
+
+
+class StorageError(UserError):
+    """The disk is full or the folder cannot be written."""
+
+
+class ParityError(TrspError):
+    """PyTorch, ONNX and engine disagree beyond the stated tolerance."""
+
+    exit_code = 4
+
+
+class EngineUnavailable(TrspError):
+    """This engine cannot be built or run on this machine; the message is the reason."""
+
+
+def nearest(word: str, valid: Iterable[str]) -> str:
+    """Return "; did you mean 'x'?" for the closest valid word, or an empty string."""
+    close = difflib.get_close_matches(word, list(valid), n=1)
+    return f"; did you mean '{close[0]}'?" if close else ""

@@ -1,0 +1,461 @@
+"""The main job: model -> plan -> pruned checkpoint -> ONNX -> engines -> measurements -> report.
+
+`prune_and_build` reads as the README's picture. Every part is a step of the run folder: what is finished and still
+matches its inputs is reused, so each command can ask for the part it wants and gets what that depends on.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoConfig
+
+from trsp_deploy.artifacts import RunFolder, fingerprint, provenance, size_bytes, write_json, writing
+from trsp_deploy.decoder import decoder_size, load_model, load_tokenizer
+from trsp_deploy.errors import EngineUnavailable, RunError
+from trsp_deploy.recipe import EngineSpec, Precision, Recipe, Strict, parse_drop, read_yaml
+from trsp_deploy.results import ROLES, Measurement, OnnxModel, Parity, Perplexity, PrunedCheckpoint, Role
+from trsp_deploy.stages import bench, build, evaluate, export, parity, report, selection, transfer
+from trsp_deploy.tools.library import load_engine_spec
+from trsp_deploy.tools.limits import speed_limit
+from trsp_deploy.tools.models import ModelSource, check_decoder_only, resolve_model
+from trsp_deploy.tools.plan import PruningPlan, read_plan
+from trsp_deploy.tools.quiet import quiet_libraries
+from trsp_deploy.tools.runners import EngineManifest, check_can_build, check_can_run, open_engine
+from trsp_deploy.tools.runners.ort import OrtRunner
+from trsp_deploy.tools.runners.requirements import package_version
+from trsp_deploy.tools.texts import Texts, load_texts, tokenize_windows
+
+RECIPE_FILE = "recipe.yaml"
+AUTO_ENGINES = {
+    "cpu": ("ort-cpu-fp32", "tensorrt-rtx-fp16"),
+    "cuda": ("ort-cuda-fp16", "tensorrt-fp16", "tensorrt-rtx-fp16"),
+}
+PARITY_PROMPTS = (40, 23)  # tokens; unequal, so that left padding is part of the check
+
+
+class Done(Strict):
+    """Result of a step whose only result is its files."""
+
+
+@dataclass(frozen=True)
+class EngineOutcome:
+    """How far one engine spec came on this machine."""
+
+    spec: EngineSpec
+    manifests: dict[Role, EngineManifest]  # empty when it could not be built
+    reason: str | None  # why it was not built or cannot run; None when it runs
+
+
+def prune_and_build(job: Pipeline) -> report.Report:
+    """Run every stage that is not finished yet, and write the report."""
+    job.plan()
+    job.prune()
+    job.export()
+    job.build()
+    job.check()
+    job.bench()
+    job.evaluate()
+    return job.report()
+
+
+def save_recipe(run: RunFolder, recipe: Recipe) -> None:
+    """Keep the resolved recipe in the run folder, for the commands that are given only the folder."""
+    with writing(run.path / RECIPE_FILE) as partial:
+        partial.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+
+
+def load_recipe(run: Path) -> dict[str, Any]:
+    """The values of the recipe that a run folder was made with; raises RunError when it is no run folder."""
+    path = run / RECIPE_FILE
+    if not path.is_file():
+        raise RunError(f"{run}: no run of trsp-deploy ({RECIPE_FILE} is missing); make one with `trsp-deploy prune`")
+    return read_yaml(path, RunError)
+
+
+class Pipeline:
+    """One run: its folder, its recipe, and a method for each stage; each is worked out once."""
+
+    def __init__(
+        self, run: RunFolder, recipe: Recipe, plan_file: Path | None = None, say: Callable[[str], None] = lambda _: None
+    ) -> None:
+        self.run = run
+        self.recipe = recipe
+        self._plan_file = plan_file
+        self._say = say
+        # What a user can get wrong is looked at before anything slow begins.
+        self.specs = self._engine_specs()
+
+    def _engine_specs(self) -> list[EngineSpec]:
+        names: list[str] = []
+        for name in self.recipe.engines:
+            names += AUTO_ENGINES["cuda" if torch.cuda.is_available() else "cpu"] if name == "auto" else [name]
+        return [load_engine_spec(name) for name in dict.fromkeys(names)]
+
+    def _path(self, role: Role) -> Path:
+        return self.run.path / role
+
+    # -- inputs ----------------------------------------------------------------------------------------------------
+
+    @functools.cache
+    def dense(self) -> ModelSource:
+        """The dense model, as the folder `dense/`."""
+        source = resolve_model(self.recipe.model, self._say)
+        self.run.step(
+            "dense",
+            lambda: self._copy_model(Path(source.path)),
+            Done,
+            settings={"model": self.recipe.model},
+            inputs={"model": Path(source.path)},
+            outputs=["dense"],
+        )
+        return source
+
+    def _copy_model(self, folder: Path) -> Done:
+        with writing(self._path("dense")) as partial:
+            partial.mkdir()
+            for file in sorted(p for p in folder.iterdir() if p.is_file()):
+                _link_or_copy(file.resolve(), partial / file.name)
+        return Done()
+
+    @functools.cache
+    def _num_layers(self) -> int:
+        self.dense()
+        count: int = AutoConfig.from_pretrained(self._path("dense"), local_files_only=True).num_hidden_layers
+        return count
+
+    @functools.cache
+    def _tokenizer(self) -> Any:
+        self.dense()
+        return load_tokenizer(self._path("dense"))
+
+    @functools.cache
+    def _calibration_texts(self) -> Texts:
+        return load_texts(self.recipe.calibration.texts, "calibration")
+
+    @functools.cache
+    def _evaluation_texts(self, name: str) -> Texts:
+        return load_texts(self.recipe.evaluation[name], "evaluation")
+
+    @functools.cache
+    def _calibration_windows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Windows to train on and windows held out, (windows, context_length) each."""
+        settings = self.recipe.calibration
+        wanted = settings.max_windows + settings.validation_windows
+        texts, source = self._calibration_texts(), f"--calibration {settings.texts}"
+        windows = tokenize_windows(texts, self._tokenizer(), settings.context_length, wanted, source)
+        # A short text still leaves something to train on and something to verify with.
+        held_out = min(settings.validation_windows, max(1, len(windows) // 4))
+        if len(windows) == 1:
+            return windows, windows
+        order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(self.recipe.seed))
+        return windows[order[held_out:]], windows[order[:held_out]]
+
+    # -- pruning ---------------------------------------------------------------------------------------------------
+
+    @functools.cache
+    def plan(self) -> PruningPlan:
+        """Which layers go, as `plan.json`: chosen, handed in, or edited by hand."""
+        path = self.run.path / "plan.json"
+        count = parse_drop(self.recipe.drop, self._num_layers())
+        if self._plan_file is not None:
+            return self._adopt(self._plan_file, path)
+        record = self.run.record("plan")
+        settings = self._plan_settings(count)
+        if record is not None and record.settings == settings and path.is_file():
+            if fingerprint(path) != record.outputs["plan.json"]:
+                edited = read_plan(path, self._num_layers())
+                self._say(f"plan.json was edited by hand: dropping {', '.join(map(str, edited.dropped))}")
+                return edited
+        return self.run.step(
+            "plan",
+            lambda: self._select(count, path),
+            PruningPlan,
+            settings=settings,
+            inputs={"model": self._path("dense"), "calibration": self._calibration_texts().fingerprint},
+            outputs=["plan.json"],
+        )
+
+    def _plan_settings(self, count: int) -> dict[str, Any]:
+        chosen = self.recipe.model_dump(mode="json", include={"seed", "device", "autocast", "calibration", "plan"})
+        return {**chosen, "num_dropped": count}
+
+    def _adopt(self, source: Path, path: Path) -> PruningPlan:
+        plan = read_plan(source, self._num_layers())
+        if source.resolve() != path.resolve():
+            write_json(path, plan)
+        return plan
+
+    def _select(self, count: int, path: Path) -> PruningPlan:
+        train, validation = self._calibration_windows()
+        with quiet_libraries():
+            model = load_model(self._path("dense"), selection.pick_device(self.recipe), selection.PLAN_DTYPE)
+            plan = selection.select_layers(
+                model, train, validation, count, self.recipe, self._calibration_texts().origin
+            )
+        write_json(path, plan)
+        return plan
+
+    @functools.cache
+    def prune(self) -> PrunedCheckpoint:
+        """Transfer and removal: the checkpoint `pruned/`."""
+        plan = self.plan()
+        chosen = {"seed", "device", "autocast", "weights", "calibration", "transfer"}
+        return self.run.step(
+            "prune",
+            lambda: self._transfer(plan),
+            PrunedCheckpoint,
+            settings=self.recipe.model_dump(mode="json", include=chosen),
+            inputs={
+                "model": self._path("dense"),
+                "plan": self.run.path / "plan.json",
+                "calibration": self._calibration_texts().fingerprint,
+            },
+            outputs=["pruned"],
+        )
+
+    def _transfer(self, plan: PruningPlan) -> PrunedCheckpoint:
+        train, validation = self._calibration_windows()
+        with quiet_libraries(), writing(self._path("pruned")) as partial:
+            return transfer.transfer_and_remove(
+                self._path("dense"), self.dense(), plan, train, validation, self.recipe, partial
+            )
+
+    def _ready(self, role: Role) -> Path:
+        """The role's Hugging Face folder, made when it is not there."""
+        if role == "dense":
+            self.dense()
+        else:
+            self.prune()
+        return self._path(role)
+
+    # -- export and engines ----------------------------------------------------------------------------------------
+
+    def export(self) -> dict[tuple[Role, Precision], OnnxModel]:
+        """Every ONNX model that an engine of the recipe can be built from here."""
+        precisions = dict.fromkeys(spec.precision for spec in self.specs if _why_not(check_can_build, spec) is None)
+        return {(role, precision): self.onnx(role, precision) for precision in precisions for role in ROLES}
+
+    @functools.cache
+    def onnx(self, role: Role, precision: Precision) -> OnnxModel:
+        """One exported model. The first engine's precision has the plain folder, `onnx/dense` and `onnx/pruned`."""
+        plain = precision == self.specs[0].precision
+        folder = f"onnx/{role}" if plain else f"onnx/{role}-{precision}"
+        model = self._ready(role)
+
+        def work() -> OnnxModel:
+            with writing(self.run.path / folder) as partial:
+                external = export.export_onnx(model, precision, self.recipe.export, partial)
+                size = size_bytes(partial / export.FILE) + sum(size_bytes(partial / name) for name in external)
+            return OnnxModel(role=role, precision=precision, folder=folder, size_bytes=size, external_data=external)
+
+        return self.run.step(
+            f"export-{role}-{precision}",
+            work,
+            OnnxModel,
+            settings={**self.recipe.export.model_dump(), "precision": precision},
+            inputs={"model": model},
+            outputs=[folder],
+        )
+
+    def build(self) -> list[EngineOutcome]:
+        """Every engine of the recipe that can be built here, dense and pruned."""
+        return [self.engine(spec) for spec in self.specs]
+
+    @functools.cache
+    def engine(self, spec: EngineSpec) -> EngineOutcome:
+        """Build one engine for both models; what cannot be built or run is an outcome with its reason."""
+        reason = _why_not(check_can_build, spec)
+        if reason is not None:
+            self._say(f"{spec.name}: unavailable ({reason})")
+            return EngineOutcome(spec, {}, reason)
+        try:
+            manifests = {role: self._build(spec, role) for role in ROLES}
+        except EngineUnavailable as problem:
+            self._say(f"{spec.name}: unavailable ({problem})")
+            return EngineOutcome(spec, {}, str(problem))
+        return EngineOutcome(spec, manifests, _why_not(check_can_run, spec))
+
+    def _engine_path(self, spec: EngineSpec, role: Role) -> Path:
+        return self.run.path / "engines" / spec.name / role
+
+    def _build(self, spec: EngineSpec, role: Role) -> EngineManifest:
+        model = self.onnx(role, spec.precision)
+        folder = self._engine_path(spec, role)
+        return self.run.step(
+            f"build-{spec.name}-{role}",
+            lambda: build.build_engine(self.run.path / model.folder / export.FILE, spec, folder),
+            EngineManifest,
+            settings=spec,
+            inputs={"onnx": self.run.path / model.folder, "backend": package_version(spec.backend)},
+            outputs=[folder.relative_to(self.run.path).as_posix()],
+        )
+
+    # -- parity, speed, quality --------------------------------------------------------------------------------------
+
+    @functools.cache
+    def check(self) -> tuple[Parity, ...]:
+        """PyTorch against every ONNX model, and against every engine that runs here; raises ParityError."""
+        found = [
+            self._parity("onnx", role, precision, self.run.path / model.folder, self._onnx_runner(model))
+            for (role, precision), model in self.export().items()
+        ]
+        for outcome in self.build():
+            if outcome.reason is None:
+                found += [
+                    self._parity(
+                        outcome.spec.name,
+                        role,
+                        outcome.spec.precision,
+                        self._engine_path(outcome.spec, role),
+                        functools.partial(open_engine, self._engine_path(outcome.spec, role)),
+                    )
+                    for role in ROLES
+                ]
+        return tuple(found)
+
+    def _onnx_runner(self, model: OnnxModel) -> Callable[[], Any]:
+        return functools.partial(OrtRunner, self.run.path / model.folder / export.FILE)
+
+    def _parity(
+        self, subject: str, role: Role, precision: Precision, folder: Path, open_it: Callable[[], Any]
+    ) -> Parity:
+        def work() -> Parity:
+            with open_it() as runner:
+                return parity.check_parity(self._reference(role), runner, subject, role, precision)
+
+        return self.run.step(
+            f"parity-{subject}-{role}-{precision}",
+            work,
+            Parity,
+            settings={"prompts": PARITY_PROMPTS, "tolerance": parity.TOLERANCES[precision]},
+            inputs={"model": self._ready(role), "engine": folder, "text": self._calibration_texts().fingerprint},
+        )
+
+    @functools.cache
+    def _reference(self, role: Role) -> parity.Reference:
+        train, _ = self._calibration_windows()
+        ids = train.flatten()[: sum(PARITY_PROMPTS)].tolist()
+        prompts = [ids[: PARITY_PROMPTS[0]], ids[PARITY_PROMPTS[0] :]]
+        with quiet_libraries():
+            return parity.make_reference(self._ready(role), prompts)
+
+    @functools.cache
+    def bench(self) -> dict[str, Measurement]:
+        """Latency of dense and pruned on every engine that runs here, by engine name."""
+        return {o.spec.name: self._measure(o.spec) for o in self.build() if o.reason is None}
+
+    def _measure(self, spec: EngineSpec) -> Measurement:
+        dense, pruned = (self._engine_path(spec, role) for role in ROLES)
+        vocabulary: int = AutoConfig.from_pretrained(self._path("dense"), local_files_only=True).vocab_size
+        machine = provenance().model_dump_json(include={"cpu", "cores", "gpus"})
+        return self.run.step(
+            f"bench-{spec.name}",
+            lambda: bench.measure(dense, pruned, spec.name, vocabulary, self.recipe.bench, self.recipe.seed),
+            Measurement,
+            settings=self.recipe.bench,
+            inputs={"dense": dense, "pruned": pruned, "machine": hashlib.sha256(machine.encode()).hexdigest()},
+        )
+
+    @functools.cache
+    def evaluate(self) -> dict[str, dict[Role, Perplexity]]:
+        """Perplexity of dense and pruned on every evaluation text, by name."""
+        return {name: {role: self._perplexity(name, role) for role in ROLES} for name in self.recipe.evaluation}
+
+    def _perplexity(self, name: str, role: Role) -> Perplexity:
+        settings = self.recipe.evaluate
+        texts = self._evaluation_texts(name)
+
+        def work() -> Perplexity:
+            limit = None if settings.max_tokens is None else max(1, settings.max_tokens // settings.context_length)
+            windows = tokenize_windows(texts, self._tokenizer(), settings.context_length, limit, f"--eval {name}")
+            with quiet_libraries():
+                return evaluate.evaluate_perplexity(self._ready(role), windows, name, role, texts.origin, self.recipe)
+
+        return self.run.step(
+            f"evaluate-{name}-{role}",
+            work,
+            Perplexity,
+            settings=settings,
+            inputs={"model": self._ready(role), "text": texts.fingerprint},
+        )
+
+    # -- the report --------------------------------------------------------------------------------------------------
+
+    def report(self) -> report.Report:
+        """Gather what the stages found and write report.json and report.md."""
+        source, checkpoint = self.dense(), self.prune()
+        quality = {name: report.quality_report(ppl["dense"], ppl["pruned"]) for name, ppl in self.evaluate().items()}
+        engines = [self._engine_report(outcome) for outcome in self.build()]
+        result = report.Report(
+            schema_version=report.SCHEMA_VERSION,
+            verdict=report.verdict(engines, quality),
+            model=report.model_report(
+                self.recipe.model, source.origin, check_decoder_only(self._path("dense")), checkpoint
+            ),
+            removal=report.removal_report(checkpoint),
+            quality=quality,
+            engines=tuple(engines),
+            parity=self.check(),
+            recipe=self.recipe,
+            plan=self.plan(),
+            provenance=provenance(),
+        )
+        report.write_report(result, self.run.path)
+        return result
+
+    def _engine_report(self, outcome: EngineOutcome) -> report.EngineReport:
+        spec, batch = outcome.spec, self.recipe.bench.batch_size
+        measurement = self.bench().get(spec.name)
+        if not outcome.manifests:
+            status = "unavailable"
+        elif measurement is None:
+            status = "built"
+        else:
+            status = "ran"
+        figures = {
+            role: report.engine_figures(
+                manifest.size_bytes, manifest.build_s, getattr(measurement, role) if measurement else None, batch
+            )
+            for role, manifest in outcome.manifests.items()
+        }
+        return report.EngineReport(
+            name=spec.name,
+            backend=spec.backend,
+            precision=spec.precision,
+            status=status,
+            reason=outcome.reason,
+            speedup=None if measurement is None else report.speedup_report(measurement, self._limit(spec)),
+            **figures,
+        )
+
+    def _limit(self, spec: EngineSpec) -> Any:
+        settings = self.recipe.bench
+        past = settings.prompt_tokens + settings.new_tokens // 2  # the median token's
+        dense, pruned = (decoder_size(self._path(role)) for role in ROLES)
+        return speed_limit(dense, pruned, spec.precision, settings.batch_size, settings.prompt_tokens, past)
+
+
+def _why_not(check: Callable[[EngineSpec], None], spec: EngineSpec) -> str | None:
+    try:
+        check(spec)
+    except EngineUnavailable as problem:
+        return str(problem)
+    return None
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Share the file's blocks where the file system can; a model need not lie on the disk twice."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,0 +1,278 @@
+"""What a user may ask for, as frozen, strict records: a `Recipe` and an `EngineSpec`.
+
+Recipes (`recipes/*.yaml`) are named for models, engine specs (`engines/*.yaml`) for
+hardware and precision. An unknown key is an error that names the nearest valid one.
+This module imports no torch, so that the command line stays quick.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import types
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from trsp_deploy.errors import EngineSpecError, RecipeError, UserError, nearest
+
+Precision = Literal["fp32", "fp16"]
+Backend = Literal["onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"]
+
+Record = TypeVar("Record", bound=BaseModel)
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+
+
+class Strict(BaseModel):
+    """A frozen record that refuses unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CalibrationSettings(Strict):
+    """Text that the plan and the transfer learn from."""
+
+    texts: str = "wikitext2"  # file, dataset id with split, or a short name (tools/texts.py)
+    context_length: Count = 2048  # tokens a window
+    max_windows: Count = 128  # windows for training; the paper uses 128 x 2048
+    validation_windows: Count = 8  # held out: verify the plan, and perplexity around the removal
+
+
+class PlanSettings(Strict):
+    """Stage 1: learn one gate a layer under an l1 penalty, drop greedily (arXiv 2505.18232, section 3.1)."""
+
+    gate: Literal["branch", "output"] = "branch"
+    l1: NonNegative = 5e-3  # lambda_1
+    learning_rate: Positive = 0.05
+    steps: Count = 8  # gate updates before each pick
+    batch_size: Count = 4
+    candidates: Count = (
+        4  # smallest gates whose true removal loss is measured; 1 trusts the gate alone, as the paper does
+    )
+
+
+class TransferSettings(Strict):
+    """Stage 2: move the doomed layers' knowledge into the kept ones (arXiv 2505.18232, section 3.2)."""
+
+    form: Literal["anneal", "l2", "l1", "none"] = "anneal"
+    weight: NonNegative = 1e-3  # lambda_2 of the l1 and l2 forms
+    steps: Count = 128
+    batch_size: Count = 4
+    learning_rate: Positive = 3e-4
+    warmup_share: Share = 0.03
+    anneal_share: Share = 0.25  # share of the steps in which the gates go from 1 to 0
+    train: Literal["all", "layers"] = "layers"  # `layers` leaves embeddings and LM head as they are
+
+
+class ExportSettings(Strict):
+    """PyTorch to ONNX, for text generation with past key values."""
+
+    opset: Annotated[int, Field(ge=14)] = 18
+    slim: bool = True  # onnxslim: 19% quicker decoding on a 135M Llama
+
+
+class BenchSettings(Strict):
+    """Dense and pruned in turn, in alternating blocks."""
+
+    batch_size: Count = 1
+    prompt_tokens: Count = 128
+    new_tokens: Count = 16  # decode steps a block
+    blocks: Annotated[int, Field(ge=2)] = 10  # ABBA pairs
+    warmup_blocks: Count = 2
+
+
+class EvaluateSettings(Strict):
+    """Perplexity: documents joined by a blank line, non-overlapping windows, exp(mean NLL)."""
+
+    context_length: Count = 2048
+    max_tokens: Count | None = None  # None reads the whole text
+
+
+class Recipe(Strict):
+    """Everything that decides what a run produces."""
+
+    model: str
+    drop: str = "25%"
+    seed: Annotated[int, Field(ge=0)] = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    weights: Literal["fp32", "bf16"] = "fp32"  # weights and optimiser state while training; the stored dtype is kept
+    autocast: Literal["auto", "off"] = "auto"  # bf16 matrix products in training where the hardware has them
+    calibration: CalibrationSettings = CalibrationSettings()
+    evaluation: dict[str, str] = {"wikitext2": "wikitext2", "c4": "c4"}
+    plan: PlanSettings = PlanSettings()
+    transfer: TransferSettings = TransferSettings()
+    export: ExportSettings = ExportSettings()
+    engines: tuple[str, ...] = ("auto",)
+    bench: BenchSettings = BenchSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _scalars_as_text(cls, values: Any) -> Any:
+        # YAML reads `drop: 8` as a number; both forms mean the same.
+        if isinstance(values, dict) and isinstance(values.get("drop"), int):
+            values = {**values, "drop": str(values["drop"])}
+        return values
+
+
+class Range(Strict):
+    """min / opt / max of one dynamic dimension, as TensorRT's optimisation profiles want it."""
+
+    min: Annotated[int, Field(ge=0)]
+    opt: Annotated[int, Field(ge=0)]
+    max: Count
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Range:
+        if not self.min <= self.opt <= self.max:
+            raise ValueError(f"needs min <= opt <= max, got {self.min}, {self.opt}, {self.max}")
+        return self
+
+
+class ShapeProfile(Strict):
+    """Shapes that one TensorRT optimisation profile covers."""
+
+    batch: Range
+    sequence: Range  # new tokens in one call: the prompt in prefill, 1 in decode
+    past: Range  # tokens already in the KV cache
+
+
+class EngineSpec(Strict):
+    """How to build and run one engine."""
+
+    name: str
+    description: str
+    backend: Backend
+    precision: Precision
+    profiles: tuple[ShapeProfile, ...] = ()  # TensorRT backends only, and needed there
+    compute_capabilities: tuple[str, ...] = ()  # TensorRT-RTX: targets such as "sm89"; empty = every one it supports
+    workspace_gib: Positive | None = None  # TensorRT backends: limit on scratch memory; None leaves the default
+    threads: Count | None = None  # ONNX Runtime CPU: intra-op threads; None = every core of this machine
+
+    @model_validator(mode="after")
+    def _profiles_where_needed(self) -> EngineSpec:
+        if self.backend.startswith("tensorrt") and not self.profiles:
+            raise ValueError(f"backend {self.backend} needs at least one entry under `profiles`")
+        if not self.backend.startswith("tensorrt") and self.profiles:
+            raise ValueError(f"backend {self.backend} takes no `profiles`")
+        return self
+
+
+def parse_drop(drop: str, num_layers: int) -> int:
+    """Turn `25%` or `8` into a number of layers, rounding half up.
+
+    Raises RecipeError when it is neither, when it drops nothing, or leaves no layer.
+    """
+    text = drop.strip()
+    share = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text)
+    if share:
+        count = math.floor(float(share[1]) / 100 * num_layers + 0.5)
+    elif text.isdecimal():
+        count = int(text)
+    else:
+        raise RecipeError(f"--drop '{drop}': give a share such as 25% or a count of layers such as 8")
+    if not 1 <= count < num_layers:
+        raise RecipeError(
+            f"--drop '{drop}' is {count} of the model's {num_layers} layers: "
+            f"at least 1 must go and at least 1 must stay (1 to {num_layers - 1}, or {_smallest_share(num_layers)}% upwards)"
+        )
+    return count
+
+
+def _smallest_share(num_layers: int) -> int:
+    return math.ceil(50 / num_layers)
+
+
+def read_recipe(values: dict[str, Any], source: str) -> Recipe:
+    """Validate a mapping as a Recipe; `source` names the file or option for the error line."""
+    return _validate(Recipe, values, source, RecipeError)
+
+
+def read_engine_spec(values: dict[str, Any], source: str) -> EngineSpec:
+    """Validate a mapping as an EngineSpec; `source` names the file for the error line."""
+    return _validate(EngineSpec, values, source, EngineSpecError)
+
+
+def read_yaml(path: Path, error: type[UserError]) -> dict[str, Any]:
+    """Read a YAML mapping from a file, or raise `error` with one line that says what is wrong."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise error(f"{path}: cannot be read ({problem.strerror})") from problem
+    except (yaml.YAMLError, UnicodeDecodeError) as problem:
+        first_line = " ".join(str(problem).split())
+        raise error(f"{path}: not valid YAML ({first_line})") from problem
+    if not isinstance(values, dict):
+        raise error(f"{path}: holds a {type(values).__name__}, expected a mapping of keys to values")
+    return values
+
+
+def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
+    """Return a copy of `values` with each `a.b=value` of `--set` applied; values are read as YAML."""
+    result = _deep_copy(values)
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key.strip():
+            raise RecipeError(f"--set '{assignment}': expected key=value, such as transfer.steps=64")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as problem:
+            raise RecipeError(f"--set '{assignment}': the value is not valid YAML") from problem
+        *parents, last = key.strip().split(".")
+        target = result
+        for parent in parents:
+            child = target.setdefault(parent, {})
+            if not isinstance(child, dict):
+                raise RecipeError(f"--set '{assignment}': '{parent}' is a value, not a group of settings")
+            target = child
+        target[last] = value
+    return result
+
+
+def _deep_copy(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: _deep_copy(value) if isinstance(value, dict) else value for key, value in values.items()}
+
+
+def _validate(model: type[Record], values: dict[str, Any], source: str, error: type[UserError]) -> Record:
+    try:
+        return model.model_validate(values)
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            valid = _keys_at(model, first["loc"][:-1])
+            key = str(first["loc"][-1])
+            hint = nearest(key, valid) or f"; valid: {', '.join(sorted(valid))}"
+            raise error(f"{source}: unknown key '{where}'{hint}") from problem
+        if first["type"] == "missing":
+            raise error(f"{source}: '{where}' is missing") from problem
+        message = first["msg"].removeprefix("Value error, ")
+        got = "" if isinstance(first["input"], dict) else f", got {first['input']!r}"
+        raise error(f"{source}: '{where or 'the file'}' {message[0].lower()}{message[1:]}{got}") from problem
+
+
+def _keys_at(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    """Field names of the record that `path` leads to inside `model`."""
+    here: Any = model
+    for part in path:
+        if isinstance(part, int):
+            continue
+        here = _record_inside(here.model_fields[part].annotation)
+    return list(here.model_fields)
+
+
+def _record_inside(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) in (tuple, list, Union, types.UnionType, Annotated):
+        for inner in get_args(annotation):
+            found = _record_inside(inner)
+            if found is not None:
+                return found
+    return None

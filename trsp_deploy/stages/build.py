@@ -1,0 +1,74 @@
+"""Build one engine from an ONNX file, and write what it is into a manifest beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from trsp_deploy.artifacts import fingerprint, provenance, write_json, writing
+from trsp_deploy.errors import EngineUnavailable, RunError
+from trsp_deploy.recipe import EngineSpec
+from trsp_deploy.tools.runners import BACKENDS, EngineManifest, check_can_build
+from trsp_deploy.tools.runners.manifest import MANIFEST, spec_sha256
+from trsp_deploy.tools.runners.requirements import package_version
+from trsp_deploy.tools.runners.trt import BUILD_LOG
+
+
+def build_engine(onnx: Path, spec: EngineSpec, folder: Path) -> EngineManifest:
+    """Build `spec`'s engine from an ONNX file into `folder`, whole or not at all.
+
+    onnx: a decoder's model.onnx; external data stands beside it under names that begin with the file's own.
+    folder: replaced if it exists. Holds the engine, manifest.json and, for TensorRT, build.log.
+    Raises EngineUnavailable with the reason when this machine cannot build it or the backend refuses the graph
+    (TensorRT's log is then kept as `<folder>-failed.log`), EngineSpecError when the spec itself is at fault, RunError
+    when there is no ONNX file, StorageError when the disk is full.
+    """
+    if not onnx.is_file():
+        raise RunError(f"{onnx}: no ONNX file to build engine {spec.name} from; export it first")
+    check_can_build(spec)
+    began = time.perf_counter()
+    with writing(folder) as partial, _log_of_failure(partial, folder.with_name(f"{folder.name}-failed.log")):
+        partial.mkdir()
+        built = BACKENDS[spec.backend].build(onnx, spec, partial)
+        manifest = EngineManifest(
+            name=spec.name,
+            spec=spec,
+            onnx_sha256=onnx_sha256(onnx),
+            spec_sha256=spec_sha256(spec),
+            backend_version=package_version(spec.backend),
+            file=built.file,
+            files={name: fingerprint(partial / name) for name in built.files},
+            size_bytes=sum((partial / name).stat().st_size for name in built.files),
+            build_s=time.perf_counter() - began,
+            built_on=provenance(),
+            inputs=built.inputs,
+            outputs=built.outputs,
+        )
+        write_json(partial / MANIFEST, manifest)
+    return manifest
+
+
+def onnx_sha256(onnx: Path) -> str:
+    """SHA-256 over an ONNX file and its external data: above 2 GB the weights are not in the file itself."""
+    digest = hashlib.sha256()
+    for path in sorted(onnx.parent.glob(f"{onnx.name}*")):
+        digest.update(f"{path.name} {fingerprint(path)}\n".encode())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _log_of_failure(partial: Path, kept: Path) -> Iterator[None]:
+    """Save a failed build's log from the removal of its folder, and remove an older one after a success."""
+    try:
+        yield
+    except EngineUnavailable as problem:
+        log = partial / BUILD_LOG
+        if not log.exists():
+            raise
+        shutil.copy(log, kept)
+        raise EngineUnavailable(f"{problem} (log: {kept})") from problem
+    kept.unlink(missing_ok=True)

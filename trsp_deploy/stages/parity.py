@@ -1,0 +1,116 @@
+"""PyTorch, ONNX and engine must agree, or the run stops.
+
+The reference generates greedily in fp32 PyTorch from two prompts of unequal length (left-padded); the engine
+is fed the same tokens, prefill first and then step by step through its own KV cache, and its logits are compared
+at every position. An engine picks another token only where the reference itself holds a tie within the tolerance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from trsp_deploy.decoder import load_model
+from trsp_deploy.errors import ParityError
+from trsp_deploy.recipe import Precision
+from trsp_deploy.results import Parity, Role
+from trsp_deploy.tools.runners import Runner
+
+# Largest |difference of logits| over the standard deviation of the reference's logits. fp32 engines differ in the
+# order of their sums only; fp16 rounds every product to 11 bits, and the error grows with depth.
+TOLERANCES: dict[Precision, float] = {"fp32": 1e-3, "fp16": 5e-2}
+NEW_TOKENS = 12
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What fp32 PyTorch makes of the prompts."""
+
+    input_ids: np.ndarray  # (batch, prompt) int64, left-padded
+    attention_mask: np.ndarray  # (batch, prompt) int64
+    tokens: np.ndarray  # (batch, new) int64: greedy continuation
+    logits: np.ndarray  # (batch, prompt + new, vocabulary) float32
+
+
+def left_padded(prompts: list[list[int]], pad: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts of unequal length as (batch, longest) int64 ids and mask, padded on the left."""
+    longest = max(len(prompt) for prompt in prompts)
+    input_ids = np.array([[pad] * (longest - len(p)) + p for p in prompts], dtype=np.int64)
+    mask = np.array([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], dtype=np.int64)
+    return input_ids, mask
+
+
+@torch.no_grad()
+def make_reference(model_folder: Path, prompts: list[list[int]]) -> Reference:
+    """Generate NEW_TOKENS greedily from each prompt in fp32 on the CPU, keeping every logit."""
+    model = load_model(model_folder, "cpu", torch.float32)
+    input_ids, mask = left_padded(prompts)
+    ids, attention = torch.from_numpy(input_ids), torch.from_numpy(mask)
+    logits, tokens, cache = [], [], None
+    step = ids
+    for _ in range(NEW_TOKENS + 1):
+        positions = (attention.cumsum(-1) - 1).clamp(min=0)[:, -step.shape[1] :]
+        accepts = {"position_ids": positions} if _takes_positions(model) else {}
+        output = model(input_ids=step, attention_mask=attention, past_key_values=cache, use_cache=True, **accepts)
+        cache = output.past_key_values
+        logits.append(output.logits.float())
+        step = output.logits[:, -1:].argmax(-1)  # (batch, 1)
+        tokens.append(step)
+        attention = torch.cat([attention, torch.ones_like(step)], dim=1)
+    return Reference(
+        input_ids=input_ids,
+        attention_mask=mask,
+        tokens=torch.cat(tokens[:NEW_TOKENS], dim=1).numpy(),
+        logits=torch.cat(logits, dim=1).numpy(),
+    )
+
+
+def _takes_positions(model: torch.nn.Module) -> bool:
+    import inspect
+
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def check_parity(reference: Reference, runner: Runner, subject: str, role: Role, precision: Precision) -> Parity:
+    """Feed the reference's tokens through an entered runner and compare; raises ParityError beyond the tolerance."""
+    parts = [runner.prefill(reference.input_ids, reference.attention_mask)]
+    for step in range(reference.tokens.shape[1]):
+        parts.append(runner.decode(reference.tokens[:, step : step + 1]))
+    logits = np.concatenate(parts, axis=1)  # (batch, prompt + new, vocabulary)
+    result = compare(reference, logits, subject, role, precision)
+    if not result.passed:
+        raise ParityError(
+            f"parity: {subject} ({role}, {precision}) is {result.max_error:.3g} standard deviations from PyTorch's logits "
+            f"(tolerance {result.tolerance:g}), {result.tokens_equal} of {result.tokens_compared} greedy tokens equal; "
+            "nothing made from it can be trusted"
+        )
+    return result
+
+
+def compare(reference: Reference, logits: np.ndarray, subject: str, role: Role, precision: Precision) -> Parity:
+    """Compare an engine's logits (batch, prompt + new, vocabulary) with the reference's."""
+    new = reference.tokens.shape[1]
+    seen = (
+        np.concatenate([reference.attention_mask, np.ones((len(reference.tokens), new), dtype=np.int64)], axis=1) == 1
+    )
+    expected, actual = reference.logits[seen], logits[seen]  # (positions, vocabulary): padding holds nothing
+    spread = float(expected.std())
+    error = float(np.abs(actual - expected).max()) / spread  # NaN stays NaN and fails below
+    top_two = np.partition(expected, -2, axis=-1)[:, -2:]
+    margin = (top_two[:, 1] - top_two[:, 0]) / spread
+    tolerance = TOLERANCES[precision]
+    differs = actual.argmax(-1) != expected.argmax(-1)
+    wrong = differs & (margin > 2 * tolerance)
+    return Parity(
+        subject=subject,
+        role=role,
+        precision=precision,
+        max_error=error,
+        tolerance=tolerance,
+        tokens_compared=len(differs),
+        tokens_equal=int((~differs).sum()),
+        passed=bool(error <= tolerance and not wrong.any()),
+    )

@@ -1,0 +1,1 @@
+"""Parts that stages share: gates, plans, texts, models, runners, named recipes and engine specs."""

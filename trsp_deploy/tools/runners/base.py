@@ -1,0 +1,41 @@
+"""The one interface that every engine is driven through."""
+
+from __future__ import annotations
+
+import abc
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+
+class Runner(abc.ABC):
+    """An engine that generates: prefill a prompt, then decode one token at a time.
+
+    A context manager: the engine is loaded, and a GPU touched, only when entered. The runner keeps
+    the KV cache and the attention mask between calls; `prefill` starts over.
+    Raises EngineUnavailable on entry when this machine cannot run the engine.
+    """
+
+    @abc.abstractmethod
+    def __enter__(self) -> Self: ...
+
+    @abc.abstractmethod
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    @abc.abstractmethod
+    def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
+        """Read a prompt into an empty cache.
+
+        input_ids, attention_mask: (batch, sequence) int64; left padding where the mask is 0.
+        Returns logits (batch, sequence, vocabulary) float32 in host memory.
+        """
+
+    @abc.abstractmethod
+    def decode(self, input_ids: np.ndarray) -> np.ndarray:
+        """Append one token to each sequence.
+
+        input_ids: (batch, 1) int64. Returns logits (batch, 1, vocabulary) float32 in host memory.
+        """

@@ -1,0 +1,97 @@
+"""What the inputs and outputs of an exported decoder mean, whichever runtime reads it.
+
+Optimum's graph: `input_ids`, `attention_mask`, often `position_ids`, and for every layer
+`past_key_values.N.key` / `.value` in, `logits` and `present.N.key` / `.value` out.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from trsp_deploy.errors import EngineUnavailable
+from trsp_deploy.recipe import Precision
+
+# name -> (dtype, shape); a dimension without a fixed length is given by its label in the graph
+Bindings = dict[str, tuple[str, tuple[int | str, ...]]]
+Dimension = Literal["batch", "sequence", "past", "total"]  # total = past + sequence
+
+PAST = "past_key_values."
+PRESENT = "present."
+CACHE_DTYPE: dict[Precision, str] = {"fp32": "float32", "fp16": "float16"}
+
+TOKENS: dict[int, Dimension] = {0: "batch", 1: "sequence"}
+DYNAMIC_AXES: dict[str, dict[int, Dimension]] = {
+    "input_ids": TOKENS,
+    "position_ids": TOKENS,
+    "attention_mask": {0: "batch", 1: "total"},
+}
+CACHE_AXES: dict[int, Dimension] = {0: "batch", 2: "past"}  # (batch, heads, past, head_dim)
+
+
+def check_decoder(inputs: Bindings, outputs: Bindings) -> None:
+    """Raise EngineUnavailable unless this is a decoder with a KV cache whose dynamic dimensions are all known."""
+    for name, (_, shape) in inputs.items():
+        input_shape(name, shape, batch=1, sequence=1, past=0)
+    missing = {"input_ids", "attention_mask"} - inputs.keys()
+    caches = cache_inputs(inputs)
+    missing |= {"logits", *map(present, caches)} - outputs.keys()
+    if missing or not caches:
+        raise EngineUnavailable(
+            "the graph is not a decoder with past key values"
+            f" (no {', '.join(sorted(missing)) if missing else PAST + '*'}); export with task text-generation-with-past"
+        )
+
+
+def check_precision(inputs: Bindings, precision: Precision) -> None:
+    """Raise EngineUnavailable when the graph's KV cache is not in the precision that the spec asks for."""
+    found = inputs[cache_inputs(inputs)[0]][0]
+    if found != CACHE_DTYPE[precision]:
+        raise EngineUnavailable(f"the spec asks for {precision}, but the ONNX graph's cache is {found}")
+
+
+def input_shape(name: str, shape: tuple[int | str, ...], *, batch: int, sequence: int, past: int) -> tuple[int, ...]:
+    """The shape of one input when `sequence` new tokens follow `past` cached ones.
+
+    Raises EngineUnavailable for a dimension that is neither fixed nor one of batch, sequence and past.
+    """
+    lengths: dict[Dimension, int] = {"batch": batch, "sequence": sequence, "past": past, "total": past + sequence}
+    axes = CACHE_AXES if name.startswith(PAST) else DYNAMIC_AXES.get(name, {})
+    result = []
+    for axis, length in enumerate(shape):
+        if isinstance(length, str) and axis not in axes:
+            raise EngineUnavailable(
+                f"graph input '{name}': dimension {axis} ('{length}') is not known to be batch, sequence or past"
+            )
+        result.append(length if isinstance(length, int) else lengths[axes[axis]])
+    return tuple(result)
+
+
+def cache_inputs(inputs: Bindings) -> list[str]:
+    """Names of the KV cache's inputs, in the graph's order."""
+    return [name for name in inputs if name.startswith(PAST)]
+
+
+def present(name: str) -> str:
+    """The output that becomes the cache input `name` of the next step."""
+    return PRESENT + name.removeprefix(PAST)
+
+
+def token_inputs(inputs: Bindings, input_ids: np.ndarray, attention_mask: np.ndarray) -> dict[str, np.ndarray]:
+    """Every input but the cache, in the graph's dtypes.
+
+    input_ids: (batch, sequence). attention_mask: (batch, past + sequence), 0 on left padding.
+    """
+    sequence = input_ids.shape[1]
+    # Padding keeps position 0: any valid index will do there, as no token attends to it.
+    positions = np.maximum(attention_mask.cumsum(axis=1) - 1, 0)[:, -sequence:]
+    values = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
+    return {
+        name: np.ascontiguousarray(value, dtype=inputs[name][0]) for name, value in values.items() if name in inputs
+    }
+
+
+def extended(attention_mask: np.ndarray, input_ids: np.ndarray) -> np.ndarray:
+    """The mask with a 1 for every new token."""
+    return np.concatenate([attention_mask, np.ones_like(input_ids)], axis=1)

@@ -1,0 +1,84 @@
+"""The record beside every built engine, and the checks before it is opened."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from trsp_deploy.artifacts import Provenance, fingerprint
+from trsp_deploy.errors import EngineUnavailable
+from trsp_deploy.recipe import EngineSpec, Strict
+from trsp_deploy.tools.runners.graph import Bindings
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """What a backend's build leaves in the engine folder."""
+
+    file: str  # the one to open
+    files: tuple[str, ...]  # every one that running needs
+    inputs: Bindings
+    outputs: Bindings
+
+
+class EngineManifest(Strict):
+    """An engine folder's `manifest.json`."""
+
+    name: str
+    spec: EngineSpec
+    onnx_sha256: str  # over the ONNX file and its external data
+    spec_sha256: str
+    backend_version: str
+    file: str
+    files: dict[str, str]  # name -> SHA-256; logs are not among them
+    size_bytes: int
+    build_s: float
+    built_on: Provenance
+    inputs: Bindings
+    outputs: Bindings
+
+
+def spec_sha256(spec: EngineSpec) -> str:
+    """Fingerprint of what an engine spec asks for."""
+    return hashlib.sha256(spec.model_dump_json().encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> EngineManifest:
+    """Read an engine folder's manifest; raises EngineUnavailable when there is none that can be read."""
+    try:
+        return EngineManifest.model_validate_json((folder / MANIFEST).read_bytes())
+    except OSError as problem:
+        raise EngineUnavailable(f"{folder}: no engine here; {build_command(folder.name)}") from problem
+    except ValidationError as problem:
+        raise EngineUnavailable(
+            f"{folder / MANIFEST}: written by another version of trsp_deploy, or damaged; {build_command(folder.name)}"
+        ) from problem
+
+
+def check_manifest(folder: Path, manifest: EngineManifest, backend_version: str) -> None:
+    """Raise EngineUnavailable when the files or the backend are not those of the build."""
+    again = build_command(manifest.name)
+    if manifest.backend_version != backend_version:
+        raise EngineUnavailable(
+            f"engine {manifest.name} was built with {manifest.spec.backend} {manifest.backend_version}, "
+            f"here is {backend_version}; {again}"
+        )
+    for name, expected in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise EngineUnavailable(f"engine {manifest.name}: {path} is missing; {again}")
+        found = fingerprint(path)
+        if found != expected:
+            raise EngineUnavailable(
+                f"engine {manifest.name}: {path} has SHA-256 {found[:12]}…, its manifest says {expected[:12]}…; {again}"
+            )
+
+
+def build_command(name: str) -> str:
+    """What to type to get this engine again."""
+    return f"build it again: trsp-deploy build RUN --engine {name}"
