@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from trsp_deploy import __version__
-from trsp_deploy.errors import RunError, StorageError
+from trsp_deploy.errors import RunError, StorageError, TrspError
 from trsp_deploy.recipe import Strict
 
 # Raise when a step's code changes what it makes from the same inputs, so that old records no longer match.
@@ -115,6 +115,8 @@ def storage_errors(path: Path) -> Iterator[None]:
         if problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise StorageError(f"{problem.filename or path}: no permission to write ({problem.strerror})") from problem
         raise
+    except TrspError:
+        raise
     except Exception as problem:
         if "no space left" in str(problem).lower() or _free_bytes(path) < 1 << 20:
             raise _disk_full(path) from problem
@@ -149,7 +151,7 @@ def writing(target: Path) -> Iterator[Path]:
             # A folder cannot replace a folder in one rename, so the old one steps aside first.
             if target.is_dir():
                 _remove(target)
-            os.replace(partial, target)
+            partial.replace(target)
         except BaseException:
             _remove(partial)
             raise
@@ -222,7 +224,12 @@ class RunFolder:
         with storage_errors(self.path):
             if self.path.exists() and not self.path.is_dir():
                 raise RunError(f"{self.path}: is a file, expected a folder for the run")
-            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+            except (FileNotFoundError, NotADirectoryError) as problem:
+                raise RunError(
+                    f"{self.path}: cannot be created ({problem.strerror}); choose another --out"
+                ) from problem
             self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             # The kernel drops the lock with its holder, so a killed run leaves nothing to clean up.

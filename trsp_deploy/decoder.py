@@ -101,7 +101,7 @@ def with_layer_output(output: torch.Tensor | tuple[Any, ...], hidden: torch.Tens
 
 def next_token_loss(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
     """Mean negative log likelihood in nats of each next token; input_ids is (batch, sequence) int64."""
-    logits = model(input_ids=input_ids, use_cache=False).logits  # (batch, sequence, vocabulary)
+    logits: torch.Tensor = model(input_ids=input_ids, use_cache=False).logits  # (batch, sequence, vocabulary)
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten())
 
 

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -25,6 +25,7 @@ from trsp_deploy.errors import EngineUnavailable, RunError
 from trsp_deploy.recipe import EngineSpec, Precision, Recipe, Strict, parse_drop, read_yaml
 from trsp_deploy.results import ROLES, Measurement, OnnxModel, Parity, Perplexity, PrunedCheckpoint, Role
 from trsp_deploy.stages import bench, build, evaluate, export, parity, report, selection, transfer
+from trsp_deploy.stages.report import EngineReport, Report
 from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.limits import speed_limit
 from trsp_deploy.tools.models import ModelSource, check_decoder_only, resolve_model
@@ -34,6 +35,7 @@ from trsp_deploy.tools.runners import EngineManifest, check_can_build, check_can
 from trsp_deploy.tools.runners.ort import OrtRunner
 from trsp_deploy.tools.runners.requirements import package_version
 from trsp_deploy.tools.texts import Texts, load_texts, tokenize_windows
+from trsp_deploy.tools.training import pick_device
 
 RECIPE_FILE = "recipe.yaml"
 AUTO_ENGINES = {
@@ -56,7 +58,7 @@ class EngineOutcome:
     reason: str | None  # why it was not built or cannot run; None when it runs
 
 
-def prune_and_build(job: Pipeline) -> report.Report:
+def prune_and_build(job: Pipeline) -> Report:
     """Run every stage that is not finished yet, and write the report."""
     job.plan()
     job.prune()
@@ -171,11 +173,11 @@ class Pipeline:
             return self._adopt(self._plan_file, path)
         record = self.run.record("plan")
         settings = self._plan_settings(count)
-        if record is not None and record.settings == settings and path.is_file():
-            if fingerprint(path) != record.outputs["plan.json"]:
-                edited = read_plan(path, self._num_layers())
-                self._say(f"plan.json was edited by hand: dropping {', '.join(map(str, edited.dropped))}")
-                return edited
+        known = record if record is not None and record.settings == settings and path.is_file() else None
+        if known is not None and fingerprint(path) != known.outputs["plan.json"]:
+            edited = read_plan(path, self._num_layers())
+            self._say(f"plan.json was edited by hand: dropping {', '.join(map(str, edited.dropped))}")
+            return edited
         return self.run.step(
             "plan",
             lambda: self._select(count, path),
@@ -198,7 +200,7 @@ class Pipeline:
     def _select(self, count: int, path: Path) -> PruningPlan:
         train, validation = self._calibration_windows()
         with quiet_libraries():
-            model = load_model(self._path("dense"), selection.pick_device(self.recipe), selection.PLAN_DTYPE)
+            model = load_model(self._path("dense"), pick_device(self.recipe), selection.PLAN_DTYPE)
             plan = selection.select_layers(
                 model, train, validation, count, self.recipe, self._calibration_texts().origin
             )
@@ -391,12 +393,12 @@ class Pipeline:
 
     # -- the report --------------------------------------------------------------------------------------------------
 
-    def report(self) -> report.Report:
+    def report(self) -> Report:
         """Gather what the stages found and write report.json and report.md."""
         source, checkpoint = self.dense(), self.prune()
         quality = {name: report.quality_report(ppl["dense"], ppl["pruned"]) for name, ppl in self.evaluate().items()}
         engines = [self._engine_report(outcome) for outcome in self.build()]
-        result = report.Report(
+        result = Report(
             schema_version=report.SCHEMA_VERSION,
             verdict=report.verdict(engines, quality),
             model=report.model_report(
@@ -413,22 +415,21 @@ class Pipeline:
         report.write_report(result, self.run.path)
         return result
 
-    def _engine_report(self, outcome: EngineOutcome) -> report.EngineReport:
+    def _engine_report(self, outcome: EngineOutcome) -> EngineReport:
         spec, batch = outcome.spec, self.recipe.bench.batch_size
         measurement = self.bench().get(spec.name)
+        status: Literal["ran", "built", "unavailable"] = "ran"
         if not outcome.manifests:
             status = "unavailable"
         elif measurement is None:
             status = "built"
-        else:
-            status = "ran"
         figures = {
             role: report.engine_figures(
                 manifest.size_bytes, manifest.build_s, getattr(measurement, role) if measurement else None, batch
             )
             for role, manifest in outcome.manifests.items()
         }
-        return report.EngineReport(
+        return EngineReport(
             name=spec.name,
             backend=spec.backend,
             precision=spec.precision,

@@ -180,7 +180,8 @@ def parse_drop(drop: str, num_layers: int) -> int:
     if not 1 <= count < num_layers:
         raise RecipeError(
             f"--drop '{drop}' is {count} of the model's {num_layers} layers: "
-            f"at least 1 must go and at least 1 must stay (1 to {num_layers - 1}, or {_smallest_share(num_layers)}% upwards)"
+            f"at least 1 must go and at least 1 must stay (1 to {num_layers - 1}, "
+            f"or {_smallest_share(num_layers)}% upwards)"
         )
     return count
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -113,7 +114,7 @@ def _progress(line: str) -> None:
     print(f"> {line}", file=sys.stderr)
 
 
-def _show(columns: tuple[str, ...], rows: list[tuple[str, ...]], as_json: bool) -> None:
+def _show(columns: tuple[str, ...], rows: Sequence[Sequence[str]], as_json: bool) -> None:
     from trsp_deploy.cli.tables import console, plain_table
 
     if as_json:

@@ -97,8 +97,9 @@ def prune(
         _print_json(
             as_json,
             {**result.model_dump(mode="json", exclude={"lm_loss", "penalty"}), "run": str(job.run.path)},
-            f"dropped {', '.join(map(str, result.dropped))}; perplexity on held-out calibration text {result.ppl_dense:.2f} "
-            f"dense, {result.ppl_after_removal:.2f} pruned; checkpoint: {job.run.path / 'pruned'}",
+            f"dropped {', '.join(map(str, result.dropped))}; perplexity on held-out calibration text "
+            f"{result.ppl_dense:.2f} dense, {result.ppl_after_removal:.2f} pruned; "
+            f"checkpoint: {job.run.path / 'pruned'}",
         )
 
 
@@ -240,8 +241,9 @@ def _announce(step: str, state: str) -> None:
 
 def _say(line: str) -> None:
     from rich.console import Console
+    from rich.markup import escape
 
-    Console(file=sys.stderr, highlight=False, soft_wrap=True).print(f"[bold cyan]>[/] {line}".replace("\n", " "))
+    Console(file=sys.stderr, highlight=False, soft_wrap=True).print(f"[bold cyan]>[/] {escape(' '.join(line.split()))}")
 
 
 def _print_json(as_json: bool, value: dict[str, Any], text: str) -> None:

@@ -8,8 +8,9 @@ from typing import TextIO
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from trsp_deploy.stages.report import ENGINE_COLUMNS, Report, engine_rows, model_rows
+from trsp_deploy.stages.report import ENGINE_COLUMNS, Report, engine_notes, engine_rows, model_rows
 
 STATE_STYLES = {"ok": "green", "warning": "yellow", "missing": "yellow", "conflict": "bold red"}
 PIPED_WIDTH = 120
@@ -27,12 +28,15 @@ def print_report(report: Report, run: Path, file: TextIO) -> None:
     facts.add_column(style="bold", no_wrap=True)
     facts.add_column(overflow="fold")
     for label, value in model_rows(report):
-        facts.add_row(label, value)
+        facts.add_row(label, Text(value))
     out.print()
     out.print(facts)
     out.print()
     out.print(plain_table(ENGINE_COLUMNS, engine_rows(report)))
-    out.print(f"\n[bold]{report.verdict}[/bold]", soft_wrap=True)
+    for note in engine_notes(report):
+        out.print(Text(note, style="dim"), soft_wrap=True)
+    out.print()
+    out.print(Text(report.verdict, style="bold"), soft_wrap=True)
     out.print(f"report: {run / 'report.md'} and report.json", soft_wrap=True)
 
 
@@ -40,5 +44,5 @@ def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """Rows under headings, without lines."""
     table = Table(*columns, box=None, pad_edge=False, header_style="bold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(cell) for cell in row))  # Text: a `[gpu]` in a pip command is no markup
     return table

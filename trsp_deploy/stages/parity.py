@@ -20,8 +20,9 @@ from trsp_deploy.results import Parity, Role
 from trsp_deploy.tools.runners import Runner
 
 # Largest |difference of logits| over the standard deviation of the reference's logits. fp32 engines differ in the
-# order of their sums only; fp16 rounds every product to 11 bits, and the error grows with depth.
-TOLERANCES: dict[Precision, float] = {"fp32": 1e-3, "fp16": 5e-2}
+# order of their sums only: 2e-5 was measured on SmolLM2-135M. fp16 rounds every product to 11 bits: 0.005 to 0.08 were
+# measured, PyTorch's own fp16 among them. A wrong mask, position or cache costs more than 1.
+TOLERANCES: dict[Precision, float] = {"fp32": 1e-3, "fp16": 0.25}
 NEW_TOKENS = 12
 
 
@@ -83,9 +84,9 @@ def check_parity(reference: Reference, runner: Runner, subject: str, role: Role,
     result = compare(reference, logits, subject, role, precision)
     if not result.passed:
         raise ParityError(
-            f"parity: {subject} ({role}, {precision}) is {result.max_error:.3g} standard deviations from PyTorch's logits "
-            f"(tolerance {result.tolerance:g}), {result.tokens_equal} of {result.tokens_compared} greedy tokens equal; "
-            "nothing made from it can be trusted"
+            f"parity: {subject} ({role}, {precision}) is {result.max_error:.3g} standard deviations from PyTorch's "
+            f"logits (tolerance {result.tolerance:g}), {result.tokens_equal} of {result.tokens_compared} greedy tokens "
+            "equal; nothing made from it can be trusted"
         )
     return result
 

@@ -268,8 +268,8 @@ def model_rows(report: Report) -> list[tuple[str, str]]:
         rows.append(
             (
                 "parity",
-                f"{len(report.parity)} of {len(report.parity)} checks passed; nearest to its tolerance: {worst.subject} "
-                f"{worst.role} {worst.precision}, error {worst.max_error:.2g} of {worst.tolerance:g}",
+                f"{len(report.parity)} checks passed; nearest to its tolerance: {worst.subject} {worst.role} "
+                f" {worst.precision}, error {worst.max_error:.2g} of {worst.tolerance:g}",
             )
         )
     return rows
@@ -284,12 +284,11 @@ def engine_rows(report: Report) -> list[tuple[str, ...]]:
     for engine in report.engines:
         dense, pruned, found = engine.dense, engine.pruned, engine.speedup
         if dense is None or pruned is None:
-            rows.append((engine.name, engine.status, engine.reason or "", "", "", "", ""))
+            rows.append((engine.name, engine.status, "", "", "", "", ""))
             continue
         size = (f"{dense.size_bytes / 1e6:.0f} MB", f"{pruned.size_bytes / 1e6:.0f} MB", "", "")
         rows.append((engine.name, engine.status, "size", *size))
         if found is None:
-            rows.append(("", "", engine.reason or "", "", "", "", ""))
             continue
         for phase, ms, interval, limit in (
             (
@@ -318,6 +317,12 @@ def engine_rows(report: Report) -> list[tuple[str, ...]]:
     return rows
 
 
+def engine_notes(report: Report) -> list[str]:
+    """Why an engine did not run, a line each: nothing is skipped in silence."""
+    states = {"built": "built, not run", "unavailable": "unavailable"}
+    return [f"{e.name}: {states[e.status]} ({e.reason})" for e in report.engines if e.status != "ran"]
+
+
 def render(report: Report) -> str:
     """`report.md`."""
     bench = report.recipe.bench
@@ -326,11 +331,12 @@ def render(report: Report) -> str:
     lines += [f"| {label} | {value} |" for label, value in model_rows(report)]
     lines += ["", "## Engines", "", f"| {' | '.join(ENGINE_COLUMNS)} |", "|" + "---|" * len(ENGINE_COLUMNS)]
     lines += [f"| {' | '.join(row)} |" for row in engine_rows(report)]
+    lines += ["", *(f"- {note}" for note in engine_notes(report))]
     lines += [
         "",
-        f"Batch {bench.batch_size}, prompt {bench.prompt_tokens}, {bench.new_tokens} tokens a block, {bench.blocks} blocks "
-        "each, dense and pruned in turn. Speed-up: median over block pairs with a bootstrap interval. Limit: bytes read "
-        "a token (decode), operations (prefill).",
+        f"Batch {bench.batch_size}, prompt {bench.prompt_tokens}, {bench.new_tokens} tokens a block, "
+        f"{bench.blocks} blocks each, dense and pruned in turn. Speed-up: median over block pairs with a bootstrap "
+        "interval. Limit: bytes read a token (decode), operations (prefill).",
         "",
         "## Parity with fp32 PyTorch",
         "",

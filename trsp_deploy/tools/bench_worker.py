@@ -1,4 +1,6 @@
-"""A process of its own around one engine, so that its memory is its own: `python -m trsp_deploy.tools.bench_worker FOLDER`.
+"""A process of its own around one engine, so that its memory is its own.
+
+    python -m trsp_deploy.tools.bench_worker ENGINE_FOLDER
 
 Speaks JSON lines: says {"ready": ...} once the engine is loaded, then answers each block on stdin with its raw samples.
 Imports no torch unless the engine needs it.
@@ -8,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -56,7 +57,9 @@ def measure_block(runner: Runner, prompt: list[list[int]], new_tokens: int) -> d
 
 
 def _peak_memory(gpu_before: int | None, gpu_after: int | None) -> dict[str, int | None]:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not ru_maxrss: that one starts from the size of the process that forked this one.
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
     on_gpu = None if gpu_before is None or gpu_after is None else max(0, gpu_after - gpu_before)
     return {"peak_rss_bytes": peak, "gpu_bytes": on_gpu}
 

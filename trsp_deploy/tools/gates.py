@@ -76,9 +76,6 @@ class LayerGates:
         if index in self.watched:
             self.changes[index] = result - hidden
         gate = self.values[index].to(result.dtype)
-        if self.form == "output":
-            gated = gate * result
-        else:
-            # lerp is exact at both ends: 1 returns the layer's output, 0 its input.
-            gated = torch.lerp(hidden.to(result.dtype), result, gate)
+        # lerp is exact at both ends: 1 returns the layer's output, 0 its input.
+        gated = gate * result if self.form == "output" else torch.lerp(hidden.to(result.dtype), result, gate)
         return with_layer_output(output, gated)

@@ -28,8 +28,8 @@ def pick_device(recipe: Recipe) -> str:
 def has_fast_bf16(device: str) -> bool:
     """Whether matrix products in bf16 are quicker than in fp32 on this hardware."""
     if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def autocast(recipe: Recipe, device: str) -> contextlib.AbstractContextManager[None]:
@@ -62,5 +62,7 @@ def learning_rate(step: int, steps: int, warmup_share: float) -> float:
 def mean_loss(model: PreTrainedModel, windows: torch.Tensor, batch_size: int) -> float:
     """Mean next-token loss in nats over windows (windows, sequence)."""
     device = next(model.parameters()).device
-    total = sum(next_token_loss(model, part.to(device)).item() * len(part) for part in windows.split(batch_size))
+    total = 0.0
+    for part in windows.split(batch_size):
+        total += next_token_loss(model, part.to(device)).item() * len(part)
     return total / len(windows)

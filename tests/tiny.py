@@ -1,0 +1,99 @@
+"""Small random models of every family that the spine supports, a tokenizer for them, and English text.
+
+folder = save_tiny("llama", tmp_path / "llama")
+"""
+
+from __future__ import annotations
+
+import functools
+import pydoc_data.topics
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+LAYERS = 6
+VOCABULARY = 384
+POSITIONS = 256
+
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": POSITIONS,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+ROTARY = {**COMMON, "intermediate_size": 96}
+
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "opt": ("OPTConfig", {**COMMON, "ffn_dim": 96, "word_embed_proj_dim": 48, "pad_token_id": 1}),
+    "llama": ("LlamaConfig", {**ROTARY, "num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "qwen2": ("Qwen2Config", {**ROTARY, "num_key_value_heads": 2}),
+    "gpt2": (
+        "GPT2Config",
+        {"vocab_size": VOCABULARY, "n_embd": 48, "n_layer": LAYERS, "n_head": 4, "n_positions": POSITIONS}
+        | {"bos_token_id": 0, "eos_token_id": 0},
+    ),
+    "gpt_neox": ("GPTNeoXConfig", ROTARY),
+    "phi": ("PhiConfig", ROTARY),
+    "mistral": ("MistralConfig", {**ROTARY, "num_key_value_heads": 2, "sliding_window": None}),
+}
+FAMILIES = tuple(CONFIGS)
+
+
+def tiny_config(family: str, **changes: Any) -> PretrainedConfig:
+    """Config of a family's tiny model; `changes` override its fields."""
+    name, values = CONFIGS[family]
+    config: PretrainedConfig = getattr(transformers, name)(**{**values, **changes})
+    return config
+
+
+def tiny_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A random model whose layers all matter: the default initialisation leaves them near the identity."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(family, **changes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4)
+    return model
+
+
+@functools.cache
+def english() -> str:
+    """About 700 kB of English prose that every Python carries: its own reference manual."""
+    return "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
+
+
+@functools.cache
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of VOCABULARY tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([english()[:100_000]], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", model_max_length=POSITIONS)
+
+
+def save_tiny(family: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """Write a complete Hugging Face folder: model, tokenizer, generation config."""
+    tiny_model(family, seed, **changes).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tokens(batch: int = 2, length: int = 20, seed: int = 0) -> torch.Tensor:
+    """Random token ids (batch, length)."""
+    return torch.randint(VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,122 @@
+"""Removing layers leaves a model that plain transformers understands."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from tests.tiny import FAMILIES, LAYERS, save_tiny, tiny_config, tiny_model, tokens
+from trsp_deploy.decoder import count_weights, decoder_layers, decoder_size, load_model, next_token_loss, remove_layers
+from trsp_deploy.errors import ModelError
+
+RELOAD = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+logits = model(input_ids=torch.load(sys.argv[2]), use_cache=False).logits
+assert "trsp_deploy" not in sys.modules
+assert torch.equal(logits, torch.load(sys.argv[3])), "reloaded logits differ"
+out = model.generate(torch.load(sys.argv[2])[:1], max_new_tokens=4, do_sample=False)
+assert out.shape[1] == 24, out.shape
+"""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layer_list_is_found(family):
+    assert len(decoder_layers(tiny_model(family))) == LAYERS
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_indices_and_config_are_cut_with_the_layers(family):
+    model = tiny_model(family)
+    survivors = [layer for index, layer in enumerate(decoder_layers(model)) if index not in (0, 3)]
+    remove_layers(model, [0, 3])
+    assert list(decoder_layers(model)) == survivors
+    assert model.config.num_hidden_layers == LAYERS - 2
+    for index, layer in enumerate(decoder_layers(model)):
+        indices = {module.layer_idx for module in layer.modules() if hasattr(module, "layer_idx")}
+        assert indices == {index}
+
+
+def test_per_layer_config_lists_are_cut():
+    kinds = ["full_attention", "sliding_attention"] * 3
+    model = tiny_model("qwen2", layer_types=kinds, use_sliding_window=True, sliding_window=8)
+    model.config.eos_token_id = [0, 1, 2, 3, 4, 5]  # as long as the layer list, and none of its business
+    remove_layers(model, [0, 2])
+    assert model.config.layer_types == ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    assert model.config.eos_token_id == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
+def test_saved_folder_reloads_in_a_fresh_process_without_our_code(family, tmp_path):
+    model = tiny_model(family)
+    remove_layers(model, [1, 2])
+    model.save_pretrained(tmp_path / "pruned")
+    torch.save(tokens(), tmp_path / "ids.pt")
+    with torch.no_grad():
+        torch.save(model(input_ids=tokens(), use_cache=False).logits, tmp_path / "logits.pt")
+    files = [str(tmp_path / name) for name in ("pruned", "ids.pt", "logits.pt")]
+    subprocess.run([sys.executable, "-c", RELOAD, *files], check=True, timeout=120)
+
+
+def test_tied_weights_stay_tied(tmp_path):
+    model = tiny_model("llama")
+    remove_layers(model, [5])
+    model.save_pretrained(tmp_path)
+    again = load_model(tmp_path)
+    assert again.get_input_embeddings().weight is again.get_output_embeddings().weight
+
+
+def test_attention_that_depends_on_the_layer_number_is_refused_untouched():
+    model = tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True)
+    with pytest.raises(ModelError, match="layers cannot be renumbered"):
+        remove_layers(model, [1])
+    assert len(decoder_layers(model)) == LAYERS
+
+
+def test_a_config_that_no_longer_describes_the_weights_is_refused():
+    model = tiny_model("llama")
+    decoder_layers(model)[4].mlp.down_proj = nn.Linear(96, 48, bias=True)  # unlike what the config says
+    with pytest.raises(ModelError, match=r"first difference: model\.layers\.3\.mlp\.down_proj\.bias"):
+        remove_layers(model, [0])
+
+
+def test_two_candidate_lists_are_refused():
+    model = tiny_model("llama")
+    model.model.twin = nn.ModuleList(nn.Identity() for _ in range(LAYERS))
+    with pytest.raises(ModelError, match="found 2"):
+        decoder_layers(model)
+
+
+def test_weights_are_counted_once(tmp_path):
+    model = tiny_model("llama")  # tied
+    counts = count_weights(model)
+    assert counts.total == sum(p.numel() for p in model.parameters())
+    assert counts.lm_head == counts.embeddings == 384 * 48
+    assert counts.total == sum(counts.layers) + counts.lm_head + 48  # and the final norm
+
+
+def test_size_comes_from_the_config_alone(tmp_path):
+    folder = save_tiny("llama", tmp_path)
+    weights = count_weights(load_model(folder))
+    (folder / "model.safetensors").unlink()
+    size = decoder_size(folder)
+    assert size.weights == weights
+    assert size.cache_per_token == 2 * 2 * 12  # keys and values, 2 heads of 12
+    assert size.attention_width == 48
+
+
+def test_loss_of_a_uniform_model_is_the_log_of_the_vocabulary():
+    model = tiny_model("gpt2")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert next_token_loss(model, tokens()).item() == pytest.approx(torch.tensor(384.0).log().item(), abs=1e-5)
+
+
+def test_tiny_configs_differ_from_each_other():
+    assert len({type(tiny_config(family)) for family in FAMILIES}) == len(FAMILIES)

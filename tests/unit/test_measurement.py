@@ -1,0 +1,154 @@
+"""Statistics, limits and parity on samples whose answer is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.tiny import save_tiny
+from trsp_deploy.decoder import DecoderSize, WeightCounts
+from trsp_deploy.errors import EngineUnavailable, ParityError
+from trsp_deploy.results import Perplexity
+from trsp_deploy.stages import parity
+from trsp_deploy.stages.bench import Worker
+from trsp_deploy.stages.report import EngineReport, SpeedupReport, verdict
+from trsp_deploy.tools.limits import decode_bytes, prefill_operations, speed_limit
+from trsp_deploy.tools.statistics import perplexity_ratio, speedup
+
+
+def test_speedup_of_equal_samples_is_one():
+    found = speedup([0.1] * 5, [0.1] * 5)
+    assert (found.ratio, found.low, found.high) == (1.0, 1.0, 1.0)
+
+
+def test_speedup_pairs_what_was_measured_together():
+    drift = np.linspace(1, 3, 20)  # the machine slows down to a third; the ratio must not notice
+    found = speedup(0.12 * drift, 0.10 * drift)
+    assert found.ratio == pytest.approx(1.2) and found.low == pytest.approx(1.2) and found.high == pytest.approx(1.2)
+
+
+def test_interval_covers_the_truth():
+    generator = np.random.default_rng(1)
+    covered = 0
+    for _ in range(100):
+        found = speedup(1.2 * np.exp(generator.normal(0, 0.1, 15)), np.exp(generator.normal(0, 0.1, 15)))
+        covered += found.low <= 1.2 <= found.high
+    assert covered >= 88
+
+
+def test_perplexity_ratio_is_of_means():
+    dense = Perplexity(text="t", role="dense", origin="", context_length=9, nll=(1.0, 2.0, 3.0))
+    pruned = Perplexity(text="t", role="pruned", origin="", context_length=9, nll=(1.5, 2.5, 3.5))
+    found = perplexity_ratio(dense, pruned)
+    assert found.ratio == pytest.approx(np.exp(0.5)) == pytest.approx(pruned.ppl / dense.ppl)
+    assert dense.tokens == 24
+
+
+def opt_6_7b(layers: int) -> DecoderSize:
+    per_layer = 12 * 4096**2 + 13 * 4096
+    weights = WeightCounts(
+        total=layers * per_layer + 50272 * 4096, layers=(per_layer,) * layers, lm_head=50272 * 4096, embeddings=0
+    )
+    return DecoderSize(weights=weights, cache_per_token=2 * 4096, attention_width=4096)
+
+
+def test_limit_of_opt_6_7b_is_the_published_bound():
+    limit = speed_limit(opt_6_7b(32), opt_6_7b(24), "fp16", batch=1, prompt=128, past=0)
+    assert limit.decode == pytest.approx(1.320, abs=0.001)
+    long_past = speed_limit(opt_6_7b(32), opt_6_7b(24), "fp16", batch=64, prompt=128, past=100_000)
+    assert long_past.decode == pytest.approx(32 / 24, abs=0.001)  # the cache dominates
+
+
+def test_bytes_and_operations():
+    size = DecoderSize(
+        weights=WeightCounts(total=30, layers=(10, 10), lm_head=5, embeddings=5), cache_per_token=4, attention_width=3
+    )
+    assert decode_bytes(size, "fp16", batch=2, past=7) == 2 * (20 + 5 + 2 * 7 * 4 * 2)
+    assert prefill_operations(size, batch=1, prompt=10) == 2 * 10 * (25 + 2 * 2 * 10 * 3)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    folder = save_tiny("llama", tmp_path_factory.mktemp("model"))
+    return parity.make_reference(folder, [list(range(3, 15)), list(range(30, 37))])
+
+
+def test_reference_reads_left_padded_prompts(reference):
+    assert reference.attention_mask.tolist()[1] == [0] * 5 + [1] * 7
+    assert reference.logits.shape == (2, 12 + parity.NEW_TOKENS, 384)
+    greedy = reference.logits[:, 11:-1].argmax(-1)
+    assert (greedy == reference.tokens).all()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_parity_passes_the_reference_and_small_noise(reference, precision):
+    assert parity.compare(reference, reference.logits, "x", "dense", precision).passed
+    noise = np.random.default_rng(0).uniform(-1, 1, reference.logits.shape) * reference.logits.std()
+    found = parity.compare(
+        reference, reference.logits + 0.5 * parity.TOLERANCES[precision] * noise, "x", "dense", precision
+    )
+    assert found.passed and found.max_error > 0
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("damage", ["shifted", "cache forgotten", "nan", "swapped rows"])
+def test_parity_fails_what_is_broken(reference, precision, damage):
+    logits = reference.logits.copy()
+    if damage == "shifted":
+        logits = np.roll(logits, 1, axis=1)
+    elif damage == "cache forgotten":
+        logits[:, 12:] = logits[:, 11:12]
+    elif damage == "nan":
+        logits[0, 3, 5] = np.nan
+    else:
+        logits = logits[::-1]
+    assert not parity.compare(reference, logits, "x", "dense", precision).passed
+
+
+def test_padding_positions_do_not_count(reference):
+    logits = reference.logits.copy()
+    logits[1, :5] = np.nan  # what stands before the shorter prompt
+    assert parity.compare(reference, logits, "x", "dense", "fp32").passed
+
+
+def test_a_failed_parity_stops_with_one_line(reference):
+    class Broken:
+        def prefill(self, input_ids, attention_mask):
+            return np.zeros((*input_ids.shape, 384), dtype=np.float32)
+
+        def decode(self, input_ids):
+            return np.zeros((len(input_ids), 1, 384), dtype=np.float32)
+
+    with pytest.raises(ParityError, match=r"parity: ort \(pruned, fp32\) is .* nothing made from it can be trusted"):
+        parity.check_parity(reference, Broken(), "ort", "pruned", "fp32")
+
+
+def test_a_worker_that_cannot_start_says_why(tmp_path):
+    with pytest.raises(EngineUnavailable, match="no engine here"), Worker(tmp_path):
+        pass
+
+
+def speeds(decode, prefill, limit=1.3):
+    values = {"prefill_limit": limit, "limit": limit}
+    for phase, (low, middle, high) in {"decode": decode, "prefill": prefill}.items():
+        values |= {phase: middle, f"{phase}_low": low, f"{phase}_high": high}
+    return EngineReport(
+        name="e", backend="onnxruntime-cpu", precision="fp32", status="ran", speedup=SpeedupReport(**values)
+    )
+
+
+@pytest.mark.parametrize(
+    ("decode", "prefill", "word"),
+    [
+        ((1.1, 1.2, 1.3), (1.1, 1.2, 1.3), "CONFIRMED on e"),
+        ((0.9, 1.1, 1.3), (1.1, 1.2, 1.3), "INCONCLUSIVE on e"),
+        ((0.7, 0.8, 0.9), (1.1, 1.2, 1.3), "NOT THERE on e"),
+        ((1.5, 1.6, 1.7), (1.1, 1.2, 1.3), "distrust it: decode"),
+    ],
+)
+def test_verdict_follows_the_intervals(decode, prefill, word):
+    assert word in verdict([speeds(decode, prefill)], {})
+
+
+def test_verdict_without_an_engine_claims_nothing():
+    assert verdict([], {}).startswith("NOT MEASURED")

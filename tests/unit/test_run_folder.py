@@ -1,0 +1,173 @@
+"""Artefacts appear whole or not at all, and a finished step is redone only when something it depends on changed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trsp_deploy.artifacts import RunFolder, fingerprint, provenance, size_bytes, storage_errors, write_json, writing
+from trsp_deploy.errors import RunError, StorageError
+from trsp_deploy.recipe import Strict
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+class Made(Strict):
+    number: int
+
+
+class Job:
+    """A step that counts how often it works."""
+
+    def __init__(self, run: RunFolder, source: Path) -> None:
+        self.run, self.source, self.calls = run, source, 0
+
+    def __call__(self, settings=None) -> Made:
+        def work() -> Made:
+            self.calls += 1
+            (self.run.path / "out.txt").write_text(self.source.read_text() * 2)
+            return Made(number=self.calls)
+
+        return self.run.step(
+            "double", work, Made, settings=settings or {}, inputs={"source": self.source}, outputs=["out.txt"]
+        )
+
+
+@pytest.fixture
+def job(tmp_path):
+    (tmp_path / "source.txt").write_text("a")
+    with RunFolder(tmp_path / "run") as run:
+        yield Job(run, tmp_path / "source.txt")
+
+
+def test_finished_step_is_reused(job):
+    assert job() == Made(number=1) == job()
+    assert job.calls == 1
+
+
+def test_changed_input_setting_or_output_redoes_it(job):
+    job()
+    job.source.write_text("b")
+    job()
+    job({"factor": 2})
+    (job.run.path / "out.txt").write_text("tampered")
+    job({"factor": 2})
+    (job.run.path / "out.txt").unlink()
+    job({"factor": 2})
+    assert job.calls == 5
+
+
+def test_damaged_record_redoes_it(job):
+    job()
+    (job.run.path / "records" / "double.json").write_text("{")
+    job()
+    assert job.calls == 2
+
+
+def test_failed_step_leaves_no_record(job):
+    job.source.unlink()
+    with pytest.raises(FileNotFoundError):
+        job()
+    assert job.run.record("double") is None
+
+
+def test_record_says_where_it_comes_from(job):
+    job()
+    record = job.run.record("double")
+    assert record.inputs["source"] == fingerprint(job.source)
+    assert record.outputs["out.txt"] == fingerprint(job.run.path / "out.txt")
+    assert record.provenance == provenance()
+    assert record.provenance.cores >= 1 and "torch" in record.provenance.packages
+
+
+def test_second_run_in_the_same_folder_is_refused(job):
+    with pytest.raises(RunError, match=f"in use by another trsp-deploy \\(process {os.getpid()}\\)"):
+        RunFolder(job.run.path).__enter__()
+
+
+def test_lock_of_a_killed_run_is_free(tmp_path):
+    script = (
+        "import os, signal\nfrom pathlib import Path\nfrom trsp_deploy.artifacts import RunFolder\n"
+        f"RunFolder(Path({str(tmp_path / 'run')!r})).__enter__()\nos.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -9
+    with RunFolder(tmp_path / "run") as run:
+        assert run.path.is_dir()
+
+
+def test_file_keeps_its_old_content_when_writing_fails(tmp_path):
+    target = tmp_path / "value.json"
+    write_json(target, {"a": 1})
+    with pytest.raises(ValueError, match="half-way"), writing(target) as partial:
+        partial.write_text("half")
+        raise ValueError("half-way")
+    assert target.read_text() == '{\n  "a": 1\n}\n'
+    assert names(tmp_path) == ["value.json"]
+
+
+def test_folder_is_replaced_whole(tmp_path):
+    for content in ("old", "new"):
+        with writing(tmp_path / "model") as partial:
+            partial.mkdir()
+            (partial / content).write_text(content)
+    assert names(tmp_path / "model") == ["new"]
+    assert size_bytes(tmp_path / "model") == 3
+
+
+def test_fingerprint_sees_names_and_contents(tmp_path):
+    (tmp_path / "a").write_text("x")
+    first = fingerprint(tmp_path)
+    (tmp_path / "a").rename(tmp_path / "b")
+    second = fingerprint(tmp_path)
+    (tmp_path / "b").write_text("y")
+    assert len({first, second, fingerprint(tmp_path)}) == 3
+
+
+def test_refused_write_is_one_line(tmp_path):
+    with pytest.raises(StorageError, match="no permission to write"), storage_errors(tmp_path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "x"))
+
+
+def test_unwritable_place_is_one_line():
+    with pytest.raises(RunError, match=r"/proc/trsp-run: cannot be created .* choose another --out"):
+        RunFolder(Path("/proc/trsp-run")).__enter__()
+    with pytest.raises(StorageError, match="no permission to write"):
+        RunFolder(Path("/sys/trsp-run")).__enter__()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MB."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(mount)], capture_output=True, check=False
+    )
+    if made.returncode != 0:
+        pytest.skip(f"cannot mount a tmpfs here: {made.stderr.decode().strip()}")
+    yield mount
+    subprocess.run(["umount", "-l", str(mount)], check=True)
+
+
+def test_full_disk_is_one_line_and_keeps_what_was_there(small_disk):
+    write_json(small_disk / "kept.json", {"a": 1})
+    with pytest.raises(StorageError) as caught, writing(small_disk / "big") as partial:
+        partial.write_bytes(bytes(8 << 20))
+    assert "the disk is full" in str(caught.value) and "finished steps are kept" in str(caught.value)
+    assert names(small_disk) == ["kept.json"]
+
+
+def test_full_disk_under_a_library_that_raises_its_own_error(small_disk):
+    import torch
+    from safetensors.torch import save_file
+
+    with pytest.raises(StorageError, match="the disk is full"), writing(small_disk / "model.safetensors") as partial:
+        save_file({"weight": torch.zeros(2 << 20)}, partial)
+    assert names(small_disk) == []

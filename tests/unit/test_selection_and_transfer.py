@@ -1,0 +1,179 @@
+"""Both stages on tiny models whose right answer is known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.tiny import english, save_tiny, tiny_model, tiny_tokenizer
+from trsp_deploy.decoder import decoder_layers, load_model, next_token_loss, stored_dtype
+from trsp_deploy.recipe import read_recipe
+from trsp_deploy.stages.selection import select_layers
+from trsp_deploy.stages.transfer import transfer_and_remove
+from trsp_deploy.tools.models import ModelSource
+from trsp_deploy.tools.plan import PruningPlan
+from trsp_deploy.tools.training import batches, learning_rate, mean_loss
+
+IDLE = [1, 4]  # layers that add nothing
+
+
+@pytest.fixture(scope="module")
+def windows() -> torch.Tensor:
+    ids = tiny_tokenizer()(english()[:20_000], add_special_tokens=False)["input_ids"]
+    return torch.tensor(ids[: len(ids) // 32 * 32]).view(-1, 32)
+
+
+def recipe(**groups):
+    values = {"model": "tiny", "autocast": "off", "device": "cpu", **groups}
+    return read_recipe(values, "test")
+
+
+@pytest.fixture(scope="module", params=["llama", "opt"])
+def with_idle_layers(request, windows):
+    """A model trained for a few seconds on English, in which every layer works but IDLE."""
+    model = tiny_model(request.param)
+    for index in IDLE:
+        for name, parameter in decoder_layers(model)[index].named_parameters():
+            parameter.requires_grad_(False)
+            if any(part in name for part in ("o_proj", "down_proj", "out_proj", "fc2")):
+                parameter.data.zero_()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=3e-3)
+    batch = batches(windows, 8, seed=0)
+    for _ in range(250):
+        optimizer.zero_grad()
+        next_token_loss(model, next(batch)).backward()
+        optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize("gate", ["branch", "output"])
+def test_idle_layers_are_picked(with_idle_layers, gate, windows):
+    settings = {"gate": gate, "steps": 2, "candidates": 6}
+    # Verified on text it was trained on, where every layer that works is sure to help.
+    plan = select_layers(with_idle_layers, windows[:16], windows[:16], 2, recipe(plan=settings), "manual")
+    assert plan.dropped == (1, 4)
+    assert plan.kept == (0, 2, 3, 5)
+    for pick in plan.picks:
+        assert pick.removal_loss[pick.layer] == min(pick.removal_loss.values())
+        assert pick.removal_loss[pick.layer] == pytest.approx(plan.dense_loss, abs=1e-4)
+        assert len(pick.gates) == len(pick.lm_loss) == 2
+
+
+def test_one_candidate_trusts_the_smallest_gate(windows):
+    settings = {"steps": 3, "candidates": 1}
+    plan = select_layers(tiny_model("llama"), windows[:16], windows[16:20], 1, recipe(plan=settings), "manual")
+    gates = plan.picks[0].gates[-1]
+    assert plan.dropped == (min(range(6), key=lambda index: abs(gates[index])),)
+
+
+def test_l1_alone_shrinks_the_gates(windows):
+    settings = {"steps": 5, "candidates": 1, "l1": 100.0, "learning_rate": 0.05}
+    plan = select_layers(tiny_model("llama"), windows[:16], windows[16:20], 1, recipe(plan=settings), "manual")
+    assert all(gate < 0.9 for gate in plan.picks[0].gates[-1])
+
+
+def test_same_seed_same_plan(windows):
+    chosen = recipe(plan={"steps": 2, "candidates": 2}, seed=3)
+    first, second = (
+        select_layers(tiny_model("gpt2"), windows[:16], windows[16:20], 2, chosen, "manual") for _ in range(2)
+    )
+    assert first == second
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return save_tiny("llama", tmp_path_factory.mktemp("dense"), tie_word_embeddings=True)
+
+
+PLAN = PruningPlan(
+    model="tiny",
+    num_layers=6,
+    dropped=(1, 4),
+    kept=(0, 2, 3, 5),
+    method="hand",
+    seed=0,
+    settings={},
+    calibration="manual",
+)
+
+
+def run_transfer(dense, out, windows, **transfer):
+    source = ModelSource(name="tiny", kind="folder", path=str(dense), origin=str(dense))
+    settings = {"steps": 12, "batch_size": 4, "learning_rate": 3e-3, **transfer}
+    return transfer_and_remove(dense, source, PLAN, windows[:32], windows[32:40], recipe(transfer=settings), out)
+
+
+def test_annealed_removal_is_exact(dense, tmp_path, windows):
+    result = run_transfer(dense, tmp_path / "out", windows, form="anneal")
+    assert result.ppl_before_removal == result.ppl_after_removal
+    assert result.lm_loss[-1] < result.lm_loss[3]  # it learned after the layers had faded
+    assert result.tokens == 12 * 4 * 32
+
+
+@pytest.mark.parametrize("form", ["l1", "l2"])
+def test_penalty_lowers_what_the_doomed_layers_add(dense, tmp_path, windows, form):
+    result = run_transfer(dense, tmp_path / "out", windows, form=form, weight=1.0)
+    assert result.penalty[-1] < 0.9 * result.penalty[0]
+    assert result.ppl_before_removal != result.ppl_after_removal  # small is not zero; the jump is reported
+
+
+def test_both_norms_have_one_scale(dense, tmp_path, windows):
+    first = {
+        form: run_transfer(dense, tmp_path / form, windows, form=form, steps=1).penalty[0] for form in ("l1", "l2")
+    }
+    assert 0.5 * first["l2"] < first["l1"] <= first["l2"]
+
+
+def test_no_transfer_removes_only(dense, tmp_path, windows):
+    result = run_transfer(dense, tmp_path / "out", windows, form="none")
+    assert result.lm_loss == () and result.tokens == 0
+    pruned = load_model(tmp_path / "out")
+    original = load_model(dense)
+    for new, old in enumerate(PLAN.kept):
+        kept = decoder_layers(pruned)[new].state_dict()
+        assert all(torch.equal(kept[key], value) for key, value in decoder_layers(original)[old].state_dict().items())
+
+
+def test_checkpoint_is_complete(dense, tmp_path, windows):
+    out = tmp_path / "out"
+    result = run_transfer(dense, out, windows, form="anneal", steps=2)
+    names = {path.name for path in out.iterdir()}
+    assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "README.md"} <= names
+    card = (out / "README.md").read_text()
+    assert "1, 4" in card and "depth-pruning" in card and "2 of its 6 transformer layers" in card
+    assert torch.exp(torch.tensor(mean_loss(load_model(out), windows[32:40], 4))).item() == pytest.approx(
+        result.ppl_after_removal, rel=1e-5
+    )
+
+
+def test_stored_dtype_is_kept(tmp_path, windows):
+    folder = save_tiny("llama", tmp_path / "half", dtype=torch.float16)
+    load_model(folder).half().save_pretrained(folder)
+    run_transfer(folder, tmp_path / "out", windows, form="anneal", steps=1)
+    assert stored_dtype(tmp_path / "out") == torch.float16
+    assert load_model(tmp_path / "out").dtype == torch.float16
+
+
+def test_embeddings_stay_unless_asked(dense, tmp_path, windows):
+    before = load_model(dense).get_input_embeddings().weight
+    run_transfer(dense, tmp_path / "layers", windows, form="anneal", steps=2)
+    assert torch.equal(load_model(tmp_path / "layers").get_input_embeddings().weight, before)
+    run_transfer(dense, tmp_path / "all", windows, form="anneal", steps=2, train="all")
+    assert not torch.equal(load_model(tmp_path / "all").get_input_embeddings().weight, before)
+
+
+def test_batches_see_each_window_once_before_any_twice():
+    stream = batches(torch.arange(10).view(10, 1), batch_size=5, seed=0)
+    for _ in range(3):
+        assert sorted(torch.cat([next(stream), next(stream)]).flatten().tolist()) == list(range(10))
+
+
+def test_batches_of_fewer_windows_than_the_batch():
+    assert next(batches(torch.arange(3).view(3, 1), batch_size=8, seed=0)).shape == (8, 1)
+
+
+def test_learning_rate_warms_up_and_ends_near_zero():
+    curve = [learning_rate(step, 100, 0.1) for step in range(100)]
+    assert curve[0] == pytest.approx(0.1) and max(curve) == pytest.approx(1.0) and curve[-1] < 0.01
+    assert learning_rate(0, 1, 0.0) == 1.0
