@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,8 @@ def place(tmp_path_factory) -> Path:
     (folder / "no-model" / "notes.md").write_text("nothing here")
     (folder / "garbled").mkdir()
     (folder / "garbled" / "config.json").write_text("{")
+    shutil.copy(folder / "model" / "model.safetensors", folder / "garbled")
+    shutil.copy(folder / "model" / "tokenizer.json", folder / "garbled")
     from transformers import BertConfig, BertForMaskedLM
 
     tiny_bert = BertConfig(
@@ -79,7 +82,7 @@ def prune(*more: str, model: str = "model", drop: str = "2", text: str = "text.t
         (prune(text="bad.jsonl"), ["bad.jsonl", "line 2", "text"]),
         (prune(text="wiki-dem"), ["did you mean 'wiki-demo'"]),
         (prune(text="wiki-demo"), ["trsp-deploy fetch wiki-demo"]),
-        (prune(text="wikitext2"), ["wikitext2", "offline"]),
+        (prune(text="wikitext2"), ["Salesforce/wikitext is not in the cache", "trsp-deploy fetch wiki-demo"]),
         (prune(model="no-model"), ["no-model", "config.json is missing"]),
         (prune(model="garbled"), ["garbled", "config.json"]),
         (prune(model="bert"), ["BertForMaskedLM", "not a decoder-only causal language model"]),
@@ -149,9 +152,14 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(mount)], check=True)
 
 
-def test_full_disk_is_one_line(fails, small_disk):
-    fails([*prune()[:-1], str(small_disk / "run")], "the disk is full", "finished steps are kept")
-    assert not list(small_disk.rglob("*.safetensors"))
+def test_full_disk_is_one_line_and_the_rerun_goes_on(fails, small_disk, capsys):
+    command = [*prune()[:-1], str(small_disk / "run")]
+    fails(command, "the disk is full", "finished steps are kept")
+    assert not list(small_disk.rglob(".*.partial"))
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    assert run(command) == 0
+    said = capsys.readouterr().err
+    assert "dense: reused" in said and "plan: reused" in said and "prune: done" in said
 
 
 def test_a_bug_shows_its_traceback(monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""Every family: full and cut, PyTorch and ONNX agree in prefill and in decode with past, and TensorRT-RTX builds both."""
+"""Every family, full and cut: ONNX agrees with PyTorch in prefill and in decode with past, and TensorRT-RTX builds."""
 
 from __future__ import annotations
 

@@ -41,15 +41,15 @@ def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code; errors become one line on stderr."""
     try:
         result = app(args=arguments, prog_name="trsp-deploy", standalone_mode=False)
-        return result if isinstance(result, int) else 0
+        return _interrupted() if result == INTERRUPTED else 0
     except Exit as done:
-        return done.exit_code
+        return _interrupted() if done.exit_code == INTERRUPTED else done.exit_code
     except TyperException as problem:
         return _say(problem.format_message(), 1)
     except TrspError as problem:
         return _say(str(problem), problem.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        return _say("interrupted; finished steps are kept, and the same command goes on from there", INTERRUPTED)
+        return _interrupted()
     except OSError as problem:
         # What a user's path or disk can cause, wherever it happens; anything else is a bug and shows its traceback.
         if problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
@@ -59,6 +59,10 @@ def run(arguments: list[str]) -> int:
     except Exception:
         traceback.print_exc()
         return BUG
+
+
+def _interrupted() -> int:
+    return _say("interrupted; finished steps are kept, and the same command goes on from there", INTERRUPTED)
 
 
 def _say(message: str, code: int) -> int:
