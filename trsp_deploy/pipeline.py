@@ -31,11 +31,11 @@ from trsp_deploy.tools.limits import speed_limit
 from trsp_deploy.tools.models import ModelSource, check_decoder_only, resolve_model
 from trsp_deploy.tools.plan import PruningPlan, read_plan
 from trsp_deploy.tools.quiet import quiet_libraries
-from trsp_deploy.tools.runners import EngineManifest, check_can_build, check_can_run, open_engine
+from trsp_deploy.tools.runners import EngineManifest, Runner, check_can_build, check_can_run, open_engine
 from trsp_deploy.tools.runners.ort import OrtRunner
 from trsp_deploy.tools.runners.requirements import package_version
 from trsp_deploy.tools.texts import Texts, load_texts, tokenize_windows
-from trsp_deploy.tools.training import pick_device
+from trsp_deploy.tools.training import TRAINING_DTYPES, pick_device
 
 RECIPE_FILE = "recipe.yaml"
 AUTO_ENGINES = {
@@ -63,8 +63,9 @@ def prune_and_build(job: Pipeline) -> Report:
     job.plan()
     job.prune()
     job.export()
+    job.check_onnx()
     job.build()
-    job.check()
+    job.check_engines()
     job.bench()
     job.evaluate()
     return job.report()
@@ -188,7 +189,9 @@ class Pipeline:
         )
 
     def _plan_settings(self, count: int) -> dict[str, Any]:
-        chosen = self.recipe.model_dump(mode="json", include={"seed", "device", "autocast", "calibration", "plan"})
+        chosen = self.recipe.model_dump(
+            mode="json", include={"seed", "device", "weights", "autocast", "calibration", "plan"}
+        )
         return {**chosen, "num_dropped": count}
 
     def _adopt(self, source: Path, path: Path) -> PruningPlan:
@@ -200,7 +203,7 @@ class Pipeline:
     def _select(self, count: int, path: Path) -> PruningPlan:
         train, validation = self._calibration_windows()
         with quiet_libraries():
-            model = load_model(self._path("dense"), pick_device(self.recipe), selection.PLAN_DTYPE)
+            model = load_model(self._path("dense"), pick_device(self.recipe), TRAINING_DTYPES[self.recipe.weights])
             plan = selection.select_layers(
                 model, train, validation, count, self.recipe, self._calibration_texts().origin
             )
@@ -305,34 +308,31 @@ class Pipeline:
     # -- parity, speed, quality --------------------------------------------------------------------------------------
 
     @functools.cache
-    def check(self) -> tuple[Parity, ...]:
-        """PyTorch against every ONNX model, and against every engine that runs here; raises ParityError."""
-        found = [
-            self._parity("onnx", role, precision, self.run.path / model.folder, self._onnx_runner(model))
+    def check_onnx(self) -> tuple[Parity, ...]:
+        """PyTorch against every ONNX model, before engines are built from it; raises ParityError."""
+        return tuple(
+            self._parity("onnx", role, precision, self.run.path / model.folder, self._open_onnx)
             for (role, precision), model in self.export().items()
-        ]
-        for outcome in self.build():
-            if outcome.reason is None:
-                found += [
-                    self._parity(
-                        outcome.spec.name,
-                        role,
-                        outcome.spec.precision,
-                        self._engine_path(outcome.spec, role),
-                        functools.partial(open_engine, self._engine_path(outcome.spec, role)),
-                    )
-                    for role in ROLES
-                ]
-        return tuple(found)
+        )
 
-    def _onnx_runner(self, model: OnnxModel) -> Callable[[], Any]:
-        return functools.partial(OrtRunner, self.run.path / model.folder / export.FILE)
+    @functools.cache
+    def check_engines(self) -> tuple[Parity, ...]:
+        """PyTorch against every engine that runs here; raises ParityError."""
+        specs = [outcome.spec for outcome in self.build() if outcome.reason is None]
+        return tuple(
+            self._parity(spec.name, role, spec.precision, self._engine_path(spec, role), open_engine)
+            for spec in specs
+            for role in ROLES
+        )
+
+    def _open_onnx(self, folder: Path) -> Runner:
+        return OrtRunner(folder / export.FILE)
 
     def _parity(
-        self, subject: str, role: Role, precision: Precision, folder: Path, open_it: Callable[[], Any]
+        self, subject: str, role: Role, precision: Precision, folder: Path, open_it: Callable[[Path], Runner]
     ) -> Parity:
         def work() -> Parity:
-            with open_it() as runner:
+            with open_it(folder) as runner:
                 return parity.check_parity(self._reference(role), runner, subject, role, precision)
 
         return self.run.step(
@@ -407,7 +407,7 @@ class Pipeline:
             removal=report.removal_report(checkpoint),
             quality=quality,
             engines=tuple(engines),
-            parity=self.check(),
+            parity=self.check_onnx() + self.check_engines(),
             recipe=self.recipe,
             plan=self.plan(),
             provenance=provenance(),

@@ -143,7 +143,7 @@ def bench(run: Run, engine: Engines = None, sets: Sets = None, as_json: Json = F
     with _existing(run, engine, None, sets) as job:
         from trsp_deploy.tools.statistics import decode_speedup, prefill_speedup
 
-        job.check()
+        job.check_engines()
         found = {
             name: {"prefill": prefill_speedup(m).model_dump(), "decode": decode_speedup(m).model_dump()}
             for name, m in job.bench().items()

@@ -59,7 +59,7 @@ def _additive_attention_masks(patcher: ModuleType) -> Iterator[None]:
     Phi). A finite minimum instead of -inf also keeps rows of padding, where everything is masked, free of NaN.
     Optimum's patcher calls torch's attention through a name of its own, so that name is what is replaced.
     """
-    attention = patcher.original_scaled_dot_product_attention
+    attention = patcher.original_scaled_dot_product_attention  # type: ignore[attr-defined]
 
     def additive(query: torch.Tensor, *args: Any, attn_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
         if attn_mask is not None and attn_mask.dtype == torch.bool:
@@ -67,8 +67,8 @@ def _additive_attention_masks(patcher: ModuleType) -> Iterator[None]:
             attn_mask = torch.where(attn_mask, torch.zeros((), dtype=query.dtype), lowest)
         return attention(query, *args, attn_mask=attn_mask, **kwargs)
 
-    patcher.original_scaled_dot_product_attention = additive
+    patcher.original_scaled_dot_product_attention = additive  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        patcher.original_scaled_dot_product_attention = attention
+        patcher.original_scaled_dot_product_attention = attention  # type: ignore[attr-defined]

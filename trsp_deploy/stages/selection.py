@@ -23,8 +23,6 @@ from trsp_deploy.tools.plan import Pick, PruningPlan, complement
 from trsp_deploy.tools.progress import Meter
 from trsp_deploy.tools.training import autocast, batches, mean_loss, pick_device
 
-PLAN_DTYPE = torch.float32  # autocast chooses the products; the residual stream stays exact
-
 
 def select_layers(
     model: PreTrainedModel,

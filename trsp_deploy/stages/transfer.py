@@ -9,6 +9,7 @@ of the training instead, so that removing them changes nothing.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,9 +32,7 @@ from trsp_deploy.tools.model_card import write_model_card
 from trsp_deploy.tools.models import ModelSource
 from trsp_deploy.tools.plan import PruningPlan
 from trsp_deploy.tools.progress import Meter
-from trsp_deploy.tools.training import autocast, batches, learning_rate, mean_loss, pick_device
-
-TRAINING_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from trsp_deploy.tools.training import TRAINING_DTYPES, autocast, batches, learning_rate, mean_loss, pick_device
 
 
 def transfer_and_remove(
@@ -99,6 +98,7 @@ def _train(
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
     batch = batches(train, settings.batch_size, recipe.seed)
     losses, penalties = [], []
+    began = time.perf_counter()
     with Meter("transfer", settings.steps) as meter:
         for step in range(settings.steps):
             for group in optimizer.param_groups:
@@ -114,7 +114,8 @@ def _train(
             optimizer.step()
             losses.append(round(lm_loss.item(), 5))
             penalties.append(round(penalty.item(), 5))
-            meter.advance(f"loss {losses[-1]:.3f} penalty {penalties[-1]:.3g}")
+            rate = len(losses) * settings.batch_size * train.shape[1] / (time.perf_counter() - began)
+            meter.advance(f"loss {losses[-1]:.3f} penalty {penalties[-1]:.3g} {rate:.0f} tokens/s")
     if settings.form == "anneal":
         gates.closed.update(doomed)
     return tuple(losses), tuple(penalties)

@@ -13,6 +13,8 @@ from trsp_deploy.decoder import next_token_loss
 from trsp_deploy.errors import RecipeError
 from trsp_deploy.recipe import Recipe
 
+TRAINING_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 def pick_device(recipe: Recipe) -> str:
     """Return "cpu" or "cuda"; raises RecipeError when the recipe wants a GPU that is not there."""

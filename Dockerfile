@@ -1,0 +1,19 @@
+# GPU machines: TensorRT from NVIDIA's image, this package from its wheel.
+#
+#   docker build -t trsp-deploy .
+#   docker run --gpus all -v "$PWD/runs:/work/runs" -v "$HOME/.cache/huggingface:/root/.cache/huggingface" \
+#       trsp-deploy prune-and-build --model opt-6.7b --drop 25%
+FROM python:3.12-slim AS wheel
+WORKDIR /source
+COPY . .
+RUN pip install --no-cache-dir build && python -m build --wheel --outdir /wheel
+
+FROM nvcr.io/nvidia/tensorrt:25.10-py3
+# The image's own Python packages (TensorRT among them) stay visible; ours go into an environment above them.
+COPY --from=wheel /wheel /wheel
+RUN python3 -m venv --system-site-packages /opt/trsp \
+    && /opt/trsp/bin/pip install --no-cache-dir "$(ls /wheel/*.whl)[gpu]" \
+    && ln -s /opt/trsp/bin/trsp-deploy /usr/local/bin/trsp-deploy \
+    && trsp-deploy --help > /dev/null
+WORKDIR /work
+ENTRYPOINT ["trsp-deploy"]

@@ -1,0 +1,49 @@
+"""Engines that need a CUDA device: the whole job on a tiny model, for every backend whose package is installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny import english, save_tiny
+from trsp_deploy.artifacts import RunFolder
+from trsp_deploy.pipeline import Pipeline, prune_and_build
+from trsp_deploy.recipe import read_recipe
+from trsp_deploy.tools.library import load_engine_spec
+from trsp_deploy.tools.runners import EngineUnavailable, check_can_build, check_can_run
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
+]
+
+
+@pytest.mark.parametrize("engine", ["ort-cuda-fp16", "tensorrt-fp16", "tensorrt-rtx-fp16"])
+def test_engine_runs_and_agrees(engine: str, tmp_path: Path) -> None:
+    spec = load_engine_spec(engine)
+    try:
+        check_can_build(spec)
+        check_can_run(spec)
+    except EngineUnavailable as reason:
+        pytest.skip(str(reason))
+    model = save_tiny("llama", tmp_path / "model", hidden_size=64, intermediate_size=128)
+    (tmp_path / "text.txt").write_text(english()[:60_000])
+    text = str(tmp_path / "text.txt")
+    values = {
+        "model": str(model),
+        "drop": "2",
+        "calibration": {"texts": text, "context_length": 32, "max_windows": 16, "validation_windows": 4},
+        "evaluation": {"manual": text},
+        "evaluate": {"context_length": 64, "max_tokens": 640},
+        "plan": {"steps": 1, "candidates": 2},
+        "transfer": {"steps": 2},
+        "bench": {"prompt_tokens": 16, "new_tokens": 4, "blocks": 4},
+        "engines": [engine],
+    }
+    with RunFolder(tmp_path / "run") as run:
+        report = prune_and_build(Pipeline(run, read_recipe(values, "test")))
+    (found,) = report.engines
+    assert found.status == "ran" and found.speedup is not None
+    assert {(p.subject, p.role) for p in report.parity} >= {(engine, "dense"), (engine, "pruned")}
