@@ -78,7 +78,9 @@ def doctor(as_json: Json = False) -> None:
 
     table = Table("", "what", "found", box=None, pad_edge=False, header_style="bold")
     for finding in findings:
-        detail = finding.detail + (f"\n{finding.install}" if finding.install else "")
+        # The reason often names the command already.
+        unsaid = finding.install if finding.install and finding.install not in finding.detail else None
+        detail = finding.detail + (f"\n{unsaid}" if unsaid else "")
         table.add_row(Text(finding.state, style=STATE_STYLES[finding.state]), finding.subject, Text(detail))
     console(sys.stdout).print(table)
 

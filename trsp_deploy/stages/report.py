@@ -269,7 +269,7 @@ def model_rows(report: Report) -> list[tuple[str, str]]:
             (
                 "parity",
                 f"{len(report.parity)} checks passed; nearest to its tolerance: {worst.subject} {worst.role} "
-                f" {worst.precision}, error {worst.max_error:.2g} of {worst.tolerance:g}",
+                f"{worst.precision}, error {worst.max_error:.2g} of {worst.tolerance:g}",
             )
         )
     return rows

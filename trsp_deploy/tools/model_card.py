@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from trsp_deploy import __version__
 from trsp_deploy.recipe import Recipe
 from trsp_deploy.results import PrunedCheckpoint
-from trsp_deploy.tools.models import ModelSource
+from trsp_deploy.tools.models import SHORT_NAMES, ModelSource
 from trsp_deploy.tools.plan import PruningPlan
 
 TEXT = """---
@@ -41,11 +41,13 @@ def write_model_card(
 ) -> None:
     """Write `folder`/README.md."""
     base = source.origin.partition("@")[0] if source.kind == "hub" else source.name
+    # A packaged model is one of the hub's, too.
+    hub_id = base if source.kind == "hub" else SHORT_NAMES.get(base)
     metadata = ModelCardData(
-        base_model=base if source.kind == "hub" else None,
-        base_model_relation="finetune" if source.kind == "hub" else None,
+        base_model=hub_id,
+        base_model_relation="finetune" if hub_id else None,
         library_name="transformers",
-        license=source.licence,
+        license=source.licence.lower() if source.licence else None,
         pipeline_tag="text-generation",
         tags=["trsp", "depth-pruning", "trsp_deploy"],
     )
