@@ -47,7 +47,6 @@ def place(tmp_path_factory) -> Path:
 @pytest.fixture
 def fails(place, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(place)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("TRSP_DEPLOY_HOME", str(tmp_path / "home"))
 

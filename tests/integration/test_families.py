@@ -13,6 +13,7 @@ from trsp_deploy.stages import parity
 from trsp_deploy.stages.build import build_engine
 from trsp_deploy.stages.export import export_onnx
 from trsp_deploy.tools.library import load_engine_spec
+from trsp_deploy.tools.quiet import quiet_libraries
 from trsp_deploy.tools.runners import EngineManifest
 from trsp_deploy.tools.runners.ort import OrtRunner
 
@@ -75,7 +76,8 @@ def test_a_stale_layer_index_is_caught_by_parity(tmp_path):
     model.config.num_hidden_layers = 3  # but the indices still say 1 to 3
     from optimum.exporters.onnx import onnx_export_from_model
 
-    onnx_export_from_model(model, tmp_path / "onnx", task="text-generation-with-past", do_validation=False)
+    with quiet_libraries():
+        onnx_export_from_model(model, tmp_path / "onnx", task="text-generation-with-past", do_validation=False)
     model.save_pretrained(tmp_path / "cut")
     reference = parity.make_reference(tmp_path / "cut", PROMPTS)
     with (

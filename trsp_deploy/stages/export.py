@@ -1,16 +1,18 @@
 """PyTorch to ONNX for text generation with past key values, through Optimum.
 
-Optimum's own validation only warns, so it is left out: `stages/parity.py` is the check.
+Optimum's own validation only warns, so it is left out: `stages/parity.py` is the check. Two of Optimum's functions are
+replaced while it works, each for a reason written beside the replacement; the releases they fit are pinned.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import onnx
 import torch
 
 from trsp_deploy.errors import ModelError
@@ -18,21 +20,28 @@ from trsp_deploy.recipe import ExportSettings, Precision
 from trsp_deploy.tools.quiet import quiet_libraries
 
 FILE = "model.onnx"
+PROTOBUF_LIMIT = 2**31 - 2**27  # bytes of weights that still leave room for the graph in one protobuf file
 
 
 def export_onnx(model: Path, precision: Precision, settings: ExportSettings, out: Path) -> tuple[str, ...]:
     """Export the model in a Hugging Face folder into `out`/model.onnx; returns the names of external data files.
 
     Inputs: input_ids, attention_mask, position_ids, past_key_values.N.{key,value}; outputs: logits,
-    present.N.{key,value}. Above 2 GB the weights go to files beside the graph.
+    present.N.{key,value}. Above 2 GB the weights go to a file beside the graph.
     Raises ModelError when Optimum cannot export the architecture.
     """
     with quiet_libraries():
         # Importing Optimum loads half of transformers, and its loggers must be quiet before it speaks.
-        from optimum.exporters.onnx import main_export, model_patcher
+        from optimum.exporters.onnx import convert, main_export, model_patcher
+        from optimum.onnx import graph_transformations
 
-        try:
-            with _additive_attention_masks(model_patcher):
+        attention = model_patcher.original_scaled_dot_product_attention
+        with (
+            _replaced(model_patcher, "original_scaled_dot_product_attention", _additive_masks(attention)),
+            _replaced(convert, "check_and_save_model", _check_and_save),
+            _replaced(graph_transformations, "check_and_save_model", _check_and_save),
+        ):
+            try:
                 main_export(
                     str(model),
                     output=out,
@@ -43,23 +52,28 @@ def export_onnx(model: Path, precision: Precision, settings: ExportSettings, out
                     do_validation=False,
                     slim=settings.slim,
                 )
-        except (ValueError, KeyError, NotImplementedError) as problem:
-            reason = " ".join(str(problem).split())[:300]
-            raise ModelError(f"{model}: Optimum cannot export it to ONNX ({reason})") from problem
-    return tuple(
-        sorted(path.name for path in out.iterdir() if path.name.startswith(f"{FILE}_") or path.suffix == ".data")
-    )
+            except (ValueError, KeyError, NotImplementedError) as problem:
+                reason = " ".join(str(problem).split())[:300]
+                raise ModelError(f"{model}: Optimum cannot export it to ONNX ({reason})") from problem
+    return tuple(sorted(path.name for path in out.glob(f"{FILE}_data*")))
 
 
 @contextlib.contextmanager
-def _additive_attention_masks(patcher: ModuleType) -> Iterator[None]:
-    """Turn boolean attention masks into masks of the query's own dtype while a model is traced.
+def _replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
+    original = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
+
+
+def _additive_masks(attention: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Attention whose boolean masks become masks of the query's own dtype.
 
     torch's ONNX exporter turns them into fp32 ones and adds those to fp16 scores: an invalid graph (GPT-2, GPT-NeoX,
     Phi). A finite minimum instead of -inf also keeps rows of padding, where everything is masked, free of NaN.
-    Optimum's patcher calls torch's attention through a name of its own, so that name is what is replaced.
     """
-    attention = patcher.original_scaled_dot_product_attention  # type: ignore[attr-defined]
 
     def additive(query: torch.Tensor, *args: Any, attn_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
         if attn_mask is not None and attn_mask.dtype == torch.bool:
@@ -67,8 +81,21 @@ def _additive_attention_masks(patcher: ModuleType) -> Iterator[None]:
             attn_mask = torch.where(attn_mask, torch.zeros((), dtype=query.dtype), lowest)
         return attention(query, *args, attn_mask=attn_mask, **kwargs)
 
-    patcher.original_scaled_dot_product_attention = additive  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        patcher.original_scaled_dot_product_attention = attention  # type: ignore[attr-defined]
+    return additive
+
+
+def _check_and_save(model: onnx.ModelProto, save_path: str | Path) -> None:
+    """Save a graph, with its weights beside it where one protobuf file cannot hold them, and check it.
+
+    Optimum asks the message for its size first, and today's protobuf raises an error above 2 GB instead of answering.
+    """
+    path = Path(save_path)
+    weights = path.with_name(f"{path.name}_data")
+    for stale in (path, weights):
+        stale.unlink(missing_ok=True)
+    if sum(len(tensor.raw_data) for tensor in model.graph.initializer) > PROTOBUF_LIMIT:
+        # Small tensors stay in the graph: shape inference reads them there.
+        onnx.save(model, path, save_as_external_data=True, location=weights.name, size_threshold=1024)
+    else:
+        onnx.save(model, path)
+    onnx.checker.check_model(path)
