@@ -99,10 +99,14 @@ def with_layer_output(output: torch.Tensor | tuple[Any, ...], hidden: torch.Tens
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
+def next_token_logits(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+    """Logits (batch, sequence - 1, vocabulary) float32 of each next token; input_ids is (batch, sequence) int64."""
+    return model(input_ids=input_ids, use_cache=False).logits[:, :-1].float()
+
+
 def next_token_loss(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
     """Mean negative log likelihood in nats of each next token; input_ids is (batch, sequence) int64."""
-    logits: torch.Tensor = model(input_ids=input_ids, use_cache=False).logits  # (batch, sequence, vocabulary)
-    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten())
+    return nn.functional.cross_entropy(next_token_logits(model, input_ids).flatten(0, 1), input_ids[:, 1:].flatten())
 
 
 def count_weights(model: PreTrainedModel) -> WeightCounts:

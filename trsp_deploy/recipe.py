@@ -47,6 +47,7 @@ class CalibrationSettings(Strict):
 class PlanSettings(Strict):
     """Stage 1: learn one gate a layer under an l1 penalty, drop greedily (arXiv 2505.18232, section 3.1)."""
 
+    method: Literal["trsp", "shortgpt", "sleb", "uidl", "fold"] = "trsp"  # the settings below are trsp's
     gate: Literal["branch", "output"] = "branch"
     l1: NonNegative = 5e-3  # lambda_1
     learning_rate: Positive = 0.05
@@ -60,14 +61,27 @@ class PlanSettings(Strict):
 class TransferSettings(Strict):
     """Stage 2: move the doomed layers' knowledge into the kept ones (arXiv 2505.18232, section 3.2)."""
 
-    form: Literal["anneal", "l2", "l1", "none"] = "anneal"
+    form: Literal["anneal", "l2", "l1", "train", "none"] = "anneal"  # `train` removes first: the control
     weight: NonNegative = 1e-3  # lambda_2 of the l1 and l2 forms
+    ce_weight: NonNegative = 1.0  # of the LM loss
+    kl_weight: NonNegative = 0.0  # of the divergence from the dense model's next-token distribution
     steps: Count = 128
     batch_size: Count = 4
     learning_rate: Positive = 3e-4
     warmup_share: Share = 0.03
     anneal_share: Share = 0.25  # share of the steps in which the gates go from 1 to 0
     train: Literal["all", "layers"] = "layers"  # `layers` leaves embeddings and LM head as they are
+
+
+# What `--method` stands for: a selection and the transfer that belongs to it; `--then` replaces the transfer.
+METHODS: dict[str, dict[str, dict[str, str]]] = {
+    "trsp": {"plan": {"method": "trsp", "gate": "output"}, "transfer": {"form": "l2"}},  # as the paper has it
+    "trsp-anneal": {"plan": {"method": "trsp", "gate": "branch"}, "transfer": {"form": "anneal"}},
+    "shortgpt": {"plan": {"method": "shortgpt"}, "transfer": {"form": "none"}},
+    "sleb": {"plan": {"method": "sleb"}, "transfer": {"form": "none"}},
+    "uidl": {"plan": {"method": "uidl"}, "transfer": {"form": "none"}},
+    "fold": {"plan": {"method": "fold"}, "transfer": {"form": "none"}},
+}
 
 
 class ExportSettings(Strict):
@@ -111,6 +125,15 @@ class Recipe(Strict):
     engines: tuple[str, ...] = ("auto",)
     bench: BenchSettings = BenchSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+
+    @model_validator(mode="after")
+    def _fold_replaces_its_span(self) -> Recipe:
+        if self.plan.method == "fold" and self.transfer.form not in ("train", "none"):
+            raise ValueError(
+                f"plan.method fold puts a map in the place of the layers, so transfer.form must be train or none, "
+                f"got {self.transfer.form}"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod

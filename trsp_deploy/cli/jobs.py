@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trsp_deploy.errors import RecipeError
+from trsp_deploy.errors import RecipeError, nearest
 
 if TYPE_CHECKING:
     from trsp_deploy.pipeline import Pipeline
@@ -48,6 +48,14 @@ Sets = Annotated[
 PlanFile = Annotated[
     Path | None, typer.Option("--plan", help="Apply this plan.json instead of choosing layers.", metavar="FILE")
 ]
+MethodName = Annotated[
+    str | None,
+    typer.Option("--method", help="trsp, trsp-anneal, shortgpt, sleb, uidl or fold.", metavar="M"),
+]
+Then = Annotated[
+    str | None,
+    typer.Option("--then", help="Transfer after any selection: anneal, l2, l1, train or none.", metavar="FORM"),
+]
 Json = Annotated[bool, typer.Option("--json", help="End stdout with one JSON line; all else goes to stderr.")]
 Run = Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")]
 
@@ -69,10 +77,12 @@ def prune_and_build(
     seed: Seed = None,
     sets: Sets = None,
     plan: PlanFile = None,
+    method: MethodName = None,
+    then: Then = None,
     as_json: Json = False,
 ) -> None:
     """The whole job: prune, export, build engines, and judge the result against the dense model."""
-    chosen = _recipe_from_options(model, drop, recipe, engine, calibration, evaluation, seed, sets)
+    chosen = _recipe_from_options(model, drop, recipe, engine, calibration, evaluation, seed, sets, method, then)
     with _pipeline(chosen, out, plan) as job:
         from trsp_deploy.pipeline import prune_and_build as run_all
 
@@ -88,10 +98,12 @@ def prune(
     seed: Seed = None,
     sets: Sets = None,
     plan: PlanFile = None,
+    method: MethodName = None,
+    then: Then = None,
     as_json: Json = False,
 ) -> None:
     """Choose the layers, move their knowledge, remove them: writes plan.json and pruned/."""
-    chosen = _recipe_from_options(model, drop, recipe, None, calibration, None, seed, sets)
+    chosen = _recipe_from_options(model, drop, recipe, None, calibration, None, seed, sets, method, then)
     with _pipeline(chosen, out, plan) as job:
         result = job.prune()
         _print_json(
@@ -179,6 +191,8 @@ def _recipe_from_options(
     evaluation: list[str] | None,
     seed: int | None,
     sets: list[str] | None,
+    method: str | None,
+    then: str | None,
 ) -> Recipe:
     """The recipe named, or the model's own, or the default one, with every option on top."""
     from trsp_deploy.recipe import override, read_recipe
@@ -193,8 +207,24 @@ def _recipe_from_options(
             values[key] = value
     if calibration is not None:
         values.setdefault("calibration", {})["texts"] = calibration
+    for group, settings in _method_settings(method).items():
+        values[group] = {**(values.get(group) or {}), **settings}
+    if then is not None:
+        values["transfer"] = {**(values.get("transfer") or {}), "form": then}
     values = _with_lists(values, engine, evaluation)
     return read_recipe(override(values, sets or []), f"{source} with the options given" if sets else source)
+
+
+def _method_settings(method: str | None) -> dict[str, dict[str, str]]:
+    from trsp_deploy.recipe import METHODS
+
+    if method is None:
+        return {}
+    if method not in METHODS:
+        raise RecipeError(
+            f"--method '{method}': no such method{nearest(method, METHODS)} (available: {', '.join(METHODS)})"
+        )
+    return METHODS[method]
 
 
 def _with_lists(values: dict[str, Any], engine: list[str] | None, evaluation: list[str] | None) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from trsp_deploy.decoder import decoder_layers, next_token_loss
 from trsp_deploy.recipe import PlanSettings, Recipe
 from trsp_deploy.tools.gates import LayerGates
+from trsp_deploy.tools.methods import METHODS
 from trsp_deploy.tools.plan import Pick, PruningPlan, complement
 from trsp_deploy.tools.progress import Meter
 from trsp_deploy.tools.training import autocast, batches, mean_loss, pick_device
@@ -63,7 +64,7 @@ def select_layers(
         num_layers=num_layers,
         dropped=dropped,
         kept=complement(dropped, num_layers),
-        method=f"trsp, {settings.gate} gates",
+        method="trsp",
         seed=recipe.seed,
         settings=settings.model_dump(),
         calibration=calibration,
@@ -114,3 +115,31 @@ def _removal_losses(
     with torch.no_grad():
         gates.values.copy_(learned)
     return losses
+
+
+def select_by_rival(
+    model: PreTrainedModel,
+    train: torch.Tensor,
+    validation: torch.Tensor,
+    num_dropped: int,
+    recipe: Recipe,
+    calibration: str,
+) -> PruningPlan:
+    """Choose layers by the rival method that the recipe names (`tools/methods`); arguments as `select_layers`."""
+    method = METHODS[recipe.plan.method]
+    batch_size = recipe.plan.batch_size
+    with torch.no_grad(), autocast(recipe, pick_device(recipe)):
+        dense_loss = mean_loss(model, validation, batch_size)
+        found = method.select(model, train, num_dropped, batch_size)
+    return PruningPlan(
+        model=recipe.model,
+        num_layers=len(decoder_layers(model)),
+        dropped=found.dropped,
+        kept=complement(found.dropped, len(decoder_layers(model))),
+        method=recipe.plan.method,
+        seed=recipe.seed,
+        settings=recipe.plan.model_dump(include={"method", "batch_size"})
+        | {"scores": found.scores, "forward_passes": found.forward_passes},
+        calibration=calibration,
+        dense_loss=dense_loss,
+    )

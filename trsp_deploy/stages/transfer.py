@@ -3,11 +3,13 @@
 Source: TRSP, arXiv 2505.18232, section 3.2: loss = LM loss + lambda_2 * sum over P of ||f_i(h) - h||.
 A small penalty is not zero, so that form pays a jump in perplexity at the removal; it is measured and
 reported. The `anneal` form lowers the doomed layers' branch gates from 1 to exactly 0 in the first part
-of the training instead, so that removing them changes nothing.
+of the training instead, so that removing them changes nothing. `train` removes first and trains afterwards, with the
+same tokens, optimiser and loss: the control that every claim for a transfer has to beat.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Sequence
@@ -21,13 +23,14 @@ from trsp_deploy.decoder import (
     decoder_layers,
     load_model,
     load_tokenizer,
-    next_token_loss,
+    next_token_logits,
     remove_layers,
     stored_dtype,
 )
 from trsp_deploy.recipe import Recipe, TransferSettings
 from trsp_deploy.results import PrunedCheckpoint
 from trsp_deploy.tools.gates import LayerGates
+from trsp_deploy.tools.methods import METHODS
 from trsp_deploy.tools.model_card import write_model_card
 from trsp_deploy.tools.models import ModelSource
 from trsp_deploy.tools.plan import PruningPlan
@@ -54,8 +57,14 @@ def transfer_and_remove(
     batch_size = recipe.transfer.batch_size
     parameters_dense = count_weights(model).total
     ppl_dense = math.exp(mean_loss(model, validation, batch_size))
+    teacher = Teacher(model) if recipe.transfer.kl_weight else None
+    edit = METHODS[plan.method].edit if plan.method in METHODS else None
+    if edit is not None:
+        edit(model, plan.dropped, train, batch_size)
     with LayerGates(model, "branch") as gates:
-        losses, penalties = _train(model, gates, plan.dropped, train, recipe, device)
+        if edit is not None or recipe.transfer.form == "train":
+            gates.closed.update(plan.dropped)
+        losses, penalties = _train(model, gates, plan.dropped, train, recipe, device, teacher)
         ppl_before = math.exp(mean_loss(model, validation, batch_size))
     remove_layers(model, plan.dropped)
     ppl_after = math.exp(mean_loss(model, validation, batch_size))
@@ -86,12 +95,13 @@ def _train(
     train: torch.Tensor,
     recipe: Recipe,
     device: str,
+    teacher: Teacher | None,
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Run stage 2 in place; returns LM loss and penalty by step. The gates are left as the form ends."""
     settings = recipe.transfer
     if settings.form == "none":
         return (), ()
-    if settings.form != "anneal":
+    if settings.form in ("l1", "l2"):
         gates.watched.update(doomed)
     gates.values.requires_grad_(False)
     parameters = _trainable(model, settings)
@@ -106,10 +116,10 @@ def _train(
             if settings.form == "anneal":
                 _anneal(gates, doomed, step, settings)
             with autocast(recipe, device):
-                lm_loss = next_token_loss(model, next(batch).to(device))
+                lm_loss, loss = _losses(model, next(batch).to(device), teacher, settings)
             penalty = _penalty(gates, settings.form)
             optimizer.zero_grad(set_to_none=True)
-            (lm_loss + settings.weight * penalty).backward()
+            (loss + settings.weight * penalty).backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             losses.append(round(lm_loss.item(), 5))
@@ -119,6 +129,32 @@ def _train(
     if settings.form == "anneal":
         gates.closed.update(doomed)
     return tuple(losses), tuple(penalties)
+
+
+class Teacher:
+    """The dense model's next-token distribution, from a frozen copy of it."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = copy.deepcopy(model).requires_grad_(False)
+
+    @torch.no_grad()
+    def log_probabilities(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """(batch, sequence - 1, vocabulary) float32 for input_ids (batch, sequence)."""
+        return next_token_logits(self._model, input_ids).log_softmax(-1)
+
+
+def _losses(
+    model: PreTrainedModel, input_ids: torch.Tensor, teacher: Teacher | None, settings: TransferSettings
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The LM loss, and the weighted sum of LM loss and divergence from the dense model, in nats a token."""
+    log_probabilities = next_token_logits(model, input_ids).log_softmax(-1).flatten(0, 1)  # (tokens, vocabulary)
+    lm_loss = torch.nn.functional.nll_loss(log_probabilities, input_ids[:, 1:].flatten())
+    loss = settings.ce_weight * lm_loss
+    if teacher is not None:
+        wanted = teacher.log_probabilities(input_ids).flatten(0, 1)
+        divergence = torch.nn.functional.kl_div(log_probabilities, wanted, log_target=True, reduction="batchmean")
+        loss = loss + settings.kl_weight * divergence
+    return lm_loss, loss
 
 
 def _trainable(model: PreTrainedModel, settings: TransferSettings) -> list[torch.nn.Parameter]:

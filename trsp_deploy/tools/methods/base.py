@@ -1,0 +1,71 @@
+"""The one interface that every pruning method has: model + calibration windows + number of layers -> which layers go.
+
+A method that also changes weights has an edit beside its selection: it is applied to the dense model's kept layers
+BEFORE the layers are removed, so that the model is final after `remove_layers`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from trsp_deploy.decoder import decoder_layers
+from trsp_deploy.errors import ModelError, RecipeError, TextError
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a method chose, and what the choice cost."""
+
+    dropped: tuple[int, ...]  # indices of the dense model, sorted
+    scores: dict[str, Any]  # why, for the plan's record; lists and numbers that JSON can hold
+    forward_passes: float  # over all calibration windows; a pass over a quarter of them counts 0.25
+
+
+# (model, windows (windows, sequence) int64, number of layers to drop, batch size) -> Selection; the model is unchanged.
+SelectionMethod = Callable[[PreTrainedModel, torch.Tensor, int, int], Selection]
+# (dense model, dropped layers, windows (windows, sequence) int64, batch size) -> None; edits kept layers in place.
+WeightEdit = Callable[[PreTrainedModel, Sequence[int], torch.Tensor, int], None]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One entry of the table of methods."""
+
+    name: str
+    description: str
+    source: str  # paper and public code
+    select: SelectionMethod
+    edit: WeightEdit | None = None
+
+
+def checked_num_layers(model: PreTrainedModel, windows: torch.Tensor, num_dropped: int) -> int:
+    """Return the model's number of layers.
+
+    Raises RecipeError when not at least one layer would go and one stay, TextError when there are no windows.
+    """
+    num_layers = len(decoder_layers(model))
+    if not 1 <= num_dropped < num_layers:
+        raise RecipeError(
+            f"{num_dropped} of the model's {num_layers} layers cannot be dropped; valid: 1 to {num_layers - 1}"
+        )
+    if len(windows) == 0:
+        raise TextError("no calibration windows: the calibration text is shorter than one context")
+    return num_layers
+
+
+def checked_finite(scores: Iterable[float], what: str) -> list[float]:
+    """Return the scores as a list; raises ModelError when one is nan or infinite, which no choice may rest on."""
+    values = list(scores)
+    broken = [value for value in values if not math.isfinite(value)]
+    if broken:
+        raise ModelError(
+            f"{what} is {broken[0]} for {len(broken)} of {len(values)}: the model overflows on this text; "
+            "try fp32 weights"
+        )
+    return values

@@ -1,0 +1,317 @@
+"""Fold: replace a span of layers by a linear map that hides in the layer before it, at no cost at run time.
+
+Source: ReplaceMe, Shopkhoev et al. 2025, arXiv 2505.02819 (least-squares form); mts-ai/ReplaceMe, `lstsq.py`. The last
+kept layer before the span returns Y + M: M is what its output projection (`down_proj`, `fc2`, ...) adds, Y everything
+else. With X the hidden states that leave the span, the map is
+
+    T = argmin ||M T + Y - X||^2 = I + argmin ||M S - R||^2 + ridge ||S||^2,    R = X - (Y + M)
+
+and M T is the same projection with other weights. Written in S the ridge pulls towards S = 0, the plain removal, so
+text that says nothing about a direction leaves it as it was. In a parallel-residual layer M is still added to the
+stream, so nothing changes; where the projection has a bias, a constant joins the map.
+
+The attention sink is treated apart: for sinks R = 0, so they leave the span as plain removal lets them, and the ridge
+follows the scale of the other tokens. Why (SmolLM2-135M, loss on held-out text, dense 3.32 nats): layer 11 writes a
+state of norm 25,500 at position 0, where the median is 135, and 18 layers then turn it by less than 1%. Left out of
+the fit, the map is free in that direction and layers 12-19 cost 10.84 instead of 4.04: the sink comes out as noise, on
+which every later token attends. Fitted to its true R, the map is ruined wherever the span holds the layer that writes
+the sink (10-17: 7.4 to 8.9, against 5.5 this way), since no small M can be mapped to a massive state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from trsp_deploy.decoder import decoder_layers, layer_input, layer_output
+from trsp_deploy.errors import ModelError, PlanError, TextError
+from trsp_deploy.tools.gates import LayerGates
+from trsp_deploy.tools.methods.base import Selection, checked_finite, checked_num_layers
+from trsp_deploy.tools.methods.hidden_states import last_outputs, visit_layers
+from trsp_deploy.tools.progress import Meter
+from trsp_deploy.tools.training import mean_loss
+
+RIDGE = 1e-4  # relative to the mean square of M's features over ordinary tokens
+SINK_NORM = 5.0  # multiple of the median norm; SmolLM2-135M's ordinary tokens reach 2.5, its sinks 5.6 to 190
+SHORTLIST = 5  # spans whose true loss after folding is measured
+HELD_OUT = 0.25  # share of the windows that the trial folds are scored on and not fitted to
+PROBE_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class OutputProjection:
+    """The module whose output a layer adds to the residual stream last: layer output = rest + scale * module output."""
+
+    module: nn.Linear | Conv1D
+    scale: float  # 1 but for models with a residual multiplier (Granite)
+
+
+@dataclass
+class SpanFit:
+    """Normal equations of one span's map, in float64; `dim` is hidden, plus 1 where the projection has a bias."""
+
+    kept: int  # the layer that the map is folded into
+    last: int  # last layer of the span
+    projection: OutputProjection
+    gram: torch.Tensor  # F'F over all tokens, (dim, dim)
+    cross: torch.Tensor  # F'R over all tokens, with R = 0 at sinks, (dim, hidden)
+    ordinary_energy: float = 0.0  # sum of F^2 over ordinary tokens
+
+    def add(self, added: torch.Tensor, kept_out: torch.Tensor, span_out: torch.Tensor) -> None:
+        """Take in a batch: M, Y + M and X, each (batch, sequence, hidden)."""
+        features = self.projection.scale * added.reshape(kept_out.shape).double()
+        if self.projection.module.bias is not None:
+            features = torch.cat([features, features.new_ones(*features.shape[:-1], 1)], dim=-1)
+        ordinary = ~(sink_positions(kept_out) | sink_positions(span_out))
+        residual = (span_out.double() - kept_out.double())[ordinary]  # (ordinary tokens, hidden)
+        self.gram += features.flatten(0, 1).T @ features.flatten(0, 1)
+        self.cross += features[ordinary].T @ residual
+        self.ordinary_energy += features[ordinary].square().sum().item()
+
+    def solve(self, ridge: float) -> torch.Tensor:
+        """Return S of T = I + S, (dim, hidden) float64; the last row is the constant where there is a bias."""
+        # Not the gram's own trace, which the sinks rule. A projection of all zeros has nothing to map: S = 0.
+        penalty = max(ridge * self.ordinary_energy / len(self.gram), torch.finfo(torch.float64).tiny)
+        return torch.linalg.solve(self.gram + penalty * torch.eye(len(self.gram)).to(self.gram), self.cross)
+
+
+def select_span_by_folded_loss(
+    model: PreTrainedModel, windows: torch.Tensor, num_dropped: int, batch_size: int
+) -> Selection:
+    """Choose the span of `num_dropped` layers that loses least once it is folded.
+
+    windows: (windows, sequence) int64. All spans behind layer 0 are ranked by angular distance over ordinary tokens in
+    one pass; the SHORTLIST best are folded by way of trial, fitted to the first three quarters of the windows and
+    compared by next-token loss on the rest. The ranking alone does not do: of SmolLM2-135M's spans of 8 it prefers
+    11-18, whose removal takes the attention sink with it (5.19 nats folded), to 12-19, its second choice (3.81).
+    scores: `angular_distance` and `folded_loss` (nats; None outside the shortlist), by first layer.
+    Memory: SHORTLIST x 2 matrices of hidden x hidden in float64, beside the hidden states of one batch.
+    Raises RecipeError or TextError (`base.py`; also when the windows hold too few tokens to fit a map) or ModelError
+    when the architecture cannot be folded. The model is left as it was, to the last bit.
+    """
+    num_layers = checked_num_layers(model, windows, num_dropped)
+    fit_windows, held_out = _split(windows)
+    distance = checked_finite(span_distances(model, windows, num_dropped, batch_size), "angular distance")
+    ranked = sorted(range(1, num_layers - num_dropped + 1), key=lambda first: distance[first - 1])[:SHORTLIST]
+    spans = [(first, first + num_dropped - 1) for first in ranked]
+    fits = fit_spans(model, spans, fit_windows, batch_size)
+    losses: dict[int, float] = {}
+    with LayerGates(model) as gates, Meter("fold: trials", len(fits)) as meter:
+        for fit in fits:
+            first = fit.kept + 1
+            gates.closed = set(range(first, fit.last + 1))
+            with folded(fit, RIDGE):
+                losses[first] = mean_loss(model, held_out, batch_size)
+            meter.advance(f"layers {first} to {fit.last} folded {losses[first]:.3f}")
+    checked_finite(losses.values(), "loss after folding")
+    first = min(losses, key=losses.__getitem__)
+    return Selection(
+        dropped=tuple(range(first, first + num_dropped)),
+        scores={
+            "angular_distance": [None, *distance],
+            "folded_loss": [losses.get(index) for index in range(num_layers - num_dropped + 1)],
+        },
+        forward_passes=1 + (len(fit_windows) + len(fits) * len(held_out)) / len(windows),
+    )
+
+
+def fold_dropped_layers(
+    model: PreTrainedModel, dropped: Sequence[int], windows: torch.Tensor, batch_size: int, ridge: float = RIDGE
+) -> None:
+    """Fold each run of consecutive `dropped` layers into the kept layer before it, in place; nothing is removed yet.
+
+    model: the dense model. windows: (windows, sequence) int64, one forward pass. Every run is fitted to the dense
+    model's states, so several runs do not correct each other's error. Raises PlanError when layer 0 goes (nothing
+    stands before it), TextError when the windows hold too few tokens, ModelError when the architecture cannot be
+    folded.
+    """
+    if 0 in dropped:
+        raise PlanError("layer 0 is dropped and cannot be folded: no kept layer stands before it")
+    for fit in fit_spans(model, runs(dropped), windows, batch_size):
+        write_fold(fit, ridge)
+
+
+def runs(dropped: Sequence[int]) -> list[tuple[int, int]]:
+    """Runs of consecutive layers as (first, last): [4, 13, 14] -> [(4, 4), (13, 14)]."""
+    groups = itertools.groupby(enumerate(sorted(dropped)), key=lambda pair: pair[1] - pair[0])
+    members = [[layer for _, layer in group] for _, group in groups]
+    return [(group[0], group[-1]) for group in members]
+
+
+def span_distances(model: PreTrainedModel, windows: torch.Tensor, num_dropped: int, batch_size: int) -> list[float]:
+    """Mean angular distance between what enters and what leaves each span that starts at layer 1, 2, ...
+
+    Over all tokens but sinks, which look unchanged by any span.
+    """
+    entered: dict[int, torch.Tensor] = {}
+    total: dict[int, float] = {}
+    count: dict[int, int] = {}
+
+    def visit(index: int, entering: torch.Tensor, leaving: torch.Tensor) -> None:
+        entered[index] = entering
+        first = index - num_dropped + 1
+        if first < 1:
+            return
+        start = entered.pop(first)
+        ordinary = ~(sink_positions(start) | sink_positions(leaving))
+        cosine = torch.cosine_similarity(start.float(), leaving.float(), dim=-1)[ordinary]
+        total[first] = total.get(first, 0.0) + (cosine.clamp(-1, 1).arccos() / torch.pi).double().sum().item()
+        count[first] = count.get(first, 0) + len(cosine)
+
+    visit_layers(model, windows, batch_size, visit, "fold: distances")
+    return [total[first] / count[first] for first in sorted(total)]
+
+
+def fit_spans(
+    model: PreTrainedModel, spans: Sequence[tuple[int, int]], windows: torch.Tensor, batch_size: int
+) -> list[SpanFit]:
+    """Gather the normal equations of every span (first, last) in one pass over windows (windows, sequence)."""
+    width = model.config.hidden_size
+    if windows.numel() < width:
+        raise TextError(
+            f"{windows.numel()} calibration tokens cannot fit a map of {width} x {width}: "
+            f"give at least {width}, better {8 * width}"
+        )
+    probe = windows[:2, :PROBE_TOKENS]
+    fits = [_empty_fit(first - 1, last, output_projection(model, first - 1, probe), width) for first, last in spans]
+    kept_out: dict[int, torch.Tensor] = {}
+    with last_outputs({fit.kept: fit.projection.module for fit in fits}) as added:
+
+        def visit(index: int, entering: torch.Tensor, leaving: torch.Tensor) -> None:
+            for fit in fits:
+                if index == fit.kept:
+                    kept_out[index] = leaving
+                elif index == fit.last:
+                    fit.add(added[fit.kept], kept_out[fit.kept], leaving)
+
+        visit_layers(model, windows, batch_size, visit, "fold: fit")
+    return fits
+
+
+def _empty_fit(kept: int, last: int, projection: OutputProjection, width: int) -> SpanFit:
+    weight = projection.module.weight
+    dim = width if projection.module.bias is None else width + 1
+    gram, cross = (torch.zeros(dim, columns, dtype=torch.float64, device=weight.device) for columns in (dim, width))
+    return SpanFit(kept, last, projection, gram, cross)
+
+
+def sink_positions(hidden: torch.Tensor) -> torch.Tensor:
+    """Which tokens of (batch, sequence, hidden) are attention sinks, as (batch, sequence) bool: those of massive norm.
+
+    Found by norm and not by place: position 0 is an ordinary token before a model's layers have made it a sink, and
+    delimiters further on can be sinks too.
+    """
+    norm = torch.linalg.vector_norm(hidden.float(), dim=-1)
+    return norm > SINK_NORM * norm.median()
+
+
+@torch.no_grad()
+def write_fold(fit: SpanFit, ridge: float) -> None:
+    """Give the projection the weights whose output is M T."""
+    module = fit.projection.module
+    hidden = module.nf if isinstance(module, Conv1D) else module.out_features
+    solution = fit.solve(ridge).to(module.weight.device)
+    correction = solution[:hidden]  # S (hidden, hidden)
+    weight = module.weight.double()
+    # Linear stores (out, in), Conv1D (in, out); tokens are rows, so M S is the weight's output side times S.
+    weight = weight + (weight @ correction if isinstance(module, Conv1D) else correction.T @ weight)
+    if module.bias is not None:
+        bias = module.bias.double()
+        # The constant is a change of the layer's output; the scale stands between it and the bias.
+        module.bias.copy_(bias + bias @ correction + solution[hidden] / fit.projection.scale)
+    module.weight.copy_(weight)
+
+
+@contextlib.contextmanager
+def folded(fit: SpanFit, ridge: float) -> Iterator[None]:
+    """Fold for the length of a `with` block and put the very same weights back."""
+    before = {name: parameter.detach().clone() for name, parameter in fit.projection.module.named_parameters()}
+    try:
+        write_fold(fit, ridge)
+        yield
+    finally:
+        with torch.no_grad():
+            for name, parameter in fit.projection.module.named_parameters():
+                parameter.copy_(before[name])
+
+
+@torch.no_grad()
+def output_projection(model: PreTrainedModel, index: int, probe: torch.Tensor) -> OutputProjection:
+    """Find the module whose output layer `index` adds to the residual stream last.
+
+    It is the last linear module to run whose output is as wide as the residual stream. What was found is tried: an
+    amount added to its output must come out of the layer times one constant, with the rest unchanged. A norm behind
+    the projection (OPT-350m, Gemma 2) or experts fail that. probe: (batch, sequence) int64, a few tokens.
+    Raises ModelError with one line when the layer cannot be folded into.
+    """
+    layer = decoder_layers(model)[index]
+    ran: list[nn.Linear | Conv1D] = []
+    call: dict[str, Any] = {}
+
+    def keep_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call.update(args=args, kwargs=kwargs)
+
+    with contextlib.ExitStack() as hooks:
+        hooks.callback(layer.register_forward_pre_hook(keep_call, with_kwargs=True).remove)
+        for module in layer.modules():
+            if isinstance(module, nn.Linear | Conv1D):
+                hooks.callback(module.register_forward_hook(lambda module, *_: ran.append(module)).remove)
+        model.base_model(input_ids=probe.to(next(model.parameters()).device), use_cache=False)
+    width = layer_input(call["args"], call["kwargs"]).shape[-1]
+    wide = [module for module in ran if _out_width(module) == width]
+    if wide:
+        scale = _measured_scale(layer, wide[-1], call)
+        if scale is not None:
+            return OutputProjection(wide[-1], scale)
+    raise ModelError(
+        f"{type(model).__name__} cannot be folded: layer {index} does not end by adding a linear module's output to "
+        "the residual stream; the other methods work"
+    )
+
+
+def _out_width(module: nn.Linear | Conv1D) -> int:
+    return module.nf if isinstance(module, Conv1D) else module.out_features
+
+
+def _measured_scale(layer: nn.Module, module: nn.Module, call: dict[str, Any]) -> float | None:
+    """The constant that the module's output is multiplied by on its way out of the layer; None when there is none."""
+    added: list[torch.Tensor] = []
+    plain = layer_output(layer(*call["args"], **call["kwargs"]))
+    # Of the size of an ordinary token's state, whatever the projection itself puts out (an idle one: zeros).
+    amplitude = torch.linalg.vector_norm(plain.float(), dim=-1).median() / plain.shape[-1] ** 0.5
+
+    def disturb(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        added.append(amplitude.to(output) * torch.randn(output.shape, generator=generator).to(output))
+        return output + added[-1]
+
+    hook = module.register_forward_hook(disturb)
+    try:
+        disturbed = layer_output(layer(*call["args"], **call["kwargs"]))
+    finally:
+        hook.remove()
+    if len(added) != 1 or added[0].numel() != plain.numel():  # a module that runs twice, or for some of the tokens
+        return None
+    amount = added[0].reshape(plain.shape).double()
+    change = disturbed.double() - plain.double()
+    scale = ((change * amount).sum() / (amount * amount).sum()).item()
+    error = torch.linalg.vector_norm(change - scale * amount, dim=-1)
+    size = torch.linalg.vector_norm(plain.double(), dim=-1) + torch.linalg.vector_norm(amount, dim=-1)
+    tolerance = max(1e-4, 4 * torch.finfo(plain.dtype).eps)  # half precision rounds the sum itself
+    return round(scale, 6) if scale > 0 and bool((error <= tolerance * size).all()) else None
+
+
+def _split(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows to fit trial folds to, and windows to score them on."""
+    held_out = max(1, round(HELD_OUT * len(windows)))
+    if len(windows) < 2:
+        raise TextError("fold needs at least 2 calibration windows: one to fit to and one to compare spans on")
+    return windows[:-held_out], windows[-held_out:]

@@ -1,0 +1,61 @@
+"""Hidden states on their way through the layers, shown to a visitor as they pass and kept by nobody.
+
+visit_layers(model, windows, batch_size, lambda index, entering, leaving: ..., "block influence")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from trsp_deploy.decoder import decoder_layers, layer_input, layer_output
+from trsp_deploy.tools.progress import Meter
+
+# (layer index, entering (batch, sequence, hidden), leaving (batch, sequence, hidden))
+Visitor = Callable[[int, torch.Tensor, torch.Tensor], None]
+
+
+@torch.no_grad()
+def visit_layers(
+    model: PreTrainedModel, windows: torch.Tensor, batch_size: int, visit: Visitor, description: str
+) -> None:
+    """Run `windows` (windows, sequence) through the model once and call `visit` at every layer of every batch.
+
+    Layers come in the order in which they run: the last layer's call is the last of its batch. The LM head is not
+    computed, since no visitor sees its logits.
+    """
+    device = next(model.parameters()).device
+    with contextlib.ExitStack() as hooks, Meter(description, len(windows)) as meter:
+        for index, layer in enumerate(decoder_layers(model)):
+            hook = layer.register_forward_hook(functools.partial(_show, visit, index), with_kwargs=True)
+            hooks.callback(hook.remove)
+        for part in windows.split(batch_size):
+            model.base_model(input_ids=part.to(device), use_cache=False)
+            meter.advance(by=len(part))
+
+
+def _show(
+    visit: Visitor, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    visit(index, layer_input(args, kwargs), layer_output(output))
+
+
+@contextlib.contextmanager
+def last_outputs(modules: dict[int, nn.Module]) -> Iterator[dict[int, torch.Tensor]]:
+    """Within the block, the yielded dict holds what each module returned last, under the module's key."""
+    outputs: dict[int, torch.Tensor] = {}
+
+    def keep(key: int, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        outputs[key] = output
+
+    with contextlib.ExitStack() as hooks:
+        for key, module in modules.items():
+            hooks.callback(module.register_forward_hook(functools.partial(keep, key)).remove)
+        yield outputs
+        outputs.clear()
