@@ -318,11 +318,13 @@ def test_fold_keeps_the_attention_sink(windows):
 def fit_without_sinks(model, ids):
     (fit,) = fit_spans(model, [(2, 3)], ids, 8)
     fit.gram.zero_()
-    outputs = []
-    hook = decoder_layers(model)[1].mlp.down_proj.register_forward_hook(lambda m, a, out: outputs.append(out[:, 1:]))
+    inputs = []
+    hook = decoder_layers(model)[1].mlp.down_proj.register_forward_pre_hook(
+        lambda m, args: inputs.append(args[0][:, 1:])
+    )
     logits(model, ids)
     hook.remove()
-    features = torch.cat(outputs).flatten(0, 1).double()
+    features = torch.cat(inputs).flatten(0, 1).double()
     fit.gram += features.T @ features
     return fit
 
@@ -368,7 +370,9 @@ def test_architectures_that_cannot_be_folded(config):
 
 
 def test_fold_wants_enough_text():
-    with pytest.raises(TextError, match="40 calibration tokens cannot fit a map of 48 x 48: give at least 48"):
+    with pytest.raises(
+        TextError, match="40 calibration tokens cannot fit a projection to a hidden size of 48: give at least 48"
+    ):
         fold_dropped_layers(tiny_model("llama"), [2], tokens(2, 20), 2)
     with pytest.raises(TextError, match="at least 2 calibration windows"):
         METHODS["fold"].select(tiny_model("llama"), tokens(1, 60), 2, 2)

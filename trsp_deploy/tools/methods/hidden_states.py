@@ -47,15 +47,15 @@ def _show(
 
 
 @contextlib.contextmanager
-def last_outputs(modules: dict[int, nn.Module]) -> Iterator[dict[int, torch.Tensor]]:
-    """Within the block, the yielded dict holds what each module returned last, under the module's key."""
-    outputs: dict[int, torch.Tensor] = {}
+def last_inputs(modules: dict[int, nn.Module]) -> Iterator[dict[int, torch.Tensor]]:
+    """Within the block, the yielded dict holds what entered each module last, under the module's key."""
+    inputs: dict[int, torch.Tensor] = {}
 
-    def keep(key: int, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-        outputs[key] = output
+    def keep(key: int, module: nn.Module, args: tuple[Any, ...]) -> None:
+        inputs[key] = args[0]
 
     with contextlib.ExitStack() as hooks:
         for key, module in modules.items():
-            hooks.callback(module.register_forward_hook(functools.partial(keep, key)).remove)
-        yield outputs
-        outputs.clear()
+            hooks.callback(module.register_forward_pre_hook(functools.partial(keep, key)).remove)
+        yield inputs
+        inputs.clear()
