@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,13 +26,13 @@ from trsp_deploy.stages import bench, build, evaluate, export, parity, report, s
 from trsp_deploy.stages.report import EngineReport, Report
 from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.limits import speed_limit
-from trsp_deploy.tools.models import ModelSource, check_decoder_only, resolve_model
+from trsp_deploy.tools.models import ModelSource, check_decoder_only, copy_model, resolve_model
 from trsp_deploy.tools.plan import PruningPlan, read_plan
 from trsp_deploy.tools.quiet import quiet_libraries
 from trsp_deploy.tools.runners import EngineManifest, Runner, check_can_build, check_can_run, open_engine
 from trsp_deploy.tools.runners.ort import OrtRunner
 from trsp_deploy.tools.runners.requirements import package_version
-from trsp_deploy.tools.texts import Texts, load_texts, tokenize_windows
+from trsp_deploy.tools.texts import Texts, load_texts, split_windows, tokenize_windows
 from trsp_deploy.tools.training import TRAINING_DTYPES, pick_device
 
 RECIPE_FILE = "recipe.yaml"
@@ -115,7 +113,7 @@ class Pipeline:
         source = resolve_model(self.recipe.model, self._say)
         self.run.step(
             "dense",
-            lambda: self._copy_model(Path(source.path)),
+            lambda: self._copy_dense(source),
             Done,
             settings={"model": self.recipe.model},
             inputs={"model": Path(source.path)},
@@ -123,11 +121,9 @@ class Pipeline:
         )
         return source
 
-    def _copy_model(self, folder: Path) -> Done:
+    def _copy_dense(self, source: ModelSource) -> Done:
         with writing(self._path("dense")) as partial:
-            partial.mkdir()
-            for file in sorted(p for p in folder.iterdir() if p.is_file()):
-                _link_or_copy(file.resolve(), partial / file.name)
+            copy_model(Path(source.path), partial)
         return Done()
 
     @functools.cache
@@ -156,12 +152,7 @@ class Pipeline:
         wanted = settings.max_windows + settings.validation_windows
         texts, source = self._calibration_texts(), f"--calibration {settings.texts}"
         windows = tokenize_windows(texts, self._tokenizer(), settings.context_length, wanted, source)
-        # A short text still leaves something to train on and something to verify with.
-        held_out = min(settings.validation_windows, max(1, len(windows) // 4))
-        if len(windows) == 1:
-            return windows, windows
-        order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(self.recipe.seed))
-        return windows[order[held_out:]], windows[order[:held_out]]
+        return split_windows(windows, settings.validation_windows, self.recipe.seed)
 
     # -- pruning ---------------------------------------------------------------------------------------------------
 
@@ -451,11 +442,3 @@ def _why_not(check: Callable[[EngineSpec], None], spec: EngineSpec) -> str | Non
     except EngineUnavailable as problem:
         return str(problem)
     return None
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    """Share the file's blocks where the file system can; a model need not lie on the disk twice."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

@@ -11,7 +11,7 @@ import torch
 from trsp_deploy.errors import TextError
 from trsp_deploy.tools import texts as module
 from trsp_deploy.tools.packaged import ASSETS, find_asset
-from trsp_deploy.tools.texts import Texts, load_texts, tokenize_windows
+from trsp_deploy.tools.texts import Texts, load_texts, split_windows, tokenize_windows
 
 
 def error_line(texts: str, role: module.Role = "calibration") -> str:
@@ -229,3 +229,14 @@ def test_too_short_a_text(tokenizer) -> None:
 def test_no_warning_about_long_sequences(tokenizer, capfd: pytest.CaptureFixture[str]) -> None:
     tokenize_windows(documents("words repeat " * 100), tokenizer, 8)
     assert capfd.readouterr() == ("", "")
+
+
+def test_split_keeps_training_and_held_out_windows_apart():
+    windows = torch.arange(40).view(20, 2)
+    train, held_out = split_windows(windows, 4, seed=0)
+    assert len(train) == 16 and len(held_out) == 4
+    assert sorted(torch.cat([train, held_out]).flatten().tolist()) == list(range(40))
+    again, _ = split_windows(windows, 4, seed=0)
+    assert torch.equal(train, again)
+    assert [len(part) for part in split_windows(windows[:5], 4, seed=0)] == [4, 1]  # three quarters stay
+    assert [len(part) for part in split_windows(windows[:1], 4, seed=0)] == [1, 1]

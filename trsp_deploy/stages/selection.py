@@ -128,7 +128,7 @@ def select_by_rival(
     """Choose layers by the rival method that the recipe names (`tools/methods`); arguments as `select_layers`."""
     method = METHODS[recipe.plan.method]
     batch_size = recipe.plan.batch_size
-    with torch.no_grad(), autocast(recipe, pick_device(recipe)):
+    with torch.no_grad():  # and in full precision: fold solves equations with what it sees
         dense_loss = mean_loss(model, validation, batch_size)
         found = method.select(model, train, num_dropped, batch_size)
     return PruningPlan(

@@ -7,7 +7,9 @@ weights another architecture would have to load is refused.
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -109,6 +111,19 @@ def resolve_model(name: str, progress: Callable[[str], None]) -> ModelSource:
         raise ModelError(_not_found(name, folder))
     check_decoder_only(Path(source.path))
     return source
+
+
+def copy_model(folder: Path, out: Path) -> None:
+    """Make `out` a Hugging Face folder with the files of another, sharing their blocks where the file system can.
+
+    A model need not lie on the disk twice; files are never changed in place.
+    """
+    out.mkdir()
+    for file in sorted(path for path in folder.iterdir() if path.is_file()):
+        try:
+            os.link(file.resolve(), out / file.name)
+        except OSError:
+            shutil.copyfile(file, out / file.name)
 
 
 def check_decoder_only(folder: Path) -> str:

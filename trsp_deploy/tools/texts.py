@@ -143,6 +143,20 @@ def tokenize_windows(
     return torch.tensor(ids[: windows * context_length], dtype=torch.int64).view(windows, context_length)
 
 
+def split_windows(windows: torch.Tensor, held_out: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shuffle windows (windows, sequence) and split them: those to train on, and up to `held_out` to judge by.
+
+    A short text keeps at least three quarters for training; a single window has to serve as both.
+    """
+    import torch
+
+    if len(windows) == 1:
+        return windows, windows
+    held_out = min(held_out, max(1, len(windows) // 4))
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    return windows[order[held_out:]], windows[order[:held_out]]
+
+
 def _first_tokens(text: str, tokenizer: Any, wanted: int | None) -> list[int]:
     """At least `wanted` tokens from the start of the text, or all of them; only as much text as that takes."""
     margin = 64  # a cut changes the last few tokens before it, so they are not used

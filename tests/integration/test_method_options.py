@@ -1,0 +1,84 @@
+"""`--method` and `--then`: every selection with every transfer that makes sense, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import english, save_tiny
+from trsp_deploy.cli import run
+from trsp_deploy.recipe import METHODS
+
+QUICK = ["calibration.context_length=32", "calibration.max_windows=48", "plan.steps=1", "transfer.steps=3"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("methods")
+    save_tiny("llama", folder / "model")
+    (folder / "text.txt").write_text(english()[:40_000])
+    return folder
+
+
+@pytest.fixture
+def prune(place, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(place)
+
+    def go(*options: str) -> tuple[dict, dict]:
+        settings = [option for pair in QUICK for option in ("--set", pair)]
+        command = [
+            "prune",
+            "--model",
+            "model",
+            "--drop",
+            "2",
+            "--calibration",
+            "text.txt",
+            "--out",
+            str(tmp_path / "run"),
+        ]
+        assert run([*command, *settings, *options, "--json"]) == 0
+        result = json.loads(capsys.readouterr().out)
+        return result, json.loads((tmp_path / "run" / "plan.json").read_text())
+
+    return go
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_prunes(prune, method):
+    result, plan = prune("--method", method)
+    assert result["num_layers_pruned"] == 4 and len(result["dropped"]) == 2
+    assert plan["method"] == METHODS[method]["plan"]["method"]
+    assert result["form"] == METHODS[method]["transfer"]["form"]
+    if method in ("uidl", "fold"):
+        assert result["dropped"][1] == result["dropped"][0] + 1
+
+
+@pytest.mark.parametrize("method", ["shortgpt", "fold"])
+def test_then_train_is_the_control(prune, method):
+    result, _ = prune("--method", method, "--then", "train", "--set", "transfer.kl_weight=1.0")
+    assert result["form"] == "train" and result["tokens"] == 3 * 4 * 32
+    assert result["ppl_before_removal"] == result["ppl_after_removal"]  # nothing is left to remove
+
+
+def test_removal_of_a_folded_span_changes_nothing(prune):
+    result, _ = prune("--method", "fold")
+    assert result["tokens"] == 0
+    assert result["ppl_before_removal"] == result["ppl_after_removal"]
+
+
+def test_any_selection_with_any_transfer(prune):
+    result, plan = prune("--method", "sleb", "--then", "anneal")
+    assert (plan["method"], result["form"]) == ("sleb", "anneal")
+    assert plan["settings"]["forward_passes"] == 6 + 5
+
+
+def test_unknown_method_and_senseless_pair(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    command = ["prune", "--model", "model", "--drop", "2"]
+    assert run([*command, "--method", "slep"]) == 1
+    assert "--method 'slep': no such method; did you mean 'sleb'?" in capsys.readouterr().err
+    assert run([*command, "--method", "fold", "--then", "anneal"]) == 1
+    assert "transfer.form must be train or none, got anneal" in capsys.readouterr().err
