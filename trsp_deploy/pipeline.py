@@ -69,6 +69,13 @@ def prune_and_build(job: Pipeline) -> Report:
     return job.report()
 
 
+def default_folder(recipe: Recipe, say: Callable[[str], None]) -> Path:
+    """`runs/<model>-drop<k>` for k layers: 25% and 8 of 32 are the same run. Resolves the model to count its layers."""
+    source = resolve_model(recipe.model, say)
+    layers = AutoConfig.from_pretrained(source.path, local_files_only=True).num_hidden_layers
+    return Path("runs") / f"{Path(recipe.model).name}-drop{parse_drop(recipe.drop, layers)}"
+
+
 def save_recipe(run: RunFolder, recipe: Recipe) -> None:
     """Keep the resolved recipe in the run folder, for the commands that are given only the folder."""
     with writing(run.path / RECIPE_FILE) as partial:

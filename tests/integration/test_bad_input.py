@@ -90,7 +90,7 @@ def prune(*more: str, model: str = "model", drop: str = "2", text: str = "text.t
         (prune(model="smollm2-135m"), ["smollm2-135m", "trsp-deploy fetch smollm2-135m"]),
         (prune("--set", "transfer.step=3"), ["unknown key 'transfer.step'", "did you mean 'steps'"]),
         (prune("--set", "transfer.steps=-1"), ["transfer.steps", "greater than or equal to 1", "-1"]),
-        (prune("--set", "transfer.form=melt"), ["transfer.form", "'anneal', 'l2', 'l1' or 'none'", "melt"]),
+        (prune("--set", "transfer.form=melt"), ["transfer.form", "'anneal', 'l2', 'l1', 'train' or 'none'", "melt"]),
         (prune("--set", "steps"), ["--set 'steps': expected key=value"]),
         (prune("--recipe", "typo.yaml"), ["typo.yaml", "unknown key 'transfer.stepps'", "did you mean 'steps'"]),
         (prune("--recipe", "smolm2-135m"), ["did you mean 'smollm2-135m'"]),

@@ -82,3 +82,12 @@ def test_unknown_method_and_senseless_pair(place, monkeypatch, capsys):
     assert "--method 'slep': no such method; did you mean 'sleb'?" in capsys.readouterr().err
     assert run([*command, "--method", "fold", "--then", "anneal"]) == 1
     assert "transfer.form must be train or none, got anneal" in capsys.readouterr().err
+
+
+def test_default_folder_names_model_and_count(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    settings = [option for pair in QUICK for option in ("--set", pair)]
+    command = ["prune", "--model", "model", "--calibration", "text.txt", *settings, "--method", "shortgpt", "--json"]
+    for drop in ("34%", "2"):
+        assert run([*command, "--drop", drop]) == 0
+        assert json.loads(capsys.readouterr().out)["run"] == "runs/model-drop2"

@@ -40,7 +40,9 @@ Evaluation = Annotated[
     list[str] | None,
     typer.Option("--eval", help="Text to judge on, as NAME=TEXTS; repeat for more.", metavar="NAME=TEXTS"),
 ]
-Out = Annotated[Path | None, typer.Option("--out", help="Run folder [default: runs/<model>-drop<k>].", metavar="DIR")]
+Out = Annotated[
+    Path | None, typer.Option("--out", help="Run folder; runs/<model>-drop<k> when not given.", metavar="DIR")
+]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of every random choice.", metavar="N")]
 Sets = Annotated[
     list[str] | None, typer.Option("--set", help="Override one recipe key: transfer.steps=64.", metavar="KEY=VALUE")
@@ -256,10 +258,9 @@ def _pipeline(recipe: Recipe, out: Path | None, plan: Path | None) -> Iterator[P
     """Enter the run folder and keep the resolved recipe in it."""
     _say(f"{recipe.model}, dropping {recipe.drop} of the layers")
     from trsp_deploy.artifacts import RunFolder
-    from trsp_deploy.pipeline import Pipeline, save_recipe
+    from trsp_deploy.pipeline import Pipeline, default_folder, save_recipe
 
-    folder = out or Path("runs") / f"{Path(recipe.model).name}-drop{recipe.drop.replace('%', 'pct')}"
-    with RunFolder(folder, _announce) as run:
+    with RunFolder(out or default_folder(recipe, _say), _announce) as run:
         job = Pipeline(run, recipe, plan, _say)
         save_recipe(run, recipe)
         yield job
