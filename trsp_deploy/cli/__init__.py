@@ -45,7 +45,8 @@ def run(arguments: list[str]) -> int:
     except Exit as done:
         return _interrupted() if done.exit_code == INTERRUPTED else done.exit_code
     except TyperException as problem:
-        return _say(problem.format_message(), 1)
+        message = problem.format_message()
+        return _say(message, 1) if message else 0  # without one it has just shown the help of a bare command
     except TrspError as problem:
         return _say(str(problem), problem.exit_code)
     except (KeyboardInterrupt, typer.Abort):
