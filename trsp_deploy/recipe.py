@@ -62,6 +62,7 @@ class TransferSettings(Strict):
     """Stage 2: move the doomed layers' knowledge into the kept ones (arXiv 2505.18232, section 3.2)."""
 
     form: Literal["anneal", "l2", "l1", "train", "none"] = "anneal"  # `train` removes first: the control
+    fold: bool = False  # first refit the layer before each removed span to its effect; with `train` and `none` only
     weight: NonNegative = 1e-3  # lambda_2 of the l1 and l2 forms
     ce_weight: NonNegative = 1.0  # of the LM loss
     kl_weight: NonNegative = 0.0  # of the divergence from the dense model's next-token distribution
@@ -74,13 +75,13 @@ class TransferSettings(Strict):
 
 
 # What `--method` stands for: a selection and the transfer that belongs to it; `--then` replaces the transfer.
-METHODS: dict[str, dict[str, dict[str, str]]] = {
+METHODS: dict[str, dict[str, dict[str, str | bool]]] = {
     "trsp": {"plan": {"method": "trsp", "gate": "output"}, "transfer": {"form": "l2"}},  # as the paper has it
     "trsp-anneal": {"plan": {"method": "trsp", "gate": "branch"}, "transfer": {"form": "anneal"}},
     "shortgpt": {"plan": {"method": "shortgpt"}, "transfer": {"form": "none"}},
     "sleb": {"plan": {"method": "sleb"}, "transfer": {"form": "none"}},
     "uidl": {"plan": {"method": "uidl"}, "transfer": {"form": "none"}},
-    "fold": {"plan": {"method": "fold"}, "transfer": {"form": "none"}},
+    "fold": {"plan": {"method": "fold"}, "transfer": {"form": "none", "fold": True}},
 }
 
 
@@ -128,9 +129,9 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _fold_replaces_its_span(self) -> Recipe:
-        if self.plan.method == "fold" and self.transfer.form not in ("train", "none"):
+        if self.transfer.fold and self.transfer.form not in ("train", "none"):
             raise ValueError(
-                f"plan.method fold puts a map in the place of the layers, so transfer.form must be train or none, "
+                f"transfer.fold puts new weights in the place of the layers, so transfer.form must be train or none, "
                 f"got {self.transfer.form}"
             )
         return self

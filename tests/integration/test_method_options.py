@@ -69,6 +69,13 @@ def test_removal_of_a_folded_span_changes_nothing(prune):
     assert result["ppl_before_removal"] == result["ppl_after_removal"]
 
 
+def test_any_selection_can_be_folded(prune):
+    folded, plan = prune("--method", "sleb", "--set", "transfer.fold=true", "--set", "plan.batch_size=8")
+    plain, _ = prune("--method", "sleb", "--set", "plan.batch_size=8")
+    assert plan["method"] == "sleb" and folded["dropped"] == plain["dropped"]
+    assert folded["ppl_after_removal"] != plain["ppl_after_removal"]
+
+
 def test_any_selection_with_any_transfer(prune):
     result, plan = prune("--method", "sleb", "--then", "anneal")
     assert (plan["method"], result["form"]) == ("sleb", "anneal")

@@ -30,7 +30,7 @@ from trsp_deploy.decoder import (
 from trsp_deploy.recipe import Recipe, TransferSettings
 from trsp_deploy.results import PrunedCheckpoint
 from trsp_deploy.tools.gates import LayerGates
-from trsp_deploy.tools.methods import METHODS
+from trsp_deploy.tools.methods.fold import fold_dropped_layers
 from trsp_deploy.tools.model_card import write_model_card
 from trsp_deploy.tools.models import ModelSource
 from trsp_deploy.tools.plan import PruningPlan
@@ -58,11 +58,10 @@ def transfer_and_remove(
     parameters_dense = count_weights(model).total
     ppl_dense = math.exp(mean_loss(model, validation, batch_size))
     teacher = Teacher(model) if recipe.transfer.kl_weight else None
-    edit = METHODS[plan.method].edit if plan.method in METHODS else None
-    if edit is not None:
-        edit(model, plan.dropped, train, batch_size)
+    if recipe.transfer.fold:
+        fold_dropped_layers(model, plan.dropped, train, batch_size)
     with LayerGates(model, "branch") as gates:
-        if edit is not None or recipe.transfer.form == "train":
+        if recipe.transfer.fold or recipe.transfer.form == "train":
             gates.closed.update(plan.dropped)
         losses, penalties = _train(model, gates, plan.dropped, train, recipe, device, teacher)
         ppl_before = math.exp(mean_loss(model, validation, batch_size))

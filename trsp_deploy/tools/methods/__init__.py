@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trsp_deploy.tools.methods.base import Method
-from trsp_deploy.tools.methods.fold import fold_dropped_layers, select_span_by_folded_loss
+from trsp_deploy.tools.methods.fold import select_span_by_folded_loss
 from trsp_deploy.tools.methods.shortgpt import select_by_block_influence
 from trsp_deploy.tools.methods.sleb import select_by_removal_loss
 from trsp_deploy.tools.methods.uidl import select_span_by_angle
@@ -29,9 +29,8 @@ METHODS: dict[str, Method] = {
     ),
     "fold": Method(
         name="fold",
-        description="a span of consecutive layers, replaced by a least-squares map inside the layer before it",
+        description="the span of consecutive layers that costs least once it is folded into the layer before it",
         source="ReplaceMe, arXiv 2505.02819; mts-ai/ReplaceMe; with the attention sink treated apart",
         select=select_span_by_folded_loss,
-        edit=fold_dropped_layers,
     ),
 }

@@ -1,13 +1,9 @@
-"""The one interface that every pruning method has: model + calibration windows + number of layers -> which layers go.
-
-A method that also changes weights has an edit beside its selection: it is applied to the dense model's kept layers
-BEFORE the layers are removed, so that the model is final after `remove_layers`.
-"""
+"""The one interface that every pruning method has: model + calibration windows + number of layers -> Selection."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +25,6 @@ class Selection:
 
 # (model, windows (windows, sequence) int64, number of layers to drop, batch size) -> Selection; the model is unchanged.
 SelectionMethod = Callable[[PreTrainedModel, torch.Tensor, int, int], Selection]
-# (dense model, dropped layers, windows (windows, sequence) int64, batch size) -> None; edits kept layers in place.
-WeightEdit = Callable[[PreTrainedModel, Sequence[int], torch.Tensor, int], None]
 
 
 @dataclass(frozen=True)
@@ -41,7 +35,6 @@ class Method:
     description: str
     source: str  # paper and public code
     select: SelectionMethod
-    edit: WeightEdit | None = None
 
 
 def checked_num_layers(model: PreTrainedModel, windows: torch.Tensor, num_dropped: int) -> int:
