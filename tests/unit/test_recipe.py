@@ -49,7 +49,7 @@ def test_drop_may_be_a_number_in_yaml() -> None:
         ({"model": "m", "transfer": {"step": 1}}, ["unknown key 'transfer.step'", "did you mean 'steps'?"]),
         ({"model": "m", "plan": {"zzz": 1}}, ["unknown key 'plan.zzz'", "valid: batch_size, candidates"]),
         ({"model": "m", "plan": {"steps": 0}}, ["'plan.steps'", "greater than or equal to 1", "got 0"]),
-        ({"model": "m", "transfer": {"form": "l3"}}, ["'transfer.form'", "'anneal', 'l2', 'l1' or 'none'", "got 'l3'"]),
+        ({"model": "m", "transfer": {"form": "l3"}}, ["'transfer.form'", "'l1', 'train' or 'none'", "got 'l3'"]),
         ({"model": "m", "plan": 3}, ["'plan'", "got 3"]),
         ({"model": "m", "seed": -1}, ["'seed'", "got -1"]),
         ({"model": "m", "engines": "auto"}, ["'engines'", "got 'auto'"]),
