@@ -1,8 +1,8 @@
 # GPU machines: TensorRT from NVIDIA's image, this package from its wheel.
 #
 #   docker build -t trsp-deploy .
-#   docker run --gpus all -v "$PWD/runs:/work/runs" -v "$HOME/.cache/huggingface:/root/.cache/huggingface" \
-#       trsp-deploy prune-and-build --model opt-6.7b --drop 25%
+#   docker run --gpus all -v "$PWD/runs:/data/runs" -v trsp-models:/models trsp-deploy \
+#       prune-and-build --model opt-6.7b --drop 25%
 FROM python:3.12-slim AS wheel
 WORKDIR /source
 COPY . .
@@ -15,5 +15,6 @@ RUN python3 -m venv --system-site-packages /opt/trsp \
     && /opt/trsp/bin/pip install --no-cache-dir "$(ls /wheel/*.whl)[gpu]" \
     && ln -s /opt/trsp/bin/trsp-deploy /usr/local/bin/trsp-deploy \
     && trsp-deploy --help > /dev/null
-WORKDIR /work
+ENV HF_HOME=/models/huggingface TRSP_DEPLOY_HOME=/models/trsp_deploy
+WORKDIR /data
 ENTRYPOINT ["trsp-deploy"]
