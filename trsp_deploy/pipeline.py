@@ -202,8 +202,9 @@ class Pipeline:
         train, validation = self._calibration_windows()
         with quiet_libraries():
             model = load_model(self._path("dense"), pick_device(self.recipe), TRAINING_DTYPES[self.recipe.weights])
-            select = selection.select_layers if self.recipe.plan.method == "trsp" else selection.select_by_rival
-            plan = select(model, train, validation, count, self.recipe, self._calibration_texts().origin)
+            plan = selection.select_layers(
+                model, train, validation, count, self.recipe, self._calibration_texts().origin
+            )
         write_json(path, plan)
         return plan
 

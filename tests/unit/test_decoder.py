@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.tiny import FAMILIES, LAYERS, save_tiny, tiny_config, tiny_model, tokens
+from tests.tiny import FAMILIES, LAYERS, save_tiny, tiny_model, tokens
 from trsp_deploy.decoder import count_weights, decoder_layers, decoder_size, load_model, next_token_loss, remove_layers
 from trsp_deploy.errors import ModelError
 
@@ -116,7 +116,3 @@ def test_loss_of_a_uniform_model_is_the_log_of_the_vocabulary():
         for parameter in model.parameters():
             parameter.zero_()
     assert next_token_loss(model, tokens()).item() == pytest.approx(torch.tensor(384.0).log().item(), abs=1e-5)
-
-
-def test_tiny_configs_differ_from_each_other():
-    assert len({type(tiny_config(family)) for family in FAMILIES}) == len(FAMILIES)

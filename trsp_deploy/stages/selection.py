@@ -1,9 +1,9 @@
-"""Stage 1: learn a gate a layer under an l1 penalty and pick the layers to drop, greedily.
+"""Stage 1: choose the layers to drop, by TRSP's gates or by the rival that the recipe names (`tools/methods`).
 
-Source: TRSP, arXiv 2505.18232, section 3.1. Train the gates, move the layer with the smallest one into the
-set P and skip it from then on, let the rest learn again, until enough layers are picked.
+TRSP (arXiv 2505.18232, section 3.1): learn a gate a layer under an l1 penalty, move the layer with the smallest one
+into the set P and skip it from then on, let the rest learn again, until enough layers are picked.
 
-Two additions, each switched off by a setting:
+What differs from the paper:
 - only the gates train; the weights stay frozen, so no weight gradients are computed;
 - the few layers with the smallest gates are each taken out in turn, and the one whose true removal
   costs least on held-out text is picked (`candidates: 1` trusts the gate alone, as the paper does).
@@ -38,39 +38,56 @@ def select_layers(
     train, validation: (windows, sequence) int64 token ids; the validation windows are never trained on.
     calibration: where the text came from, for the plan's own record.
     """
-    settings = recipe.plan
-    device = pick_device(recipe)
-    num_layers = len(decoder_layers(model))
     model.requires_grad_(False)
-    batch = batches(train, settings.batch_size, recipe.seed)
-    picks: list[Pick] = []
-    with (
-        LayerGates(model, settings.gate) as gates,
-        autocast(recipe, device),
-        Meter("selection", num_dropped * (settings.steps + min(settings.candidates, num_layers))) as meter,
-    ):
-        dense_loss = mean_loss(model, validation, settings.batch_size)
-        for _ in range(num_dropped):
-            losses, trajectory = _learn_gates(model, gates, batch, settings, meter)
-            smallest = sorted(gates.open, key=lambda index: abs(gates.values[index].item()))[: settings.candidates]
-            removal_loss = _removal_losses(model, gates, smallest, validation, settings, meter)
-            # With one candidate there is nothing to verify and the gate alone decides.
-            layer = min(removal_loss, key=removal_loss.__getitem__)
-            gates.closed.add(layer)
-            picks.append(Pick(layer=layer, lm_loss=losses, gates=trajectory, removal_loss=removal_loss))
-    dropped = tuple(sorted(gates.closed))
+    batch_size = recipe.plan.batch_size
+    with torch.no_grad(), autocast(recipe, pick_device(recipe)):  # as the removal losses it is compared with
+        dense_loss = round(mean_loss(model, validation, batch_size), 6)
+    picks: tuple[Pick, ...] = ()
+    settings = recipe.plan.model_dump()
+    if recipe.plan.method == "trsp":
+        picks = _pick_by_gates(model, train, validation, num_dropped, recipe)
+        dropped = tuple(sorted(pick.layer for pick in picks))
+    else:
+        # In full precision: fold solves equations with what it sees.
+        found = METHODS[recipe.plan.method].select(model, train, num_dropped, batch_size)
+        dropped = found.dropped
+        settings = {"batch_size": batch_size, "scores": found.scores, "forward_passes": found.forward_passes}
+    num_layers = len(decoder_layers(model))
     return PruningPlan(
         model=recipe.model,
         num_layers=num_layers,
         dropped=dropped,
         kept=complement(dropped, num_layers),
-        method="trsp",
+        method=recipe.plan.method,
         seed=recipe.seed,
-        settings=settings.model_dump(),
+        settings=settings,
         calibration=calibration,
         dense_loss=dense_loss,
-        picks=tuple(picks),
+        picks=picks,
     )
+
+
+def _pick_by_gates(
+    model: PreTrainedModel, train: torch.Tensor, validation: torch.Tensor, num_dropped: int, recipe: Recipe
+) -> tuple[Pick, ...]:
+    """TRSP's greedy rounds: learn, take out the candidates in turn, close the one that costs least."""
+    settings = recipe.plan
+    batch = batches(train, settings.batch_size, recipe.seed)
+    picks: list[Pick] = []
+    with (
+        LayerGates(model, settings.gate) as gates,
+        autocast(recipe, pick_device(recipe)),
+        Meter("selection", num_dropped * (settings.steps + min(settings.candidates, len(gates.open)))) as meter,
+    ):
+        for _ in range(num_dropped):
+            losses, trajectory = _learn_gates(model, gates, batch, settings, meter)
+            smallest = sorted(gates.open, key=lambda index: abs(gates.values[index].item()))[: settings.candidates]
+            removal_loss = _removal_losses(model, gates, smallest, validation, settings, meter)
+            # With one candidate there is nothing to choose between and the gate alone has decided.
+            layer = min(removal_loss, key=removal_loss.__getitem__)
+            gates.closed.add(layer)
+            picks.append(Pick(layer=layer, lm_loss=losses, gates=trajectory, removal_loss=removal_loss))
+    return tuple(picks)
 
 
 def _learn_gates(
@@ -115,31 +132,3 @@ def _removal_losses(
     with torch.no_grad():
         gates.values.copy_(learned)
     return losses
-
-
-def select_by_rival(
-    model: PreTrainedModel,
-    train: torch.Tensor,
-    validation: torch.Tensor,
-    num_dropped: int,
-    recipe: Recipe,
-    calibration: str,
-) -> PruningPlan:
-    """Choose layers by the rival method that the recipe names (`tools/methods`); arguments as `select_layers`."""
-    method = METHODS[recipe.plan.method]
-    batch_size = recipe.plan.batch_size
-    with torch.no_grad():  # and in full precision: fold solves equations with what it sees
-        dense_loss = mean_loss(model, validation, batch_size)
-        found = method.select(model, train, num_dropped, batch_size)
-    return PruningPlan(
-        model=recipe.model,
-        num_layers=len(decoder_layers(model)),
-        dropped=found.dropped,
-        kept=complement(found.dropped, len(decoder_layers(model))),
-        method=recipe.plan.method,
-        seed=recipe.seed,
-        settings=recipe.plan.model_dump(include={"method", "batch_size"})
-        | {"scores": found.scores, "forward_passes": found.forward_passes},
-        calibration=calibration,
-        dense_loss=dense_loss,
-    )
