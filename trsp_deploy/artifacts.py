@@ -212,15 +212,31 @@ def _gpu_names() -> tuple[str, ...]:
     return tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
 
 
+def is_main_process() -> bool:
+    """Whether this is the first of the processes that a launcher started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 class RunFolder:
-    """One run's folder: its artefacts, its step records, and the lock that keeps a second run out."""
+    """One run's folder: its artefacts, its step records, and the lock that keeps a second run out.
+
+    Of several processes (`accelerate launch`) the main one holds the lock, compares, announces and writes; the others
+    follow what it decides. They hear of it through `from_main`, which returns the main process's value on each.
+    """
 
     def __init__(self, path: Path, announce: Callable[[str, str], None] = lambda step, state: None) -> None:
         self.path = path
-        self._announce = announce
+        self.main = is_main_process()
+        self.from_main: Callable[[Any], Any] = lambda value: value
+        self._announce = announce if self.main else lambda step, state: None
         self._lock: int | None = None
 
     def __enter__(self) -> RunFolder:
+        if self.main:
+            self._take_lock()
+        return self
+
+    def _take_lock(self) -> None:
         with storage_errors(self.path):
             if self.path.exists() and not self.path.is_dir():
                 raise RunError(f"{self.path}: is a file, expected a folder for the run")
@@ -242,7 +258,6 @@ class RunFolder:
         with storage_errors(self.path):
             os.ftruncate(self._lock, 0)
             os.pwrite(self._lock, str(os.getpid()).encode(), 0)
-        return self
 
     def __exit__(self, *_: object) -> None:
         if self._lock is not None:
@@ -256,6 +271,11 @@ class RunFolder:
         except (OSError, ValidationError):
             return None
 
+    def key(self, name: str, *, settings: BaseModel | Mapping[str, Any], inputs: Mapping[str, Path | str]) -> str:
+        """What a step's result depends on, as one SHA-256; arguments as in `step`."""
+        parts = [FORMAT, name, _plain(settings), _prints(inputs)]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
     def step(
         self,
         name: str,
@@ -265,6 +285,7 @@ class RunFolder:
         settings: BaseModel | Mapping[str, Any],
         inputs: Mapping[str, Path | str],
         outputs: Sequence[str] = (),
+        together: bool = False,
     ) -> Result:
         """Return the recorded result when nothing it depends on has changed, else run `work` and record it.
 
@@ -273,19 +294,47 @@ class RunFolder:
         settings: what the user chose for this step.
         inputs: name -> a file or folder, or the fingerprint of something that is neither.
         outputs: paths below the run folder.
+        together: of several processes all run `work`, not the main one alone; only the main one may write.
         """
-        plain = settings.model_dump(mode="json") if isinstance(settings, BaseModel) else dict(settings)
-        prints = {key: fingerprint(value) if isinstance(value, Path) else value for key, value in inputs.items()}
-        key = hashlib.sha256(json.dumps([FORMAT, name, plain, prints], sort_keys=True).encode()).hexdigest()
-        known = self.record(name)
-        if known is not None and known.key == key and self._outputs_match(known):
-            try:
-                result = result_type.model_validate(known.result)
-            except ValidationError:
-                pass  # written by another version of the toolkit: redo
-            else:
-                self._announce(name, "reused")
-                return result
+        known = self._known(name, result_type, settings, inputs) if self.main else None
+        result: Result | None = self.from_main(known)
+        if result is not None:
+            self._announce(name, "reused")
+            return result
+        if self.main:
+            result = self._run(name, work, settings, inputs, outputs)
+        elif together:
+            work()
+        found: Result = self.from_main(result)
+        return found
+
+    def _known(
+        self,
+        name: str,
+        result_type: type[Result],
+        settings: BaseModel | Mapping[str, Any],
+        inputs: Mapping[str, Path | str],
+    ) -> Result | None:
+        """The recorded result of a step, where it still holds."""
+        record = self.record(name)
+        key = self.key(name, settings=settings, inputs=inputs)
+        if record is None or record.key != key or not self._outputs_match(record):
+            return None
+        try:
+            return result_type.model_validate(record.result)
+        except ValidationError:
+            return None  # written by another version of the toolkit: redo
+
+    def _run(
+        self,
+        name: str,
+        work: Callable[[], Result],
+        settings: BaseModel | Mapping[str, Any],
+        inputs: Mapping[str, Path | str],
+        outputs: Sequence[str],
+    ) -> Result:
+        # Before the work, which may change what is on disk.
+        plain, prints, key = _plain(settings), _prints(inputs), self.key(name, settings=settings, inputs=inputs)
         self._announce(name, "started")
         began = time.perf_counter()
         with storage_errors(self.path):
@@ -310,3 +359,11 @@ class RunFolder:
             (self.path / path).exists() and fingerprint(self.path / path) == expected
             for path, expected in record.outputs.items()
         )
+
+
+def _plain(settings: BaseModel | Mapping[str, Any]) -> dict[str, Any]:
+    return settings.model_dump(mode="json") if isinstance(settings, BaseModel) else dict(settings)
+
+
+def _prints(inputs: Mapping[str, Path | str]) -> dict[str, str]:
+    return {name: fingerprint(value) if isinstance(value, Path) else value for name, value in inputs.items()}

@@ -1,11 +1,15 @@
 """The only module that knows how a decoder-only model is put together.
 
-It finds the layer list by shape instead of by name, so that a new architecture needs no entry here,
-and checks what it found: after a cut, a model rebuilt from the cut config must have the same weights.
+It finds the layer list by shape instead of by name and cuts every per-layer list in the config, so that a new
+architecture needs no entry here. In exchange it checks what it made: a model rebuilt from the cut config must have the
+kept layers' weights and attributes, and the logits of the dense model with the dropped layers skipped.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.accelerate import init_empty_weights
 
 from trsp_deploy.errors import ModelError
 from trsp_deploy.recipe import Strict
@@ -21,6 +26,15 @@ from trsp_deploy.recipe import Strict
 NOT_PER_LAYER = frozenset({"architectures", "eos_token_id", "bos_token_id", "pad_token_id", "suppress_tokens"})
 # Lists in a config that hold layer indices instead of one entry a layer.
 LAYER_INDEX_LISTS = frozenset({"mlp_only_layers"})
+# Numbers in a config that count the first layers, and the last ones.
+FIRST_LAYERS = frozenset({"max_window_layers", "first_k_dense_replace"})
+LAST_LAYERS = frozenset({"num_kv_shared_layers"})
+
+PROBE_TOKENS = 16
+# Largest difference of a probe's logits over their standard deviation. The two models run the same operations on the
+# same weights: 0 was measured for every family. The rest is for a GPU that adds in another order, by rounding step.
+PROBE_TOLERANCE = {torch.float16: 0.02, torch.bfloat16: 0.02}
+FULL_PROBE_TOLERANCE = 1e-3
 
 
 class WeightCounts(Strict):
@@ -68,7 +82,11 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def _layer_list_place(model: PreTrainedModel) -> tuple[nn.Module, str]:
-    count = model.config.num_hidden_layers
+    count = getattr(model.config, "num_hidden_layers", None)
+    if count is None:
+        raise ModelError(
+            f"{type(model).__name__}: its config has no num_hidden_layers, as of a multimodal model; give a text model"
+        )
     found = [
         path
         for path, module in model.named_modules()
@@ -126,7 +144,9 @@ def decoder_size(folder: Path) -> DecoderSize:
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    cache_heads = getattr(config, "num_key_value_heads", None) or heads
+    # Falcon's newer architecture spreads its shared heads out before it caches them.
+    one_head = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
+    cache_heads = getattr(config, "num_key_value_heads", None) or (1 if one_head else heads)
     return DecoderSize(
         weights=count_weights(_skeleton(config)),
         cache_per_token=2 * cache_heads * head_dim,
@@ -134,34 +154,110 @@ def decoder_size(folder: Path) -> DecoderSize:
     )
 
 
-def _skeleton(config: Any) -> PreTrainedModel:
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+def _skeleton(config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A model of that config in eval mode: weights without storage, on "meta", but with its attributes and buffers."""
+    with init_empty_weights():
+        # Eager attention knows everything that a config can ask for; GPT-2's faster one leaves its scaling out.
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager").eval()
+    model.tie_weights()  # each weight was put on "meta" by itself
+    return model
+
+
+def check_prunable(model: PreTrainedModel) -> None:
+    """Raise ModelError unless this model's layers can be gated and removed; cheap, for a call before any training.
+
+    Layers must run once each, in order, and map hidden states to hidden states; then the first, the middle and the last
+    layer are each removed by way of trial. A whole plan is for `check_removal`.
+    """
+    name, layers = type(model).__name__, decoder_layers(model)
+    try:
+        calls = _layer_calls(model, layers)
+    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError) as problem:
+        reason = " ".join(str(problem).split())[:300]
+        raise ModelError(f"{name} cannot run on token ids alone, or not from a KV cache ({reason})") from problem
+    if [index for index, _ in calls] != 3 * list(range(len(layers))) or not all(same for _, same in calls):
+        raise ModelError(
+            f"{name}: its layers do not each run once, in order, from hidden states to hidden states of the same "
+            "shape; this architecture is not supported"
+        )
+    if len(layers) > 1:
+        for index in sorted({0, len(layers) // 2, len(layers) - 1}):
+            check_removal(model, [index])
+
+
+@torch.no_grad()
+def _layer_calls(model: PreTrainedModel, layers: nn.ModuleList) -> list[tuple[int, bool]]:
+    """Which layer ran in the probe's three passes, and whether what left it had the shape of what entered."""
+    calls: list[tuple[int, bool]] = []
+    with contextlib.ExitStack() as hooks:
+        for index, layer in enumerate(layers):
+
+            def note(module: nn.Module, args: Any, kwargs: Any, output: Any, index: int = index) -> None:
+                calls.append((index, layer_output(output).shape == layer_input(args, kwargs).shape))
+
+            hooks.callback(layer.register_forward_hook(note, with_kwargs=True).remove)
+        _probe_logits(model)
+    return calls
 
 
 def remove_layers(model: PreTrainedModel, dropped: Sequence[int]) -> None:
-    """Delete layers in place: the list, every `layer_idx`, the layer count and per-layer config lists.
+    """Delete layers in place: the list, every layer number kept in a module, the layer count and per-layer lists.
 
-    dropped: indices of the dense model. Raises ModelError, with the model untouched, when a layer's function depends
-    on its index, and after the cut when the config no longer describes the weights.
+    dropped: indices of the dense model. Raises ModelError as `check_removal` does, with the model untouched.
     """
-    config = model.config
-    if getattr(config, "scale_attn_by_inverse_layer_idx", False):
-        raise ModelError(
-            f"{type(model).__name__} with scale_attn_by_inverse_layer_idx: its attention depends on the layer's "
-            "number, so layers cannot be renumbered"
-        )
+    numbers = _checked_numbers(model, dropped)
     parent, name = _layer_list_place(model)
     layers = getattr(parent, name)
     kept = [index for index in range(len(layers)) if index not in set(dropped)]
+    for (old, path, attribute), number in numbers.items():
+        # The KV cache is addressed by these; a stale one exports without a word and fails at run time.
+        setattr(layers[old].get_submodule(path), attribute, number)
     setattr(parent, name, nn.ModuleList(layers[index] for index in kept))
-    for new_index, layer in enumerate(getattr(parent, name)):
-        for module in layer.modules():
-            # The KV cache is addressed by this index; a stale one exports without a word and fails at run time.
-            if isinstance(getattr(module, "layer_idx", None), int):
-                module.layer_idx = new_index
-    _cut_config(config, kept, len(layers))
-    _check_config_describes(model)
+    _cut_config(model.config, kept, len(layers))
+
+
+def check_removal(model: PreTrainedModel, dropped: Sequence[int]) -> None:
+    """Raise ModelError, one line, when the model would not survive the removal of `dropped`; the model is unchanged.
+
+    The model is rebuilt twice, from its config and from the cut one as a reload would do, with the weights shared: that
+    costs three forward passes over PROBE_TOKENS tokens each and no memory to speak of. Refused are configs that do not
+    describe the weights, layers that change with their number, and layers that use the KV of one that goes.
+    """
+    _checked_numbers(model, dropped)
+
+
+# (layer of the dense model, path of a module inside it, attribute)
+Place = tuple[int, str, str]
+
+
+def _checked_numbers(model: PreTrainedModel, dropped: Sequence[int]) -> dict[Place, int]:
+    """Check a removal and return the layer numbers that it changes, with their new values."""
+    everything = range(len(decoder_layers(model)))
+    kept = [index for index in everything if index not in set(dropped)]
+    try:
+        dense, cut = _skeleton(copy.deepcopy(model.config), model.dtype), _reloaded_skeleton(model, kept)
+        _share_weights(model, everything, dense)
+        _share_weights(model, kept, cut)
+        numbers = _changed_numbers(decoder_layers(dense), decoder_layers(cut), kept)
+        _check_same_function(dense, cut, kept)
+    except ModelError as problem:
+        gone = ", ".join(str(index) for index in everything if index not in kept)
+        raise ModelError(
+            f"{type(model).__name__} without layers {gone}: {problem}; choose other layers, or another architecture"
+        ) from problem
+    return numbers
+
+
+def _reloaded_skeleton(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
+    """What a reload would make of the cut model, still without weights."""
+    config = copy.deepcopy(model.config)
+    try:
+        _cut_config(config, kept, len(decoder_layers(model)))
+        # Through JSON, as a reload: some configs recompute their patterns from a number and drop what is the default.
+        config = type(config).from_dict(json.loads(config.to_json_string()))
+        return _skeleton(config, model.dtype)
+    except (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError) as problem:
+        raise ModelError(f"its config cannot describe what is left ({' '.join(str(problem).split())})") from problem
 
 
 def _cut_config(config: Any, kept: Sequence[int], num_layers: int) -> None:
@@ -171,15 +267,97 @@ def _cut_config(config: Any, kept: Sequence[int], num_layers: int) -> None:
             setattr(config, key, [new_index[i] for i in value if i in new_index])
         elif isinstance(value, (list, tuple)) and len(value) == num_layers and key not in NOT_PER_LAYER:
             setattr(config, key, [value[i] for i in kept])
+        elif key in FIRST_LAYERS and value is not None and value < num_layers:
+            setattr(config, key, sum(i < value for i in kept))
+        elif key in LAST_LAYERS and value is not None and value < num_layers:
+            setattr(config, key, sum(i >= num_layers - value for i in kept))
+    if getattr(config, "attention_types", None):  # GPT-Neo's pattern, from which it computes the list just cut
+        config.attention_types = [[config.attention_layers, 1]]
     config.num_hidden_layers = len(kept)
 
 
-def _check_config_describes(model: PreTrainedModel) -> None:
-    expected = {name: weight.shape for name, weight in _skeleton(model.config).state_dict().items()}
-    actual = {name: weight.shape for name, weight in model.state_dict().items()}
-    if expected != actual:
-        different = sorted(name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name))
+def _share_weights(model: PreTrainedModel, kept: Sequence[int], skeleton: PreTrainedModel) -> None:
+    """Give `skeleton` the very weights of the model with its `kept` layers; ModelError when it has room for others."""
+    parent, list_name = _layer_list_place(model)
+    layers = getattr(parent, list_name)
+    setattr(parent, list_name, nn.ModuleList(layers[index] for index in kept))
+    weights = model.state_dict()
+    setattr(parent, list_name, layers)
+    actual = {name: tuple(weight.shape) for name, weight in weights.items()}
+    expected = {name: tuple(weight.shape) for name, weight in skeleton.state_dict().items()}
+    for name in sorted(actual.keys() | expected.keys()):
+        if actual.get(name) != expected.get(name):
+            is_, by_config = actual.get(name, "absent"), expected.get(name, "absent")
+            raise ModelError(f"{name} is {is_} and by the config would be {by_config}")
+    skeleton.load_state_dict(weights, assign=True)
+    skeleton.to(model.device)
+
+
+def _changed_numbers(dense: nn.ModuleList, cut: nn.ModuleList, kept: Sequence[int]) -> dict[Place, int]:
+    """Layer numbers among the attributes of the kept layers' modules: where they are, and what they become.
+
+    Raises ModelError when any other attribute changes: a sliding window, a rotary embedding, a constant.
+    """
+    new_index = {old: new for new, old in enumerate(kept)}
+    numbers: dict[Place, int] = {}
+    for new, old in enumerate(kept):
+        before, after = _attributes(dense[old]), _attributes(cut[new])
+        for path, name in sorted(before.keys() | after.keys()):
+            was, becomes = before.get((path, name)), after.get((path, name))
+            if was == becomes:
+                continue
+            # A layer's own number or another layer's may follow the layer; True and False are no numbers.
+            if type(was) is not int or type(becomes) is not int or new_index.get(was) != becomes:
+                attribute = f"{path}.{name}".lstrip(".")
+                raise ModelError(
+                    f"layer {old}, as layer {new} of the rest, would have {attribute} {becomes}, not {was}"
+                )
+            numbers[old, path, name] = becomes
+    return numbers
+
+
+def _attributes(layer: nn.Module) -> dict[tuple[str, str], Any]:
+    """(module's path, attribute) -> value, for what is neither tensor nor module; a module's class is one of them."""
+    return {
+        (path, name): value
+        for path, module in layer.named_modules()
+        for name, value in [*vars(module).items(), ("class", type(module).__name__)]
+        if value is None or isinstance(value, (bool, int, float, str))
+    }
+
+
+@torch.no_grad()
+def _check_same_function(dense: PreTrainedModel, cut: PreTrainedModel, kept: Sequence[int]) -> None:
+    """Raise ModelError unless the cut model has the logits of the dense one with its dropped layers skipped."""
+    with contextlib.ExitStack() as hooks:
+        for index, layer in enumerate(decoder_layers(dense)):
+            if index not in kept:
+                hooks.callback(layer.register_forward_hook(_skip, with_kwargs=True).remove)
+        wanted = _probe_logits(dense)
+    error = (_probe_logits(cut) - wanted).abs().max() / wanted.std()
+    if error > PROBE_TOLERANCE.get(dense.dtype, FULL_PROBE_TOLERANCE):
         raise ModelError(
-            f"{type(model).__name__}: after removing layers its config describes other weights than it has "
-            f"(first difference: {different[0]}); this architecture cannot be cut"
+            f"a kept layer computes something else under its new number: the logits would be {error:.2g} standard "
+            "deviations from those with the same layers skipped"
         )
+
+
+def _skip(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """A forward hook: the layer is computed, so that the KV cache has its entry, and adds nothing."""
+    return with_layer_output(output, layer_input(args, kwargs))
+
+
+def _probe(model: PreTrainedModel) -> torch.Tensor:
+    """Random token ids (1, PROBE_TOKENS), the same at every call."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocabulary, (1, PROBE_TOKENS), generator=generator).to(model.device)
+
+
+def _probe_logits(model: PreTrainedModel) -> torch.Tensor:
+    """Logits (1, PROBE_TOKENS + 1, vocabulary) float32: a probe's, then its last token's again, from a KV cache."""
+    ids = _probe(model)
+    whole = model(input_ids=ids, use_cache=False).logits
+    cache = model(input_ids=ids[:, :-1], use_cache=True).past_key_values
+    last = model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True).logits
+    return torch.cat([whole, last], dim=1).float()

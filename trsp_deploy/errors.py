@@ -7,6 +7,7 @@
     |   |-- RecipeError        a recipe, a --set or a --drop that does not make sense
     |   |-- PlanError          a plan.json that does not fit the model
     |   |-- EngineSpecError    an engine spec that is unknown or malformed
+    |   |-- DeviceMemoryError  a training that needs more memory than its device has
     |   |-- RunError           a run folder that is missing, incomplete or in use
     |   `-- StorageError       a full disk, a folder that cannot be written
     |-- ParityError            exit code 4: PyTorch, ONNX and engine disagree; nothing may be shipped
@@ -50,6 +51,10 @@ class PlanError(UserError):
 
 class EngineSpecError(UserError):
     """An engine spec is unknown or malformed."""
+
+
+class DeviceMemoryError(UserError):
+    """A stage needs more memory than the training device has."""
 
 
 class RunError(UserError):

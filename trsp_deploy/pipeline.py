@@ -6,9 +6,11 @@ matches its inputs is reused, so each command can ask for the part it wants and 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,16 +20,18 @@ import yaml
 from transformers import AutoConfig
 
 from trsp_deploy.artifacts import RunFolder, fingerprint, provenance, size_bytes, write_json, writing
-from trsp_deploy.decoder import decoder_size, load_model, load_tokenizer
+from trsp_deploy.decoder import check_prunable, decoder_size, load_model, load_tokenizer
 from trsp_deploy.errors import EngineUnavailable, RunError
 from trsp_deploy.recipe import EngineSpec, Precision, Recipe, Strict, parse_drop, read_yaml
 from trsp_deploy.results import ROLES, Measurement, OnnxModel, Parity, Perplexity, PrunedCheckpoint, Role
 from trsp_deploy.stages import bench, build, evaluate, export, parity, report, selection, transfer
 from trsp_deploy.stages.report import EngineReport, Report
+from trsp_deploy.tools.checkpoints import Checkpoints
 from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.limits import speed_limit
 from trsp_deploy.tools.models import ModelSource, check_decoder_only, copy_model, resolve_model
 from trsp_deploy.tools.plan import PruningPlan, read_plan
+from trsp_deploy.tools.processes import Processes
 from trsp_deploy.tools.quiet import quiet_libraries
 from trsp_deploy.tools.runners import EngineManifest, Runner, check_can_build, check_can_run, open_engine
 from trsp_deploy.tools.runners.ort import OrtRunner
@@ -71,6 +75,8 @@ def prune_and_build(job: Pipeline) -> Report:
 
 def default_folder(recipe: Recipe, say: Callable[[str], None]) -> Path:
     """`runs/<model>-drop<k>` for k layers: 25% and 8 of 32 are the same run. Resolves the model to count its layers."""
+    if "RANK" in os.environ:
+        raise RunError("--out is missing: several processes have to be told where they meet")
     source = resolve_model(recipe.model, say)
     layers = AutoConfig.from_pretrained(source.path, local_files_only=True).num_hidden_layers
     return Path("runs") / f"{Path(recipe.model).name}-drop{parse_drop(recipe.drop, layers)}"
@@ -78,6 +84,8 @@ def default_folder(recipe: Recipe, say: Callable[[str], None]) -> Path:
 
 def save_recipe(run: RunFolder, recipe: Recipe) -> None:
     """Keep the resolved recipe in the run folder, for the commands that are given only the folder."""
+    if not run.main:
+        return
     with writing(run.path / RECIPE_FILE) as partial:
         partial.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
 
@@ -100,6 +108,8 @@ class Pipeline:
         self.recipe = recipe
         self._plan_file = plan_file
         self._say = say
+        if "RANK" in os.environ:  # `accelerate launch`; joining costs an import that a single process can do without
+            self.run.from_main = Processes(pick_device(recipe)).from_main
         # What a user can get wrong is looked at before anything slow begins.
         self.specs = self._engine_specs()
 
@@ -117,7 +127,7 @@ class Pipeline:
     @functools.cache
     def dense(self) -> ModelSource:
         """The dense model, as the folder `dense/`."""
-        source = resolve_model(self.recipe.model, self._say)
+        source = self._found_by_main(lambda: resolve_model(self.recipe.model, self._say))
         self.run.step(
             "dense",
             lambda: self._copy_dense(source),
@@ -126,6 +136,11 @@ class Pipeline:
             inputs={"model": Path(source.path)},
             outputs=["dense"],
         )
+        return source
+
+    def _found_by_main(self, find: Callable[[], ModelSource]) -> ModelSource:
+        """What may have to be downloaded or unpacked is so once, by the main process."""
+        source: ModelSource = self.run.from_main(find() if self.run.main else None)
         return source
 
     def _copy_dense(self, source: ModelSource) -> Done:
@@ -177,14 +192,28 @@ class Pipeline:
             edited = read_plan(path, self._num_layers())
             self._say(f"plan.json was edited by hand: dropping {', '.join(map(str, edited.dropped))}")
             return edited
-        return self.run.step(
+        inputs: dict[str, Path | str] = {
+            "model": self._path("dense"),
+            "calibration": self._calibration_texts().fingerprint,
+        }
+        checkpoints = self._checkpoints("plan", settings, inputs)
+        plan = self.run.step(
             "plan",
-            lambda: self._select(count, path),
+            lambda: self._select(count, path, checkpoints),
             PruningPlan,
             settings=settings,
-            inputs={"model": self._path("dense"), "calibration": self._calibration_texts().fingerprint},
+            inputs=inputs,
             outputs=["plan.json"],
+            together=True,
         )
+        if self.run.main:
+            checkpoints.remove()
+        return plan
+
+    def _checkpoints(self, step: str, settings: dict[str, Any], inputs: Mapping[str, Path | str]) -> Checkpoints:
+        """Where a killed training of this step goes on; only from what these very settings and inputs left."""
+        key = self.run.key(step, settings=settings, inputs=inputs)
+        return Checkpoints(self.run.path / "checkpoints" / step, key, self.recipe.checkpoint_s)
 
     def _plan_settings(self, count: int) -> dict[str, Any]:
         chosen = self.recipe.model_dump(
@@ -194,18 +223,20 @@ class Pipeline:
 
     def _adopt(self, source: Path, path: Path) -> PruningPlan:
         plan = read_plan(source, self._num_layers())
-        if source.resolve() != path.resolve():
+        if source.resolve() != path.resolve() and self.run.main:
             write_json(path, plan)
         return plan
 
-    def _select(self, count: int, path: Path) -> PruningPlan:
+    def _select(self, count: int, path: Path, checkpoints: Checkpoints) -> PruningPlan:
         train, validation = self._calibration_windows()
         with quiet_libraries():
             model = load_model(self._path("dense"), pick_device(self.recipe), TRAINING_DTYPES[self.recipe.weights])
+            check_prunable(model)
             plan = selection.select_layers(
-                model, train, validation, count, self.recipe, self._calibration_texts().origin
+                model, train, validation, count, self.recipe, self._calibration_texts().origin, checkpoints
             )
-        write_json(path, plan)
+        if self.run.main:
+            write_json(path, plan)
         return plan
 
     @functools.cache
@@ -213,24 +244,33 @@ class Pipeline:
         """Transfer and removal: the checkpoint `pruned/`."""
         plan = self.plan()
         chosen = {"seed", "device", "autocast", "weights", "calibration", "transfer"}
-        return self.run.step(
+        settings = self.recipe.model_dump(mode="json", include=chosen)
+        inputs: dict[str, Path | str] = {
+            "model": self._path("dense"),
+            "plan": self.run.path / "plan.json",
+            "calibration": self._calibration_texts().fingerprint,
+        }
+        checkpoints = self._checkpoints("prune", settings, inputs)
+        result = self.run.step(
             "prune",
-            lambda: self._transfer(plan),
+            lambda: self._transfer(plan, checkpoints),
             PrunedCheckpoint,
-            settings=self.recipe.model_dump(mode="json", include=chosen),
-            inputs={
-                "model": self._path("dense"),
-                "plan": self.run.path / "plan.json",
-                "calibration": self._calibration_texts().fingerprint,
-            },
+            settings=settings,
+            inputs=inputs,
             outputs=["pruned"],
+            together=True,
         )
+        if not self.run.main:
+            raise SystemExit(0)  # the rest is the main process's work
+        checkpoints.remove()
+        return result
 
-    def _transfer(self, plan: PruningPlan) -> PrunedCheckpoint:
+    def _transfer(self, plan: PruningPlan, checkpoints: Checkpoints) -> PrunedCheckpoint:
         train, validation = self._calibration_windows()
-        with quiet_libraries(), writing(self._path("pruned")) as partial:
+        path = self._path("pruned")
+        with quiet_libraries(), writing(path) if self.run.main else contextlib.nullcontext(path) as folder:
             return transfer.transfer_and_remove(
-                self._path("dense"), self.dense(), plan, train, validation, self.recipe, partial
+                self._path("dense"), self.dense(), plan, train, validation, self.recipe, folder, checkpoints
             )
 
     def _ready(self, role: Role) -> Path:

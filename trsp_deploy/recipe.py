@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from trsp_deploy.errors import EngineSpecError, RecipeError, UserError, nearest
 
 Precision = Literal["fp32", "fp16"]
+Form = Literal["anneal", "l2", "l1", "train", "none"]
 Backend = Literal["onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"]
 
 Record = TypeVar("Record", bound=BaseModel)
@@ -53,16 +54,17 @@ class PlanSettings(Strict):
     learning_rate: Positive = 0.05
     steps: Count = 8  # gate updates before each pick
     batch_size: Count = 4
-    candidates: Count = (
-        4  # smallest gates whose true removal loss is measured; 1 trusts the gate alone, as the paper does
-    )
+    candidates: Count = 8  # smallest gates whose true removal is tried; 1 trusts the gate alone, as the paper does
+    trial_windows: Count = 1  # that each candidate is tried on at first; the better half goes on, on twice as many
 
 
 class TransferSettings(Strict):
     """Stage 2: move the doomed layers' knowledge into the kept ones (arXiv 2505.18232, section 3.2)."""
 
-    form: Literal["anneal", "l2", "l1", "train", "none"] = "anneal"  # `train` removes first: the control
-    fold: bool = False  # first refit the layer before each removed span to its effect; with `train` and `none` only
+    form: Form = "anneal"  # `train` removes first: the control
+    # First, in closed form: `span` fits the projection before each removed span to its effect (methods/fold.py),
+    # `layers` every linear module from there on (tools/refit.py).
+    refit: Literal["none", "span", "layers"] = "none"
     weight: NonNegative = 1e-3  # lambda_2 of the l1 and l2 forms
     ce_weight: NonNegative = 1.0  # of the LM loss
     kl_weight: NonNegative = 0.0  # of the divergence from the dense model's next-token distribution
@@ -72,16 +74,23 @@ class TransferSettings(Strict):
     warmup_share: Share = 0.03
     anneal_share: Share = 0.25  # share of the steps in which the gates go from 1 to 0
     train: Literal["all", "layers"] = "layers"  # `layers` leaves embeddings and LM head as they are
+    gradient_checkpointing: bool = False  # compute each layer again in the backward pass: less memory, more time
+    lora_rank: Count | None = None  # train adapters of this rank, merged before saving; None trains the weights
+    optimizer: Literal["adamw", "adamw-8bit"] = "adamw"  # adamw-8bit keeps its two moments in 8 bits
 
 
 # What `--method` stands for: a selection and the transfer that belongs to it; `--then` replaces the transfer.
-METHODS: dict[str, dict[str, dict[str, str | bool]]] = {
-    "trsp": {"plan": {"method": "trsp", "gate": "output"}, "transfer": {"form": "l2"}},  # as the paper has it
-    "trsp-anneal": {"plan": {"method": "trsp", "gate": "branch"}, "transfer": {"form": "anneal"}},
-    "shortgpt": {"plan": {"method": "shortgpt"}, "transfer": {"form": "none"}},
-    "sleb": {"plan": {"method": "sleb"}, "transfer": {"form": "none"}},
-    "uidl": {"plan": {"method": "uidl"}, "transfer": {"form": "none"}},
-    "fold": {"plan": {"method": "fold"}, "transfer": {"form": "none", "fold": True}},
+METHODS: dict[str, dict[str, dict[str, str]]] = {
+    "trsp": {  # as the paper has it
+        "plan": {"method": "trsp", "gate": "output"},
+        "transfer": {"form": "l2", "refit": "none"},
+    },
+    "trsp-anneal": {"plan": {"method": "trsp", "gate": "branch"}, "transfer": {"form": "anneal", "refit": "none"}},
+    "trsp-refit": {"plan": {"method": "trsp", "gate": "branch"}, "transfer": {"form": "anneal", "refit": "layers"}},
+    "shortgpt": {"plan": {"method": "shortgpt"}, "transfer": {"form": "none", "refit": "none"}},
+    "sleb": {"plan": {"method": "sleb"}, "transfer": {"form": "none", "refit": "none"}},
+    "uidl": {"plan": {"method": "uidl"}, "transfer": {"form": "none", "refit": "none"}},
+    "fold": {"plan": {"method": "fold"}, "transfer": {"form": "none", "refit": "span"}},
 }
 
 
@@ -118,6 +127,7 @@ class Recipe(Strict):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     weights: Literal["fp32", "bf16"] = "fp32"  # weights and optimiser state while training; the stored dtype is kept
     autocast: Literal["auto", "off"] = "auto"  # bf16 matrix products in training where the hardware has them
+    checkpoint_s: NonNegative = 600.0  # seconds between checkpoints of selection and transfer; 0: after every step
     calibration: CalibrationSettings = CalibrationSettings()
     evaluation: dict[str, str] = {"wikitext2": "wikitext2", "c4": "c4"}
     plan: PlanSettings = PlanSettings()
@@ -128,11 +138,13 @@ class Recipe(Strict):
     evaluate: EvaluateSettings = EvaluateSettings()
 
     @model_validator(mode="after")
-    def _fold_replaces_its_span(self) -> Recipe:
-        if self.transfer.fold and self.transfer.form not in ("train", "none"):
+    def _refit_replaces_layers(self) -> Recipe:
+        refit, form = self.transfer.refit, self.transfer.form
+        valid = {"none": get_args(Form), "span": ("train", "none"), "layers": ("anneal", "train", "none")}[refit]
+        if form not in valid:
             raise ValueError(
-                f"transfer.fold puts new weights in the place of the layers, so transfer.form must be train or none, "
-                f"got {self.transfer.form}"
+                f"transfer.refit {refit} puts new weights in the place of the layers, so transfer.form must be "
+                f"{', '.join(valid[:-1])} or {valid[-1]}, got {form}; `--set transfer.refit=none` leaves the weights alone"
             )
         return self
 

@@ -88,3 +88,33 @@ class Perplexity(Strict):
     def ppl(self) -> float:
         """exp of the mean loss."""
         return math.exp(sum(self.nll) / len(self.nll))
+
+
+class TaskScore(Strict):
+    """One model on one multiple-choice task, item by item, so that two models can be compared in pairs."""
+
+    task: str
+    metric: Literal["acc", "acc_norm"]  # acc_norm divides each choice's log likelihood by its length in bytes
+    correct: tuple[bool, ...]  # one an item, in the data set's order
+
+    @property
+    def items(self) -> int:
+        """Number of items answered."""
+        return len(self.correct)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the items answered rightly."""
+        return sum(self.correct) / len(self.correct)
+
+
+class ZeroShot(Strict):
+    """One model on several multiple-choice tasks, without examples in the prompt."""
+
+    role: Role
+    tasks: tuple[TaskScore, ...]
+
+    @property
+    def mean_accuracy(self) -> float:
+        """Mean of the tasks' accuracies: each task counts once, whatever its size."""
+        return sum(task.accuracy for task in self.tasks) / len(self.tasks)

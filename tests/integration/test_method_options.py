@@ -70,7 +70,7 @@ def test_removal_of_a_folded_span_changes_nothing(prune):
 
 
 def test_any_selection_can_be_folded(prune):
-    folded, plan = prune("--method", "sleb", "--set", "transfer.fold=true", "--set", "plan.batch_size=8")
+    folded, plan = prune("--method", "sleb", "--set", "transfer.refit=span", "--set", "plan.batch_size=8")
     plain, _ = prune("--method", "sleb", "--set", "plan.batch_size=8")
     assert plan["method"] == "sleb" and folded["dropped"] == plain["dropped"]
     assert folded["ppl_after_removal"] != plain["ppl_after_removal"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.tiny import FAMILIES, LAYERS, save_tiny, tiny_model, tokens
+from tests.tiny import LAYERS, save_tiny, tiny_model, tokens
 from trsp_deploy.decoder import count_weights, decoder_layers, decoder_size, load_model, next_token_loss, remove_layers
 from trsp_deploy.errors import ModelError
 
@@ -23,23 +23,6 @@ assert torch.equal(logits, torch.load(sys.argv[3])), "reloaded logits differ"
 out = model.generate(torch.load(sys.argv[2])[:1], max_new_tokens=4, do_sample=False)
 assert out.shape[1] == 24, out.shape
 """
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_layer_list_is_found(family):
-    assert len(decoder_layers(tiny_model(family))) == LAYERS
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_indices_and_config_are_cut_with_the_layers(family):
-    model = tiny_model(family)
-    survivors = [layer for index, layer in enumerate(decoder_layers(model)) if index not in (0, 3)]
-    remove_layers(model, [0, 3])
-    assert list(decoder_layers(model)) == survivors
-    assert model.config.num_hidden_layers == LAYERS - 2
-    for index, layer in enumerate(decoder_layers(model)):
-        indices = {module.layer_idx for module in layer.modules() if hasattr(module, "layer_idx")}
-        assert indices == {index}
 
 
 def test_per_layer_config_lists_are_cut():
@@ -73,7 +56,7 @@ def test_tied_weights_stay_tied(tmp_path):
 
 def test_attention_that_depends_on_the_layer_number_is_refused_untouched():
     model = tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True)
-    with pytest.raises(ModelError, match="layers cannot be renumbered"):
+    with pytest.raises(ModelError, match="layers 1: a kept layer computes something else under its new number"):
         remove_layers(model, [1])
     assert len(decoder_layers(model)) == LAYERS
 
@@ -81,7 +64,9 @@ def test_attention_that_depends_on_the_layer_number_is_refused_untouched():
 def test_a_config_that_no_longer_describes_the_weights_is_refused():
     model = tiny_model("llama")
     decoder_layers(model)[4].mlp.down_proj = nn.Linear(96, 48, bias=True)  # unlike what the config says
-    with pytest.raises(ModelError, match=r"first difference: model\.layers\.3\.mlp\.down_proj\.bias"):
+    with pytest.raises(
+        ModelError, match=r"layers\.4\.mlp\.down_proj\.bias is \(48,\) and by the config would be absent"
+    ):
         remove_layers(model, [0])
 
 

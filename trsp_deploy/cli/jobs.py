@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trsp_deploy.errors import RecipeError, nearest
+from trsp_deploy.errors import ModelError, RecipeError, nearest
 
 if TYPE_CHECKING:
     from trsp_deploy.pipeline import Pipeline
     from trsp_deploy.recipe import Recipe
+    from trsp_deploy.tools.memory import Stage
 
 Model = Annotated[
     str | None, typer.Option("--model", help="A folder, a hub id, or a short name such as opt-6.7b.", metavar="M")
@@ -58,6 +59,10 @@ Then = Annotated[
     str | None,
     typer.Option("--then", help="Transfer after any selection: anneal, l2, l1, train or none.", metavar="FORM"),
 ]
+PlanMemory = Annotated[
+    bool, typer.Option("--plan-memory", help="Show what training would need and what there is; load and train nothing.")
+]
+IgnoreMemory = Annotated[bool, typer.Option("--ignore-memory", help="Train even if the estimate does not fit.")]
 Json = Annotated[bool, typer.Option("--json", help="End stdout with one JSON line; all else goes to stderr.")]
 Run = Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")]
 
@@ -81,11 +86,16 @@ def prune_and_build(
     plan: PlanFile = None,
     method: MethodName = None,
     then: Then = None,
+    plan_memory: PlanMemory = False,
+    ignore_memory: IgnoreMemory = False,
     as_json: Json = False,
 ) -> None:
     """The whole job: prune, export, build engines, and judge the result against the dense model."""
     chosen = _recipe_from_options(model, drop, recipe, engine, calibration, evaluation, seed, sets, method, then)
+    if plan_memory:
+        return _show_memory(chosen, plan, as_json)
     with _pipeline(chosen, out, plan) as job:
+        _check_memory(job, plan, ignore_memory)
         from trsp_deploy.pipeline import prune_and_build as run_all
 
         _finish(job, run_all(job), as_json)
@@ -102,11 +112,16 @@ def prune(
     plan: PlanFile = None,
     method: MethodName = None,
     then: Then = None,
+    plan_memory: PlanMemory = False,
+    ignore_memory: IgnoreMemory = False,
     as_json: Json = False,
 ) -> None:
     """Choose the layers, move their knowledge, remove them: writes plan.json and pruned/."""
     chosen = _recipe_from_options(model, drop, recipe, None, calibration, None, seed, sets, method, then)
+    if plan_memory:
+        return _show_memory(chosen, plan, as_json)
     with _pipeline(chosen, out, plan) as job:
+        _check_memory(job, plan, ignore_memory)
         result = job.prune()
         _print_json(
             as_json,
@@ -217,7 +232,7 @@ def _recipe_from_options(
     return read_recipe(override(values, sets or []), f"{source} with the options given" if sets else source)
 
 
-def _method_settings(method: str | None) -> dict[str, dict[str, str | bool]]:
+def _method_settings(method: str | None) -> dict[str, dict[str, str]]:
     from trsp_deploy.recipe import METHODS
 
     if method is None:
@@ -266,6 +281,36 @@ def _pipeline(recipe: Recipe, out: Path | None, plan: Path | None) -> Iterator[P
         yield job
 
 
+def _show_memory(recipe: Recipe, plan_file: Path | None, as_json: bool) -> None:
+    """The table of `--plan-memory`; with --json the same figures are the last line of stdout."""
+    from trsp_deploy.cli.tables import print_memory
+    from trsp_deploy.tools.device_memory import model_config, plan_memory
+    from trsp_deploy.tools.plan import read_plan
+
+    config = model_config(recipe.model, _say)
+    dropped = None if plan_file is None else read_plan(plan_file, config.num_hidden_layers).dropped
+    found = plan_memory(recipe, config, dropped)
+    print_memory(found, sys.stderr if as_json else sys.stdout)
+    if as_json:
+        print(json.dumps(found.summary()))
+
+
+def _check_memory(job: Pipeline, plan_file: Path | None, ignore: bool) -> None:
+    """Refuse what cannot fit before anything slow begins; stages whose result is there are not asked about."""
+    from trsp_deploy.tools.device_memory import check_memory, launched_as_several, model_config
+    from trsp_deploy.tools.plan import read_plan
+
+    plan = plan_file or job.run.path / "plan.json"
+    stages: dict[Stage, bool] = {"selection": plan.is_file(), "transfer": (job.run.path / "pruned").is_dir()}
+    missing = [stage for stage, done in stages.items() if not done]
+    if ignore or not missing or launched_as_several():
+        return
+    with contextlib.suppress(ModelError):  # of a model that cannot be used the pipeline says more
+        config = model_config(job.recipe.model, _say)
+        dropped = read_plan(plan, config.num_hidden_layers).dropped if plan.is_file() else None
+        check_memory(job.recipe, config, missing, dropped)
+
+
 def _announce(step: str, state: str) -> None:
     _say(f"{step}: {state}")
 
@@ -274,6 +319,10 @@ def _say(line: str) -> None:
     from rich.console import Console
     from rich.markup import escape
 
+    from trsp_deploy.artifacts import is_main_process
+
+    if not is_main_process():
+        return
     Console(file=sys.stderr, highlight=False, soft_wrap=True).print(f"[bold cyan]>[/] {escape(' '.join(line.split()))}")
 
 

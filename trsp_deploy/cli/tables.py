@@ -11,9 +11,20 @@ from rich.table import Table
 from rich.text import Text
 
 from trsp_deploy.stages.report import ENGINE_COLUMNS, Report, engine_notes, engine_rows, model_rows
+from trsp_deploy.tools.device_memory import MemoryPlan
 
 STATE_STYLES = {"ok": "green", "warning": "yellow", "missing": "yellow", "conflict": "bold red"}
 PIPED_WIDTH = 120
+MEMORY_LABELS = {
+    "weights_bytes": "weights",
+    "gradients_bytes": "gradients",
+    "optimizer_bytes": "optimiser state, adapters",
+    "teacher_bytes": "teacher",
+    "activations_bytes": "activations",
+    "loss_bytes": "logits and loss",
+    "fold_bytes": "fold's normal equations",
+    "slack_bytes": "allocator and libraries",
+}
 
 
 def console(file: TextIO) -> Console:
@@ -38,6 +49,27 @@ def print_report(report: Report, run: Path, file: TextIO) -> None:
     out.print()
     out.print(Text(report.verdict, style="bold"), soft_wrap=True)
     out.print(f"report: {run / 'report.md'} and report.json", soft_wrap=True)
+
+
+def print_memory(plan: MemoryPlan, file: TextIO) -> None:
+    """Each stage's highest moment by purpose, the sum, and what the device has."""
+    out = console(file)
+    peaks = [stage.peak for stage in plan.stages]
+    rows = [
+        [label, *(f"{peak.parts[part] / 1e9:.2f}" for peak in peaks)]
+        for part, label in MEMORY_LABELS.items()
+        if any(peak.parts[part] for peak in peaks)
+    ]
+    rows.append(["needed", *(f"{peak.total_bytes / 1e9:.2f}" for peak in peaks)])
+    rows.append(["highest at", *(peak.name for peak in peaks)])
+    rows.append(["fits", *("yes" if plan.fits(stage) else "no" for stage in plan.stages)])
+    there = "unknown: it is not in this machine or does not tell"
+    if plan.available_bytes is not None:
+        there = f"{plan.available_bytes / 1e9:.2f} GB"
+    else:
+        rows.pop()
+    out.print(plain_table(("GB", *(stage.stage for stage in plan.stages)), rows))
+    out.print(f"{plan.model}, {plan.weights} weights; {plan.device} memory available: {there}", soft_wrap=True)
 
 
 def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

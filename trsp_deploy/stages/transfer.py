@@ -4,38 +4,51 @@ Source: TRSP, arXiv 2505.18232, section 3.2: loss = LM loss + lambda_2 * sum ove
 A small penalty is not zero, so that form pays a jump in perplexity at the removal; it is measured and
 reported. The `anneal` form lowers the doomed layers' branch gates from 1 to exactly 0 in the first part
 of the training instead, so that removing them changes nothing. `train` removes first and trains afterwards, with the
-same tokens, optimiser and loss: the control that every claim for a transfer has to beat.
+same tokens, optimiser and loss: the control that every claim for a transfer has to beat (`tools/forms.py`).
 """
 
 from __future__ import annotations
 
-import copy
+import contextlib
+import itertools
 import math
 import time
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from trsp_deploy.decoder import (
+    check_removal,
     count_weights,
     decoder_layers,
     load_model,
     load_tokenizer,
-    next_token_logits,
     remove_layers,
     stored_dtype,
 )
-from trsp_deploy.recipe import Recipe, TransferSettings
+from trsp_deploy.recipe import Recipe
 from trsp_deploy.results import PrunedCheckpoint
+from trsp_deploy.tools.checkpoints import Checkpoints, put_back, training_state
+from trsp_deploy.tools.forms import FORMS, Form
 from trsp_deploy.tools.gates import LayerGates
-from trsp_deploy.tools.methods.fold import fold_dropped_layers
+from trsp_deploy.tools.losses import TokenLosses
 from trsp_deploy.tools.model_card import write_model_card
 from trsp_deploy.tools.models import ModelSource
+from trsp_deploy.tools.parameters import (
+    add_adapters,
+    choose_trained,
+    clip_gradients,
+    make_optimizer,
+    merge_adapters,
+    recomputed_layers,
+)
 from trsp_deploy.tools.plan import PruningPlan
+from trsp_deploy.tools.processes import Processes
 from trsp_deploy.tools.progress import Meter
-from trsp_deploy.tools.training import TRAINING_DTYPES, autocast, batches, learning_rate, mean_loss, pick_device
+from trsp_deploy.tools.teacher import DenseStates
+from trsp_deploy.tools.training import TRAINING_DTYPES, autocast, batch_order, learning_rate, mean_loss, pick_device
 
 
 def transfer_and_remove(
@@ -46,141 +59,169 @@ def transfer_and_remove(
     validation: torch.Tensor,
     recipe: Recipe,
     out: Path,
+    checkpoints: Checkpoints | None = None,
 ) -> PrunedCheckpoint:
     """Train, remove `plan.dropped`, and write a folder to `out` that plain transformers loads.
 
     dense: Hugging Face folder of the dense model; source: where it came from, for the model card.
     train, validation: (windows, sequence) int64 token ids; the latter are never trained on.
+    checkpoints: where to go on from after a kill, and what to leave for the next; None keeps nothing.
     """
-    device = pick_device(recipe)
+    device, settings = pick_device(recipe), recipe.transfer
+    processes = Processes(device)
     model = load_model(dense, device, TRAINING_DTYPES[recipe.weights])
-    batch_size = recipe.transfer.batch_size
+    check_removal(model, plan.dropped)
     parameters_dense = count_weights(model).total
-    ppl_dense = math.exp(mean_loss(model, validation, batch_size))
-    teacher = Teacher(model) if recipe.transfer.kl_weight else None
-    if recipe.transfer.fold:
-        fold_dropped_layers(model, plan.dropped, train, batch_size)
-    with LayerGates(model, "branch") as gates:
-        if recipe.transfer.fold or recipe.transfer.form == "train":
-            gates.closed.update(plan.dropped)
-        losses, penalties = _train(model, gates, plan.dropped, train, recipe, device, teacher)
-        ppl_before = math.exp(mean_loss(model, validation, batch_size))
-    remove_layers(model, plan.dropped)
-    ppl_after = math.exp(mean_loss(model, validation, batch_size))
-    result = PrunedCheckpoint(
-        form=recipe.transfer.form,
-        dropped=plan.dropped,
-        num_layers_dense=plan.num_layers,
-        num_layers_pruned=len(decoder_layers(model)),
-        parameters_dense=parameters_dense,
-        parameters_pruned=count_weights(model).total,
-        lm_loss=losses,
-        penalty=penalties,
-        tokens=len(losses) * batch_size * train.shape[1],
-        ppl_dense=ppl_dense,
-        ppl_before_removal=ppl_before,
-        ppl_after_removal=ppl_after,
-    )
-    model.to("cpu", stored_dtype(dense)).save_pretrained(out)
-    load_tokenizer(dense).save_pretrained(out)
-    write_model_card(out, source, plan, recipe, result)
-    return result
+    choose_trained(model, settings)
+    losses = TokenLosses(model, settings.ce_weight, settings.kl_weight)
+    ppl_dense = _perplexity(losses, validation, recipe)
+    training = Training(losses, train, recipe, processes, checkpoints)
+    recomputing = recomputed_layers(model) if settings.gradient_checkpointing else contextlib.nullcontext()
+    with recomputing, LayerGates(model, "branch") as gates:
+        form = FORMS[settings.form](model, gates, plan.dropped, settings, processes)
+        form.prepare(train, autocast(recipe, device))
+        adapted = _adapters(model, recipe)
+        training.run(form)
+        form.finish()
+        ppl_before = _perplexity(losses, validation, recipe)
+    model = _whole(model, adapted, dense, recipe, processes)
+    result: PrunedCheckpoint | None = None
+    if processes.main:
+        remove_layers(model, plan.dropped)
+        result = PrunedCheckpoint(
+            form=settings.form,
+            dropped=plan.dropped,
+            num_layers_dense=plan.num_layers,
+            num_layers_pruned=len(decoder_layers(model)),
+            parameters_dense=parameters_dense,
+            parameters_pruned=count_weights(model).total,
+            lm_loss=tuple(training.lm_losses),
+            penalty=tuple(training.penalties),
+            tokens=len(training.lm_losses) * settings.batch_size * train.shape[1],
+            ppl_dense=ppl_dense,
+            ppl_before_removal=ppl_before,
+            ppl_after_removal=_perplexity(model, validation, recipe),
+        )
+        model.to("cpu", stored_dtype(dense)).save_pretrained(out)
+        load_tokenizer(dense).save_pretrained(out)
+        write_model_card(out, source, plan, recipe, result)
+    finished = processes.from_main(result)
+    assert finished is not None  # the main process has made it
+    return finished
 
 
-def _train(
-    model: PreTrainedModel,
-    gates: LayerGates,
-    doomed: Sequence[int],
-    train: torch.Tensor,
-    recipe: Recipe,
-    device: str,
-    teacher: Teacher | None,
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Run stage 2 in place; returns LM loss and penalty by step. The gates are left as the form ends."""
-    settings = recipe.transfer
-    if settings.form == "none":
-        return (), ()
-    if settings.form in ("l1", "l2"):
-        gates.watched.update(doomed)
-    gates.values.requires_grad_(False)
-    parameters = _trainable(model, settings)
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
-    batch = batches(train, settings.batch_size, recipe.seed)
-    losses, penalties = [], []
-    began = time.perf_counter()
-    with Meter("transfer", settings.steps) as meter:
-        for step in range(settings.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * learning_rate(step, settings.steps, settings.warmup_share)
-            if settings.form == "anneal":
-                _anneal(gates, doomed, step, settings)
-            with autocast(recipe, device):
-                lm_loss, loss = _losses(model, next(batch).to(device), teacher, settings)
-            penalty = _penalty(gates, settings.form)
-            optimizer.zero_grad(set_to_none=True)
-            (loss + settings.weight * penalty).backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            losses.append(round(lm_loss.item(), 5))
-            penalties.append(round(penalty.item(), 5))
-            rate = len(losses) * settings.batch_size * train.shape[1] / (time.perf_counter() - began)
-            meter.advance(f"loss {losses[-1]:.3f} penalty {penalties[-1]:.3g} {rate:.0f} tokens/s")
-    if settings.form == "anneal":
-        gates.closed.update(doomed)
-    return tuple(losses), tuple(penalties)
+def _adapters(model: PreTrainedModel, recipe: Recipe) -> Any:
+    """Put adapters on the model where the recipe wants them; None where it does not."""
+    rank = recipe.transfer.lora_rank
+    return None if rank is None else add_adapters(model, rank, recipe.seed)
 
 
-class Teacher:
-    """The dense model's next-token distribution, from a frozen copy of it."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model = copy.deepcopy(model).requires_grad_(False)
-
-    @torch.no_grad()
-    def log_probabilities(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """(batch, sequence - 1, vocabulary) float32 for input_ids (batch, sequence)."""
-        return next_token_logits(self._model, input_ids).log_softmax(-1)
-
-
-def _losses(
-    model: PreTrainedModel, input_ids: torch.Tensor, teacher: Teacher | None, settings: TransferSettings
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The LM loss, and the weighted sum of LM loss and divergence from the dense model, in nats a token."""
-    log_probabilities = next_token_logits(model, input_ids).log_softmax(-1).flatten(0, 1)  # (tokens, vocabulary)
-    lm_loss = torch.nn.functional.nll_loss(log_probabilities, input_ids[:, 1:].flatten())
-    loss = settings.ce_weight * lm_loss
-    if teacher is not None:
-        wanted = teacher.log_probabilities(input_ids).flatten(0, 1)
-        divergence = torch.nn.functional.kl_div(log_probabilities, wanted, log_target=True, reduction="batchmean")
-        loss = loss + settings.kl_weight * divergence
-    return lm_loss, loss
+def _whole(model: PreTrainedModel, adapted: Any, dense: Path, recipe: Recipe, processes: Processes) -> PreTrainedModel:
+    """The trained model in one piece with its adapters merged; of a sharded one the main process alone gets that."""
+    if processes.sharded:
+        weights = processes.whole_weights(model)
+        if not processes.main:
+            return model
+        model = load_model(dense, "cpu", TRAINING_DTYPES[recipe.weights])
+        adapted = _adapters(model, recipe)
+        model.load_state_dict(weights)
+    if adapted is not None:
+        merge_adapters(adapted)
+    return model
 
 
-def _trainable(model: PreTrainedModel, settings: TransferSettings) -> list[torch.nn.Parameter]:
-    model.requires_grad_(settings.train == "all")
-    decoder_layers(model).requires_grad_(True)
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+def _perplexity(model: PreTrainedModel | TokenLosses, windows: torch.Tensor, recipe: Recipe) -> float:
+    return math.exp(mean_loss(model, windows, recipe.transfer.batch_size))
 
 
-def _anneal(gates: LayerGates, doomed: Sequence[int], step: int, settings: TransferSettings) -> None:
-    """Lower the doomed gates linearly from 1 to 0 over the first `anneal_share` of the steps."""
-    annealing_steps = max(1, round(settings.anneal_share * settings.steps))
-    if step >= annealing_steps:
-        gates.closed.update(doomed)  # a gate at 0 is the layer removed: no need to compute it
-        return
-    with torch.no_grad():
-        gates.values[list(doomed)] = 1.0 - (step + 1) / (annealing_steps + 1)
+class Training:
+    """The steps of stage 2: made on the dense model, run with a form, from the first step or from a checkpoint."""
 
+    def __init__(
+        self,
+        losses: TokenLosses,
+        windows: torch.Tensor,
+        recipe: Recipe,
+        processes: Processes,
+        checkpoints: Checkpoints | None,
+    ) -> None:
+        """Works out what the dense model teaches, where the recipe asks for it: the model still has to be dense."""
+        self.lm_losses: list[float] = []  # nats, one a step
+        self.penalties: list[float] = []  # before lambda_2, one a step
+        self._losses = losses
+        self._windows = windows
+        self._recipe = recipe
+        self._settings = recipe.transfer
+        self._processes = processes
+        self._checkpoints = checkpoints
+        self._device = pick_device(recipe)
+        self._rows = self._rows_by_step()
+        self._dense: DenseStates | None = None
+        if self._settings.kl_weight and self._rows:
+            wanted = torch.cat(self._rows).unique()
+            with autocast(recipe, self._device):
+                self._dense = DenseStates(losses, windows, wanted, self._settings.batch_size)
 
-def _penalty(gates: LayerGates, form: str) -> torch.Tensor:
-    """Sum over the doomed layers of the norm of f(h) - h over the whole tensor, as the paper's code has it.
+    def _rows_by_step(self) -> list[torch.Tensor]:
+        """Indices of the windows that this process trains on, step by step: all known beforehand."""
+        settings = self._settings
+        steps = 0 if settings.form == "none" else settings.steps
+        order = batch_order(len(self._windows), settings.batch_size, self._recipe.seed)
+        return [self._processes.share(rows, "transfer.batch_size") for rows in itertools.islice(order, steps)]
 
-    The l1 norm is divided by sqrt(number of elements), so that one lambda_2 means the same in both forms.
-    """
-    total = torch.zeros((), device=gates.values.device)
-    for change in gates.changes.values():  # (batch, sequence, hidden)
-        if form == "l2":
-            total = total + torch.linalg.vector_norm(change.float())
-        else:
-            total = total + torch.linalg.vector_norm(change.float(), ord=1) / math.sqrt(change.numel())
-    return total
+    def run(self, form: Form) -> None:
+        """Train the model in place."""
+        if not self._rows:
+            return
+        form.gates.values.requires_grad_(False)
+        module = self._processes.wrap(self._losses)
+        optimizer = make_optimizer(module, self._settings, self._processes.sharded)
+        self._restore(optimizer)
+        done, began = len(self.lm_losses), time.perf_counter()
+        with Meter("transfer", len(self._rows), done) as meter:
+            for step in range(done, len(self._rows)):
+                self._step(module, form, optimizer, step)
+                self._save_if_due(optimizer)
+                tokens = (step + 1 - done) * self._settings.batch_size * self._windows.shape[1]
+                rate = tokens / (time.perf_counter() - began)
+                meter.advance(f"loss {self.lm_losses[-1]:.3f} penalty {self.penalties[-1]:.3g} {rate:.0f} tokens/s")
+
+    def _step(self, module: torch.nn.Module, form: Form, optimizer: torch.optim.Optimizer, step: int) -> None:
+        settings, rows = self._settings, self._rows[step]
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * learning_rate(step, settings.steps, settings.warmup_share)
+        form.before_step(step)
+        with autocast(self._recipe, self._device):
+            dense = None if self._dense is None else self._dense[rows].to(self._device)
+            found = module(self._windows[rows].to(self._device), dense)
+        penalty = form.penalty()
+        (found.total + settings.weight * penalty).backward()
+        clip_gradients(optimizer)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)  # here, so that gradients and activations never add up
+        self.lm_losses.append(round(self._processes.mean(found.lm).item(), 5))
+        self.penalties.append(round(penalty.item(), 5))
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def _save_if_due(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._checkpoints is None or not self._processes.from_main(self._checkpoints.due()):
+            return
+        state = training_state(self._losses.model, optimizer, self._processes.sharded)
+        if self._processes.main:
+            self._checkpoints.save(
+                {
+                    **state,
+                    "random": torch.get_rng_state(),
+                    "lm_losses": self.lm_losses,
+                    "penalties": self.penalties,
+                }
+            )
+
+    def _restore(self, optimizer: torch.optim.Optimizer) -> None:
+        state = None if self._checkpoints is None else self._checkpoints.load()
+        if state is None:
+            return
+        put_back(state, self._losses.model, optimizer, self._processes.sharded)
+        torch.set_rng_state(state["random"])
+        self.lm_losses, self.penalties = state["lm_losses"], state["penalties"]

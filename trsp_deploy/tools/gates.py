@@ -37,8 +37,10 @@ class LayerGates:
         self.watched: set[int] = set()
         self.changes: dict[int, torch.Tensor] = {}
         self._returned: dict[int, torch.Tensor | tuple[Any, ...]] = {}
+        self._before: list[Any] = []  # what stood in front of each layer's forward already; None: nothing
 
     def __enter__(self) -> Self:
+        self._before = [vars(layer).get("forward") for layer in self._layers]
         for index, layer in enumerate(self._layers):
             # An instance attribute in front of the class's forward: attributes that the model reads from
             # its layers (`attention_type`, …) stay reachable, which a wrapping module would hide.
@@ -48,8 +50,10 @@ class LayerGates:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for layer in self._layers:
+        for layer, before in zip(self._layers, self._before, strict=True):
             del layer.forward
+            if before is not None:
+                layer.forward = before
         self.changes.clear()
 
     @property

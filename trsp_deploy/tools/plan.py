@@ -21,7 +21,7 @@ class Pick(Strict):
     layer: Index
     lm_loss: tuple[float, ...]  # nats, at each gate update
     gates: tuple[tuple[float, ...], ...]  # (updates, num_layers)
-    removal_loss: dict[int, float]  # candidate -> nats on held-out calibration text once it is gone too
+    removal_loss: dict[int, float]  # of the last few candidates: nats on calibration text once it is gone too
 
 
 class PruningPlan(Strict):

@@ -1,4 +1,4 @@
-"""What both training stages share: hardware choices, batches and the learning-rate curve."""
+"""What both training stages share: hardware choices, batches, the learning-rate curve and held-out loss."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import torch
 from transformers import PreTrainedModel
 
-from trsp_deploy.decoder import next_token_loss
 from trsp_deploy.errors import RecipeError
 from trsp_deploy.recipe import Recipe
+from trsp_deploy.tools.losses import TokenLosses
 
 TRAINING_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -41,15 +41,20 @@ def autocast(recipe: Recipe, device: str) -> contextlib.AbstractContextManager[N
     return contextlib.nullcontext()
 
 
-def batches(windows: torch.Tensor, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
-    """Endless shuffled batches of (batch_size, sequence); each window is seen once before any is seen twice."""
+def batch_order(count: int, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
+    """Endless shuffled batches of indices below `count`, (batch_size,) each; all come once before any comes twice."""
     generator = torch.Generator().manual_seed(seed)
     while True:
-        order = torch.randperm(len(windows), generator=generator)
+        order = torch.randperm(count, generator=generator)
         if len(order) < batch_size:
             order = order.repeat(math.ceil(batch_size / len(order)))
         for start in range(0, len(order) - batch_size + 1, batch_size):
-            yield windows[order[start : start + batch_size]]
+            yield order[start : start + batch_size]
+
+
+def batches(windows: torch.Tensor, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
+    """Endless shuffled batches of (batch_size, sequence); each window is seen once before any is seen twice."""
+    return (windows[rows] for rows in batch_order(len(windows), batch_size, seed))
 
 
 def learning_rate(step: int, steps: int, warmup_share: float) -> float:
@@ -61,10 +66,11 @@ def learning_rate(step: int, steps: int, warmup_share: float) -> float:
 
 
 @torch.no_grad()
-def mean_loss(model: PreTrainedModel, windows: torch.Tensor, batch_size: int) -> float:
-    """Mean next-token loss in nats over windows (windows, sequence)."""
-    device = next(model.parameters()).device
+def mean_loss(model: PreTrainedModel | TokenLosses, windows: torch.Tensor, batch_size: int) -> float:
+    """Mean next-token loss in nats over windows (windows, sequence); a TokenLosses need not find its head again."""
+    losses = model if isinstance(model, TokenLosses) else TokenLosses(model)
+    device = next(losses.parameters()).device
     total = 0.0
     for part in windows.split(batch_size):
-        total += next_token_loss(model, part.to(device)).item() * len(part)
+        total += losses(part.to(device)).lm.item() * len(part)
     return total / len(windows)

@@ -25,16 +25,16 @@ import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from trsp_deploy.decoder import decoder_layers, layer_input, layer_output
+from trsp_deploy.decoder import decoder_layers
 from trsp_deploy.errors import ModelError, PlanError, TextError
 from trsp_deploy.tools.gates import LayerGates
+from trsp_deploy.tools.layer_modules import last_writer, layer_calls
 from trsp_deploy.tools.methods.base import Selection, checked_finite, checked_num_layers
 from trsp_deploy.tools.methods.hidden_states import last_inputs, visit_layers
 from trsp_deploy.tools.progress import Meter
@@ -244,70 +244,18 @@ def folded(fit: SpanFit, ridge: float) -> Iterator[None]:
                 parameter.copy_(before[name])
 
 
-@torch.no_grad()
 def output_projection(model: PreTrainedModel, index: int, probe: torch.Tensor) -> OutputProjection:
-    """Find the module whose output layer `index` adds to the residual stream last.
+    """Find the module whose output layer `index` adds to the residual stream last; probe: a few (batch, sequence) ids.
 
-    It is the last linear module to run whose output is as wide as the residual stream. What was found is tried: an
-    amount added to its output must come out of the layer times one constant, with the rest unchanged. A norm behind
-    the projection (OPT-350m, Gemma 2) or experts fail that. probe: (batch, sequence) int64, a few tokens.
-    Raises ModelError with one line when the layer cannot be folded into.
+    Raises ModelError with one line when the layer cannot be folded into (`layer_modules.py` says when).
     """
-    layer = decoder_layers(model)[index]
-    ran: list[nn.Linear | Conv1D] = []
-    call: dict[str, Any] = {}
-
-    def keep_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call.update(args=args, kwargs=kwargs)
-
-    with contextlib.ExitStack() as hooks:
-        hooks.callback(layer.register_forward_pre_hook(keep_call, with_kwargs=True).remove)
-        for module in layer.modules():
-            if isinstance(module, nn.Linear | Conv1D):
-                hooks.callback(module.register_forward_hook(lambda module, *_: ran.append(module)).remove)
-        model.base_model(input_ids=probe.to(next(model.parameters()).device), use_cache=False)
-    width = layer_input(call["args"], call["kwargs"]).shape[-1]
-    wide = [module for module in ran if _out_width(module) == width]
-    if wide:
-        scale = _measured_scale(layer, wide[-1], call)
-        if scale is not None:
-            return OutputProjection(wide[-1], scale)
-    raise ModelError(
-        f"{type(model).__name__} cannot be folded: layer {index} does not end by adding a linear module's output to "
-        "the residual stream; the other methods work"
-    )
-
-
-def _out_width(module: nn.Linear | Conv1D) -> int:
-    return module.nf if isinstance(module, Conv1D) else module.out_features
-
-
-def _measured_scale(layer: nn.Module, module: nn.Module, call: dict[str, Any]) -> float | None:
-    """The constant that the module's output is multiplied by on its way out of the layer; None when there is none."""
-    added: list[torch.Tensor] = []
-    plain = layer_output(layer(*call["args"], **call["kwargs"]))
-    # Of the size of an ordinary token's state, whatever the projection itself puts out (an idle one: zeros).
-    amplitude = torch.linalg.vector_norm(plain.float(), dim=-1).median() / plain.shape[-1] ** 0.5
-
-    def disturb(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(0)
-        added.append(amplitude.to(output) * torch.randn(output.shape, generator=generator).to(output))
-        return output + added[-1]
-
-    hook = module.register_forward_hook(disturb)
-    try:
-        disturbed = layer_output(layer(*call["args"], **call["kwargs"]))
-    finally:
-        hook.remove()
-    if len(added) != 1 or added[0].numel() != plain.numel():  # a module that runs twice, or for some of the tokens
-        return None
-    amount = added[0].reshape(plain.shape).double()
-    change = disturbed.double() - plain.double()
-    scale = ((change * amount).sum() / (amount * amount).sum()).item()
-    error = torch.linalg.vector_norm(change - scale * amount, dim=-1)
-    size = torch.linalg.vector_norm(plain.double(), dim=-1) + torch.linalg.vector_norm(amount, dim=-1)
-    tolerance = max(1e-4, 4 * torch.finfo(plain.dtype).eps)  # half precision rounds the sum itself
-    return round(scale, 6) if scale > 0 and bool((error <= tolerance * size).all()) else None
+    found = last_writer(decoder_layers(model)[index], layer_calls(model, probe)[index])
+    if found is None or found.scale is None:
+        raise ModelError(
+            f"{type(model).__name__} cannot be folded: layer {index} does not end by adding a linear module's output "
+            "to the residual stream; the other methods work"
+        )
+    return OutputProjection(found.modules[0], found.scale)
 
 
 def _split(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,1 @@
+"""Benchmarks: long measurements whose rows are kept in `benchmarks/results/`."""

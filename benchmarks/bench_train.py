@@ -1,0 +1,258 @@
+"""Stage 2 against Hugging Face's Trainer: the same model, windows and order, batch, precision and frozen embeddings.
+
+    python -m benchmarks.bench_train --model smollm2-135m
+    python -m benchmarks.bench_train --quick --clock cpu      # on a busy machine: processor time instead of the clock's
+
+Each block is a fresh process that trains `--steps` steps after two warm-up steps; blocks of the two alternate (ABBA),
+so that drift of the machine hits both. Stage 2 runs its `anneal` form with every layer still there, and the 25% of them
+that would go are annealed all the while: the most that a step of it ever costs. Tokens a second are of the steps'
+median; memory is the peak of the training alone, on a GPU what torch allocated, on a CPU the resident set.
+
+Prints a table and ends with one JSON line; raw samples go to benchmarks/results/train-DEVICE.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+TARGETS = {"speed_ratio": 1.0, "memory_ratio": 0.8}  # at least, at most
+RESULTS = Path("benchmarks/results")
+WARMUP_STEPS = 2
+ENGINES = ("stage 2", "Trainer")
+
+
+def main() -> int:
+    """Measure blocks in turn and report."""
+    options = parse()
+    if options.worker:
+        print(json.dumps(WORKERS[options.worker](options)))
+        return 0
+    samples: dict[str, list[dict[str, Any]]] = {engine: [] for engine in ENGINES}
+    for pair in range(options.pairs):
+        for engine in ENGINES if pair % 2 == 0 else reversed(ENGINES):
+            samples[engine].append(block(engine, sys.argv[1:]))
+            print(f"{engine}: {row(samples[engine][-1:], options)}", file=sys.stderr)
+    device = samples[ENGINES[0]][0]["device"]
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    raw = {"options": vars(options), "machine": machine(), "samples": samples}
+    (RESULTS / f"train-{device}.json").write_text(json.dumps(raw, indent=1) + "\n")
+    for engine in ENGINES:
+        print(f"{engine:8}  {row(samples[engine], options)}")
+    print(json.dumps(verdict(samples, options)))
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    """The options; what a worker needs of them is handed on to it."""
+    parser = argparse.ArgumentParser(prog="bench_train", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", default="smollm2-135m", help="a folder or a short name")
+    parser.add_argument("--texts", default="exl-wiki", help="as --calibration of trsp-deploy")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--context", type=int, default=256, help="tokens a window")
+    parser.add_argument("--steps", type=int, default=12, help="measured steps a block")
+    parser.add_argument("--pairs", type=int, default=4, help="blocks of each of the two")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    parser.add_argument("--quick", action="store_true", help="3 steps, 1 pair: shows that it works")
+    parser.add_argument("--worker", choices=ENGINES, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.quick:
+        options.steps, options.pairs = 3, 1
+    return options
+
+
+def block(engine: str, arguments: list[str]) -> dict[str, Any]:
+    """One block in a fresh process."""
+    command = [sys.executable, "-m", "benchmarks.bench_train", *arguments, "--worker", engine]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    sample: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return sample
+
+
+def tokens_per_s(samples: list[dict[str, Any]], options: argparse.Namespace) -> float:
+    """Of the median step of all blocks."""
+    steps = [step for sample in samples for step in sample[f"{options.clock}_s"]]
+    return float(options.batch_size * options.context / statistics.median(steps))
+
+
+def peak_bytes(samples: list[dict[str, Any]]) -> float:
+    """Median over blocks."""
+    return float(statistics.median(sample["peak_bytes"] for sample in samples))
+
+
+def row(samples: list[dict[str, Any]], options: argparse.Namespace) -> str:
+    """One line of the table."""
+    speed, memory = tokens_per_s(samples, options), peak_bytes(samples)
+    return f"{speed:8.1f} tokens/s   peak {memory / 1e9:.2f} GB   last loss {samples[-1]['loss']:.3f}"
+
+
+def verdict(samples: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -> dict[str, Any]:
+    """The line for scripts: figures, targets and whether they are met, under the same keys."""
+    ours, theirs = (samples[engine] for engine in ENGINES)
+    figures = {
+        "speed_ratio": round(tokens_per_s(ours, options) / tokens_per_s(theirs, options), 3),
+        "memory_ratio": round(peak_bytes(ours) / peak_bytes(theirs), 3),
+    }
+    met = {
+        "speed_ratio": figures["speed_ratio"] >= TARGETS["speed_ratio"],
+        "memory_ratio": figures["memory_ratio"] <= TARGETS["memory_ratio"],
+    }
+    return {"bench": "train", "figures": figures, "targets": TARGETS, "met": met}
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    from trsp_deploy.artifacts import provenance
+
+    return {**provenance().model_dump(mode="json"), "omp_num_threads": os.environ.get("OMP_NUM_THREADS")}
+
+
+# -- the two workers --------------------------------------------------------------------------------------------------
+
+
+class Job:
+    """What both train: the model's folder, windows in the order of the batches, and the stopwatch."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        import torch
+
+        from trsp_deploy.decoder import load_tokenizer
+        from trsp_deploy.recipe import read_recipe
+        from trsp_deploy.tools.models import resolve_model
+        from trsp_deploy.tools.texts import load_texts, tokenize_windows
+        from trsp_deploy.tools.training import pick_device
+
+        self.folder = Path(resolve_model(options.model, lambda _: None).path)
+        self.steps = options.steps + WARMUP_STEPS
+        transfer = {"form": "anneal", "anneal_share": 1.0, "steps": self.steps, "batch_size": options.batch_size}
+        self.recipe = read_recipe({"model": options.model, "transfer": transfer}, "bench_train")
+        self.device = pick_device(self.recipe)
+        texts, tokenizer = load_texts(options.texts, "calibration"), load_tokenizer(self.folder)
+        count = self.steps * options.batch_size
+        self.windows = tokenize_windows(texts, tokenizer, options.context, count)
+        self._marks: list[tuple[float, float]] = []
+        self._torch = torch
+
+    def mark(self) -> None:
+        """The beginning of a step, or the end of the last one."""
+        if self.device == "cuda":
+            self._torch.cuda.synchronize()
+        self._marks.append((time.perf_counter(), time.process_time()))
+
+    def reset_peak(self) -> None:
+        """Forget the peak of what loading took."""
+        if self.device == "cuda":
+            self._torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def sample(self, loss: float) -> dict[str, Any]:
+        """The block's raw samples."""
+        pairs = list(itertools.pairwise(self._marks))[WARMUP_STEPS:]
+        return {
+            "device": self.device,
+            "wall_s": [end[0] - start[0] for start, end in pairs],
+            "cpu_s": [end[1] - start[1] for start, end in pairs],
+            "peak_bytes": self._torch.cuda.max_memory_allocated() if self.device == "cuda" else peak_resident_bytes(),
+            "loss": loss,
+        }
+
+
+def peak_resident_bytes() -> int:
+    """This process's peak resident set since it was reset."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return 1024 * int(line.split()[1])
+
+
+def stage_2(options: argparse.Namespace) -> dict[str, Any]:
+    """Stage 2 with every layer computed at every step."""
+    from trsp_deploy.decoder import decoder_layers, load_model
+    from trsp_deploy.stages.transfer import Training
+    from trsp_deploy.tools.forms import Anneal
+    from trsp_deploy.tools.gates import LayerGates
+    from trsp_deploy.tools.losses import TokenLosses
+    from trsp_deploy.tools.parameters import choose_trained
+    from trsp_deploy.tools.processes import Processes
+    from trsp_deploy.tools.training import TRAINING_DTYPES
+
+    job = Job(options)
+
+    class Timed(Anneal):
+        def before_step(self, step: int) -> None:
+            job.mark()
+            super().before_step(step)
+
+    model = load_model(job.folder, job.device, TRAINING_DTYPES[job.recipe.weights])
+    choose_trained(model, job.recipe.transfer)
+    processes = Processes(job.device)
+    training = Training(TokenLosses(model), job.windows, job.recipe, processes, None)
+    job.reset_peak()
+    with LayerGates(model, "branch") as gates:
+        doomed = range(len(gates.open) // 2, len(gates.open) // 2 + len(gates.open) // 4)
+        training.run(Timed(model, gates, doomed, job.recipe.transfer, processes))
+        job.mark()
+    return job.sample(training.lm_losses[-1]) | {"layers": len(decoder_layers(model))}
+
+
+def trainer(options: argparse.Namespace) -> dict[str, Any]:
+    """Trainer on the same batches in the same order, with its own defaults where stage 2 does not decide."""
+    import torch
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    from trsp_deploy.decoder import load_model
+    from trsp_deploy.tools.parameters import choose_trained
+    from trsp_deploy.tools.training import TRAINING_DTYPES, batches, has_fast_bf16
+
+    job = Job(options)
+    settings = job.recipe.transfer
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *_: Any) -> Any:
+            return torch.utils.data.SequentialSampler(rows)
+
+    class Timed(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            job.mark()
+
+    model = load_model(job.folder, job.device, TRAINING_DTYPES[job.recipe.weights])
+    choose_trained(model, settings)
+    order = itertools.islice(batches(job.windows, settings.batch_size, job.recipe.seed), job.steps)
+    rows = [{"input_ids": window, "labels": window} for batch in order for window in batch]
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            per_device_train_batch_size=settings.batch_size,
+            max_steps=job.steps,
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_ratio=settings.warmup_share,
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            bf16=has_fast_bf16(job.device),
+            use_cpu=job.device == "cpu",
+            report_to=[],
+            save_strategy="no",
+            logging_steps=job.steps,
+            disable_tqdm=True,
+            dataloader_pin_memory=job.device == "cuda",
+        )
+        run = InOrder(model=model, args=arguments, train_dataset=rows, callbacks=[Timed()])
+        job.reset_peak()
+        found = run.train()
+        job.mark()
+    return job.sample(found.training_loss)
+
+
+WORKERS = {"stage 2": stage_2, "Trainer": trainer}
+
+if __name__ == "__main__":
+    sys.exit(main())

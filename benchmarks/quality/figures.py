@@ -1,0 +1,193 @@
+"""What follows from the rows: perplexity ratios with intervals over seeds, and the figures that the targets judge."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import numpy as np
+
+from benchmarks.quality.rows import Accuracies, Kind, Losses, Row, Selected
+from benchmarks.quality.store import Store
+from benchmarks.quality.table import RIVALS, Table, dense_row, labelled_rows, selection_row
+from trsp_deploy.recipe import Strict
+
+# Two-sided 95% quantile of Student's t by degrees of freedom.
+T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+class Interval(Strict):
+    """Mean over seeds and its 95% t-interval; one seed has no interval."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    seeds: int
+
+
+class Target(Strict):
+    """A bound that a figure has to keep."""
+
+    bound: float
+    sense: Literal["at most", "above"] = "at most"
+    meaning: str
+
+    def met(self, figure: float | None) -> bool:
+        """Whether the figure keeps the bound; what is not measured does not."""
+        if figure is None:
+            return False
+        return figure <= self.bound if self.sense == "at most" else figure > self.bound
+
+
+TARGETS: dict[str, Target] = {
+    "untrained_to_sleb": Target(bound=0.72, meaning="default without training over SLEB, perplexity, worst text"),
+    "ratio_in_131k": Target(
+        bound=1.35, meaning="default over dense, perplexity in the calibration's domain, 131k tokens"
+    ),
+    "ratio_out_131k": Target(
+        bound=1.30, meaning="default over dense, perplexity, worst text of another domain, 131k tokens"
+    ),
+    "ratio_in_524k": Target(
+        bound=1.25, meaning="default over dense, perplexity in the calibration's domain, 524k tokens"
+    ),
+    "ratio_out_524k": Target(
+        bound=1.25, meaning="default over dense, perplexity, worst text of another domain, 524k tokens"
+    ),
+    "to_control_33k": Target(bound=1.0, meaning="default over remove-then-train, perplexity, worst text, 33k tokens"),
+    "to_control_131k": Target(bound=1.0, meaning="default over remove-then-train, perplexity, worst text, 131k tokens"),
+    "to_control_524k": Target(bound=1.0, meaning="default over remove-then-train, perplexity, worst text, 524k tokens"),
+    "selection_spread": Target(
+        bound=1.02, meaning="largest over smallest removal loss of the default selection, five seeds"
+    ),
+    "selection_loss_to_sleb": Target(
+        bound=1.0, meaning="mean removal loss of the default selection over SLEB's, five seeds"
+    ),
+    "selection_passes_to_sleb": Target(bound=0.1, meaning="forward passes of the default selection over SLEB's"),
+    "zero_shot_margin": Target(
+        bound=0.0,
+        sense="above",
+        meaning="retained zero-shot accuracy of the default less the best rival's at equal tokens, mean of five tasks",
+    ),
+}
+BUDGETS = {"33k": 32, "131k": 128, "524k": 512}  # steps
+
+
+class Found:
+    """The rows of a table that are there, asked by name."""
+
+    def __init__(self, table: Table, store: Store) -> None:
+        self.table = table
+        self.store = store
+        self._rows = [row for row in labelled_rows(table) if row in store]
+        self.texts = tuple(table.subject.tests)
+
+    def rows(self, kind: Kind, arm: str, steps: int = 0, drop: int | None = None) -> list[Row]:
+        """Finished rows of an arm, one a seed."""
+        wanted = {"dense-trained": 0}.get(kind, self.table.drop if drop is None else drop)
+        return [row for row in self._rows if (row.kind, row.arm, row.steps, row.drop) == (kind, arm, steps, wanted)]
+
+    def log_ratios(self, rows: Iterable[Row], text: str) -> dict[int, float]:
+        """Seed -> log of perplexity over the dense model's; empty until the dense row is there."""
+        dense = self.losses(dense_row(self.table), text)
+        if dense is None:
+            return {}
+        found = {row.seed: self.losses(row, text) for row in rows}
+        return {seed: value - dense for seed, value in found.items() if value is not None}
+
+    def losses(self, row: Row, text: str) -> float | None:
+        """Mean loss in nats of a row's model on a text."""
+        line = self.store.get(row)
+        if line is None or not isinstance(line.outcome, Losses):
+            return None
+        return float(np.mean(line.outcome.nll[text]))
+
+    def ratio(self, kind: Kind, arm: str, text: str, steps: int = 0, drop: int | None = None) -> Interval | None:
+        """Perplexity over the dense model's."""
+        return over_seeds(list(self.log_ratios(self.rows(kind, arm, steps, drop), text).values()))
+
+    def ratio_to(self, arm: str, other: str, kind: Kind, text: str, steps: int = 0) -> Interval | None:
+        """Perplexity of one arm over another's, in pairs of equal seeds."""
+        ours, theirs = (self.log_ratios(self.rows(kind, name, steps), text) for name in (arm, other))
+        return over_seeds([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
+
+    def selections(self, name: str) -> list[Selected]:
+        """Outcomes of a selector, one a seed."""
+        lines = [self.store.get(selection_row(self.table, name, seed)) for seed in self.table.selection_seeds]
+        return [line.outcome for line in lines if line is not None and isinstance(line.outcome, Selected)]
+
+    def accuracies(self, arm: str) -> Accuracies | None:
+        """Zero-shot outcome of an arm, or of the dense model by the name `dense`."""
+        found = [row for row in self._rows if (row.kind, row.arm) == ("zero-shot", arm)]
+        line = self.store.get(found[0]) if found else None
+        return line.outcome if line is not None and isinstance(line.outcome, Accuracies) else None
+
+    def retained(self, arm: str) -> float | None:
+        """Mean accuracy over the dense model's."""
+        ours, dense = self.accuracies(arm), self.accuracies("dense")
+        return None if ours is None or dense is None else ours.score.mean_accuracy / dense.score.mean_accuracy
+
+
+def over_seeds(logs: Sequence[float]) -> Interval | None:
+    """exp of the mean log and of its t-interval; None without a value."""
+    if not logs:
+        return None
+    mean = float(np.mean(logs))
+    if len(logs) == 1:
+        return Interval(mean=math.exp(mean), low=None, high=None, seeds=1)
+    margin = T_975[len(logs) - 1] * float(np.std(logs, ddof=1)) / math.sqrt(len(logs))
+    return Interval(mean=math.exp(mean), low=math.exp(mean - margin), high=math.exp(mean + margin), seeds=len(logs))
+
+
+def figures(found: Found) -> dict[str, float | None]:
+    """One number for each target; None while a row that it needs is missing."""
+    inside, *outside = found.texts
+    untrained = (found.ratio_to("default", "sleb", "untrained", text) for text in found.texts)
+    values = {"untrained_to_sleb": _worst(untrained, 1)}
+    for budget in ("131k", "524k"):
+        values[f"ratio_in_{budget}"] = _ratio(found, [inside], budget)
+        values[f"ratio_out_{budget}"] = _ratio(found, outside, budget)
+    for budget, steps in BUDGETS.items():
+        pairs = (found.ratio_to("default", "control", "trained", text, steps) for text in found.texts)
+        values[f"to_control_{budget}"] = _worst(pairs, len(found.table.seeds))
+    values |= _selection_figures(found)
+    values["zero_shot_margin"] = _margin(found)
+    return {name: _rounded(values[name]) for name in TARGETS}
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
+
+
+def _ratio(found: Found, texts: Iterable[str], budget: str) -> float | None:
+    return _worst((found.ratio("trained", "default", text, BUDGETS[budget]) for text in texts), len(found.table.seeds))
+
+
+def _worst(intervals: Iterable[Interval | None], seeds: int) -> float | None:
+    """The largest mean; None when one is missing or lacks a seed: what is not looked at may be the worst."""
+    known = list(intervals)
+    means = [interval.mean for interval in known if interval is not None and interval.seeds == seeds]
+    return max(means) if means and len(means) == len(known) else None
+
+
+def _selection_figures(found: Found) -> dict[str, float | None]:
+    wanted = len(found.table.selection_seeds)
+    ours, sleb = found.selections("default"), found.selections("sleb")
+    losses = [selected.removal_loss for selected in ours]
+    both = bool(ours and sleb)
+    return {
+        "selection_spread": max(losses) / min(losses) if len(losses) == wanted and wanted > 1 else None,
+        "selection_loss_to_sleb": _over(ours, sleb, "removal_loss") if len(ours) == len(sleb) == wanted else None,
+        "selection_passes_to_sleb": _over(ours, sleb, "window_passes") if both else None,
+    }
+
+
+def _over(ours: Sequence[Selected], theirs: Sequence[Selected], field: str) -> float:
+    means = [float(np.mean([getattr(selected, field) for selected in side])) for side in (ours, theirs)]
+    return means[0] / means[1]
+
+
+def _margin(found: Found) -> float | None:
+    ours, rivals = found.retained("default"), [found.retained(name) for name in RIVALS]
+    known = [value for value in rivals if value is not None]
+    return None if ours is None or len(known) < len(rivals) else ours - max(known)

@@ -1,0 +1,208 @@
+"""Show what the rows say: docs/quality.md, the README's table, plots, and one JSON line against the targets.
+
+python -m benchmarks.quality.report [--quick]      # --quick prints the quick table's report and writes nothing
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from benchmarks.quality.__main__ import results_file
+from benchmarks.quality.figures import BUDGETS, TARGETS, Found, Interval, figures
+from benchmarks.quality.rows import Kind
+from benchmarks.quality.store import Store
+from benchmarks.quality.table import FULL, QUICK, Arm, rows
+from trsp_deploy.artifacts import writing
+from trsp_deploy.errors import RunError, TrspError
+
+START, END = "<!-- quality:start -->", "<!-- quality:end -->"
+DOC, README, IMAGES = Path("docs/quality.md"), Path("README.md"), Path("docs/img")
+ABSENT = "–"  # not measured yet
+
+
+def main() -> int:
+    """Write the report, or print it for the quick table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.report", description="Show what the rows say.")
+    parser.add_argument("--quick", action="store_true", help="print the quick table's report; write nothing")
+    quick = parser.parse_args().quick
+    try:
+        found = Found(QUICK if quick else FULL, Store(results_file(quick)))
+        if quick:
+            print(full_text(found))
+        else:
+            write(found)
+    except TrspError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return problem.exit_code
+    print(json.dumps(summary(found)))
+    return 0
+
+
+def summary(found: Found) -> dict[str, object]:
+    """The bench's result for scripts: figures, targets and whether each is met, under the same keys."""
+    values = figures(found)
+    return {
+        "bench": "quality",
+        "figures": values,
+        "targets": {name: target.bound for name, target in TARGETS.items()},
+        "met": {name: target.met(values[name]) for name, target in TARGETS.items()},
+    }
+
+
+def write(found: Found) -> None:
+    """Put text and plots where people read them. Raises RunError when a page has no markers."""
+    from benchmarks.quality import plots
+
+    put_between_markers(DOC, full_text(found))
+    put_between_markers(README, short_table(found))
+    plots.draw_curve(found, IMAGES / "quality-layers.png")
+    plots.draw_budgets(found, IMAGES / "quality-tokens.png")
+
+
+def put_between_markers(page: Path, text: str) -> None:
+    """Replace what stands between the markers of a page; the rest of it belongs to its author."""
+    content = page.read_text(encoding="utf-8") if page.is_file() else ""
+    if content.count(START) != 1 or content.count(END) != 1 or content.index(START) > content.index(END):
+        raise RunError(f"{page}: needs one line '{START}' and below it one line '{END}'")
+    before, _, rest = content.partition(START)
+    _, _, after = rest.partition(END)
+    with writing(page) as partial:
+        partial.write_text(f"{before}{START}\n{text.strip()}\n{END}{after}", encoding="utf-8")
+
+
+def full_text(found: Found) -> str:
+    """Every table, with what has been measured so far."""
+    parts = [
+        state(found),
+        "### Against the targets",
+        targets_table(found),
+        f"### {found.table.drop} layers removed, no training: perplexity over the dense model's",
+        losses_table(found, "untrained", found.table.untrained, 0),
+    ]
+    for steps in found.table.steps:
+        parts.append(f"### Trained on {_tokens(found, steps)} tokens: perplexity over the dense model's")
+        parts.append(losses_table(found, "trained", found.table.arms, steps))
+    parts += ["### Choosing the layers", selections_table(found)]
+    parts += [
+        f"### Zero-shot accuracy after {_tokens(found, found.table.zero_shot_steps)} tokens",
+        zero_shot_table(found),
+    ]
+    return "\n\n".join(parts)
+
+
+def state(found: Found) -> str:
+    """How much is measured, where, and by how many versions of the code."""
+    wanted = rows(found.table)
+    lines = [line for row in wanted if (line := found.store.get(row)) is not None]
+    machines = sorted({f"{line.provenance.cpu} ({line.provenance.cores} cores)" for line in lines})
+    torches = sorted({line.provenance.packages.get("torch", "?") for line in lines})
+    stale = sum(found.store.stale(row) for row in wanted)
+    return (
+        f"{len(lines)} of {len(wanted)} rows measured on {', '.join(machines) or 'no machine yet'}, torch "
+        f"{', '.join(torches) or ABSENT}; {stale} of them by earlier code. Means over seeds with 95% t-intervals; "
+        "a single seed has none and says so."
+    )
+
+
+def targets_table(found: Found) -> str:
+    """What is claimed, and whether it holds."""
+    values = figures(found)
+    body = [
+        [target.meaning, f"{target.sense} {target.bound:g}", _number(values[name]), _verdict(name, values[name])]
+        for name, target in TARGETS.items()
+    ]
+    return markdown(["figure", "target", "measured", ""], body)
+
+
+def losses_table(found: Found, kind: Kind, arms: Sequence[Arm], steps: int) -> str:
+    """Arms by texts; the best mean of a text is bold."""
+    entries = [(arm.label, [found.ratio(kind, arm.name, text, steps) for text in found.texts]) for arm in arms]
+    best = [min((i.mean for _, cells in entries if (i := cells[n])), default=None) for n in range(len(found.texts))]
+    if steps:
+        trained = [found.ratio("dense-trained", "dense-trained", text, steps) for text in found.texts]
+        entries.append(("*dense, trained on the same tokens*", trained))
+    body = [[label, *(_cell(cell, best[n]) for n, cell in enumerate(cells))] for label, cells in entries]
+    return markdown(["", *found.texts], body)
+
+
+def selections_table(found: Found) -> str:
+    """One line a seed: which layers, what their removal costs, and what finding them cost."""
+    full_pass = found.table.selectors["sleb"].windows
+    body = []
+    for name in found.table.selections:
+        for outcome in found.selections(name):
+            dropped = ", ".join(map(str, outcome.plan["dropped"]))
+            cost = f"{outcome.window_passes / full_pass:.1f}"
+            loss = f"{outcome.removal_loss:.3f}"
+            body.append([name, str(outcome.plan["seed"]), dropped, loss, cost, f"{outcome.select_s:.0f} s"])
+    head = ["selection", "seed", "layers", "removal loss, nats", f"passes over {full_pass} windows", "wall time"]
+    return markdown(head, body)
+
+
+def zero_shot_table(found: Found) -> str:
+    """Accuracy by task; `retained` is the mean over the dense model's."""
+    labels = {"dense": "dense", **{arm.name: arm.label for arm in found.table.arms}}
+    body = []
+    for name in ("dense", *found.table.zero_shot_arms):
+        outcome, retained = found.accuracies(name), found.retained(name)
+        if outcome is not None:
+            cells = [f"{task.accuracy:.3f}" for task in outcome.score.tasks]
+            share = ABSENT if retained is None else f"{retained:.1%}"
+            body.append([labels[name], *cells, f"{outcome.score.mean_accuracy:.3f}", share])
+    return markdown(["", *found.table.tasks, "mean", "retained"], body)
+
+
+def short_table(found: Found) -> str:
+    """The README's: the default, the control and SLEB by budget."""
+    arms = {arm.name: arm for arm in found.table.arms}
+    body = []
+    for name in ("default", "control", "sleb"):
+        for steps in (0, *found.table.steps):
+            kind: Kind = "trained" if steps else "untrained"
+            if not steps and name == "control":
+                continue
+            cells = [found.ratio(kind, name, text, steps) for text in found.texts]
+            label = arms[name].label if steps else f"{arms[name].label.partition(',')[0]}, untrained"
+            if any(cells):
+                body.append([label, _tokens(found, steps) if steps else "0", *map(_cell, cells)])
+    return markdown(["perplexity over dense", "tokens", *found.texts], body)
+
+
+def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, or a line that says that there is nothing yet."""
+    lines = [f"| {' | '.join(cells)} |" for cells in body]
+    if not lines:
+        return "Not measured yet."
+    return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines])
+
+
+def _cell(interval: Interval | None, best: float | None = None) -> str:
+    if interval is None:
+        return ABSENT
+    mean = f"**{interval.mean:.3f}**" if interval.mean == best else f"{interval.mean:.3f}"
+    if interval.low is None or interval.high is None:
+        return f"{mean} (one seed)"
+    return f"{mean} ({interval.low:.3f} to {interval.high:.3f})"
+
+
+def _number(value: float | None) -> str:
+    return ABSENT if value is None else f"{value:.3f}"
+
+
+def _verdict(name: str, value: float | None) -> str:
+    if value is None:
+        return "not measured"
+    return "met" if TARGETS[name].met(value) else "**not met**"
+
+
+def _tokens(found: Found, steps: int) -> str:
+    names = {count: name for name, count in BUDGETS.items()}
+    return names.get(steps, f"{steps * 4 * found.table.subject.context_length / 1e3:.0f}k")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

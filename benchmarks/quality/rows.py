@@ -1,0 +1,137 @@
+"""What a row is: everything that decides its outcome, as a frozen record whose hash is the row's key."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from trsp_deploy.recipe import Strict
+from trsp_deploy.results import Role, ZeroShot
+
+Kind = Literal["dense", "untrained", "curve", "selection", "trained", "dense-trained", "zero-shot"]
+Work = Literal["losses", "selection", "zero-shot"]
+WORK: dict[Kind, Work] = {
+    "dense": "losses",
+    "untrained": "losses",
+    "curve": "losses",
+    "selection": "selection",
+    "trained": "losses",
+    "dense-trained": "losses",
+    "zero-shot": "zero-shot",
+}
+# Raise one when the code changes what that work finds from the same settings: its rows are then made again.
+VERSIONS: dict[Work, int] = {"losses": 1, "selection": 1, "zero-shot": 1}
+
+
+class Subject(Strict):
+    """The model and the text. Windows are non-overlapping."""
+
+    model: str
+    calibration: str
+    context_length: int  # tokens of a calibration window
+    pool_windows: int | None  # calibration windows read; None takes the whole text
+    validation_windows: int  # the text's last, held out from everything: removal losses are judged on them
+    fit_windows: int  # that a refit is fitted to where nothing trains; else those that the training reads
+    tests: dict[str, str]  # name -> texts; the first is in the calibration text's domain
+    test_context: int  # tokens of a test window
+    test_windows: int  # of each test text
+
+
+class Row(Strict):
+    """One row. `kind`, `arm` and `keep` are labels: rows that differ in nothing else are one row."""
+
+    kind: Kind
+    arm: str  # its name in the table
+    subject: Subject
+    seed: int  # which calibration windows are read, and their order
+    drop: int = 0  # layers; 0 is the dense model
+    plan: dict[str, Any] = Field(default_factory=dict)  # the recipe's `plan` as written; empty: dense
+    windows: int = 0  # calibration windows that the selection reads
+    selected: int = 0  # layers of the selection that the first `drop` picks are taken of
+    transfer: dict[str, Any] = Field(default_factory=dict)  # likewise; empty where nothing is removed or trained
+    tasks: tuple[str, ...] = ()  # zero-shot
+    items: int = 0  # of each task
+    keep: bool = False  # keep the checkpoint for zero-shot rows
+
+    @property
+    def work(self) -> Work:
+        """What has to be done for it."""
+        return WORK[self.kind]
+
+    @property
+    def role(self) -> Role:
+        """What the row's model is called in the library's records."""
+        return "pruned" if self.drop else "dense"
+
+    @property
+    def key(self) -> str:
+        """Hash of everything that decides the outcome."""
+        values = self.model_dump(mode="json", exclude={"kind", "arm", "keep"})
+        text = json.dumps([self.work, VERSIONS[self.work], values], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def steps(self) -> int:
+        """Training steps; 0 for none."""
+        return 0 if self.transfer.get("form", "none") == "none" else int(self.transfer["steps"])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on."""
+        return self.steps * int(self.transfer.get("batch_size", 0)) * self.subject.context_length
+
+    @property
+    def title(self) -> str:
+        """For people: what the row is."""
+        parts = [self.kind, "" if self.arm == self.kind else self.arm]
+        parts += [f"{self.drop} layers" if self.drop else "", f"{self.tokens / 1e3:.0f}k tokens" if self.tokens else ""]
+        parts += [
+            f"{self.items} items a task" if self.items else "",
+            f"seed {self.seed}" if self.kind != "dense" else "",
+        ]
+        return ", ".join(part for part in parts if part)
+
+    def selection(self) -> Row | None:
+        """The row that chose this one's layers; None where none were chosen or this is it."""
+        if not self.plan or self.kind == "selection":
+            return None
+        cleared = {"transfer": {}, "tasks": (), "items": 0, "keep": False}
+        return self.model_copy(update={"kind": "selection", "drop": self.selected, **cleared})
+
+    def checkpoint(self) -> Row:
+        """Of a zero-shot row, the row that makes the model it asks."""
+        kind: Kind = "trained" if self.drop else "dense"
+        return self.model_copy(update={"kind": kind, "tasks": (), "items": 0, "keep": True})
+
+
+class Selected(Strict):
+    """Outcome of a selection."""
+
+    of: Literal["selection"] = "selection"
+    plan: dict[str, Any]  # a PruningPlan
+    dense_loss: float  # nats on the validation windows
+    removal_loss: float  # the same without the layers
+    window_passes: float  # forward passes of one window through all layers; a backward pass counts as 2 more
+    select_s: float
+
+
+class Losses(Strict):
+    """Outcome of removing and training: raw losses on each text, and the library's record of the checkpoint."""
+
+    of: Literal["losses"] = "losses"
+    nll: dict[str, tuple[float, ...]]  # text -> nats a token, one number a window
+    checkpoint: dict[str, Any]  # a PrunedCheckpoint; empty for the dense model
+    transfer_s: float
+
+
+class Accuracies(Strict):
+    """Outcome of a zero-shot evaluation."""
+
+    of: Literal["zero-shot"] = "zero-shot"
+    score: ZeroShot
+
+
+Outcome = Annotated[Selected | Losses | Accuracies, Field(discriminator="of")]

@@ -1,0 +1,114 @@
+"""The file of finished rows: one JSON object a line, each whole or not there."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+from pathlib import Path
+
+from pydantic import ValidationError
+
+import trsp_deploy
+from benchmarks.quality.rows import Outcome, Row, Work
+from trsp_deploy.artifacts import Provenance, provenance, writing
+from trsp_deploy.errors import RunError
+from trsp_deploy.recipe import Strict
+
+# Where each work's code begins, below trsp_deploy/; what it imports belongs to it. Its digest is kept with each row.
+CODE: dict[Work, tuple[str, ...]] = {
+    "selection": ("stages/selection.py", "tools/texts.py"),
+    "losses": ("stages/selection.py", "stages/transfer.py", "stages/evaluate.py", "tools/texts.py"),
+    "zero-shot": ("stages/selection.py", "stages/transfer.py", "stages/zeroshot.py", "tools/texts.py"),
+}
+# Imported, but of no influence on a number.
+NO_INFLUENCE = ("errors", "artifacts", "results", "assets", "packaged", "models", "model_card", "progress", "quiet")
+
+
+class Line(Strict):
+    """A finished row."""
+
+    key: str
+    row: Row
+    outcome: Outcome
+    elapsed_s: float
+    code: str  # digest of the code that made it
+    provenance: Provenance
+
+
+class Store:
+    """Finished rows by key."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lines: dict[str, Line] = {}
+        if path.is_file():
+            for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+                line = _read(text, f"{path}: line {number}")
+                self.lines[line.key] = line
+
+    def add(self, row: Row, outcome: Outcome, elapsed_s: float) -> None:
+        """Keep a row's outcome, in place of an earlier one; the file is replaced as a whole."""
+        line = Line(
+            key=row.key,
+            row=row,
+            outcome=outcome,
+            elapsed_s=round(elapsed_s, 1),
+            code=code_digest(row.work),
+            provenance=provenance(),
+        )
+        self.lines[line.key] = line
+        with writing(self.path) as partial:
+            partial.write_text("".join(f"{line.model_dump_json()}\n" for line in self.lines.values()), encoding="utf-8")
+
+    def __contains__(self, row: Row) -> bool:
+        return row.key in self.lines
+
+    def get(self, row: Row) -> Line | None:
+        """The row's line, or None while it has none."""
+        return self.lines.get(row.key)
+
+    def stale(self, row: Row) -> bool:
+        """Whether the row was made by other code than there is now."""
+        line = self.get(row)
+        return line is not None and line.code != code_digest(row.work)
+
+
+@functools.cache
+def code_digest(work: Work) -> str:
+    """Hash of the code that this work runs, without comments, docstrings and layout."""
+    package = Path(trsp_deploy.__file__).parent
+    trees: dict[Path, ast.Module] = {}
+    waiting = [package / name for name in CODE[work]]
+    while waiting:
+        path = waiting.pop()
+        if path not in trees and path.stem not in NO_INFLUENCE:
+            trees[path] = ast.parse(path.read_text(encoding="utf-8"))
+            waiting += _imported(trees[path], package)
+    meaning = "".join(_meaning(trees[path]) for path in sorted(trees))
+    return hashlib.sha256(meaning.encode()).hexdigest()[:16]
+
+
+def _imported(tree: ast.Module, package: Path) -> list[Path]:
+    """The package's own modules that a module imports from, wherever in it."""
+    names = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+    own = [package.joinpath(*name.split(".")[1:]) for name in names if name.startswith("trsp_deploy.")]
+    return [path / "__init__.py" if path.is_dir() else path.with_suffix(".py") for path in own]
+
+
+def _meaning(tree: ast.Module) -> str:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node, clean=False):
+            node.body = node.body[1:]
+    return ast.dump(tree)
+
+
+def _read(text: str, where: str) -> Line:
+    try:
+        return Line.model_validate_json(text)
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        raise RunError(
+            f"{where}: {'.'.join(map(str, first['loc'])) or 'the line'}: {first['msg'].lower()}; "
+            "delete the line to make its row again"
+        ) from problem

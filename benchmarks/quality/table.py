@@ -1,0 +1,261 @@
+"""Which rows there are. To add a method, an arm or a budget, add a line here: rows in the file stay valid.
+
+A selection is a recipe's `plan`, an arm a selection and a recipe's `transfer`. `default` is whatever
+`recipes/smollm2-135m.yaml` says, with this table's texts and budgets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from benchmarks.quality.rows import Kind, Row, Subject
+from trsp_deploy.recipe import Strict
+from trsp_deploy.tools.library import load_recipe_values
+
+RECIPE: dict[str, Any] = load_recipe_values("smollm2-135m")[0]
+BATCH_SIZE = 4  # windows a training step
+# What every arm has in common with the default one: loss and optimiser, so that equal tokens are equal training.
+SHARED: dict[str, Any] = {
+    key: value
+    for key, value in RECIPE["transfer"].items()
+    if key in ("ce_weight", "kl_weight", "learning_rate", "warmup_share", "train", "optimizer")
+}
+
+
+class Selector(Strict):
+    """How layers are chosen."""
+
+    plan: dict[str, Any]
+    windows: int  # calibration windows that it reads
+    greedy: bool = (
+        False  # its picks for fewer layers are the first of its picks for more, and its plan holds their order
+    )
+
+
+class Arm(Strict):
+    """A selection, and what happens around the removal."""
+
+    name: str
+    label: str  # for tables and plots
+    selection: str
+    transfer: dict[str, Any]
+    claim: bool = False  # one of the two that the targets compare: runs first
+
+
+class Table(Strict):
+    """A set of rows: the full table or the quick one."""
+
+    subject: Subject
+    selectors: dict[str, Selector]
+    drop: int  # layers
+    counts: tuple[int, ...]  # layers, of the curve
+    arms: tuple[Arm, ...]  # trained
+    untrained: tuple[Arm, ...]
+    steps: tuple[int, ...]  # budgets, each BATCH_SIZE windows a step
+    seeds: tuple[int, ...]  # of the trained rows
+    selections: tuple[str, ...]  # those compared over `selection_seeds`
+    selection_seeds: tuple[int, ...]
+    zero_shot_steps: int
+    zero_shot_arms: tuple[str, ...]
+    tasks: tuple[str, ...]
+    items: int  # of each task
+
+
+SELECTORS: dict[str, Selector] = {
+    "default": Selector(plan=RECIPE["plan"], windows=16),
+    "sleb": Selector(plan={"method": "sleb"}, windows=16, greedy=True),  # as much text as the default reads
+    "shortgpt": Selector(plan={"method": "shortgpt"}, windows=128),  # one pass is cheap
+    "uidl": Selector(plan={"method": "uidl"}, windows=128),
+    "fold": Selector(plan={"method": "fold"}, windows=128),
+}
+
+PLAIN: dict[str, Any] = {"form": "none", "refit": "none"}
+SPAN: dict[str, Any] = {"form": "none", "refit": "span"}
+LAYERS: dict[str, Any] = {"form": "none", "refit": "layers"}
+DEFAULT: dict[str, Any] = RECIPE["transfer"]
+TRAIN: dict[str, Any] = {**SHARED, "form": "train", "refit": "none"}
+
+UNTRAINED: tuple[Arm, ...] = (
+    Arm(name="default", label="TRSP's gates, layers refitted", selection="default", transfer=LAYERS),
+    Arm(name="sleb", label="SLEB", selection="sleb", transfer=PLAIN),
+    Arm(name="trsp", label="TRSP's gates, layers only removed", selection="default", transfer=PLAIN),
+    Arm(name="shortgpt", label="ShortGPT", selection="shortgpt", transfer=PLAIN),
+    Arm(name="uidl", label="UIDL", selection="uidl", transfer=PLAIN),
+    Arm(name="fold", label="fold", selection="fold", transfer=SPAN),
+    Arm(name="fold-layers", label="fold's span, layers refitted", selection="fold", transfer=LAYERS),
+)
+
+ARMS: tuple[Arm, ...] = (
+    Arm(name="default", label="TRSP, default", selection="default", transfer=DEFAULT, claim=True),
+    Arm(name="control", label="control: remove, then train", selection="default", transfer=TRAIN, claim=True),
+    Arm(name="refit", label="refit, then train", selection="default", transfer=TRAIN | {"refit": "layers"}),
+    Arm(
+        name="refit-anneal",
+        label="refit, annealed",
+        selection="default",
+        transfer=SHARED | {"form": "anneal", "refit": "layers"},
+    ),
+    Arm(
+        name="anneal",
+        label="TRSP, annealed",
+        selection="default",
+        transfer=SHARED | {"form": "anneal", "refit": "none"},
+    ),
+    Arm(name="fold", label="fold, then train", selection="fold", transfer=TRAIN | {"refit": "span"}),
+    Arm(
+        name="fold-layers",
+        label="fold's span, refit, then train",
+        selection="fold",
+        transfer=TRAIN | {"refit": "layers"},
+    ),
+    Arm(name="sleb", label="SLEB, then train", selection="sleb", transfer=TRAIN),
+    Arm(name="shortgpt", label="ShortGPT, then train", selection="shortgpt", transfer=TRAIN),
+    Arm(name="uidl", label="UIDL, then train", selection="uidl", transfer=TRAIN),
+)
+RIVALS = ("sleb", "shortgpt", "uidl")
+
+FULL = Table(
+    subject=Subject(
+        model="smollm2-135m",
+        calibration="exl-wiki",
+        context_length=256,
+        pool_windows=None,
+        validation_windows=16,
+        fit_windows=512,
+        tests={"wiki": "wiki-demo", "c4": "c4-demo", "alpaca": "alpaca-demo"},
+        test_context=512,
+        test_windows=16,
+    ),
+    selectors=SELECTORS,
+    drop=7,
+    counts=(2, 4, 5, 7, 8, 10, 12),
+    arms=ARMS,
+    untrained=UNTRAINED,
+    steps=(32, 128, 512),  # 33k, 131k, 524k tokens
+    seeds=(0, 1, 2),
+    selections=("default", "sleb"),
+    selection_seeds=(0, 1, 2, 3, 4),
+    zero_shot_steps=128,
+    zero_shot_arms=("default", "sleb", "shortgpt", "uidl", "control", "fold", "anneal"),
+    tasks=("piqa", "arc-easy", "arc-challenge", "sciq", "copa"),
+    items=300,
+)
+
+QUICK = FULL.model_copy(
+    update={
+        "subject": FULL.subject.model_copy(
+            update={
+                "pool_windows": 64,
+                "validation_windows": 4,
+                "fit_windows": 24,
+                "test_context": 256,
+                "test_windows": 8,
+            }
+        ),
+        "selectors": {
+            name: selector.model_copy(update={"windows": 1 if name == "sleb" else 8 if name == "default" else 24})
+            for name, selector in SELECTORS.items()
+        },
+        "counts": (),
+        "arms": tuple(arm for arm in ARMS if arm.claim),
+        "untrained": tuple(arm for arm in UNTRAINED if arm.name in ("default", "sleb", "uidl")),
+        "steps": (4,),
+        "seeds": (0,),
+        "selection_seeds": (0,),
+        "zero_shot_steps": 4,
+        "zero_shot_arms": ("default",),
+        "tasks": ("copa",),
+        "items": 20,
+    }
+)
+
+
+def rows(table: Table, only: str = "") -> list[Row]:
+    """Every row once, the most informative first; a row comes after those that it needs.
+
+    only: take the rows whose title holds this, and what they need.
+    """
+    found: dict[str, Row] = {}
+    for row in _with_needs(row for row in labelled_rows(table) if only in row.title):
+        known = found.setdefault(row.key, row)
+        if row.keep and not known.keep:
+            found[row.key] = known.model_copy(update={"keep": True})
+    return list(found.values())
+
+
+def labelled_rows(table: Table) -> list[Row]:
+    """Every row under every name that it has: two arms of the same settings are two here and one in `rows`."""
+    first, *later = table.steps
+    wanted = [dense_row(table)]
+    wanted += [pruned_row(table, "untrained", arm, 0, table.drop) for arm in table.untrained]
+    wanted += [selection_row(table, name, seed) for seed in table.selection_seeds for name in table.selections]
+    wanted += trained_rows(table, first)
+    wanted += [pruned_row(table, "curve", arm, 0, count) for count in table.counts for arm in table.untrained]
+    for steps in later:
+        wanted += trained_rows(table, steps)
+        wanted += zero_shot_rows(table) if steps == table.zero_shot_steps else []
+    return wanted + ([] if table.zero_shot_steps in later else zero_shot_rows(table))
+
+
+def dense_row(table: Table) -> Row:
+    """The dense model as it comes."""
+    return Row(kind="dense", arm="dense", subject=table.subject, seed=0)
+
+
+def selection_row(table: Table, name: str, seed: int, drop: int | None = None) -> Row:
+    """The choice of `drop` layers (None: the table's) by a selector."""
+    selector, count = table.selectors[name], drop or table.drop
+    return Row(
+        kind="selection",
+        arm=name,
+        subject=table.subject,
+        seed=seed,
+        drop=count,
+        plan=selector.plan,
+        windows=selector.windows,
+        selected=count,
+    )
+
+
+def pruned_row(table: Table, kind: Kind, arm: Arm, seed: int, drop: int, steps: int = 0) -> Row:
+    """One arm at one number of layers, budget (0: no training) and seed."""
+    # A greedy search for the most layers holds those for fewer; the table's own number has a search of its own.
+    shared = table.selectors[arm.selection].greedy and drop != table.drop
+    chosen = selection_row(table, arm.selection, seed, max(table.counts) if shared else drop)
+    transfer = {**arm.transfer, "batch_size": BATCH_SIZE, **({"steps": steps} if steps else {})}
+    keep = kind == "trained" and seed == 0 and steps == table.zero_shot_steps and arm.name in table.zero_shot_arms
+    return chosen.model_copy(update={"kind": kind, "arm": arm.name, "drop": drop, "transfer": transfer, "keep": keep})
+
+
+def trained_rows(table: Table, steps: int) -> list[Row]:
+    """One budget: the two arms of the claims first, over all seeds."""
+    ranked = sorted(table.arms, key=lambda arm: not arm.claim)
+    pairs = [(arm, seed) for seed in table.seeds for arm in ranked]
+    pairs.sort(key=lambda pair: not pair[0].claim)
+    dense = {**TRAIN, "steps": steps, "batch_size": BATCH_SIZE}
+    return [
+        *(pruned_row(table, "trained", arm, seed, table.drop, steps) for arm, seed in pairs),
+        *(
+            Row(kind="dense-trained", arm="dense-trained", subject=table.subject, seed=seed, transfer=dense)
+            for seed in table.seeds
+        ),
+    ]
+
+
+def zero_shot_rows(table: Table) -> list[Row]:
+    """The dense model and some arms, first seed, one budget."""
+    asked = {"kind": "zero-shot", "tasks": table.tasks, "items": table.items, "keep": False}
+    arms = {arm.name: arm for arm in table.arms}
+    trained = [
+        pruned_row(table, "trained", arms[name], 0, table.drop, table.zero_shot_steps) for name in table.zero_shot_arms
+    ]
+    return [row.model_copy(update=asked) for row in (dense_row(table), *trained)]
+
+
+def _with_needs(wanted: Iterable[Row]) -> Iterator[Row]:
+    for row in wanted:
+        chosen = row.selection()
+        if chosen is not None:
+            yield chosen
+        yield row

@@ -1,0 +1,99 @@
+"""`accelerate launch` with two CPU processes against one process, for both stages."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.tiny import english, save_tiny
+from trsp_deploy.errors import RecipeError
+from trsp_deploy.tools.processes import Processes
+
+LAUNCH = {
+    "ddp": ["--multi_gpu"],
+    "fsdp": ["--use_fsdp", "--fsdp_version", "2"],
+}
+# A norm over the rows of all processes on one side, the teacher's states on the other.
+TRANSFER = {
+    "ddp": ["transfer.form=l2", "transfer.weight=0.1", "transfer.gradient_checkpointing=true"],
+    "fsdp": ["transfer.form=anneal", "transfer.kl_weight=0.5"],
+}
+SETTINGS = [
+    "calibration.context_length=32",
+    "calibration.max_windows=16",
+    "calibration.validation_windows=4",
+    "plan.steps=2",
+    "plan.candidates=2",
+    "transfer.steps=6",
+    "transfer.learning_rate=0.003",
+    "checkpoint_s=0",
+    "autocast='off'",
+    "device=cpu",
+]
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("processes")
+    save_tiny("llama", folder / "tiny")
+    (folder / "train.txt").write_text(english()[:30_000])
+    return folder
+
+
+def prune(workspace: Path, out: str, launch: list[str], sets: list[str]) -> subprocess.CompletedProcess[str]:
+    """One `prune`, alone or as two processes that `launch` starts."""
+    start = [sys.executable, "-m"]
+    if launch:
+        common = ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        # Port 0: a free one.
+        start += ["accelerate.commands.launch", *launch, *common, "--main_process_port", "0", "-m"]
+    options = ["--model", "tiny", "--drop", "2", "--calibration", "train.txt", "--out", out, "--json"]
+    settings = [part for pair in (*SETTINGS, *sets) for part in ("--set", pair)]
+    command = [*start, "trsp_deploy", "prune", *options, *settings]
+    return subprocess.run(
+        command, cwd=workspace, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, check=False
+    )
+
+
+@pytest.mark.parametrize("launch", LAUNCH)
+def test_two_processes_do_what_one_does(workspace, launch):
+    alone = prune(workspace, "alone", [], TRANSFER[launch])
+    done = prune(workspace, launch, LAUNCH[launch], TRANSFER[launch])
+    assert alone.returncode == done.returncode == 0, alone.stderr + done.stderr
+    assert len([line for line in done.stdout.splitlines() if line.startswith("{")]) == 1  # the main process alone
+    for line in ("plan: started", "plan: done", "prune: started", "prune: done"):
+        assert done.stderr.count(line) == 1
+    plans, records = [
+        [json.loads((workspace / out / name).read_text()) for out in ("alone", launch)]
+        for name in ("plan.json", "records/prune.json")
+    ]
+    assert plans[0]["dropped"] == plans[1]["dropped"]
+    for one, two in zip(plans[0]["picks"], plans[1]["picks"], strict=True):
+        assert two["lm_loss"] == pytest.approx(one["lm_loss"], abs=1e-4)
+        assert two["gates"][-1] == pytest.approx(one["gates"][-1], abs=1e-3)
+    one, two = (record["result"] for record in records)
+    assert two["lm_loss"] == pytest.approx(one["lm_loss"], abs=1e-3)
+    assert two["penalty"] == pytest.approx(one["penalty"], rel=1e-3, abs=1e-3)
+    assert two["ppl_after_removal"] == pytest.approx(one["ppl_after_removal"], rel=1e-3)
+    model = AutoModelForCausalLM.from_pretrained(workspace / launch / "pruned")
+    assert model.config.num_hidden_layers == 4 and not (workspace / launch / "checkpoints").exists()
+
+
+def test_batches_that_do_not_divide_are_refused():
+    processes = Processes("cpu")
+    processes.count = 2
+    with pytest.raises(RecipeError, match=r"transfer.batch_size 3 with 2 processes; valid: a multiple of 2"):
+        processes.share(torch.arange(3), "transfer.batch_size")
+
+
+def test_first_version_of_fsdp_is_refused(workspace):
+    done = prune(workspace, "refused", ["--use_fsdp", "--fsdp_version", "1"], [])
+    assert done.returncode != 0 and "FSDP version 1 is not supported; valid: --fsdp_version 2" in done.stderr

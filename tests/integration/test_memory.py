@@ -1,0 +1,111 @@
+"""The memory estimate against the high-water mark of real stages in processes of their own, and its command line.
+
+Estimates must not be below what was measured, nor more than 15% (and, for the small models, 32 MB) above it.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, OPTConfig, PretrainedConfig
+
+from tests.measure_memory import recipe_for
+from tests.tiny import english, save_tiny, tiny_tokenizer
+from trsp_deploy.cli import run
+from trsp_deploy.tools import device_memory
+from trsp_deploy.tools.memory import MemoryEstimate
+
+SMALL = LlamaConfig(
+    vocab_size=2000,
+    hidden_size=256,
+    intermediate_size=704,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+LLAMA = LlamaConfig(  # 43M
+    vocab_size=8000,
+    hidden_size=512,
+    intermediate_size=1408,
+    num_hidden_layers=12,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+)
+OPT = OPTConfig()  # the shape of facebook/opt-125m
+CHECKPOINTING = "transfer.gradient_checkpointing=true"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made: dict[str, Path] = {}
+
+    def save(name: str, config: PretrainedConfig) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            AutoModelForCausalLM.from_config(config).save_pretrained(made[name])
+            tiny_tokenizer().save_pretrained(made[name])
+        return made[name]
+
+    return save
+
+
+def compare(model: Path, stage: str, settings: list[str]) -> None:
+    """Measure a stage and compare it with its estimate."""
+    estimate = MemoryEstimate(AutoConfig.from_pretrained(model), "cpu", fast_bf16=False)
+    stages = estimate.stages(recipe_for(model, settings))
+    estimated = next(found.peak.total_bytes for found in stages if found.stage == stage)
+    command = [sys.executable, "-m", "tests.measure_memory", str(model), stage, *settings]
+    measured = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    print(f"{stage} {settings}: measured {measured / 1e6:.0f} MB, estimated {estimated / 1e6:.0f} MB")
+    assert measured <= estimated <= 1.15 * measured + 32e6
+
+
+def test_transfer_of_a_small_model(folder):
+    compare(folder("small", SMALL), "transfer", ["calibration.context_length=256"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "settings"),
+    [("selection", []), ("transfer", []), ("transfer", [CHECKPOINTING]), ("transfer", ["transfer.train=all"])],
+    ids=["selection", "transfer", "checkpointing", "all"],
+)
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_models_of_45m_and_125m(folder, family, stage, settings):
+    config = {"llama": LLAMA, "opt": OPT}[family]
+    compare(folder(family, config), stage, ["calibration.context_length=256", *settings])
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch) -> list[str]:
+    monkeypatch.chdir(tmp_path)
+    save_tiny("llama", tmp_path / "model")
+    (tmp_path / "text.txt").write_text(english()[:20_000])
+    settings = ["--set", "calibration.context_length=32", "--set", "calibration.max_windows=8"]
+    quick = ["--set", "plan.steps=1", "--set", "transfer.steps=1", "--out", "out"]
+    return ["prune", "--model", "model", "--drop", "2", "--calibration", "text.txt", *settings, *quick]
+
+
+def test_plan_memory_needs_the_config_alone(command, tmp_path, capsys):
+    (tmp_path / "model" / "model.safetensors").unlink()
+    assert run([*command, "--plan-memory"]) == 0
+    said = capsys.readouterr().out
+    assert "optimiser state" in said and "needed" in said and "available" in said
+    assert run([*command, "--plan-memory", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["memory"]
+    assert found["stages"]["transfer"]["fits"] and found["available_bytes"] > 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_fit_is_refused_before_it_starts(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(device_memory, "available_bytes", lambda device: 1000)
+    assert run(command) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: selection needs about") and "transfer needs about" in last
+    assert not (tmp_path / "out" / "plan.json").exists()
+    assert run([*command, "--ignore-memory"]) == 0
+    assert run(command) == 0  # all is there already: nothing to ask about

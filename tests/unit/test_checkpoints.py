@@ -1,0 +1,123 @@
+"""A killed training ends as one that was never killed, to the last bit; strange checkpoints are left alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.tiny import save_tiny, tiny_model
+from tests.training import TRAIN, recipe, same_weights, transfer, windows
+from trsp_deploy.stages.selection import select_layers
+from trsp_deploy.tools.checkpoints import Checkpoints
+
+
+class Killed(Exception):
+    """Stands for the kill."""
+
+
+class KilledAfter(Checkpoints):
+    """Dies once it has saved `saves` times."""
+
+    def __init__(self, folder, saves, key="key"):
+        super().__init__(folder, key, every_s=0)
+        self.left = saves
+
+    def save(self, state):
+        super().save(state)
+        self.left -= 1
+        if self.left == 0:
+            raise Killed
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return save_tiny("llama", tmp_path_factory.mktemp("dense"))
+
+
+FORMS = [
+    {"form": "anneal", "anneal_share": 0.6},
+    {"form": "l2"},
+    {"form": "train", "refit": "span", "kl_weight": 1.0, "ce_weight": 0.5},
+    {"form": "anneal", "train": "all", "kl_weight": 1.0},
+    {"form": "anneal", "lora_rank": 2},
+    {"form": "anneal", "optimizer": "adamw-8bit"},
+]
+
+
+@pytest.mark.parametrize("settings", FORMS, ids=lambda s: "-".join(map(str, s.values())))
+def test_transfer_goes_on_where_it_was_killed(dense, tmp_path, settings):
+    if "lora_rank" in settings:
+        pytest.importorskip("peft", reason="peft is not installed: pip install 'trsp_deploy[train]'")
+    if "optimizer" in settings:
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'trsp_deploy[train]'")
+    whole = transfer(dense, tmp_path / "whole", **settings)
+    for saves in (2, 3):  # killed twice
+        with pytest.raises(Killed):
+            transfer(dense, tmp_path / "out", KilledAfter(tmp_path / "checkpoint", saves), **settings)
+    resumed = transfer(dense, tmp_path / "out", KilledAfter(tmp_path / "checkpoint", 99), **settings)
+    assert resumed == whole
+    assert same_weights(tmp_path / "whole", tmp_path / "out")
+
+
+@pytest.mark.parametrize("gate", ["branch", "output"])
+def test_selection_goes_on_where_it_was_killed(tmp_path, gate):
+    chosen = recipe(plan={"steps": 3, "candidates": 2, "gate": gate})
+
+    def select(checkpoints=None):
+        return select_layers(
+            tiny_model("llama"), windows()[:TRAIN], windows()[TRAIN:], 2, chosen, "manual", checkpoints
+        )
+
+    whole = select()
+    for saves in (2, 3):  # within the first round, and within the second
+        with pytest.raises(Killed):
+            select(KilledAfter(tmp_path / "checkpoint", saves))
+    resumed = KilledAfter(tmp_path / "checkpoint", 99)
+    assert select(resumed) == whole
+    assert 99 - resumed.left == 3  # of 2 x (3 updates + 1 pick) saves
+
+
+def test_a_checkpoint_of_another_key_is_ignored(dense, tmp_path):
+    folder = tmp_path / "checkpoint"
+    with pytest.raises(Killed):
+        transfer(dense, tmp_path / "out", KilledAfter(folder, 2, key="these settings"))
+    assert Checkpoints(folder, "these settings", 0).load() is not None
+    assert Checkpoints(folder, "other settings", 0).load() is None
+
+
+def test_a_checkpoint_of_other_versions_is_ignored(tmp_path, monkeypatch):
+    Checkpoints(tmp_path / "stage", "key", 0).save({"step": 1})
+    assert Checkpoints(tmp_path / "stage", "key", 0).load() == {"step": 1}
+    from trsp_deploy.tools import checkpoints
+
+    made = checkpoints.provenance()
+    other = made.model_copy(update={"packages": {**made.packages, "torch": "1.0"}})
+    monkeypatch.setattr(checkpoints, "provenance", lambda: other)
+    assert Checkpoints(tmp_path / "stage", "key", 0).load() is None
+
+
+def test_a_broken_file_is_ignored(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "stage", "key", 0)
+    assert checkpoints.load() is None
+    checkpoints.save({"step": 1})
+    path = tmp_path / "stage" / "state.pt"
+    path.write_bytes(path.read_bytes()[:-200])
+    assert checkpoints.load() is None
+    path.write_bytes(b"")
+    assert checkpoints.load() is None
+
+
+def test_a_file_with_code_in_it_is_ignored(tmp_path):
+    (tmp_path / "stage").mkdir()
+    torch.save({"key": "key", "state": Killed()}, tmp_path / "stage" / "state.pt")
+    assert Checkpoints(tmp_path / "stage", "key", 0).load() is None
+
+
+def test_due_after_the_interval_and_gone_when_removed(tmp_path):
+    assert Checkpoints(tmp_path / "checkpoints" / "prune", "key", 0).due()
+    checkpoints = Checkpoints(tmp_path / "checkpoints" / "prune", "key", 1000)
+    assert not checkpoints.due()
+    checkpoints.save({"step": 1})
+    checkpoints.remove()
+    assert not (tmp_path / "checkpoints").exists()
+    checkpoints.remove()  # nothing there is nothing to do

@@ -1,0 +1,224 @@
+"""Every decoder-only family, tiny: found, gated, cut, saved and reloaded, or refused before anything is trained."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from tests.families import DROPPED, FAMILIES, GEMMA, GROUPED, LAYERS, family_config, family_model, layer_types
+from tests.tiny import random_model, tokens
+from trsp_deploy.decoder import check_prunable, check_removal, decoder_layers, decoder_size, load_model, remove_layers
+from trsp_deploy.errors import ModelError
+from trsp_deploy.tools.gates import LayerGates
+from trsp_deploy.tools.methods.fold import output_projection
+
+KEPT = [index for index in range(LAYERS) if index not in DROPPED]
+# Families whose config class computes a list by itself where none is given.
+PATTERNS = ["qwen2-sliding", "qwen3", "gemma2", "gemma3", "smollm3"]
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model(input_ids=tokens(), use_cache=False).logits
+
+
+def lists_of(config, family: str) -> dict:
+    return {name: list(getattr(config, name)) for name in FAMILIES[family].lists}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gates_and_removal(family):
+    model = family_model(family)
+    layers = list(decoder_layers(model))
+    check_prunable(model)
+    assert list(decoder_layers(model)) == layers and len(layers) == LAYERS
+    dense = logits(model)
+    with LayerGates(model, "output"):
+        assert torch.equal(logits(model), dense)
+    with LayerGates(model, "branch") as gates, torch.no_grad():
+        assert torch.equal(logits(model), dense)
+        gates.values[list(DROPPED)] = 0.0
+        gated = logits(model)
+        gates.closed.update(DROPPED)
+        assert torch.equal(logits(model), gated)
+        assert torch.equal(logits(model), gated)  # this time without computing the closed layers
+    remove_layers(model, DROPPED)
+    assert torch.equal(logits(model), gated)
+    assert not torch.allclose(gated, dense, atol=0.1)  # the layers mattered
+    assert list(decoder_layers(model)) == [layers[index] for index in KEPT]
+    for index, layer in enumerate(decoder_layers(model)):
+        assert {vars(m)[name] for m in layer.modules() for name in ("layer_idx", "layer_id") if name in vars(m)} == {
+            index
+        }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_cut_model_is_saved_reloaded_and_generates(family, tmp_path):
+    model = family_model(family)
+    remove_layers(model, DROPPED)
+    model.save_pretrained(tmp_path)
+    again = load_model(tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    for each in (model, again):
+        assert each.config.num_hidden_layers == len(KEPT)
+        assert lists_of(each.config, family) == FAMILIES[family].lists
+        check_cached_generation(each)
+    keys = again(input_ids=tokens()).past_key_values.layers[0].keys  # (batch, heads, sequence, head_dim)
+    assert decoder_size(tmp_path).cache_per_token == 2 * keys.shape[1] * keys.shape[3]
+
+
+@torch.no_grad()
+def check_cached_generation(model) -> None:
+    """Logits of greedy generation with a KV cache are those of one pass over what was generated."""
+    prompt = tokens(1, 10)
+    out = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        min_new_tokens=5,
+        max_new_tokens=5,
+        do_sample=False,
+        use_cache=True,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    cached = torch.stack(out.logits, dim=1)  # (1, 5, vocabulary)
+    uncached = model(input_ids=out.sequences[:, :-1], use_cache=False).logits[:, -5:]
+    assert (cached - uncached).abs().max() < 1e-4 * uncached.std()
+
+
+@pytest.mark.parametrize("family", PATTERNS)
+def test_computed_anew_the_pattern_would_be_another(family):
+    """What the tests above are worth: without its lists in the config, a cut model would reload as another."""
+    assert lists_of(family_config(family, num_hidden_layers=len(KEPT)), family) != FAMILIES[family].lists
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fold_finds_the_projection_or_says_that_there_is_none(family):
+    model, scale = family_model(family), FAMILIES[family].folds
+    if scale is not None:
+        assert output_projection(model, 1, tokens(2, 8)).scale == scale
+        return
+    with pytest.raises(ModelError, match=r"cannot be folded: layer 1 .* the other methods work") as refusal:
+        output_projection(model, 1, tokens(2, 8))
+    assert "\n" not in str(refusal.value)
+
+
+def test_attention_types_stay_with_their_layers():
+    model = family_model("gemma3")
+    before = [(layer.attention_type, layer.self_attn.sliding_window) for layer in decoder_layers(model)]
+    remove_layers(model, DROPPED)
+    after = [(layer.attention_type, layer.self_attn.sliding_window) for layer in decoder_layers(model)]
+    assert after == [before[index] for index in KEPT]
+
+
+def test_a_mixture_of_experts_keeps_its_router_loss():
+    model = family_model("mixtral")
+    remove_layers(model, DROPPED)
+    out = model(input_ids=tokens(), labels=tokens(), output_router_logits=True)
+    assert len(out.router_logits) == len(KEPT)
+    assert out.aux_loss.isfinite() and out.aux_loss > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mixtral"])
+def test_half_precision_is_checked_too(family, dtype):
+    """A model cast as a whole has rounded rotary frequencies, which a reload has not."""
+    check_removal(family_model(family).to(dtype), DROPPED)
+
+
+# -- refusals --------------------------------------------------------------------------------------------------------
+
+
+def gemma3n(**changes):
+    values = {"num_kv_shared_layers": 2, **layer_types("sfsfsf"), "activation_sparsity_pattern": [0.0] * LAYERS}
+    sizes = {"vocab_size_per_layer_input": 384, "hidden_size_per_layer_input": 8, "laurel_rank": 4}
+    del (gemma := dict(GEMMA))["query_pre_attn_scalar"]
+    return transformers.Gemma3nTextConfig(**{**gemma, **values, **sizes, **changes})
+
+
+def every_second_is_a_mixture():
+    values = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 2}
+    return transformers.Qwen3MoeConfig(**GROUPED, **values)
+
+
+REFUSED = {
+    "constant by layer number": (
+        transformers.DiffLlamaConfig(**GROUPED),
+        r"DiffLlamaForCausalLM without layers 0: layer 1, as layer 0 of the rest, would have self_attn\.lambda_init",
+    ),
+    "attention scaled by layer number": (
+        family_config("gpt2", scale_attn_by_inverse_layer_idx=True),
+        r"GPT2LMHeadModel without layers 0: a kept layer computes something else under its new number",
+    ),
+    "weights that hold a part for each layer": (
+        gemma3n(),
+        r"layers 0: model\.embed_tokens_per_layer\.weight is \(384, 48\) and by the config would be \(384, 40\)",
+    ),
+    "experts in every second layer": (
+        every_second_is_a_mixture(),
+        r"without layers 0: model\.layers\.0\.mlp\.down_proj\.weight is absent and by the config would be \(32, 64\)",
+    ),
+    "no KV cache": (
+        transformers.OpenAIGPTConfig(vocab_size=384, n_embd=32, n_layer=LAYERS, n_head=4),
+        r"OpenAIGPTLMHeadModel cannot run on token ids alone, or not from a KV cache \(",
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_refused_before_anything_is_trained(reason):
+    config, message = REFUSED[reason]
+    model = random_model(config)
+    before = config.to_dict()
+    with pytest.raises(ModelError, match=message) as refusal:
+        check_prunable(model)
+    assert "\n" not in str(refusal.value)
+    assert len(decoder_layers(model)) == LAYERS and model.config.to_dict() == before
+
+
+def test_shared_keys_and_values_survive_or_the_plan_is_refused():
+    """Layers 4 and 5 of this one use the keys and values of layers 2 and 3."""
+    config = gemma3n(hidden_size_per_layer_input=0)  # or its per-layer embedding would be refused first
+    for layer in (2, 3):
+        with pytest.raises(
+            ModelError, match=rf"layers {layer}: layer .* self_attn\.store_full_length_kv True, not False"
+        ):
+            check_removal(random_model(config), [layer])
+    model = random_model(config)
+    remove_layers(model, [0, 4])
+    assert model.config.num_kv_shared_layers == 1
+    assert [layer.self_attn.is_kv_shared_layer for layer in decoder_layers(model)] == [False, False, False, True]
+    assert decoder_layers(model)[3].self_attn.kv_shared_layer_index == 2  # layer 3 of old
+
+
+def test_a_pattern_that_a_cut_of_whole_periods_leaves_alone():
+    model = random_model(every_second_is_a_mixture())
+    remove_layers(model, [2, 3])
+    assert ["experts" in dict(layer.mlp.named_children()) for layer in decoder_layers(model)] == [False, True] * 2
+
+
+def test_layers_that_share_a_module_are_refused():
+    model = family_model("llama")
+    decoder_layers(model)[3] = decoder_layers(model)[2]
+    with pytest.raises(ModelError, match="do not each run once, in order"):
+        check_prunable(model)
+
+
+def test_a_multimodal_model_is_refused():
+    model = family_model("llama")
+    del model.config.num_hidden_layers
+    with pytest.raises(ModelError, match="its config has no num_hidden_layers"):
+        check_prunable(model)
+
+
+def test_checks_leave_the_model_as_it_is():
+    model = family_model("smollm3")
+    weights = {name: (weight, weight.clone()) for name, weight in model.named_parameters()}
+    config = model.config.to_dict()
+    check_prunable(model)
+    check_removal(model, DROPPED)
+    assert model.config.to_dict() == config
+    assert all(weight is weights[name][0] for name, weight in model.named_parameters())
+    assert all(torch.equal(weight, copy) for weight, copy in weights.values())
+    assert not any(module._forward_hooks for module in model.modules())

@@ -1,0 +1,189 @@
+"""The memory estimate's arithmetic: what must fit where, what control groups leave, and what is advised.
+
+No GPU has confirmed the figures for GPUs; what a CPU confirms is in tests/integration/test_memory.py.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, OPTConfig
+
+from tests.tiny import FAMILIES, tiny_config
+from trsp_deploy.errors import DeviceMemoryError
+from trsp_deploy.recipe import Recipe, override, read_recipe
+from trsp_deploy.tools import device_memory
+from trsp_deploy.tools.device_memory import available_bytes, check_memory, plan_memory
+from trsp_deploy.tools.memory import MemoryEstimate
+
+GIB = 2**30
+# facebook/opt-6.7b and meta-llama/Llama-2-7b-hf, as their config.json have them.
+OPT = OPTConfig(hidden_size=4096, ffn_dim=16384, num_hidden_layers=32, num_attention_heads=32, word_embed_proj_dim=4096)
+LLAMA = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
+MODELS = {"OPT-6.7B": OPT, "Llama-2-7B": LLAMA}
+LARGE = ["weights=bf16", "plan.batch_size=1", "transfer.batch_size=1"]
+CASES = {
+    "selection, gates alone": ("selection", []),
+    "all weights, AdamW": ("transfer", ["transfer.train=all"]),
+    "all weights, 8-bit AdamW, checkpointing": (
+        "transfer",
+        ["transfer.train=all", "transfer.optimizer=adamw-8bit", "transfer.gradient_checkpointing=true"],
+    ),
+    "LoRA of rank 16": ("transfer", ["transfer.lora_rank=16"]),
+    "LoRA of rank 16, checkpointing": (
+        "transfer",
+        ["transfer.lora_rank=16", "transfer.gradient_checkpointing=true"],
+    ),
+    "no training": ("transfer", ["transfer.form=none"]),
+}
+DOCS = Path(__file__).parents[2] / "docs" / "memory.md"
+
+
+def recipe(*settings: str) -> Recipe:
+    return read_recipe(override({"model": "m", "device": "cuda"}, list(settings)), "test")
+
+
+@pytest.fixture(scope="module")
+def estimates() -> dict[str, MemoryEstimate]:
+    return {name: MemoryEstimate(config, "cuda", fast_bf16=True) for name, config in MODELS.items()}
+
+
+@pytest.fixture(scope="module")
+def needed(estimates):
+    def peak(model: str, case: str) -> int:
+        stage, settings = CASES[case]
+        stages = estimates[model].stages(recipe(*LARGE, *settings))
+        return next(found.peak.total_bytes for found in stages if found.stage == stage)
+
+    return peak
+
+
+@pytest.mark.parametrize(
+    ("case", "card_gib"),
+    [
+        ("all weights, 8-bit AdamW, checkpointing", 80),
+        ("LoRA of rank 16, checkpointing", 24),
+        ("selection, gates alone", 24),
+        ("no training", 24),
+    ],
+)
+def test_opt_6_7b_fits(needed, case, card_gib):
+    assert needed("OPT-6.7B", case) < card_gib * GIB
+
+
+def test_without_the_options_a_24_gib_card_is_too_small(needed):
+    assert needed("OPT-6.7B", "all weights, AdamW") > 48 * GIB
+
+
+def test_the_table_of_the_docs_is_what_is_computed(needed):
+    rows = re.findall(r"^\| (.+?) \| ([\d.]+) \| ([\d.]+) \|$", DOCS.read_text(encoding="utf-8"), re.MULTILINE)
+    assert [row[0] for row in rows] == list(CASES)
+    for case, *figures in rows:
+        assert [f"{needed(model, case) / 1e9:.1f}" for model in MODELS] == figures, case
+
+
+def test_the_parts_that_are_arithmetic(estimates):
+    opt = estimates["OPT-6.7B"]
+    _, transfer = opt.stages(recipe(*LARGE, "transfer.train=all", "transfer.form=l2"))
+    forward, update = (next(m for m in transfer.moments if m.name == name) for name in ("forward", "optimiser step"))
+    parameters = sum(opt.counts.layers) + 50272 * 4096 + 2050 * 4096 + 2 * 4096  # embeddings, final norm
+    assert opt.counts.total == parameters
+    assert forward.gradients_bytes == 0 and update.gradients_bytes == 2 * parameters
+    assert forward.optimizer_bytes == update.optimizer_bytes == 4 * parameters
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_can_be_counted_and_grows_with_the_batch(family):
+    estimate = MemoryEstimate(tiny_config(family), "cpu", fast_bf16=False)
+    for stage, moment in (("plan", "gate update, forward"), ("transfer", "backward")):
+        small, large = (
+            activations(estimate, moment, "calibration.context_length=64", f"{stage}.batch_size={batch}")
+            for batch in (2, 8)
+        )
+        assert large == pytest.approx(4 * small, rel=0.1)
+
+
+def activations(estimate: MemoryEstimate, name: str, *settings: str) -> int:
+    moments = [
+        moment for stage in estimate.stages(recipe(*settings, "transfer.form=train")) for moment in stage.moments
+    ]
+    return next(moment.activations_bytes for moment in moments if moment.name == name)
+
+
+def test_checkpointing_keeps_one_state_a_layer():
+    estimate = MemoryEstimate(tiny_config("llama"), "cpu", fast_bf16=False)
+    length = "calibration.context_length=128"
+    everything = activations(estimate, "forward", length)
+    assert activations(estimate, "forward", length, "transfer.gradient_checkpointing=true") < everything / 3
+
+
+def test_what_depends_on_data_is_said():
+    from transformers import MixtralConfig
+
+    from trsp_deploy.errors import ModelError
+
+    config = MixtralConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2
+    )
+    with pytest.raises(ModelError, match="Mixtral: its memory cannot be told"):
+        plan_memory(recipe("drop=1"), config)
+
+
+@pytest.fixture
+def card(monkeypatch):
+    def with_bytes(free: int) -> None:
+        monkeypatch.setattr(device_memory, "available_bytes", lambda device: free)
+
+    return with_bytes
+
+
+SMALL = ["calibration.context_length=128", "drop=1", "device=cpu", "autocast='off'"]
+
+
+def test_a_refusal_names_what_would_fit(card):
+    config = tiny_config("llama", hidden_size=256, intermediate_size=1024)
+    peaks = {stage.stage: stage.peak.total_bytes for stage in plan_memory(recipe(*SMALL), config).stages}
+    card(peaks["transfer"] - 1_000_000)
+    with pytest.raises(DeviceMemoryError) as refusal:
+        check_memory(recipe(*SMALL), config, ["transfer"])
+    line = str(refusal.value)
+    assert line.startswith("transfer needs about") and "\n" not in line
+    assert "--set transfer.gradient_checkpointing=true (" in line and "--ignore-memory" in line
+    card(peaks["transfer"])
+    check_memory(recipe(*SMALL), config, ["transfer"])
+
+
+def test_settings_are_tried_together_and_nothing_is_promised(card):
+    config = tiny_config("llama", hidden_size=256, intermediate_size=1024)
+    card(1000)
+    with pytest.raises(DeviceMemoryError, match="no setting of this recipe would fit"):
+        check_memory(recipe(*SMALL), config, ["selection"])
+
+
+def test_control_groups_count(tmp_path):
+    def write(path: str, text: str) -> None:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+
+    assert available_bytes("cpu", tmp_path) is None
+    write("proc/meminfo", "MemTotal: 9000000 kB\nMemAvailable: 8000000 kB\n")
+    assert available_bytes("cpu", tmp_path) == 8_192_000_000
+    write("proc/self/cgroup", "0::/jobs/mine\n")
+    write("sys/fs/cgroup/jobs/mine/memory.max", "max\n")
+    write("sys/fs/cgroup/jobs/memory.max", "4000000000\n")
+    write("sys/fs/cgroup/jobs/memory.current", "3000000000\n")
+    write("sys/fs/cgroup/jobs/memory.stat", "file 7\ninactive_file 500000000\n")
+    assert available_bytes("cpu", tmp_path) == 1_500_000_000
+    write("proc/self/cgroup", "9:cpu,memory:/\n")
+    write("sys/fs/cgroup/memory/memory.limit_in_bytes", "2000000000\n")
+    write("sys/fs/cgroup/memory/memory.usage_in_bytes", "1000000000\n")
+    assert available_bytes("cpu", tmp_path) == 1_000_000_000
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_a_gpu_that_is_not_here_is_planned_for():
+    plan = plan_memory(recipe(*SMALL[:2]), tiny_config("opt"))
+    assert plan.device == "cuda" and plan.available_bytes is None and all(map(plan.fits, plan.stages))

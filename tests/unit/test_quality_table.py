@@ -1,0 +1,188 @@
+"""The quality bench's data: rows and keys, the file of finished rows, and what follows from them."""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from benchmarks.quality import report, store
+from benchmarks.quality.estimates import estimate_s, pace
+from benchmarks.quality.figures import TARGETS, Found, figures, over_seeds
+from benchmarks.quality.rows import Accuracies, Losses, Outcome, Row, Selected
+from benchmarks.quality.store import CODE, Store, code_digest
+from benchmarks.quality.table import FULL, QUICK, Table, labelled_rows, rows
+from benchmarks.quality.work import recipe_of
+from trsp_deploy.errors import RunError
+from trsp_deploy.results import TaskScore, ZeroShot
+
+DENSE = {"wiki": 3.0, "c4": 4.0, "alpaca": 2.5}  # nats
+COST = {"default": 0.2, "control": 0.22, "sleb": 0.6}  # nats that an arm loses, others 0.5
+
+
+def outcome(row: Row) -> Outcome:
+    """A made-up outcome: a seed adds a hundredth of its number."""
+    if row.work == "selection":
+        plan = {"dropped": list(range(row.drop)), "seed": row.seed}
+        passes = 280.0 if row.arm == "default" else 3024.0
+        return Selected(plan=plan, dense_loss=3.0, removal_loss=4 + row.seed / 100, window_passes=passes, select_s=1.0)
+    if row.work == "zero-shot":
+        right = {"dense": 8, "default": 7}.get(row.arm, 6)
+        score = [TaskScore(task=name, metric="acc", correct=(True,) * right + (False,) * 2) for name in row.tasks]
+        return Accuracies(score=ZeroShot(role=row.role, tasks=tuple(score)))
+    cost = COST.get(row.arm, 0.5) + row.seed / 100 if row.drop else 0.0
+    return Losses(nll={text: (nll + cost,) * 2 for text, nll in DENSE.items()}, checkpoint={}, transfer_s=1.0)
+
+
+def filled(path: Path, table: Table) -> Store:
+    lines = Store(path)
+    for row in rows(table):
+        lines.add(row, outcome(row), 10.0)
+    return lines
+
+
+@pytest.mark.parametrize("table", [FULL, QUICK])
+def test_rows_come_once_and_after_what_they_need(table: Table) -> None:
+    seen: set[str] = set()
+    for row in rows(table):
+        needed = row.selection()
+        assert needed is None or needed.key in seen, row.title
+        assert row.key not in seen, row.title
+        seen.add(row.key)
+    assert seen >= {row.key for row in labelled_rows(table)}
+
+
+def test_some_rows_bring_what_they_need() -> None:
+    found = rows(FULL, "fold, 7 layers, 33k tokens, seed 1")
+    assert [(row.kind, row.arm, row.seed) for row in found] == [("selection", "fold", 1), ("trained", "fold", 1)]
+
+
+def test_the_full_table_has_what_it_promises() -> None:
+    found = rows(FULL)
+    tokens = [row.tokens for row in found if row.kind == "trained"]
+    assert sorted(set(tokens)) == [32_768, 131_072, 524_288] and tokens == sorted(tokens)
+    assert {row.drop for row in labelled_rows(FULL) if row.kind == "curve"} == {2, 4, 5, 7, 8, 10, 12}
+    assert len([row for row in labelled_rows(FULL) if row.kind == "selection"]) == 10
+    kept = {row.key for row in found if row.keep}
+    assert {row.checkpoint().key for row in found if row.kind == "zero-shot" and row.drop} == kept
+
+
+@pytest.mark.parametrize("table", [FULL, QUICK])
+def test_every_row_is_a_valid_recipe(table: Table) -> None:
+    for row in rows(table):
+        assert recipe_of(row).seed == row.seed
+    assert 300 < sum(map(estimate_s, rows(QUICK))) < 1200
+
+
+def test_labels_are_no_part_of_the_key() -> None:
+    row = rows(QUICK)[2]
+    assert row.model_copy(update={"arm": "other", "keep": True}).key == row.key
+    assert row.model_copy(update={"seed": 9}).key != row.key
+    assert row.model_copy(update={"kind": "selection"}).key != row.key
+
+
+def test_a_row_survives_the_file(tmp_path: Path) -> None:
+    lines = filled(tmp_path / "quality.jsonl", QUICK)
+    again = Store(lines.path)
+    assert again.lines == lines.lines and all(row in again for row in rows(QUICK))
+    assert pace(again.lines.values()) > 0
+    again.add(rows(QUICK)[0], outcome(rows(QUICK)[0]), 20.0)
+    assert len(Store(lines.path).lines) == len(lines.lines), "a row made again replaces the old one"
+    assert [path.name for path in tmp_path.iterdir()] == ["quality.jsonl"]
+
+
+def test_a_broken_line_is_named(tmp_path: Path) -> None:
+    path = filled(tmp_path / "quality.jsonl", QUICK).path
+    path.write_text(path.read_text() + '{"key": 1}\n')
+    with pytest.raises(RunError, match=f"line {len(rows(QUICK)) + 1}: .*delete the line"):
+        Store(path)
+
+
+def test_digest_sees_code_and_not_its_comments() -> None:
+    def meaning(source: str) -> str:
+        return store._meaning(ast.parse(source))
+
+    assert meaning("def f():\n    '''Doc.'''\n    return 1  # why\n") == meaning("def f():\n\n    return 1")
+    assert meaning("x = 1") != meaning("x = 2")
+    assert len({code_digest(work) for work in CODE}) == 3
+
+
+def test_rows_of_other_code_are_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = filled(tmp_path / "quality.jsonl", QUICK)
+    assert not any(lines.stale(row) for row in rows(QUICK))
+    monkeypatch.setattr(store, "code_digest", lambda work: "other")
+    assert all(lines.stale(row) for row in rows(QUICK))
+
+
+def test_interval_over_seeds() -> None:
+    assert over_seeds([]) is None
+    single = over_seeds([math.log(1.5)])
+    assert single is not None and (single.mean, single.low, single.seeds) == (pytest.approx(1.5), None, 1)
+    three = over_seeds([0.0, 0.1, 0.2])
+    assert three is not None and three.low is not None and three.high is not None
+    margin = 4.303 * 0.1 / math.sqrt(3)  # Student's t with 2 degrees of freedom
+    assert math.log(three.mean) == pytest.approx(0.1)
+    assert (math.log(three.low), math.log(three.high)) == (pytest.approx(0.1 - margin), pytest.approx(0.1 + margin))
+
+
+def test_nothing_measured_is_null_and_not_met(tmp_path: Path) -> None:
+    summary = report.summary(Found(FULL, Store(tmp_path / "none.jsonl")))
+    assert list(summary["figures"]) == list(summary["targets"]) == list(summary["met"]) == list(TARGETS)
+    assert set(summary["figures"].values()) == {None} and set(summary["met"].values()) == {False}
+    json.dumps(summary)
+
+
+def test_figures_of_a_full_table(tmp_path: Path) -> None:
+    found = Found(FULL, filled(tmp_path / "quality.jsonl", FULL))
+    values = figures(found)
+    assert values["ratio_in_131k"] == pytest.approx(math.exp(0.21), abs=1e-4)  # mean of the seeds' 0.20, 0.21, 0.22
+    assert values["to_control_524k"] == pytest.approx(math.exp(-0.02), abs=1e-4)
+    assert values["untrained_to_sleb"] == pytest.approx(math.exp(-0.4), abs=1e-4)
+    assert values["selection_spread"] == pytest.approx(4.04 / 4.0)
+    assert values["selection_passes_to_sleb"] == pytest.approx(280 / 3024, abs=1e-4)
+    assert values["zero_shot_margin"] == pytest.approx((7 / 9 - 6 / 8) / (8 / 10), abs=1e-4)
+    assert TARGETS["zero_shot_margin"].met(values["zero_shot_margin"])
+
+
+def test_a_missing_seed_leaves_the_figure_open(tmp_path: Path) -> None:
+    lines = filled(tmp_path / "quality.jsonl", FULL)
+    gone = next(row for row in rows(FULL) if (row.kind, row.arm, row.seed, row.steps) == ("trained", "default", 2, 128))
+    del lines.lines[gone.key]
+    values = figures(Found(FULL, lines))
+    assert values["ratio_in_131k"] is None and values["to_control_131k"] is None
+    assert values["ratio_in_524k"] is not None
+
+
+def test_report_keeps_what_is_not_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'trsp_deploy[dev]'")
+    for name, file in (("DOC", "quality.md"), ("README", "README.md"), ("IMAGES", "img")):
+        monkeypatch.setattr(report, name, tmp_path / file)
+    for page in (report.DOC, report.README):
+        page.write_text(f"before\n{report.START}\nearlier text\n{report.END}\nafter\n")
+    found = Found(FULL, filled(tmp_path / "quality.jsonl", FULL))
+    report.write(found)
+    report.write(found)
+    text = report.DOC.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "earlier text" not in text
+    assert text.count(report.START) == text.count(report.END) == 1
+    assert "| 1.234 (1.203 to 1.265) |" in text.replace("**", "") and "(one seed)" in text
+    assert "TRSP, default | 131k |" in report.README.read_text()
+    for name in ("quality-layers.png", "quality-tokens.png"):
+        assert (report.IMAGES / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_page_without_markers_is_left_alone(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("no markers")
+    with pytest.raises(RunError, match="quality:start"):
+        report.put_between_markers(page, "text")
+    assert page.read_text() == "no markers"
+
+
+def test_the_repository_s_pages_have_their_markers() -> None:
+    for page in (report.DOC, report.README):
+        text = page.read_text(encoding="utf-8")
+        assert text.count(report.START) == text.count(report.END) == 1

@@ -1,0 +1,219 @@
+"""The teacher's cache and the options that save memory: what they change, and what they must not."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+
+from tests.tiny import FAMILIES, save_tiny, tiny_model, tokens
+from tests.training import recipe, same_weights, transfer, windows
+from trsp_deploy.decoder import decoder_layers, load_model
+from trsp_deploy.errors import RecipeError
+from trsp_deploy.stages.selection import GatePicking
+from trsp_deploy.tools import losses
+from trsp_deploy.tools.gates import LayerGates
+from trsp_deploy.tools.losses import TokenLosses
+from trsp_deploy.tools.parameters import add_adapters, clip_gradients, make_optimizer, merge_adapters, recomputed_layers
+from trsp_deploy.tools.teacher import DenseStates
+
+needs_peft = pytest.mark.skipif(
+    "not __import__('importlib').util.find_spec('peft')",
+    reason="peft is not installed: pip install 'trsp_deploy[train]'",
+)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return save_tiny("llama", tmp_path_factory.mktemp("dense"))
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+# -- the teacher -----------------------------------------------------------------------------------------------------
+
+
+def test_states_are_of_the_windows_asked_for():
+    model, ids = tiny_model("llama"), tokens(10, 12)
+    module = TokenLosses(model)
+    states = DenseStates(module, ids, torch.tensor([7, 2, 5]), batch_size=2)
+    assert states.size_bytes == 3 * 11 * 48 * 2  # windows x tokens with a next one x hidden x bf16
+    with torch.no_grad():
+        wanted = module.hidden(ids[[5, 7]]).bfloat16()
+    assert torch.equal(states[torch.tensor([5, 7])], wanted)
+
+
+def test_cached_teacher_teaches_what_a_copy_of_the_model_would():
+    model, ids = tiny_model("llama"), tokens(4, 12)
+    with torch.no_grad():
+        log_q = model(input_ids=ids).logits[:, :-1].log_softmax(-1).flatten(0, 1)
+    module = TokenLosses(model, kl_weight=1.0)
+    states = DenseStates(module, ids, torch.arange(4), batch_size=3)
+    with torch.no_grad():
+        decoder_layers(model)[2].mlp.down_proj.weight.mul_(3)
+        log_p = model(input_ids=ids).logits[:, :-1].log_softmax(-1).flatten(0, 1)
+        found = module(ids, states[torch.arange(4)]).divergence.item()
+    wanted = torch.nn.functional.kl_div(log_p, log_q, log_target=True, reduction="batchmean").item()
+    assert found == pytest.approx(wanted, rel=0.02) and wanted > 0.01  # the states are rounded to bf16
+
+
+def test_only_windows_that_will_be_seen_are_cached(dense, tmp_path, monkeypatch):
+    cached = []
+    original = DenseStates.__init__
+    monkeypatch.setattr(
+        DenseStates, "__init__", lambda self, *args: (cached.append(args[2].tolist()), original(self, *args))[1]
+    )
+    transfer(dense, tmp_path / "out", form="train", steps=3, kl_weight=1.0)
+    assert len(cached[0]) == 12 and cached[0] == sorted(set(cached[0]))
+    transfer(dense, tmp_path / "more", form="train", steps=20, kl_weight=1.0)
+    assert cached[1] == list(range(32))
+
+
+# -- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_no_logits_of_the_whole_batch_are_ever_made(monkeypatch):
+    monkeypatch.setattr(losses, "SLICE_BYTES", {"cpu": 4 * 384 * 5})
+    model = tiny_model("llama")
+    module, seen = TokenLosses(model, kl_weight=1.0), []
+
+    class Shapes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.ndim and result.shape[-1] == 384:
+                seen.append(result.shape[:-1].numel())
+            return result
+
+    with torch.no_grad():
+        dense = module.hidden(tokens())
+    with Shapes():
+        module(tokens(), dense).total.backward()
+    assert max(n for n in seen if n != 48) == 5  # 48: the head's own gradient, transposed
+
+
+def test_selection_computes_no_weight_gradients():
+    model = tiny_model("llama").requires_grad_(False)
+    products = []
+
+    class Products(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if "mm" in str(func):
+                products.append(tuple(result.shape))
+            return result
+
+    picking = GatePicking(model, windows()[:8], windows()[8:12], recipe(plan={"batch_size": 4}), None)
+    with picking._gates, Products():
+        picking._update(torch.arange(4))
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert picking._gates.values.grad.abs().min() > 0
+    weights = {tuple(p.shape) for p in model.parameters() if p.ndim == 2}
+    weights |= {shape[::-1] for shape in weights}
+    assert products and not weights & set(products)  # what a weight's gradient would look like
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recomputed_layers_have_the_same_gradients(family):
+    model, found = tiny_model(family), []
+    for recompute in (False, True):
+        model.zero_grad()
+        with recomputed_layers(model) if recompute else contextlib.nullcontext(), LayerGates(model) as gates:
+            gates.watched.add(2)
+            loss = TokenLosses(model)(tokens()).total + gates.changes[2].square().mean()
+            loss.backward()
+        found.append((loss.item(), gradients(model)))
+    assert "forward" not in vars(decoder_layers(model)[0])
+    assert found[0][0] == found[1][0] and found[0][1].keys() == found[1][1].keys()
+    assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][1])
+
+
+def test_recomputed_layers_keep_less_for_backward():
+    def kept(recompute):
+        model, sizes = tiny_model("llama"), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.nbytes), t)[1], lambda t: t):
+            if recompute:
+                with recomputed_layers(model):
+                    TokenLosses(model)(tokens())
+            else:
+                TokenLosses(model)(tokens())
+        return sum(sizes)
+
+    assert kept(True) < 0.4 * kept(False)
+
+
+def test_gradient_checkpointing_changes_no_result(dense, tmp_path):
+    plain = transfer(dense, tmp_path / "plain", form="l2")
+    saving = transfer(dense, tmp_path / "saving", form="l2", gradient_checkpointing=True)
+    assert plain == saving and same_weights(tmp_path / "plain", tmp_path / "saving")
+
+
+# -- adapters and the optimiser --------------------------------------------------------------------------------------
+
+
+@needs_peft
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_train_alone_and_merge_into_the_weights(family):
+    model = tiny_model(family)
+    names = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    adapted = add_adapters(model, rank=2, seed=0)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained and all("lora_" in name for name in trained)
+    optimizer = make_optimizer(model, recipe(transfer={"learning_rate": 0.01}).transfer)
+    first = TokenLosses(model)(tokens()).total
+    first.backward()
+    optimizer.step()
+    with torch.no_grad():
+        adapted_loss = TokenLosses(model)(tokens()).total.item()
+    assert adapted_loss < first.item()
+    merge_adapters(adapted)
+    assert {name: tuple(p.shape) for name, p in model.named_parameters()} == names
+    with torch.no_grad():
+        assert TokenLosses(model)(tokens()).total.item() == pytest.approx(adapted_loss, rel=1e-4)
+
+
+@needs_peft
+def test_folder_trained_by_adapters_is_a_plain_one(dense, tmp_path):
+    result = transfer(dense, tmp_path / "out", form="anneal", lora_rank=4, steps=12, learning_rate=0.02)
+    assert result.lm_loss[-1] < result.lm_loss[3]
+    assert result.ppl_before_removal == pytest.approx(result.ppl_after_removal, rel=1e-5)
+    before, after = load_model(dense), load_model(tmp_path / "out")
+    assert torch.equal(before.get_input_embeddings().weight, after.get_input_embeddings().weight)
+    assert not any("lora" in name for name, _ in after.named_parameters())
+    assert not torch.equal(decoder_layers(before)[0].mlp.up_proj.weight, decoder_layers(after)[0].mlp.up_proj.weight)
+
+
+def test_8_bit_moments_train_as_well_and_take_a_quarter(dense, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'trsp_deploy[train]'")
+    full = transfer(dense, tmp_path / "full", form="train", steps=12)
+    small = transfer(dense, tmp_path / "small", form="train", steps=12, optimizer="adamw-8bit")
+    assert small.lm_loss[-1] == pytest.approx(full.lm_loss[-1], rel=0.02)
+    weight = torch.nn.Parameter(torch.randn(256, 256))
+    weight.grad = torch.randn(256, 256)
+    held = {}
+    for name in ("adamw", "adamw-8bit"):
+        optimizer = make_optimizer(torch.nn.ParameterList([weight]), recipe(transfer={"optimizer": name}).transfer)
+        optimizer.step()
+        held[name] = sum(v.nbytes for v in optimizer.state[weight].values() if isinstance(v, torch.Tensor))
+    assert held["adamw-8bit"] < 0.3 * held["adamw"]
+
+
+def test_gradients_are_clipped_to_a_norm_of_1():
+    weight = torch.nn.Parameter(torch.zeros(4))
+    optimizer = torch.optim.AdamW([weight])
+    for size, wanted in ((10.0, 1.0), (0.1, 0.2)):
+        weight.grad = torch.full((4,), size)
+        clip_gradients(optimizer)
+        assert weight.grad.norm().item() == pytest.approx(wanted, rel=1e-4)
+
+
+def test_adapters_for_all_weights_make_no_sense():
+    with pytest.raises(RecipeError, match=r"transfer\.train must be layers, got all"):
+        recipe(transfer={"lora_rank": 4, "train": "all"})
+
+
+def test_8_bit_moments_are_refused_with_fsdp():
+    with pytest.raises(RecipeError, match=r"adamw-8bit: does not work with FSDP; valid: adamw"):
+        make_optimizer(tiny_model("llama"), recipe(transfer={"optimizer": "adamw-8bit"}).transfer, sharded=True)

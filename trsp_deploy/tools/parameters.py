@@ -1,0 +1,110 @@
+"""Which parameters stage 2 trains, and what updates them: weights or adapters, AdamW in 32 or 8 bits."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from trsp_deploy.decoder import decoder_layers
+from trsp_deploy.errors import RecipeError
+from trsp_deploy.recipe import TransferSettings
+
+MAX_NORM = 1.0  # of the gradient
+
+
+def choose_trained(model: PreTrainedModel, settings: TransferSettings) -> None:
+    """Mark what trains: the layers, or everything."""
+    model.requires_grad_(settings.train == "all")
+    decoder_layers(model).requires_grad_(True)
+
+
+def make_optimizer(module: nn.Module, settings: TransferSettings, sharded: bool = False) -> torch.optim.Optimizer:
+    """AdamW over what trains in `module`, without weight decay; sharded: whether its weights are (FSDP)."""
+    if sharded and settings.optimizer != "adamw":
+        raise RecipeError(f"transfer.optimizer {settings.optimizer}: does not work with FSDP; valid: adamw")
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if settings.optimizer == "adamw-8bit":
+        eight_bit: torch.optim.Optimizer = _adamw_8bit()(trained, lr=settings.learning_rate, weight_decay=0.0)
+        return eight_bit
+    # fused: one pass over the weights instead of a dozen, which a CPU feels most.
+    return torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.0, fused=True)
+
+
+def _adamw_8bit() -> Any:
+    try:
+        from bitsandbytes import optim
+    except ImportError as problem:
+        raise RecipeError(
+            "transfer.optimizer adamw-8bit: bitsandbytes is not installed; pip install 'trsp_deploy[train]', or adamw"
+        ) from problem
+    return optim.AdamW8bit
+
+
+@torch.no_grad()
+def clip_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Scale all gradients down to a common norm of MAX_NORM where it is larger."""
+    trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    if norm.item() > MAX_NORM:  # most steps are below it: no pass over the gradients for a factor of 1
+        nn.utils.clip_grads_with_norm_(trained, MAX_NORM, norm)
+
+
+def add_adapters(model: PreTrainedModel, rank: int, seed: int) -> Any:
+    """Put LoRA adapters on every linear module of the layers; they alone train. Returns what `merge_adapters` wants."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as problem:
+        raise RecipeError(
+            f"transfer.lora_rank {rank}: peft is not installed; pip install 'trsp_deploy[train]', or leave it out"
+        ) from problem
+    layers = decoder_layers(model)
+    prefix = next(name for name, module in model.named_modules() if module is layers)
+    linear = {f"{prefix}.{name}": m for name, m in layers.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=0.0,
+        target_modules=list(linear),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in linear.values()),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return get_peft_model(model, config).eval()
+
+
+def merge_adapters(adapted: Any) -> None:
+    """Add what the adapters learned to the weights and take them off again, in place."""
+    adapted.merge_and_unload()
+
+
+@contextlib.contextmanager
+def recomputed_layers(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block, backward computes each layer again instead of keeping what its forward worked out.
+
+    Enter it before the gates, so that they stay outside: what they hold on to is what the layer really returned.
+    """
+    layers = list(decoder_layers(model))
+    for layer in layers:
+        layer.forward = functools.partial(_recomputed, layer.forward)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("forward", None)
+
+
+def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
