@@ -144,7 +144,7 @@ class Recipe(Strict):
         if form not in valid:
             raise ValueError(
                 f"transfer.refit {refit} puts new weights in the place of the layers, so transfer.form must be "
-                f"{', '.join(valid[:-1])} or {valid[-1]}, got {form}; `--set transfer.refit=none` leaves the weights alone"
+                f"{', '.join(valid[:-1])} or {valid[-1]}, got {form}; `--set transfer.refit=none` goes with every form"
             )
         return self
 

@@ -94,6 +94,8 @@ def test_batches_that_do_not_divide_are_refused():
         processes.share(torch.arange(3), "transfer.batch_size")
 
 
-def test_first_version_of_fsdp_is_refused(workspace):
-    done = prune(workspace, "refused", ["--use_fsdp", "--fsdp_version", "1"], [])
-    assert done.returncode != 0 and "FSDP version 1 is not supported; valid: --fsdp_version 2" in done.stderr
+def test_first_version_of_fsdp_is_refused(monkeypatch):
+    for name, value in {"RANK": "0", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RecipeError, match=r"FSDP version 1 is not supported; valid: --fsdp_version 2"):
+        Processes("cpu")

@@ -76,6 +76,12 @@ def test_any_selection_can_be_folded(prune):
     assert folded["ppl_after_removal"] != plain["ppl_after_removal"]
 
 
+def test_annealed_refit_leaves_nothing_for_the_removal(prune):
+    result, _ = prune("--method", "trsp-refit", "--set", "transfer.kl_weight=1.0")
+    assert result["form"] == "anneal" and result["tokens"] == 3 * 4 * 32
+    assert result["ppl_before_removal"] == pytest.approx(result["ppl_after_removal"], rel=1e-6)
+
+
 def test_any_selection_with_any_transfer(prune):
     result, plan = prune("--method", "sleb", "--then", "anneal")
     assert (plan["method"], result["form"]) == ("sleb", "anneal")

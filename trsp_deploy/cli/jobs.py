@@ -53,7 +53,7 @@ PlanFile = Annotated[
 ]
 MethodName = Annotated[
     str | None,
-    typer.Option("--method", help="trsp, trsp-anneal, shortgpt, sleb, uidl or fold.", metavar="M"),
+    typer.Option("--method", help="trsp, trsp-anneal, trsp-refit, shortgpt, sleb, uidl or fold.", metavar="M"),
 ]
 Then = Annotated[
     str | None,

@@ -22,7 +22,7 @@ MEMORY_LABELS = {
     "teacher_bytes": "teacher",
     "activations_bytes": "activations",
     "loss_bytes": "logits and loss",
-    "fold_bytes": "fold's normal equations",
+    "refit_bytes": "normal equations (fold, refit)",
     "slack_bytes": "allocator and libraries",
 }
 

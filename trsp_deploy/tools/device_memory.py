@@ -169,11 +169,10 @@ def _changes(recipe: Recipe, stage: Stage) -> list[list[str]]:
     batch = getattr(recipe, group).batch_size
     smaller = [[f"{group}.batch_size=1"]] if batch > 1 else []
     half = [["weights=bf16"]] if recipe.weights == "fp32" else []
-    if stage == "selection":
-        return smaller + half
     transfer = recipe.transfer
-    if transfer.form == "none":
-        return smaller + half
+    plain = [["transfer.refit=none"]] if stage == "transfer" and transfer.refit != "none" else []
+    if stage == "selection" or transfer.form == "none":
+        return smaller + half + plain
     lora = ["transfer.lora_rank=16"] + (["transfer.train=layers"] if transfer.train == "all" else [])
     return [
         *([] if transfer.gradient_checkpointing else [["transfer.gradient_checkpointing=true"]]),
@@ -181,6 +180,7 @@ def _changes(recipe: Recipe, stage: Stage) -> list[list[str]]:
         *([["transfer.optimizer=adamw-8bit"]] if transfer.optimizer == "adamw" else []),
         *half,
         *([lora] if transfer.lora_rank is None else []),
+        *plain,
         ["transfer.form=none"],
     ]
 

@@ -4,8 +4,9 @@
     [stage.peak.total_bytes for stage in estimate.stages(recipe)]
 
 A stage has a few moments at which memory is high, each a sum of weights, gradients, optimiser state, the teacher's
-hidden states, activations, the loss with its logits, and the fold's normal equations; the highest counts. Activations
-are counted by a rehearsal without data (`rehearsal.py`), all else is arithmetic here. docs/memory.md has the formulae.
+hidden states, activations, the loss with its logits, and the normal equations of a fold or refit; the highest counts.
+Activations are counted by a rehearsal without data (`rehearsal.py`), all else is arithmetic here; docs/memory.md has
+the formulae.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ SLICES = 3  # of logits at a time: a slice's logits and probabilities, and the g
 TEACHER_SLICES = 2  # the dense model's logits and probabilities
 MOMENT_8BIT_BYTES = 1 + 4 / 256  # a parameter: 8 bits, and an fp32 scale for each 256 of them
 SHARD_BYTES = 5 * 10**9  # of transformers' save_pretrained
-DOUBLE = 8  # the fold's equations are in float64
+DOUBLE = 8  # equations are in float64
 
 
 class Moment(Strict):
@@ -54,7 +55,7 @@ class Moment(Strict):
     teacher_bytes: int = 0
     activations_bytes: int = 0
     loss_bytes: int = 0
-    fold_bytes: int = 0
+    refit_bytes: int = 0
 
     @property
     def parts(self) -> dict[str, int]:
@@ -212,7 +213,18 @@ class MemoryEstimate:
         solving = 2 * dim * dim + 2 * dim * hidden
         equations = spans * dim * (dim + hidden) + max(filling, solving)
         step = self._rehearsed(recipe, batch_size, measuring_step)
-        return Moment(name=name, activations_bytes=step.forward_bytes, fold_bytes=DOUBLE * equations, **held)
+        return Moment(name=name, activations_bytes=step.forward_bytes, refit_bytes=DOUBLE * equations, **held)
+
+    def _refit(self, recipe: Recipe, **held: int) -> Moment:
+        """Normal equations of a group of modules, twice, and solving them; on a CPU the states of all windows too."""
+        equations = max(5 * inputs * inputs + 6 * inputs * outputs for inputs, outputs, _ in self._linear)
+        windows = recipe.calibration.max_windows * recipe.calibration.context_length  # tokens
+        inner = sum(outputs for _, outputs, _ in self._linear)
+        states = windows * (3 * self.config.hidden_size + inner) * self._width(recipe) if self.device == "cpu" else 0
+        both = 2 * sum(self.counts.layers) * self._width(recipe) if recipe.transfer.form == "anneal" else 0
+        step = self._rehearsed(recipe, recipe.transfer.batch_size, measuring_step)
+        size = DOUBLE * equations + states + both
+        return Moment(name="refit", activations_bytes=step.forward_bytes, refit_bytes=size, **held)
 
     def _spans(self, recipe: Recipe) -> int:
         """Runs of layers that go; before they are chosen, the most there can be."""

@@ -34,21 +34,14 @@ class Processes:
     def __init__(self, device: str) -> None:
         """device: "cpu" or "cuda"; joins the fellows. Raises RecipeError for a launch that cannot work."""
         self.count, self._index = 1, 0
+        self._fsdp = None
         if "RANK" in os.environ:
+            self._fsdp = _fsdp_settings()
             wait = InitProcessGroupKwargs(timeout=WAIT)
             # No mixed precision of Accelerate's own: tools/training.py has the autocast.
             self._accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no", kwargs_handlers=[wait])
             self.count, self._index = self._accelerator.num_processes, self._accelerator.process_index
         self.main = self._index == 0
-        # Read here, since Accelerate knows FSDP on accelerators alone and the tests have none.
-        launched = self.count > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-        self._fsdp = FullyShardedDataParallelPlugin() if launched else None
-        if self._fsdp is not None and self._fsdp.fsdp_version != 2:
-            raise RecipeError("accelerate launch: FSDP version 1 is not supported; valid: --fsdp_version 2")
-        if self._fsdp is not None:
-            # transformers would leave the weights empty in all processes but the main one, which Accelerate would
-            # send them on from; here each one needs the dense model first.
-            os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
     @property
     def sharded(self) -> bool:
@@ -102,3 +95,16 @@ class Processes:
         values: list[Any] = broadcast_object_list([value])
         result: Value = values[0]
         return result
+
+
+def _fsdp_settings() -> FullyShardedDataParallelPlugin | None:
+    """What `accelerate launch` says of FSDP, None without it; Accelerate itself knows FSDP on accelerators alone."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return None
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise RecipeError(f"accelerate launch: FSDP version {version} is not supported; valid: --fsdp_version 2")
+    # transformers would leave the weights empty in all processes but the main one, which Accelerate would send them on
+    # from; here each one needs the dense model first.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    return FullyShardedDataParallelPlugin()
