@@ -148,6 +148,15 @@ class Recipe(Strict):
             )
         return self
 
+    @model_validator(mode="after")
+    def _adapters_are_for_layers(self) -> Recipe:
+        if self.transfer.lora_rank is not None and self.transfer.train != "layers":
+            raise ValueError(
+                "transfer.lora_rank adapts the layers alone, so transfer.train must be layers, "
+                f"got {self.transfer.train}"
+            )
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _scalars_as_text(cls, values: Any) -> Any:

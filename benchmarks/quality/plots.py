@@ -24,7 +24,6 @@ STYLES: dict[str, tuple[str, str]] = {
     "anneal": ("#E69F00", "v"),
     "fold": ("#009E73", "D"),
     "refit": ("#CC79A7", "P"),
-    "refit-anneal": ("#D55E00", "p"),
     "fold-layers": ("#117733", "d"),
     "trsp": ("#E69F00", "v"),
     "sleb": ("#0072B2", "^"),

@@ -91,12 +91,6 @@ ARMS: tuple[Arm, ...] = (
     Arm(name="control", label="control: remove, then train", selection="default", transfer=TRAIN, claim=True),
     Arm(name="refit", label="refit, then train", selection="default", transfer=TRAIN | {"refit": "layers"}),
     Arm(
-        name="refit-anneal",
-        label="refit, annealed",
-        selection="default",
-        transfer=SHARED | {"form": "anneal", "refit": "layers"},
-    ),
-    Arm(
         name="anneal",
         label="TRSP, annealed",
         selection="default",
