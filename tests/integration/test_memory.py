@@ -1,11 +1,12 @@
 """The memory estimate against the high-water mark of real stages in processes of their own, and its command line.
 
-Estimates must not be below what was measured, nor more than 15% (and, for the small models, 32 MB) above it.
+Estimates must not be below what was measured; docs/memory.md has the figures.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from tests.measure_memory import recipe_for
 from tests.tiny import english, save_tiny, tiny_tokenizer
 from trsp_deploy.cli import run
 from trsp_deploy.tools import device_memory
-from trsp_deploy.tools.memory import MemoryEstimate
+from trsp_deploy.tools.memory import LIBRARIES_BYTES, MemoryEstimate
 
 SMALL = LlamaConfig(
     vocab_size=2000,
@@ -36,6 +37,7 @@ LLAMA = LlamaConfig(  # 43M
     num_key_value_heads=4,
 )
 OPT = OPTConfig()  # the shape of facebook/opt-125m
+BATCH = ["calibration.context_length=512", "plan.batch_size=4", "transfer.batch_size=4"]
 CHECKPOINTING = "transfer.gradient_checkpointing=true"
 
 
@@ -53,19 +55,36 @@ def folder(tmp_path_factory):
     return save
 
 
-def compare(model: Path, stage: str, settings: list[str]) -> None:
-    """Measure a stage and compare it with its estimate."""
+def compare(model: Path, stage: str, settings: list[str]) -> tuple[float, float]:
+    """What was counted over what the kernel saw with every larger block of its own, and the estimate over what it saw.
+
+    glibc keeps freed blocks below 32 MB for itself, and what it cannot fill again is the second figure's slack.
+    """
     estimate = MemoryEstimate(AutoConfig.from_pretrained(model), "cpu", fast_bf16=False)
     stages = estimate.stages(recipe_for(model, settings))
-    estimated = next(found.peak.total_bytes for found in stages if found.stage == stage)
+    peak = next(found.peak for found in stages if found.stage == stage)
+    own_blocks = measure(model, stage, settings, {"MALLOC_MMAP_THRESHOLD_": "1048576"})
+    usual = measure(model, stage, settings, {})
+    counted = peak.total_bytes - peak.parts["slack_bytes"]
+    figures = {"counted": counted, "measured": own_blocks, "estimated": peak.total_bytes, "measured as usual": usual}
+    print(stage, *settings, {name: f"{size / 1e6:.0f} MB" for name, size in figures.items()})
+    return counted / own_blocks, peak.total_bytes / usual
+
+
+def measure(model: Path, stage: str, settings: list[str], environment: dict[str, str]) -> int:
+    """High-water mark in bytes beyond what the process held before."""
     command = [sys.executable, "-m", "tests.measure_memory", str(model), stage, *settings]
-    measured = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
-    print(f"{stage} {settings}: measured {measured / 1e6:.0f} MB, estimated {estimated / 1e6:.0f} MB")
-    assert measured <= estimated <= 1.15 * measured + 32e6
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | environment)
+    return int(done.stdout.split()[-1])
 
 
 def test_transfer_of_a_small_model(folder):
-    compare(folder("small", SMALL), "transfer", ["calibration.context_length=256"])
+    settings = ["calibration.context_length=256", CHECKPOINTING]
+    model = folder("small", SMALL)
+    estimate = MemoryEstimate(SMALL, "cpu", fast_bf16=False)
+    peak = estimate.stages(recipe_for(model, settings))[1].peak.total_bytes
+    measured = measure(model, "transfer", settings, {})
+    assert measured <= peak <= 1.15 * measured + LIBRARIES_BYTES
 
 
 @pytest.mark.slow
@@ -77,7 +96,9 @@ def test_transfer_of_a_small_model(folder):
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_models_of_45m_and_125m(folder, family, stage, settings):
     config = {"llama": LLAMA, "opt": OPT}[family]
-    compare(folder(family, config), stage, ["calibration.context_length=256", *settings])
+    counted, estimated = compare(folder(family, config), stage, [*BATCH, *settings])
+    assert 0.93 < counted < 1.1
+    assert 1 <= estimated < 1.25
 
 
 @pytest.fixture
