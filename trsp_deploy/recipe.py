@@ -56,6 +56,7 @@ class PlanSettings(Strict):
     batch_size: Count = 4
     candidates: Count = 8  # smallest gates whose true removal is tried; 1 trusts the gate alone, as the paper does
     trial_windows: Count = 1  # that each candidate is tried on at first; the better half goes on, on twice as many
+    spans: bool = True  # whether spans of consecutive layers are tried against the layers picked
 
 
 class TransferSettings(Strict):
@@ -80,9 +81,9 @@ class TransferSettings(Strict):
 
 
 # What `--method` stands for: a selection and the transfer that belongs to it; `--then` replaces the transfer.
-METHODS: dict[str, dict[str, dict[str, str]]] = {
+METHODS: dict[str, dict[str, dict[str, str | bool | int]]] = {
     "trsp": {  # as the paper has it
-        "plan": {"method": "trsp", "gate": "output"},
+        "plan": {"method": "trsp", "gate": "output", "candidates": 1, "spans": False},
         "transfer": {"form": "l2", "refit": "none"},
     },
     "trsp-anneal": {"plan": {"method": "trsp", "gate": "branch"}, "transfer": {"form": "anneal", "refit": "none"}},

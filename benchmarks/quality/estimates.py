@@ -48,7 +48,7 @@ def _windows_passed(row: Row) -> float:
     if method == "trsp":
         learned = 3 * row.plan.get("steps", 8) * row.plan.get("batch_size", 4)
         verified = 3 * row.plan.get("candidates", 8) * row.plan.get("trial_windows", 1)
-        return row.drop * float(learned + verified)
+        return row.drop * float(learned + verified) + 4 * LAYERS  # and the spans at the end
     return row.windows * (4.0 if method == "fold" else 1.0)
 
 

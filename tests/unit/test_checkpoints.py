@@ -40,6 +40,8 @@ FORMS = [
     {"form": "train", "refit": "span", "kl_weight": 1.0, "ce_weight": 0.5},
     {"form": "anneal", "train": "all", "kl_weight": 1.0},
     {"form": "anneal", "lora_rank": 2},
+    {"form": "anneal", "refit": "layers", "anneal_share": 0.6},
+    {"form": "anneal", "refit": "layers", "anneal_share": 0.6, "lora_rank": 2},
     {"form": "anneal", "optimizer": "adamw-8bit"},
 ]
 

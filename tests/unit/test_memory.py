@@ -1,6 +1,6 @@
 """The memory estimate's arithmetic: what must fit where, what control groups leave, and what is advised.
 
-No GPU has confirmed the figures for GPUs; what a CPU confirms is in tests/integration/test_memory.py.
+No GPU has confirmed the figures for GPUs; what a CPU confirms is in tests/integration/test_memory_measured.py.
 """
 
 from __future__ import annotations

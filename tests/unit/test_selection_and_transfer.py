@@ -8,7 +8,7 @@ import torch
 from tests.tiny import english, save_tiny, tiny_model, tiny_tokenizer
 from trsp_deploy.decoder import decoder_layers, load_model, next_token_loss, stored_dtype
 from trsp_deploy.recipe import read_recipe
-from trsp_deploy.stages.selection import GatePicking, select_layers
+from trsp_deploy.stages.selection import GatePicking, layers_of, runs_text, select_layers
 from trsp_deploy.stages.transfer import transfer_and_remove
 from trsp_deploy.tools.models import ModelSource
 from trsp_deploy.tools.plan import PruningPlan
@@ -183,12 +183,41 @@ def test_the_trials_of_a_pick_halve_the_candidates_and_double_the_windows(with_i
     read: dict[int, int] = {}
     plain = GatePicking._loss_without
 
-    def counting(self, layer, part):
-        read[layer] = read.get(layer, 0) + len(part)
-        return plain(self, layer, part)
+    def counting(self, layers, part):
+        read[layers[-1]] = read.get(layers[-1], 0) + len(part)
+        return plain(self, layers, part)
 
     monkeypatch.setattr(GatePicking, "_loss_without", counting)
     chosen = recipe(plan={"steps": 1, "candidates": 6, "trial_windows": 2})
     plan = select_layers(with_idle_layers, windows[:16], windows[16:20], 1, chosen, "manual")
     assert sorted(read.values()) == [2, 2, 2, 6, 6, 6]
     assert set(plan.picks[0].removal_loss) == {layer for layer, count in read.items() if count == 6}
+
+
+def test_a_span_that_no_greedy_pick_would_open_is_found(windows, monkeypatch):
+    """Layers 2 and 3 undo each other: each alone is dear, both together are free."""
+
+    def loss(self, layers, part):
+        return 0.0 if set(layers) == {2, 3} else sum(5.0 if layer in (2, 3) else 1.0 for layer in layers)
+
+    monkeypatch.setattr(GatePicking, "_loss_without", loss)
+    greedy, both = (
+        select_layers(
+            tiny_model("llama"),
+            windows[:16],
+            windows[16:20],
+            2,
+            recipe(plan={"steps": 1, "candidates": 6, "spans": spans}),
+            "manual",
+        )
+        for spans in (False, True)
+    )
+    assert not set(greedy.dropped) & {2, 3} and "finals" not in greedy.settings
+    assert both.dropped == (2, 3)
+    assert next(iter(both.settings["finals"])) == "2-3"
+    assert tuple(sorted(pick.layer for pick in both.picks)) == greedy.dropped
+
+
+@pytest.mark.parametrize("layers", [(4,), (4, 13, 14, 15), (1, 2, 3), (1, 3, 5)])
+def test_layers_as_text_and_back(layers):
+    assert layers_of(runs_text(layers)) == layers

@@ -232,7 +232,7 @@ def _recipe_from_options(
     return read_recipe(override(values, sets or []), f"{source} with the options given" if sets else source)
 
 
-def _method_settings(method: str | None) -> dict[str, dict[str, str]]:
+def _method_settings(method: str | None) -> dict[str, dict[str, str | bool | int]]:
     from trsp_deploy.recipe import METHODS
 
     if method is None:

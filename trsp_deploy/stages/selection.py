@@ -6,7 +6,8 @@ into the set P and skip it from then on, let the rest learn again, until enough 
 What differs from the paper:
 - only the gates train; the weights stay frozen, so no weight gradients are computed;
 - the few layers with the smallest gates are each taken out in turn, and the one whose true removal
-  costs least is picked (`candidates: 1` trusts the gate alone, as the paper does).
+  costs least is picked (`candidates: 1` trusts the gate alone, as the paper does);
+- at the end every span of as many consecutive layers is tried against what was picked (`spans: false` leaves that out).
 """
 
 from __future__ import annotations
@@ -23,10 +24,13 @@ from trsp_deploy.tools.checkpoints import Checkpoints
 from trsp_deploy.tools.gates import LayerGates
 from trsp_deploy.tools.losses import TokenLosses
 from trsp_deploy.tools.methods import METHODS
+from trsp_deploy.tools.methods.fold import runs
 from trsp_deploy.tools.plan import Pick, PruningPlan, complement
 from trsp_deploy.tools.processes import Processes
 from trsp_deploy.tools.progress import Meter
 from trsp_deploy.tools.training import autocast, batch_order, mean_loss, pick_device
+
+LAST_TRIALS = 3  # candidates that are not halved any further
 
 
 def select_layers(
@@ -52,8 +56,9 @@ def select_layers(
     if recipe.plan.method == "trsp":
         picking = GatePicking(model, train, validation, recipe, checkpoints)
         dense_loss = picking.held_out_loss()
-        picks = picking.run(num_dropped)
-        dropped = tuple(sorted(pick.layer for pick in picks))
+        picks, finals = picking.run(num_dropped)
+        dropped = layers_of(next(iter(finals)))
+        settings |= {"finals": finals} if len(finals) > 1 else {}
     else:
         with torch.no_grad(), autocast(recipe, pick_device(recipe)):
             dense_loss = mean_loss(model, validation, batch_size)
@@ -111,15 +116,20 @@ class GatePicking:
         with autocast(self._recipe, self._device):
             return mean_loss(self._losses, self._validation, self._settings.batch_size)
 
-    def run(self, num_dropped: int) -> tuple[Pick, ...]:
-        """Pick layers until `num_dropped` are closed."""
+    def run(self, num_dropped: int) -> tuple[tuple[Pick, ...], dict[str, float]]:
+        """Pick layers until `num_dropped` are closed; then, where `spans` asks for it, try spans against the picks.
+
+        A greedy search cannot see that a span is cheap until most of it is gone. Returns the picks, and the mean loss
+        in nats of the last sets tried by their text ("4-5,16"), best first.
+        """
         steps, gates = self._settings.steps, self._gates
-        trials = _num_trials(min(self._settings.candidates, len(gates.open)))
+        spans = self._spans(num_dropped)
+        trials = num_trials(min(self._settings.candidates, len(gates.open)))
         self._restore()
         done = len(self._picks) * (steps + trials) + len(self._lm_losses)
         order = batch_order(len(self._windows), self._settings.batch_size, self._recipe.seed)
         order = itertools.islice(order, len(self._picks) * steps + len(self._lm_losses), None)
-        with gates, Meter("selection", num_dropped * (steps + trials), done) as meter:
+        with gates, Meter("selection", num_dropped * (steps + trials) + num_trials(len(spans) + 1), done) as meter:
             while len(self._picks) < num_dropped:
                 while len(self._lm_losses) < steps:
                     self._update(next(order))
@@ -127,7 +137,16 @@ class GatePicking:
                     meter.advance(f"picked {len(self._picks)}, loss {self._lm_losses[-1]:.3f}")
                 self._pick(meter)
                 self._save_if_due()
-        return tuple(self._picks)
+            picked = tuple(sorted(pick.layer for pick in self._picks))
+            finals = self._try(list(dict.fromkeys([picked, *spans])), meter) if spans else {picked: math.nan}
+        return tuple(self._picks), {runs_text(layers): loss for layers, loss in finals.items()}
+
+    def _spans(self, num_dropped: int) -> list[tuple[int, ...]]:
+        """Every span of consecutive layers behind layer 0."""
+        if not self._settings.spans or num_dropped == 1:
+            return []
+        count = len(self._gates.values)
+        return [tuple(range(first, first + num_dropped)) for first in range(1, count - num_dropped + 1)]
 
     def _update(self, rows: torch.Tensor) -> None:
         """One step of the open gates on windows `rows`."""
@@ -147,46 +166,45 @@ class GatePicking:
         gates = self._gates
         smallest = sorted(gates.open, key=lambda index: abs(gates.values[index].item()))[: self._settings.candidates]
         # With one candidate there is nothing to choose between and the gate alone has decided.
-        removal_loss = self._removal_losses(smallest, meter)
-        layer = min(removal_loss, key=removal_loss.__getitem__)
+        gone = tuple(pick.layer for pick in self._picks)
+        losses = {trial[-1]: loss for trial, loss in self._try([(*gone, layer) for layer in smallest], meter).items()}
+        layer = min(losses, key=losses.__getitem__)
         gates.closed.add(layer)
         self._picks.append(
-            Pick(layer=layer, lm_loss=tuple(self._lm_losses), gates=tuple(self._trajectory), removal_loss=removal_loss)
+            Pick(layer=layer, lm_loss=tuple(self._lm_losses), gates=tuple(self._trajectory), removal_loss=losses)
         )
         self._start_round()
 
-    def _removal_losses(self, candidates: list[int], meter: Meter) -> dict[int, float]:
-        """Loss once each candidate is gone beside the layers already picked, all other gates at 1.
+    def _try(self, trials: list[tuple[int, ...]], meter: Meter) -> dict[tuple[int, ...], float]:
+        """Loss without the layers of each trial, all other gates at 1.
 
-        Successive halving (Jamieson and Talwalkar 2016): all candidates read `trial_windows` windows, the better half
-        as many more as cost the same again, and so on, so that most windows go to those that are hard to tell apart.
+        Successive halving (Jamieson and Talwalkar 2016): all trials read `trial_windows` windows, the better half as
+        many more as cost the same again, and so on, so that most windows go to those that are hard to tell apart.
         Returned are mean losses in nats over what each has read, of the last two or three: the others read less.
         """
-        gates, learned = self._gates, self._gates.values.detach().clone()
-        gates.reset()
+        closed, learned = set(self._gates.closed), self._gates.values.detach().clone()
+        self._gates.reset()
         rows = next(batch_order(len(self._windows), len(self._windows), self._recipe.seed + len(self._picks)))
-        total, losses, read, share = dict.fromkeys(candidates, 0.0), dict.fromkeys(candidates, 0.0), 0, 1
+        total, read, count = dict.fromkeys(trials, 0.0), 0, self._settings.trial_windows
         while True:
-            part = rows[read : read + share * self._settings.trial_windows]
-            for layer in candidates:
-                total[layer] += len(part) * self._loss_without(layer, self._windows[part]) if len(part) else 0.0
-                losses[layer] = total[layer] / (read + len(part))
-                meter.advance(f"picked {len(gates.closed)}, without layer {layer} {losses[layer]:.3f}")
-            read, share = read + len(part), 2 * share
-            losses = {layer: losses[layer] for layer in candidates}
-            if len(candidates) <= 3:
+            part = self._windows[rows[read : read + count]]
+            read, count = read + len(part), 2 * count
+            for trial in trials if len(part) else ():
+                total[trial] += len(part) * self._loss_without(trial, part)
+                meter.advance(f"picked {len(self._picks)}, without layers {runs_text(trial)} {total[trial] / read:.3f}")
+            trials = sorted(trials, key=total.__getitem__)
+            if len(trials) <= LAST_TRIALS:
                 break
-            candidates = sorted(candidates, key=losses.__getitem__)[: math.ceil(len(candidates) / 2)]
+            trials = trials[: math.ceil(len(trials) / 2)]
+        self._gates.closed = closed
         with torch.no_grad():
-            gates.values.copy_(learned)
-        return losses
+            self._gates.values.copy_(learned)
+        return {trial: total[trial] / read for trial in trials}
 
-    def _loss_without(self, layer: int, windows: torch.Tensor) -> float:
-        self._gates.closed.add(layer)
+    def _loss_without(self, layers: tuple[int, ...], windows: torch.Tensor) -> float:
+        self._gates.closed = set(layers)
         with autocast(self._recipe, self._device):
-            loss = mean_loss(self._losses, windows, self._settings.batch_size)
-        self._gates.closed.remove(layer)
-        return loss
+            return mean_loss(self._losses, windows, self._settings.batch_size)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -214,6 +232,17 @@ class GatePicking:
         self._lm_losses, self._trajectory = state["lm_losses"], state["trajectory"]
 
 
-def _num_trials(candidates: int) -> int:
-    """How many removals are tried for one pick."""
-    return candidates if candidates <= 3 else candidates + _num_trials(math.ceil(candidates / 2))
+def num_trials(trials: int) -> int:
+    """How many losses successive halving measures."""
+    return trials if trials <= LAST_TRIALS else trials + num_trials(math.ceil(trials / 2))
+
+
+def runs_text(layers: tuple[int, ...]) -> str:
+    """Layers as text: (4, 13, 14, 15) -> "4,13-15"."""
+    return ",".join(f"{first}-{last}" if last > first else f"{first}" for first, last in runs(layers))
+
+
+def layers_of(text: str) -> tuple[int, ...]:
+    """The reverse of `runs_text`."""
+    ends = [[int(end) for end in part.split("-")] for part in text.split(",")]
+    return tuple(layer for first, *last in ends for layer in range(first, (last or [first])[0] + 1))

@@ -176,12 +176,12 @@ class Training:
         form.gates.values.requires_grad_(False)
         module = self._processes.wrap(self._losses)
         optimizer = make_optimizer(module, self._settings, self._processes.sharded)
-        self._restore(optimizer)
+        self._restore(form, optimizer)
         done, began = len(self.lm_losses), time.perf_counter()
         with Meter("transfer", len(self._rows), done) as meter:
             for step in range(done, len(self._rows)):
                 self._step(module, form, optimizer, step)
-                self._save_if_due(optimizer)
+                self._save_if_due(form, optimizer)
                 tokens = (step + 1 - done) * self._settings.batch_size * self._windows.shape[1]
                 rate = tokens / (time.perf_counter() - began)
                 meter.advance(f"loss {self.lm_losses[-1]:.3f} penalty {self.penalties[-1]:.3g} {rate:.0f} tokens/s")
@@ -204,7 +204,7 @@ class Training:
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
-    def _save_if_due(self, optimizer: torch.optim.Optimizer) -> None:
+    def _save_if_due(self, form: Form, optimizer: torch.optim.Optimizer) -> None:
         if self._checkpoints is None or not self._processes.from_main(self._checkpoints.due()):
             return
         state = training_state(self._losses.model, optimizer, self._processes.sharded)
@@ -212,16 +212,19 @@ class Training:
             self._checkpoints.save(
                 {
                     **state,
+                    "moved": form.moved(),
                     "random": torch.get_rng_state(),
                     "lm_losses": self.lm_losses,
                     "penalties": self.penalties,
                 }
             )
 
-    def _restore(self, optimizer: torch.optim.Optimizer) -> None:
+    def _restore(self, form: Form, optimizer: torch.optim.Optimizer) -> None:
         state = None if self._checkpoints is None else self._checkpoints.load()
         if state is None:
             return
         put_back(state, self._losses.model, optimizer, self._processes.sharded)
+        for weight, saved in zip(form.moved(), state["moved"], strict=True):
+            weight.copy_(saved)
         torch.set_rng_state(state["random"])
         self.lm_losses, self.penalties = state["lm_losses"], state["penalties"]

@@ -66,6 +66,10 @@ class Form:
     def before_step(self, step: int) -> None:
         """Set everything that changes over the steps; it must follow from `step` alone, for runs that are resumed."""
 
+    def moved(self) -> list[torch.Tensor]:
+        """Weights that do not train and that the form changes from step to step: they belong to a checkpoint."""
+        return []
+
     def penalty(self) -> torch.Tensor:
         """What is added to the loss, before its weight; a scalar, after the step's forward."""
         return torch.zeros((), device=self.gates.values.device)
@@ -130,6 +134,9 @@ class Anneal(Form):
     def _move(self) -> None:
         for weight, move in self._moves:
             weight.add_(move, alpha=1 / (self._steps + 1))
+
+    def moved(self) -> list[torch.Tensor]:
+        return [weight.detach() for weight, _ in self._moves if not weight.requires_grad]
 
     def _close(self) -> None:
         self.gates.closed.update(self.doomed)  # a gate at 0 is the layer removed: no need to compute it

@@ -36,7 +36,9 @@ from trsp_deploy.tools.training import TRAINING_DTYPES
 
 Stage = Literal["selection", "transfer"]
 
-SLACK_SHARE = 0.08  # of everything: holes that the allocator cannot fill; 1 to 8% were measured on a CPU (glibc)
+# Of everything: holes that the allocator cannot fill. glibc, which keeps freed blocks below 32 MB, left 4 to 22%
+# (docs/memory.md); for torch's allocator on a GPU it is a guess.
+SLACK_SHARE = {"cpu": 0.23, "cuda": 0.08}
 LIBRARIES_BYTES = 64_000_000  # kernels' scratch and what libraries set up at their first use; 40 MB were measured
 SLICES = 3  # of logits at a time: a slice's logits and probabilities, and the gradient of the one before
 TEACHER_SLICES = 2  # the dense model's logits and probabilities
@@ -56,12 +58,13 @@ class Moment(Strict):
     activations_bytes: int = 0
     loss_bytes: int = 0
     refit_bytes: int = 0
+    slack_bytes: int = 0
 
     @property
     def parts(self) -> dict[str, int]:
-        """Bytes by purpose, with the slack at the end."""
+        """Bytes by purpose."""
         parts: dict[str, int] = self.model_dump(exclude={"name"})
-        return {**parts, "slack_bytes": LIBRARIES_BYTES + math.ceil(SLACK_SHARE * sum(parts.values()))}
+        return parts
 
     @property
     def total_bytes(self) -> int:
@@ -104,9 +107,14 @@ class MemoryEstimate:
     def stages(self, recipe: Recipe) -> tuple[StageMemory, StageMemory]:
         """Selection and transfer under a recipe; raises RecipeError when its `drop` does not suit the model."""
         return (
-            StageMemory(stage="selection", moments=tuple(self._selection(recipe))),
-            StageMemory(stage="transfer", moments=tuple(self._transfer(recipe))),
+            StageMemory(stage="selection", moments=self._with_slack(self._selection(recipe))),
+            StageMemory(stage="transfer", moments=self._with_slack(self._transfer(recipe))),
         )
+
+    def _with_slack(self, moments: list[Moment]) -> tuple[Moment, ...]:
+        share = SLACK_SHARE[self.device]
+        slack = [LIBRARIES_BYTES + math.ceil(share * moment.total_bytes) for moment in moments]
+        return tuple(m.model_copy(update={"slack_bytes": size}) for m, size in zip(moments, slack, strict=True))
 
     # -- stage 1 -------------------------------------------------------------------------------------------------------
 
