@@ -8,7 +8,7 @@ so that drift of the machine hits both. Stage 2 runs its `anneal` form with ever
 that would go are annealed all the while: the most that a step of it ever costs. Tokens a second are of the steps'
 median; memory is the peak of the training alone, on a GPU what torch allocated, on a CPU the resident set.
 
-Prints a table and ends with one JSON line; raw samples go to benchmarks/results/train-DEVICE.json.
+Prints a table and ends with one JSON line; raw samples go to benchmarks/results/train-DEVICE.json (not with --quick).
 """
 
 from __future__ import annotations
@@ -42,14 +42,20 @@ def main() -> int:
         for engine in ENGINES if pair % 2 == 0 else reversed(ENGINES):
             samples[engine].append(block(engine, sys.argv[1:]))
             print(f"{engine}: {row(samples[engine][-1:], options)}", file=sys.stderr)
-    device = samples[ENGINES[0]][0]["device"]
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    raw = {"options": vars(options), "machine": machine(), "samples": samples}
-    (RESULTS / f"train-{device}.json").write_text(json.dumps(raw, indent=1) + "\n")
+    if not options.quick:
+        keep(samples, options)
     for engine in ENGINES:
         print(f"{engine:8}  {row(samples[engine], options)}")
     print(json.dumps(verdict(samples, options)))
     return 0
+
+
+def keep(samples: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -> None:
+    """Write the raw samples down, with what they were measured on."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    raw = {"options": vars(options), "machine": machine(), "samples": samples}
+    device = samples[ENGINES[0]][0]["device"]
+    (RESULTS / f"train-{device}.json").write_text(json.dumps(raw, indent=1) + "\n")
 
 
 def parse() -> argparse.Namespace:

@@ -103,7 +103,7 @@ def test_every_family_can_be_counted_and_grows_with_the_batch(family):
             activations(estimate, moment, "calibration.context_length=64", f"{stage}.batch_size={batch}")
             for batch in (2, 8)
         )
-        assert large == pytest.approx(4 * small, rel=0.2)  # the gradients do not grow
+        assert 3 * small < large < 6 * small  # gradients and masks grow otherwise
 
 
 def activations(estimate: MemoryEstimate, name: str, *settings: str) -> int:
