@@ -164,6 +164,9 @@ class Recipe(Strict):
         # YAML reads `drop: 8` as a number; both forms mean the same.
         if isinstance(values, dict) and isinstance(values.get("drop"), int):
             values = {**values, "drop": str(values["drop"])}
+        # And `off` as false, also in `--set autocast=off`.
+        if isinstance(values, dict) and values.get("autocast") is False:
+            values = {**values, "autocast": "off"}
         return values
 
 

@@ -8,10 +8,20 @@ import transformers
 
 from tests.families import DROPPED, FAMILIES, GEMMA, GROUPED, LAYERS, family_config, family_model, layer_types
 from tests.tiny import random_model, tokens
-from trsp_deploy.decoder import check_prunable, check_removal, decoder_layers, decoder_size, load_model, remove_layers
+from trsp_deploy.decoder import (
+    check_prunable,
+    check_removal,
+    decoder_layers,
+    decoder_size,
+    load_model,
+    next_token_loss,
+    remove_layers,
+)
 from trsp_deploy.errors import ModelError
 from trsp_deploy.tools.gates import LayerGates
+from trsp_deploy.tools.losses import TokenLosses
 from trsp_deploy.tools.methods.fold import output_projection
+from trsp_deploy.tools.refit import refit_kept_layers
 
 KEPT = [index for index in range(LAYERS) if index not in DROPPED]
 # Families whose config class computes a list by itself where none is given.
@@ -102,6 +112,15 @@ def test_fold_finds_the_projection_or_says_that_there_is_none(family):
     with pytest.raises(ModelError, match=r"cannot be folded: layer 1 .* the other methods work") as refusal:
         output_projection(model, 1, tokens(2, 8))
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_in_slices_is_the_models_own_and_kept_layers_can_be_refitted(family):
+    model, ids = family_model(family), tokens()
+    assert TokenLosses(model)(ids).lm.item() == pytest.approx(next_token_loss(model, ids).item(), rel=1e-4)
+    refit_kept_layers(model, DROPPED, ids.repeat(8, 1), 4)
+    remove_layers(model, DROPPED)
+    assert next_token_loss(model, ids).isfinite()
 
 
 def test_attention_types_stay_with_their_layers():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from trsp_deploy.errors import EngineSpecError, RecipeError
@@ -171,3 +172,7 @@ def test_yaml_errors(tmp_path: Path, content: bytes | None, words: str) -> None:
         read_yaml(path, RecipeError)
     message = one_line(caught.value)
     assert words in message and str(path) in message
+
+
+def test_off_is_read_as_a_word():
+    assert read_recipe({"model": "gpt2", "autocast": yaml.safe_load("off")}, "test").autocast == "off"

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from trsp_deploy.errors import DeviceMemoryError, ModelError
+from trsp_deploy.errors import DeviceMemoryError, ModelError, TrspError
 from trsp_deploy.recipe import Recipe, Strict, override, read_recipe
 from trsp_deploy.tools.memory import MemoryEstimate, Stage, StageMemory
 from trsp_deploy.tools.models import HUB_ID, SHORT_NAMES, check_decoder_only, hub_problem, resolve_model
@@ -122,7 +122,9 @@ def _estimate(recipe: Recipe, config: Any, dropped: tuple[int, ...] | None) -> M
 def _plan(recipe: Recipe, estimate: MemoryEstimate) -> MemoryPlan:
     try:
         stages = estimate.stages(recipe)
-    except RuntimeError as problem:
+    except TrspError:
+        raise
+    except Exception as problem:  # a model's own code, for which it is no mistake to want data
         architecture = type(estimate.config).__name__.removesuffix("Config")
         raise ModelError(f"{architecture}: its memory cannot be told without its data") from problem
     device = _device(recipe)

@@ -198,12 +198,17 @@ def _slices(tokens: int, weight: torch.Tensor) -> Iterator[slice]:
 
 
 def _last_hidden(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
-    return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    return _body(model)(input_ids=input_ids, use_cache=False).last_hidden_state
+
+
+def _body(model: PreTrainedModel) -> nn.Module:
+    """The model without its LM head. Gemma 3's text model says that its body is itself, and knows it as its decoder."""
+    return model.get_decoder() if model.base_model is model else model.base_model
 
 
 def _logits(model: PreTrainedModel, hidden: torch.Tensor, head: nn.Module | None = None) -> torch.Tensor:
     """What the model makes of last hidden states (tokens, hidden): its own forward, with the layers left out."""
-    body = model.base_model
+    body = _body(model)
     before = vars(body).get("forward")
     body.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=hidden[None])
     own = model.get_output_embeddings()

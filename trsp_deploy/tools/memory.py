@@ -89,8 +89,7 @@ class MemoryEstimate:
 
     config: transformers' config of the dense model. device: "cpu" or "cuda". fast_bf16: whether `autocast: auto` means
     bf16 there. dropped: the plan's layers, once they are known.
-    What was rehearsed for one recipe is not rehearsed again for the next. Raises RuntimeError from `stages` for an
-    architecture whose shapes depend on its data (mixtures of experts).
+    What was rehearsed for one recipe is not rehearsed again for the next. `stages` raises what `rehearse` does.
     """
 
     def __init__(self, config: Any, device: str, fast_bf16: bool, dropped: tuple[int, ...] | None = None) -> None:

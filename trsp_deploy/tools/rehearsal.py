@@ -49,7 +49,7 @@ def rehearse(config: Any, dtype: torch.dtype, autocast: bool, shape: tuple[int, 
     """Run a step forward and, when its loss has a gradient, backward, without data.
 
     dtype: of the weights; autocast: bf16 matrix products; shape: (batch, sequence).
-    Raises RuntimeError when a shape depends on what a tensor holds, as in mixtures of experts.
+    Raises whatever the model's own code trips over without data, as when shapes depend on it (mixtures of experts).
     """
     with FakeTensorMode(allow_non_fake_inputs=True), ExitStack() as attached:
         model = _without_data(config, dtype)
@@ -117,11 +117,11 @@ def _last_hidden(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tenso
 
 
 def _without_data(config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    config = copy.deepcopy(config)
+    make = AutoModelForCausalLM.from_config
     try:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=FUSED).eval()
+        return make(copy.deepcopy(config), dtype=dtype, attn_implementation=FUSED).eval()
     except (ValueError, KeyError):  # an architecture with attention code of its own: it is counted as it is
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        return make(copy.deepcopy(config), dtype=dtype).eval()
 
 
 class LiveBytes(TorchDispatchMode):
