@@ -59,7 +59,8 @@ def write(found: Found) -> None:
 
     put_between_markers(DOC, full_text(found))
     put_between_markers(README, short_table(found))
-    plots.draw_curve(found, IMAGES / "quality-layers.png")
+    if any(found.ratio("untrained", arm.name, found.texts[0]) for arm in found.table.untrained):
+        plots.draw_curve(found, IMAGES / "quality-layers.png")
     plots.draw_budgets(found, IMAGES / "quality-tokens.png")
 
 

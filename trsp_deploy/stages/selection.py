@@ -57,8 +57,8 @@ def select_layers(
         picking = GatePicking(model, train, validation, recipe, checkpoints)
         dense_loss = picking.held_out_loss()
         picks, finals = picking.run(num_dropped)
-        dropped = layers_of(next(iter(finals)))
-        settings |= {"finals": finals} if len(finals) > 1 else {}
+        dropped = next(iter(finals))
+        settings |= {"finals": {runs_text(layers): loss for layers, loss in finals.items()}} if len(finals) > 1 else {}
     else:
         with torch.no_grad(), autocast(recipe, pick_device(recipe)):
             dense_loss = mean_loss(model, validation, batch_size)
@@ -116,11 +116,11 @@ class GatePicking:
         with autocast(self._recipe, self._device):
             return mean_loss(self._losses, self._validation, self._settings.batch_size)
 
-    def run(self, num_dropped: int) -> tuple[tuple[Pick, ...], dict[str, float]]:
+    def run(self, num_dropped: int) -> tuple[tuple[Pick, ...], dict[tuple[int, ...], float]]:
         """Pick layers until `num_dropped` are closed; then, where `spans` asks for it, try spans against the picks.
 
         A greedy search cannot see that a span is cheap until most of it is gone. Returns the picks, and the mean loss
-        in nats of the last sets tried by their text ("4-5,16"), best first.
+        in nats without each of the last sets of layers tried, best first.
         """
         steps, gates = self._settings.steps, self._gates
         spans = self._spans(num_dropped)
@@ -139,7 +139,7 @@ class GatePicking:
                 self._save_if_due()
             picked = tuple(sorted(pick.layer for pick in self._picks))
             finals = self._try(list(dict.fromkeys([picked, *spans])), meter) if spans else {picked: math.nan}
-        return tuple(self._picks), {runs_text(layers): loss for layers, loss in finals.items()}
+        return tuple(self._picks), finals
 
     def _spans(self, num_dropped: int) -> list[tuple[int, ...]]:
         """Every span of consecutive layers behind layer 0."""
@@ -240,9 +240,3 @@ def num_trials(trials: int) -> int:
 def runs_text(layers: tuple[int, ...]) -> str:
     """Layers as text: (4, 13, 14, 15) -> "4,13-15"."""
     return ",".join(f"{first}-{last}" if last > first else f"{first}" for first, last in runs(layers))
-
-
-def layers_of(text: str) -> tuple[int, ...]:
-    """The reverse of `runs_text`."""
-    ends = [[int(end) for end in part.split("-")] for part in text.split(",")]
-    return tuple(layer for first, *last in ends for layer in range(first, (last or [first])[0] + 1))

@@ -79,6 +79,18 @@ def out_width(module: nn.Linear | Conv1D) -> int:
 
 
 @torch.no_grad()
+def add_to_weights(modules: Sequence[nn.Linear | Conv1D], solution: torch.Tensor) -> None:
+    """Add S (inputs, outputs of all modules side by side) to the weights, and its last row to the biases, if any."""
+    widths = [out_width(module) for module in modules]
+    for module, part in zip(modules, solution.to(modules[0].weight.device).split(widths, dim=1), strict=True):
+        if module.bias is not None:
+            module.bias.copy_(module.bias.double() + part[-1])
+            part = part[:-1]
+        # Linear stores (out, in), Conv1D (in, out).
+        module.weight.copy_(module.weight.double() + (part if isinstance(module, Conv1D) else part.T))
+
+
+@torch.no_grad()
 def layer_calls(model: PreTrainedModel, input_ids: torch.Tensor) -> list[LayerCall]:
     """Each layer's call in a forward pass over input_ids (batch, sequence) int64."""
     calls: dict[int, LayerCall] = {}

@@ -30,11 +30,18 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from trsp_deploy.decoder import decoder_layers, layer_input
 from trsp_deploy.errors import ModelError, TextError
-from trsp_deploy.tools.layer_modules import Group, in_width, layer_calls, linear_groups, out_width, watched
+from trsp_deploy.tools.layer_modules import (
+    Group,
+    add_to_weights,
+    in_width,
+    layer_calls,
+    linear_groups,
+    out_width,
+    watched,
+)
 from trsp_deploy.tools.methods.fold import sink_positions
 from trsp_deploy.tools.progress import Meter
 
@@ -151,7 +158,7 @@ class Streams:
                 equations.add(watch.inputs[group.modules[0]], target.float() - now.float(), sinks)
         solution = choose_solution(fit, held_out)
         if solution is not None:
-            write_solution(group, solution)
+            add_to_weights(group.modules, solution)
 
     def _run(self, index: int, state: torch.Tensor) -> torch.Tensor:
         with self._autocast:
@@ -219,17 +226,6 @@ def choose_solution(fit: Equations, held_out: Equations) -> torch.Tensor | None:
     gram = fit.gram + held_out.gram
     gram.diagonal().add_(penalty)
     return torch.linalg.solve(gram, fit.cross + held_out.cross)
-
-
-def write_solution(group: Group, solution: torch.Tensor) -> None:
-    """Add S to the weights of a group, and its last row to the biases where there are any."""
-    widths = [out_width(module) for module in group.modules]
-    for module, part in zip(group.modules, solution.split(widths, dim=1), strict=True):
-        if module.bias is not None:
-            module.bias.copy_(module.bias.double() + part[-1])
-            part = part[:-1]
-        # Linear stores (out, in), Conv1D (in, out).
-        module.weight.copy_(module.weight.double() + (part if isinstance(module, Conv1D) else part.T))
 
 
 class _Stopped(Exception):

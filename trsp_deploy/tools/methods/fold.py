@@ -34,7 +34,7 @@ from transformers.pytorch_utils import Conv1D
 from trsp_deploy.decoder import decoder_layers
 from trsp_deploy.errors import ModelError, PlanError, TextError
 from trsp_deploy.tools.gates import LayerGates
-from trsp_deploy.tools.layer_modules import last_writer, layer_calls
+from trsp_deploy.tools.layer_modules import add_to_weights, last_writer, layer_calls
 from trsp_deploy.tools.methods.base import Selection, checked_finite, checked_num_layers
 from trsp_deploy.tools.methods.hidden_states import last_inputs, visit_layers
 from trsp_deploy.tools.progress import Meter
@@ -219,16 +219,9 @@ def sink_positions(hidden: torch.Tensor) -> torch.Tensor:
     return norm > SINK_NORM * norm.median()
 
 
-@torch.no_grad()
 def write_fold(fit: SpanFit, ridge: float) -> None:
     """Add S to the projection's weight, and its last row to the bias where there is one."""
-    module = fit.projection.module
-    solution = fit.solve(ridge).to(module.weight.device)
-    if module.bias is not None:
-        module.bias.copy_(module.bias.double() + solution[-1])
-        solution = solution[:-1]
-    # Linear stores (out, in), Conv1D (in, out).
-    module.weight.copy_(module.weight.double() + (solution if isinstance(module, Conv1D) else solution.T))
+    add_to_weights([fit.projection.module], fit.solve(ridge))
 
 
 @contextlib.contextmanager
