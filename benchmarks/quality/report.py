@@ -15,7 +15,7 @@ from benchmarks.quality.__main__ import results_file
 from benchmarks.quality.figures import BUDGETS, TARGETS, Found, Interval, figures
 from benchmarks.quality.rows import Kind
 from benchmarks.quality.store import Store
-from benchmarks.quality.table import FULL, QUICK, Arm, rows
+from benchmarks.quality.table import FULL, QUICK, Arm, rows, trained_arms
 from trsp_deploy.artifacts import writing
 from trsp_deploy.errors import RunError, TrspError
 
@@ -86,7 +86,7 @@ def full_text(found: Found) -> str:
     ]
     for steps in found.table.steps:
         parts.append(f"### Trained on {_tokens(found, steps)} tokens: perplexity over the dense model's")
-        parts.append(losses_table(found, "trained", found.table.arms, steps))
+        parts.append(losses_table(found, "trained", trained_arms(found.table, steps), steps))
     parts += ["### Choosing the layers", selections_table(found)]
     parts += [
         f"### Zero-shot accuracy after {_tokens(found, found.table.zero_shot_steps)} tokens",

@@ -12,6 +12,7 @@ What differs from the paper:
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 
@@ -62,8 +63,9 @@ def select_layers(
     else:
         with torch.no_grad(), autocast(recipe, pick_device(recipe)):
             dense_loss = mean_loss(model, validation, batch_size)
-        # In full precision: fold solves equations with what it sees.
-        found = METHODS[recipe.plan.method].select(model, train, num_dropped, batch_size)
+        method = METHODS[recipe.plan.method]
+        with autocast(recipe, pick_device(recipe)) if method.mixed_precision else contextlib.nullcontext():
+            found = method.select(model, train, num_dropped, batch_size)
         dropped = found.dropped
         settings = {"batch_size": batch_size, "scores": found.scores, "forward_passes": found.forward_passes}
     return PruningPlan(

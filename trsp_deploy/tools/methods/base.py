@@ -35,6 +35,8 @@ class Method:
     description: str
     source: str  # paper and public code
     select: SelectionMethod
+    # Whether bf16 products will do, where the hardware has them: so for losses, not for equations and angles.
+    mixed_precision: bool = False
 
 
 def checked_num_layers(model: PreTrainedModel, windows: torch.Tensor, num_dropped: int) -> int:
