@@ -22,7 +22,7 @@ from transformers import AutoConfig
 from trsp_deploy.artifacts import RunFolder, fingerprint, provenance, size_bytes, write_json, writing
 from trsp_deploy.decoder import check_prunable, decoder_size, load_model, load_tokenizer
 from trsp_deploy.errors import EngineUnavailable, RunError
-from trsp_deploy.recipe import EngineSpec, Precision, Recipe, Strict, parse_drop, read_yaml
+from trsp_deploy.recipe import EngineSpec, Float, Precision, Recipe, Strict, parse_drop, read_yaml
 from trsp_deploy.results import ROLES, Measurement, OnnxModel, Parity, Perplexity, PrunedCheckpoint, Role
 from trsp_deploy.stages import bench, build, evaluate, export, parity, report, selection, transfer
 from trsp_deploy.stages.report import EngineReport, Report
@@ -283,15 +283,17 @@ class Pipeline:
 
     # -- export and engines ----------------------------------------------------------------------------------------
 
-    def export(self) -> dict[tuple[Role, Precision], OnnxModel]:
+    def export(self) -> dict[tuple[Role, Float], OnnxModel]:
         """Every ONNX model that an engine of the recipe can be built from here."""
-        precisions = dict.fromkeys(spec.precision for spec in self.specs if _why_not(check_can_build, spec) is None)
+        precisions = dict.fromkeys(
+            spec.graph_precision for spec in self.specs if _why_not(check_can_build, spec) is None
+        )
         return {(role, precision): self.onnx(role, precision) for precision in precisions for role in ROLES}
 
     @functools.cache
-    def onnx(self, role: Role, precision: Precision) -> OnnxModel:
+    def onnx(self, role: Role, precision: Float) -> OnnxModel:
         """One exported model. The first engine's precision has the plain folder, `onnx/dense` and `onnx/pruned`."""
-        plain = precision == self.specs[0].precision
+        plain = precision == self.specs[0].graph_precision
         folder = f"onnx/{role}" if plain else f"onnx/{role}-{precision}"
         model = self._ready(role)
 
@@ -332,7 +334,7 @@ class Pipeline:
         return self.run.path / "engines" / spec.name / role
 
     def _build(self, spec: EngineSpec, role: Role) -> EngineManifest:
-        model = self.onnx(role, spec.precision)
+        model = self.onnx(role, spec.graph_precision)
         folder = self._engine_path(spec, role)
         return self.run.step(
             f"build-{spec.name}-{role}",
@@ -481,7 +483,15 @@ class Pipeline:
         settings = self.recipe.bench
         past = settings.prompt_tokens + settings.new_tokens // 2  # the median token's
         dense, pruned = (decoder_size(self._path(role)) for role in ROLES)
-        return speed_limit(dense, pruned, spec.precision, settings.batch_size, settings.prompt_tokens, past)
+        logits = 1 if self._cuts_logits(spec) else settings.prompt_tokens
+        return speed_limit(
+            dense, pruned, spec.precision, settings.batch_size, settings.prompt_tokens, past, logits=logits
+        )
+
+    def _cuts_logits(self, spec: EngineSpec) -> bool:
+        """Whether the engine computes logits of the last position alone when it is asked for no more."""
+        passes = [p for manifest in self.engine(spec).manifests.values() for p in manifest.passes]
+        return any(found.changed for found in passes if found.name == "cut-logits")
 
 
 def _why_not(check: Callable[[EngineSpec], None], spec: EngineSpec) -> str | None:

@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from trsp_deploy.errors import EngineSpecError, RecipeError, UserError, nearest
 
-Precision = Literal["fp32", "fp16"]
+Precision = Literal["fp32", "fp16", "int8", "int4"]  # of an engine
+Float = Literal["fp32", "fp16"]  # of an exported graph: integers come in when an engine is built from it
 Form = Literal["anneal", "l2", "l1", "train", "none"]
 Backend = Literal["onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"]
 
@@ -203,6 +204,13 @@ class EngineSpec(Strict):
     compute_capabilities: tuple[str, ...] = ()  # TensorRT-RTX: targets such as "sm89"; empty = every one it supports
     workspace_gib: Positive | None = None  # TensorRT backends: limit on scratch memory; None leaves the default
     threads: Count | None = None  # ONNX Runtime CPU: intra-op threads; None = every core of this machine
+    fuse: bool = True  # ONNX Runtime: graph passes before the engine is made (tools/graphs); false leaves the graph be
+    block_size: Literal[16, 32, 64, 128] = 32  # int8, int4: weights that share a scale
+
+    @property
+    def graph_precision(self) -> Float:
+        """Precision of the ONNX graph that the engine is built from."""
+        return "fp16" if self.precision == "fp16" else "fp32"
 
     @model_validator(mode="after")
     def _profiles_where_needed(self) -> EngineSpec:
@@ -210,6 +218,8 @@ class EngineSpec(Strict):
             raise ValueError(f"backend {self.backend} needs at least one entry under `profiles`")
         if not self.backend.startswith("tensorrt") and self.profiles:
             raise ValueError(f"backend {self.backend} takes no `profiles`")
+        if self.precision in ("int8", "int4") and self.backend != "onnxruntime-cpu":
+            raise ValueError(f"precision {self.precision} is for backend onnxruntime-cpu so far, got {self.backend}")
         return self
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from trsp_deploy.recipe import Strict
+from trsp_deploy.recipe import Recipe, Strict, read_recipe
 from trsp_deploy.results import Role, ZeroShot
 
 Kind = Literal["dense", "untrained", "curve", "selection", "trained", "dense-trained", "zero-shot"]
@@ -105,6 +105,22 @@ class Row(Strict):
         """Of a zero-shot row, the row that makes the model it asks."""
         kind: Kind = "trained" if self.drop else "dense"
         return self.model_copy(update={"kind": kind, "tasks": (), "items": 0, "keep": True})
+
+
+def recipe_of(row: Row) -> Recipe:
+    """The row as the library's recipe."""
+    subject = row.subject
+    values: dict[str, Any] = {
+        "model": subject.model,
+        "drop": str(row.drop or 1),
+        "seed": row.seed,
+        "calibration": {"texts": subject.calibration, "context_length": subject.context_length},
+        "plan": row.plan,
+        "transfer": row.transfer,
+        "evaluation": subject.tests,
+        "evaluate": {"context_length": subject.test_context},
+    }
+    return read_recipe(values, f"row '{row.title}'")
 
 
 class Selected(Strict):

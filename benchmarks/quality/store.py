@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 import trsp_deploy
-from benchmarks.quality.rows import Outcome, Row, Work
+from benchmarks.quality.rows import Outcome, Row, Work, recipe_of
 from trsp_deploy.artifacts import Provenance, provenance, writing
 from trsp_deploy.errors import RunError
 from trsp_deploy.recipe import Strict
@@ -21,8 +21,13 @@ CODE: dict[Work, tuple[str, ...]] = {
     "losses": ("stages/selection.py", "stages/transfer.py", "stages/evaluate.py", "tools/texts.py"),
     "zero-shot": ("stages/selection.py", "stages/transfer.py", "stages/zeroshot.py", "tools/texts.py"),
 }
-# Imported, but of no influence on a number.
-NO_INFLUENCE = ("errors", "artifacts", "results", "assets", "packaged", "models", "model_card", "progress", "quiet")
+# Imported, but of no influence on a number. Of `recipe` only the values count, and those are in the digest themselves.
+NO_INFLUENCE = (
+    *("errors", "artifacts", "results", "recipe", "assets", "packaged"),
+    *("models", "model_card", "progress", "quiet"),
+)
+# What of a resolved recipe decides a row; the rest of it (engines, bench, ...) does not.
+DECIDES = {"calibration", "plan", "transfer", "evaluate", "weights", "autocast", "device", "seed"}
 
 
 class Line(Strict):
@@ -32,7 +37,7 @@ class Line(Strict):
     row: Row
     outcome: Outcome
     elapsed_s: float
-    code: str  # digest of the code that made it
+    code: str  # digest of the code and the resolved settings that made it
     provenance: Provenance
 
 
@@ -54,7 +59,7 @@ class Store:
             row=row,
             outcome=outcome,
             elapsed_s=round(elapsed_s, 1),
-            code=code_digest(row.work),
+            code=digest(row),
             provenance=provenance(),
         )
         self.lines[line.key] = line
@@ -71,7 +76,13 @@ class Store:
     def stale(self, row: Row) -> bool:
         """Whether the row was made by other code than there is now."""
         line = self.get(row)
-        return line is not None and line.code != code_digest(row.work)
+        return line is not None and line.code != digest(row)
+
+
+def digest(row: Row) -> str:
+    """Hash of the code that makes a row and of the settings that it resolves to, defaults among them."""
+    settings = recipe_of(row).model_dump_json(include=DECIDES)
+    return hashlib.sha256(f"{code_digest(row.work)} {settings}".encode()).hexdigest()[:16]
 
 
 @functools.cache

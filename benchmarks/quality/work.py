@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from benchmarks.quality.rows import Accuracies, Losses, Outcome, Row, Selected
+from benchmarks.quality.rows import Accuracies, Losses, Outcome, Row, Selected, recipe_of
 from benchmarks.quality.store import Store
 from trsp_deploy.artifacts import writing
 from trsp_deploy.decoder import decoder_layers, layer_input, load_model, load_tokenizer
 from trsp_deploy.errors import RunError
-from trsp_deploy.recipe import Recipe, read_recipe
 from trsp_deploy.results import PrunedCheckpoint
 from trsp_deploy.stages.evaluate import evaluate_perplexity
 from trsp_deploy.stages.selection import select_layers
@@ -104,22 +103,6 @@ MAKERS: dict[str, Callable[[Row, Store, Path], Outcome]] = {
     "losses": _losses,
     "zero-shot": _answers,
 }
-
-
-def recipe_of(row: Row) -> Recipe:
-    """The row as the library's recipe."""
-    subject = row.subject
-    values: dict[str, Any] = {
-        "model": subject.model,
-        "drop": str(row.drop or 1),
-        "seed": row.seed,
-        "calibration": {"texts": subject.calibration, "context_length": subject.context_length},
-        "plan": row.plan,
-        "transfer": row.transfer,
-        "evaluation": subject.tests,
-        "evaluate": {"context_length": subject.test_context},
-    }
-    return read_recipe(values, f"row '{row.title}'")
 
 
 def plan_of(row: Row, store: Store) -> PruningPlan:

@@ -164,10 +164,9 @@ def test_fp16_graph_gives_float32_logits(name: str, export: Export, checkpoints:
         assert largest_difference(generated(runner), reference(model)) < 2e-2
 
 
-def test_cache_stays_in_onnxruntime(cpu_engines: dict[str, Path]) -> None:
+def test_cache_of_a_graph_without_passes_stays_in_onnxruntime(export: Export) -> None:
     ids, mask, steps = prompt()
-    with open_engine(cpu_engines["llama"]) as runner:
-        assert isinstance(runner, OrtRunner)
+    with OrtRunner(export("llama", "fp32")) as runner:
         runner.prefill(ids, mask)
         for past, step in enumerate(steps, start=ids.shape[1]):
             assert {tuple(value.shape()) for value in runner._cache.values()} == {(2, 2, past, 16)}

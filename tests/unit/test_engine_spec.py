@@ -11,8 +11,9 @@ import pytest
 
 from trsp_deploy.errors import EngineSpecError, EngineUnavailable
 from trsp_deploy.recipe import Backend, EngineSpec, Range, ShapeProfile, read_engine_spec
+from trsp_deploy.tools.graphs import decoder_io
 from trsp_deploy.tools.library import engine_names, load_engine_spec
-from trsp_deploy.tools.runners import BACKENDS, check_can_build, check_can_run, graph, ort, requirements, trt
+from trsp_deploy.tools.runners import BACKENDS, check_can_build, check_can_run, ort, requirements, trt
 from trsp_deploy.tools.runners.manifest import spec_sha256
 from trsp_deploy.tools.runners.requirements import load_package
 
@@ -20,13 +21,13 @@ PROFILE = ShapeProfile(
     batch=Range(min=1, opt=1, max=2), sequence=Range(min=1, opt=1, max=8), past=Range(min=0, opt=64, max=128)
 )
 CACHE = ("float16", ("batch_size", 2, "past_sequence_length", 16))
-INPUTS: graph.Bindings = {
+INPUTS: decoder_io.Bindings = {
     "input_ids": ("int64", ("batch_size", "sequence_length")),
     "attention_mask": ("int64", ("batch_size", "past_sequence_length + sequence_length")),
     "past_key_values.0.key": CACHE,
     "past_key_values.0.value": CACHE,
 }
-OUTPUTS: graph.Bindings = {
+OUTPUTS: decoder_io.Bindings = {
     "logits": ("float16", ("batch_size", "sequence_length", 256)),
     "present.0.key": CACHE,
     "present.0.value": CACHE,
@@ -71,7 +72,9 @@ def test_spec_fingerprint_follows_the_spec() -> None:
 
 
 def test_shapes_of_a_step() -> None:
-    shapes = {name: graph.input_shape(name, shape, batch=2, sequence=3, past=5) for name, (_, shape) in INPUTS.items()}
+    shapes = {
+        name: decoder_io.input_shape(name, shape, batch=2, sequence=3, past=5) for name, (_, shape) in INPUTS.items()
+    }
     assert shapes["input_ids"] == (2, 3)
     assert shapes["attention_mask"] == (2, 8)
     assert shapes["past_key_values.0.key"] == (2, 2, 5, 16)
@@ -80,32 +83,32 @@ def test_shapes_of_a_step() -> None:
 def test_unknown_dynamic_dimension_is_named() -> None:
     inputs = {**INPUTS, "pixel_values": ("float16", (1, "width"))}
     with pytest.raises(EngineUnavailable, match=r"'pixel_values': dimension 1 \('width'\)"):
-        graph.check_decoder(inputs, OUTPUTS)
+        decoder_io.check_decoder(inputs, OUTPUTS)
 
 
 def test_graph_without_cache_is_refused() -> None:
     without = {name: binding for name, binding in INPUTS.items() if not name.startswith("past")}
     with pytest.raises(EngineUnavailable, match="not a decoder with past key values"):
-        graph.check_decoder(without, OUTPUTS)
+        decoder_io.check_decoder(without, OUTPUTS)
     with pytest.raises(EngineUnavailable, match=r"no present\.0\.key"):
-        graph.check_decoder(INPUTS, {name: b for name, b in OUTPUTS.items() if name != "present.0.key"})
+        decoder_io.check_decoder(INPUTS, {name: b for name, b in OUTPUTS.items() if name != "present.0.key"})
 
 
 def test_precision_is_the_graphs() -> None:
-    graph.check_precision(INPUTS, "fp16")
+    decoder_io.check_precision(INPUTS, "fp16")
     with pytest.raises(EngineUnavailable, match="asks for fp32, but the ONNX graph's cache is float16"):
-        graph.check_precision(INPUTS, "fp32")
+        decoder_io.check_precision(INPUTS, "fp32")
 
 
 def test_position_ids_skip_left_padding() -> None:
     inputs = {**INPUTS, "position_ids": ("int64", ("batch_size", "sequence_length"))}
     mask = np.array([[0, 0, 1, 1], [1, 1, 1, 1]])
-    prefill = graph.token_inputs(inputs, np.zeros((2, 4), np.int64), mask)
+    prefill = decoder_io.token_inputs(inputs, np.zeros((2, 4), np.int64), mask)
     assert prefill["position_ids"].tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
     token = np.zeros((2, 1), np.int64)
-    decode = graph.token_inputs(inputs, token, graph.extended(mask, token))
+    decode = decoder_io.token_inputs(inputs, token, decoder_io.extended(mask, token))
     assert decode["position_ids"].tolist() == [[2], [4]]
-    assert "position_ids" not in graph.token_inputs(INPUTS, token, graph.extended(mask, token))
+    assert "position_ids" not in decoder_io.token_inputs(INPUTS, token, decoder_io.extended(mask, token))
 
 
 def test_onnxruntime_cuda_names_the_command_or_the_gpu() -> None:

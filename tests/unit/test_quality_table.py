@@ -12,10 +12,9 @@ import pytest
 from benchmarks.quality import report, store
 from benchmarks.quality.estimates import estimate_s, pace
 from benchmarks.quality.figures import TARGETS, Found, figures, over_seeds
-from benchmarks.quality.rows import Accuracies, Losses, Outcome, Row, Selected
+from benchmarks.quality.rows import Accuracies, Losses, Outcome, Row, Selected, recipe_of
 from benchmarks.quality.store import CODE, Store, code_digest
 from benchmarks.quality.table import FULL, QUICK, Table, labelled_rows, rows
-from benchmarks.quality.work import recipe_of
 from trsp_deploy.errors import RunError
 from trsp_deploy.results import TaskScore, ZeroShot
 

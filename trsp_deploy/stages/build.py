@@ -47,6 +47,7 @@ def build_engine(onnx: Path, spec: EngineSpec, folder: Path) -> EngineManifest:
             built_on=provenance(),
             inputs=built.inputs,
             outputs=built.outputs,
+            passes=built.passes,
         )
         write_json(partial / MANIFEST, manifest)
     return manifest

@@ -16,14 +16,14 @@ import onnx
 import torch
 
 from trsp_deploy.errors import ModelError
-from trsp_deploy.recipe import ExportSettings, Precision
+from trsp_deploy.recipe import ExportSettings, Float
 from trsp_deploy.tools.quiet import quiet_libraries
 
 FILE = "model.onnx"
 PROTOBUF_LIMIT = 2**31 - 2**27  # bytes of weights that still leave room for the graph in one protobuf file
 
 
-def export_onnx(model: Path, precision: Precision, settings: ExportSettings, out: Path) -> tuple[str, ...]:
+def export_onnx(model: Path, precision: Float, settings: ExportSettings, out: Path) -> tuple[str, ...]:
     """Export the model in a Hugging Face folder into `out`/model.onnx; returns the names of external data files.
 
     Inputs: input_ids, attention_mask, position_ids, past_key_values.N.{key,value}; outputs: logits,
@@ -76,6 +76,8 @@ def _additive_masks(attention: Callable[..., torch.Tensor]) -> Callable[..., tor
     """
 
     def additive(query: torch.Tensor, *args: Any, attn_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
+        if kwargs.get("scale") is None:
+            kwargs["scale"] = int(query.shape[-1]) ** -0.5  # a constant, where tracing would compute it at every step
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             lowest = torch.tensor(torch.finfo(query.dtype).min, dtype=query.dtype)
             attn_mask = torch.where(attn_mask, torch.zeros((), dtype=query.dtype), lowest)

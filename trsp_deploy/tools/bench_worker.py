@@ -45,7 +45,7 @@ def measure_block(runner: Runner, prompt: list[list[int]], new_tokens: int) -> d
     """Prefill a prompt (batch, sequence) once, then decode greedily; seconds on the host's clock."""
     input_ids = np.array(prompt, dtype=np.int64)
     began = time.perf_counter()
-    logits = runner.prefill(input_ids, np.ones_like(input_ids))
+    logits = runner.prefill(input_ids, np.ones_like(input_ids), last_only=True)
     prefill_s = time.perf_counter() - began
     decode_s = []
     for _ in range(new_tokens):

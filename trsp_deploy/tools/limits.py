@@ -10,7 +10,15 @@ from __future__ import annotations
 from trsp_deploy.decoder import DecoderSize
 from trsp_deploy.recipe import Precision, Strict
 
-BYTES: dict[Precision, int] = {"fp32": 4, "fp16": 2}
+# Bytes a weight of the layers and of the LM head: integers share a 4-byte scale in blocks of 32, and the head of an
+# int4 engine keeps 8 bits (tools/graphs/quantize.py).
+WEIGHT_BYTES: dict[Precision, tuple[float, float]] = {
+    "fp32": (4, 4),
+    "fp16": (2, 2),
+    "int8": (1.125, 1.125),
+    "int4": (0.625, 1.125),
+}
+CACHE_BYTES: dict[Precision, int] = {"fp32": 4, "fp16": 2, "int8": 4, "int4": 4}
 
 
 class SpeedLimit(Strict):
@@ -20,24 +28,35 @@ class SpeedLimit(Strict):
     decode: float
 
 
-def decode_bytes(size: DecoderSize, precision: Precision, batch: int, past: int) -> int:
+def decode_bytes(size: DecoderSize, precision: Precision, batch: int, past: int) -> float:
     """Bytes that one decode step must read: layers, LM head, and the KV cache of `past` tokens a sequence."""
     cache = batch * past * size.cache_per_token * len(size.weights.layers)
-    return BYTES[precision] * (sum(size.weights.layers) + size.weights.lm_head + cache)
+    layers, head = WEIGHT_BYTES[precision]
+    return layers * sum(size.weights.layers) + head * size.weights.lm_head + CACHE_BYTES[precision] * cache
 
 
-def prefill_operations(size: DecoderSize, batch: int, prompt: int) -> int:
-    """Multiply-adds x 2 of a prompt: weights at every position (the graph computes all logits), and attention."""
-    weights = sum(size.weights.layers) + size.weights.lm_head
+def prefill_operations(size: DecoderSize, batch: int, prompt: int, logits: int | None = None) -> int:
+    """Multiply-adds x 2 of a prompt: layers and attention at every position, the LM head at `logits` of them.
+
+    logits: positions that logits are computed for; None is all of the prompt.
+    """
+    head = size.weights.lm_head * (prompt if logits is None else logits)
     attention = len(size.weights.layers) * 2 * prompt * size.attention_width
-    return 2 * batch * prompt * (weights + attention)
+    return 2 * batch * (prompt * (sum(size.weights.layers) + attention) + head)
 
 
 def speed_limit(
-    dense: DecoderSize, pruned: DecoderSize, precision: Precision, batch: int, prompt: int, past: int
+    dense: DecoderSize,
+    pruned: DecoderSize,
+    precision: Precision,
+    batch: int,
+    prompt: int,
+    past: int,
+    *,
+    logits: int | None = None,
 ) -> SpeedLimit:
     """The limits of both phases at the measured shapes."""
     return SpeedLimit(
-        prefill=prefill_operations(dense, batch, prompt) / prefill_operations(pruned, batch, prompt),
+        prefill=prefill_operations(dense, batch, prompt, logits) / prefill_operations(pruned, batch, prompt, logits),
         decode=decode_bytes(dense, precision, batch, past) / decode_bytes(pruned, precision, batch, past),
     )

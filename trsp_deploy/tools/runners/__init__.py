@@ -8,7 +8,7 @@ from pathlib import Path
 
 from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.recipe import Backend, EngineSpec
-from trsp_deploy.tools.runners import ort, trt
+from trsp_deploy.tools.runners import ort, ort_build, trt
 from trsp_deploy.tools.runners.base import Runner
 from trsp_deploy.tools.runners.manifest import BuiltEngine, EngineManifest, check_manifest, read_manifest
 from trsp_deploy.tools.runners.requirements import PACKAGES, Package, package_version
@@ -43,14 +43,14 @@ BACKENDS: dict[Backend, BackendSupport] = {
         package=PACKAGES["onnxruntime-cpu"],
         check_build=ort.check_cpu,
         check_run=ort.check_cpu,
-        build=ort.build_cpu,
+        build=ort_build.build_cpu,
         open=ort.open_engine,
     ),
     "onnxruntime-cuda": BackendSupport(
         package=PACKAGES["onnxruntime-cuda"],
         check_build=ort.check_cuda,
         check_run=ort.check_cuda,
-        build=ort.build_cuda,
+        build=ort_build.build_cuda,
         open=ort.open_engine,
     ),
     "tensorrt": BackendSupport(

@@ -26,11 +26,12 @@ class Runner(abc.ABC):
     ) -> None: ...
 
     @abc.abstractmethod
-    def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
+    def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray, *, last_only: bool = False) -> np.ndarray:
         """Read a prompt into an empty cache.
 
         input_ids, attention_mask: (batch, sequence) int64; left padding where the mask is 0.
-        Returns logits (batch, sequence, vocabulary) float32 in host memory.
+        Returns logits (batch, sequence, vocabulary) float32 in host memory; with `last_only` those of the last
+        position, (batch, 1, vocabulary): all that generating needs, and the LM head is spared the others where it can.
         """
 
     @abc.abstractmethod

@@ -11,9 +11,18 @@ from pydantic import ValidationError
 from trsp_deploy.artifacts import Provenance, fingerprint
 from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.recipe import EngineSpec, Strict
-from trsp_deploy.tools.runners.graph import Bindings
+from trsp_deploy.tools.graphs.decoder_io import Bindings
 
 MANIFEST = "manifest.json"
+
+
+class PassOutcome(Strict):
+    """What one graph pass did."""
+
+    name: str
+    changed: int = 0  # places; 0 where it was left out
+    error: float | None = None  # largest difference of logits that it made, in their standard deviations
+    reason: str | None = None  # why it was left out; None where it was not
 
 
 @dataclass(frozen=True)
@@ -24,6 +33,7 @@ class BuiltEngine:
     files: tuple[str, ...]  # every one that running needs
     inputs: Bindings
     outputs: Bindings
+    passes: tuple[PassOutcome, ...] = ()
 
 
 class EngineManifest(Strict):
@@ -41,6 +51,7 @@ class EngineManifest(Strict):
     built_on: Provenance
     inputs: Bindings
     outputs: Bindings
+    passes: tuple[PassOutcome, ...] = ()
 
 
 def spec_sha256(spec: EngineSpec) -> str:

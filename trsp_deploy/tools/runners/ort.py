@@ -1,7 +1,9 @@
 """ONNX Runtime, on the CPU or through its CUDA provider.
 
-The KV cache never leaves the device: a step's `present.*` OrtValues are bound as the next step's
-`past_key_values.*`. This module imports no torch, so that a measuring process stays small.
+The KV cache never leaves the device. A graph with fused attention (tools/graphs) writes it in place:
+`past_key_values.*` and `present.*` are one memory, allocated once and longer than the text. From any other graph a
+step's `present.*` are bound as the next step's `past_key_values.*`. This module imports no torch, so that a measuring
+process stays small.
 """
 
 from __future__ import annotations
@@ -9,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,9 +21,9 @@ import numpy as np
 
 from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.recipe import Backend, EngineSpec
-from trsp_deploy.tools.runners import graph
+from trsp_deploy.tools.graphs import decoder_io
 from trsp_deploy.tools.runners.base import Runner
-from trsp_deploy.tools.runners.manifest import BuiltEngine, EngineManifest
+from trsp_deploy.tools.runners.manifest import EngineManifest
 from trsp_deploy.tools.runners.requirements import PACKAGES, cuda_devices, load_package, one_line
 
 PROVIDERS: dict[Backend, str] = {
@@ -41,7 +42,7 @@ NUMPY_DTYPES = {
     "tensor(int64)": "int64",
     "tensor(int32)": "int32",
 }
-ENGINE = "model.onnx"
+CHUNK = 256  # tokens: room behind the prompt in a cache that is written in place
 
 
 def check_cpu(spec: EngineSpec) -> None:
@@ -66,29 +67,6 @@ def _check_cuda() -> None:
     cuda_devices()
 
 
-def build_cpu(onnx: Path, spec: EngineSpec, folder: Path) -> BuiltEngine:
-    """Optimise the graph once and save it, so that opening the engine does none of that work again.
-
-    Writes model.onnx and model.onnx.data into `folder`. Raises EngineUnavailable when ONNX Runtime refuses the graph.
-    """
-    session = create_session(onnx, spec.backend, spec.threads, save_to=folder / ENGINE)
-    inputs, outputs = _checked_bindings(session, spec)
-    return BuiltEngine(ENGINE, tuple(sorted(path.name for path in folder.iterdir())), inputs, outputs)
-
-
-def build_cuda(onnx: Path, spec: EngineSpec, folder: Path) -> BuiltEngine:
-    """Copy the graph into `folder` after a session on the GPU has accepted it.
-
-    It is optimised when opened: a graph saved from a CUDA session carries that session's placement and
-    its copies between host and device, which only the same ONNX Runtime on the same hardware may read.
-    """
-    session = create_session(onnx, spec.backend, spec.threads)
-    inputs, outputs = _checked_bindings(session, spec)
-    for source in sorted(onnx.parent.glob(f"{onnx.name}*")):  # external data is found by its name
-        shutil.copy(source, folder / source.name)
-    return BuiltEngine(onnx.name, tuple(sorted(path.name for path in folder.iterdir())), inputs, outputs)
-
-
 def open_engine(folder: Path, manifest: EngineManifest) -> OrtRunner:
     """A runner for a built engine."""
     spec = manifest.spec
@@ -109,7 +87,8 @@ def create_session(
     ort = load_package(backend)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
-    options.log_severity_level = 3  # errors only
+    # Errors come as exceptions; only a provider that does not load is explained in the log alone.
+    options.log_severity_level = 3 if backend == "onnxruntime-cuda" else 4
     levels = ort.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_DISABLE_ALL if optimised else levels.ORT_ENABLE_ALL
     if save_to is not None:
@@ -159,7 +138,7 @@ def _one_line_errors(what: str) -> Iterator[None]:
         raise EngineUnavailable(f"{what}: {detail}") from problem
 
 
-def _bindings(nodes: list[Any]) -> graph.Bindings:
+def bindings_of(nodes: list[Any]) -> decoder_io.Bindings:
     return {
         node.name: (
             NUMPY_DTYPES.get(node.type, node.type),
@@ -169,19 +148,13 @@ def _bindings(nodes: list[Any]) -> graph.Bindings:
     }
 
 
-def _checked_bindings(session: Any, spec: EngineSpec) -> tuple[graph.Bindings, graph.Bindings]:
-    inputs, outputs = _bindings(session.get_inputs()), _bindings(session.get_outputs())
-    graph.check_decoder(inputs, outputs)
-    graph.check_precision(inputs, spec.precision)
-    return inputs, outputs
-
-
 class OrtRunner(Runner):
     """Generates with ONNX Runtime from an engine or from any decoder's ONNX file.
 
     model: the ONNX file. backend: "onnxruntime-cpu" or "onnxruntime-cuda".
     threads: intra-op threads; None takes every core that this process may use.
     optimised: the file is a built CPU engine, whose graph needs no optimisation any more.
+    reserve: tokens that the cache has room for from the start, where the graph writes it in place; it grows as needed.
     """
 
     def __init__(
@@ -191,60 +164,98 @@ class OrtRunner(Runner):
         backend: Backend = "onnxruntime-cpu",
         threads: int | None = None,
         optimised: bool = False,
+        reserve: int = 0,
     ) -> None:
         self.model = model
         self.backend = backend
         self.threads = threads
         self.optimised = optimised
+        self.reserve = reserve
         self._session: Any = None
-        self._inputs: graph.Bindings = {}
-        self._cache: dict[str, Any] = {}  # input name -> OrtValue (batch, heads, past, head_dim)
+        self._inputs: decoder_io.Bindings = {}
+        self._in_place = False
+        self._binding: Any = None  # an IOBinding; with the cache in place it is made once and holds the cache
+        self._cache: dict[str, Any] = {}  # input name -> OrtValue (batch, heads, past or capacity, head_dim)
+        self._capacity = 0  # tokens that the cache has room for, where it is written in place
+        self._output_names: list[str] = []
         self._attention_mask: np.ndarray | None = None  # (batch, past)
 
     def __enter__(self) -> Self:
         self._session = create_session(self.model, self.backend, self.threads, optimised=self.optimised)
-        self._inputs = _bindings(self._session.get_inputs())
-        graph.check_decoder(self._inputs, _bindings(self._session.get_outputs()))
+        self._inputs = bindings_of(self._session.get_inputs())
+        self._in_place = decoder_io.IN_PLACE in self._session.get_modelmeta().custom_metadata_map
+        decoder_io.check_decoder(self._inputs, bindings_of(self._session.get_outputs()))
         return self
+
+    @property
+    def vocabulary(self) -> int:
+        """Width of the logits."""
+        (outputs,) = (
+            shape for name, (_, shape) in bindings_of(self._session.get_outputs()).items() if name == "logits"
+        )
+        return int(outputs[-1])
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._cache = {}
         self._attention_mask = None
-        self._session = None
+        self._binding = self._session = None
 
-    def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
+    def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray, *, last_only: bool = False) -> np.ndarray:
         batch, sequence = input_ids.shape
         ort = load_package(self.backend)
+        self._capacity = max(self.reserve, sequence + CHUNK) if self._in_place else 0
         self._cache = {}
-        for name in graph.cache_inputs(self._inputs):
+        for name in decoder_io.cache_inputs(self._inputs):
             dtype, shape = self._inputs[name]
-            empty = graph.input_shape(name, shape, batch=batch, sequence=sequence, past=0)
+            empty = decoder_io.input_shape(name, shape, batch=batch, sequence=sequence, past=self._capacity)
             self._cache[name] = ort.OrtValue.ortvalue_from_shape_and_type(
                 list(empty), np.dtype(dtype).type, DEVICES[self.backend], 0
             )
-        return self._step(input_ids, attention_mask)
+        self._bind_cache()
+        return self._step(input_ids, attention_mask, keep=1 if last_only else 0)
 
     def decode(self, input_ids: np.ndarray) -> np.ndarray:
         if self._attention_mask is None:
             raise RuntimeError("decode comes after prefill")
-        return self._step(input_ids, graph.extended(self._attention_mask, input_ids))
+        return self._step(input_ids, decoder_io.extended(self._attention_mask, input_ids))
 
-    def _step(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
-        binding = self._session.io_binding()
-        tokens = graph.token_inputs(self._inputs, input_ids, attention_mask)  # bound in place: must outlive the run
-        for name, value in tokens.items():
-            binding.bind_cpu_input(name, value)
-        for name, value in self._cache.items():
-            binding.bind_ortvalue_input(name, value)
-        binding.bind_output("logits", "cpu")
-        for name in self._cache:
-            binding.bind_output(graph.present(name), DEVICES[self.backend])
+    def _step(self, input_ids: np.ndarray, attention_mask: np.ndarray, keep: int = 0) -> np.ndarray:
+        if self._in_place and attention_mask.shape[1] > self._capacity:
+            self._grow()
+        tokens = decoder_io.token_inputs(self._inputs, input_ids, attention_mask, keep)
+        for name, value in tokens.items():  # bound in place: they must outlive the run
+            self._binding.bind_cpu_input(name, value)
+        self._binding.bind_output("logits", "cpu")
         with _one_line_errors(f"ONNX Runtime stopped in {self.model}"):
-            self._session.run_with_iobinding(binding)
-        logits, *cache = binding.get_outputs()  # in the order of binding
-        self._cache = dict(zip(self._cache, cache, strict=True))
+            self._session.run_with_iobinding(self._binding)
+        outputs = dict(zip(self._output_names, self._binding.get_outputs(), strict=True))
+        if not self._in_place:
+            self._cache = {name: outputs[decoder_io.present(name)] for name in self._cache}
+            self._bind_cache()
         self._attention_mask = attention_mask
-        result: np.ndarray = logits.numpy().astype(np.float32, copy=False)
-        return result  # (batch, sequence, vocabulary)
+        logits: np.ndarray = outputs["logits"].numpy().astype(np.float32, copy=False)
+        return logits if not keep else logits[:, -keep:]  # (batch, sequence or keep, vocabulary)
+
+    def _bind_cache(self) -> None:
+        """Read `past_key_values.*` from the cache, and write `present.*` into it or into memory of its own."""
+        self._binding = self._session.io_binding()
+        for name, value in self._cache.items():
+            self._binding.bind_ortvalue_input(name, value)
+            if self._in_place:
+                self._binding.bind_ortvalue_output(decoder_io.present(name), value)
+            else:
+                self._binding.bind_output(decoder_io.present(name), DEVICES[self.backend])
+        self._output_names = [*map(decoder_io.present, self._cache), "logits"]  # in the order of binding
+
+    def _grow(self) -> None:
+        """Move the cache into twice the room, so that a text of n tokens is moved log n times."""
+        ort = load_package(self.backend)
+        filled, self._capacity = self._capacity, max(2 * self._capacity, CHUNK)
+        for name, value in self._cache.items():
+            old = value.numpy()  # (batch, heads, filled, head_dim)
+            new = np.zeros((*old.shape[:2], self._capacity, old.shape[3]), dtype=old.dtype)
+            new[:, :, :filled] = old
+            self._cache[name] = ort.OrtValue.ortvalue_from_numpy(new, DEVICES[self.backend], 0)
+        self._bind_cache()

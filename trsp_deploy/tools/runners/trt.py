@@ -18,7 +18,7 @@ import numpy as np
 
 from trsp_deploy.errors import EngineSpecError, EngineUnavailable, nearest
 from trsp_deploy.recipe import Backend, EngineSpec, ShapeProfile
-from trsp_deploy.tools.runners import graph
+from trsp_deploy.tools.graphs import decoder_io
 from trsp_deploy.tools.runners.base import Runner
 from trsp_deploy.tools.runners.manifest import BuiltEngine, EngineManifest
 from trsp_deploy.tools.runners.requirements import cuda_devices, load_package, one_line
@@ -93,8 +93,8 @@ def build(onnx: Path, spec: EngineSpec, folder: Path) -> BuiltEngine:
         _parse(trt, network, log, onnx)
         inputs = _network_bindings([network.get_input(i) for i in range(network.num_inputs)])
         outputs = _network_bindings([network.get_output(i) for i in range(network.num_outputs)])
-        graph.check_decoder(inputs, outputs)
-        graph.check_precision(inputs, spec.precision)
+        decoder_io.check_decoder(inputs, outputs)
+        decoder_io.check_precision(inputs, spec.graph_precision)
         config = _configure(trt, builder, spec)
         for profile in spec.profiles:
             config.add_optimization_profile(_optimisation_profile(builder, inputs, profile))
@@ -170,8 +170,8 @@ def _parser_error(error: Any) -> str:
     return f"{one_line(error.desc())}{where}"
 
 
-def _network_bindings(tensors: list[Any]) -> graph.Bindings:
-    bindings: graph.Bindings = {}
+def _network_bindings(tensors: list[Any]) -> decoder_io.Bindings:
+    bindings: decoder_io.Bindings = {}
     for tensor in tensors:
         shape = tuple(
             length if length >= 0 else tensor.get_dimension_name(axis) or f"dimension {axis}"
@@ -197,11 +197,11 @@ def _configure(trt: ModuleType, builder: Any, spec: EngineSpec) -> Any:
     return config
 
 
-def _optimisation_profile(builder: Any, inputs: graph.Bindings, profile: ShapeProfile) -> Any:
+def _optimisation_profile(builder: Any, inputs: decoder_io.Bindings, profile: ShapeProfile) -> Any:
     result = builder.create_optimization_profile()
     for name, (_, shape) in inputs.items():
         limits = [
-            graph.input_shape(
+            decoder_io.input_shape(
                 name,
                 shape,
                 batch=getattr(profile.batch, end),
@@ -221,7 +221,9 @@ class TrtRunner(Runner):
     inputs, outputs: the graph's, as the engine's manifest has them.
     """
 
-    def __init__(self, engine: Path, *, backend: Backend, inputs: graph.Bindings, outputs: graph.Bindings) -> None:
+    def __init__(
+        self, engine: Path, *, backend: Backend, inputs: decoder_io.Bindings, outputs: decoder_io.Bindings
+    ) -> None:
         self.engine = engine
         self.backend = backend
         self._inputs = inputs
@@ -269,13 +271,14 @@ class TrtRunner(Runner):
         # TensorRT allocates beside torch, so torch's idle memory is out of reach for the next engine.
         torch.cuda.empty_cache()
 
-    def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
-        return self._step(input_ids, attention_mask)
+    def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray, *, last_only: bool = False) -> np.ndarray:
+        logits = self._step(input_ids, attention_mask)
+        return logits[:, -1:] if last_only else logits
 
     def decode(self, input_ids: np.ndarray) -> np.ndarray:
         if self._attention_mask is None:
             raise RuntimeError("decode comes after prefill")
-        return self._step(input_ids, graph.extended(self._attention_mask, input_ids))
+        return self._step(input_ids, decoder_io.extended(self._attention_mask, input_ids))
 
     def _step(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
         import torch
@@ -283,7 +286,7 @@ class TrtRunner(Runner):
         batch, sequence = input_ids.shape
         past = attention_mask.shape[1] - sequence
         shapes = {
-            name: graph.input_shape(name, shape, batch=batch, sequence=sequence, past=past)
+            name: decoder_io.input_shape(name, shape, batch=batch, sequence=sequence, past=past)
             for name, (_, shape) in self._inputs.items()
         }
         try:
@@ -323,10 +326,10 @@ class TrtRunner(Runner):
     ) -> list[torch.Tensor]:
         import torch
 
-        for name in graph.cache_inputs(self._inputs):
+        for name in decoder_io.cache_inputs(self._inputs):
             self._bind_input(name, shapes[name], self._buffer(self._reads, name, shapes[name]))
         tokens = []
-        for name, value in graph.token_inputs(self._inputs, input_ids, attention_mask).items():
+        for name, value in decoder_io.token_inputs(self._inputs, input_ids, attention_mask).items():
             tokens.append(torch.from_numpy(value).cuda())
             self._bind_input(name, shapes[name], tokens[-1])
         missing = self._context.infer_shapes()
@@ -341,8 +344,8 @@ class TrtRunner(Runner):
     def _bind_outputs(self) -> torch.Tensor:
         import torch
 
-        for name in graph.cache_inputs(self._inputs):
-            output = graph.present(name)
+        for name in decoder_io.cache_inputs(self._inputs):
+            output = decoder_io.present(name)
             shape = tuple(self._context.get_tensor_shape(output))
             self._context.set_tensor_address(output, self._buffer(1 - self._reads, name, shape).data_ptr())
         dtype = getattr(torch, self._outputs["logits"][0])

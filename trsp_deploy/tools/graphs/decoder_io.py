@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from trsp_deploy.errors import EngineUnavailable
-from trsp_deploy.recipe import Precision
+from trsp_deploy.recipe import Float
 
 # name -> (dtype, shape); a dimension without a fixed length is given by its label in the graph
 Bindings = dict[str, tuple[str, tuple[int | str, ...]]]
@@ -19,7 +19,10 @@ Dimension = Literal["batch", "sequence", "past", "total"]  # total = past + sequ
 
 PAST = "past_key_values."
 PRESENT = "present."
-CACHE_DTYPE: dict[Precision, str] = {"fp32": "float32", "fp16": "float16"}
+KEEP = "logits_to_keep"  # input, scalar int64: the last so many positions; 0 keeps all (as transformers' argument)
+# Metadata of a graph whose `past` and `present` may be one memory, longer than the text that it holds.
+IN_PLACE = "trsp_deploy.cache_in_place"
+CACHE_DTYPE: dict[Float, str] = {"fp32": "float32", "fp16": "float16"}
 
 TOKENS: dict[int, Dimension] = {0: "batch", 1: "sequence"}
 DYNAMIC_AXES: dict[str, dict[int, Dimension]] = {
@@ -44,7 +47,7 @@ def check_decoder(inputs: Bindings, outputs: Bindings) -> None:
         )
 
 
-def check_precision(inputs: Bindings, precision: Precision) -> None:
+def check_precision(inputs: Bindings, precision: Float) -> None:
     """Raise EngineUnavailable when the graph's KV cache is not in the precision that the spec asks for."""
     found = inputs[cache_inputs(inputs)[0]][0]
     if found != CACHE_DTYPE[precision]:
@@ -78,17 +81,25 @@ def present(name: str) -> str:
     return PRESENT + name.removeprefix(PAST)
 
 
-def token_inputs(inputs: Bindings, input_ids: np.ndarray, attention_mask: np.ndarray) -> dict[str, np.ndarray]:
+def token_inputs(
+    inputs: Bindings, input_ids: np.ndarray, attention_mask: np.ndarray, keep: int = 0
+) -> dict[str, np.ndarray]:
     """Every input but the cache, in the graph's dtypes.
 
     input_ids: (batch, sequence). attention_mask: (batch, past + sequence), 0 on left padding.
+    keep: positions, counted from the end, that logits are wanted for, where the graph can be told; 0 is all.
     """
     sequence = input_ids.shape[1]
     # Padding keeps position 0: any valid index will do there, as no token attends to it.
     positions = np.maximum(attention_mask.cumsum(axis=1) - 1, 0)[:, -sequence:]
-    values = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
+    values = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "position_ids": positions,
+        KEEP: np.array(keep),
+    }
     return {
-        name: np.ascontiguousarray(value, dtype=inputs[name][0]) for name, value in values.items() if name in inputs
+        name: np.asarray(value, dtype=inputs[name][0], order="C") for name, value in values.items() if name in inputs
     }
 
 

@@ -1,0 +1,169 @@
+"""Engines of the graph passes against PyTorch: left-padded prompts, decoding in place, every precision."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+
+from tests.families import FAMILIES
+from tests.tiny import VOCABULARY, random_model
+from trsp_deploy.recipe import EngineSpec, ExportSettings
+from trsp_deploy.stages import parity
+from trsp_deploy.stages.build import build_engine
+from trsp_deploy.stages.export import export_onnx
+from trsp_deploy.tools.library import load_engine_spec
+from trsp_deploy.tools.quiet import quiet_libraries
+from trsp_deploy.tools.runners import open_engine, ort, ort_build, read_manifest
+from trsp_deploy.tools.runners.ort import OrtRunner
+
+PROMPTS = [[5, 9, 200, 17], [30, 31, 7, 8, 90, 12, 55, 60, 61]]
+HEADS = {"hidden_size": 64, "num_attention_heads": 4}  # the fused node wants heads of a multiple of 8
+# Family -> changes of its tiny config, and which passes find nothing to do.
+CASES: dict[str, tuple[dict[str, int], set[str]]] = {
+    "llama": (HEADS, set()),
+    "mistral-sliding": (HEADS, set()),
+    "qwen2": (HEADS, set()),
+    "qwen3": (HEADS, {"pack-projections"}),  # queries and keys are normalised before they are rotated
+    "phi3": (HEADS, {"pack-projections"}),  # one projection already
+    "opt": ({**HEADS, "word_embed_proj_dim": 64}, {"fuse-rotary"}),
+    "opt-350m": (HEADS, {"fuse-rotary"}),
+    "gpt2": ({"n_embd": 64}, {"fuse-rotary", "pack-projections"}),
+    "gpt-neox-parallel": (
+        HEADS,
+        {"fuse-rotary", "pack-projections"},
+    ),  # a quarter of so small a head is below the node's 16
+}
+Made = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Family -> folder with `model/` (Hugging Face) and `onnx/`."""
+    folder = tmp_path_factory.mktemp("exported")
+
+    def made(family: str) -> Path:
+        if not (folder / family).exists():
+            import transformers
+
+            changes, _ = CASES[family]
+            config = getattr(transformers, FAMILIES[family].config)(**{**FAMILIES[family].values, **changes})
+            random_model(config).save_pretrained(folder / family / "model")
+            with quiet_libraries():
+                export_onnx(folder / family / "model", "fp32", ExportSettings(), folder / family / "onnx")
+        return folder / family
+
+    return made
+
+
+def built(source: Path, out: Path, spec: str = "ort-cpu-fp32", **changes: object) -> Path:
+    values = {**load_engine_spec(spec).model_dump(), **changes}
+    build_engine(source / "onnx" / "model.onnx", EngineSpec.model_validate(values), out)
+    return out
+
+
+def agreement(source: Path, engine: Path, precision: str = "fp32") -> float:
+    """How far the engine's logits are from PyTorch's, in their standard deviations."""
+    reference = parity.make_reference(source / "model", PROMPTS)
+    with open_engine(engine) as runner:
+        return parity.check_parity(reference, runner, engine.name, "dense", precision).max_error  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_passes_keep_the_logits(family: str, exported: Made, tmp_path: Path) -> None:
+    engine = built(exported(family), tmp_path / "engine")
+    passes = {outcome.name: outcome for outcome in read_manifest(engine).passes}
+    assert {name for name, outcome in passes.items() if outcome.changed == 0} == CASES[family][1], passes
+    assert all(outcome.reason for outcome in passes.values() if outcome.changed == 0)
+    operators = [node.op_type for node in onnx.load(engine / "model.onnx", load_external_data=False).graph.node]
+    assert operators.count("GroupQueryAttention") == 6 and "Softmax" not in operators
+    assert agreement(exported(family), engine) < 1e-4
+
+
+def test_cache_stays_where_it_is_and_grows(exported: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ort, "CHUNK", 4)
+    source = exported("llama")
+    engine = built(source, tmp_path / "engine")
+    assert agreement(source, engine) < 1e-4, "12 new tokens, room for 4"
+    with open_engine(engine) as runner:
+        assert isinstance(runner, OrtRunner)
+        ids = np.array([PROMPTS[1]])
+        runner.prefill(ids, np.ones_like(ids))
+        places = []
+        for token in range(6):
+            runner.decode(np.array([[token]]))
+            places.append({value.data_ptr() for value in runner._cache.values()})
+    assert places[0] == places[1] == places[2] == places[3] != places[4] == places[5]
+
+
+def test_prompt_can_ask_for_its_last_logits_only(exported: Made, tmp_path: Path) -> None:
+    engine = built(exported("llama"), tmp_path / "engine")
+    ids = np.array([PROMPTS[1]])
+    with open_engine(engine) as runner:
+        whole = runner.prefill(ids, np.ones_like(ids))
+        last = runner.prefill(ids, np.ones_like(ids), last_only=True)
+    assert whole.shape == (1, 9, VOCABULARY) and last.shape == (1, 1, VOCABULARY)
+    np.testing.assert_allclose(last, whole[:, -1:], atol=1e-5)
+
+
+@pytest.mark.parametrize(("spec", "error"), [("ort-cpu-int8", 0.2), ("ort-cpu-int4", 2.0)])
+def test_integer_engines(spec: str, error: float, exported: Made, tmp_path: Path) -> None:
+    source = exported("llama")
+    engine = built(source, tmp_path / spec, spec)
+    operators = [node.op_type for node in onnx.load(engine / "model.onnx", load_external_data=False).graph.node]
+    assert operators.count("MatMulNBits") == 6 * 5 + 1, "qkv, o, gate, up, down of six layers, and the LM head"
+    assert "MatMul" not in operators and ("GatherBlockQuantized" in operators) == (spec == "ort-cpu-int4")
+    assert 1e-4 < agreement(source, engine, spec.removeprefix("ort-cpu-")) < error
+    assert read_manifest(engine).size_bytes < read_manifest(built(source, tmp_path / "fp32")).size_bytes / 2
+
+
+def test_a_pass_that_changes_the_logits_is_left_out(
+    exported: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(model: ir.Model) -> int:
+        weights = [value for value in model.graph.initializers.values() if value.shape and len(value.shape) == 2]
+        for value in weights:
+            array = value.const_value.numpy()  # type: ignore[union-attr]
+            value.const_value = ir.tensor(array * np.float32(1.1), name=value.name)
+        return len(weights)
+
+    monkeypatch.setattr(ort_build, "fusions", lambda onnx: {"spoil": spoil})
+    engine = built(exported("llama"), tmp_path / "engine")
+    (outcome,) = read_manifest(engine).passes
+    assert outcome.changed == 0 and "would differ by" in (outcome.reason or "")
+    assert agreement(exported("llama"), engine) < 1e-4
+
+
+def test_graphs_of_others_are_fused_as_far_as_they_fit(exported: Made, tmp_path: Path) -> None:
+    (tmp_path / "other" / "onnx").mkdir(parents=True)
+    shutil.copy(exported("llama") / "onnx" / "model.onnx", tmp_path / "other" / "onnx")
+    engine = built(tmp_path / "other", tmp_path / "engine")
+    reasons = {outcome.name: outcome.reason for outcome in read_manifest(engine).passes}
+    assert (
+        "config.json" in (reasons["fuse-rotary"] or "") and reasons["fuse-attention"] is reasons["cut-logits"] is None
+    )
+    assert agreement(exported("llama"), engine) < 1e-4
+
+
+def test_an_engine_without_passes_is_the_graph_as_exported(exported: Made, tmp_path: Path) -> None:
+    engine = built(exported("llama"), tmp_path / "engine", fuse=False)
+    assert read_manifest(engine).passes == ()
+    operators = [node.op_type for node in onnx.load(engine / "model.onnx", load_external_data=False).graph.node]
+    assert "Softmax" in operators and "GroupQueryAttention" not in operators
+    assert agreement(exported("llama"), engine) < 1e-4
+
+
+def test_positions_beyond_the_rotary_table_are_an_error(exported: Made, tmp_path: Path) -> None:
+    from trsp_deploy.errors import EngineUnavailable
+
+    engine = built(exported("llama"), tmp_path / "engine")
+    limit = FAMILIES["llama"].values["max_position_embeddings"]
+    ids = torch.randint(VOCABULARY, (1, limit + 1)).numpy()
+    with open_engine(engine) as runner, pytest.raises(EngineUnavailable, match="stopped"):
+        runner.prefill(ids, np.ones_like(ids))

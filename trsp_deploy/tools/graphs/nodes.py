@@ -1,0 +1,134 @@
+"""Reading and changing an ONNX graph through onnx_ir: the few moves that the passes have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+MICROSOFT = "com.microsoft"  # domain of ONNX Runtime's own operators
+
+
+class NoMatch(Exception):
+    """The graph does not have the form that a pass knows; the message says where it differs."""
+
+
+def constant(value: ir.Value | None) -> np.ndarray | None:
+    """What a value holds when it never changes; None otherwise."""
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    return None if tensor is None else tensor.numpy()
+
+
+def scalar(value: ir.Value | None) -> float | None:
+    """A constant single number; None otherwise."""
+    if value is None or (value.shape is not None and value.shape.is_static() and np.prod(value.shape.numpy()) != 1):
+        return None  # without reading the numbers: they may be a weight of gigabytes
+    array = constant(value)
+    return None if array is None or array.size != 1 else float(array.reshape(()))
+
+
+def readers(value: ir.Value, *, without: Sequence[str] = ()) -> list[ir.Node]:
+    """Nodes that read a value, each once, but for some operators."""
+    return [node for node in dict.fromkeys(use.node for use in value.uses()) if node.op_type not in without]
+
+
+def only_reader(value: ir.Value, *, without: Sequence[str] = ()) -> ir.Node | None:
+    """The one node that reads a value; None when there are several or none."""
+    found = readers(value, without=without)
+    return found[0] if len(found) == 1 else None
+
+
+def made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    """The node that makes a value, when it is of this operator."""
+    node = None if value is None else value.producer()
+    return node if node is not None and node.op_type == op_type else None
+
+
+def permutes(node: ir.Node | None, *permutation: int) -> bool:
+    """Whether a node is a Transpose by this permutation."""
+    return (
+        node is not None and node.op_type == "Transpose" and tuple(node.attributes.get_ints("perm", ())) == permutation
+    )
+
+
+class Writer:
+    """Adds nodes and constants to a graph under names of their own; `finish` puts everything in order."""
+
+    def __init__(self, model: ir.Model, prefix: str) -> None:
+        """prefix: of the new names; one pass, one prefix."""
+        self.model = model
+        self.graph = model.graph
+        self._prefix = prefix
+        self._taken = {value.name for node in model.graph for value in node.outputs} | set(model.graph.initializers)
+        self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
+
+    def emit(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: Mapping[str, Any] | None = None,
+        *,
+        domain: str = "",
+        outputs: int = 1,
+        name: str = "",
+    ) -> list[ir.Value]:
+        """Append a node and return its outputs."""
+        if domain:
+            self.graph.opset_imports.setdefault(domain, 1)
+        label = self._free(name or op_type)
+        node = ir.node(op_type, inputs, attributes or {}, domain=domain, num_outputs=outputs, name=label)
+        for number, value in enumerate(node.outputs):
+            value.name = f"{label}_output_{number}"
+        self.graph.append(node)
+        return list(node.outputs)
+
+    def one(
+        self, op_type: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Any] | None = None, **more: Any
+    ) -> ir.Value:
+        """Append a node with a single output and return that."""
+        return self.emit(op_type, inputs, attributes, **more)[0]
+
+    def constant(self, array: np.ndarray, name: str = "") -> ir.Value:
+        """A constant; equal small ones are one."""
+        key = (str(array.dtype), array.shape, array.tobytes() if array.size <= 16 else b"")
+        if array.size <= 16 and key in self._constants:
+            return self._constants[key]
+        tensor = ir.tensor(array, name=self._free(name or "constant"))
+        value = ir.Value(
+            name=tensor.name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+        )
+        self.graph.register_initializer(value)
+        self._constants[key] = value
+        return value
+
+    def integers(self, *numbers: int) -> ir.Value:
+        """A constant vector (count,) int64."""
+        return self.constant(np.array(numbers, dtype=np.int64))
+
+    def replace_output(self, old: ir.Value, new: ir.Value) -> None:
+        """Let `new` be what `old` was to its readers and to the graph's outputs, under its name."""
+        new.shape, new.type = old.shape, old.type
+        if old.is_graph_output():
+            name = old.name
+            old.name = self._free(f"{name}_before")
+            new.name = name
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+
+    def finish(self) -> None:
+        """Sort the nodes, say nothing twice, and drop what nobody reads any more."""
+        from onnx_ir.passes import common
+
+        self.graph.sort()
+        common.CommonSubexpressionEliminationPass()(self.model)
+        common.RemoveUnusedNodesPass()(self.model)
+
+    def _free(self, name: str) -> str:
+        label = f"{self._prefix}/{name}"
+        number = 1
+        while label in self._taken:
+            number += 1
+            label = f"{self._prefix}/{name}_{number}"
+        self._taken.add(label)
+        return label

@@ -1,0 +1,145 @@
+"""Make an ONNX Runtime engine: the graph passes, each proven against the graph before it, then ONNX Runtime's own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trsp_deploy.errors import EngineUnavailable
+from trsp_deploy.recipe import EngineSpec
+from trsp_deploy.tools.graphs import check, decoder_io
+from trsp_deploy.tools.runners.manifest import BuiltEngine, PassOutcome
+from trsp_deploy.tools.runners.ort import OrtRunner, bindings_of, create_session
+
+ENGINE = "model.onnx"
+POSITION_KEYS = ("max_position_embeddings", "n_positions", "n_ctx")  # in config.json, by family
+
+
+def build_cpu(onnx: Path, spec: EngineSpec, folder: Path) -> BuiltEngine:
+    """Run the passes, let ONNX Runtime optimise what they left, and save that: opening does none of it again.
+
+    Writes model.onnx and model.onnx.data into `folder`. Raises EngineUnavailable when ONNX Runtime refuses the graph.
+    """
+    with tempfile.TemporaryDirectory(prefix="passes-", dir=folder) as scratch:
+        graph, passes = prepare(onnx, spec, Path(scratch))
+        session = create_session(graph, spec.backend, spec.threads, save_to=folder / ENGINE)
+    return _built(session, spec, ENGINE, folder, passes)
+
+
+def build_cuda(onnx: Path, spec: EngineSpec, folder: Path) -> BuiltEngine:
+    """Run the passes and put the graph into `folder` after a session on the GPU has accepted it.
+
+    ONNX Runtime optimises it when it is opened: a graph saved from a CUDA session carries that session's placement and
+    its copies between host and device, which only the same ONNX Runtime on the same hardware may read.
+    """
+    with tempfile.TemporaryDirectory(prefix="passes-", dir=folder) as scratch:
+        graph, passes = prepare(onnx, spec, Path(scratch))
+        session = create_session(graph, spec.backend, spec.threads)
+        for source in sorted(graph.parent.glob(f"{graph.name}*")):  # external data is found by its name
+            shutil.copy(source, folder / source.name)
+    return _built(session, spec, graph.name, folder, passes)
+
+
+def _built(session: Any, spec: EngineSpec, file: str, folder: Path, passes: tuple[PassOutcome, ...]) -> BuiltEngine:
+    inputs, outputs = bindings_of(session.get_inputs()), bindings_of(session.get_outputs())
+    decoder_io.check_decoder(inputs, outputs)
+    decoder_io.check_precision(inputs, spec.graph_precision)
+    files = tuple(sorted(path.name for path in folder.iterdir()))
+    return BuiltEngine(file, files, inputs, outputs, passes)
+
+
+def prepare(onnx: Path, spec: EngineSpec, scratch: Path) -> tuple[Path, tuple[PassOutcome, ...]]:
+    """Run the spec's passes over a decoder's graph; returns the graph that came out and what each pass did.
+
+    onnx: stays as it is. scratch: an empty folder for the graphs in between. A pass that does not fit the graph, or
+    after which the logits differ, is left out and says why: the engine is then slower, and right.
+    """
+    current, outcomes = onnx, []
+    if spec.fuse:
+        logits = _logits(current, spec)
+        for name, work in fusions(onnx).items():
+            candidate = scratch / name / onnx.name
+            outcome, found = _try(name, work, current, candidate, logits, spec)
+            outcomes.append(outcome)
+            if found is not None:
+                current, logits = candidate, found
+    if spec.precision in ("int8", "int4"):
+        current = _quantise(current, spec, scratch / "quantize" / onnx.name)
+    return current, tuple(outcomes)
+
+
+def fusions(onnx: Path) -> dict[str, Callable[[Any], int]]:
+    """The passes that leave the logits what they are, in the order in which they run."""
+    from trsp_deploy.tools.graphs.attention import fuse_attention
+    from trsp_deploy.tools.graphs.logits import cut_logits
+    from trsp_deploy.tools.graphs.projections import pack_projections
+    from trsp_deploy.tools.graphs.rotary import fuse_rotary
+
+    return {
+        "fuse-attention": fuse_attention,
+        "fuse-rotary": lambda model: fuse_rotary(model, max_positions(onnx)),
+        "pack-projections": pack_projections,
+        "cut-logits": cut_logits,
+    }
+
+
+def max_positions(onnx: Path) -> int:
+    """The longest text of the model, from the config.json that an export leaves beside its graph; raises NoMatch."""
+    from trsp_deploy.tools.graphs.nodes import NoMatch
+
+    config = onnx.with_name("config.json")
+    values = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    found = next((values[key] for key in POSITION_KEYS if key in values), None)
+    if not isinstance(found, int):
+        raise NoMatch(f"no config.json beside {onnx} says how long a text may be")
+    return found
+
+
+def _try(
+    name: str, work: Callable[[Any], int], before: Path, after: Path, expected: np.ndarray, spec: EngineSpec
+) -> tuple[PassOutcome, np.ndarray | None]:
+    """Run one pass; returns what it did and, when it is kept, the new graph's logits."""
+    import onnx_ir as ir
+
+    from trsp_deploy.tools.graphs.nodes import NoMatch
+
+    model = ir.load(before)
+    try:
+        changed = work(model)
+    except NoMatch as problem:
+        return PassOutcome(name=name, reason=str(problem)), None
+    if not changed:
+        return PassOutcome(name=name, reason="there is nothing to change"), None
+    after.parent.mkdir()
+    ir.save(model, after, external_data=f"{after.name}.data")
+    try:
+        logits = _logits(after, spec)
+    except EngineUnavailable as problem:  # the form fits and the kernel has limits of its own
+        return PassOutcome(name=name, reason=str(problem).partition(": ")[2]), None
+    error, tolerance = check.difference(expected, logits), check.TOLERANCES[spec.graph_precision]
+    if error > tolerance:
+        reason = f"the logits would differ by {error:.2g} standard deviations (tolerance {tolerance:g})"
+        return PassOutcome(name=name, error=error, reason=reason), None
+    return PassOutcome(name=name, changed=changed, error=error), logits
+
+
+def _logits(graph: Path, spec: EngineSpec) -> np.ndarray:
+    with OrtRunner(graph, backend=spec.backend, threads=spec.threads) as runner:
+        return check.sample_logits(runner, runner.vocabulary)
+
+
+def _quantise(graph: Path, spec: EngineSpec, out: Path) -> Path:
+    import onnx_ir as ir
+
+    from trsp_deploy.tools.graphs.quantize import quantize
+
+    model = quantize(ir.load(graph), 8 if spec.precision == "int8" else 4, spec.block_size)
+    out.parent.mkdir()
+    ir.save(model, out, external_data=f"{out.name}.data")
+    return out
