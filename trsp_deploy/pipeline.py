@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import yaml
 from transformers import AutoConfig
@@ -45,6 +46,7 @@ AUTO_ENGINES = {
     "cuda": ("ort-cuda-fp16", "tensorrt-fp16", "tensorrt-rtx-fp16"),
 }
 PARITY_PROMPTS = (40, 23)  # tokens; unequal, so that left padding is part of the check
+ENGINE_TOKENS = 512  # of calibration text that an engine's choices are made on
 
 
 class Done(Strict):
@@ -336,14 +338,30 @@ class Pipeline:
     def _build(self, spec: EngineSpec, role: Role) -> EngineManifest:
         model = self.onnx(role, spec.graph_precision)
         folder = self._engine_path(spec, role)
+        inputs: dict[str, Path | str] = {
+            "onnx": self.run.path / model.folder,
+            "backend": package_version(spec.backend),
+        }
+        if spec.precision == "int8":
+            inputs["calibration"] = self._calibration_texts().fingerprint
         return self.run.step(
             f"build-{spec.name}-{role}",
-            lambda: build.build_engine(self.run.path / model.folder / export.FILE, spec, folder),
+            lambda: build.build_engine(
+                self.run.path / model.folder / export.FILE, spec, folder, self._engine_calibration(spec)
+            ),
             EngineManifest,
             settings=spec,
-            inputs={"onnx": self.run.path / model.folder, "backend": package_version(spec.backend)},
+            inputs=inputs,
             outputs=[folder.relative_to(self.run.path).as_posix()],
         )
+
+    def _engine_calibration(self, spec: EngineSpec) -> np.ndarray | None:
+        """(1, tokens) of calibration text for an engine that has choices to make; None for the others."""
+        if spec.precision != "int8":
+            return None
+        train, _ = self._calibration_windows()
+        tokens: np.ndarray = train.flatten()[None, :ENGINE_TOKENS].numpy()
+        return tokens
 
     # -- parity, speed, quality --------------------------------------------------------------------------------------
 

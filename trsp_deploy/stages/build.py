@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+
 from trsp_deploy.artifacts import fingerprint, provenance, write_json, writing
 from trsp_deploy.errors import EngineUnavailable, RunError
 from trsp_deploy.recipe import EngineSpec
@@ -18,10 +20,11 @@ from trsp_deploy.tools.runners.requirements import package_version
 from trsp_deploy.tools.runners.trt import BUILD_LOG
 
 
-def build_engine(onnx: Path, spec: EngineSpec, folder: Path) -> EngineManifest:
+def build_engine(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.ndarray | None = None) -> EngineManifest:
     """Build `spec`'s engine from an ONNX file into `folder`, whole or not at all.
 
     onnx: a decoder's model.onnx; external data stands beside it under names that begin with the file's own.
+    calibration: (batch, sequence) int64 tokens of real text, by which an int8 engine chooses what stays in blocks.
     folder: replaced if it exists. Holds the engine, manifest.json and, for TensorRT, build.log.
     Raises EngineUnavailable with the reason when this machine cannot build it or the backend refuses the graph
     (TensorRT's log is then kept as `<folder>-failed.log`), EngineSpecError when the spec itself is at fault, RunError
@@ -33,7 +36,7 @@ def build_engine(onnx: Path, spec: EngineSpec, folder: Path) -> EngineManifest:
     began = time.perf_counter()
     with writing(folder) as partial, _log_of_failure(partial, folder.with_name(f"{folder.name}-failed.log")):
         partial.mkdir()
-        built = BACKENDS[spec.backend].build(onnx, spec, partial)
+        built = BACKENDS[spec.backend].build(onnx, spec, partial, calibration)
         manifest = EngineManifest(
             name=spec.name,
             spec=spec,

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.recipe import Backend, EngineSpec
 from trsp_deploy.tools.runners import ort, ort_build, trt
@@ -34,7 +36,8 @@ class BackendSupport:
     package: Package  # with the command that installs it
     check_build: Callable[[EngineSpec], None]
     check_run: Callable[[EngineSpec], None]
-    build: Callable[[Path, EngineSpec, Path], BuiltEngine]  # ONNX file, spec, folder to write into
+    # ONNX file, spec, folder to write into, calibration tokens (batch, sequence) or None
+    build: Callable[[Path, EngineSpec, Path, np.ndarray | None], BuiltEngine]
     open: Callable[[Path, EngineManifest], Runner]
 
 
@@ -57,14 +60,14 @@ BACKENDS: dict[Backend, BackendSupport] = {
         package=PACKAGES["tensorrt"],
         check_build=trt.check_build,
         check_run=trt.check_run,
-        build=trt.build,
+        build=lambda onnx, spec, folder, calibration: trt.build(onnx, spec, folder),
         open=trt.open_engine,
     ),
     "tensorrt-rtx": BackendSupport(
         package=PACKAGES["tensorrt-rtx"],
         check_build=trt.check_build,
         check_run=trt.check_run,
-        build=trt.build,
+        build=lambda onnx, spec, folder, calibration: trt.build(onnx, spec, folder),
         open=trt.open_engine,
     ),
 }

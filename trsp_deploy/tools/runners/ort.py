@@ -204,17 +204,25 @@ class OrtRunner(Runner):
 
     def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray, *, last_only: bool = False) -> np.ndarray:
         batch, sequence = input_ids.shape
-        ort = load_package(self.backend)
+        allocate, device = load_package(self.backend).OrtValue.ortvalue_from_shape_and_type, DEVICES[self.backend]
         self._capacity = max(self.reserve, sequence + CHUNK) if self._in_place else 0
-        self._cache = {}
-        for name in decoder_io.cache_inputs(self._inputs):
-            dtype, shape = self._inputs[name]
-            empty = decoder_io.input_shape(name, shape, batch=batch, sequence=sequence, past=self._capacity)
-            self._cache[name] = ort.OrtValue.ortvalue_from_shape_and_type(
-                list(empty), np.dtype(dtype).type, DEVICES[self.backend], 0
-            )
+        self._cache = {
+            name: allocate(list(shape), np.dtype(dtype).type, device, 0)
+            for name, (dtype, shape) in self._cache_shapes(batch, self._capacity).items()
+        }
         self._bind_cache()
         return self._step(input_ids, attention_mask, keep=1 if last_only else 0)
+
+    def empty_cache(self, batch: int) -> dict[str, np.ndarray]:
+        """The cache of a text that has not begun, by input name: what a session is fed that is driven from outside."""
+        return {name: np.zeros(shape, dtype) for name, (dtype, shape) in self._cache_shapes(batch, 0).items()}
+
+    def _cache_shapes(self, batch: int, past: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        inputs = {name: self._inputs[name] for name in decoder_io.cache_inputs(self._inputs)}
+        return {
+            name: (dtype, decoder_io.input_shape(name, shape, batch=batch, sequence=0, past=past))
+            for name, (dtype, shape) in inputs.items()
+        }
 
     def decode(self, input_ids: np.ndarray) -> np.ndarray:
         if self._attention_mask is None:

@@ -18,28 +18,29 @@ from trsp_deploy.tools.runners.manifest import BuiltEngine, PassOutcome
 from trsp_deploy.tools.runners.ort import OrtRunner, bindings_of, create_session
 
 ENGINE = "model.onnx"
+CALIBRATION_TOKENS = 256
 POSITION_KEYS = ("max_position_embeddings", "n_positions", "n_ctx")  # in config.json, by family
 
 
-def build_cpu(onnx: Path, spec: EngineSpec, folder: Path) -> BuiltEngine:
+def build_cpu(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.ndarray | None) -> BuiltEngine:
     """Run the passes, let ONNX Runtime optimise what they left, and save that: opening does none of it again.
 
     Writes model.onnx and model.onnx.data into `folder`. Raises EngineUnavailable when ONNX Runtime refuses the graph.
     """
     with tempfile.TemporaryDirectory(prefix="passes-", dir=folder) as scratch:
-        graph, passes = prepare(onnx, spec, Path(scratch))
+        graph, passes = prepare(onnx, spec, Path(scratch), calibration)
         session = create_session(graph, spec.backend, spec.threads, save_to=folder / ENGINE)
     return _built(session, spec, ENGINE, folder, passes)
 
 
-def build_cuda(onnx: Path, spec: EngineSpec, folder: Path) -> BuiltEngine:
+def build_cuda(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.ndarray | None) -> BuiltEngine:
     """Run the passes and put the graph into `folder` after a session on the GPU has accepted it.
 
     ONNX Runtime optimises it when it is opened: a graph saved from a CUDA session carries that session's placement and
     its copies between host and device, which only the same ONNX Runtime on the same hardware may read.
     """
     with tempfile.TemporaryDirectory(prefix="passes-", dir=folder) as scratch:
-        graph, passes = prepare(onnx, spec, Path(scratch))
+        graph, passes = prepare(onnx, spec, Path(scratch), calibration)
         session = create_session(graph, spec.backend, spec.threads)
         for source in sorted(graph.parent.glob(f"{graph.name}*")):  # external data is found by its name
             shutil.copy(source, folder / source.name)
@@ -54,10 +55,13 @@ def _built(session: Any, spec: EngineSpec, file: str, folder: Path, passes: tupl
     return BuiltEngine(file, files, inputs, outputs, passes)
 
 
-def prepare(onnx: Path, spec: EngineSpec, scratch: Path) -> tuple[Path, tuple[PassOutcome, ...]]:
+def prepare(
+    onnx: Path, spec: EngineSpec, scratch: Path, calibration: np.ndarray | None = None
+) -> tuple[Path, tuple[PassOutcome, ...]]:
     """Run the spec's passes over a decoder's graph; returns the graph that came out and what each pass did.
 
-    onnx: stays as it is. scratch: an empty folder for the graphs in between. A pass that does not fit the graph, or
+    onnx: stays as it is. scratch: an empty folder for the graphs in between. calibration: (batch, sequence) tokens of
+    real text, for int8; None takes random ones. A pass that does not fit the graph, or
     after which the logits differ, is left out and says why: the engine is then slower, and right.
     """
     current, outcomes = onnx, []
@@ -70,7 +74,8 @@ def prepare(onnx: Path, spec: EngineSpec, scratch: Path) -> tuple[Path, tuple[Pa
             if found is not None:
                 current, logits = candidate, found
     if spec.precision in ("int8", "int4"):
-        current = _quantise(current, spec, scratch / "quantize" / onnx.name)
+        ids = _some_tokens(onnx) if calibration is None else calibration
+        current = _quantise(current, spec, scratch / "quantize" / onnx.name, ids)
     return current, tuple(outcomes)
 
 
@@ -134,12 +139,35 @@ def _logits(graph: Path, spec: EngineSpec) -> np.ndarray:
         return check.sample_logits(runner, runner.vocabulary)
 
 
-def _quantise(graph: Path, spec: EngineSpec, out: Path) -> Path:
+def _quantise(graph: Path, spec: EngineSpec, out: Path, ids: np.ndarray) -> Path:
     import onnx_ir as ir
 
-    from trsp_deploy.tools.graphs.quantize import quantize
+    from trsp_deploy.tools.graphs import quantize
+    from trsp_deploy.tools.graphs.nodes import NoMatch
 
-    model = quantize(ir.load(graph), 8 if spec.precision == "int8" else 4, spec.block_size)
     out.parent.mkdir()
+    model = ir.load(graph)
+    try:
+        if spec.precision == "int4":
+            model = quantize.quantize_int4(model, spec.block_size)
+        else:
+            with OrtRunner(graph, threads=spec.threads) as runner:
+                past = runner.empty_cache(len(ids))
+            signal = quantize.measure_signal(model, past, ids, out.parent)
+            model = quantize.quantize_int8(model, spec.block_size, signal, out.parent)
+    except NoMatch as problem:
+        raise EngineUnavailable(f"{graph}: cannot be quantised: {problem}") from problem
     ir.save(model, out, external_data=f"{out.name}.data")
     return out
+
+
+def _some_tokens(onnx: Path) -> np.ndarray:
+    """Random tokens (1, tokens) where no text is at hand: massive activations depend on the model more than on it."""
+    from trsp_deploy.tools.graphs.nodes import NoMatch
+
+    try:
+        length = min(CALIBRATION_TOKENS, max_positions(onnx))
+    except NoMatch:
+        length = CALIBRATION_TOKENS
+    with OrtRunner(onnx) as runner:
+        return np.random.default_rng(0).integers(runner.vocabulary, size=(1, length))
