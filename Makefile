@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow test-network check format gpu quality quality-report bench-train clean
+.PHONY: demo test test-slow test-network check format gpu quality quality-report bench-train bench-engines clean
 
 demo: $(READY) ## prune a real model, build its engines and judge them: about 11 minutes on 2 cores
 	$(BIN)/trsp-deploy fetch smollm2-135m exl-wiki wiki-demo c4-demo
@@ -40,6 +40,10 @@ bench-train: $(READY) ## stage 2 against Hugging Face's Trainer on the same batc
 	$(BIN)/trsp-deploy fetch smollm2-135m exl-wiki
 	$(BIN)/python -m benchmarks.bench_train $(if $(QUICK),--quick) $(ARGS)
 
+bench-engines: $(READY) .venv-peers/.ready ## ours against Optimum, onnxruntime-genai and llama.cpp; QUICK=1: a few minutes
+	$(BIN)/trsp-deploy fetch smollm2-135m wiki-demo
+	$(BIN)/python -m benchmarks.engines $(if $(QUICK),--quick) $(ARGS)
+
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -54,5 +58,14 @@ $(VENV)/.ready-eval: $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[cpu,rtx,dev,eval]'
 	touch $@
 
+# Other engines, in an environment of their own: onnxruntime-genai's builder needs another transformers. llama.cpp is compiled,
+# minutes long, and left out where it does not compile.
+.venv-peers/.ready:
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install --quiet --disable-pip-version-check \
+	    'onnxruntime-genai>=0.18,<0.19' 'onnxruntime>=1.31,<1.33' 'transformers>=5.17,<6' 'torch>=2.13,<2.16' onnx-ir
+	-.venv-peers/bin/pip install --quiet --disable-pip-version-check 'llama-cpp-python>=0.3.16,<0.4'
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .venv-peers runs

@@ -65,6 +65,13 @@ PlanMemory = Annotated[
 IgnoreMemory = Annotated[bool, typer.Option("--ignore-memory", help="Train even if the estimate does not fit.")]
 Json = Annotated[bool, typer.Option("--json", help="End stdout with one JSON line; all else goes to stderr.")]
 Run = Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")]
+OptionalRun = Annotated[Path | None, typer.Argument(help="Folder of a run.", metavar="RUN")]
+OnnxFile = Annotated[
+    Path | None, typer.Option("--onnx", help="Build from this decoder's ONNX file instead of a run.", metavar="FILE")
+]
+BuildOut = Annotated[
+    Path | None, typer.Option("--out", help="Folder of the engine that --onnx is built into.", metavar="DIR")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -145,8 +152,19 @@ def export(run: Run, sets: Sets = None, as_json: Json = False) -> None:
         )
 
 
-def build(run: Run, engine: Engines = None, sets: Sets = None, as_json: Json = False) -> None:
-    """Build engines for dense and pruned."""
+def build(
+    run: OptionalRun = None,
+    engine: Engines = None,
+    onnx: OnnxFile = None,
+    out: BuildOut = None,
+    sets: Sets = None,
+    as_json: Json = False,
+) -> None:
+    """Build engines for a run's dense and pruned models, or one engine from any decoder's ONNX file."""
+    if onnx is not None:
+        return _build_from_onnx(run, onnx, engine or [], out, as_json)
+    if run is None or out is not None:
+        raise RecipeError("build: give a run's folder, or --onnx FILE with --engine E and --out DIR")
     with _existing(run, engine, None, sets) as job:
         outcomes = job.build()
         lines = []
@@ -165,6 +183,21 @@ def build(run: Run, engine: Engines = None, sets: Sets = None, as_json: Json = F
             },
             "\n".join(lines),
         )
+
+
+def _build_from_onnx(run: Path | None, onnx: Path, engines: list[str], out: Path | None, as_json: bool) -> None:
+    if run is not None or len(engines) != 1 or out is None:
+        raise RecipeError("build --onnx FILE: needs one --engine and --out DIR, and no run's folder")
+    from trsp_deploy.stages.build import build_engine
+    from trsp_deploy.tools.library import load_engine_spec
+    from trsp_deploy.tools.quiet import quiet_libraries
+
+    spec = load_engine_spec(engines[0])
+    with quiet_libraries():
+        manifest = build_engine(onnx, spec, out)
+    size = f"{manifest.size_bytes / 1e6:.0f} MB"
+    text = f"{out}: {spec.name}, {size}, built in {manifest.build_s:.0f} s (`trsp-deploy inspect {out}`)"
+    _print_json(as_json, {"engine": manifest.model_dump(mode="json")}, text)
 
 
 def bench(run: Run, engine: Engines = None, sets: Sets = None, as_json: Json = False) -> None:

