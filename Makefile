@@ -48,10 +48,13 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# The stamp comes last, so that an interrupted installation is taken up again.
+# The stamp comes last, so that an interrupted installation is taken up again. The bindings of TensorRT 10 and 11 are for the
+# contract tests alone, which skip without them; they cannot be installed into one environment.
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[cpu,rtx,dev]'
+	-$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/tensorrt-bindings/10 'tensorrt-cu12-bindings==10.16.*'
+	-$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/tensorrt-bindings/11 'tensorrt-cu13-bindings==11.4.*'
 	touch $(READY)
 
 $(VENV)/.ready-eval: $(READY)

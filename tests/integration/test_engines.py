@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 from trsp_deploy.errors import EngineUnavailable, RunError
 from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.stages.build import build_engine, onnx_sha256
+from trsp_deploy.tools import runners
 from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.quiet import quiet_libraries
 from trsp_deploy.tools.runners import EngineManifest, Runner, open_engine, ort, read_manifest
@@ -229,6 +230,16 @@ def test_engine_of_another_version_is_refused(export: Export, tmp_path: Path) ->
     older = manifest.model_copy(update={"backend_version": "1.0.0"})
     (tmp_path / "engine" / "manifest.json").write_text(older.model_dump_json())
     with pytest.raises(EngineUnavailable, match=r"built with onnxruntime-cpu 1\.0\.0, here is .*; build it again"):
+        open_engine(tmp_path / "engine")
+
+
+def test_engine_of_another_gpu_is_refused(export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = build_engine(export("opt", "fp32"), load_engine_spec("ort-cpu-fp32"), tmp_path / "engine")
+    assert manifest.gpu is None, "an engine for a CPU is bound to no GPU"
+    bound = manifest.model_copy(update={"gpu": "sm90"})
+    (tmp_path / "engine" / "manifest.json").write_text(bound.model_dump_json())
+    monkeypatch.setattr(runners, "bound_gpu", lambda backend: "sm89")
+    with pytest.raises(EngineUnavailable, match=r"compute capability sm90, here is sm89; build it again"):
         open_engine(tmp_path / "engine")
 
 

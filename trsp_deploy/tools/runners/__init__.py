@@ -13,7 +13,7 @@ from trsp_deploy.recipe import Backend, EngineSpec
 from trsp_deploy.tools.runners import ort, ort_build, trt
 from trsp_deploy.tools.runners.base import Runner
 from trsp_deploy.tools.runners.manifest import BuiltEngine, EngineManifest, check_manifest, read_manifest
-from trsp_deploy.tools.runners.requirements import PACKAGES, Package, package_version
+from trsp_deploy.tools.runners.requirements import PACKAGES, Package, cuda_devices, package_version
 
 __all__ = [
     "BACKENDS",
@@ -22,6 +22,7 @@ __all__ = [
     "EngineManifest",
     "EngineUnavailable",
     "Runner",
+    "bound_gpu",
     "check_can_build",
     "check_can_run",
     "open_engine",
@@ -83,6 +84,19 @@ def check_can_run(spec: EngineSpec) -> None:
     BACKENDS[spec.backend].check_run(spec)
 
 
+def bound_gpu(backend: Backend) -> str | None:
+    """Compute capability of this machine's first GPU, where the backend's engines run on no other; else None.
+
+    TensorRT compiles for the GPU at hand; TensorRT-RTX for the capabilities that its spec names, and ONNX Runtime for none.
+    """
+    if backend != "tensorrt":
+        return None
+    try:
+        return cuda_devices()[0].compute_capability
+    except EngineUnavailable:
+        return None  # building and running say so themselves
+
+
 def open_engine(folder: Path) -> Runner:
     """A runner for the engine in `folder`; nothing is loaded until it is entered.
 
@@ -90,5 +104,5 @@ def open_engine(folder: Path) -> Runner:
     when the backend's version is not the one that built it.
     """
     manifest = read_manifest(folder)
-    check_manifest(folder, manifest, package_version(manifest.spec.backend))
+    check_manifest(folder, manifest, package_version(manifest.spec.backend), bound_gpu(manifest.spec.backend))
     return BACKENDS[manifest.spec.backend].open(folder, manifest)

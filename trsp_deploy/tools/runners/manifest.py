@@ -44,6 +44,7 @@ class EngineManifest(Strict):
     onnx_sha256: str  # over the ONNX file and its external data
     spec_sha256: str
     backend_version: str
+    gpu: str | None = None  # compute capability such as "sm89" that the engine is bound to; None for any
     file: str
     files: dict[str, str]  # name -> SHA-256; logs are not among them
     size_bytes: int
@@ -71,9 +72,13 @@ def read_manifest(folder: Path) -> EngineManifest:
         ) from problem
 
 
-def check_manifest(folder: Path, manifest: EngineManifest, backend_version: str) -> None:
-    """Raise EngineUnavailable when the files or the backend are not those of the build."""
+def check_manifest(folder: Path, manifest: EngineManifest, backend_version: str, gpu: str | None) -> None:
+    """Raise EngineUnavailable when the files, the backend or the GPU (None: not known) are not those of the build."""
     again = build_command(manifest.name)
+    if manifest.gpu is not None and gpu is not None and manifest.gpu != gpu:
+        raise EngineUnavailable(
+            f"engine {manifest.name} was built for a GPU of compute capability {manifest.gpu}, here is {gpu}; {again}"
+        )
     if manifest.backend_version != backend_version:
         raise EngineUnavailable(
             f"engine {manifest.name} was built with {manifest.spec.backend} {manifest.backend_version}, "

@@ -1,0 +1,117 @@
+"""What trt.py asks of TensorRT's Python bindings, read out of its own source, against one real set of bindings.
+
+    python tests/tensorrt_contract.py tensorrt       # run where `tensorrt` imports; prints one JSON line
+
+Which object a name in trt.py stands for is in RECEIVERS; every attribute, method and enum member that is used on it has
+to exist, and every call to have a signature that takes as many arguments.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import json
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from trsp_deploy.tools.runners import trt as runner
+
+RECEIVERS = {
+    "builder": "Builder",
+    "network": "INetworkDefinition",
+    "parser": "OnnxParser",
+    "error": "ParserError",
+    "tensor": "ITensor",
+    "config": "IBuilderConfig",
+    "result": "IOptimizationProfile",
+    "self._runtime": "Runtime",
+    "self._engine": "ICudaEngine",
+    "self._context": "IExecutionContext",
+}
+# trt.py asks for these behind a hasattr, or on a torch tensor of the same name.
+RTX_ONLY = {"ComputeCapability", "num_compute_capabilities", "set_compute_capability"}
+OF_TORCH = {"ITensor.data_ptr"}
+
+
+def uses(source: str) -> set[tuple[str, int | None]]:
+    """Dotted names below the module, such as `Builder.create_network`, each with its number of arguments if called."""
+    found: set[tuple[str, int | None]] = set()
+    tree = ast.parse(source)
+    called = {id(node.func): node for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Attribute):
+            continue
+        base, attribute = ast.unparse(node.value), node.attr
+        call = called.get(id(node))
+        spread = call is not None and any(isinstance(argument, ast.Starred) for argument in call.args)
+        arguments = None if call is None or spread else len(call.args) + len(call.keywords)
+        if base in ("trt", "self._trt"):
+            found.add((attribute, None))
+        elif base.startswith(("trt.", "self._trt.")):
+            found.add((f"{base.split('trt.', 1)[1]}.{attribute}", arguments if attribute != "__init__" else None))
+        elif base in RECEIVERS:
+            found.add((f"{RECEIVERS[base]}.{attribute}", arguments))
+    return {(name, count) for name, count in found if name not in OF_TORCH}
+
+
+def broken(module: ModuleType, name: str, arguments: int | None, rtx: bool) -> str | None:
+    """Why a use does not hold; None where it does."""
+    if not rtx and RTX_ONLY & set(name.split(".")):
+        return None
+    thing: Any = module
+    for part in name.split("."):
+        if not hasattr(thing, part):
+            return f"{name}: no '{part}' in {getattr(thing, '__name__', thing)}"
+        thing = getattr(thing, part)
+    if arguments is None or not callable(thing):
+        return None
+    ranges = signatures(thing)
+    if ranges and not any(low <= arguments <= high for low, high in ranges):
+        return f"{name}: called with {arguments} arguments, takes {ranges}"
+    return None
+
+
+def signatures(function: Any) -> list[tuple[int, int]]:
+    """(fewest, most) arguments of each overload, without self, as pybind11 writes them into the docstring."""
+    found = []
+    for parameters in re.findall(r"^(?:\d+\. )?\w+\((.*)\) -> ", inspect.getdoc(function) or "", flags=re.MULTILINE):
+        depth, names = 0, [""]
+        for letter in parameters:
+            depth += (letter in "[(") - (letter in "])")
+            if letter == "," and depth == 0:
+                names.append("")
+            else:
+                names[-1] += letter
+        own = [name.strip() for name in names if name.strip() and not name.strip().startswith("self")]
+        found.append((sum("=" not in name for name in own), len(own)))
+    return found
+
+
+def main() -> int:
+    """Check every use; then make what can be made without TensorRT's own libraries."""
+    module = importlib.import_module(sys.argv[1])
+    wanted = uses(Path(runner.__file__).read_text(encoding="utf-8"))
+    rtx = hasattr(module, "ComputeCapability")
+    reasons = [reason for name, count in sorted(wanted, key=str) if (reason := broken(module, name, count, rtx))]
+    log = runner._logger(module)  # a subclass of the bindings' own logger
+    log.log(module.ILogger.ERROR, "as\nsaid")
+    print(
+        json.dumps(
+            {
+                "version": module.__version__,
+                "uses": sorted(name for name, _ in wanted),
+                "broken": reasons,
+                "logged": log.complaint(),
+                "strongly_typed": 1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED),
+            }
+        )
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
