@@ -23,7 +23,7 @@ from trsp_deploy.tools.quiet import quiet_libraries
 
 HEAD_BITS, HEAD_BLOCK = 8, 32
 ACCURACY_LEVEL = 4  # of MatMulNBits: activations in int8 too, so that products run in integers
-SIGNAL = 22.0  # decibels of the median token; below it a product is not quantised with one scale a tensor
+SIGNAL = 21.0  # decibels of the median token; below it a product is not quantised with one scale a tensor
 
 
 def quantize_int4(model: ir.Model, block_size: int) -> ir.Model:

@@ -87,7 +87,7 @@ def check_can_run(spec: EngineSpec) -> None:
 def bound_gpu(backend: Backend) -> str | None:
     """Compute capability of this machine's first GPU, where the backend's engines run on no other; else None.
 
-    TensorRT compiles for the GPU at hand; TensorRT-RTX for the capabilities that its spec names, and ONNX Runtime for none.
+    TensorRT compiles for the GPU at hand, TensorRT-RTX for the capabilities that its spec names, ONNX Runtime for none.
     """
     if backend != "tensorrt":
         return None
