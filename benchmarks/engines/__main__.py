@@ -15,17 +15,20 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from benchmarks.engines import subjects
 from benchmarks.engines.peers import negative_log_likelihood
-from trsp_deploy.artifacts import provenance
+from benchmarks.pages import markdown, put_between_markers
+from trsp_deploy.artifacts import Provenance, provenance, writing
 from trsp_deploy.decoder import decoder_size
 from trsp_deploy.errors import EngineUnavailable, TrspError
+from trsp_deploy.recipe import Strict
 from trsp_deploy.stages.bench import Worker
 from trsp_deploy.tools.limits import decode_bytes, speed_limit
 from trsp_deploy.tools.packaged import find_asset
@@ -33,6 +36,7 @@ from trsp_deploy.tools.runners import open_engine
 from trsp_deploy.tools.statistics import speedup
 
 RESULTS = Path("benchmarks/results/engines-cpu.json")
+PAGES = (Path("docs/engines.md"),)
 PRECISIONS = ("fp32", "int8", "int4")
 PROMPT, NEW_TOKENS, ROUNDS = 128, 128, 5
 LONG_PROMPT, LONG_NEW, CONTEXT = 1900, 32, 2048
@@ -58,28 +62,56 @@ TARGETS: dict[str, tuple[float, str, str]] = {
 Samples = dict[str, list[dict[str, Any]]]  # contender -> one block a round
 
 
+class Found(Strict):
+    """What a run of the bench found: raw samples and what they were taken on."""
+
+    machine: Provenance
+    samples: dict[str, list[dict[str, Any]]]  # contender -> one block a round
+    absent: dict[str, str]  # contender -> why it took no part
+    perplexity: dict[str, float]
+    bandwidth_bytes_per_s: float
+
+
 def main() -> int:
     """Measure and report."""
     options = _parse()
-    rounds, new_tokens = (2, 16) if options.quick else (ROUNDS, NEW_TOKENS)
     try:
-        samples, absent = _race(_contenders(options.peers), _prompt(1, PROMPT), new_tokens, rounds)
-        samples |= _lengths_and_batches(rounds, 8 if options.quick else LONG_NEW)
-        for name in ("opt-125m", "gpt2"):
-            raced, missing = _race(_pair(name), _prompt(1, PROMPT), new_tokens, rounds)
-            samples, absent = samples | raced, absent | missing
-        bandwidth = measure_bandwidth()
-        perplexities = _perplexities(options.peers)
+        if options.report:
+            found = Found.model_validate_json(RESULTS.read_text(encoding="utf-8"))
+            for page in PAGES:
+                put_between_markers(page, markdown_text(found), "engines")
+        else:
+            found = run(options)
+        print(text(found))
+        print(json.dumps(verdict(figures(found.samples, found.bandwidth_bytes_per_s, found.perplexity))))
+    except (OSError, ValidationError) as problem:
+        print(f"error: {RESULTS}: {problem}; `make bench-engines` writes it", file=sys.stderr)
+        return 1
     except TrspError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return problem.exit_code
-    values = figures(samples, bandwidth, perplexities)
-    _print_table(samples, absent, perplexities, bandwidth)
-    if not options.quick:
-        raw = {"samples": samples, "absent": absent, "perplexity": perplexities, "bandwidth_bytes_per_s": bandwidth}
-        RESULTS.write_text(json.dumps({"machine": provenance().model_dump(mode="json"), **raw}) + "\n")
-    print(json.dumps(verdict(values)))
     return 0
+
+
+def run(options: argparse.Namespace) -> Found:
+    """Time everything in turn, and keep the raw samples unless the run was only to show that it works."""
+    rounds, new_tokens = (2, 16) if options.quick else (ROUNDS, NEW_TOKENS)
+    samples, absent = _race(_contenders(options.peers), _prompt(1, PROMPT), new_tokens, rounds)
+    samples |= _lengths_and_batches(rounds, 8 if options.quick else LONG_NEW)
+    for name in ("opt-125m", "gpt2"):
+        raced, missing = _race(_pair(name), _prompt(1, PROMPT), new_tokens, rounds)
+        samples, absent = samples | raced, absent | missing
+    found = Found(
+        machine=provenance(),
+        samples=samples,
+        absent=absent,
+        perplexity=_perplexities(options.peers),
+        bandwidth_bytes_per_s=measure_bandwidth(),
+    )
+    if not options.quick:
+        with writing(RESULTS) as partial:
+            partial.write_text(found.model_dump_json() + "\n", encoding="utf-8")
+    return found
 
 
 def figures(samples: Samples, bandwidth: float, perplexities: dict[str, float]) -> dict[str, float | None]:
@@ -252,28 +284,65 @@ def _genai_worker(peers: Path, precision: str) -> Iterator[Worker]:
 
 # -- the table ---------------------------------------------------------------------------------------------------------
 
-
-def _print_table(samples: Samples, absent: dict[str, str], perplexities: dict[str, float], bandwidth: float) -> None:
-    print(f"{'':24} {'prompt ms':>10} {'token ms':>9} {'tokens/s':>9} {'peak MB':>8} {'perplexity':>10}")
-    for label, blocks in samples.items():
-        token_s = _median(np.median(block["decode_s"]) for block in blocks)
-        texts = BATCH if label.endswith(f"batch {BATCH}") else 1
-        peak = max(block["peak_rss_bytes"] for block in blocks) / 1e6
-        prompt_ms = 1e3 * _median(block["prefill_s"] for block in blocks)
-        ppl = f"{perplexities[label]:.2f}" if label in perplexities else ""
-        print(f"{label:24} {prompt_ms:10.1f} {1e3 * token_s:9.2f} {texts / token_s:9.1f} {peak:8.0f} {ppl:>10}")
-    for label, reason in absent.items():
-        print(f"{label:24} not measured: {reason}")
-    print(f"memory bandwidth         {bandwidth / 1e9:.1f} GB/s")
+HEAD = ("", "prompt ms", "token ms", "tokens/s", "peak MB", "perplexity")
 
 
-def _median(values: Sequence[float] | Iterator[float]) -> float:
+def rows(found: Found) -> list[list[str]]:
+    """One line a contender: medians over rounds."""
+    return [[label, *_cells(label, blocks, found.perplexity)] for label, blocks in found.samples.items()]
+
+
+def _cells(label: str, blocks: list[dict[str, Any]], perplexity: dict[str, float]) -> list[str]:
+    token_s = _median(np.median(block["decode_s"]) for block in blocks)
+    texts = BATCH if label.endswith(f"batch {BATCH}") else 1
+    peak = max(block["peak_rss_bytes"] for block in blocks) / 1e6
+    prompt_ms = 1e3 * _median(block["prefill_s"] for block in blocks)
+    lost = f"{perplexity[label]:.2f}" if label in perplexity else ""
+    return [f"{prompt_ms:.1f}", f"{1e3 * token_s:.2f}", f"{texts / token_s:.1f}", f"{peak:.0f}", lost]
+
+
+def text(found: Found) -> str:
+    """The table for a terminal."""
+    lines = [f"{name:24}{''.join(f'{cell:>11}' for cell in cells)}" for name, *cells in (list(HEAD), *rows(found))]
+    lines += [f"{label:24} not measured: {reason}" for label, reason in found.absent.items()]
+    return "\n".join([*lines, f"memory bandwidth {found.bandwidth_bytes_per_s / 1e9:.1f} GB/s"])
+
+
+def markdown_text(found: Found) -> str:
+    """The table for a page, and every target with what was measured."""
+    values = figures(found.samples, found.bandwidth_bytes_per_s, found.perplexity)
+    met = verdict(values)["met"]
+    targets = [
+        [meaning, f"{sense} {bound:g}", "–" if values[name] is None else f"{values[name]:.2f}", _said(met[name])]
+        for name, (bound, sense, meaning) in TARGETS.items()
+    ]
+    machine = found.machine
+    packages = ", ".join(f"{name} {machine.packages[name]}" for name in ("onnxruntime", "torch"))
+    return "\n\n".join(
+        [
+            f"SmolLM2-135M unless named otherwise, prompt {PROMPT}, {NEW_TOKENS} new tokens, medians of {ROUNDS} "
+            f"rounds in turn; {machine.cpu}, {machine.cores} cores, "
+            f"{found.bandwidth_bytes_per_s / 1e9:.0f} GB/s, {packages}. "
+            "Perplexity: 8 windows of 512 tokens of wiki-demo.",
+            markdown(HEAD, rows(found)),
+            *(f"{label}: not measured ({reason})." for label, reason in found.absent.items()),
+            markdown(("ratio", "target", "measured", ""), targets),
+        ]
+    )
+
+
+def _said(met: bool) -> str:
+    return "met" if met else "**not met**"
+
+
+def _median(values: Iterator[float]) -> float:
     return float(np.median(list(values)))
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.engines", description="Our engines against others.")
     parser.add_argument("--quick", action="store_true", help="two rounds, few tokens: shows that it works")
+    parser.add_argument("--report", action="store_true", help="write the last run's table into the docs; time nothing")
     parser.add_argument(
         "--peers",
         type=Path,

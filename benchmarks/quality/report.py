@@ -8,18 +8,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.pages import markdown, put_between_markers
 from benchmarks.quality.__main__ import results_file
 from benchmarks.quality.figures import BUDGETS, TARGETS, Found, Interval, figures
 from benchmarks.quality.rows import Kind
 from benchmarks.quality.store import Store
 from benchmarks.quality.table import FULL, QUICK, Arm, rows, trained_arms
-from trsp_deploy.artifacts import writing
-from trsp_deploy.errors import RunError, TrspError
+from trsp_deploy.errors import TrspError
 
-START, END = "<!-- quality:start -->", "<!-- quality:end -->"
 DOC, README, IMAGES = Path("docs/quality.md"), Path("README.md"), Path("docs/img")
 ABSENT = "–"  # not measured yet
 
@@ -57,22 +56,11 @@ def write(found: Found) -> None:
     """Put text and plots where people read them. Raises RunError when a page has no markers."""
     from benchmarks.quality import plots
 
-    put_between_markers(DOC, full_text(found))
-    put_between_markers(README, short_table(found))
+    put_between_markers(DOC, full_text(found), "quality")
+    put_between_markers(README, short_table(found), "quality")
     if any(found.ratio("untrained", arm.name, found.texts[0]) for arm in found.table.untrained):
         plots.draw_curve(found, IMAGES / "quality-layers.png")
     plots.draw_budgets(found, IMAGES / "quality-tokens.png")
-
-
-def put_between_markers(page: Path, text: str) -> None:
-    """Replace what stands between the markers of a page; the rest of it belongs to its author."""
-    content = page.read_text(encoding="utf-8") if page.is_file() else ""
-    if content.count(START) != 1 or content.count(END) != 1 or content.index(START) > content.index(END):
-        raise RunError(f"{page}: needs one line '{START}' and below it one line '{END}'")
-    before, _, rest = content.partition(START)
-    _, _, after = rest.partition(END)
-    with writing(page) as partial:
-        partial.write_text(f"{before}{START}\n{text.strip()}\n{END}{after}", encoding="utf-8")
 
 
 def full_text(found: Found) -> str:
@@ -171,14 +159,6 @@ def short_table(found: Found) -> str:
             if any(cells):
                 body.append([label, _tokens(found, steps) if steps else "0", *map(_cell, cells)])
     return markdown(["perplexity over dense", "tokens", *found.texts], body)
-
-
-def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, or a line that says that there is nothing yet."""
-    lines = [f"| {' | '.join(cells)} |" for cells in body]
-    if not lines:
-        return "Not measured yet."
-    return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines])
 
 
 def _cell(interval: Interval | None, best: float | None = None) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.pages import put_between_markers
 from benchmarks.quality import report, store
 from benchmarks.quality.estimates import estimate_s, pace
 from benchmarks.quality.figures import TARGETS, Found, figures, over_seeds
@@ -19,6 +20,7 @@ from trsp_deploy.errors import RunError
 from trsp_deploy.results import TaskScore, ZeroShot
 
 DENSE = {"wiki": 3.0, "c4": 4.0, "alpaca": 2.5}  # nats
+START, END = "<!-- quality:start -->", "<!-- quality:end -->"
 COST = {"default": 0.2, "control": 0.22, "sleb": 0.6}  # nats that an arm loses, others 0.5
 
 
@@ -160,13 +162,13 @@ def test_report_keeps_what_is_not_its_own(tmp_path: Path, monkeypatch: pytest.Mo
     for name, file in (("DOC", "quality.md"), ("README", "README.md"), ("IMAGES", "img")):
         monkeypatch.setattr(report, name, tmp_path / file)
     for page in (report.DOC, report.README):
-        page.write_text(f"before\n{report.START}\nearlier text\n{report.END}\nafter\n")
+        page.write_text(f"before\n{START}\nearlier text\n{END}\nafter\n")
     found = Found(FULL, filled(tmp_path / "quality.jsonl", FULL))
     report.write(found)
     report.write(found)
     text = report.DOC.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "earlier text" not in text
-    assert text.count(report.START) == text.count(report.END) == 1
+    assert text.count(START) == text.count(END) == 1
     assert "| 1.234 (1.203 to 1.265) |" in text.replace("**", "") and "(one seed)" in text
     assert "TRSP, default | 131k |" in report.README.read_text()
     for name in ("quality-layers.png", "quality-tokens.png"):
@@ -177,11 +179,11 @@ def test_a_page_without_markers_is_left_alone(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("no markers")
     with pytest.raises(RunError, match="quality:start"):
-        report.put_between_markers(page, "text")
+        put_between_markers(page, "text", "quality")
     assert page.read_text() == "no markers"
 
 
 def test_the_repository_s_pages_have_their_markers() -> None:
     for page in (report.DOC, report.README):
         text = page.read_text(encoding="utf-8")
-        assert text.count(report.START) == text.count(report.END) == 1
+        assert text.count(START) == text.count(END) == 1

@@ -53,6 +53,30 @@ def permutes(node: ir.Node | None, *permutation: int) -> bool:
     )
 
 
+class Part:
+    """What makes a value of a graph out of some of the graph's inputs, to be computed for a few of them."""
+
+    def __init__(self, model: ir.Model, value: ir.Value, inputs: Sequence[str]) -> None:
+        """inputs: names; those that the graph lacks are left out. Raises NoMatch when the value needs others too."""
+        import onnx.reference
+
+        given = [found for found in model.graph.inputs if found.name in inputs]
+        try:
+            graph = ir.convenience.extract(model.graph, given, [value])
+        except ValueError as problem:
+            raise NoMatch(f"'{value.name}' does not depend on {' and '.join(inputs)} alone") from problem
+        part = ir.Model(graph, ir_version=model.ir_version)
+        ir.external_data.load_to_model(part)
+        self._names = [found.name or "" for found in given]
+        self._evaluator = onnx.reference.ReferenceEvaluator(ir.to_proto(part))
+
+    def __call__(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The value for these inputs; those that are not needed are ignored."""
+        (found,) = self._evaluator.run(None, {name: feeds[name] for name in self._names})
+        array: np.ndarray = found
+        return array
+
+
 class Writer:
     """Adds nodes and constants to a graph under names of their own; `finish` puts everything in order."""
 

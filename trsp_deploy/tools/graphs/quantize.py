@@ -43,6 +43,7 @@ def quantize_int8(model: ir.Model, block_size: int, signal: dict[str, float], sc
     signal: decibels of what each product reads (`measure_signal`). scratch: a folder for the graph in between.
     Raises NoMatch when no LM head is found.
     """
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     head = _own_head(model)
@@ -57,6 +58,7 @@ def quantize_int8(model: ir.Model, block_size: int, signal: dict[str, float], sc
             weight_type=QuantType.QInt8,
             nodes_to_exclude=[*kept, head],
             use_external_data_format=True,
+            extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},  # its shape inference ends at fused nodes
         )
     whole = ir.load(path)
     ir.external_data.load_to_model(whole)

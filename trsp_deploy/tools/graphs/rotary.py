@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from trsp_deploy.tools.graphs.attention import tokens_first
-from trsp_deploy.tools.graphs.nodes import MICROSOFT, NoMatch, Writer, constant, made_by, permutes
+from trsp_deploy.tools.graphs.nodes import MICROSOFT, NoMatch, Part, Writer, constant, made_by, permutes
 
 POSITIONS = "position_ids"
 QUERY, KEY = 0, 1  # inputs of GroupQueryAttention
@@ -61,6 +61,8 @@ def fuse_rotary(model: ir.Model, positions: int) -> int:
         node.replace_input_with(SIN, caches[query.sin])
         node.attributes["do_rotary"] = ir.AttrInt64("do_rotary", 1)
     writer.finish()
+    if not position_ids.consumers():  # one thing less to feed at every step
+        model.graph.inputs.remove(position_ids)
     return len(found)
 
 
@@ -97,17 +99,8 @@ def find_rotation(value: ir.Value | None) -> Rotation:
 
 def table(model: ir.Model, value: ir.Value, positions: int) -> np.ndarray:
     """Cosines or sines (positions, half of the rotated features) as the graph computes them; raises NoMatch."""
-    import onnx.reference
-
-    graph = model.graph
-    position_ids = next(found for found in graph.inputs if found.name == POSITIONS)
-    try:
-        part = ir.convenience.extract(graph, [position_ids], [value])
-    except ValueError as problem:
-        raise NoMatch(f"'{value.name}' does not depend on the position alone") from problem
-    proto = ir.to_proto(ir.Model(part, ir_version=model.ir_version))
-    evaluator = onnx.reference.ReferenceEvaluator(proto)
-    (whole,) = evaluator.run(None, {POSITIONS: np.arange(positions, dtype=np.int64)[None]})
+    part = Part(model, value, [POSITIONS])
+    whole = part({POSITIONS: np.arange(positions, dtype=np.int64)[None]})
     rows = whole.reshape(positions, -1)  # (1, 1, positions, features) or (1, positions, features)
     half = rows.shape[1] // 2
     if not np.array_equal(rows[:, :half], rows[:, half:]):

@@ -177,29 +177,30 @@ class OrtRunner(Runner):
         self._binding: Any = None  # an IOBinding; with the cache in place it is made once and holds the cache
         self._cache: dict[str, Any] = {}  # input name -> OrtValue (batch, heads, past or capacity, head_dim)
         self._capacity = 0  # tokens that the cache has room for, where it is written in place
-        self._output_names: list[str] = []
+        self._outputs: decoder_io.Bindings = {}
+        self._logits: np.ndarray | None = None  # (batch, positions, vocabulary), bound
+        self._tokens: dict[str, np.ndarray] = {}  # bound
+        self._kept = -1  # bound value of logits_to_keep; -1 is none
         self._attention_mask: np.ndarray | None = None  # (batch, past)
 
     def __enter__(self) -> Self:
         self._session = create_session(self.model, self.backend, self.threads, optimised=self.optimised)
         self._inputs = bindings_of(self._session.get_inputs())
         self._in_place = decoder_io.IN_PLACE in self._session.get_modelmeta().custom_metadata_map
-        decoder_io.check_decoder(self._inputs, bindings_of(self._session.get_outputs()))
+        self._outputs = bindings_of(self._session.get_outputs())
+        decoder_io.check_decoder(self._inputs, self._outputs)
         return self
 
     @property
     def vocabulary(self) -> int:
         """Width of the logits."""
-        (outputs,) = (
-            shape for name, (_, shape) in bindings_of(self._session.get_outputs()).items() if name == "logits"
-        )
-        return int(outputs[-1])
+        return int(self._outputs["logits"][1][-1])
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._cache = {}
-        self._attention_mask = None
+        self._attention_mask = self._logits = None
         self._binding = self._session = None
 
     def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray, *, last_only: bool = False) -> np.ndarray:
@@ -234,28 +235,39 @@ class OrtRunner(Runner):
             self._grow()
         tokens = decoder_io.token_inputs(self._inputs, input_ids, attention_mask, keep)
         for name, value in tokens.items():  # bound in place: they must outlive the run
-            self._binding.bind_cpu_input(name, value)
-        self._binding.bind_output("logits", "cpu")
+            if name != decoder_io.KEEP or self._kept != keep:
+                self._binding.bind_cpu_input(name, value)
+        self._kept, self._tokens = keep, tokens
+        logits = self._bind_logits(len(input_ids), keep if decoder_io.KEEP in tokens and keep else input_ids.shape[1])
         with _one_line_errors(f"ONNX Runtime stopped in {self.model}"):
             self._session.run_with_iobinding(self._binding)
-        outputs = dict(zip(self._output_names, self._binding.get_outputs(), strict=True))
         if not self._in_place:
-            self._cache = {name: outputs[decoder_io.present(name)] for name in self._cache}
+            present = self._binding.get_outputs()[:-1]
+            self._cache = dict(zip(self._cache, present, strict=True))
             self._bind_cache()
         self._attention_mask = attention_mask
-        logits: np.ndarray = outputs["logits"].numpy().astype(np.float32, copy=False)
-        return logits if not keep else logits[:, -keep:]  # (batch, sequence or keep, vocabulary)
+        result = logits.astype(np.float32)  # a copy: the buffer is written again by the next step
+        return result[:, -keep:] if keep else result  # (batch, sequence or keep, vocabulary)
+
+    def _bind_logits(self, batch: int, positions: int) -> np.ndarray:
+        """The host memory that a run writes logits into, (batch, positions, vocabulary); kept from step to step."""
+        shape = (batch, positions, self.vocabulary)
+        if self._logits is None or self._logits.shape != shape:
+            # By address: asking the binding for its outputs makes an object of every one of them, 0.1 ms a step.
+            self._logits = np.empty(shape, dtype=self._outputs["logits"][0])
+            address, dtype = self._logits.ctypes.data, self._logits.dtype.type
+            self._binding.bind_output("logits", "cpu", 0, dtype, shape, address)
+        return self._logits
 
     def _bind_cache(self) -> None:
         """Read `past_key_values.*` from the cache, and write `present.*` into it or into memory of its own."""
-        self._binding = self._session.io_binding()
+        self._binding, self._logits, self._kept = self._session.io_binding(), None, -1
         for name, value in self._cache.items():
             self._binding.bind_ortvalue_input(name, value)
             if self._in_place:
                 self._binding.bind_ortvalue_output(decoder_io.present(name), value)
             else:
                 self._binding.bind_output(decoder_io.present(name), DEVICES[self.backend])
-        self._output_names = [*map(decoder_io.present, self._cache), "logits"]  # in the order of binding
 
     def _grow(self) -> None:
         """Move the cache into twice the room, so that a text of n tokens is moved log n times."""

@@ -83,13 +83,17 @@ def fusions(onnx: Path) -> dict[str, Callable[[Any], int]]:
     """The passes that leave the logits what they are, in the order in which they run."""
     from trsp_deploy.tools.graphs.attention import fuse_attention
     from trsp_deploy.tools.graphs.logits import cut_logits
+    from trsp_deploy.tools.graphs.masks import simplify_masks
+    from trsp_deploy.tools.graphs.norms import fuse_norms
     from trsp_deploy.tools.graphs.projections import pack_projections
     from trsp_deploy.tools.graphs.rotary import fuse_rotary
 
     return {
         "fuse-attention": fuse_attention,
         "fuse-rotary": lambda model: fuse_rotary(model, max_positions(onnx)),
+        "simplify-masks": simplify_masks,
         "pack-projections": pack_projections,
+        "fuse-norms": fuse_norms,
         "cut-logits": cut_logits,
     }
 

@@ -1,0 +1,37 @@
+"""Fuse normalisations with the residual sum before them, by the fusions of ONNX Runtime's transformers tools.
+
+ONNX Runtime's optimiser fuses the normalisations themselves when it loads a graph, but not the sum into them on a CPU.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from trsp_deploy.tools.quiet import quiet_libraries
+
+FUSED = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
+
+
+def fuse_norms(model: ir.Model) -> int:
+    """Fuse what the tools can and return how many sums went into a normalisation.
+
+    model: an exported decoder; its graph is replaced.
+    """
+    from onnxruntime.transformers.fusion_layernorm import FusionLayerNormalization
+    from onnxruntime.transformers.fusion_simplified_layernorm import (
+        FusionSimplifiedLayerNormalization,
+        FusionSkipSimplifiedLayerNormalization,
+    )
+    from onnxruntime.transformers.fusion_skiplayernorm import FusionSkipLayerNormalization
+    from onnxruntime.transformers.onnx_model import OnnxModel
+
+    ir.external_data.load_to_model(model)
+    wrapped = OnnxModel(ir.to_proto(model))
+    with quiet_libraries():
+        FusionSimplifiedLayerNormalization(wrapped).apply()
+        FusionLayerNormalization(wrapped).apply()
+        FusionSkipSimplifiedLayerNormalization(wrapped).apply()
+        FusionSkipLayerNormalization(wrapped).apply()
+        wrapped.prune_graph(allow_remove_graph_inputs=False)
+    model.graph = ir.from_proto(wrapped.model).graph
+    return sum(node.op_type in FUSED for node in model.graph)
