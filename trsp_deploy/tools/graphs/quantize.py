@@ -21,7 +21,8 @@ import onnx_ir as ir
 from trsp_deploy.tools.graphs.nodes import NoMatch, Writer, constant, made_by
 from trsp_deploy.tools.quiet import quiet_libraries
 
-HEAD_BITS, HEAD_BLOCK = 8, 32
+HEAD_BITS, HEAD_BLOCK = 8, 64
+LOOKUP_BITS, LOOKUP_BLOCK = 4, 32
 ACCURACY_LEVEL = 4  # of MatMulNBits: activations in int8 too, so that products run in integers
 SIGNAL = 21.0  # decibels of the median token; below it a product is not quantised with one scale a tensor
 
@@ -34,7 +35,7 @@ def quantize_int4(model: ir.Model, block_size: int) -> ir.Model:
     head = _own_head(model)
     proto = _in_blocks(ir.to_proto(model), "MatMul", 4, block_size, exclude=[head])
     proto = _in_blocks(proto, "MatMul", HEAD_BITS, HEAD_BLOCK)
-    return ir.from_proto(_in_blocks(proto, "Gather", 4, HEAD_BLOCK))
+    return ir.from_proto(_in_blocks(proto, "Gather", LOOKUP_BITS, LOOKUP_BLOCK))
 
 
 def quantize_int8(model: ir.Model, block_size: int, signal: dict[str, float], scratch: Path) -> ir.Model:
