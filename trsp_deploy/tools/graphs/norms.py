@@ -33,5 +33,5 @@ def fuse_norms(model: ir.Model) -> int:
         FusionSkipSimplifiedLayerNormalization(wrapped).apply()
         FusionSkipLayerNormalization(wrapped).apply()
         wrapped.prune_graph(allow_remove_graph_inputs=False)
-    model.graph = ir.from_proto(wrapped.model).graph
+        model.graph = ir.from_proto(wrapped.model).graph
     return sum(node.op_type in FUSED for node in model.graph)
