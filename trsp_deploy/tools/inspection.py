@@ -11,6 +11,7 @@ from trsp_deploy.errors import EngineUnavailable, ModelError
 from trsp_deploy.recipe import EngineSpec, Strict
 from trsp_deploy.tools.graphs import decoder_io
 from trsp_deploy.tools.runners import EngineManifest, read_manifest
+from trsp_deploy.tools.runners.manifest import PassOutcome
 from trsp_deploy.tools.runners.trt import BUILD_LOG
 
 SHOWN = 15  # operators or layers in the text; --json has all
@@ -88,14 +89,18 @@ def describe(found: Inspection) -> str:
     for profile in spec.profiles:
         ranges = (f"{part} {r.min}..{r.opt}..{r.max}" for part, r in profile)
         lines.append(f"profile    {', '.join(ranges)}")
-    for outcome in manifest.passes:
-        done = f"{outcome.changed} places, logits {outcome.error:.1g} standard deviations apart"
-        lines.append(f"pass       {outcome.name}: {done if outcome.changed else f'left out: {outcome.reason}'}")
+    lines += [f"pass       {outcome.name}: {_done(outcome)}" for outcome in manifest.passes]
     shown = list(found.operators.items())[:SHOWN]
     if shown:
         more = f", and {len(found.operators) - SHOWN} more kinds" if len(found.operators) > SHOWN else ""
         lines.append(f"operators  {', '.join(f'{name} {count}' for name, count in shown)}{more}")
     return "\n".join(lines + ([f"trtexec    {found.trtexec}"] if found.trtexec else []))
+
+
+def _done(outcome: PassOutcome) -> str:
+    if outcome.reason is not None or outcome.error is None:
+        return f"left out: {outcome.reason}"
+    return f"{outcome.changed} places, logits {outcome.error:.1g} standard deviations apart"
 
 
 def _binding(name: str, bindings: decoder_io.Bindings) -> str:
