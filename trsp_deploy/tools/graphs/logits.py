@@ -19,14 +19,8 @@ def cut_logits(model: ir.Model) -> int:
 
     model: an exported decoder; changed in place. Raises NoMatch, with the model unchanged, when no LM head is found.
     """
-    value: ir.Value | None = next(output for output in model.graph.outputs if output.name == "logits")
-    node = None if value is None else value.producer()
-    while node is not None and node.op_type in AFTER_THE_HEAD:
-        value = next((found for found in node.inputs if found is not None and found.const_value is None), None)
-        node = None if value is None else value.producer()
-    hidden = node.inputs[0] if node is not None and node.op_type == "MatMul" else None
-    if node is None or hidden is None:
-        raise NoMatch("no product with the LM head makes the logits")
+    node = lm_head(model)
+    hidden = node.inputs[0]
     writer = Writer(model, "logits")
     keep = ir.Value(name=KEEP, shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT64))
     model.graph.inputs.append(keep)
@@ -36,3 +30,15 @@ def cut_logits(model: ir.Model) -> int:
     node.replace_input_with(0, kept)
     writer.finish()
     return 1
+
+
+def lm_head(model: ir.Model) -> ir.Node:
+    """The product that makes the logits; raises NoMatch when there is none."""
+    value: ir.Value | None = next(output for output in model.graph.outputs if output.name == "logits")
+    node = None if value is None else value.producer()
+    while node is not None and node.op_type in AFTER_THE_HEAD:
+        value = next((found for found in node.inputs if found is not None and found.const_value is None), None)
+        node = None if value is None else value.producer()
+    if node is None or node.op_type != "MatMul" or node.inputs[0] is None:
+        raise NoMatch("no product with the LM head makes the logits")
+    return node

@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from trsp_deploy.tools.graphs.nodes import NoMatch, Writer, constant, made_by
+from trsp_deploy.tools.graphs.logits import lm_head
+from trsp_deploy.tools.graphs.nodes import Writer, constant, made_by
 from trsp_deploy.tools.quiet import quiet_libraries
 
 HEAD_BITS, HEAD_BLOCK = 8, 64
@@ -128,16 +129,11 @@ def _weight(node: ir.Node) -> ir.Value | None:
 def _own_head(model: ir.Model) -> str:
     """Load all weights, give the LM head one of its own where the graph transposes the embedding; returns its name."""
     ir.external_data.load_to_model(model)
-    output = next(value for value in model.graph.outputs if value.name == "logits")
-    node = output.producer()
-    while node is not None and node.op_type != "MatMul":
-        node = next((value.producer() for value in node.inputs if value is not None and value.producer()), None)
-    if node is None or node.name is None:
-        raise NoMatch("no product with the LM head makes the logits")
+    node = lm_head(model)
     transposed = made_by(node.inputs[1], "Transpose")
     embedding = None if transposed is None else constant(transposed.inputs[0])
     if embedding is not None:
         writer = Writer(model, "quantize")
         node.replace_input_with(1, writer.constant(np.ascontiguousarray(embedding.T), "lm_head"))
         writer.finish()
-    return node.name
+    return node.name or ""
