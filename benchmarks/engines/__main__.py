@@ -39,6 +39,7 @@ RESULTS = Path("benchmarks/results/engines-cpu.json")
 DOC, README = Path("docs/engines.md"), Path("README.md")
 PRECISIONS = ("fp32", "int8", "int4")
 PROMPT, NEW_TOKENS, ROUNDS = 128, 128, 5
+WARM_TOKENS = 4
 LONG_PROMPT, LONG_NEW, CONTEXT = 1900, 32, 2048
 BATCH = 8
 # figure -> (bound, whether the figure has to be at least it or at most, meaning)
@@ -225,7 +226,7 @@ def _peer(python: Path, kind: str, path: Path) -> Worker:
 def _race(
     contenders: dict[str, Callable[[], Worker]], prompt: list[list[int]], new_tokens: int, rounds: int
 ) -> tuple[Samples, dict[str, str]]:
-    """Blocks of all contenders in turn, after one that warms up; and why those that could not take part did not."""
+    """Blocks of all contenders in turn, each after a short one; and why those that could not take part did not."""
     with contextlib.ExitStack() as stack:
         workers, absent = {}, {}
         for label, make in contenders.items():
@@ -237,8 +238,8 @@ def _race(
         for number in range(rounds + 1):
             print(f"round {number} of {rounds}: {', '.join(workers)}", file=sys.stderr, flush=True)
             for label in workers if number % 2 else reversed(workers):
-                block = workers[label].block(prompt, 8 if number == 0 else new_tokens)
-                samples[label] += [block] if number else []
+                workers[label].block(prompt, WARM_TOKENS)  # while the others ran, its memory went cold
+                samples[label] += [workers[label].block(prompt, new_tokens)] if number else []
     return samples, absent
 
 
