@@ -107,7 +107,7 @@ ARMS: tuple[Arm, ...] = (
     Arm(name="shortgpt", label="ShortGPT, then train", selection="shortgpt", transfer=TRAIN),
     Arm(name="uidl", label="UIDL, then train", selection="uidl", transfer=TRAIN),
 )
-RIVALS = ("sleb", "shortgpt", "uidl")
+RIVALS = ("sleb", "shortgpt", "uidl", "fold")
 
 FULL = Table(
     subject=Subject(
@@ -131,7 +131,7 @@ FULL = Table(
     selections=("default", "sleb"),
     selection_seeds=(0, 1, 2, 3, 4),
     zero_shot_steps=128,
-    zero_shot_arms=("default", "sleb", "shortgpt", "uidl", "control"),
+    zero_shot_arms=("default", "sleb", "shortgpt", "uidl", "fold", "control"),
     tasks=("piqa", "arc-easy", "arc-challenge", "sciq", "copa"),
     items=200,
 )
