@@ -1,8 +1,8 @@
-"""What trt.py asks of TensorRT's Python bindings, read out of its own source, against one real set of bindings.
+"""What the trt modules ask of TensorRT's Python bindings, read out of their source, against one real set of bindings.
 
     python tests/tensorrt_contract.py tensorrt       # run where `tensorrt` imports; prints one JSON line
 
-Which object a name in trt.py stands for is in RECEIVERS; every attribute, method and enum member that is used on it has
+Which object a name in them stands for is in RECEIVERS; every attribute, method and enum member that is used on it has
 to exist, and every call to have a signature that takes as many arguments.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from trsp_deploy.tools.runners import trt as runner
+from trsp_deploy.tools.runners import trt, trt_build, trt_log
 
 RECEIVERS = {
     "builder": "Builder",
@@ -27,13 +27,17 @@ RECEIVERS = {
     "error": "ParserError",
     "tensor": "ITensor",
     "config": "IBuilderConfig",
+    "runtime_config": "IRuntimeConfig",
     "result": "IOptimizationProfile",
     "self._runtime": "Runtime",
     "self._engine": "ICudaEngine",
     "self._context": "IExecutionContext",
 }
-# trt.py asks for these behind a hasattr, or on a torch tensor of the same name.
-RTX_ONLY = {"ComputeCapability", "num_compute_capabilities", "set_compute_capability"}
+# Asked for behind a hasattr or for that backend alone, or on a torch tensor of the same name.
+RTX_ONLY = {
+    *("ComputeCapability", "num_compute_capabilities", "set_compute_capability"),
+    *("CudaGraphStrategy", "cuda_graph_strategy"),
+}
 OF_TORCH = {"ITensor.data_ptr"}
 
 
@@ -94,10 +98,11 @@ def signatures(function: Any) -> list[tuple[int, int]]:
 def main() -> int:
     """Check every use; then make what can be made without TensorRT's own libraries."""
     module = importlib.import_module(sys.argv[1])
-    wanted = uses(Path(runner.__file__).read_text(encoding="utf-8"))
+    sources = (Path(str(part.__file__)).read_text(encoding="utf-8") for part in (trt, trt_build, trt_log))
+    wanted = set().union(*(uses(source) for source in sources))
     rtx = hasattr(module, "ComputeCapability")
     reasons = [reason for name, count in sorted(wanted, key=str) if (reason := broken(module, name, count, rtx))]
-    log = runner._logger(module)  # a subclass of the bindings' own logger
+    log = trt_log.logger(module)  # a subclass of the bindings' own logger
     log.log(module.ILogger.ERROR, "as\nsaid")
     print(
         json.dumps(

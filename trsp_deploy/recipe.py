@@ -190,7 +190,7 @@ class ShapeProfile(Strict):
 
     batch: Range
     sequence: Range  # new tokens in one call: the prompt in prefill, 1 in decode
-    past: Range  # tokens already in the KV cache
+    past: Range | None = None  # tokens already in the KV cache; None where its length is fixed (`cache_length`)
 
 
 class EngineSpec(Strict):
@@ -203,23 +203,39 @@ class EngineSpec(Strict):
     profiles: tuple[ShapeProfile, ...] = ()  # TensorRT backends only, and needed there
     compute_capabilities: tuple[str, ...] = ()  # TensorRT-RTX: targets such as "sm89"; empty = every one it supports
     workspace_gib: Positive | None = None  # TensorRT backends: limit on scratch memory; None leaves the default
+    cache_length: Count | None = None  # TensorRT backends: a KV cache of so many tokens, in place; None lets it grow
+    cuda_graphs: bool = True  # TensorRT backends with `cache_length`: replay decoding as a CUDA graph
+    weight_streaming_gib: Positive | None = None  # TensorRT backends: of weights on the GPU at once; None is all
+    hardware_compatibility: Literal["none", "ampere-plus", "same-compute-capability"] = "none"  # TensorRT: other GPUs
     threads: Count | None = None  # ONNX Runtime CPU: intra-op threads; None = every core of this machine
-    fuse: bool = True  # ONNX Runtime: graph passes before the engine is made (tools/graphs); false leaves the graph be
+    fuse: bool = True  # graph passes before the engine is made (tools/graphs); false leaves the graph be
     block_size: Literal[16, 32, 64, 128] = 32  # int8, int4: weights that share a scale
 
     @property
     def graph_precision(self) -> Float:
         """Precision of the ONNX graph that the engine is built from."""
-        return "fp16" if self.precision == "fp16" else "fp32"
+        integers = self.precision in ("int8", "int4")  # what is not quantised stays in floats
+        return "fp16" if self.precision == "fp16" or (integers and self.backend.startswith("tensorrt")) else "fp32"
 
     @model_validator(mode="after")
-    def _profiles_where_needed(self) -> EngineSpec:
-        if self.backend.startswith("tensorrt") and not self.profiles:
+    def _fits_the_backend(self) -> EngineSpec:
+        tensorrt = self.backend.startswith("tensorrt")
+        if tensorrt and not self.profiles:
             raise ValueError(f"backend {self.backend} needs at least one entry under `profiles`")
-        if not self.backend.startswith("tensorrt") and self.profiles:
-            raise ValueError(f"backend {self.backend} takes no `profiles`")
-        if self.precision in ("int8", "int4") and self.backend != "onnxruntime-cpu":
-            raise ValueError(f"precision {self.precision} is for backend onnxruntime-cpu so far, got {self.backend}")
+        for name in ("profiles", "cache_length", "weight_streaming_gib"):
+            if not tensorrt and getattr(self, name):
+                raise ValueError(f"backend {self.backend} takes no `{name}`")
+        if self.hardware_compatibility != "none" and self.backend != "tensorrt":
+            raise ValueError(f"`hardware_compatibility` is for backend tensorrt, got {self.backend}")
+        if self.precision in ("int8", "int4") and self.backend == "onnxruntime-cuda":
+            raise ValueError(f"precision {self.precision} is not for backend {self.backend}")
+        if self.precision == "int4" and tensorrt and self.block_size < 64:
+            raise ValueError(f"backend {self.backend} reads 4-bit weights in a `block_size` of 64 or 128")
+        for profile in self.profiles:
+            if (profile.past is None) != (self.cache_length is not None):
+                raise ValueError("give `past` in every profile, or `cache_length` and `past` in none")
+            if self.cache_length is not None and profile.sequence.max > self.cache_length:
+                raise ValueError(f"a profile reads {profile.sequence.max} tokens, and `cache_length` is less")
         return self
 
 

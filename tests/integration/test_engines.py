@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from trsp_deploy.tools import runners
 from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.quiet import quiet_libraries
 from trsp_deploy.tools.runners import EngineManifest, Runner, open_engine, ort, read_manifest
+from trsp_deploy.tools.runners.manifest import Bound
 from trsp_deploy.tools.runners.ort import OrtRunner
 from trsp_deploy.tools.runners.requirements import cuda_devices
 
@@ -233,13 +235,35 @@ def test_engine_of_another_version_is_refused(export: Export, tmp_path: Path) ->
         open_engine(tmp_path / "engine")
 
 
-def test_engine_of_another_gpu_is_refused(export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("built", "here", "words"),
+    [
+        ({"gpu": "sm90"}, {"gpu": "sm89"}, "for a GPU of compute capability sm90, here is sm89"),
+        ({"gpu": "sm86", "others": "same-compute-capability"}, {"gpu": "sm89"}, "capability sm86, here is sm89"),
+        ({"gpu": "sm80", "others": "ampere-plus"}, {"gpu": "sm75"}, "capability sm80, here is sm75"),
+        ({"gpu": "sm89", "driver": "570.1"}, {"gpu": "sm89", "driver": "580.2"}, "driver 570.1, here is 580.2"),
+        ({"gpu": "sm80", "others": "ampere-plus"}, {"gpu": "sm90"}, None),
+        ({"gpu": "sm89", "driver": "580.2"}, {"gpu": "sm89", "driver": "580.2"}, None),
+        ({"gpu": "sm89", "driver": "580.2"}, {}, None),  # no GPU here: opening says so
+    ],
+)
+def test_engine_of_another_machine_is_refused(
+    built: dict[str, str],
+    here: dict[str, str],
+    words: str | None,
+    export: Export,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     manifest = build_engine(export("opt", "fp32"), load_engine_spec("ort-cpu-fp32"), tmp_path / "engine")
-    assert manifest.gpu is None, "an engine for a CPU is bound to no GPU"
-    bound = manifest.model_copy(update={"gpu": "sm90"})
-    (tmp_path / "engine" / "manifest.json").write_text(bound.model_dump_json())
-    monkeypatch.setattr(runners, "bound_gpu", lambda backend: "sm89")
-    with pytest.raises(EngineUnavailable, match=r"compute capability sm90, here is sm89; build it again"):
+    assert manifest.bound == Bound(), "an engine for a CPU is bound to no GPU"
+    changed = manifest.model_copy(update={"bound": Bound.model_validate(built)})
+    (tmp_path / "engine" / "manifest.json").write_text(changed.model_dump_json())
+    monkeypatch.setattr(runners, "bound_to", lambda spec: Bound.model_validate(here))
+    if words is None:
+        open_engine(tmp_path / "engine")
+        return
+    with pytest.raises(EngineUnavailable, match=f"{re.escape(words)}; build it again: trsp-deploy build RUN"):
         open_engine(tmp_path / "engine")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,59 +11,30 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from tests.exported import Made
 from tests.families import FAMILIES
-from tests.tiny import VOCABULARY, random_model
-from trsp_deploy.recipe import EngineSpec, ExportSettings
+from tests.tiny import VOCABULARY
+from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.stages import parity
 from trsp_deploy.stages.build import build_engine
-from trsp_deploy.stages.export import export_onnx
-from trsp_deploy.tools.graphs import quantize
+from trsp_deploy.tools.graphs import products
 from trsp_deploy.tools.library import load_engine_spec
-from trsp_deploy.tools.quiet import quiet_libraries
 from trsp_deploy.tools.runners import open_engine, ort, ort_build, read_manifest
 from trsp_deploy.tools.runners.ort import OrtRunner
 
 PROMPTS = [[5, 9, 200, 17], [30, 31, 7, 8, 90, 12, 55, 60, 61]]
-HEADS = {"hidden_size": 64, "num_attention_heads": 4}  # the fused node wants heads of a multiple of 8
-# Family -> changes of its tiny config, and which passes find nothing to do.
-CASES: dict[str, tuple[dict[str, int], set[str]]] = {
-    "llama": (HEADS, set()),
-    "mistral-sliding": (HEADS, {"simplify-masks"}),
-    "qwen2": (HEADS, set()),
-    "qwen3": (HEADS, {"pack-projections"}),  # queries and keys are normalised before they are rotated
-    "phi3": (HEADS, {"simplify-masks", "pack-projections"}),  # a window, and one projection already
-    "opt": ({**HEADS, "word_embed_proj_dim": 64}, {"fuse-rotary"}),
-    "opt-350m": (HEADS, {"fuse-rotary"}),
-    "gpt2": ({"n_embd": 64}, {"fuse-rotary", "pack-projections"}),
-    "gpt-neox-parallel": (
-        HEADS,
-        {"fuse-rotary", "pack-projections"},
-    ),  # a quarter of so small a head is below the node's 16
+# Model -> which passes find nothing to do.
+CASES: dict[str, set[str]] = {
+    "llama": set(),
+    "mistral-sliding": {"simplify-masks"},
+    "qwen2": set(),
+    "qwen3": {"pack-projections"},  # queries and keys are normalised before they are rotated
+    "phi3": {"simplify-masks", "pack-projections"},  # a window, and one projection already
+    "opt": {"fuse-rotary"},
+    "opt-350m": {"fuse-rotary"},
+    "gpt2": {"fuse-rotary", "pack-projections"},
+    "gpt-neox-parallel": {"fuse-rotary", "pack-projections"},  # a quarter of so small a head is below the node's 16
 }
-Made = Callable[[str], Path]
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """Family -> folder with `model/` (Hugging Face) and `onnx/`."""
-    folder = tmp_path_factory.mktemp("exported")
-
-    def made(family: str) -> Path:
-        if not (folder / family).exists():
-            import transformers
-
-            changes, _ = CASES[family]
-            config = getattr(transformers, FAMILIES[family].config)(**{**FAMILIES[family].values, **changes})
-            model = random_model(config)
-            with torch.no_grad():  # norms of 1 and biases of 0 would be slimmed away before a pass sees them
-                for parameter in model.parameters():
-                    parameter.add_(0.1 * torch.randn_like(parameter) if parameter.ndim == 1 else 0)
-            model.save_pretrained(folder / family / "model")
-            with quiet_libraries():
-                export_onnx(folder / family / "model", "fp32", ExportSettings(), folder / family / "onnx")
-        return folder / family
-
-    return made
 
 
 def built(source: Path, out: Path, spec: str = "ort-cpu-fp32", **changes: object) -> Path:
@@ -88,7 +58,7 @@ def agreement(source: Path, engine: Path, precision: str = "fp32") -> float:
 def test_passes_keep_the_logits(family: str, exported: Made, tmp_path: Path) -> None:
     engine = built(exported(family), tmp_path / "engine")
     passes = {outcome.name: outcome for outcome in read_manifest(engine).passes}
-    assert {name for name, outcome in passes.items() if outcome.changed == 0} == CASES[family][1], passes
+    assert {name for name, outcome in passes.items() if outcome.changed == 0} == CASES[family], passes
     assert all(outcome.reason for outcome in passes.values() if outcome.changed == 0)
     assert operators(engine).count("GroupQueryAttention") == 6 and "Softmax" not in operators(engine)
     assert agreement(exported(family), engine) < 1e-4
@@ -137,19 +107,29 @@ def test_int8_engine_keeps_what_one_scale_would_spoil(
     engine = built(source, tmp_path / "int8", "ort-cpu-int8")
     assert operators(engine).count("MatMulNBits") == 1, "the LM head; random weights have no massive activations"
     assert 1e-3 < agreement(source, engine, "int8") < 0.5
-    monkeypatch.setattr(quantize, "SIGNAL", 1e9)
+    monkeypatch.setattr(products, "SIGNAL", 1e9)
     careful = built(source, tmp_path / "blocks", "ort-cpu-int8")
     assert operators(careful).count("MatMulNBits") == 6 * 5 + 1
     assert agreement(source, careful, "int8") < agreement(source, engine, "int8")
 
 
+@pytest.mark.parametrize("family", ["opt", "gpt2"])  # Gemm in the graph, with and without a transposed weight
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_every_weight_is_quantised(family: str, precision: str, exported: Made, tmp_path: Path) -> None:
+    source = exported(family)
+    engine = built(source, tmp_path / precision, f"ort-cpu-{precision}")
+    assert not {"MatMul", "Gemm"} & set(operators(engine))
+    assert 1e-3 < agreement(source, engine, precision) < 2
+    assert read_manifest(engine).size_bytes < read_manifest(built(source, tmp_path / "fp32")).size_bytes / 2
+
+
 def test_signal_to_noise_is_that_of_the_ordinary_token() -> None:
     random = np.random.default_rng(0).normal(size=(100, 64))
-    assert quantize.signal_to_noise(random) == pytest.approx(10 * np.log10(12 * (255 / 8.5) ** 2), abs=2)
+    assert products.signal_to_noise(random) == pytest.approx(10 * np.log10(12 * (255 / 8.5) ** 2), abs=2)
     massive = random.copy()
     massive[0, 3] = 1000.0
-    assert quantize.signal_to_noise(massive) < 1 < 30 < quantize.signal_to_noise(massive[1:])
-    assert quantize.signal_to_noise(np.zeros((4, 8))) == pytest.approx(0)
+    assert products.signal_to_noise(massive) < 1 < 30 < products.signal_to_noise(massive[1:])
+    assert products.signal_to_noise(np.zeros((4, 8))) == pytest.approx(0)
 
 
 def test_a_pass_that_changes_the_logits_is_left_out(

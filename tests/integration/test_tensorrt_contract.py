@@ -1,4 +1,4 @@
-"""trt.py against the real Python bindings of TensorRT 10 and 11, over libraries that hold nothing but their symbols.
+"""The trt modules against the real Python bindings of TensorRT 10 and 11, over libraries of nothing but symbols.
 
 TensorRT's own libraries cannot be installed from a package index; its bindings can (`make` puts them beside the
 environment's packages), and know every class, method and enum. So a change of the interface breaks a test here.

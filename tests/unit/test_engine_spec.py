@@ -13,7 +13,7 @@ from trsp_deploy.errors import EngineSpecError, EngineUnavailable
 from trsp_deploy.recipe import Backend, EngineSpec, Range, ShapeProfile, read_engine_spec
 from trsp_deploy.tools.graphs import decoder_io
 from trsp_deploy.tools.library import engine_names, load_engine_spec
-from trsp_deploy.tools.runners import BACKENDS, check_can_build, check_can_run, ort, requirements, trt
+from trsp_deploy.tools.runners import BACKENDS, check_can_build, check_can_run, ort, requirements, trt, trt_build
 from trsp_deploy.tools.runners.manifest import spec_sha256
 from trsp_deploy.tools.runners.requirements import load_package
 
@@ -47,11 +47,12 @@ def test_shipped_spec(name: str) -> None:
     assert engine.precision in name
     # A step of a batch, its prompt, and one long text for perplexity each have a profile.
     if engine.profiles:
-        for batch, sequence, past in ((8, 1, 2048), (8, 128, 0), (1, 2048, 0)):
+        for batch, sequence, past in ((8, 1, 2047), (8, 128, 0), (1, 2048, 0)):
+            assert engine.cache_length is None or past + sequence <= engine.cache_length
             assert any(
                 p.batch.min <= batch <= p.batch.max
                 and p.sequence.min <= sequence <= p.sequence.max
-                and p.past.min <= past <= p.past.max
+                and (p.past is None or p.past.min <= past <= p.past.max)
                 for p in engine.profiles
             )
 
@@ -64,6 +65,33 @@ def test_every_backend_is_in_the_registry() -> None:
 def test_profiles_belong_to_tensorrt() -> None:
     with pytest.raises(EngineSpecError, match="needs at least one entry under `profiles`"):
         read_engine_spec({"name": "e", "description": "", "backend": "tensorrt", "precision": "fp16"}, "e.yaml")
+
+
+NO_PAST = {"batch": PROFILE.batch, "sequence": PROFILE.sequence}
+
+
+@pytest.mark.parametrize(
+    ("backend", "settings", "words"),
+    [
+        ("onnxruntime-cpu", {"profiles": [PROFILE]}, "takes no `profiles`"),
+        ("onnxruntime-cpu", {"cache_length": 64}, "takes no `cache_length`"),
+        ("onnxruntime-cuda", {"weight_streaming_gib": 1.0}, "takes no `weight_streaming_gib`"),
+        ("tensorrt-rtx", {"hardware_compatibility": "ampere-plus"}, "is for backend tensorrt"),
+        ("onnxruntime-cuda", {"precision": "int8"}, "precision int8 is not for"),
+        ("tensorrt", {"precision": "int4"}, "`block_size` of 64 or 128"),
+        ("tensorrt", {"cache_length": 64}, "`cache_length` and `past` in none"),
+        ("tensorrt", {"profiles": [NO_PAST]}, "give `past` in every profile"),
+        (
+            "tensorrt",
+            {"profiles": [NO_PAST], "cache_length": 2},
+            "a profile reads 8 tokens, and `cache_length` is less",
+        ),
+    ],
+)
+def test_settings_that_do_not_go_together(backend: Backend, settings: dict[str, object], words: str) -> None:
+    values = {**spec(backend).model_dump(), **settings}
+    with pytest.raises(EngineSpecError, match=words):
+        read_engine_spec(values, "e.yaml")
 
 
 def test_spec_fingerprint_follows_the_spec() -> None:
@@ -159,7 +187,7 @@ def test_compute_capabilities_are_checked_before_the_build() -> None:
 
 def test_compute_capabilities_are_for_rtx_only() -> None:
     with pytest.raises(EngineSpecError, match="`compute_capabilities` is for tensorrt-rtx"):
-        trt.compute_capabilities(types.ModuleType("tensorrt"), spec("tensorrt", compute_capabilities=["sm89"]))
+        trt_build.compute_capabilities(types.ModuleType("tensorrt"), spec("tensorrt", compute_capabilities=["sm89"]))
 
 
 def test_profile_covers_shapes() -> None:

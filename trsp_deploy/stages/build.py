@@ -14,10 +14,10 @@ import numpy as np
 from trsp_deploy.artifacts import fingerprint, provenance, write_json, writing
 from trsp_deploy.errors import EngineUnavailable, RunError
 from trsp_deploy.recipe import EngineSpec
-from trsp_deploy.tools.runners import BACKENDS, EngineManifest, bound_gpu, check_can_build
+from trsp_deploy.tools.runners import BACKENDS, EngineManifest, bound_to, check_can_build
 from trsp_deploy.tools.runners.manifest import MANIFEST, spec_sha256
 from trsp_deploy.tools.runners.requirements import package_version
-from trsp_deploy.tools.runners.trt import BUILD_LOG
+from trsp_deploy.tools.runners.trt_log import BUILD_LOG
 
 
 def build_engine(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.ndarray | None = None) -> EngineManifest:
@@ -43,7 +43,7 @@ def build_engine(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.nda
             onnx_sha256=onnx_sha256(onnx),
             spec_sha256=spec_sha256(spec),
             backend_version=package_version(spec.backend),
-            gpu=bound_gpu(spec.backend),
+            bound=bound_to(spec),
             file=built.file,
             files={name: fingerprint(partial / name) for name in built.files},
             size_bytes=sum((partial / name).stat().st_size for name in built.files),

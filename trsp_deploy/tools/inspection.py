@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections import Counter
 from pathlib import Path
@@ -12,10 +11,12 @@ from trsp_deploy.recipe import EngineSpec, Strict
 from trsp_deploy.tools.graphs import decoder_io
 from trsp_deploy.tools.runners import EngineManifest, read_manifest
 from trsp_deploy.tools.runners.manifest import PassOutcome
-from trsp_deploy.tools.runners.trt import BUILD_LOG
+from trsp_deploy.tools.runners.trt_build import profile_shape
+from trsp_deploy.tools.runners.trt_log import BUILD_LOG, BuildLog, read_log
 
+HARDWARE = {"ampere-plus": "ampere+", "same-compute-capability": "sameComputeCapability"}  # trtexec's words
+COSTLIEST = 5  # layers shown
 SHOWN = 15  # operators or layers in the text; --json has all
-LAYER = re.compile(r"Name: (?P<name>.+?), LayerType: (?P<kind>\w+)")
 
 
 class Inspection(Strict):
@@ -23,6 +24,7 @@ class Inspection(Strict):
 
     manifest: EngineManifest
     operators: dict[str, int]  # operator or layer type -> how many; empty where neither graph nor log is at hand
+    build: BuildLog | None = None  # of TensorRT engines: layers, kernels, precisions, memory
     trtexec: str | None  # command line that builds the same engine; None for other backends
 
 
@@ -31,8 +33,12 @@ def inspect_engine(folder: Path) -> Inspection:
     manifest = read_manifest(folder)
     if manifest.spec.backend.startswith("onnxruntime"):
         return Inspection(manifest=manifest, operators=_graph_operators(folder / manifest.file), trtexec=None)
+    build = read_log(folder / BUILD_LOG)
     return Inspection(
-        manifest=manifest, operators=_log_layers(folder / BUILD_LOG), trtexec=trtexec(manifest.spec, manifest.inputs)
+        manifest=manifest,
+        operators=dict(Counter(layer.kind for layer in build.layers).most_common()),
+        build=build,
+        trtexec=trtexec(manifest.spec, manifest.inputs),
     )
 
 
@@ -46,14 +52,6 @@ def _graph_operators(path: Path) -> dict[str, int]:
     return dict(Counter(node.op_type for node in graph.node).most_common())
 
 
-def _log_layers(log: Path) -> dict[str, int]:
-    """Layer types out of TensorRT's detailed build log."""
-    if not log.is_file():
-        return {}
-    found = Counter(match["kind"] for match in LAYER.finditer(log.read_text(encoding="utf-8")))
-    return dict(found.most_common())
-
-
 def trtexec(spec: EngineSpec, inputs: decoder_io.Bindings) -> str:
     """The trtexec command line that builds the spec's engine from model.onnx: one --profile for each of its own."""
     program = "tensorrt_rtx" if spec.backend == "tensorrt-rtx" else "trtexec"
@@ -63,11 +61,18 @@ def trtexec(spec: EngineSpec, inputs: decoder_io.Bindings) -> str:
         parts.append(f"--memPoolSize=workspace:{round(spec.workspace_gib * 1024)}M")
     if spec.precision == "fp32":
         parts.append("--noTF32")
+    if spec.weight_streaming_gib is not None:
+        parts.append("--allowWeightStreaming")
+    if spec.hardware_compatibility != "none":
+        parts.append(f"--hardwareCompatibilityLevel={HARDWARE[spec.hardware_compatibility]}")
     for index, profile in enumerate(spec.profiles):
         parts += [f"--profile={index}"] if len(spec.profiles) > 1 else []
         for end in ("min", "opt", "max"):
-            sizes = {part: getattr(getattr(profile, part), end) for part in ("batch", "sequence", "past")}
-            shapes = {name: decoder_io.input_shape(name, shape, **sizes) for name, (_, shape) in inputs.items()}
+            shapes = {
+                name: profile_shape(name, shape, profile, end)
+                for name, (_, shape) in inputs.items()
+                if any(isinstance(length, str) for length in shape)
+            }
             text = ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in shapes.items())
             parts.append(f"--{end}Shapes={text}")
     return shlex.join(parts)
@@ -86,15 +91,39 @@ def describe(found: Inspection) -> str:
         f"cache      {len(cache)} x {_binding(cache[0], manifest.inputs)}",
         f"outputs    {_binding('logits', manifest.outputs)}",
     ]
-    for profile in spec.profiles:
-        ranges = (f"{part} {r.min}..{r.opt}..{r.max}" for part, r in profile)
-        lines.append(f"profile    {', '.join(ranges)}")
+    for index, profile in enumerate(spec.profiles):
+        ranges = (f"{part} {r.min}..{r.opt}..{r.max}" for part, r in profile if r is not None)
+        lines.append(f"profile    {', '.join(ranges)}{_compiled(found.build, index)}")
     lines += [f"pass       {outcome.name}: {_done(outcome)}" for outcome in manifest.passes]
     shown = list(found.operators.items())[:SHOWN]
     if shown:
         more = f", and {len(found.operators) - SHOWN} more kinds" if len(found.operators) > SHOWN else ""
         lines.append(f"operators  {', '.join(f'{name} {count}' for name, count in shown)}{more}")
+    if found.build is not None:
+        lines += _memory(found.build)
     return "\n".join(lines + ([f"trtexec    {found.trtexec}"] if found.trtexec else []))
+
+
+def _compiled(build: BuildLog | None, profile: int) -> str:
+    """What became of one profile."""
+    if build is None or not build.of(profile):
+        return ""
+    layers, attention, in_place = build.of(profile), build.attention_kernels(profile), build.written_in_place(profile)
+    cache = f"{len(in_place)} parts of the cache written in place" if in_place else "a new cache at every step"
+    return f": {len(layers)} layers, {attention} of them fused attention, {cache}"
+
+
+def _memory(build: BuildLog) -> list[str]:
+    """Weights, activations, and what a decoding step reads most of."""
+    lines = []
+    if build.weight_bytes is not None:
+        scratch = ", ".join(f"{size / 1e6:.0f}" for size in build.activation_bytes)
+        lines.append(f"memory     weights {build.weight_bytes / 1e6:.0f} MB, activations {scratch} MB by profile")
+    for layer in sorted(build.of(0), key=lambda layer: -layer.weight_bytes)[:COSTLIEST]:
+        if layer.weight_bytes:
+            size, kinds = layer.weight_bytes / 1e6, "/".join(layer.precisions)
+            lines.append(f"reads      {size:.1f} MB of weights, {layer.kind} {kinds}: {layer.name[:70]}")
+    return lines
 
 
 def _done(outcome: PassOutcome) -> str:

@@ -53,21 +53,25 @@ def fuse_attention(model: ir.Model) -> int:
 
     model: an exported decoder; changed in place. Raises NoMatch when a layer does not fit; the model is then of no use.
     """
-    names = [value.name or "" for value in model.graph.inputs]
-    layers = [name.removeprefix(PAST).removesuffix(".key") for name in names if name.endswith(".key")]
-    found = [find_attention(model.graph, layer) for layer in layers]
+    found = find_layers(model)
     writer = Writer(model, "attention")
     lengths = Lengths(writer)
     for attention in found:
-        _cut_shapes(writer, lengths, attention)
+        cut_shapes(writer, lengths, attention)
         _replace(writer, lengths, attention)
     writer.finish()
-    for name in (name for layer in layers for name in (f"{PRESENT}{layer}.key", f"{PRESENT}{layer}.value")):
-        value = next(value for value in model.graph.outputs if value.name == name)
-        if value.consumers():
-            raise NoMatch(f"{name} is also read by '{value.consumers()[0].name}'")
+    for value in model.graph.outputs:
+        if (value.name or "").startswith(PRESENT) and value.consumers():
+            raise NoMatch(f"{value.name} is also read by '{value.consumers()[0].name}'")
     model.metadata_props[IN_PLACE] = "1"
     return len(found)
+
+
+def find_layers(model: ir.Model) -> list[Attention]:
+    """The attention of every layer; raises NoMatch when one does not fit."""
+    names = [value.name or "" for value in model.graph.inputs]
+    layers = [name.removeprefix(PAST).removesuffix(".key") for name in names if name.endswith(".key")]
+    return [find_attention(model.graph, layer) for layer in layers]
 
 
 def find_attention(graph: ir.Graph, layer: str) -> Attention:
@@ -303,7 +307,7 @@ def _replace(writer: Writer, lengths: Lengths, attention: Attention) -> None:
         name="GroupQueryAttention",
     )
     writer.replace_output(attention.output, output)
-    # Those that read the joined cache were the attention that is gone, and shapes, which `_cut_shapes` sees to.
+    # Those that read the joined cache were the attention that is gone, and shapes, which `cut_shapes` sees to.
     writer.replace_output(attention.joined_key, key)
     writer.replace_output(attention.joined_value, value)
 
@@ -320,7 +324,7 @@ def tokens_first(writer: Writer, value: ir.Value) -> ir.Value:
     return writer.one("Reshape", [swapped, writer.integers(0, 0, -1)], name="features")
 
 
-def _cut_shapes(writer: Writer, lengths: Lengths, attention: Attention) -> None:
+def cut_shapes(writer: Writer, lengths: Lengths, attention: Attention) -> None:
     """Answer every question for the shape of the cache, or of what is made of it, from what is fed.
 
     A cache written in place is longer than the text that it holds, and masks are made from these shapes.

@@ -1,7 +1,8 @@
 """What the inputs and outputs of an exported decoder mean, whichever runtime reads it.
 
 Optimum's graph: `input_ids`, `attention_mask`, often `position_ids`, and for every layer
-`past_key_values.N.key` / `.value` in, `logits` and `present.N.key` / `.value` out.
+`past_key_values.N.key` / `.value` in, `logits` and `present.N.key` / `.value` out. The passes (attention.py, logits.py,
+static_cache.py) add inputs of their own.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ from trsp_deploy.recipe import Float
 
 # name -> (dtype, shape); a dimension without a fixed length is given by its label in the graph
 Bindings = dict[str, tuple[str, tuple[int | str, ...]]]
-Dimension = Literal["batch", "sequence", "past", "total"]  # total = past + sequence
+# total = past + sequence; kept = positions that logits are wanted for
+Dimension = Literal["batch", "sequence", "past", "total", "kept"]
 
 PAST = "past_key_values."
 PRESENT = "present."
-KEEP = "logits_to_keep"  # input, scalar int64: the last so many positions; 0 keeps all (as transformers' argument)
+LOGITS_POSITIONS = "logits_positions"  # input, (kept,) int64: for which of the new tokens logits are wanted
+# Input, (batch,) int64: the place of each row's first new token in a cache of fixed length.
+WRITE_INDICES = "write_indices"
 # Metadata of a graph whose `past` and `present` may be one memory, longer than the text that it holds.
 IN_PLACE = "trsp_deploy.cache_in_place"
 CACHE_DTYPE: dict[Float, str] = {"fp32": "float32", "fp16": "float16"}
@@ -29,6 +33,8 @@ DYNAMIC_AXES: dict[str, dict[int, Dimension]] = {
     "input_ids": TOKENS,
     "position_ids": TOKENS,
     "attention_mask": {0: "batch", 1: "total"},
+    WRITE_INDICES: {0: "batch"},
+    LOGITS_POSITIONS: {0: "kept"},
 }
 CACHE_AXES: dict[int, Dimension] = {0: "batch", 2: "past"}  # (batch, heads, past, head_dim)
 
@@ -54,12 +60,21 @@ def check_precision(inputs: Bindings, precision: Float) -> None:
         raise EngineUnavailable(f"the spec asks for {precision}, but the ONNX graph's cache is {found}")
 
 
-def input_shape(name: str, shape: tuple[int | str, ...], *, batch: int, sequence: int, past: int) -> tuple[int, ...]:
+def input_shape(
+    name: str, shape: tuple[int | str, ...], *, batch: int, sequence: int, past: int, kept: int | None = None
+) -> tuple[int, ...]:
     """The shape of one input when `sequence` new tokens follow `past` cached ones.
 
-    Raises EngineUnavailable for a dimension that is neither fixed nor one of batch, sequence and past.
+    kept: for how many of the new tokens logits are wanted; None is all.
+    Raises EngineUnavailable for a dimension that is neither fixed nor known by name and place.
     """
-    lengths: dict[Dimension, int] = {"batch": batch, "sequence": sequence, "past": past, "total": past + sequence}
+    lengths: dict[Dimension, int] = {
+        "batch": batch,
+        "sequence": sequence,
+        "past": past,
+        "total": past + sequence,
+        "kept": sequence if kept is None else kept,
+    }
     axes = CACHE_AXES if name.startswith(PAST) else DYNAMIC_AXES.get(name, {})
     result = []
     for axis, length in enumerate(shape):
@@ -76,6 +91,12 @@ def cache_inputs(inputs: Bindings) -> list[str]:
     return [name for name in inputs if name.startswith(PAST)]
 
 
+def cache_length(inputs: Bindings) -> int | None:
+    """Tokens that a cache of fixed length holds; None where it grows with the text."""
+    length = inputs[cache_inputs(inputs)[0]][1][2]
+    return length if isinstance(length, int) else None
+
+
 def present(name: str) -> str:
     """The output that becomes the cache input `name` of the next step."""
     return PRESENT + name.removeprefix(PAST)
@@ -87,16 +108,21 @@ def token_inputs(
     """Every input but the cache, in the graph's dtypes.
 
     input_ids: (batch, sequence). attention_mask: (batch, past + sequence), 0 on left padding.
-    keep: positions, counted from the end, that logits are wanted for, where the graph can be told; 0 is all.
+    keep: logits are wanted for the last so many of the new tokens, where the graph can be told; 0 is all.
     """
-    sequence = input_ids.shape[1]
+    batch, sequence = input_ids.shape
+    past = attention_mask.shape[1] - sequence
     # Padding keeps position 0: any valid index will do there, as no token attends to it.
     positions = np.maximum(attention_mask.cumsum(axis=1) - 1, 0)[:, -sequence:]
+    length = cache_length(inputs)
+    if length is not None:  # the mask is over every place of the cache
+        attention_mask = np.pad(attention_mask, ((0, 0), (0, length - attention_mask.shape[1])))
     values = {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "position_ids": positions,
-        KEEP: np.array(keep),
+        WRITE_INDICES: np.full(batch, past),
+        LOGITS_POSITIONS: np.arange(sequence)[-keep:],
     }
     return {
         name: np.asarray(value, dtype=inputs[name][0], order="C") for name, value in values.items() if name in inputs

@@ -41,24 +41,47 @@ def simplify_masks(model: ir.Model) -> int:
 def is_plain(model: ir.Model, mask: ir.Value) -> bool:
     """Whether a mask adds 0 where a token is there and not later, and hides the rest."""
     try:
-        part = Part(model, mask, ["input_ids", "attention_mask", "position_ids"])
-    except NoMatch:  # it depends on something else
+        return window(model, mask) is None
+    except NoMatch:
         return False
+
+
+def window(model: ir.Model, mask: ir.Value) -> int | None:
+    """How many tokens, itself among them, each token sees at most; None where it sees all that came before.
+
+    Raises NoMatch when the mask does anything but add 0 to the scores of those and hide padding and the rest.
+    """
+    part = Part(model, mask, ["input_ids", "attention_mask", "position_ids"])
+    new, total = 1, LENGTHS[-1][1]
+    seen = int((_added(part, new, total)[-1] > HIDDEN).sum())
+    size = None if seen == total else seen
     for new, total in LENGTHS:
-        there = np.ones((2, total), dtype=np.int64)
-        there[0, :PADDING] = 0
-        positions = np.maximum(there.cumsum(axis=1) - 1, 0)[:, -new:]
-        ids = np.zeros((2, new), dtype=np.int64)
-        found = part({"input_ids": ids, "attention_mask": there, "position_ids": positions})
-        if found.ndim != 4 or found.shape[1] != 1 or found.shape[2:] != (new, total):
-            return False
-        earlier = np.tril(np.ones((new, total), dtype=bool), total - new)
-        seen = there[:, None, None, :].astype(bool) & earlier  # (2, 1, new, total)
-        asked = there[:, None, -new:, None].astype(bool)  # what stands on padding may see anything
-        values = np.broadcast_to(found, seen.shape)
-        if (values[seen & asked] != 0).any() or (values[~seen & asked] > HIDDEN).any():
-            return False
-    return True
+        there, _ = example(new, total)
+        own, place = np.arange(total - new, total)[:, None], np.arange(total)[None, :]
+        visible = (place <= own) & ((place > own - size) if size else True)  # (new, total)
+        visible = there[:, None, :].astype(bool) & visible  # (2, new, total)
+        asked = there[:, -new:, None].astype(bool)  # what stands on padding may see anything
+        values = _added(part, new, total)
+        if (values[visible & asked] != 0).any() or (values[~visible & asked] > HIDDEN).any():
+            raise NoMatch(f"'{mask.name}' does more than hide padding, later tokens and what is outside a window")
+    return size
+
+
+def example(new: int, total: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Attention mask (2, total) of two texts, the first of them padded, and everything that masks may depend on."""
+    there = np.ones((2, total), dtype=np.int64)
+    there[0, :PADDING] = 0
+    positions = np.maximum(there.cumsum(axis=1) - 1, 0)[:, -new:]
+    ids = np.zeros((2, new), dtype=np.int64)
+    return there, {"input_ids": ids, "attention_mask": there, "position_ids": positions}
+
+
+def _added(part: Part, new: int, total: int) -> np.ndarray:
+    """What a mask adds to the scores of the example, (2, new, total); raises NoMatch where heads differ."""
+    found = part(example(new, total)[1])
+    if found.ndim != 4 or found.shape[1] != 1 or found.shape[2:] != (new, total):
+        raise NoMatch(f"a mask has the shape {found.shape} where {new} of {total} tokens are new")
+    return np.broadcast_to(found[:, 0], (2, new, total))
 
 
 def _padding(writer: Writer, mask: ir.Value) -> ir.Value:

@@ -68,6 +68,7 @@ class Part:
         part = ir.Model(graph, ir_version=model.ir_version)
         ir.external_data.load_to_model(part)
         self._names = [found.name or "" for found in given]
+        self.needs = {value.name or "" for value in graph.inputs if value.uses()}  # of those inputs
         self._evaluator = onnx.reference.ReferenceEvaluator(ir.to_proto(part))
 
     def __call__(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -146,6 +147,12 @@ class Writer:
 
         self.graph.sort()
         common.CommonSubexpressionEliminationPass()(self.model)
+        self.drop_unread()
+
+    def drop_unread(self) -> None:
+        """Drop what nobody reads any more."""
+        from onnx_ir.passes import common
+
         common.RemoveUnusedNodesPass()(self.model)
 
     def _free(self, name: str) -> str:

@@ -10,10 +10,16 @@ import numpy as np
 
 from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.recipe import Backend, EngineSpec
-from trsp_deploy.tools.runners import ort, ort_build, trt
+from trsp_deploy.tools.runners import ort, ort_build, trt, trt_build
 from trsp_deploy.tools.runners.base import Runner
-from trsp_deploy.tools.runners.manifest import BuiltEngine, EngineManifest, check_manifest, read_manifest
-from trsp_deploy.tools.runners.requirements import PACKAGES, Package, cuda_devices, package_version
+from trsp_deploy.tools.runners.manifest import Bound, BuiltEngine, EngineManifest, check_manifest, read_manifest
+from trsp_deploy.tools.runners.requirements import (
+    PACKAGES,
+    Package,
+    cuda_devices,
+    driver_version,
+    package_version,
+)
 
 __all__ = [
     "BACKENDS",
@@ -22,7 +28,7 @@ __all__ = [
     "EngineManifest",
     "EngineUnavailable",
     "Runner",
-    "bound_gpu",
+    "bound_to",
     "check_can_build",
     "check_can_run",
     "open_engine",
@@ -59,16 +65,16 @@ BACKENDS: dict[Backend, BackendSupport] = {
     ),
     "tensorrt": BackendSupport(
         package=PACKAGES["tensorrt"],
-        check_build=trt.check_build,
+        check_build=trt_build.check_build,
         check_run=trt.check_run,
-        build=lambda onnx, spec, folder, calibration: trt.build(onnx, spec, folder),
+        build=trt_build.build,
         open=trt.open_engine,
     ),
     "tensorrt-rtx": BackendSupport(
         package=PACKAGES["tensorrt-rtx"],
-        check_build=trt.check_build,
+        check_build=trt_build.check_build,
         check_run=trt.check_run,
-        build=lambda onnx, spec, folder, calibration: trt.build(onnx, spec, folder),
+        build=trt_build.build,
         open=trt.open_engine,
     ),
 }
@@ -84,17 +90,16 @@ def check_can_run(spec: EngineSpec) -> None:
     BACKENDS[spec.backend].check_run(spec)
 
 
-def bound_gpu(backend: Backend) -> str | None:
-    """Compute capability of this machine's first GPU, where the backend's engines run on no other; else None.
-
-    TensorRT compiles for the GPU at hand, TensorRT-RTX for the capabilities that its spec names, ONNX Runtime for none.
-    """
-    if backend != "tensorrt":
-        return None
+def bound_to(spec: EngineSpec) -> Bound:
+    """What an engine that is built here is bound to: TensorRT compiles for the GPU and driver at hand, TensorRT-RTX for
+    the capabilities that its spec names, ONNX Runtime for none."""
+    if spec.backend != "tensorrt":
+        return Bound()
     try:
-        return cuda_devices()[0].compute_capability
+        gpu = cuda_devices()[0].compute_capability
     except EngineUnavailable:
-        return None  # building and running say so themselves
+        return Bound()  # building and running say so themselves
+    return Bound(gpu=gpu, driver=driver_version(), others=spec.hardware_compatibility)
 
 
 def open_engine(folder: Path) -> Runner:
@@ -104,5 +109,5 @@ def open_engine(folder: Path) -> Runner:
     when the backend's version is not the one that built it.
     """
     manifest = read_manifest(folder)
-    check_manifest(folder, manifest, package_version(manifest.spec.backend), bound_gpu(manifest.spec.backend))
+    check_manifest(folder, manifest, package_version(manifest.spec.backend), bound_to(manifest.spec))
     return BACKENDS[manifest.spec.backend].open(folder, manifest)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pydantic import ValidationError
 
@@ -36,6 +37,27 @@ class BuiltEngine:
     passes: tuple[PassOutcome, ...] = ()
 
 
+class Bound(Strict):
+    """Where an engine may run; None is anywhere."""
+
+    gpu: str | None = None  # compute capability of the GPU that it was compiled on, such as "sm89"
+    driver: str | None = None  # version of the NVIDIA driver
+    others: Literal["none", "ampere-plus", "same-compute-capability"] = "none"  # GPUs beside that one
+
+    def misfit(self, here: Bound) -> str | None:
+        """What differs where `here` was asked of this machine; None where the engine may run."""
+        if self.gpu is not None and here.gpu is not None and not self._serves(here.gpu):
+            return f"for a GPU of compute capability {self.gpu}, here is {here.gpu}"
+        if self.driver is not None and here.driver is not None and self.driver != here.driver:
+            return f"under NVIDIA driver {self.driver}, here is {here.driver}"
+        return None
+
+    def _serves(self, gpu: str) -> bool:
+        if self.others == "ampere-plus":
+            return int(gpu.removeprefix("sm")) >= 80
+        return gpu == self.gpu
+
+
 class EngineManifest(Strict):
     """An engine folder's `manifest.json`."""
 
@@ -44,7 +66,7 @@ class EngineManifest(Strict):
     onnx_sha256: str  # over the ONNX file and its external data
     spec_sha256: str
     backend_version: str
-    gpu: str | None = None  # compute capability such as "sm89" that the engine is bound to; None for any
+    bound: Bound = Bound()
     file: str
     files: dict[str, str]  # name -> SHA-256; logs are not among them
     size_bytes: int
@@ -72,13 +94,12 @@ def read_manifest(folder: Path) -> EngineManifest:
         ) from problem
 
 
-def check_manifest(folder: Path, manifest: EngineManifest, backend_version: str, gpu: str | None) -> None:
-    """Raise EngineUnavailable when the files, the backend or the GPU (None: not known) are not those of the build."""
+def check_manifest(folder: Path, manifest: EngineManifest, backend_version: str, here: Bound) -> None:
+    """Raise EngineUnavailable when the files, the backend, the GPU or the driver are not those of the build."""
     again = build_command(manifest.name)
-    if manifest.gpu is not None and gpu is not None and manifest.gpu != gpu:
-        raise EngineUnavailable(
-            f"engine {manifest.name} was built for a GPU of compute capability {manifest.gpu}, here is {gpu}; {again}"
-        )
+    misfit = manifest.bound.misfit(here)
+    if misfit is not None:
+        raise EngineUnavailable(f"engine {manifest.name} was built {misfit}; {again}")
     if manifest.backend_version != backend_version:
         raise EngineUnavailable(
             f"engine {manifest.name} was built with {manifest.spec.backend} {manifest.backend_version}, "

@@ -174,13 +174,13 @@ class OrtRunner(Runner):
         self._session: Any = None
         self._inputs: decoder_io.Bindings = {}
         self._in_place = False
+        self._fixed: int | None = None  # tokens in a cache of fixed length
         self._binding: Any = None  # an IOBinding; with the cache in place it is made once and holds the cache
         self._cache: dict[str, Any] = {}  # input name -> OrtValue (batch, heads, past or capacity, head_dim)
         self._capacity = 0  # tokens that the cache has room for, where it is written in place
         self._outputs: decoder_io.Bindings = {}
         self._logits: np.ndarray | None = None  # (batch, positions, vocabulary), bound
         self._tokens: dict[str, np.ndarray] = {}  # bound
-        self._kept = -1  # bound value of logits_to_keep; -1 is none
         self._attention_mask: np.ndarray | None = None  # (batch, past)
 
     def __enter__(self) -> Self:
@@ -189,6 +189,7 @@ class OrtRunner(Runner):
         self._in_place = decoder_io.IN_PLACE in self._session.get_modelmeta().custom_metadata_map
         self._outputs = bindings_of(self._session.get_outputs())
         decoder_io.check_decoder(self._inputs, self._outputs)
+        self._fixed = decoder_io.cache_length(self._inputs)
         return self
 
     @property
@@ -205,14 +206,19 @@ class OrtRunner(Runner):
 
     def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray, *, last_only: bool = False) -> np.ndarray:
         batch, sequence = input_ids.shape
-        allocate, device = load_package(self.backend).OrtValue.ortvalue_from_shape_and_type, DEVICES[self.backend]
-        self._capacity = max(self.reserve, sequence + CHUNK) if self._in_place else 0
+        self._capacity = (self._fixed or max(self.reserve, sequence + CHUNK)) if self._in_place else 0
         self._cache = {
-            name: allocate(list(shape), np.dtype(dtype).type, device, 0)
+            name: self._allocate(shape, dtype)
             for name, (dtype, shape) in self._cache_shapes(batch, self._capacity).items()
         }
         self._bind_cache()
         return self._step(input_ids, attention_mask, keep=1 if last_only else 0)
+
+    def _allocate(self, shape: tuple[int, ...], dtype: str) -> Any:
+        value, device = load_package(self.backend).OrtValue, DEVICES[self.backend]
+        if self._fixed is not None:  # all of it is read: what is not written yet is masked, and has to be a number
+            return value.ortvalue_from_numpy(np.zeros(shape, dtype), device, 0)
+        return value.ortvalue_from_shape_and_type(list(shape), np.dtype(dtype).type, device, 0)
 
     def empty_cache(self, batch: int) -> dict[str, np.ndarray]:
         """The cache of a text that has not begun, by input name: what a session is fed that is driven from outside."""
@@ -234,11 +240,11 @@ class OrtRunner(Runner):
         if self._in_place and attention_mask.shape[1] > self._capacity:
             self._grow()
         tokens = decoder_io.token_inputs(self._inputs, input_ids, attention_mask, keep)
-        for name, value in tokens.items():  # bound in place: they must outlive the run
-            if name != decoder_io.KEEP or self._kept != keep:
-                self._binding.bind_cpu_input(name, value)
-        self._kept, self._tokens = keep, tokens
-        logits = self._bind_logits(len(input_ids), keep if decoder_io.KEEP in tokens and keep else input_ids.shape[1])
+        for name, value in tokens.items():
+            self._binding.bind_cpu_input(name, value)
+        self._tokens = tokens  # bound in place: they must outlive the run
+        kept = tokens.get(decoder_io.LOGITS_POSITIONS)
+        logits = self._bind_logits(len(input_ids), input_ids.shape[1] if kept is None else len(kept))
         with _one_line_errors(f"ONNX Runtime stopped in {self.model}"):
             self._session.run_with_iobinding(self._binding)
         if not self._in_place:
@@ -261,7 +267,7 @@ class OrtRunner(Runner):
 
     def _bind_cache(self) -> None:
         """Read `past_key_values.*` from the cache, and write `present.*` into it or into memory of its own."""
-        self._binding, self._logits, self._kept = self._session.io_binding(), None, -1
+        self._binding, self._logits = self._session.io_binding(), None
         for name, value in self._cache.items():
             self._binding.bind_ortvalue_input(name, value)
             if self._in_place:
@@ -270,7 +276,12 @@ class OrtRunner(Runner):
                 self._binding.bind_output(decoder_io.present(name), DEVICES[self.backend])
 
     def _grow(self) -> None:
-        """Move the cache into twice the room, so that a text of n tokens is moved log n times."""
+        """Move the cache into twice the room, so that a text of n tokens is moved log n times.
+
+        Raises EngineUnavailable where the cache has a fixed length.
+        """
+        if self._fixed is not None:
+            raise EngineUnavailable(f"{self.model}: its cache holds {self._fixed} tokens, and the text is longer")
         ort = load_package(self.backend)
         filled, self._capacity = self._capacity, max(2 * self._capacity, CHUNK)
         for name, value in self._cache.items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,10 @@ import numpy as np
 
 from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.recipe import EngineSpec
-from trsp_deploy.tools.graphs import check, decoder_io
+from trsp_deploy.tools.graphs import decoder_io
 from trsp_deploy.tools.runners.manifest import BuiltEngine, PassOutcome
 from trsp_deploy.tools.runners.ort import OrtRunner, bindings_of, create_session
+from trsp_deploy.tools.runners.passes import Pass, run_passes
 
 ENGINE = "model.onnx"
 CALIBRATION_TOKENS = 256
@@ -64,22 +64,14 @@ def prepare(
     real text, for int8; None takes random ones. A pass that does not fit the graph, or
     after which the logits differ, is left out and says why: the engine is then slower, and right.
     """
-    current, outcomes = onnx, []
-    if spec.fuse:
-        logits = _logits(current, spec)
-        for name, work in fusions(onnx).items():
-            candidate = scratch / name / onnx.name
-            outcome, found = _try(name, work, current, candidate, logits, spec)
-            outcomes.append(outcome)
-            if found is not None:
-                current, logits = candidate, found
+    current, outcomes = run_passes(onnx, fusions(onnx) if spec.fuse else {}, spec, scratch)
     if spec.precision in ("int8", "int4"):
-        ids = _some_tokens(onnx) if calibration is None else calibration
+        ids = some_tokens(onnx) if calibration is None else calibration
         current = _quantise(current, spec, scratch / "quantize" / onnx.name, ids)
-    return current, tuple(outcomes)
+    return current, outcomes
 
 
-def fusions(onnx: Path) -> dict[str, Callable[[Any], int]]:
+def fusions(onnx: Path) -> dict[str, Pass]:
     """The passes that leave the logits what they are, in the order in which they run."""
     from trsp_deploy.tools.graphs.attention import fuse_attention
     from trsp_deploy.tools.graphs.logits import cut_logits
@@ -110,62 +102,30 @@ def max_positions(onnx: Path) -> int:
     return found
 
 
-def _try(
-    name: str, work: Callable[[Any], int], before: Path, after: Path, expected: np.ndarray, spec: EngineSpec
-) -> tuple[PassOutcome, np.ndarray | None]:
-    """Run one pass; returns what it did and, when it is kept, the new graph's logits."""
-    import onnx_ir as ir
-
-    from trsp_deploy.tools.graphs.nodes import NoMatch
-
-    model = ir.load(before)
-    try:
-        changed = work(model)
-    except NoMatch as problem:
-        return PassOutcome(name=name, reason=str(problem)), None
-    if not changed:
-        return PassOutcome(name=name, reason="there is nothing to change"), None
-    after.parent.mkdir()
-    ir.save(model, after, external_data=f"{after.name}.data")
-    try:
-        logits = _logits(after, spec)
-    except EngineUnavailable as problem:  # the form fits and the kernel has limits of its own
-        return PassOutcome(name=name, reason=str(problem).partition(": ")[2]), None
-    error, tolerance = check.difference(expected, logits), check.TOLERANCES[spec.graph_precision]
-    if error > tolerance:
-        reason = f"the logits would differ by {error:.2g} standard deviations (tolerance {tolerance:g})"
-        return PassOutcome(name=name, error=error, reason=reason), None
-    return PassOutcome(name=name, changed=changed, error=error), logits
-
-
-def _logits(graph: Path, spec: EngineSpec) -> np.ndarray:
-    with OrtRunner(graph, backend=spec.backend, threads=spec.threads) as runner:
-        return check.sample_logits(runner, runner.vocabulary)
-
-
 def _quantise(graph: Path, spec: EngineSpec, out: Path, ids: np.ndarray) -> Path:
     import onnx_ir as ir
 
-    from trsp_deploy.tools.graphs import quantize
+    from trsp_deploy.tools.graphs import products, quantize
     from trsp_deploy.tools.graphs.nodes import NoMatch
 
     out.parent.mkdir()
     model = ir.load(graph)
     try:
-        if spec.precision == "int4":
-            model = quantize.quantize_int4(model, spec.block_size)
-        else:
-            with OrtRunner(graph, threads=spec.threads) as runner:
-                past = runner.empty_cache(len(ids))
-            signal = quantize.measure_signal(model, past, ids, out.parent)
-            model = quantize.quantize_int8(model, spec.block_size, signal, out.parent)
+        head = products.open_products(model)
     except NoMatch as problem:
         raise EngineUnavailable(f"{graph}: cannot be quantised: {problem}") from problem
+    if spec.precision == "int4":
+        model = quantize.quantize_int4(model, spec.block_size, head)
+    else:
+        with OrtRunner(graph, threads=spec.threads) as runner:
+            past = runner.empty_cache(len(ids))
+        activations = products.measure_activations(model, past, ids, out.parent)
+        model = quantize.quantize_int8(model, spec.block_size, head, activations, out.parent)
     ir.save(model, out, external_data=f"{out.name}.data")
     return out
 
 
-def _some_tokens(onnx: Path) -> np.ndarray:
+def some_tokens(onnx: Path) -> np.ndarray:
     """Random tokens (1, tokens) where no text is at hand: massive activations depend on the model more than on it."""
     from trsp_deploy.tools.graphs.nodes import NoMatch
 

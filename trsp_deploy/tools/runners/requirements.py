@@ -88,6 +88,18 @@ def cuda_devices() -> list[CudaDevice]:
     return [_device(driver, index) for index in range(count.value)]
 
 
+def driver_version() -> str | None:
+    """Version of the NVIDIA driver, such as "580.65.06"; None where its management library does not say."""
+    text = ctypes.create_string_buffer(96)
+    try:
+        library = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    if library.nvmlInit_v2() != 0 or library.nvmlSystemGetDriverVersion(text, len(text)) != 0:
+        return None
+    return text.value.decode()
+
+
 def _device(driver: ctypes.CDLL, index: int) -> CudaDevice:
     handle, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
     memory = ctypes.c_size_t()

@@ -1,45 +1,24 @@
-"""TensorRT 10, TensorRT 11 and TensorRT for RTX, through the calls that all three have.
-
-Networks are strongly typed: 11 and RTX know nothing else, and 10 then runs the same graph in the
-same precision. So precision is that of the ONNX file, and no builder flag sets it.
-"""
+"""Run engines of TensorRT 10, TensorRT 11 and TensorRT for RTX, through the calls that all three have."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from trsp_deploy.errors import EngineSpecError, EngineUnavailable, nearest
-from trsp_deploy.recipe import Backend, EngineSpec, ShapeProfile
+from trsp_deploy.errors import EngineUnavailable
+from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.tools.graphs import decoder_io
 from trsp_deploy.tools.runners.base import Runner
-from trsp_deploy.tools.runners.manifest import BuiltEngine, EngineManifest
-from trsp_deploy.tools.runners.requirements import cuda_devices, load_package, one_line
+from trsp_deploy.tools.runners.manifest import EngineManifest
+from trsp_deploy.tools.runners.requirements import cuda_devices, load_package
+from trsp_deploy.tools.runners.trt_log import logger, made
 
 if TYPE_CHECKING:
     import torch
-
-ENGINE = "model.engine"
-BUILD_LOG = "build.log"
-NUMPY_DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "INT32": "int32"}
-
-
-def check_build(spec: EngineSpec) -> None:
-    """Raise EngineUnavailable unless `build` can work here, EngineSpecError for an unknown compute capability.
-
-    TensorRT compiles for the GPU in this machine; TensorRT-RTX compiles ahead of time and needs none.
-    """
-    trt = load_package(spec.backend)
-    compute_capabilities(trt, spec)
-    if spec.backend == "tensorrt":
-        cuda_devices()
 
 
 def check_run(spec: EngineSpec) -> None:
@@ -60,174 +39,29 @@ def _check_torch() -> None:
         )
 
 
-def compute_capabilities(trt: ModuleType, spec: EngineSpec) -> list[Any]:
-    """The spec's build targets as TensorRT-RTX's enum; empty means every GPU that it supports."""
-    wanted = spec.compute_capabilities
-    if not wanted:
-        return []
-    if not hasattr(trt, "ComputeCapability"):
-        raise EngineSpecError(
-            f"engine {spec.name}: `compute_capabilities` is for tensorrt-rtx; {spec.backend} builds for this GPU only"
-        )
-    known = {name.lower(): value for name, value in trt.ComputeCapability.__members__.items() if name.startswith("SM")}
-    for name in wanted:
-        if name.lower() not in known:
-            hint = nearest(name.lower(), known)
-            raise EngineSpecError(
-                f"engine {spec.name}: no compute capability '{name}'{hint}; valid: {', '.join(sorted(known))}"
-            )
-    return [known[name.lower()] for name in wanted]
-
-
-def build(onnx: Path, spec: EngineSpec, folder: Path) -> BuiltEngine:
-    """Parse the graph, compile it for every profile of the spec, and write model.engine and build.log into `folder`.
-
-    Raises EngineUnavailable with the parser's or the builder's errors as one line.
-    """
-    trt = load_package(spec.backend)
-    log = _logger(trt)
-    with log.into(folder / BUILD_LOG):
-        builder = _made(log, "no builder", lambda: trt.Builder(log))
-        # Without it 10 would choose precisions itself. The flag is another bit in 10 than in 11.
-        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-        _parse(trt, network, log, onnx)
-        inputs = _network_bindings([network.get_input(i) for i in range(network.num_inputs)])
-        outputs = _network_bindings([network.get_output(i) for i in range(network.num_outputs)])
-        decoder_io.check_decoder(inputs, outputs)
-        decoder_io.check_precision(inputs, spec.graph_precision)
-        config = _configure(trt, builder, spec)
-        for profile in spec.profiles:
-            config.add_optimization_profile(_optimisation_profile(builder, inputs, profile))
-        engine = _made(log, f"cannot build {onnx}", lambda: builder.build_serialized_network(network, config))
-        (folder / ENGINE).write_bytes(memoryview(engine))
-    return BuiltEngine(ENGINE, (ENGINE,), inputs, outputs)
-
-
 def open_engine(folder: Path, manifest: EngineManifest) -> TrtRunner:
     """A runner for a built engine."""
-    return TrtRunner(
-        folder / manifest.file, backend=manifest.spec.backend, inputs=manifest.inputs, outputs=manifest.outputs
-    )
-
-
-@functools.cache
-def _logger(trt: ModuleType) -> Any:
-    """The one logger of this process: TensorRT keeps the first that it is given and ignores later ones."""
-
-    class Log(trt.ILogger):  # type: ignore[misc, name-defined]
-        """Keeps errors in memory, and while a build runs everything in its file."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-            self._file: Any = None
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                self.errors.append(message)
-            if self._file is not None:
-                print(f"[{severity.name}] {message}", file=self._file)
-
-        @contextlib.contextmanager
-        def into(self, path: Path) -> Iterator[None]:
-            self.errors.clear()
-            with path.open("w", encoding="utf-8") as self._file:
-                try:
-                    yield
-                finally:
-                    self._file = None
-
-        def complaint(self, otherwise: str = "no reason was logged") -> str:
-            """The errors since the last call, once each, as one line."""
-            lines = list(dict.fromkeys(one_line(error) for error in self.errors))
-            self.errors.clear()
-            return "; ".join(lines) or otherwise
-
-    return Log()
-
-
-def _made(log: Any, failure: str, make: Callable[[], Any]) -> Any:
-    """What `make` returns; TensorRT reports a failure as None or as a null factory, with the reason in its log."""
-    try:
-        made = make()
-    except (TypeError, RuntimeError) as problem:
-        raise EngineUnavailable(f"TensorRT: {failure}: {log.complaint(one_line(problem))}") from problem
-    if made is None:
-        raise EngineUnavailable(f"TensorRT: {failure}: {log.complaint()}")
-    return made
-
-
-def _parse(trt: ModuleType, network: Any, log: Any, onnx: Path) -> None:
-    parser = trt.OnnxParser(network, log)
-    if parser.parse_from_file(str(onnx)):
-        return
-    errors = [_parser_error(parser.get_error(i)) for i in range(parser.num_errors)]
-    raise EngineUnavailable(f"TensorRT cannot read {onnx}: {'; '.join(dict.fromkeys(errors)) or log.complaint()}")
-
-
-def _parser_error(error: Any) -> str:
-    where = f" in node '{error.node_name()}' ({error.node_operator()})" if error.node_operator() else ""
-    return f"{one_line(error.desc())}{where}"
-
-
-def _network_bindings(tensors: list[Any]) -> decoder_io.Bindings:
-    bindings: decoder_io.Bindings = {}
-    for tensor in tensors:
-        shape = tuple(
-            length if length >= 0 else tensor.get_dimension_name(axis) or f"dimension {axis}"
-            for axis, length in enumerate(tensor.shape)
-        )
-        bindings[tensor.name] = (NUMPY_DTYPES.get(tensor.dtype.name, tensor.dtype.name.lower()), shape)
-    return bindings
-
-
-def _configure(trt: ModuleType, builder: Any, spec: EngineSpec) -> Any:
-    config = builder.create_builder_config()
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # layers and kernels in the log and the engine
-    if spec.precision == "fp32":
-        # On by default, it would round fp32 products to 10 bits: the engine could not agree with PyTorch.
-        config.clear_flag(trt.BuilderFlag.TF32)
-    if spec.workspace_gib is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(spec.workspace_gib * 2**30))
-    targets = compute_capabilities(trt, spec)
-    if targets:
-        config.num_compute_capabilities = len(targets)
-        for index, target in enumerate(targets):
-            config.set_compute_capability(target, index)
-    return config
-
-
-def _optimisation_profile(builder: Any, inputs: decoder_io.Bindings, profile: ShapeProfile) -> Any:
-    result = builder.create_optimization_profile()
-    for name, (_, shape) in inputs.items():
-        limits = [
-            decoder_io.input_shape(
-                name,
-                shape,
-                batch=getattr(profile.batch, end),
-                sequence=getattr(profile.sequence, end),
-                past=getattr(profile.past, end),
-            )
-            for end in ("min", "opt", "max")
-        ]
-        result.set_shape(name, *limits)
-    return result
+    return TrtRunner(folder / manifest.file, manifest.spec, inputs=manifest.inputs, outputs=manifest.outputs)
 
 
 class TrtRunner(Runner):
     """Generates with a built TensorRT or TensorRT-RTX engine on the first GPU of this process.
 
-    engine: the serialised engine. backend: "tensorrt" or "tensorrt-rtx".
+    engine: the serialised engine. spec: what it was built from.
     inputs, outputs: the graph's, as the engine's manifest has them.
+
+    A cache of fixed length is one memory for `past` and `present`, and decoding, whose shapes then stand still, is
+    replayed as a CUDA graph. A cache that grows has two, read and written in turn.
     """
 
     def __init__(
-        self, engine: Path, *, backend: Backend, inputs: decoder_io.Bindings, outputs: decoder_io.Bindings
+        self, engine: Path, spec: EngineSpec, *, inputs: decoder_io.Bindings, outputs: decoder_io.Bindings
     ) -> None:
         self.engine = engine
-        self.backend = backend
+        self.spec = spec
         self._inputs = inputs
         self._outputs = outputs
+        self._fixed = decoder_io.cache_length(inputs)
         self._trt: Any = None
         self._runtime: Any = None  # has to outlive the engine
         self._engine: Any = None
@@ -235,76 +69,156 @@ class TrtRunner(Runner):
         self._stream: Any = None
         self._profiles: list[dict[str, list[tuple[int, ...]]]] = []  # input name -> min, opt, max shape
         self._attention_mask: np.ndarray | None = None  # (batch, past)
-        # Two buffers for each part of the cache, read and written in turn: a step never writes what it reads.
-        self._buffers: dict[tuple[int, str], torch.Tensor] = {}
-        self._reads = 0
+        self._cache: dict[tuple[int, str], torch.Tensor] = {}
+        self._reads = 0  # which of the two parts of a growing cache the next step reads
+        self._tensors: dict[str, torch.Tensor] = {}  # inputs and logits of the last step
+        self._steps = 0  # since the prompt
+        self._graph: Any = None  # a captured decoding step
 
     def __enter__(self) -> Self:
         import torch
 
-        self._trt = load_package(self.backend)
+        self._trt = load_package(self.spec.backend)
         # Before anything of TensorRT: a Runtime made without a usable driver can crash the process.
         devices = cuda_devices()
         _check_torch()
         cuda: Any = torch.cuda
         cuda.init()
-        log = _logger(self._trt)
+        log = logger(self._trt)
         log.errors.clear()
         gpu = f"{devices[0].name} ({devices[0].compute_capability}, {devices[0].memory_bytes / 2**30:.0f} GiB)"
         failure = f"cannot load {self.engine} on {gpu}"
-        self._runtime = _made(log, failure, lambda: self._trt.Runtime(log))
-        self._engine = _made(log, failure, lambda: self._runtime.deserialize_cuda_engine(self.engine.read_bytes()))
-        self._context = _made(log, failure, self._engine.create_execution_context)
+        self._runtime = made(log, failure, lambda: self._trt.Runtime(log))
+        self._engine = made(log, failure, lambda: self._runtime.deserialize_cuda_engine(self.engine.read_bytes()))
+        if self.spec.weight_streaming_gib is not None:
+            self._engine.weight_streaming_budget_v2 = int(self.spec.weight_streaming_gib * 2**30)
+        self._context = made(log, failure, self._make_context)
         # A stream of its own: on the default one TensorRT synchronises the device around every call.
         self._stream = cuda.Stream()
         self._profiles = [self._limits(index) for index in range(self._engine.num_optimization_profiles)]
         return self
+
+    def _make_context(self) -> Any:
+        if self.spec.backend != "tensorrt-rtx" or not self._captures:
+            return self._engine.create_execution_context()
+        runtime_config = self._engine.create_runtime_config()
+        runtime_config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE  # it captures by itself
+        return self._engine.create_execution_context(runtime_config)
+
+    @property
+    def _captures(self) -> bool:
+        """Whether decoding may become a CUDA graph."""
+        return self.spec.cuda_graphs and self._fixed is not None
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         import torch
 
-        self._attention_mask = None
-        self._buffers = {}
+        self._attention_mask = self._graph = None
+        self._cache, self._tensors = {}, {}
         self._context = self._engine = self._runtime = self._stream = None
         # TensorRT allocates beside torch, so torch's idle memory is out of reach for the next engine.
         torch.cuda.empty_cache()
 
     def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray, *, last_only: bool = False) -> np.ndarray:
-        logits = self._step(input_ids, attention_mask)
+        self._steps, self._graph = 0, None
+        logits = self._step(input_ids, attention_mask, keep=1 if last_only else 0)
         return logits[:, -1:] if last_only else logits
 
     def decode(self, input_ids: np.ndarray) -> np.ndarray:
         if self._attention_mask is None:
             raise RuntimeError("decode comes after prefill")
+        self._steps += 1
         return self._step(input_ids, decoder_io.extended(self._attention_mask, input_ids))
 
-    def _step(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
+    def _step(self, input_ids: np.ndarray, attention_mask: np.ndarray, keep: int = 0) -> np.ndarray:
         import torch
 
-        batch, sequence = input_ids.shape
-        past = attention_mask.shape[1] - sequence
-        shapes = {
-            name: decoder_io.input_shape(name, shape, batch=batch, sequence=sequence, past=past)
-            for name, (_, shape) in self._inputs.items()
-        }
+        batch, length = attention_mask.shape
+        if self._fixed is not None and length > self._fixed:
+            raise EngineUnavailable(f"{self.engine}: its cache holds {self._fixed} tokens, and the text has {length}")
+        values = decoder_io.token_inputs(self._inputs, input_ids, attention_mask, keep)
         try:
             with torch.cuda.stream(self._stream):
-                self._select_profile(shapes)
-                tokens = self._bind_inputs(input_ids, attention_mask, shapes)
-                logits = self._bind_outputs()
-                if not self._context.execute_async_v3(self._stream.cuda_stream):
-                    raise EngineUnavailable(f"TensorRT: stopped in {self.engine}: {_logger(self._trt).complaint()}")
-                result: np.ndarray = logits.float().cpu().numpy()  # waits for the stream; (batch, sequence, vocabulary)
+                if self._steps < 2:  # later steps of a fixed length find everything where it was
+                    self._tensors = {}
+                self._feed(values)
+                if self._graph is not None:
+                    self._graph.replay()
+                else:
+                    self._bind(values, batch, past=length - input_ids.shape[1])
+                    self._launch()
+                # waits for the stream; (batch, positions, vocabulary)
+                result: np.ndarray = self._tensors["logits"].float().cpu().numpy()
         except torch.cuda.OutOfMemoryError as problem:
             raise EngineUnavailable(
-                f"{self.backend}: the GPU's memory is full at batch {batch} with {attention_mask.shape[1]} tokens"
+                f"{self.spec.backend}: the GPU's memory is full at batch {batch} with {length} tokens"
             ) from problem
-        del tokens  # TensorRT reads them until the stream is done
         self._reads = 1 - self._reads
         self._attention_mask = attention_mask
         return result
+
+    def _feed(self, values: dict[str, np.ndarray]) -> None:
+        """Copy a step's inputs to the GPU, over the last step's where the shapes are the same."""
+        import torch
+
+        for name, value in values.items():
+            there, here = self._tensors.get(name), torch.from_numpy(value)
+            if there is None or there.shape != here.shape:
+                self._tensors[name] = here.cuda()
+            else:
+                there.copy_(here)
+
+    def _bind(self, values: dict[str, np.ndarray], batch: int, past: int) -> None:
+        """Choose a profile and tell the context every shape and address."""
+        import torch
+
+        caches = decoder_io.cache_inputs(self._inputs)
+        shapes = {name: tuple(value.shape) for name, value in values.items()}
+        for name in caches:
+            shapes[name] = decoder_io.input_shape(name, self._inputs[name][1], batch=batch, sequence=0, past=past)
+        self._select_profile(shapes)
+        for name, shape in shapes.items():
+            tensor = self._tensors[name] if name in values else self._part(self._reads, name, shape)
+            self._context.set_input_shape(name, shape)
+            self._context.set_tensor_address(name, tensor.data_ptr())
+        missing = self._context.infer_shapes()
+        if missing:
+            raise EngineUnavailable(f"{self.engine}: inputs that no decoder should have: {', '.join(missing)}")
+        for name in caches:
+            output = decoder_io.present(name)
+            shape = tuple(self._context.get_tensor_shape(output))
+            self._context.set_tensor_address(output, self._part(1 - self._reads, name, shape).data_ptr())
+        shape, logits = tuple(self._context.get_tensor_shape("logits")), self._tensors.get("logits")
+        if logits is None or logits.shape != shape:
+            self._tensors["logits"] = torch.empty(
+                shape, dtype=getattr(torch, self._outputs["logits"][0]), device="cuda"
+            )
+        self._context.set_tensor_address("logits", self._tensors["logits"].data_ptr())
+
+    def _launch(self) -> None:
+        """Run the step, or from the second decoding step on, where nothing moves any more, capture and replay it."""
+        import torch
+
+        if self._steps < 2 or not self._captures or self.spec.backend == "tensorrt-rtx":
+            self._enqueue()
+            return
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self._stream):
+                self._enqueue()
+        except RuntimeError as problem:
+            raise EngineUnavailable(
+                f"{self.engine}: a decoding step cannot become a CUDA graph ({problem}); "
+                "build it again from a spec with `cuda_graphs: false`"
+            ) from problem
+        graph.replay()
+        self._graph = graph
+
+    def _enqueue(self) -> None:
+        if not self._context.execute_async_v3(self._stream.cuda_stream):
+            raise EngineUnavailable(f"TensorRT: stopped in {self.engine}: {logger(self._trt).complaint()}")
 
     def _select_profile(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Choose, among the profiles that cover these shapes, the one tuned for the nearest number of new tokens."""
@@ -321,49 +235,19 @@ class TrtRunner(Runner):
         if best != self._context.active_optimization_profile:
             self._context.set_optimization_profile_async(best, self._stream.cuda_stream)
 
-    def _bind_inputs(
-        self, input_ids: np.ndarray, attention_mask: np.ndarray, shapes: dict[str, tuple[int, ...]]
-    ) -> list[torch.Tensor]:
+    def _part(self, side: int, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """Device memory for one part of the cache; one that grows gets a quarter more, so that most steps reuse it."""
         import torch
 
-        for name in decoder_io.cache_inputs(self._inputs):
-            self._bind_input(name, shapes[name], self._buffer(self._reads, name, shapes[name]))
-        tokens = []
-        for name, value in decoder_io.token_inputs(self._inputs, input_ids, attention_mask).items():
-            tokens.append(torch.from_numpy(value).cuda())
-            self._bind_input(name, shapes[name], tokens[-1])
-        missing = self._context.infer_shapes()
-        if missing:
-            raise EngineUnavailable(f"{self.engine}: inputs that no decoder should have: {', '.join(missing)}")
-        return tokens
-
-    def _bind_input(self, name: str, shape: tuple[int, ...], tensor: torch.Tensor) -> None:
-        self._context.set_input_shape(name, shape)
-        self._context.set_tensor_address(name, tensor.data_ptr())
-
-    def _bind_outputs(self) -> torch.Tensor:
-        import torch
-
-        for name in decoder_io.cache_inputs(self._inputs):
-            output = decoder_io.present(name)
-            shape = tuple(self._context.get_tensor_shape(output))
-            self._context.set_tensor_address(output, self._buffer(1 - self._reads, name, shape).data_ptr())
-        dtype = getattr(torch, self._outputs["logits"][0])
-        logits = torch.empty(tuple(self._context.get_tensor_shape("logits")), dtype=dtype, device="cuda")
-        self._context.set_tensor_address("logits", logits.data_ptr())
-        return logits
-
-    def _buffer(self, side: int, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """Device memory for one part of the cache; grown by a quarter more than needed, so that most steps reuse it."""
-        import torch
-
+        side = 0 if self._fixed is not None else side  # written where it is read
         elements = max(math.prod(shape), 1)  # TensorRT wants an address even for an empty cache
-        buffer = self._buffers.get((side, name))
-        if buffer is None or buffer.numel() < elements:
+        memory = self._cache.get((side, name))
+        if memory is None or memory.numel() < elements:
             dtype = getattr(torch, self._inputs[name][0])
-            buffer = torch.empty(elements + elements // 4, dtype=dtype, device="cuda")
-            self._buffers[side, name] = buffer
-        return buffer
+            spare = 0 if self._fixed is not None else elements // 4
+            memory = torch.zeros(elements + spare, dtype=dtype, device="cuda")
+            self._cache[side, name] = memory
+        return memory
 
     def _limits(self, profile: int) -> dict[str, list[tuple[int, ...]]]:
         limits = self._engine.get_tensor_profile_shape

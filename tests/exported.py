@@ -1,0 +1,68 @@
+"""Tiny models of the families that graph passes are tested on, exported once for all tests.
+
+Fixture `exported`: family -> folder with `model/` (Hugging Face) and `onnx/` (fp32) or `onnx-fp16/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.families import FAMILIES
+from tests.tiny import random_model
+from trsp_deploy.recipe import ExportSettings, Float
+from trsp_deploy.stages.export import export_onnx
+from trsp_deploy.tools.quiet import quiet_libraries
+
+HEADS = {"hidden_size": 64, "num_attention_heads": 4}  # the fused node wants heads of a multiple of 8
+WIDE = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}  # heads of 64, as TensorRT fuses them
+# Name -> family, and changes of its tiny config.
+MODELS: dict[str, tuple[str, dict[str, int]]] = {
+    "llama": ("llama", HEADS),
+    "llama-wide": ("llama", WIDE),
+    "mistral-sliding": ("mistral-sliding", HEADS),
+    "qwen2": ("qwen2", HEADS),
+    "qwen3": ("qwen3", HEADS),
+    "phi3": ("phi3", HEADS),
+    "opt": ("opt", {**HEADS, "word_embed_proj_dim": 64}),
+    "opt-wide": ("opt", {"hidden_size": 256, "num_attention_heads": 4, "word_embed_proj_dim": 256}),
+    "opt-350m": ("opt-350m", HEADS),
+    "gpt2": ("gpt2", {"n_embd": 64}),
+    "gpt-neox-parallel": ("gpt-neox-parallel", HEADS),
+    "bloom": ("bloom", {"hidden_size": 64, "n_head": 4}),
+}
+Made = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """exported(name, precision="fp32"): the model's folder."""
+    import torch
+    import transformers
+
+    folder = tmp_path_factory.mktemp("exported")
+
+    def made(name: str, precision: Float = "fp32") -> Path:
+        family, changes = MODELS[name]
+        source = folder / name
+        if not source.exists():
+            config = getattr(transformers, FAMILIES[family].config)(**{**FAMILIES[family].values, **changes})
+            model = random_model(config)
+            with torch.no_grad():  # norms of 1 and biases of 0 would be slimmed away before a pass sees them
+                for parameter in model.parameters():
+                    parameter.add_(0.1 * torch.randn_like(parameter) if parameter.ndim == 1 else 0)
+            model.save_pretrained(source / "model")
+        out = onnx_of(source, precision).parent
+        if not out.exists():
+            with quiet_libraries():
+                export_onnx(source / "model", precision, ExportSettings(), out)
+        return source
+
+    return made
+
+
+def onnx_of(source: Path, precision: Float = "fp32") -> Path:
+    """The exported graph in a model's folder."""
+    return source / ("onnx" if precision == "fp32" else f"onnx-{precision}") / "model.onnx"

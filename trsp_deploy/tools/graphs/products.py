@@ -1,0 +1,125 @@
+"""The products with constant weights, which are what quantisation touches, and what a text shows of their inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from trsp_deploy.tools.graphs.decoder_io import LOGITS_POSITIONS
+from trsp_deploy.tools.graphs.logits import lm_head
+from trsp_deploy.tools.graphs.nodes import NoMatch, Writer, constant, made_by
+
+SIGNAL = 21.0  # decibels of the median token; below it a product is not quantised with one scale a tensor
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What one product reads, over a calibration text."""
+
+    lowest: float
+    highest: float
+    decibels: float  # signal over noise of the median token when all of it has one 8-bit scale
+
+    @property
+    def quantisable(self) -> bool:
+        """Whether enough is left of it."""
+        return self.decibels >= SIGNAL
+
+
+def open_products(model: ir.Model) -> str:
+    """Load all weights and give every product with one the form MatMul(x, weight); returns the LM head's name.
+
+    model: changed in place. Gemm becomes MatMul and Add (GPT-2, OPT), and an LM head that transposes the embedding gets
+    a weight of its own. Raises NoMatch when no LM head is found.
+    """
+    ir.external_data.load_to_model(model)
+    writer = Writer(model, "products")
+    for node in [node for node in model.graph if node.op_type == "Gemm"]:
+        _split(writer, node)
+    head = lm_head(model)
+    transposed = made_by(head.inputs[1], "Transpose")
+    embedding = None if transposed is None else constant(transposed.inputs[0])
+    if embedding is not None:
+        head.replace_input_with(1, writer.constant(np.ascontiguousarray(embedding.T), "lm_head"))
+    writer.finish()
+    return head.name or ""
+
+
+def _split(writer: Writer, node: ir.Node) -> None:
+    """Gemm without factors as MatMul and Add; others stay."""
+    weight = constant(node.inputs[1])
+    factors = {node.attributes.get_float(name, 1.0) for name in ("alpha", "beta")}
+    swapped, transposed = (node.attributes.get_int(name, 0) for name in ("transA", "transB"))
+    if weight is None or factors != {1.0} or swapped:
+        return
+    if transposed:
+        weight = weight.T
+    name = node.name or "Gemm"
+    product = writer.one("MatMul", [node.inputs[0], writer.constant(np.ascontiguousarray(weight), "weight")], name=name)
+    product.shape, product.type = node.outputs[0].shape, node.outputs[0].type
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    whole = product if bias is None else writer.one("Add", [product, bias], name=f"{name}_bias")
+    writer.replace_output(node.outputs[0], whole)
+
+
+def weight_of(node: ir.Node) -> ir.Value | None:
+    """The constant weight (features in, features out) of a product; None for other nodes."""
+    weight = node.inputs[1] if node.op_type == "MatMul" else None
+    return weight if weight is not None and weight.const_value is not None else None
+
+
+def measure_activations(
+    model: ir.Model, past: dict[str, np.ndarray], ids: np.ndarray, scratch: Path, *, symmetric: bool = False
+) -> dict[str, Activations]:
+    """What every product with a weight reads while ONNX Runtime's CPU provider reads a text; by the product's name.
+
+    past: an empty cache by input name. ids: (batch, sequence) int64 tokens of real text. scratch: a folder.
+    symmetric: the 8-bit scale has no zero point.
+    """
+    import onnxruntime
+
+    products = {node.name or "": node.inputs[0] for node in model.graph if weight_of(node) is not None}
+    inputs = [value for value in dict.fromkeys(products.values()) if value is not None]
+    outputs = list(model.graph.outputs)
+    model.graph.outputs.extend(value for value in inputs if value not in outputs)
+    path = scratch / "probe.onnx"
+    ir.save(model, path, external_data=f"{path.name}.data")
+    del model.graph.outputs[len(outputs) :]
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    mask = np.ones_like(ids)
+    feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": mask.cumsum(axis=1) - 1, **past}
+    feeds[LOGITS_POSITIONS] = np.array([0])
+    found = session.run(
+        [value.name for value in inputs], {value.name: feeds[value.name] for value in session.get_inputs()}
+    )
+    measured = {value.name: _measure(array, symmetric) for value, array in zip(inputs, found, strict=True)}
+    return {name: measured[value.name] for name, value in products.items() if value is not None}
+
+
+def _measure(found: np.ndarray, symmetric: bool) -> Activations:
+    lowest, highest = float(found.min()), float(found.max())
+    return Activations(lowest, highest, signal_to_noise(found, symmetric=symmetric))
+
+
+def signal_to_noise(activations: np.ndarray, *, symmetric: bool = False) -> float:
+    """Decibels that the median token keeps when all of (..., features) are rounded to 8-bit steps of one size.
+
+    The median over tokens, not the mean: the few massive ones are all signal, and what they leave of the rest counts.
+    """
+    tokens = activations.reshape(-1, activations.shape[-1]).astype(np.float64)
+    lowest, highest = min(tokens.min(), 0.0), max(tokens.max(), 0.0)
+    step = max(-lowest, highest) / 127 if symmetric else (highest - lowest) / 255
+    step = step or 1.0
+    noise = np.square(np.round(tokens / step) * step - tokens).sum(axis=1)
+    signal = np.square(tokens).sum(axis=1)
+    return float(np.median(10 * np.log10(np.maximum(signal, 1e-30) / np.maximum(noise, 1e-30))))
+
+
+def check_finite(activations: dict[str, Activations], precision: str) -> None:
+    """Raise NoMatch where a product reads what is no number: the precision's range is too small for the model."""
+    for name, found in activations.items():
+        if not np.isfinite([found.lowest, found.highest]).all():
+            raise NoMatch(f"'{name}' reads numbers beyond the range of {precision}")

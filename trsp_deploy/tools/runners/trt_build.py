@@ -1,0 +1,241 @@
+"""Build engines with TensorRT 10, TensorRT 11 and TensorRT for RTX, through the calls that all three have.
+
+Networks are strongly typed: 11 and RTX know nothing else, and 10 then runs the same graph in the
+same precision. So precision is that of the ONNX file, and no builder flag sets it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from trsp_deploy.artifacts import writing
+from trsp_deploy.errors import EngineSpecError, EngineUnavailable, nearest
+from trsp_deploy.recipe import EngineSpec, ShapeProfile
+from trsp_deploy.tools.graphs import decoder_io
+from trsp_deploy.tools.packaged import home
+from trsp_deploy.tools.runners.manifest import BuiltEngine, PassOutcome
+from trsp_deploy.tools.runners.passes import Pass, run_passes
+from trsp_deploy.tools.runners.requirements import cuda_devices, load_package, one_line
+from trsp_deploy.tools.runners.trt_log import BUILD_LOG, logger, made, with_advice
+
+ENGINE = "model.engine"
+NUMPY_DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "INT32": "int32"}
+FIX_CACHE = "fix-cache"
+
+
+def check_build(spec: EngineSpec) -> None:
+    """Raise EngineUnavailable unless `build` can work here, EngineSpecError for an unknown compute capability.
+
+    TensorRT compiles for the GPU in this machine; TensorRT-RTX compiles ahead of time and needs none.
+    """
+    trt = load_package(spec.backend)
+    compute_capabilities(trt, spec)
+    if spec.backend == "tensorrt":
+        cuda_devices()
+
+
+def compute_capabilities(trt: ModuleType, spec: EngineSpec) -> list[Any]:
+    """The spec's build targets as TensorRT-RTX's enum; empty means every GPU that it supports."""
+    wanted = spec.compute_capabilities
+    if not wanted:
+        return []
+    if not hasattr(trt, "ComputeCapability"):
+        raise EngineSpecError(
+            f"engine {spec.name}: `compute_capabilities` is for tensorrt-rtx; {spec.backend} builds for this GPU only"
+        )
+    known = {name.lower(): value for name, value in trt.ComputeCapability.__members__.items() if name.startswith("SM")}
+    for name in wanted:
+        if name.lower() not in known:
+            hint = nearest(name.lower(), known)
+            raise EngineSpecError(
+                f"engine {spec.name}: no compute capability '{name}'{hint}; valid: {', '.join(sorted(known))}"
+            )
+    return [known[name.lower()] for name in wanted]
+
+
+def build(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.ndarray | None) -> BuiltEngine:
+    """Run the passes, compile the graph for every profile, and write model.engine and build.log into `folder`.
+
+    Where the passes changed the graph, it stays beside the engine, for `trtexec` and whoever else reads ONNX.
+
+    Raises EngineUnavailable with the parser's or the builder's errors as one line.
+    """
+    trt = load_package(spec.backend)
+    log = logger(trt)
+    with tempfile.TemporaryDirectory(prefix="passes-", dir=folder) as scratch, log.into(folder / BUILD_LOG):
+        graph, outcomes = prepare(onnx, spec, Path(scratch), calibration)
+        builder = made(log, "no builder", lambda: trt.Builder(log))
+        # Without it 10 would choose precisions itself. The flag is another bit in 10 than in 11.
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        _parse(trt, network, log, graph, onnx)
+        inputs = _network_bindings([network.get_input(i) for i in range(network.num_inputs)])
+        outputs = _network_bindings([network.get_output(i) for i in range(network.num_outputs)])
+        decoder_io.check_decoder(inputs, outputs)
+        decoder_io.check_precision(inputs, spec.graph_precision)
+        config = _configure(trt, builder, spec)
+        for profile in spec.profiles:
+            config.add_optimization_profile(_optimisation_profile(builder, inputs, profile))
+        timings = _use_timings(config, spec)
+        engine = made(log, f"cannot build {onnx}", lambda: builder.build_serialized_network(network, config))
+        (folder / ENGINE).write_bytes(memoryview(engine))
+        if timings is not None:
+            with writing(timings) as partial:
+                partial.write_bytes(memoryview(config.get_timing_cache().serialize()))
+        if graph != onnx:
+            for file in sorted(graph.parent.glob(f"{graph.name}*")):  # external data is found by its name
+                shutil.move(file, folder / file.name)
+    return BuiltEngine(ENGINE, (ENGINE,), inputs, outputs, outcomes)
+
+
+def prepare(
+    onnx: Path, spec: EngineSpec, scratch: Path, calibration: np.ndarray | None
+) -> tuple[Path, tuple[PassOutcome, ...]]:
+    """The graph that TensorRT reads, and what each pass did.
+
+    onnx: stays as it is. scratch: an empty folder for the graphs in between. calibration: (batch, sequence) tokens of
+    real text, for int8; None takes random ones. ONNX Runtime on the CPU proves the passes and reads the text.
+    Raises EngineUnavailable when the spec wants a cache of fixed length and the graph does not fit.
+    """
+    current, outcomes = run_passes(onnx, passes(spec), spec, scratch)
+    fixed = next((outcome for outcome in outcomes if outcome.name == FIX_CACHE), None)
+    if fixed is not None and not fixed.changed:
+        raise EngineUnavailable(
+            f"{onnx}: no cache of fixed length: {fixed.reason}; a spec without `cache_length` lets it grow"
+        )
+    if spec.precision in ("int8", "int4"):
+        current = _quantise(onnx, current, spec, scratch / "quantize" / onnx.name, calibration)
+    return current, outcomes
+
+
+def passes(spec: EngineSpec) -> dict[str, Pass]:
+    """The passes that leave the logits what they are, in the order in which they run."""
+    from trsp_deploy.tools.graphs.logits import cut_logits
+    from trsp_deploy.tools.graphs.static_cache import fix_cache
+
+    length = spec.cache_length
+    found: dict[str, Pass] = {}
+    if length is not None:
+        found[FIX_CACHE] = lambda model: fix_cache(model, length)
+    if spec.fuse:
+        found["cut-logits"] = cut_logits
+    return found
+
+
+def _quantise(onnx: Path, graph: Path, spec: EngineSpec, out: Path, calibration: np.ndarray | None) -> Path:
+    import onnx_ir as ir
+
+    from trsp_deploy.tools.graphs import products
+    from trsp_deploy.tools.graphs.nodes import NoMatch
+    from trsp_deploy.tools.graphs.qdq import quantize_products
+    from trsp_deploy.tools.runners.ort import OrtRunner
+    from trsp_deploy.tools.runners.ort_build import some_tokens
+
+    out.parent.mkdir()
+    model, activations = ir.load(graph), {}
+    try:
+        if spec.precision == "int8":  # the text is read by the graph as it came, whose cache grows
+            ids = some_tokens(onnx) if calibration is None else calibration
+            with OrtRunner(onnx, threads=spec.threads) as runner:
+                past = runner.empty_cache(len(ids))
+            source = ir.load(onnx)
+            products.open_products(source)
+            activations = products.measure_activations(source, past, ids, out.parent, symmetric=True)
+            products.check_finite(activations, spec.graph_precision)
+        head = products.open_products(model)
+    except NoMatch as problem:
+        raise EngineUnavailable(f"{onnx}: cannot be quantised: {problem}") from problem
+    quantize_products(model, 8 if spec.precision == "int8" else 4, spec.block_size, head, activations)
+    ir.save(model, out, external_data=f"{out.name}.data")
+    return out
+
+
+def _parse(trt: ModuleType, network: Any, log: Any, graph: Path, onnx: Path) -> None:
+    parser = trt.OnnxParser(network, log)
+    if parser.parse_from_file(str(graph)):
+        return
+    errors = [_parser_error(parser.get_error(i)) for i in range(parser.num_errors)]
+    reason = "; ".join(dict.fromkeys(errors))
+    raise EngineUnavailable(f"TensorRT cannot read {onnx}: {with_advice(reason) if reason else log.complaint()}")
+
+
+def _parser_error(error: Any) -> str:
+    where = f" in node '{error.node_name()}' ({error.node_operator()})" if error.node_operator() else ""
+    return f"{one_line(error.desc())}{where}"
+
+
+def _network_bindings(tensors: list[Any]) -> decoder_io.Bindings:
+    bindings: decoder_io.Bindings = {}
+    for tensor in tensors:
+        shape = tuple(
+            length if length >= 0 else tensor.get_dimension_name(axis) or f"dimension {axis}"
+            for axis, length in enumerate(tensor.shape)
+        )
+        bindings[tensor.name] = (NUMPY_DTYPES.get(tensor.dtype.name, tensor.dtype.name.lower()), shape)
+    return bindings
+
+
+def _configure(trt: ModuleType, builder: Any, spec: EngineSpec) -> Any:
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # layers and kernels in the log and the engine
+    if spec.precision == "fp32":
+        # On by default, it would round fp32 products to 10 bits: the engine could not agree with PyTorch.
+        config.clear_flag(trt.BuilderFlag.TF32)
+    if spec.weight_streaming_gib is not None:
+        config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+    if spec.workspace_gib is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(spec.workspace_gib * 2**30))
+    if spec.hardware_compatibility == "ampere-plus":
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    elif spec.hardware_compatibility == "same-compute-capability":
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY
+    targets = compute_capabilities(trt, spec)
+    if targets:
+        config.num_compute_capabilities = len(targets)
+        for index, target in enumerate(targets):
+            config.set_compute_capability(target, index)
+    return config
+
+
+def _use_timings(config: Any, spec: EngineSpec) -> Path | None:
+    """Let the build know how long kernels took in earlier ones; returns the file for what it learns.
+
+    TensorRT-RTX times nothing while it builds. One file serves all models of a GPU and a version; a stale or damaged
+    one is refused by TensorRT itself, and replaced.
+    """
+    if spec.backend != "tensorrt":
+        return None
+    package, device = load_package(spec.backend), cuda_devices()[0]
+    name = f"tensorrt-{package.__version__}-{device.compute_capability}-{device.name.replace(' ', '-')}"
+    path = home() / "timing-caches" / f"{name}.bin"
+    known = path.read_bytes() if path.is_file() else b""
+    if not config.set_timing_cache(config.create_timing_cache(known), False):
+        config.set_timing_cache(config.create_timing_cache(b""), False)
+    return path
+
+
+def _optimisation_profile(builder: Any, inputs: decoder_io.Bindings, profile: ShapeProfile) -> Any:
+    result = builder.create_optimization_profile()
+    for name, (_, shape) in inputs.items():
+        if any(isinstance(length, str) for length in shape):
+            limits = [profile_shape(name, shape, profile, end) for end in ("min", "opt", "max")]
+            result.set_shape(name, *limits)
+    return result
+
+
+def profile_shape(name: str, shape: tuple[int | str, ...], profile: ShapeProfile, end: str) -> tuple[int, ...]:
+    """The shape of one input at the `min`, `opt` or `max` of a profile. Logits: the last token's, or up to all."""
+    sequence = getattr(profile.sequence, end)
+    return decoder_io.input_shape(
+        name,
+        shape,
+        batch=getattr(profile.batch, end),
+        sequence=sequence,
+        past=0 if profile.past is None else getattr(profile.past, end),
+        kept=sequence if end == "max" else 1,
+    )

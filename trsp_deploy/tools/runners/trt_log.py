@@ -1,0 +1,163 @@
+"""TensorRT's log: what it complains about, what would help, and which layers it compiled."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from trsp_deploy.errors import EngineUnavailable
+from trsp_deploy.recipe import Strict
+from trsp_deploy.tools.runners.requirements import one_line
+
+BUILD_LOG = "build.log"
+
+# Words of a failure -> what its user can do. Each was met with TensorRT-RTX 1.7 unless it says otherwise.
+ADVICE = {
+    "Attention operation was not supported by a dedicated kernel": "TensorRT fuses attention in fp16 and bf16 only: "
+    "take precision fp16, or leave `cache_length` out",
+    "Cannot compile for target(s)": "leave those capabilities out of `compute_capabilities`, or take precision fp16",
+    "GroupQueryAttention plugin": "that operator is ONNX Runtime's own: export the model without fused operators",
+    "Plugin not found": "an operator that TensorRT does not know: export the model without fused operators",
+    "Failed to open file": "the weights lie in a file beside the graph: keep the two together",
+    "Failed to import initializer": "the file with the graph's weights is missing or damaged: export again",
+    "violate shape constraints": "a profile asks for more than the graph allows: compare `profiles` with its inputs",
+    "out of memory": "lower `workspace_gib` or the profiles' maxima",  # not met here: needs a GPU
+}
+
+# One compiled layer in a log of verbosity DETAILED.
+LAYER = re.compile(
+    r"Name: (?P<name>.+?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\], Constants: \[(?P<constants>.*?)\]"
+    r", Outputs: \[(?P<outputs>.*?)\], TacticName: (?P<tactic>[^,]*), StreamId"
+)
+TENSOR = re.compile(r"Name: (?P<name>[^,]*), Dimensions: \[(?P<shape>[^\]]*)\].*?Datatype: (?P<dtype>\w+)")
+PROFILE = re.compile(r"_myl(?P<profile>\d+)_\d+$")
+OF_PROFILE = re.compile(r" \[profile \d+\]")  # behind the names of tensors, from the second profile on
+WEIGHTS = re.compile(r"Total Weights Memory: (\d+) bytes")
+ACTIVATIONS = re.compile(r"Total Activation Memory: (\d+) bytes")  # once for every profile
+ATTENTION = "mha"  # in the name of every fused attention kernel
+BITS = {"Int4": 4, "FP4": 4, "Int8": 8, "Bool": 8, "FP8": 8, "Half": 16, "BFloat16": 16, "Int64": 64}  # others: 32
+
+
+class Layer(Strict):
+    """One compiled layer: a kernel, or several that the compiler launches as one."""
+
+    name: str
+    kind: str
+    profile: int  # of the spec's profiles, counted from 0
+    kernel: str  # empty where it is chosen on the GPU
+    precisions: tuple[str, ...]  # of what it reads, each once: activations, then constants
+    reads: tuple[str, ...]  # names of tensors
+    writes: tuple[str, ...]
+    weight_bytes: int  # of its constants: what a decoding step reads for it
+
+
+class BuildLog(Strict):
+    """What a build says about the engine."""
+
+    layers: tuple[Layer, ...] = ()  # profile after profile
+    weight_bytes: int | None = None
+    activation_bytes: tuple[int, ...] = ()  # of each profile
+
+    def attention_kernels(self, profile: int = 0) -> int:
+        """How many fused attention kernels a profile runs."""
+        return sum(ATTENTION in layer.name for layer in self.of(profile))
+
+    def written_in_place(self, profile: int = 0) -> set[str]:
+        """Tensors that one layer of a profile both reads and writes: the KV cache where it is in place."""
+        return {name for layer in self.of(profile) for name in set(layer.reads) & set(layer.writes)}
+
+    def of(self, profile: int) -> list[Layer]:
+        """A profile's layers."""
+        return [layer for layer in self.layers if layer.profile == profile]
+
+
+def read_log(path: Path) -> BuildLog:
+    """Read a build log of verbosity DETAILED; empty when there is none."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    weights = WEIGHTS.search(text)
+    return BuildLog(
+        layers=tuple(_layer(match) for line in text.splitlines() if (match := LAYER.search(line))),
+        weight_bytes=int(weights[1]) if weights else None,
+        activation_bytes=tuple(int(size) for size in ACTIVATIONS.findall(text)),
+    )
+
+
+def _layer(match: re.Match[str]) -> Layer:
+    parts = (OF_PROFILE.sub("", match[part]) for part in ("inputs", "constants", "outputs"))
+    reads, constants, writes = (list(TENSOR.finditer(part)) for part in parts)
+    profile = PROFILE.search(match["name"])
+    return Layer(
+        name=match["name"],
+        kind=match["kind"],
+        profile=int(profile["profile"]) if profile else 0,
+        kernel=match["tactic"].strip(),
+        precisions=tuple(dict.fromkeys(tensor["dtype"] for tensor in (*reads, *constants))),
+        reads=tuple(tensor["name"] for tensor in reads),
+        writes=tuple(tensor["name"] for tensor in writes),
+        weight_bytes=sum(_bytes(tensor) for tensor in constants),
+    )
+
+
+def _bytes(tensor: re.Match[str]) -> int:
+    return (
+        math.prod(int(length) for length in tensor["shape"].split(",") if length) * BITS.get(tensor["dtype"], 32) // 8
+    )
+
+
+@functools.cache
+def logger(trt: ModuleType) -> Any:
+    """The one logger of this process: TensorRT keeps the first that it is given and ignores later ones."""
+
+    class Log(trt.ILogger):  # type: ignore[misc, name-defined]
+        """Keeps errors in memory, and while a build runs everything in its file."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+            self._file: Any = None
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                self.errors.append(message)
+            if self._file is not None:
+                print(f"[{severity.name}] {message}", file=self._file)
+
+        @contextlib.contextmanager
+        def into(self, path: Path) -> Iterator[None]:
+            self.errors.clear()
+            with path.open("w", encoding="utf-8") as self._file:
+                try:
+                    yield
+                finally:
+                    self._file = None
+
+        def complaint(self, otherwise: str = "no reason was logged") -> str:
+            """The errors since the last call, once each, and what would help, as one line."""
+            lines = list(dict.fromkeys(one_line(error) for error in self.errors))
+            self.errors.clear()
+            return with_advice("; ".join(lines) or otherwise)
+
+    return Log()
+
+
+def with_advice(reason: str) -> str:
+    """A failure's reason, and what its user can do where that is known."""
+    known = next((advice for words, advice in ADVICE.items() if words.lower() in reason.lower()), None)
+    return reason if known is None else f"{reason}; {known}"
+
+
+def made(log: Any, failure: str, make: Callable[[], Any]) -> Any:
+    """What `make` returns; TensorRT reports a failure as None or as a null factory, with the reason in its log."""
+    try:
+        result = make()
+    except (TypeError, RuntimeError) as problem:
+        raise EngineUnavailable(f"TensorRT: {failure}: {log.complaint(one_line(problem))}") from problem
+    if result is None:
+        raise EngineUnavailable(f"TensorRT: {failure}: {log.complaint()}")
+    return result
