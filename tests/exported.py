@@ -5,13 +5,14 @@ Fixture `exported`: family -> folder with `model/` (Hugging Face) and `onnx/` (f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from tests.families import FAMILIES
 from tests.tiny import random_model
+from trsp_deploy.decoder import remove_layers
 from trsp_deploy.recipe import ExportSettings, Float
 from trsp_deploy.stages.export import export_onnx
 from trsp_deploy.tools.quiet import quiet_libraries
@@ -38,21 +39,23 @@ Made = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """exported(name, precision="fp32"): the model's folder."""
+    """exported(name, precision="fp32", dropped=()): the model's folder, after some layers were removed."""
     import torch
     import transformers
 
     folder = tmp_path_factory.mktemp("exported")
 
-    def made(name: str, precision: Float = "fp32") -> Path:
+    def made(name: str, precision: Float = "fp32", dropped: Sequence[int] = ()) -> Path:
         family, changes = MODELS[name]
-        source = folder / name
+        source = folder / "-".join([name, *map(str, dropped)])
         if not source.exists():
             config = getattr(transformers, FAMILIES[family].config)(**{**FAMILIES[family].values, **changes})
             model = random_model(config)
             with torch.no_grad():  # norms of 1 and biases of 0 would be slimmed away before a pass sees them
                 for parameter in model.parameters():
                     parameter.add_(0.1 * torch.randn_like(parameter) if parameter.ndim == 1 else 0)
+            if dropped:
+                remove_layers(model, dropped)
             model.save_pretrained(source / "model")
         out = onnx_of(source, precision).parent
         if not out.exists():

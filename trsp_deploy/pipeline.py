@@ -342,7 +342,7 @@ class Pipeline:
             "onnx": self.run.path / model.folder,
             "backend": package_version(spec.backend),
         }
-        if spec.precision == "int8":
+        if spec.reads_text:
             inputs["calibration"] = self._calibration_texts().fingerprint
         return self.run.step(
             f"build-{spec.name}-{role}",
@@ -357,7 +357,7 @@ class Pipeline:
 
     def _engine_calibration(self, spec: EngineSpec) -> np.ndarray | None:
         """(1, tokens) of calibration text for an engine that has choices to make; None for the others."""
-        if spec.precision != "int8":
+        if not spec.reads_text:
             return None
         train, _ = self._calibration_windows()
         tokens: np.ndarray = train.flatten()[None, :ENGINE_TOKENS].numpy()

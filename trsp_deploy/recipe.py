@@ -217,6 +217,11 @@ class EngineSpec(Strict):
         integers = self.precision in ("int8", "int4")  # what is not quantised stays in floats
         return "fp16" if self.precision == "fp16" or (integers and self.backend.startswith("tensorrt")) else "fp32"
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether a calibration text decides something in its build."""
+        return self.precision == "int8" or (self.precision == "int4" and self.backend.startswith("tensorrt"))
+
     @model_validator(mode="after")
     def _fits_the_backend(self) -> EngineSpec:
         tensorrt = self.backend.startswith("tensorrt")

@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 
 from tests.exported import Made, onnx_of
+from tests.families import DROPPED
 from tests.tiny import LAYERS
 from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.recipe import EngineSpec, Precision
@@ -21,6 +22,7 @@ from trsp_deploy.tools.graphs.static_cache import fix_cache
 from trsp_deploy.tools.inspection import describe, inspect_engine
 from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.runners.ort import OrtRunner
+from trsp_deploy.tools.runners.trt_log import Layer
 
 PROMPTS = [[5, 9, 200, 17], [30, 31, 7, 8, 90, 12, 55, 60, 61]]
 LENGTH = 32
@@ -120,6 +122,12 @@ def static_spec(precision: Precision = "fp16", **changes: object) -> EngineSpec:
     return EngineSpec.model_validate({**values, **changes})
 
 
+def quantised_products(layers: list[Layer], precision: Precision) -> int:
+    """How many products read weights of the precision."""
+    wanted = {"fp16": "Half", "int8": "Int8", "int4": "Int4"}[precision]
+    return sum(layer.kind in ("gemm", "runtime_fusion") and wanted in layer.precisions for layer in layers)
+
+
 class TestTensorRtRtx:
     """The compiler needs no GPU, and its log says what it made of the graph."""
 
@@ -127,31 +135,45 @@ class TestTensorRtRtx:
     def installed(self) -> None:
         pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'trsp_deploy[rtx]'")
 
+    @pytest.mark.parametrize("dropped", [(), DROPPED], ids=["dense", "pruned"])
     @pytest.mark.parametrize("name", ["llama-wide", "opt-wide"])
     @pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
     def test_attention_is_fused_and_the_cache_stays(
-        self, name: str, precision: Precision, exported: Made, tmp_path: Path
+        self, name: str, precision: Precision, dropped: tuple[int, ...], exported: Made, tmp_path: Path
     ) -> None:
-        graph = onnx_of(exported(name, "fp16"), "fp16")
-        manifest = build_engine(graph, static_spec(precision), tmp_path / "engine")
-        assert [outcome.changed for outcome in manifest.passes] == [LAYERS, 1]
+        source, layers = exported(name, "fp16", dropped), LAYERS - len(dropped)
+        manifest = build_engine(onnx_of(source, "fp16"), static_spec(precision), tmp_path / "engine")
+        assert [outcome.changed for outcome in manifest.passes] == [layers, 1]
         assert manifest.inputs["past_key_values.0.key"][1][2] == 256
         found = inspect_engine(tmp_path / "engine")
         build = found.build
         assert build is not None and build.weight_bytes and len(build.activation_bytes) == 2
-        cache = {f"present.{layer}.{part}" for layer in range(LAYERS) for part in ("key", "value")}
+        cache = {f"present.{layer}.{part}" for layer in range(layers) for part in ("key", "value")}
         for profile in (0, 1):
-            assert build.attention_kernels(profile) == LAYERS
+            assert build.attention_kernels(profile) == layers
             assert build.written_in_place(profile) == cache
             # What only reads the cache must not repeat it for the heads that share a key.
             readers = [layer for layer in build.of(profile) if cache & set(layer.reads) - set(layer.writes)]
             assert readers and not any("Repl" in layer.name for layer in readers)
-        products = [layer for layer in build.of(0) if layer.kind in ("gemm", "runtime_fusion")]
-        wanted = {"fp16": "Half", "int8": "Int8", "int4": "Int4"}[precision]
-        assert sum(wanted in layer.precisions for layer in products) >= 3 * LAYERS
+        assert quantised_products(build.of(0), precision) >= 3 * layers
+        # The graph that was compiled stays beside the engine; ONNX Runtime says what quantising it costs.
+        reference = parity.make_reference(source / "model", PROMPTS)
+        with OrtRunner(tmp_path / "engine" / "model.onnx") as runner:
+            error = parity.check_parity(reference, runner, name, "dense", precision).max_error
+        assert error < {"fp16": 0.05, "int8": 0.5, "int4": 2}[precision]
         text = describe(found)
-        assert f"{LAYERS} of them fused attention, {2 * LAYERS} parts of the cache written in place" in text
+        assert f"{layers} of them fused attention, {2 * layers} parts of the cache written in place" in text
         assert "MB of weights" in text and "write_indices" in text
+
+    @pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
+    def test_a_cache_that_grows_builds_too(self, precision: Precision, exported: Made, tmp_path: Path) -> None:
+        source = exported("llama-wide", "fp16", DROPPED)
+        spec = load_engine_spec("tensorrt-rtx-fp16")
+        spec = EngineSpec.model_validate({**spec.model_dump(), "precision": precision, "block_size": 64})
+        build_engine(onnx_of(source, "fp16"), spec, tmp_path / "engine")
+        build = inspect_engine(tmp_path / "engine").build
+        assert build is not None and build.written_in_place() == set()
+        assert quantised_products(build.of(0), precision) >= 3 * 4
 
     def test_smaller_weights_make_a_smaller_engine(self, exported: Made, tmp_path: Path) -> None:
         graph = onnx_of(exported("llama-wide", "fp16"), "fp16")

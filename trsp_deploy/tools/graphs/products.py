@@ -22,6 +22,7 @@ class Activations:
     lowest: float
     highest: float
     decibels: float  # signal over noise of the median token when all of it has one 8-bit scale
+    power: np.ndarray  # (features,) mean square of each: by how much an error of its weights counts
 
     @property
     def quantisable(self) -> bool:
@@ -65,6 +66,36 @@ def _split(writer: Writer, node: ir.Node) -> None:
     writer.replace_output(node.outputs[0], whole)
 
 
+def pack_products(model: ir.Model, head: str) -> int:
+    """Join products that read the same value, such as query, key and value, into one; returns how many are gone.
+
+    model: after `open_products`, which names the `head`; changed in place. What is joined keeps the first one's name.
+    A compiler joins them by itself in floats, and not where each has scales of its own.
+    """
+    writer = Writer(model, "packed")
+    together: dict[ir.Value | None, list[ir.Node]] = {}
+    for node in model.graph:
+        if weight_of(node) is not None and node.name != head:
+            together.setdefault(node.inputs[0], []).append(node)
+    gone = 0
+    for value, nodes in together.items():
+        weights = [constant(node.inputs[1]) for node in nodes]
+        if len(nodes) == 1 or any(weight is None or weight.ndim != 2 for weight in weights):
+            continue
+        joined = writer.constant(np.concatenate([weight for weight in weights if weight is not None], axis=1), "weight")
+        whole = writer.one("MatMul", [value, joined])
+        sizes = writer.integers(*(weight.shape[1] for weight in weights if weight is not None))
+        parts = writer.emit("Split", [whole, sizes], {"axis": -1}, outputs=len(nodes), name="parts")
+        for node, part in zip(nodes, parts, strict=True):
+            writer.replace_output(node.outputs[0], part)
+        product = whole.producer()
+        assert product is not None
+        product.name = nodes[0].name
+        gone += len(nodes) - 1
+    writer.finish()
+    return gone
+
+
 def weight_of(node: ir.Node) -> ir.Value | None:
     """The constant weight (features in, features out) of a product; None for other nodes."""
     weight = node.inputs[1] if node.op_type == "MatMul" else None
@@ -100,8 +131,9 @@ def measure_activations(
 
 
 def _measure(found: np.ndarray, symmetric: bool) -> Activations:
-    lowest, highest = float(found.min()), float(found.max())
-    return Activations(lowest, highest, signal_to_noise(found, symmetric=symmetric))
+    tokens = found.reshape(-1, found.shape[-1]).astype(np.float32)
+    decibels = signal_to_noise(found, symmetric=symmetric)
+    return Activations(float(found.min()), float(found.max()), decibels, np.square(tokens).mean(axis=0))
 
 
 def signal_to_noise(activations: np.ndarray, *, symmetric: bool = False) -> float:

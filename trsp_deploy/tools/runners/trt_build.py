@@ -99,7 +99,7 @@ def prepare(
     """The graph that TensorRT reads, and what each pass did.
 
     onnx: stays as it is. scratch: an empty folder for the graphs in between. calibration: (batch, sequence) tokens of
-    real text, for int8; None takes random ones. ONNX Runtime on the CPU proves the passes and reads the text.
+    real text, for int8 and int4; None takes random ones. ONNX Runtime on the CPU proves the passes and reads the text.
     Raises EngineUnavailable when the spec wants a cache of fixed length and the graph does not fit.
     """
     current, outcomes = run_passes(onnx, passes(spec), spec, scratch)
@@ -137,19 +137,18 @@ def _quantise(onnx: Path, graph: Path, spec: EngineSpec, out: Path, calibration:
     from trsp_deploy.tools.runners.ort_build import some_tokens
 
     out.parent.mkdir()
-    model, activations = ir.load(graph), {}
+    model, source = ir.load(graph), ir.load(onnx)
+    ids = some_tokens(onnx) if calibration is None else calibration
     try:
-        if spec.precision == "int8":  # the text is read by the graph as it came, whose cache grows
-            ids = some_tokens(onnx) if calibration is None else calibration
-            with OrtRunner(onnx, threads=spec.threads) as runner:
-                past = runner.empty_cache(len(ids))
-            source = ir.load(onnx)
-            products.open_products(source)
-            activations = products.measure_activations(source, past, ids, out.parent, symmetric=True)
-            products.check_finite(activations, spec.graph_precision)
         head = products.open_products(model)
+        products.open_products(source)  # the text is read by the graph as it came, whose cache grows
+        with OrtRunner(onnx, threads=spec.threads) as runner:
+            past = runner.empty_cache(len(ids))
+        activations = products.measure_activations(source, past, ids, out.parent, symmetric=True)
+        products.check_finite(activations, spec.graph_precision)
     except NoMatch as problem:
         raise EngineUnavailable(f"{onnx}: cannot be quantised: {problem}") from problem
+    products.pack_products(model, head)
     quantize_products(model, 8 if spec.precision == "int8" else 4, spec.block_size, head, activations)
     ir.save(model, out, external_data=f"{out.name}.data")
     return out

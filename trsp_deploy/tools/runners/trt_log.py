@@ -36,7 +36,7 @@ LAYER = re.compile(
     r", Outputs: \[(?P<outputs>.*?)\], TacticName: (?P<tactic>[^,]*), StreamId"
 )
 TENSOR = re.compile(r"Name: (?P<name>[^,]*), Dimensions: \[(?P<shape>[^\]]*)\].*?Datatype: (?P<dtype>\w+)")
-PROFILE = re.compile(r"_myl(?P<profile>\d+)_\d+$")
+GRAPH = re.compile(r"_myl(\d+)_\d+$")
 OF_PROFILE = re.compile(r" \[profile \d+\]")  # behind the names of tensors, from the second profile on
 WEIGHTS = re.compile(r"Total Weights Memory: (\d+) bytes")
 ACTIVATIONS = re.compile(r"Total Activation Memory: (\d+) bytes")  # once for every profile
@@ -81,21 +81,27 @@ def read_log(path: Path) -> BuildLog:
     """Read a build log of verbosity DETAILED; empty when there is none."""
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     weights = WEIGHTS.search(text)
+    found = [match for line in text.splitlines() if (match := LAYER.search(line))]
+    numbers = sorted({_graph(match) for match in found})  # one compiled graph a profile, not numbered from 0 throughout
     return BuildLog(
-        layers=tuple(_layer(match) for line in text.splitlines() if (match := LAYER.search(line))),
+        layers=tuple(_layer(match, numbers.index(_graph(match))) for match in found),
         weight_bytes=int(weights[1]) if weights else None,
         activation_bytes=tuple(int(size) for size in ACTIVATIONS.findall(text)),
     )
 
 
-def _layer(match: re.Match[str]) -> Layer:
+def _graph(match: re.Match[str]) -> int:
+    number = GRAPH.search(match["name"])
+    return int(number[1]) if number else 0
+
+
+def _layer(match: re.Match[str], profile: int) -> Layer:
     parts = (OF_PROFILE.sub("", match[part]) for part in ("inputs", "constants", "outputs"))
     reads, constants, writes = (list(TENSOR.finditer(part)) for part in parts)
-    profile = PROFILE.search(match["name"])
     return Layer(
         name=match["name"],
         kind=match["kind"],
-        profile=int(profile["profile"]) if profile else 0,
+        profile=profile,
         kernel=match["tactic"].strip(),
         precisions=tuple(dict.fromkeys(tensor["dtype"] for tensor in (*reads, *constants))),
         reads=tuple(tensor["name"] for tensor in reads),
