@@ -12,7 +12,7 @@ FROM nvcr.io/nvidia/tensorrt:25.10-py3
 # The image's own Python packages (TensorRT among them) stay visible; ours go into an environment above them.
 COPY --from=wheel /wheel /wheel
 RUN python3 -m venv --system-site-packages /opt/trsp \
-    && /opt/trsp/bin/pip install --no-cache-dir "$(ls /wheel/*.whl)[gpu]" \
+    && /opt/trsp/bin/pip install --no-cache-dir "$(ls /wheel/*.whl)[optimum,gpu]" \
     && ln -s /opt/trsp/bin/trsp-deploy /usr/local/bin/trsp-deploy \
     && trsp-deploy --help > /dev/null
 ENV HF_HOME=/models/huggingface TRSP_DEPLOY_HOME=/models/trsp_deploy

@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow test-network check format gpu quality quality-report bench-train bench-engines clean
+.PHONY: demo test test-slow test-transformers5 test-network check format gpu quality quality-report bench-train bench-engines clean
 
 demo: $(READY) ## prune a real model, build its engines and judge them: about 11 minutes on 2 cores
 	$(BIN)/trsp-deploy fetch smollm2-135m exl-wiki wiki-demo c4-demo
@@ -22,6 +22,12 @@ check: $(READY)
 
 test-slow: $(READY) ## minutes and gigabytes
 	$(BIN)/python -m pytest -q -m slow
+
+test-transformers5: .venv-transformers5/.ready ## export, parity and pruning where Optimum cannot be: about 5 minutes
+	.venv-transformers5/bin/pip check
+	.venv-transformers5/bin/python -m pytest -q tests/integration/test_exporters.py tests/integration/test_pipeline.py \
+		tests/unit/test_every_family.py tests/unit/test_decoder.py tests/unit/test_methods.py tests/unit/test_gates.py \
+		tests/unit/test_selection_and_transfer.py tests/unit/test_refit.py tests/unit/test_losses.py tests/unit/test_models.py
 
 test-network: $(READY) ## needs a package registry
 	$(BIN)/python -m pytest -q -m network
@@ -52,13 +58,18 @@ format: $(READY)
 # contract tests alone, which skip without them; they cannot be installed into one environment.
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[cpu,rtx,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[optimum,cpu,rtx,dev]'
 	-$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/tensorrt-bindings/10 'tensorrt-cu12-bindings==10.16.*'
 	-$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/tensorrt-bindings/11 'tensorrt-cu13-bindings==11.4.*'
 	touch $(READY)
 
+.venv-transformers5/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-transformers5
+	.venv-transformers5/bin/pip install --quiet --disable-pip-version-check -e '.[transformers5,cpu,rtx,dev]'
+	touch .venv-transformers5/.ready
+
 $(VENV)/.ready-eval: $(READY)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[cpu,rtx,dev,eval]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[optimum,cpu,rtx,dev,eval]'
 	touch $@
 
 # Other engines, in an environment of their own: onnxruntime-genai's builder needs another transformers. llama.cpp is compiled,
@@ -71,4 +82,4 @@ $(VENV)/.ready-eval: $(READY)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-peers runs
+	rm -rf $(VENV) .venv-peers .venv-transformers5 runs

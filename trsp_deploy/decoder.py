@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations.accelerate import init_empty_weights
 
 from trsp_deploy.errors import ModelError
 from trsp_deploy.recipe import Strict

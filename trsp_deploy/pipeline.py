@@ -309,7 +309,11 @@ class Pipeline:
             f"export-{role}-{precision}",
             work,
             OnnxModel,
-            settings={**self.recipe.export.model_dump(), "precision": precision},
+            settings={
+                **self.recipe.export.model_dump(),
+                "exporter": export.chosen(self.recipe.export),
+                "precision": precision,
+            },
             inputs={"model": model},
             outputs=[folder],
         )

@@ -56,7 +56,10 @@ def test_tied_weights_stay_tied(tmp_path):
 
 def test_attention_that_depends_on_the_layer_number_is_refused_untouched():
     model = tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True)
-    with pytest.raises(ModelError, match="layers 1: a kept layer computes something else under its new number"):
+    with pytest.raises(
+        ModelError,
+        match=r"layers 1: (a kept layer computes something else under its new number|layer 2, as .* attn\.scaling)",
+    ):
         remove_layers(model, [1])
     assert len(decoder_layers(model)) == LAYERS
 

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import huggingface_hub.constants
-import huggingface_hub.utils
+import huggingface_hub.file_download
 import pytest
 import torch
 
+from tests.hub import forget_sessions
 from trsp_deploy.errors import ModelError
-from trsp_deploy.tools import models, packaged
-from trsp_deploy.tools.models import SHORT_NAMES, check_decoder_only, resolve_model
+from trsp_deploy.tools import packaged
+from trsp_deploy.tools.hub import hub_problem
+from trsp_deploy.tools.models import HUB_ID, SHORT_NAMES, check_decoder_only, resolve_model
 
 URL_TAIL = "/{repo_id}/resolve/{revision}/{filename}"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -55,7 +59,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("TRSP_DEPLOY_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
-    huggingface_hub.utils.reset_sessions()
+    forget_sessions()
     return cache
 
 
@@ -91,7 +95,7 @@ def edit_config(folder: Path, **changes: object) -> None:
 
 def test_short_names_are_hub_ids() -> None:
     for name, repo in SHORT_NAMES.items():
-        assert models.HUB_ID.fullmatch(repo) and "/" not in name and name == name.lower()
+        assert HUB_ID.fullmatch(repo) and "/" not in name and name == name.lower()
 
 
 def test_folder(folder: Path) -> None:
@@ -227,6 +231,10 @@ class Hub(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         if path.startswith("/api/models/owner/gated"):
             self.answer(b"{}", 403, {"X-Error-Code": "GatedRepo"})
+        elif path.startswith("/api/models/owner/tiny/tree/"):  # from 1.0 on
+            files = self.files.items()
+            tree = [{"type": "file", "path": name, "size": len(content), "oid": name} for name, content in files]
+            self.answer(json.dumps(tree).encode())
         elif path.startswith("/api/models/owner/tiny"):
             siblings = [{"rfilename": name, "size": len(content)} for name, content in self.files.items()]
             self.answer(json.dumps({"id": "owner/tiny", "sha": COMMIT, "siblings": siblings}).encode())
@@ -252,6 +260,14 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
+def point_at(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let huggingface_hub find the hub there; where it keeps the addresses of files depends on its version."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+    for module in (huggingface_hub.constants, huggingface_hub.file_download):
+        if hasattr(module, "HUGGINGFACE_CO_URL_TEMPLATE"):
+            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", address + URL_TAIL)
+
+
 @pytest.fixture
 def local_hub(hub: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
     """A hub on this machine that huggingface_hub really downloads from."""
@@ -260,10 +276,9 @@ def local_hub(hub: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", address + URL_TAIL)
+    point_at(address, monkeypatch)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    huggingface_hub.utils.reset_sessions()
+    forget_sessions()
     Hub.asked.clear()
     yield Hub
     server.shutdown()
@@ -293,18 +308,23 @@ def test_hub_refuses(local_hub: type[Hub]) -> None:
 
 
 def test_hub_answers_in_words() -> None:
-    import requests
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
-    def answer(status: int) -> requests.Response:
-        response = requests.Response()
-        response.status_code = status
-        return response
+    def answer(status: int) -> SimpleNamespace:  # requests' or httpx's response, by the client's version
+        return SimpleNamespace(status_code=status, headers={}, request=None)
 
-    assert "accept it on its page" in models.hub_problem(GatedRepoError("x\ny", answer(403)))
-    assert "nothing of that name" in models.hub_problem(RepositoryNotFoundError("x", answer(404)))
-    assert "HTTP status 503" in models.hub_problem(HfHubHTTPError("x", answer(503)))
-    assert "cannot be reached (ConnectionError)" in models.hub_problem(requests.ConnectionError("x\ny"))
+    assert "accept it on its page" in hub_problem(GatedRepoError("x\ny", response=answer(403)))
+    assert "nothing of that name" in hub_problem(RepositoryNotFoundError("x", response=answer(404)))
+    assert "HTTP status 503" in hub_problem(HfHubHTTPError("x", response=answer(503)))
+    assert "cannot be reached (ConnectionError)" in hub_problem(ConnectionError("x\ny"))
+
+
+def test_a_hub_that_is_not_there(local_hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    point_at(address, monkeypatch)
+    assert "and the hub cannot be reached (" in error_line("owner/tiny")
 
 
 def test_smollm2_without_its_package(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:

