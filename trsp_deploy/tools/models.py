@@ -186,7 +186,8 @@ def _from_hub(name: str, repo: str, progress: Callable[[str], None]) -> ModelSou
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(repo, local_files_only=True))
+        # Of the one file: the snapshot holds less than the repository, and what it has to hold `_missing` knows.
+        folder = Path(snapshot_download(repo, allow_patterns=["config.json"], local_files_only=True))
         cached = _missing(folder) is None
     except LocalEntryNotFoundError:
         cached = False
