@@ -32,8 +32,9 @@ test-transformers5: .venv-transformers5/.ready ## export, parity and pruning whe
 test-network: $(READY) ## needs a package registry
 	$(BIN)/python -m pytest -q -m network
 
-gpu: $(READY) ## tests that need a CUDA device
+gpu: $(READY) ## tests that need a CUDA device, and the GPU bench: goes on where it stopped; ARGS='--only tensorrt'
 	$(BIN)/python -m pytest -q -m gpu tests/gpu
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 quality: $(VENV)/.ready-eval ## the quality table, row by row: hours long, goes on where it stopped; QUICK=1: about 10 minutes
 	$(BIN)/trsp-deploy fetch smollm2-135m exl-wiki wiki-demo c4-demo alpaca-demo piqa

@@ -507,7 +507,14 @@ class Pipeline:
         dense, pruned = (decoder_size(self._path(role)) for role in ROLES)
         logits = 1 if self._cuts_logits(spec) else settings.prompt_tokens
         return speed_limit(
-            dense, pruned, spec.precision, settings.batch_size, settings.prompt_tokens, past, logits=logits
+            dense,
+            pruned,
+            spec.precision,
+            settings.batch_size,
+            settings.prompt_tokens,
+            past,
+            logits=logits,
+            cached=spec.graph_precision,
         )
 
     def _cuts_logits(self, spec: EngineSpec) -> bool:

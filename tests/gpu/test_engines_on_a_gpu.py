@@ -20,7 +20,12 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("engine", ["ort-cuda-fp16", "tensorrt-fp16", "tensorrt-rtx-fp16"])
+TENSORRT = [
+    f"{backend}-{kind}" for backend in ("tensorrt", "tensorrt-rtx") for kind in ("fp16", "fp16-static", "int8", "int4")
+]
+
+
+@pytest.mark.parametrize("engine", ["ort-cuda-fp16", *TENSORRT])
 def test_engine_runs_and_agrees(engine: str, tmp_path: Path) -> None:
     spec = load_engine_spec(engine)
     try:
@@ -28,7 +33,7 @@ def test_engine_runs_and_agrees(engine: str, tmp_path: Path) -> None:
         check_can_run(spec)
     except EngineUnavailable as reason:
         pytest.skip(str(reason))
-    model = save_tiny("llama", tmp_path / "model", hidden_size=64, intermediate_size=128)
+    model = save_tiny("llama", tmp_path / "model", hidden_size=256, intermediate_size=512)
     (tmp_path / "text.txt").write_text(english()[:60_000])
     text = str(tmp_path / "text.txt")
     values = {

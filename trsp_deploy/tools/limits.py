@@ -8,7 +8,7 @@ pruned and cancels in the ratio.
 from __future__ import annotations
 
 from trsp_deploy.decoder import DecoderSize
-from trsp_deploy.recipe import Precision, Strict
+from trsp_deploy.recipe import Float, Precision, Strict
 
 # Bytes a weight of the layers and of the LM head, scales and zero points among them; heads keep 8 bits
 # (tools/graphs/quantize.py).
@@ -18,7 +18,7 @@ WEIGHT_BYTES: dict[Precision, tuple[float, float]] = {
     "int8": (1.03, 1.125),
     "int4": (0.57, 1.125),
 }
-CACHE_BYTES: dict[Precision, int] = {"fp32": 4, "fp16": 2, "int8": 4, "int4": 4}
+CACHE_BYTES: dict[Float, int] = {"fp32": 4, "fp16": 2}
 
 
 class SpeedLimit(Strict):
@@ -28,11 +28,15 @@ class SpeedLimit(Strict):
     decode: float
 
 
-def decode_bytes(size: DecoderSize, precision: Precision, batch: int, past: int) -> float:
-    """Bytes that one decode step must read: layers, LM head, and the KV cache of `past` tokens a sequence."""
+def decode_bytes(size: DecoderSize, precision: Precision, batch: int, past: int, cached: Float | None = None) -> float:
+    """Bytes that one decode step must read: layers, LM head, and the KV cache of `past` tokens a sequence.
+
+    cached: precision of the cache; None is fp16 in an fp16 engine, else fp32.
+    """
     cache = batch * past * size.cache_per_token * len(size.weights.layers)
     layers, head = WEIGHT_BYTES[precision]
-    return layers * sum(size.weights.layers) + head * size.weights.lm_head + CACHE_BYTES[precision] * cache
+    width = CACHE_BYTES[cached or ("fp16" if precision == "fp16" else "fp32")]
+    return layers * sum(size.weights.layers) + head * size.weights.lm_head + width * cache
 
 
 def prefill_operations(size: DecoderSize, batch: int, prompt: int, logits: int | None = None) -> int:
@@ -54,9 +58,11 @@ def speed_limit(
     past: int,
     *,
     logits: int | None = None,
+    cached: Float | None = None,
 ) -> SpeedLimit:
-    """The limits of both phases at the measured shapes."""
+    """The limits of both phases at the measured shapes; `logits` and `cached` as above."""
     return SpeedLimit(
         prefill=prefill_operations(dense, batch, prompt, logits) / prefill_operations(pruned, batch, prompt, logits),
-        decode=decode_bytes(dense, precision, batch, past) / decode_bytes(pruned, precision, batch, past),
+        decode=decode_bytes(dense, precision, batch, past, cached)
+        / decode_bytes(pruned, precision, batch, past, cached),
     )
