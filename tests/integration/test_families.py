@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from tests.tiny import FAMILIES, save_tiny
-from trsp_deploy.decoder import load_model, load_tokenizer, remove_layers
+from trsp_deploy.decoder import decoder_layers, load_model, load_tokenizer, remove_layers
+from trsp_deploy.errors import ParityError
 from trsp_deploy.recipe import ExportSettings
 from trsp_deploy.stages import parity
 from trsp_deploy.stages.build import build_engine
@@ -85,3 +89,23 @@ def test_a_stale_layer_index_is_caught_by_parity(tmp_path):
         OrtRunner(tmp_path / "onnx" / "model.onnx") as runner,
     ):
         parity.check_parity(reference, runner, "onnx", "pruned", "fp32")
+
+
+def test_numbers_beyond_half_precision_are_named(tmp_path):
+    folder = save_tiny("llama", tmp_path / "model")
+    model = load_model(folder)
+    with torch.no_grad():  # as the massive activations of some models, which norms bring back to size
+        decoder_layers(model)[1].mlp.down_proj.weight.mul_(1e7)
+    model.save_pretrained(folder)
+    export_onnx(folder, "fp16", ExportSettings(), tmp_path / "onnx")
+    reference = parity.make_reference(folder, PROMPTS)
+    assert np.isfinite(reference.logits).all()
+    with (
+        OrtRunner(tmp_path / "onnx" / "model.onnx") as runner,
+        pytest.raises(ParityError, match=r"no numbers: activations beyond fp16's 65504 do that; take precision fp32"),
+    ):
+        parity.check_parity(reference, runner, "onnx", "dense", "fp16")
+    shutil.rmtree(tmp_path / "onnx")
+    export_onnx(folder, "fp32", ExportSettings(), tmp_path / "onnx")
+    with OrtRunner(tmp_path / "onnx" / "model.onnx") as runner:
+        assert parity.check_parity(reference, runner, "onnx", "dense", "fp32").passed

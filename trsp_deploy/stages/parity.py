@@ -77,6 +77,9 @@ def check_parity(reference: Reference, runner: Runner, subject: str, role: Role,
         parts.append(runner.decode(reference.tokens[:, step : step + 1]))
     logits = np.concatenate(parts, axis=1)  # (batch, prompt + new, vocabulary)
     result = compare(reference, logits, subject, role, precision)
+    if not np.isfinite(result.max_error):
+        half = "" if precision == "fp32" else ": activations beyond fp16's 65504 do that; take precision fp32"
+        raise ParityError(f"parity: {subject} ({role}, {precision}) gives logits that are no numbers{half}")
     if not result.passed:
         raise ParityError(
             f"parity: {subject} ({role}, {precision}) is {result.max_error:.3g} standard deviations from PyTorch's "
