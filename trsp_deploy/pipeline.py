@@ -34,7 +34,7 @@ from trsp_deploy.tools.models import ModelSource, check_decoder_only, copy_model
 from trsp_deploy.tools.plan import PruningPlan, read_plan
 from trsp_deploy.tools.processes import Processes
 from trsp_deploy.tools.quiet import quiet_libraries
-from trsp_deploy.tools.runners import EngineManifest, Runner, check_can_build, check_can_run, open_engine
+from trsp_deploy.tools.runners import EngineManifest, Runner, bound_to, check_can_build, check_can_run, open_engine
 from trsp_deploy.tools.runners.ort import OrtRunner
 from trsp_deploy.tools.runners.requirements import package_version
 from trsp_deploy.tools.texts import Texts, load_texts, split_windows, tokenize_windows
@@ -346,6 +346,8 @@ class Pipeline:
             "onnx": self.run.path / model.folder,
             "backend": package_version(spec.backend),
         }
+        if spec.backend == "tensorrt":  # another GPU or driver wants another engine
+            inputs["machine"] = bound_to(spec).model_dump_json()
         if spec.reads_text:
             inputs["calibration"] = self._calibration_texts().fingerprint
         return self.run.step(

@@ -165,6 +165,8 @@ class TestTensorRtRtx:
         with OrtRunner(tmp_path / "engine" / "model.onnx") as runner:
             error = parity.check_parity(reference, runner, name, "dense", precision).max_error
         assert error < {"fp16": 0.05, "int8": 0.5, "int4": 2}[precision]
+        script = (tmp_path / "engine" / "trtexec.sh").read_text()
+        assert "tensorrt_rtx --onnx=model.onnx" in script and "--maxShapes=input_ids:4x8,attention_mask:4x256" in script
         text = describe(found)
         assert f"{layers} of them fused attention, {2 * layers} parts of the cache written in place" in text
         assert "MB of weights" in text and "write_indices" in text

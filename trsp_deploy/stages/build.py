@@ -14,10 +14,13 @@ import numpy as np
 from trsp_deploy.artifacts import fingerprint, provenance, write_json, writing
 from trsp_deploy.errors import EngineUnavailable, RunError
 from trsp_deploy.recipe import EngineSpec
+from trsp_deploy.tools.inspection import trtexec
 from trsp_deploy.tools.runners import BACKENDS, EngineManifest, bound_to, check_can_build
 from trsp_deploy.tools.runners.manifest import MANIFEST, spec_sha256
 from trsp_deploy.tools.runners.requirements import package_version
 from trsp_deploy.tools.runners.trt_log import BUILD_LOG
+
+TRTEXEC = "trtexec.sh"  # builds the same engine with TensorRT's own program
 
 
 def build_engine(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.ndarray | None = None) -> EngineManifest:
@@ -25,7 +28,7 @@ def build_engine(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.nda
 
     onnx: a decoder's model.onnx; external data stands beside it under names that begin with the file's own.
     calibration: (batch, sequence) int64 tokens of real text, by which an int8 engine chooses what stays in blocks.
-    folder: replaced if it exists. Holds the engine, manifest.json and, for TensorRT, build.log.
+    folder: replaced if it exists. Holds the engine, manifest.json and, for TensorRT, build.log and trtexec.sh.
     Raises EngineUnavailable with the reason when this machine cannot build it or the backend refuses the graph
     (TensorRT's log is then kept as `<folder>-failed.log`), EngineSpecError when the spec itself is at fault, RunError
     when there is no ONNX file, StorageError when the disk is full.
@@ -54,6 +57,9 @@ def build_engine(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.nda
             passes=built.passes,
         )
         write_json(partial / MANIFEST, manifest)
+        if spec.backend.startswith("tensorrt"):
+            line = trtexec(spec, built.inputs)
+            (partial / TRTEXEC).write_text(f"#!/bin/sh\n{line}\n", encoding="utf-8")
     return manifest
 
 

@@ -1,0 +1,235 @@
+"""TrtRunner's own work, without a GPU: which memory it gives TensorRT, when, and in what shape.
+
+A stand-in for TensorRT's engine reads and writes raw addresses, as TensorRT does, and computes with ONNX Runtime; the
+stand-in for CUDA is the CPU's memory. What is checked against PyTorch are the logits that come out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+
+from tests.exported import Made, onnx_of
+from trsp_deploy.errors import EngineUnavailable
+from trsp_deploy.recipe import EngineSpec
+from trsp_deploy.stages import parity
+from trsp_deploy.tools.graphs.logits import cut_logits
+from trsp_deploy.tools.graphs.static_cache import fix_cache
+from trsp_deploy.tools.library import load_engine_spec
+from trsp_deploy.tools.runners import trt, trt_log
+from trsp_deploy.tools.runners.ort import bindings_of
+from trsp_deploy.tools.runners.requirements import CudaDevice
+from trsp_deploy.tools.runners.trt_build import profile_shape
+
+PROMPTS = [[5, 9, 200, 17], [30, 31, 7, 8, 90, 12, 55, 60, 61]]
+Shape = tuple[int, ...]
+
+
+class Context:
+    """An execution context over raw addresses."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.active_optimization_profile = 0
+        self.shapes: dict[str, Shape] = {}
+        self.addresses: dict[str, int] = {}
+        self.launches: list[dict[str, int]] = []  # addresses of each
+        self.recorded: list[Any] | None = None  # while a CUDA graph is captured
+
+    def set_optimization_profile_async(self, index: int, stream: int) -> None:
+        self.active_optimization_profile = index
+
+    def set_input_shape(self, name: str, shape: Shape) -> None:
+        low, _, high = self.engine.get_tensor_profile_shape(name, self.active_optimization_profile)
+        assert all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True)), (name, shape)
+        self.shapes[name] = shape
+
+    def set_tensor_address(self, name: str, address: int) -> None:
+        assert address
+        self.addresses[name] = address
+
+    def infer_shapes(self) -> list[str]:
+        return [name for name in self.engine.inputs if name not in self.shapes]
+
+    def get_tensor_shape(self, name: str) -> Shape:
+        batch, new = self.shapes["input_ids"]
+        if name == "logits":
+            return (batch, *self.shapes.get("logits_positions", (new,)), self.engine.outputs["logits"][1][-1])
+        past = self.shapes[name.replace("present.", "past_key_values.")]
+        return past if self.engine.fixed else (*past[:2], past[2] + new, past[3])
+
+    def execute_async_v3(self, stream: int) -> bool:
+        launch = (
+            dict(self.addresses),
+            dict(self.shapes),
+            {name: self.get_tensor_shape(name) for name in self.engine.outputs},
+        )
+        if self.recorded is None:
+            self.run(*launch)
+        else:
+            self.recorded.append(launch)
+        return True
+
+    def run(self, addresses: dict[str, int], shapes: dict[str, Shape], outputs: dict[str, Shape]) -> None:
+        self.launches.append(addresses)
+        feeds = {
+            name: view(addresses[name], shapes[name], dtype).copy() for name, (dtype, _) in self.engine.inputs.items()
+        }
+        found = self.engine.session.run(list(outputs), feeds)
+        for (name, shape), value in zip(outputs.items(), found, strict=True):
+            assert value.shape == shape
+            view(addresses[name], shape, str(value.dtype))[...] = value
+
+
+def view(address: int, shape: Shape, dtype: str) -> np.ndarray:
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    return np.frombuffer((ctypes.c_char * size).from_address(address), dtype=dtype).reshape(shape)
+
+
+class Engine:
+    """A deserialised engine."""
+
+    def __init__(self, graph: Path, spec: EngineSpec) -> None:
+        self.session = onnxruntime.InferenceSession(str(graph))
+        self.inputs = bindings_of(self.session.get_inputs())
+        self.outputs = bindings_of(self.session.get_outputs())
+        self.fixed = spec.cache_length is not None
+        self.spec = spec
+        self.num_optimization_profiles = len(spec.profiles)
+        self.contexts: list[Context] = []
+
+    def get_tensor_profile_shape(self, name: str, profile: int) -> list[Shape]:
+        wanted = self.spec.profiles[profile]
+        return [profile_shape(name, self.inputs[name][1], wanted, end) for end in ("min", "opt", "max")]
+
+    def create_execution_context(self, *_: object) -> Context:
+        self.contexts.append(Context(self))
+        return self.contexts[-1]
+
+    def create_runtime_config(self) -> SimpleNamespace:
+        return SimpleNamespace()
+
+
+class Graph:
+    """A captured CUDA graph: the launches between its beginning and its end, again."""
+
+    context: Context
+
+    def __init__(self) -> None:
+        self.launches: list[Any] = []
+
+    def replay(self) -> None:
+        for launch in self.launches:
+            self.context.run(*launch)
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.cuda in the CPU's memory."""
+
+    @contextlib.contextmanager
+    def capture(graph: Graph, stream: object) -> Iterator[None]:
+        graph.context.recorded = graph.launches
+        yield
+        graph.context.recorded = None
+
+    empty, zeros = torch.empty, torch.zeros
+    monkeypatch.setattr(torch, "empty", lambda *shape, device=None, **options: empty(*shape, **options))
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device=None, **options: zeros(*shape, **options))
+    for way in ("cuda", "cpu"):  # both copy
+        monkeypatch.setattr(torch.Tensor, way, lambda tensor: tensor.clone())
+    for name, value in {
+        "init": lambda: None,
+        "is_available": lambda: True,
+        "Stream": lambda: SimpleNamespace(cuda_stream=1),
+        "stream": lambda stream: contextlib.nullcontext(),
+        "empty_cache": lambda: None,
+        "CUDAGraph": Graph,
+        "graph": capture,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(trt, "cuda_devices", lambda: [CudaDevice("a card", "sm89", 2**34)])
+
+
+def opened(graph: Path, spec: EngineSpec, monkeypatch: pytest.MonkeyPatch, path: Path) -> tuple[trt.TrtRunner, Engine]:
+    engine = Engine(graph, spec)
+    module = SimpleNamespace(
+        Runtime=lambda log: SimpleNamespace(deserialize_cuda_engine=lambda blob: engine),
+        CudaGraphStrategy=SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole"),
+    )
+    monkeypatch.setattr(trt, "load_package", lambda backend: module)
+    log = SimpleNamespace(errors=[], complaint=lambda otherwise="": otherwise)
+    monkeypatch.setattr(trt, "logger", lambda module: log)
+    assert trt_log.made(log, "", lambda: 1) == 1
+    path.write_bytes(b"engine")
+    return trt.TrtRunner(path, spec, inputs=engine.inputs, outputs=engine.outputs), engine
+
+
+def spec_of(name: str, **changes: object) -> EngineSpec:
+    return EngineSpec.model_validate({**load_engine_spec(name).model_dump(), "precision": "fp32", **changes})
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
+@pytest.mark.parametrize("graphs", [True, False])
+def test_a_cache_of_fixed_length_is_one_memory_and_decoding_is_replayed(
+    backend: str, graphs: bool, exported: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = exported("llama")
+    model = ir.load(onnx_of(source))
+    fix_cache(model, 64)
+    cut_logits(model)
+    ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data")
+    profiles = [
+        {"batch": {"min": 1, "opt": 1, "max": 2}, "sequence": {"min": 1, "opt": 1, "max": 8}},
+        {"batch": {"min": 1, "opt": 1, "max": 2}, "sequence": {"min": 1, "opt": 16, "max": 32}},
+    ]
+    spec = spec_of(f"{backend}-fp16-static", cache_length=64, cuda_graphs=graphs, profiles=profiles)
+    runner, engine = opened(tmp_path / "model.onnx", spec, monkeypatch, tmp_path / "engine")
+    reference = parity.make_reference(source / "model", PROMPTS)
+    with runner:
+        (context,) = engine.contexts
+        Graph.context = context
+        for _ in range(2):  # a second prompt begins anew, in the same memory
+            assert parity.check_parity(reference, runner, "trt", "dense", "fp32").max_error < 1e-4
+        replayed = runner._graph is not None
+        assert replayed == (graphs and backend == "tensorrt")  # RTX captures by itself
+        assert len(context.launches) == 2 * (1 + parity.NEW_TOKENS)
+        for addresses in context.launches:
+            for name, address in addresses.items():
+                if name.startswith("past_key_values."):
+                    assert address == addresses[name.replace("past_key_values.", "present.")] == context.addresses[name]
+        assert context.active_optimization_profile == 0, "the profile of one new token"
+        last = runner.prefill(reference.input_ids, reference.attention_mask, last_only=True)
+        assert last.shape[1] == 1 and context.active_optimization_profile == 1
+        np.testing.assert_allclose(last[:, 0], reference.logits[:, reference.input_ids.shape[1] - 1], atol=1e-4)
+        with pytest.raises(EngineUnavailable, match="its cache holds 64 tokens, and the text has 70"):
+            runner.prefill(np.ones((1, 70), np.int64), np.ones((1, 70), np.int64))
+
+
+@pytest.mark.usefixtures("cuda")
+def test_a_growing_cache_is_read_and_written_in_turn(
+    exported: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = exported("opt")
+    runner, engine = opened(onnx_of(source), spec_of("tensorrt-fp16"), monkeypatch, tmp_path / "engine")
+    reference = parity.make_reference(source / "model", PROMPTS)
+    with runner:
+        (context,) = engine.contexts
+        assert parity.check_parity(reference, runner, "trt", "dense", "fp32").max_error < 1e-4
+        for addresses in context.launches:
+            for name, address in addresses.items():
+                if name.startswith("past_key_values."):
+                    assert address != addresses[name.replace("past_key_values.", "present.")]
+        with pytest.raises(EngineUnavailable, match="no profile covers"):
+            runner.prefill(np.ones((9, 4), np.int64), np.ones((9, 4), np.int64))
