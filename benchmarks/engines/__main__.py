@@ -5,7 +5,7 @@
 
 SmolLM2-135M dense unless stated, batch 1, a prompt of 128 tokens. Every contender is a process of its own; blocks of
 all take turns, forwards and backwards, so that drift of the machine hits all alike, and a ratio is taken round by
-round. Prints a table and ends with one JSON line; raw samples go to benchmarks/results/engines-cpu.json (not with
+round. Prints a table and ends with one JSON line; raw samples go to benchmarks/results/engines-CPU.json (not with
 --quick).
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +28,7 @@ from benchmarks.engines.peers import negative_log_likelihood
 from benchmarks.pages import markdown, put_between_markers
 from trsp_deploy.artifacts import Provenance, provenance, writing
 from trsp_deploy.decoder import decoder_size
-from trsp_deploy.errors import EngineUnavailable, TrspError
+from trsp_deploy.errors import EngineUnavailable, RunError, TrspError
 from trsp_deploy.recipe import Strict
 from trsp_deploy.stages.bench import Worker
 from trsp_deploy.tools.limits import decode_bytes, speed_limit
@@ -35,7 +36,7 @@ from trsp_deploy.tools.packaged import find_asset
 from trsp_deploy.tools.runners import open_engine
 from trsp_deploy.tools.statistics import speedup
 
-RESULTS = Path("benchmarks/results/engines-cpu.json")
+RESULTS = Path("benchmarks/results")  # engines-CPU.json, one of each machine
 DOC, README = Path("docs/engines.md"), Path("README.md")
 PRECISIONS = ("fp32", "int8", "int4")
 PROMPT, NEW_TOKENS, ROUNDS = 128, 128, 5
@@ -78,9 +79,12 @@ def main() -> int:
     options = _parse()
     try:
         if options.report:
-            found = Found.model_validate_json(RESULTS.read_text(encoding="utf-8"))
-            put_between_markers(DOC, markdown_text(found), "engines")
-            put_between_markers(README, short_text(found), "engines")
+            machines = [Found.model_validate_json(path.read_bytes()) for path in sorted(RESULTS.glob("engines-*.json"))]
+            if not machines:
+                raise RunError(f"{RESULTS}: no engines-*.json; `make bench-engines` writes one")
+            put_between_markers(DOC, "\n\n".join(map(markdown_text, machines)), "engines")
+            put_between_markers(README, "\n\n".join(map(short_text, machines)), "engines")
+            found = machines[-1]
         else:
             found = run(options)
         print(text(found))
@@ -110,7 +114,7 @@ def run(options: argparse.Namespace) -> Found:
         bandwidth_bytes_per_s=measure_bandwidth(),
     )
     if not options.quick:
-        with writing(RESULTS) as partial:
+        with writing(results_path(found.machine.cpu)) as partial:
             partial.write_text(found.model_dump_json() + "\n", encoding="utf-8")
     return found
 
@@ -309,6 +313,12 @@ def text(found: Found) -> str:
     return "\n".join([*lines, f"memory bandwidth {found.bandwidth_bytes_per_s / 1e9:.1f} GB/s"])
 
 
+def results_path(cpu: str) -> Path:
+    """The file of a machine's results: engines-amd-epyc.json for "AMD EPYC"."""
+    name = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", cpu.lower())).strip("-")
+    return RESULTS / f"engines-{name}.json"
+
+
 def markdown_text(found: Found) -> str:
     """The table for a page, and every target with what was measured."""
     values = figures(found.samples, found.bandwidth_bytes_per_s, found.perplexity)
@@ -321,8 +331,8 @@ def markdown_text(found: Found) -> str:
     packages = ", ".join(f"{name} {machine.packages[name]}" for name in ("onnxruntime", "torch"))
     return "\n\n".join(
         [
-            f"SmolLM2-135M unless named otherwise, prompt {PROMPT}, {NEW_TOKENS} new tokens, medians of {ROUNDS} "
-            f"rounds in turn; {machine.cpu}, {machine.cores} cores, "
+            f"**{machine.cpu}**, {machine.cores} cores. SmolLM2-135M unless named otherwise, prompt {PROMPT}, "
+            f"{NEW_TOKENS} new tokens, medians of {ROUNDS} rounds in turn; "
             f"{found.bandwidth_bytes_per_s / 1e9:.0f} GB/s, {packages}. "
             "Perplexity: 8 windows of 512 tokens of wiki-demo.",
             markdown(HEAD, rows(found)),
@@ -334,9 +344,8 @@ def markdown_text(found: Found) -> str:
 
 def short_text(found: Found) -> str:
     """The README's: SmolLM2-135M at batch 1, all of one race."""
-    return markdown(
-        HEAD, [row for row in rows(found) if not row[0].endswith(("opt-125m", "gpt2")) and "," not in row[0]]
-    )
+    shown = [row for row in rows(found) if not row[0].endswith(("opt-125m", "gpt2")) and "," not in row[0]]
+    return f"{found.machine.cpu}, {found.machine.cores} cores:\n\n{markdown(HEAD, shown)}"
 
 
 def _said(met: bool) -> str:
