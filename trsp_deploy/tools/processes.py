@@ -6,6 +6,7 @@ the same batch size takes the same steps. Accelerate reads the launch, FSDP is t
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
 from datetime import timedelta
@@ -41,6 +42,7 @@ class Processes:
             # No mixed precision of Accelerate's own: tools/training.py has the autocast.
             self._accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no", kwargs_handlers=[wait])
             self.count, self._index = self._accelerator.num_processes, self._accelerator.process_index
+            atexit.register(_leave)
         self.main = self._index == 0
 
     @property
@@ -95,6 +97,12 @@ class Processes:
         values: list[Any] = broadcast_object_list([value])
         result: Value = values[0]
         return result
+
+
+def _leave() -> None:
+    """End the group's threads before the interpreter goes: now and then one aborted a finished process."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _fsdp_settings() -> FullyShardedDataParallelPlugin | None:
