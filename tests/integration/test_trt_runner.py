@@ -26,7 +26,7 @@ from trsp_deploy.stages import parity
 from trsp_deploy.tools.graphs.logits import cut_logits
 from trsp_deploy.tools.graphs.static_cache import fix_cache
 from trsp_deploy.tools.library import load_engine_spec
-from trsp_deploy.tools.runners import trt, trt_log
+from trsp_deploy.tools.runners import trt
 from trsp_deploy.tools.runners.ort import bindings_of
 from trsp_deploy.tools.runners.requirements import CudaDevice
 from trsp_deploy.tools.runners.trt_build import profile_shape
@@ -170,7 +170,6 @@ def opened(graph: Path, spec: EngineSpec, monkeypatch: pytest.MonkeyPatch, path:
     monkeypatch.setattr(trt, "load_package", lambda backend: module)
     log = SimpleNamespace(errors=[], complaint=lambda otherwise="": otherwise)
     monkeypatch.setattr(trt, "logger", lambda module: log)
-    assert trt_log.made(log, "", lambda: 1) == 1
     path.write_bytes(b"engine")
     return trt.TrtRunner(path, spec, inputs=engine.inputs, outputs=engine.outputs), engine
 

@@ -21,6 +21,7 @@ Dimension = Literal["batch", "sequence", "past", "total", "kept"]
 
 PAST = "past_key_values."
 PRESENT = "present."
+POSITIONS = "position_ids"
 LOGITS_POSITIONS = "logits_positions"  # input, (kept,) int64: for which of the new tokens logits are wanted
 # Input, (batch,) int64: the place of each row's first new token in a cache of fixed length.
 WRITE_INDICES = "write_indices"

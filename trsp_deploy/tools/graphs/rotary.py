@@ -18,9 +18,9 @@ import numpy as np
 import onnx_ir as ir
 
 from trsp_deploy.tools.graphs.attention import tokens_first
+from trsp_deploy.tools.graphs.decoder_io import POSITIONS
 from trsp_deploy.tools.graphs.nodes import MICROSOFT, NoMatch, Part, Writer, constant, made_by, permutes
 
-POSITIONS = "position_ids"
 QUERY, KEY = 0, 1  # inputs of GroupQueryAttention
 COS, SIN = 7, 8
 

@@ -20,11 +20,10 @@ import onnx_ir as ir
 
 from trsp_deploy.tools.graphs import masks
 from trsp_deploy.tools.graphs.attention import Attention, Lengths, cut_shapes, find_layers
-from trsp_deploy.tools.graphs.decoder_io import IN_PLACE, WRITE_INDICES
+from trsp_deploy.tools.graphs.decoder_io import IN_PLACE, POSITIONS, WRITE_INDICES
 from trsp_deploy.tools.graphs.nodes import NoMatch, Part, Writer
 
 OPSET = 24  # the first with TensorScatter, and with Attention whose mask may be boolean
-POSITIONS = "position_ids"
 
 
 def fix_cache(model: ir.Model, length: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -13,13 +12,12 @@ import numpy as np
 from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.tools.graphs import decoder_io
+from trsp_deploy.tools.runners.calibration import max_positions, read_text
 from trsp_deploy.tools.runners.manifest import BuiltEngine, PassOutcome
-from trsp_deploy.tools.runners.ort import OrtRunner, bindings_of, create_session
+from trsp_deploy.tools.runners.ort import bindings_of, create_session
 from trsp_deploy.tools.runners.passes import Pass, run_passes
 
 ENGINE = "model.onnx"
-CALIBRATION_TOKENS = 256
-POSITION_KEYS = ("max_position_embeddings", "n_positions", "n_ctx")  # in config.json, by family
 
 
 def build_cpu(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.ndarray | None) -> BuiltEngine:
@@ -66,8 +64,7 @@ def prepare(
     """
     current, outcomes = run_passes(onnx, fusions(onnx) if spec.fuse else {}, spec, scratch)
     if spec.precision in ("int8", "int4"):
-        ids = some_tokens(onnx) if calibration is None else calibration
-        current = _quantise(current, spec, scratch / "quantize" / onnx.name, ids)
+        current = _quantise(onnx, current, spec, scratch / "quantize" / onnx.name, calibration)
     return current, outcomes
 
 
@@ -90,19 +87,7 @@ def fusions(onnx: Path) -> dict[str, Pass]:
     }
 
 
-def max_positions(onnx: Path) -> int:
-    """The longest text of the model, from the config.json that an export leaves beside its graph; raises NoMatch."""
-    from trsp_deploy.tools.graphs.nodes import NoMatch
-
-    config = onnx.with_name("config.json")
-    values = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    found = next((values[key] for key in POSITION_KEYS if key in values), None)
-    if not isinstance(found, int):
-        raise NoMatch(f"no config.json beside {onnx} says how long a text may be")
-    return found
-
-
-def _quantise(graph: Path, spec: EngineSpec, out: Path, ids: np.ndarray) -> Path:
+def _quantise(onnx: Path, graph: Path, spec: EngineSpec, out: Path, calibration: np.ndarray | None) -> Path:
     import onnx_ir as ir
 
     from trsp_deploy.tools.graphs import products, quantize
@@ -116,9 +101,7 @@ def _quantise(graph: Path, spec: EngineSpec, out: Path, ids: np.ndarray) -> Path
         raise EngineUnavailable(f"{graph}: cannot be quantised: {problem}") from problem
     activations = {}
     if spec.precision == "int8":
-        with OrtRunner(graph, threads=spec.threads) as runner:
-            past = runner.empty_cache(len(ids))
-        activations = products.measure_activations(model, past, ids, out.parent)
+        activations = read_text(model, graph, onnx, spec, calibration, out.parent)
     products.pack_products(model, head)  # fewer kernels: 10% of an int8 step on two cores, 2 to 8% of an int4 one
     if spec.precision == "int4":
         model = quantize.quantize_int4(model, spec.block_size, head)
@@ -126,15 +109,3 @@ def _quantise(graph: Path, spec: EngineSpec, out: Path, ids: np.ndarray) -> Path
         model = quantize.quantize_int8(model, spec.block_size, head, activations, out.parent)
     ir.save(model, out, external_data=f"{out.name}.data")
     return out
-
-
-def some_tokens(onnx: Path) -> np.ndarray:
-    """Random tokens (1, tokens) where no text is at hand: massive activations depend on the model more than on it."""
-    from trsp_deploy.tools.graphs.nodes import NoMatch
-
-    try:
-        length = min(CALIBRATION_TOKENS, max_positions(onnx))
-    except NoMatch:
-        length = CALIBRATION_TOKENS
-    with OrtRunner(onnx) as runner:
-        return np.random.default_rng(0).integers(runner.vocabulary, size=(1, length))

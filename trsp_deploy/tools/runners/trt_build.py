@@ -19,6 +19,7 @@ from trsp_deploy.errors import EngineSpecError, EngineUnavailable, nearest
 from trsp_deploy.recipe import EngineSpec, ShapeProfile
 from trsp_deploy.tools.graphs import decoder_io
 from trsp_deploy.tools.packaged import home
+from trsp_deploy.tools.runners.calibration import read_text
 from trsp_deploy.tools.runners.manifest import BuiltEngine, PassOutcome
 from trsp_deploy.tools.runners.passes import Pass, run_passes
 from trsp_deploy.tools.runners.requirements import cuda_devices, load_package, one_line
@@ -133,18 +134,13 @@ def _quantise(onnx: Path, graph: Path, spec: EngineSpec, out: Path, calibration:
     from trsp_deploy.tools.graphs import products
     from trsp_deploy.tools.graphs.nodes import NoMatch
     from trsp_deploy.tools.graphs.qdq import quantize_products
-    from trsp_deploy.tools.runners.ort import OrtRunner
-    from trsp_deploy.tools.runners.ort_build import some_tokens
 
     out.parent.mkdir()
     model, source = ir.load(graph), ir.load(onnx)
-    ids = some_tokens(onnx) if calibration is None else calibration
     try:
         head = products.open_products(model)
         products.open_products(source)  # the text is read by the graph as it came, whose cache grows
-        with OrtRunner(onnx, threads=spec.threads) as runner:
-            past = runner.empty_cache(len(ids))
-        activations = products.measure_activations(source, past, ids, out.parent, symmetric=True)
+        activations = read_text(source, onnx, onnx, spec, calibration, out.parent, symmetric=True)
         products.check_finite(activations, spec.graph_precision)
     except NoMatch as problem:
         raise EngineUnavailable(f"{onnx}: cannot be quantised: {problem}") from problem

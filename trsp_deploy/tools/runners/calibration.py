@@ -1,0 +1,61 @@
+"""Let a decoder read a text before its weights become integers, through ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trsp_deploy.recipe import EngineSpec
+from trsp_deploy.tools.runners.ort import OrtRunner
+
+TOKENS = 256  # of a text that is made up
+POSITION_KEYS = ("max_position_embeddings", "n_positions", "n_ctx")  # in config.json, by family
+
+
+def read_text(
+    model: Any,
+    graph: Path,
+    exported: Path,
+    spec: EngineSpec,
+    calibration: np.ndarray | None,
+    scratch: Path,
+    *,
+    symmetric: bool = False,
+) -> dict[str, Any]:
+    """What every product reads (graphs/products.py: Activations), by the product's name.
+
+    model: an onnx_ir model after `open_products`, of the file `graph`. exported: the file as it was exported, with its
+    config.json. calibration: (batch, sequence) tokens of real text; None takes random ones, as massive activations
+    depend on the model more than on the text. symmetric: 8-bit scales have no zero point.
+    """
+    from trsp_deploy.tools.graphs.products import measure_activations
+
+    with OrtRunner(graph, threads=spec.threads) as runner:
+        if calibration is None:
+            calibration = np.random.default_rng(0).integers(runner.vocabulary, size=(1, _length(exported)))
+        past = runner.empty_cache(len(calibration))
+    return measure_activations(model, past, calibration, scratch, symmetric=symmetric)
+
+
+def _length(exported: Path) -> int:
+    from trsp_deploy.tools.graphs.nodes import NoMatch
+
+    try:
+        return min(TOKENS, max_positions(exported))
+    except NoMatch:
+        return TOKENS
+
+
+def max_positions(exported: Path) -> int:
+    """The longest text of the model, from the config.json that an export leaves beside its graph; raises NoMatch."""
+    from trsp_deploy.tools.graphs.nodes import NoMatch
+
+    config = exported.with_name("config.json")
+    values = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    found = next((values[key] for key in POSITION_KEYS if key in values), None)
+    if not isinstance(found, int):
+        raise NoMatch(f"no config.json beside {exported} says how long a text may be")
+    return found
