@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow test-transformers5 test-network check format gpu quality quality-report bench-train bench-engines clean
+.PHONY: demo test test-slow test-transformers5 test-network check format gpu quality quality-report bench-train bench-engines bench-proof clean
 
 demo: $(READY) ## prune a real model, build its engines and judge them: about 11 minutes on 2 cores
 	$(BIN)/trsp-deploy fetch smollm2-135m exl-wiki wiki-demo c4-demo
@@ -50,6 +50,9 @@ bench-train: $(READY) ## stage 2 against Hugging Face's Trainer on the same batc
 bench-engines: $(READY) .venv-peers/.ready ## ours against Optimum, onnxruntime-genai and llama.cpp; QUICK=1: a few minutes
 	$(BIN)/trsp-deploy fetch smollm2-135m wiki-demo
 	$(BIN)/python -m benchmarks.engines $(if $(QUICK),--quick) $(ARGS)
+
+bench-proof: $(READY) ## can a comparison be believed? trials of known truth, under two hours, resumable; QUICK=1: ten minutes
+	$(BIN)/python -m benchmarks.proof $(if $(QUICK),--quick) $(ARGS)
 
 format: $(READY)
 	$(BIN)/ruff format .

@@ -23,18 +23,37 @@ from transformers import AutoConfig
 from trsp_deploy.artifacts import RunFolder, fingerprint, provenance, size_bytes, write_json, writing
 from trsp_deploy.decoder import check_prunable, decoder_size, load_model, load_tokenizer
 from trsp_deploy.errors import EngineUnavailable, RunError
-from trsp_deploy.recipe import EngineSpec, Float, Precision, Recipe, Strict, parse_drop, read_yaml
-from trsp_deploy.results import ROLES, Measurement, OnnxModel, Parity, Perplexity, PrunedCheckpoint, Role
+from trsp_deploy.recipe import Case, EngineSpec, Float, Precision, Recipe, Strict, parse_drop, read_yaml
+from trsp_deploy.results import ROLES, Comparison, OnnxModel, Parity, Perplexity, PrunedCheckpoint, Rates, Role, Subject
 from trsp_deploy.stages import bench, build, evaluate, export, parity, report, selection, transfer
-from trsp_deploy.stages.report import EngineReport, Report
 from trsp_deploy.tools.checkpoints import Checkpoints
+from trsp_deploy.tools.comparisons import ComparisonReport, compare
 from trsp_deploy.tools.library import load_engine_spec
-from trsp_deploy.tools.limits import speed_limit
+from trsp_deploy.tools.limits import SpeedLimit, speed_limit
 from trsp_deploy.tools.models import ModelSource, check_decoder_only, copy_model, resolve_model
 from trsp_deploy.tools.plan import PruningPlan, read_plan
 from trsp_deploy.tools.processes import Processes
 from trsp_deploy.tools.quiet import quiet_libraries
-from trsp_deploy.tools.runners import EngineManifest, Runner, bound_to, check_can_build, check_can_run, open_engine
+from trsp_deploy.tools.rates import measure_rates
+from trsp_deploy.tools.report import (
+    SCHEMA_VERSION,
+    EngineFigures,
+    EngineReport,
+    Report,
+    model_report,
+    quality_report,
+    removal_report,
+    verdict,
+)
+from trsp_deploy.tools.runners import (
+    EngineManifest,
+    Runner,
+    bound_to,
+    check_can_build,
+    check_can_run,
+    device_of,
+    open_engine,
+)
 from trsp_deploy.tools.runners.ort import OrtRunner
 from trsp_deploy.tools.runners.requirements import package_version
 from trsp_deploy.tools.texts import Texts, load_texts, split_windows, tokenize_windows
@@ -416,21 +435,34 @@ class Pipeline:
             return parity.make_reference(self._ready(role), prompts)
 
     @functools.cache
-    def bench(self) -> dict[str, Measurement]:
+    def bench(self) -> dict[str, Comparison]:
         """Latency of dense and pruned on every engine that runs here, by engine name."""
         return {o.spec.name: self._measure(o.spec) for o in self.build() if o.reason is None}
 
-    def _measure(self, spec: EngineSpec) -> Measurement:
+    def _measure(self, spec: EngineSpec) -> Comparison:
         dense, pruned = (self._engine_path(spec, role) for role in ROLES)
         vocabulary: int = AutoConfig.from_pretrained(self._path("dense"), local_files_only=True).vocab_size
         machine = provenance().model_dump_json(include={"cpu", "cores", "gpus"})
+
+        def work() -> Comparison:
+            rates = measure_rates(device_of(spec))
+            subjects: dict[Subject, Path] = {"dense": dense, "pruned": pruned}
+            return bench.measure(subjects, spec.name, vocabulary, self.recipe.bench, self.recipe.seed, rates=rates)
+
         return self.run.step(
             f"bench-{spec.name}",
-            lambda: bench.measure(dense, pruned, spec.name, vocabulary, self.recipe.bench, self.recipe.seed),
-            Measurement,
+            work,
+            Comparison,
             settings=self.recipe.bench,
             inputs={"dense": dense, "pruned": pruned, "machine": hashlib.sha256(machine.encode()).hexdigest()},
         )
+
+    @functools.cache
+    def compared(self, name: str) -> ComparisonReport:
+        """What the bench of one engine found, by the engine's name."""
+        comparison = self.bench()[name]
+        spec = next(spec for spec in self.specs if spec.name == name)
+        return compare(comparison, lambda case: self._limit(spec, case, comparison.rates))
 
     @functools.cache
     def evaluate(self) -> dict[str, dict[Role, Perplexity]]:
@@ -460,15 +492,13 @@ class Pipeline:
     def report(self) -> Report:
         """Gather what the stages found and write report.json and report.md."""
         source, checkpoint = self.dense(), self.prune()
-        quality = {name: report.quality_report(ppl["dense"], ppl["pruned"]) for name, ppl in self.evaluate().items()}
+        quality = {name: quality_report(ppl["dense"], ppl["pruned"]) for name, ppl in self.evaluate().items()}
         engines = [self._engine_report(outcome) for outcome in self.build()]
         result = Report(
-            schema_version=report.SCHEMA_VERSION,
-            verdict=report.verdict(engines, quality),
-            model=report.model_report(
-                self.recipe.model, source.origin, check_decoder_only(self._path("dense")), checkpoint
-            ),
-            removal=report.removal_report(checkpoint),
+            schema_version=SCHEMA_VERSION,
+            verdict=verdict(engines, quality),
+            model=model_report(self.recipe.model, source.origin, check_decoder_only(self._path("dense")), checkpoint),
+            removal=removal_report(checkpoint),
             quality=quality,
             engines=tuple(engines),
             parity=self.check_onnx() + self.check_engines(),
@@ -480,17 +510,15 @@ class Pipeline:
         return result
 
     def _engine_report(self, outcome: EngineOutcome) -> EngineReport:
-        spec, batch = outcome.spec, self.recipe.bench.batch_size
-        measurement = self.bench().get(spec.name)
+        spec = outcome.spec
+        comparison = self.bench().get(spec.name)
         status: Literal["ran", "built", "unavailable"] = "ran"
         if not outcome.manifests:
             status = "unavailable"
-        elif measurement is None:
+        elif comparison is None:
             status = "built"
         figures = {
-            role: report.engine_figures(
-                manifest.size_bytes, manifest.build_s, getattr(measurement, role) if measurement else None, batch
-            )
+            role: EngineFigures(size_bytes=manifest.size_bytes, build_s=manifest.build_s)
             for role, manifest in outcome.manifests.items()
         }
         return EngineReport(
@@ -499,25 +527,14 @@ class Pipeline:
             precision=spec.precision,
             status=status,
             reason=outcome.reason,
-            speedup=None if measurement is None else report.speedup_report(measurement, self._limit(spec)),
+            comparison=None if comparison is None else self.compared(spec.name),
             **figures,
         )
 
-    def _limit(self, spec: EngineSpec) -> Any:
-        settings = self.recipe.bench
-        past = settings.prompt_tokens + settings.new_tokens // 2  # the median token's
+    def _limit(self, spec: EngineSpec, case: Case, rates: Rates | None) -> SpeedLimit:
         dense, pruned = (decoder_size(self._path(role)) for role in ROLES)
-        logits = 1 if self._cuts_logits(spec) else settings.prompt_tokens
-        return speed_limit(
-            dense,
-            pruned,
-            spec.precision,
-            settings.batch_size,
-            settings.prompt_tokens,
-            past,
-            logits=logits,
-            cached=spec.graph_precision,
-        )
+        logits = 1 if self._cuts_logits(spec) else case.prompt_tokens
+        return speed_limit(dense, pruned, spec.precision, case, rates=rates, logits=logits, cached=spec.graph_precision)
 
     def _cuts_logits(self, spec: EngineSpec) -> bool:
         """Whether the engine computes logits of the last position alone when it is asked for no more."""

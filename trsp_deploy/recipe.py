@@ -104,14 +104,49 @@ class ExportSettings(Strict):
     slim: bool = True  # Optimum: onnxslim, 19% quicker decoding on a 135M Llama
 
 
-class BenchSettings(Strict):
-    """Dense and pruned in turn, in alternating blocks."""
+class Case(Strict):
+    """One shape that engines are measured at: read a prompt, then decode."""
 
-    batch_size: Count = 1
-    prompt_tokens: Count = 128
+    batch_size: Count
+    prompt_tokens: Count  # read in prefill; the length of the cache that decoding starts from
+    new_tokens: Count  # decode steps a block
+
+    @property
+    def title(self) -> str:
+        """As tables show it."""
+        return f"batch {self.batch_size}, prompt {self.prompt_tokens}"
+
+
+class BenchSettings(Strict):
+    """Dense and pruned in turn: alternating blocks in replicates of fresh processes, until the interval is narrow."""
+
+    batch_sizes: tuple[Count, ...] = (1,)
+    prompt_tokens: tuple[Count, ...] = (128,)
     new_tokens: Count = 16  # decode steps a block
-    blocks: Annotated[int, Field(ge=2)] = 10  # ABBA pairs
-    warmup_blocks: Count = 2
+    budget_s: Positive = 120.0  # for all shapes of one engine together
+    precision: Positive = 0.01  # enough: half-width of the 95% interval of the log ratio, for every shape and phase
+    replicates: Annotated[int, Field(ge=2)] = 6  # at least, where the budget allows them
+    control: bool = True  # measure dense against itself in the same blocks, where memory allows it
+
+    @property
+    def cases(self) -> tuple[Case, ...]:
+        """Every batch size at every prompt length."""
+        return tuple(
+            Case(batch_size=batch, prompt_tokens=prompt, new_tokens=self.new_tokens)
+            for batch in self.batch_sizes
+            for prompt in self.prompt_tokens
+        )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_is_a_list(cls, values: Any) -> Any:
+        # `prompt_tokens: 128` means the same as `[128]`.
+        if not isinstance(values, dict):
+            return values
+        lists = {
+            name: [value] for name in ("batch_sizes", "prompt_tokens") if isinstance(value := values.get(name), int)
+        }
+        return {**values, **lists}
 
 
 class EvaluateSettings(Strict):

@@ -5,10 +5,17 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from trsp_deploy.recipe import BenchSettings, Precision, Strict
+from trsp_deploy.recipe import BenchSettings, Float, Precision, Strict
 
 Role = Literal["dense", "pruned"]
 ROLES: tuple[Role, ...] = ("dense", "pruned")
+Subject = Literal["dense", "again", "pruned"]  # `again` is dense once more: the control
+# The order in which two or three subjects take turns. A subject's turns have the same mean place, so that a linear
+# drift cancels; and of three none has two turns on end, in which it would find its own weights in the caches (with
+# A B C C B A, dense was 1.5% quicker than itself).
+TURNS: dict[int, tuple[int, ...]] = {2: (0, 1, 1, 0), 3: (0, 1, 2, 1, 2, 0, 2, 0, 1)}
+Phase = Literal["prefill", "decode", "total"]
+PHASES: tuple[Phase, ...] = ("prefill", "decode", "total")
 
 
 class PrunedCheckpoint(Strict):
@@ -51,23 +58,80 @@ class Parity(Strict):
     passed: bool
 
 
-class Latency(Strict):
-    """Raw samples of one engine, in the order they were taken."""
+class Block(Strict):
+    """Raw samples of one block: a prompt read, then `new_tokens` decoded, each on the host's clock."""
 
-    load_s: float
-    prefill_s: tuple[float, ...]  # one a block
-    decode_s: tuple[tuple[float, ...], ...]  # (blocks, new_tokens): one token each
-    peak_rss_bytes: int
-    gpu_bytes: int | None  # in use on the GPU beyond what was before; None without one
+    prefill_s: float
+    decode_s: tuple[float, ...]  # one a token
+    total_s: float  # end to end, choosing the tokens among it
+    device_prefill_s: float | None = None  # the same by CUDA events; None on a CPU
+    device_decode_s: tuple[float, ...] | None = None
 
 
-class Measurement(Strict):
-    """Dense and pruned on one engine; blocks with the same index were neighbours in time."""
+class Replicate(Strict):
+    """A fresh process for each subject, and cycles in which they take turns."""
+
+    began_s: float  # since the comparison began
+    together: bool  # whether the subjects were in memory at the same time
+    load_s: dict[Subject, float]
+    peak_rss_bytes: dict[Subject, int]
+    gpu_bytes: dict[Subject, int]  # in use on the GPU beyond what was before; empty without one
+    warmup_blocks: int
+    blocks_per_turn: int  # of each case
+    cycles_s: float  # all cycles together; the rest of the replicate was starting, loading and warming up
+    order: tuple[Subject, ...]  # that TURNS counts in
+    blocks: dict[Subject, tuple[tuple[Block, ...], ...]]  # by case, in the order taken
+
+    @property
+    def blocks_per_cycle(self) -> int:
+        """Of one subject and case."""
+        return self.blocks_per_turn * len(TURNS[len(self.order)]) // len(self.order)
+
+
+class GpuTelemetry(Strict):
+    """What the driver says of one GPU."""
+
+    sm_mhz: int
+    memory_mhz: int
+    power_w: float
+    temperature_c: int
+    throttle_reasons: tuple[str, ...]
+    other_processes: int
+    used_bytes: int
+
+
+class Telemetry(Strict):
+    """The machine at one moment of a comparison."""
+
+    at_s: float  # since the comparison began
+    load: float  # runnable processes, mean of the last minute
+    busy_share: float  # of all cores since the sample before
+    steal_share: float  # taken by the hypervisor
+    mhz: float | None
+    gpu: GpuTelemetry | None = None
+
+
+class Rates(Strict):
+    """What this machine can do at most, measured."""
+
+    bytes_per_s: float  # read from memory
+    operations_per_s: dict[Float, float]  # of a large matrix product
+
+
+Stop = Literal["decided", "precise", "budget"]
+
+
+class Comparison(Strict):
+    """Dense and pruned on one engine, with every raw sample."""
 
     engine: str
     settings: BenchSettings
-    dense: Latency
-    pruned: Latency
+    threads: int  # cores that the processes may use
+    replicates: tuple[Replicate, ...]
+    telemetry: tuple[Telemetry, ...]
+    rates: Rates | None
+    stopped: Stop
+    elapsed_s: float
 
 
 class Perplexity(Strict):

@@ -29,12 +29,13 @@ from benchmarks.pages import markdown, put_between_markers
 from trsp_deploy.artifacts import Provenance, provenance, writing
 from trsp_deploy.decoder import decoder_size
 from trsp_deploy.errors import EngineUnavailable, RunError, TrspError
-from trsp_deploy.recipe import Strict
-from trsp_deploy.stages.bench import Worker
+from trsp_deploy.recipe import Case, Strict
 from trsp_deploy.tools.limits import decode_bytes, speed_limit
 from trsp_deploy.tools.packaged import find_asset
+from trsp_deploy.tools.rates import measure_rates
 from trsp_deploy.tools.runners import open_engine
-from trsp_deploy.tools.statistics import speedup
+from trsp_deploy.tools.statistics import paired_ratio
+from trsp_deploy.tools.worker import Worker
 
 RESULTS = Path("benchmarks/results")  # engines-CPU.json, one of each machine
 DOC, README = Path("docs/engines.md"), Path("README.md")
@@ -111,7 +112,7 @@ def run(options: argparse.Namespace) -> Found:
         samples=samples,
         absent=absent,
         perplexity=_perplexities(options.peers),
-        bandwidth_bytes_per_s=measure_bandwidth(),
+        bandwidth_bytes_per_s=measure_rates("cpu").bytes_per_s,
     )
     if not options.quick:
         with writing(results_path(found.machine.cpu)) as partial:
@@ -126,7 +127,7 @@ def figures(samples: Samples, bandwidth: float, perplexities: dict[str, float]) 
         if slow not in samples or quick not in samples:
             return None
         times = [[float(np.median(block[part])) for block in samples[label]] for label in (slow, quick)]
-        return speedup(*times).ratio
+        return paired_ratio(*times).ratio
 
     def batch(precision: str) -> float | None:
         found = ratio(f"ours {precision}, batch 1", f"ours {precision}, batch {BATCH}")
@@ -134,7 +135,8 @@ def figures(samples: Samples, bandwidth: float, perplexities: dict[str, float]) 
 
     def kept(precision: str) -> float | None:
         dense, pruned = (decoder_size(subjects.model(name)) for name in ("dense", "pruned"))
-        limit = speed_limit(dense, pruned, precision, 1, PROMPT, PROMPT + NEW_TOKENS // 2)  # type: ignore[arg-type]
+        case = Case(batch_size=1, prompt_tokens=PROMPT, new_tokens=NEW_TOKENS)
+        limit = speed_limit(dense, pruned, precision, case)  # type: ignore[arg-type]
         found = ratio(f"ours {precision}", f"pruned {precision}")
         return None if found is None else found / limit.decode
 
@@ -170,21 +172,6 @@ def verdict(values: dict[str, float | None]) -> dict[str, Any]:
         "targets": {name: bound for name, (bound, _, _) in TARGETS.items()},
         "met": {name: met(name, value) for name, value in values.items()},
     }
-
-
-def measure_bandwidth() -> float:
-    """Bytes a second that all cores together read from memory: the best of ten sums over half a gigabyte."""
-    import time
-
-    import torch
-
-    array = torch.ones(2**27)
-    times = []
-    for _ in range(10):
-        began = time.perf_counter()
-        array.sum()
-        times.append(time.perf_counter() - began)
-    return array.nbytes / min(times)
 
 
 # -- contenders --------------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ def main() -> int:
     kind, path = sys.argv[1], Path(sys.argv[2])
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries that print must not get between the replies
+    sys.stdin.readline()  # the word to load
     began = time.perf_counter()
     try:
         peer = PEERS[kind](path)

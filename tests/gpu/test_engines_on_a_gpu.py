@@ -44,7 +44,7 @@ def test_engine_runs_and_agrees(engine: str, tmp_path: Path) -> None:
         "evaluate": {"context_length": 64, "max_tokens": 640},
         "plan": {"steps": 1, "candidates": 2},
         "transfer": {"steps": 2},
-        "bench": {"prompt_tokens": 16, "new_tokens": 4, "blocks": 4},
+        "bench": {"prompt_tokens": 16, "new_tokens": 4, "budget_s": 10},
         "engines": [engine],
     }
     with RunFolder(tmp_path / "run") as run:

@@ -26,8 +26,8 @@ QUICK = [
     "evaluate.max_tokens=640",
     "bench.prompt_tokens=16",
     "bench.new_tokens=4",
-    "bench.blocks=4",
-    "bench.warmup_blocks=1",
+    "bench.budget_s=4",
+    "bench.replicates=2",
 ]
 ENGINES = ["ort-cpu-fp32", "tensorrt-rtx-fp16", "ort-cuda-fp16", "tensorrt-fp16"]
 
@@ -84,7 +84,7 @@ def test_stdout_is_one_json_line(first, report):
 
 def test_model_part_of_the_report(report):
     model = report["model"]
-    assert report["schema_version"] == 1
+    assert report["schema_version"] == 2
     assert (model["name"], model["architecture"]) == ("tiny-llama", "LlamaForCausalLM")
     assert (model["num_layers_dense"], model["num_layers_pruned"]) == (6, 4)
     assert len(model["dropped_layers"]) == 2
@@ -108,11 +108,18 @@ def test_every_engine_is_accounted_for(report):
     assert list(engines) == ENGINES
     ran = engines["ort-cpu-fp32"]
     assert ran["status"] == "ran" and ran["reason"] is None
-    assert ran["speedup"]["limit"] > 1 and ran["speedup"]["decode"] > 0 and ran["speedup"]["prefill"] > 0
+    found = ran["comparison"]
+    phases = {phase["phase"]: phase for phase in found["phases"]}
+    assert set(phases) == {"prefill", "decode", "total"}
+    for phase in phases.values():
+        assert 1 < phase["limit"] < 1.5 and 0 < phase["pruned_s"] < 1
+        assert phase["speedup"]["low"] <= phase["speedup"]["ratio"] <= phase["speedup"]["high"]
+        assert phase["control"]["low"] <= phase["control"]["ratio"] <= phase["control"]["high"]
+    assert found["replicates"] >= 2 and found["claim"] in ("CONFIRMED", "NOT THERE", "INCONCLUSIVE")
     for role in ("dense", "pruned"):
-        assert 0 < ran[role]["decode_s"] < 1 and ran[role]["size_bytes"] > 0
+        assert ran[role]["size_bytes"] > 0 and found["load_s"][role] > 0
         # The engine's own process, not this test's: an ONNX Runtime session of a tiny model needs under 0.4 GB.
-        assert 20e6 < ran[role]["peak_rss_bytes"] < 400e6
+        assert 20e6 < found["peak_rss_bytes"][role] < 400e6
     for name in ENGINES[1:]:
         assert engines[name]["status"] in ("built", "unavailable")
         assert engines[name]["reason"]

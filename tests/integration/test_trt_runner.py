@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -133,6 +134,19 @@ class Graph:
             self.context.run(*launch)
 
 
+class Event:
+    """A CUDA event that notes the host's time."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end: Event) -> float:
+        return 1e3 * (end.at - self.at)
+
+
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.cuda in the CPU's memory."""
@@ -154,6 +168,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         "Stream": lambda: SimpleNamespace(cuda_stream=1),
         "stream": lambda stream: contextlib.nullcontext(),
         "empty_cache": lambda: None,
+        "Event": Event,
         "CUDAGraph": Graph,
         "graph": capture,
     }.items():

@@ -8,32 +8,12 @@ import pytest
 from tests.tiny import save_tiny
 from trsp_deploy.decoder import DecoderSize, WeightCounts
 from trsp_deploy.errors import EngineUnavailable, ParityError
-from trsp_deploy.results import Perplexity
+from trsp_deploy.recipe import Case
+from trsp_deploy.results import Perplexity, Rates
 from trsp_deploy.stages import parity
-from trsp_deploy.stages.bench import Worker
-from trsp_deploy.stages.report import EngineReport, SpeedupReport, verdict
 from trsp_deploy.tools.limits import decode_bytes, prefill_operations, speed_limit
-from trsp_deploy.tools.statistics import perplexity_ratio, speedup
-
-
-def test_speedup_of_equal_samples_is_one():
-    found = speedup([0.1] * 5, [0.1] * 5)
-    assert (found.ratio, found.low, found.high) == (1.0, 1.0, 1.0)
-
-
-def test_speedup_pairs_what_was_measured_together():
-    drift = np.linspace(1, 3, 20)  # the machine slows down to a third; the ratio must not notice
-    found = speedup(0.12 * drift, 0.10 * drift)
-    assert found.ratio == pytest.approx(1.2) and found.low == pytest.approx(1.2) and found.high == pytest.approx(1.2)
-
-
-def test_interval_covers_the_truth():
-    generator = np.random.default_rng(1)
-    covered = 0
-    for _ in range(100):
-        found = speedup(1.2 * np.exp(generator.normal(0, 0.1, 15)), np.exp(generator.normal(0, 0.1, 15)))
-        covered += found.low <= 1.2 <= found.high
-    assert covered >= 88
+from trsp_deploy.tools.statistics import perplexity_ratio
+from trsp_deploy.tools.worker import Worker
 
 
 def test_perplexity_ratio_is_of_means():
@@ -52,11 +32,28 @@ def opt_6_7b(layers: int) -> DecoderSize:
     return DecoderSize(weights=weights, cache_per_token=2 * 4096, attention_width=4096)
 
 
+def shape(batch: int = 1, prompt: int = 128, new: int = 1) -> Case:
+    return Case(batch_size=batch, prompt_tokens=prompt, new_tokens=new)
+
+
 def test_limit_of_opt_6_7b_is_the_published_bound():
-    limit = speed_limit(opt_6_7b(32), opt_6_7b(24), "fp16", batch=1, prompt=128, past=0)
+    limit = speed_limit(opt_6_7b(32), opt_6_7b(24), "fp16", shape(prompt=1))
     assert limit.decode == pytest.approx(1.320, abs=0.001)
-    long_past = speed_limit(opt_6_7b(32), opt_6_7b(24), "fp16", batch=64, prompt=128, past=100_000)
+    long_past = speed_limit(opt_6_7b(32), opt_6_7b(24), "fp16", shape(batch=64, prompt=100_000))
     assert long_past.decode == pytest.approx(32 / 24, abs=0.001)  # the cache dominates
+
+
+def test_measured_rates_tell_which_resource_binds():
+    dense, pruned = opt_6_7b(32), opt_6_7b(24)
+    slow_memory = Rates(bytes_per_s=1e9, operations_per_s={"fp16": 1e15})
+    slow_products = Rates(bytes_per_s=1e15, operations_per_s={"fp16": 1e9})
+    by_bytes = speed_limit(dense, pruned, "fp16", shape(new=100), rates=slow_memory)
+    assert by_bytes.prefill == pytest.approx(by_bytes.decode, rel=0.01) == pytest.approx(by_bytes.total, rel=0.01)
+    by_operations = speed_limit(dense, pruned, "fp16", shape(new=100), rates=slow_products, logits=1)
+    assert by_operations.prefill > by_operations.decode, "the LM head multiplies for one position of the prompt"
+    assert by_operations.decode < by_operations.total < by_operations.prefill
+    unknown = speed_limit(dense, pruned, "int8", shape(), rates=slow_memory)
+    assert unknown.total == max(unknown.prefill, unknown.decode)
 
 
 def test_bytes_and_operations():
@@ -126,29 +123,3 @@ def test_a_failed_parity_stops_with_one_line(reference):
 def test_a_worker_that_cannot_start_says_why(tmp_path):
     with pytest.raises(EngineUnavailable, match="no engine here"), Worker(tmp_path):
         pass
-
-
-def speeds(decode, prefill, limit=1.3):
-    values = {"prefill_limit": limit, "limit": limit}
-    for phase, (low, middle, high) in {"decode": decode, "prefill": prefill}.items():
-        values |= {phase: middle, f"{phase}_low": low, f"{phase}_high": high}
-    return EngineReport(
-        name="e", backend="onnxruntime-cpu", precision="fp32", status="ran", speedup=SpeedupReport(**values)
-    )
-
-
-@pytest.mark.parametrize(
-    ("decode", "prefill", "word"),
-    [
-        ((1.1, 1.2, 1.3), (1.1, 1.2, 1.3), "CONFIRMED on e"),
-        ((0.9, 1.1, 1.3), (1.1, 1.2, 1.3), "INCONCLUSIVE on e"),
-        ((0.7, 0.8, 0.9), (1.1, 1.2, 1.3), "NOT THERE on e"),
-        ((1.5, 1.6, 1.7), (1.1, 1.2, 1.3), "distrust it: decode"),
-    ],
-)
-def test_verdict_follows_the_intervals(decode, prefill, word):
-    assert word in verdict([speeds(decode, prefill)], {})
-
-
-def test_verdict_without_an_engine_claims_nothing():
-    assert verdict([], {}).startswith("NOT MEASURED")

@@ -203,19 +203,15 @@ def _build_from_onnx(run: Path | None, onnx: Path, engines: list[str], out: Path
 def bench(run: Run, engine: Engines = None, sets: Sets = None, as_json: Json = False) -> None:
     """Measure dense and pruned in turn on every engine that runs here."""
     with _existing(run, engine, None, sets) as job:
-        from trsp_deploy.tools.statistics import decode_speedup, prefill_speedup
+        from trsp_deploy.tools.comparisons import sentence
 
         job.check_engines()
-        found = {
-            name: {"prefill": prefill_speedup(m).model_dump(), "decode": decode_speedup(m).model_dump()}
-            for name, m in job.bench().items()
-        }
-        lines = [
-            f"{name}: {phase} {r['ratio']:.2f}x ({r['low']:.2f} to {r['high']:.2f})"
-            for name, phases in found.items()
-            for phase, r in phases.items()
-        ]
-        _print_json(as_json, {"speedup": found}, "\n".join(lines) or "no engine of this run can run on this machine")
+        found = {name: job.compared(name) for name in job.bench()}
+        lines = [sentence(name, comparison) for name, comparison in found.items()]
+        plain = {name: comparison.model_dump(mode="json") for name, comparison in found.items()}
+        _print_json(
+            as_json, {"comparisons": plain}, "\n".join(lines) or "no engine of this run can run on this machine"
+        )
 
 
 def evaluate(run: Run, evaluation: Evaluation = None, sets: Sets = None, as_json: Json = False) -> None:

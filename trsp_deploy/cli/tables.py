@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from trsp_deploy.stages.report import ENGINE_COLUMNS, Report, engine_notes, engine_rows, model_rows
 from trsp_deploy.tools.device_memory import MemoryPlan
+from trsp_deploy.tools.report import ENGINE_COLUMNS, Report, engine_notes, engine_rows, model_rows
 
 STATE_STYLES = {"ok": "green", "warning": "yellow", "missing": "yellow", "conflict": "bold red"}
 PIPED_WIDTH = 120

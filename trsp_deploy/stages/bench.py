@@ -1,120 +1,251 @@
-"""Latency of dense and pruned on one engine, measured in turn: a block of each, ABBA, every raw sample kept.
+"""Latency of dense and pruned on one engine, measured so that nobody has to believe it.
 
-Each engine lives in a process of its own (`tools/bench_worker.py`) and only one works at a time, so that drift of the
-machine hits both alike and peak memory is the engine's own.
+A replicate is a fresh process for each subject. Within it they take turns in an order that a drift of the machine hits
+all alike (`results.TURNS`). Whoever has no turn is stopped by a signal, for thread pools spin on after their work and
+would slow down the next one's (docs/decisions/0011). Dense takes part twice: what it shows against itself is the noise
+floor. Replicates go on until the interval is narrow enough, or every requirement is decided, or the budget is spent.
+Raw samples are kept; `tools/statistics.py` derives the rest.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import math
 import os
-import subprocess
-import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
+import psutil
 
-from trsp_deploy.errors import EngineUnavailable
-from trsp_deploy.recipe import BenchSettings
-from trsp_deploy.results import Latency, Measurement
+from trsp_deploy.artifacts import size_bytes
+from trsp_deploy.recipe import BenchSettings, Case
+from trsp_deploy.results import TURNS, Block, Comparison, Rates, Replicate, Stop, Subject
 from trsp_deploy.tools.progress import Meter
+from trsp_deploy.tools.statistics import Speedups, speedup, speedups
+from trsp_deploy.tools.telemetry import Recorder, gpu_memory_free
+from trsp_deploy.tools.worker import Worker
+
+STEADY = 0.97  # a block that is not quicker than this share of the one before needs no more warm-up
+LONGEST_WARMUP = 6  # blocks
+MOST_CYCLES = 50  # in one replicate
+TURN_S = 0.1  # short blocks are repeated until a turn is about so long
+MOST_BLOCKS = 4  # of one shape in a turn
+WARM_SHARE = 4  # a turn begins with a block of a quarter of the tokens, untimed: caches are the other subject's
+CYCLES_SHARE = 2.0  # seconds of cycles for each second of starting a replicate's processes
+ROOM = 1.5  # memory of a running engine over the size of its files
+
+Start = Callable[[], Worker]
+Work = tuple[Case, list[list[int]]]  # a shape and its prompt (batch, tokens)
+Decided = Callable[[Speedups], bool]  # whether nothing is left to find out
 
 
-class Worker:
-    """A measuring process around one engine folder, for the length of a `with` block.
+def measure(
+    subjects: Mapping[Subject, Path],
+    label: str,
+    vocabulary: int,
+    settings: BenchSettings,
+    seed: int,
+    *,
+    rates: Rates | None = None,
+    decided: Decided | None = None,
+    environment: Mapping[Subject, Mapping[str, str]] | None = None,
+) -> Comparison:
+    """Compare built engines; raises EngineUnavailable when one cannot run.
 
-    command: another program that speaks the same lines (`tools/bench_worker.py`), to measure what is not an engine.
-    """
-
-    def __init__(self, engine: Path, command: Sequence[str] = ()) -> None:
-        self._engine = engine
-        self._command = command or (sys.executable, "-m", "trsp_deploy.tools.bench_worker", str(engine))
-        self.load_s = 0.0
-
-    def __enter__(self) -> Self:
-        self._process = subprocess.Popen(
-            self._command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ,
-        )
-        try:
-            self.load_s = self._read()["load_s"]
-        except BaseException:
-            self._stop()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stop()
-
-    def _stop(self) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-    def block(self, prompt: list[list[int]], new_tokens: int) -> dict[str, Any]:
-        """Run one block; returns prefill_s, decode_s, peak_rss_bytes and gpu_bytes."""
-        return self.ask({"prompt": prompt, "new_tokens": new_tokens})
-
-    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        """Send one line and wait for the answer to it."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(question) + "\n")
-        self._process.stdin.flush()
-        return self._read()
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None and self._process.stderr is not None
-        line = self._process.stdout.readline()
-        if not line:
-            last = self._process.stderr.read().strip().splitlines()[-1:] or ["it said nothing"]
-            code = self._process.wait()
-            raise EngineUnavailable(f"{self._engine}: the measuring process died with code {code} ({last[0]})")
-        reply: dict[str, Any] = json.loads(line)
-        if "error" in reply:
-            raise EngineUnavailable(reply["error"])
-        return reply
-
-
-def measure(dense: Path, pruned: Path, engine: str, vocabulary: int, settings: BenchSettings, seed: int) -> Measurement:
-    """Alternate blocks of two built engines; raises EngineUnavailable when one cannot run.
-
+    subjects: engine folders or ONNX files of `dense` and `pruned`; `again` comes in where the settings want a control.
     vocabulary: prompts are random token ids below it; speed does not depend on them.
+    decided: asked after every replicate; without it the precision alone decides.
+    environment: variables for a subject's processes.
     """
+    everyone = _with_control(subjects, settings)
+    starts: dict[Subject, Start] = {
+        subject: _start(path, (environment or {}).get(subject, {})) for subject, path in everyone.items()
+    }
+    together = _fit_together(list(everyone.values()))
     generator = np.random.default_rng(seed)
-    shape = (settings.batch_size, settings.prompt_tokens)
-    prompt: list[list[int]] = generator.integers(vocabulary, size=shape).tolist()
-    blocks: dict[str, list[dict[str, Any]]] = {"dense": [], "pruned": []}
-    with (
-        Worker(dense) as dense_worker,
-        Worker(pruned) as pruned_worker,
-        Meter(f"bench {engine}", settings.warmup_blocks + settings.blocks) as meter,
-    ):
-        workers = {"dense": dense_worker, "pruned": pruned_worker}
-        for number in range(settings.warmup_blocks + settings.blocks):
-            order = ("dense", "pruned") if number % 2 == 0 else ("pruned", "dense")
-            for role in order:
-                blocks[role].append(workers[role].block(prompt, settings.new_tokens))
-            medians = {role: 1e3 * float(np.median(taken[-1]["decode_s"])) for role, taken in blocks.items()}
-            meter.advance(f"{medians['dense']:.1f} / {medians['pruned']:.1f} ms a token")
-        latencies = {
-            role: _latency(workers[role].load_s, taken, settings.warmup_blocks) for role, taken in blocks.items()
-        }
-    return Measurement(engine=engine, settings=settings, dense=latencies["dense"], pruned=latencies["pruned"])
-
-
-def _latency(load_s: float, blocks: list[dict[str, Any]], warmup: int) -> Latency:
-    return Latency(
-        load_s=load_s,
-        prefill_s=tuple(block["prefill_s"] for block in blocks[warmup:]),
-        decode_s=tuple(tuple(block["decode_s"]) for block in blocks[warmup:]),
-        peak_rss_bytes=max(block["peak_rss_bytes"] for block in blocks),
-        gpu_bytes=max((block["gpu_bytes"] for block in blocks if block["gpu_bytes"] is not None), default=None),
+    work = [(case, _prompt(case, vocabulary, generator)) for case in settings.cases]
+    replicates: list[Replicate] = []
+    schedule = _Schedule(settings, decided)
+    with Recorder() as recorder, Meter(f"bench {label}", round(settings.budget_s)) as meter:
+        while (stop := schedule.stop(replicates, recorder.now_s)) is None:
+            began = recorder.now_s
+            order = _rotated(list(starts), len(replicates))
+            replicates.append(_replicate(starts, order, work, schedule, together, began))
+            schedule.learn(replicates[-1], recorder.now_s - began)
+            meter.reach(round(recorder.now_s), _progress(replicates))
+        elapsed_s = recorder.now_s
+    return Comparison(
+        engine=label,
+        settings=settings,
+        threads=len(os.sched_getaffinity(0)),
+        replicates=tuple(replicates),
+        telemetry=tuple(recorder.samples),
+        rates=rates,
+        stopped=stop,
+        elapsed_s=elapsed_s,
     )
+
+
+class _Schedule:
+    """How many cycles the next replicate has, and when there have been enough replicates."""
+
+    def __init__(self, settings: BenchSettings, decided: Decided | None) -> None:
+        self._settings = settings
+        self._decided = decided
+        self._slowest_s = 0.0
+        self.cycles = 1
+        self.blocks = 1  # of each shape in a turn
+
+    def learn(self, replicate: Replicate, elapsed_s: float) -> None:
+        """Fit cycles into what the budget leaves each of the wanted replicates, and no more than starting is worth."""
+        self._slowest_s = max(self._slowest_s, elapsed_s)
+        overhead_s = elapsed_s - replicate.cycles_s
+        blocks = [block.total_s for cases in replicate.blocks.values() for case in cases for block in case]
+        turn_s = sum(blocks) / len(blocks) * len(self._settings.cases)
+        self.blocks = min(MOST_BLOCKS, max(1, round(TURN_S / turn_s)))
+        turns = len(TURNS[len(replicate.blocks)])
+        cycle_s = turns * turn_s * (self.blocks + 1 / WARM_SHARE)
+        share_s = self._settings.budget_s / self._settings.replicates - overhead_s
+        self.cycles = min(MOST_CYCLES, max(1, int(min(share_s, CYCLES_SHARE * overhead_s) / cycle_s)))
+
+    def stop(self, replicates: Sequence[Replicate], now_s: float) -> Stop | None:
+        """Why to stop now; None to go on."""
+        if len(replicates) < 2:  # one has no interval
+            return None
+        if len(replicates) >= self._settings.replicates:
+            found = speedups(replicates, len(self._settings.cases))
+            if self._decided is not None and self._decided(found):
+                return "decided"
+            narrow = all(each.found.half_width <= self._settings.precision for each in found.values())
+            if narrow and self._decided is None:
+                return "precise"
+        return "budget" if now_s + self._slowest_s > self._settings.budget_s else None
+
+
+def _with_control(subjects: Mapping[Subject, Path], settings: BenchSettings) -> dict[Subject, Path]:
+    found: dict[Subject, Path] = dict(subjects)
+    if settings.control and _fit_together([subjects["dense"], *subjects.values()]):
+        found = {"dense": subjects["dense"], "again": subjects["dense"], "pruned": subjects["pruned"]}
+    return found
+
+
+def _fit_together(engines: Sequence[Path]) -> bool:
+    """Whether all of them can be in memory at once."""
+    free = gpu_memory_free()
+    available = psutil.virtual_memory().available if free is None else free
+    return ROOM * sum(size_bytes(engine.parent if engine.is_file() else engine) for engine in engines) <= available
+
+
+def _start(engine: Path, environment: Mapping[str, str]) -> Start:
+    return lambda: Worker(engine, environment=environment)
+
+
+def _prompt(case: Case, vocabulary: int, generator: np.random.Generator) -> list[list[int]]:
+    ids: list[list[int]] = generator.integers(vocabulary, size=(case.batch_size, case.prompt_tokens)).tolist()
+    return ids
+
+
+def _rotated(subjects: list[Subject], by: int) -> list[Subject]:
+    """Each subject goes first in one replicate of so many."""
+    by %= len(subjects)
+    return subjects[by:] + subjects[:by]
+
+
+class _Taken:
+    """What one replicate's processes said."""
+
+    def __init__(self, subjects: Sequence[Subject], cases: int) -> None:
+        self.load_s: dict[Subject, float] = {}
+        self.peak_rss_bytes: dict[Subject, int] = {}
+        self.gpu_bytes: dict[Subject, int] = {}
+        self.warmup_blocks = 0
+        self.blocks: dict[Subject, list[list[Block]]] = {subject: [[] for _ in range(cases)] for subject in subjects}
+
+    def add(self, subject: Subject, case: int, said: dict[str, Any]) -> None:
+        """Keep one block."""
+        block = Block.model_validate({name: value for name, value in said.items() if name in Block.model_fields})
+        self.blocks[subject][case].append(block)
+        for peaks, name in ((self.peak_rss_bytes, "peak_rss_bytes"), (self.gpu_bytes, "gpu_bytes")):
+            if said[name] is not None:
+                peaks[subject] = max(peaks.get(subject, 0), said[name])
+
+
+def _replicate(
+    starts: Mapping[Subject, Start],
+    order: list[Subject],
+    work: list[Work],
+    schedule: _Schedule,
+    together: bool,
+    began_s: float,
+) -> Replicate:
+    """Fresh processes, warm, and then cycles of turns.
+
+    together: all are in memory at once; else each round starts a process for every turn.
+    """
+    taken = _Taken(order, len(work))
+    with contextlib.ExitStack() as stack:
+        workers: dict[Subject, Worker] = {}
+        if together:
+            workers = {subject: starts[subject]() for subject in order}  # side by side: starting is mostly imports
+            for worker in workers.values():
+                stack.callback(worker.close)
+            for subject in order:
+                _warm(subject, workers[subject], work, taken)
+        began = time.perf_counter()
+        for _ in range(schedule.cycles):
+            for subject in (order[index] for index in TURNS[len(order)]):
+                if together:
+                    _take(subject, workers[subject], work, schedule.blocks, taken)
+                    continue
+                with contextlib.closing(starts[subject]()) as worker:
+                    _warm(subject, worker, work, taken)
+                    _take(subject, worker, work, schedule.blocks, taken)
+        cycles_s = time.perf_counter() - began
+    return Replicate(
+        began_s=began_s,
+        together=together,
+        load_s=taken.load_s,
+        peak_rss_bytes=taken.peak_rss_bytes,
+        gpu_bytes=taken.gpu_bytes,
+        warmup_blocks=taken.warmup_blocks,
+        blocks_per_turn=schedule.blocks,
+        cycles_s=cycles_s,
+        order=tuple(order),
+        blocks={subject: tuple(map(tuple, cases)) for subject, cases in taken.blocks.items()},
+    )
+
+
+def _warm(subject: Subject, worker: Worker, work: list[Work], taken: _Taken) -> None:
+    """Load the engine, and run blocks until they stop getting quicker."""
+    taken.load_s[subject] = worker.load()
+    before, blocks = math.inf, 0
+    while blocks < LONGEST_WARMUP:
+        began = time.perf_counter()
+        for case, prompt in work:
+            worker.block(prompt, case.new_tokens)
+        took, blocks = time.perf_counter() - began, blocks + 1
+        if took > STEADY * before:
+            break
+        before = took
+    taken.warmup_blocks = max(taken.warmup_blocks, blocks)
+    worker.pause()
+
+
+def _take(subject: Subject, worker: Worker, work: list[Work], blocks: int, taken: _Taken) -> None:
+    """One turn: every shape, warm."""
+    worker.resume()
+    for index, (case, prompt) in enumerate(work):
+        worker.block(prompt, max(1, case.new_tokens // WARM_SHARE))
+        for _ in range(blocks):
+            taken.add(subject, index, worker.block(prompt, case.new_tokens))
+    worker.pause()
+
+
+def _progress(replicates: Sequence[Replicate]) -> str:
+    if len(replicates) < 2:
+        return "1 replicate"
+    found = speedup(replicates, 0, "total").found
+    return f"{len(replicates)} replicates, {found.ratio:.3f}x ({found.low:.3f} to {found.high:.3f})"

@@ -1,14 +1,15 @@
 """How much faster a cut model can be at most: bytes for decoding, operations for prefill.
 
 Batch-1 decoding reads every layer's weights, the LM head and the live KV cache once a token, so its time is at least
-bytes over bandwidth; prefill is bound by its multiplications. The bandwidth or the rate is the same for dense and
-pruned and cancels in the ratio.
+bytes over bandwidth; prefill of a long prompt is bound by its multiplications. Which of them binds is told by the
+machine's measured rates (tools/rates.py); where it is the same for dense and pruned the rate cancels in the ratio.
 """
 
 from __future__ import annotations
 
 from trsp_deploy.decoder import DecoderSize
-from trsp_deploy.recipe import Float, Precision, Strict
+from trsp_deploy.recipe import Case, Float, Precision, Strict
+from trsp_deploy.results import Rates
 
 # Bytes a weight of the layers and of the LM head, scales and zero points among them; heads keep 8 bits
 # (tools/graphs/quantize.py).
@@ -26,6 +27,18 @@ class SpeedLimit(Strict):
 
     prefill: float
     decode: float
+    total: float  # reading the prompt and decoding the new tokens
+
+
+class Work(Strict):
+    """What one phase has to do: read memory and multiply, side by side."""
+
+    read_bytes: float
+    operations: float
+
+    def seconds(self, rates: Rates, precision: Float) -> float:
+        """The least time that it takes: the slower of the two at this machine's best."""
+        return max(self.read_bytes / rates.bytes_per_s, self.operations / rates.operations_per_s[precision])
 
 
 def decode_bytes(size: DecoderSize, precision: Precision, batch: int, past: int, cached: Float | None = None) -> float:
@@ -49,20 +62,48 @@ def prefill_operations(size: DecoderSize, batch: int, prompt: int, logits: int |
     return 2 * batch * (prompt * (sum(size.weights.layers) + attention) + head)
 
 
+def prefill_work(
+    size: DecoderSize, precision: Precision, case: Case, logits: int | None = None, cached: Float | None = None
+) -> Work:
+    """Of reading the prompt: the weights once, and the cache written."""
+    return Work(
+        read_bytes=decode_bytes(size, precision, case.batch_size, case.prompt_tokens, cached),
+        operations=prefill_operations(size, case.batch_size, case.prompt_tokens, logits),
+    )
+
+
+def decode_work(size: DecoderSize, precision: Precision, case: Case, cached: Float | None = None) -> Work:
+    """Of the median new token."""
+    past = case.prompt_tokens + case.new_tokens // 2
+    attention = len(size.weights.layers) * 2 * past * size.attention_width
+    return Work(
+        read_bytes=decode_bytes(size, precision, case.batch_size, past, cached),
+        operations=2 * case.batch_size * (sum(size.weights.layers) + size.weights.lm_head + attention),
+    )
+
+
 def speed_limit(
     dense: DecoderSize,
     pruned: DecoderSize,
     precision: Precision,
-    batch: int,
-    prompt: int,
-    past: int,
+    case: Case,
     *,
+    rates: Rates | None = None,
     logits: int | None = None,
     cached: Float | None = None,
 ) -> SpeedLimit:
-    """The limits of both phases at the measured shapes; `logits` and `cached` as above."""
-    return SpeedLimit(
-        prefill=prefill_operations(dense, batch, prompt, logits) / prefill_operations(pruned, batch, prompt, logits),
-        decode=decode_bytes(dense, precision, batch, past, cached)
-        / decode_bytes(pruned, precision, batch, past, cached),
-    )
+    """The limits of every phase at one shape; `logits` and `cached` as above.
+
+    rates: this machine's, to know whether bytes or operations bind a phase. Without them, or for a precision whose
+    products they do not tell, decoding counts as bound by bytes, prefill by operations, and both together by the
+    larger of the two limits.
+    """
+    prefill = [prefill_work(size, precision, case, logits, cached) for size in (dense, pruned)]
+    decode = [decode_work(size, precision, case, cached) for size in (dense, pruned)]
+    if rates is None or precision not in rates.operations_per_s:
+        by_operations = prefill[0].operations / prefill[1].operations
+        by_bytes = decode[0].read_bytes / decode[1].read_bytes
+        return SpeedLimit(prefill=by_operations, decode=by_bytes, total=max(by_operations, by_bytes))
+    read, step = ([work.seconds(rates, precision) for work in phase] for phase in (prefill, decode))
+    total = [first + case.new_tokens * each for first, each in zip(read, step, strict=True)]
+    return SpeedLimit(prefill=read[0] / read[1], decode=step[0] / step[1], total=total[0] / total[1])

@@ -53,6 +53,10 @@ class Meter:
         if self._bar is not None:
             self._bar.stop()
 
+    def reach(self, done: int, figures: str = "") -> None:
+        """Count up to `done` units in all, at least one more and never past the end."""
+        self.advance(figures, max(1, min(done, self._total) - self._done))
+
     def advance(self, figures: str = "", by: int = 1) -> None:
         """Count `by` more units done, with figures such as the loss beside the bar."""
         self._done += by

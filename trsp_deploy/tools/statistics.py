@@ -1,15 +1,24 @@
-"""Statistics of paired samples: ratios with 95% intervals by a bootstrap over the pairs."""
+"""Ratios with intervals, from samples that were taken in pairs.
+
+A speed-up is the geometric mean over replicates (fresh processes) of the median over their cycles of the ratio of
+neighbouring blocks. The replicate is the unit: blocks of one process share its memory layout and its moment.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+import scipy.stats
 
 from trsp_deploy.recipe import Strict
-from trsp_deploy.results import Latency, Measurement, Perplexity
+from trsp_deploy.results import PHASES, Block, Comparison, Perplexity, Phase, Replicate, Subject
 
-RESAMPLES = 2000
+RESAMPLES = 5000
+CONFIDENCE = 0.95
+FEWEST_REPLICATES = 5  # below it the largest and the smallest of them enclose the mean too seldom
 
 
 class Ratio(Strict):
@@ -19,39 +28,165 @@ class Ratio(Strict):
     low: float
     high: float
 
-
-def speedup(dense: Sequence[float], pruned: Sequence[float]) -> Ratio:
-    """exp of the median log ratio of paired blocks, in seconds; the same index is the same moment."""
-    return _paired(np.log(np.asarray(dense) / np.asarray(pruned)), np.median)
-
-
-def prefill_speedup(measurement: Measurement) -> Ratio:
-    """Speed-up of reading the prompt."""
-    return speedup(measurement.dense.prefill_s, measurement.pruned.prefill_s)
+    @property
+    def half_width(self) -> float:
+        """Of the interval, in log units: about the share that the ratio is uncertain by."""
+        return (math.log(self.high) - math.log(self.low)) / 2
 
 
-def decode_speedup(measurement: Measurement) -> Ratio:
-    """Speed-up of a token; a block's time is the median of its tokens."""
-    return speedup(decode_by_block(measurement.dense), decode_by_block(measurement.pruned))
+class Speedup(Strict):
+    """Dense time / pruned time of one phase, and what dense against itself showed in the same blocks."""
+
+    found: Ratio  # the interval is never narrower than the control's deviation from 1
+    control: Ratio | None  # dense / dense again; None where it was not measured
+    replicates: int
+
+    @property
+    def noise_floor(self) -> float | None:
+        """The largest difference that the control leaves possible between an engine and itself, as a log ratio."""
+        return None if self.control is None else _reach(self.control)
 
 
-def decode_by_block(latency: Latency) -> list[float]:
-    """Median seconds a token of each block."""
-    return [float(np.median(block)) for block in latency.decode_s]
+def phase_s(block: Block, phase: Phase) -> float:
+    """Seconds of one phase of a block; of decoding the median token's."""
+    if phase == "decode":
+        return float(np.median(block.decode_s))
+    return block.prefill_s if phase == "prefill" else block.total_s
+
+
+def device_s(block: Block, phase: Phase) -> float | None:
+    """The same by CUDA events; None on a CPU, and end to end, where the host takes part."""
+    if phase == "prefill" or block.device_decode_s is None:
+        return block.device_prefill_s if phase == "prefill" else None
+    return float(np.median(block.device_decode_s)) if phase == "decode" else None
+
+
+def speedup(replicates: Sequence[Replicate], case: int, phase: Phase) -> Speedup:
+    """Speed-up of one phase at one shape (index into the settings' cases), with its control."""
+    ratios, against_itself = replicate_ratios(replicates, case, phase)
+    found = interval(ratios)
+    if against_itself is None:
+        return Speedup(found=found, control=None, replicates=len(ratios))
+    control = interval(against_itself)
+    # Two copies of one engine that differ by so much say that this machine, now, tells nothing finer apart.
+    reach, middle = _reach(control), math.log(found.ratio)
+    low = min(math.log(found.low), middle - reach)
+    high = max(math.log(found.high), middle + reach)
+    widened = Ratio(ratio=found.ratio, low=math.exp(low), high=math.exp(high))
+    return Speedup(found=widened, control=control, replicates=len(ratios))
+
+
+def replicate_ratios(
+    replicates: Sequence[Replicate], case: int, phase: Phase
+) -> tuple[list[float], list[float] | None]:
+    """Log ratios dense / pruned and dense again / dense, one a replicate; None without a control."""
+    values = [_cycles(replicate, case, phase) for replicate in replicates]
+    ratios = [_median(_dense(v) - v["pruned"]) for v in values]
+    if not all("again" in v for v in values):
+        return ratios, None
+    return ratios, [_median(v["again"] - v["dense"]) for v in values]
+
+
+Speedups = dict[tuple[int, Phase], Speedup]  # by index of the case, and phase
+
+
+def speedups(replicates: Sequence[Replicate], cases: int) -> Speedups:
+    """Every shape's and phase's speed-up."""
+    return {(index, phase): speedup(replicates, index, phase) for index in range(cases) for phase in PHASES}
+
+
+def _cycles(replicate: Replicate, case: int, phase: Phase) -> dict[Subject, np.ndarray]:
+    """Mean log seconds of each cycle's turns, (cycles,): a drift that is linear over a cycle cancels."""
+
+    def logs(subject: Subject) -> np.ndarray:
+        blocks = replicate.blocks[subject][case]
+        return np.log([phase_s(block, phase) for block in blocks]).reshape(-1, replicate.blocks_per_cycle).mean(axis=1)
+
+    return {subject: logs(subject) for subject in replicate.blocks}
+
+
+def _dense(values: dict[Subject, np.ndarray]) -> np.ndarray:
+    """Both copies of dense count, so that the control costs little of the precision that its time would have bought."""
+    return (values["dense"] + values["again"]) / 2 if "again" in values else values["dense"]
+
+
+def _median(values: np.ndarray) -> float:
+    return float(np.median(values))
+
+
+def _reach(ratio: Ratio) -> float:
+    return max(abs(math.log(ratio.low)), abs(math.log(ratio.high)))
+
+
+def interval(logs: Sequence[float]) -> Ratio:
+    """exp of the mean of logs, one a replicate, with a 95% bootstrap interval.
+
+    Percentiles of a bootstrap are too narrow for few values; they are taken further out by what Student's t asks for
+    (the expanded percentile interval: Hesterberg, What Teachers Should Know About the Bootstrap, 2015, section 5.2).
+    Raises ValueError for fewer than two.
+    """
+    values = np.asarray(logs, dtype=float)
+    count, middle = len(values), float(np.mean(values))
+    if count < 2:
+        raise ValueError("one replicate has no interval")
+    if np.ptp(values) == 0:
+        return Ratio(ratio=math.exp(middle), low=math.exp(middle), high=math.exp(middle))
+    quantile = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * math.sqrt(count / (count - 1))
+    found = _bootstrap(np.mean, values, confidence=1 - 2 * float(scipy.stats.norm.sf(quantile)))
+    return Ratio(ratio=math.exp(middle), low=math.exp(found[0]), high=math.exp(found[1]))
+
+
+def _bootstrap(
+    statistic: Callable[..., Any], *data: np.ndarray, confidence: float = CONFIDENCE, paired: bool = False
+) -> tuple[float, float]:
+    # A fixed seed: the same samples always show the same interval.
+    found = scipy.stats.bootstrap(
+        data,
+        statistic,
+        n_resamples=RESAMPLES,
+        confidence_level=confidence,
+        method="percentile",
+        paired=paired,
+        vectorized=True,
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def change(before: Sequence[float], after: Sequence[float]) -> Ratio:
+    """after / before of logs taken at different times, one a replicate each, with a 95% interval (Welch)."""
+    old, new = np.asarray(before, dtype=float), np.asarray(after, dtype=float)
+    middle = float(new.mean() - old.mean())
+    if np.ptp(old) == 0 and np.ptp(new) == 0:
+        return Ratio(ratio=math.exp(middle), low=math.exp(middle), high=math.exp(middle))
+    low, high = scipy.stats.ttest_ind(new, old, equal_var=False).confidence_interval(CONFIDENCE)
+    return Ratio(ratio=math.exp(middle), low=math.exp(low), high=math.exp(high))
+
+
+def replicate_logs(comparison: Comparison, subject: Subject, case: int, phase: Phase) -> list[float]:
+    """Mean log seconds of each replicate."""
+    return [_median(_cycles(replicate, case, phase)[subject]) for replicate in comparison.replicates]
+
+
+def median_s(comparison: Comparison, subject: Subject, case: int, phase: Phase) -> float:
+    """Median seconds of a phase over every block."""
+    blocks = [block for replicate in comparison.replicates for block in replicate.blocks[subject][case]]
+    return float(np.median([phase_s(block, phase) for block in blocks]))
 
 
 def perplexity_ratio(dense: Perplexity, pruned: Perplexity) -> Ratio:
     """pruned / dense perplexity; the pairs are windows of the same tokens."""
-    return _paired(np.array(pruned.nll) - np.array(dense.nll), np.mean)
+    return _paired_mean(np.array(pruned.nll) - np.array(dense.nll))
 
 
-def _paired(logs: np.ndarray, centre: Callable[..., np.ndarray]) -> Ratio:
-    # A fixed seed: the same samples always show the same interval.
-    picks = np.random.default_rng(0).integers(len(logs), size=(RESAMPLES, len(logs)))
-    low, high = np.percentile(centre(logs[picks], axis=1), [2.5, 97.5])
-    return Ratio(ratio=float(np.exp(centre(logs))), low=float(np.exp(low)), high=float(np.exp(high)))
+def paired_ratio(slow: Sequence[float], quick: Sequence[float]) -> Ratio:
+    """exp of the median log ratio of paired blocks, in seconds; the same index is the same moment."""
+    logs = np.log(np.asarray(slow) / np.asarray(quick))
+    low, high = (float(logs[0]),) * 2 if np.ptp(logs) == 0 else _bootstrap(np.median, logs)
+    return Ratio(ratio=float(np.exp(np.median(logs))), low=math.exp(low), high=math.exp(high))
 
 
-def median(values: Sequence[float]) -> float:
-    """The median as a plain float."""
-    return float(np.median(values))
+def _paired_mean(logs: np.ndarray) -> Ratio:
+    middle = float(logs.mean())
+    low, high = (middle, middle) if len(logs) < 2 or np.ptp(logs) == 0 else _bootstrap(np.mean, logs)
+    return Ratio(ratio=math.exp(middle), low=math.exp(low), high=math.exp(high))

@@ -31,6 +31,7 @@ __all__ = [
     "bound_to",
     "check_can_build",
     "check_can_run",
+    "device_of",
     "open_engine",
     "read_manifest",
 ]
@@ -100,6 +101,11 @@ def bound_to(spec: EngineSpec) -> Bound:
     except EngineUnavailable:
         return Bound()  # building and running say so themselves
     return Bound(gpu=gpu, driver=driver_version(), others=spec.hardware_compatibility)
+
+
+def device_of(spec: EngineSpec) -> str:
+    """Where its engines run: "cpu" or "cuda"."""
+    return "cpu" if spec.backend == "onnxruntime-cpu" else "cuda"
 
 
 def open_engine(folder: Path) -> Runner:

@@ -15,7 +15,13 @@ class Runner(abc.ABC):
     A context manager: the engine is loaded, and a GPU touched, only when entered. The runner keeps
     the KV cache and the attention mask between calls; `prefill` starts over.
     Raises EngineUnavailable on entry when this machine cannot run the engine.
+
+    device_s: seconds of the last call on the GPU by CUDA events, the copy of its inputs
+    among them and that of the logits not; None where
+    the runner has no events of its own.
     """
+
+    device_s: float | None = None
 
     @abc.abstractmethod
     def __enter__(self) -> Self: ...

@@ -74,6 +74,8 @@ class TrtRunner(Runner):
         self._tensors: dict[str, torch.Tensor] = {}  # inputs and logits of the last step
         self._steps = 0  # since the prompt
         self._graph: Any = None  # a captured decoding step
+        self._began: Any = None  # CUDA events around the last call
+        self._ended: Any = None
 
     def __enter__(self) -> Self:
         import torch
@@ -95,6 +97,7 @@ class TrtRunner(Runner):
         self._context = made(log, failure, self._make_context)
         # A stream of its own: on the default one TensorRT synchronises the device around every call.
         self._stream = cuda.Stream()
+        self._began, self._ended = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
         self._profiles = [self._limits(index) for index in range(self._engine.num_optimization_profiles)]
         return self
 
@@ -117,7 +120,7 @@ class TrtRunner(Runner):
 
         self._attention_mask = self._graph = None
         self._cache, self._tensors = {}, {}
-        self._context = self._engine = self._runtime = self._stream = None
+        self._context = self._engine = self._runtime = self._stream = self._began = self._ended = None
         # TensorRT allocates beside torch, so torch's idle memory is out of reach for the next engine.
         torch.cuda.empty_cache()
 
@@ -141,6 +144,7 @@ class TrtRunner(Runner):
         values = decoder_io.token_inputs(self._inputs, input_ids, attention_mask, keep)
         try:
             with torch.cuda.stream(self._stream):
+                self._began.record()
                 if self._steps < 2:  # later steps of a fixed length find everything where it was
                     self._tensors = {}
                 self._feed(values)
@@ -149,12 +153,14 @@ class TrtRunner(Runner):
                 else:
                     self._bind(values, batch, past=length - input_ids.shape[1])
                     self._launch()
-                # waits for the stream; (batch, positions, vocabulary)
-                result: np.ndarray = self._tensors["logits"].float().cpu().numpy()
+                logits = self._tensors["logits"].float()  # (batch, positions, vocabulary)
+                self._ended.record()
+                result: np.ndarray = logits.cpu().numpy()  # waits for the stream
         except torch.cuda.OutOfMemoryError as problem:
             raise EngineUnavailable(
                 f"{self.spec.backend}: the GPU's memory is full at batch {batch} with {length} tokens"
             ) from problem
+        self.device_s = self._began.elapsed_time(self._ended) / 1e3
         self._reads = 1 - self._reads
         self._attention_mask = attention_mask
         return result

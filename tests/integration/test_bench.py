@@ -1,0 +1,100 @@
+"""Comparisons of real engines: what they keep, and that no process stays behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.exported import Made, onnx_of
+from trsp_deploy.errors import EngineUnavailable
+from trsp_deploy.recipe import BenchSettings
+from trsp_deploy.stages import bench
+from trsp_deploy.tools.bench_worker import PLANTED
+from trsp_deploy.tools.statistics import device_s, speedup
+from trsp_deploy.tools.worker import Worker
+
+
+@pytest.fixture(scope="module")
+def onnx(exported: Made) -> Path:
+    return onnx_of(exported("llama"))
+
+
+def settings(**changes: object) -> BenchSettings:
+    return BenchSettings.model_validate(
+        {"prompt_tokens": 8, "new_tokens": 4, "budget_s": 1, "replicates": 2, **changes}
+    )
+
+
+def test_raw_samples_of_every_shape_are_kept(onnx: Path) -> None:
+    wanted = settings(batch_sizes=[1, 2], prompt_tokens=[8, 16], budget_s=3)
+    found = bench.measure({"dense": onnx, "pruned": onnx}, "e", 384, wanted, seed=0)
+    assert len(wanted.cases) == 4 and len(found.replicates) >= 2
+    for replicate in found.replicates:
+        assert set(replicate.blocks) == {"dense", "again", "pruned"} == set(replicate.load_s)
+        for cases in replicate.blocks.values():
+            assert len(cases) == 4
+            for blocks in cases:
+                assert len(blocks) % replicate.blocks_per_cycle == 0 and len(blocks) > 0
+                for block in blocks:
+                    assert len(block.decode_s) == 4 and block.total_s > block.prefill_s + sum(block.decode_s) > 0
+                    assert device_s(block, "decode") is None
+    assert {replicate.order[0] for replicate in found.replicates} >= {"dense", "again"}, "each goes first in turn"
+
+
+def test_without_room_for_all_each_turn_has_a_process_of_its_own(onnx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "_fit_together", lambda engines: False)
+    found = bench.measure({"dense": onnx, "pruned": onnx}, "e", 384, settings(), seed=0)
+    for replicate in found.replicates:
+        assert not replicate.together and set(replicate.blocks) == {"dense", "pruned"}
+    assert speedup(found.replicates, 0, "total").control is None
+
+
+def test_a_planted_slow_down_is_found(onnx: Path) -> None:
+    planted = {"pruned": {PLANTED: "1.0"}}
+    found = bench.measure({"dense": onnx, "pruned": onnx}, "e", 384, settings(budget_s=6), seed=0, environment=planted)
+    for phase in ("prefill", "decode"):
+        assert 0.3 < speedup(found.replicates, 0, phase).found.ratio < 0.8, phase  # one half, on a busy machine
+
+
+def test_measuring_ends_when_everything_is_decided(onnx: Path) -> None:
+    found = bench.measure(
+        {"dense": onnx, "pruned": onnx}, "e", 384, settings(budget_s=60), seed=0, decided=lambda speedups: True
+    )
+    assert found.stopped == "decided" and len(found.replicates) == 2
+
+
+def test_a_worker_that_dies_says_how(onnx: Path, tmp_path: Path) -> None:
+    with Worker(onnx) as worker:
+        worker._process.kill()
+        with pytest.raises(EngineUnavailable, match="the measuring process died with code -9"):
+            worker.block([[1, 2]], 1)
+    with pytest.raises(EngineUnavailable, match="no engine here"):
+        bench.measure({"dense": tmp_path, "pruned": tmp_path}, "e", 384, settings(), seed=0)
+
+
+def test_a_paused_process_does_not_outlive_its_parent(onnx: Path) -> None:
+    program = (
+        "import sys, time; from pathlib import Path; from trsp_deploy.tools.worker import Worker\n"
+        "worker = Worker(Path(sys.argv[1])); worker.load(); worker.pause()\n"
+        "print(worker._process.pid, flush=True); time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program, str(onnx)], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    assert psutil.Process(child).status() == psutil.STATUS_STOPPED
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    until = time.monotonic() + 10
+    while time.monotonic() < until and psutil.pid_exists(child):
+        if psutil.Process(child).status() == psutil.STATUS_ZOMBIE:
+            break
+        time.sleep(0.05)
+    else:
+        assert not psutil.pid_exists(child)

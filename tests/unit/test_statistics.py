@@ -1,0 +1,159 @@
+"""Intervals and verdicts on samples whose truth is known."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from tests.samples import made_up
+from trsp_deploy.results import TURNS, Telemetry
+from trsp_deploy.tools import comparisons
+from trsp_deploy.tools.limits import SpeedLimit
+from trsp_deploy.tools.report import verdict
+from trsp_deploy.tools.statistics import Ratio, Speedup, change, interval, speedup
+from trsp_deploy.tools.verdicts import Requirement, judge, settled, worst
+
+FASTER = Requirement(name="speed-up, end to end", source="--min-speedup", sense="at least", bound=1.15)
+
+
+@pytest.mark.parametrize("subjects", TURNS)
+def test_turns_are_as_many_for_each_and_a_linear_drift_cancels(subjects: int) -> None:
+    turns = TURNS[subjects]
+    places = [[place for place, subject in enumerate(turns) if subject == each] for each in range(subjects)]
+    assert len({len(each) for each in places}) == 1 and len({sum(each) for each in places}) == 1
+    if subjects == 3:
+        assert all(first != second for first, second in zip(turns, turns[1:] + turns[:1], strict=True))
+
+
+@pytest.mark.parametrize("replicates", [5, 8, 15])
+def test_the_interval_covers_the_truth(replicates: int) -> None:
+    generator = np.random.default_rng(1)
+    found = [interval(generator.normal(math.log(1.2), 0.1, replicates).tolist()) for _ in range(300)]
+    covered = np.mean([each.low <= 1.2 <= each.high for each in found])
+    assert 0.92 <= covered <= 0.99
+
+
+def test_equal_samples_have_no_width_and_one_has_no_interval() -> None:
+    found = interval([0.0] * 5)
+    assert (found.ratio, found.low, found.high) == (1.0, 1.0, 1.0)
+    with pytest.raises(ValueError, match="one replicate"):
+        interval([0.0])
+
+
+@pytest.mark.parametrize("control", [True, False])
+def test_a_speedup_is_found_in_every_phase(control: bool) -> None:
+    made = made_up(speedup=1.2, noise=0.005, control=control)
+    for phase in ("prefill", "decode", "total"):
+        found = speedup(made.replicates, 0, phase)
+        assert found.found.ratio == pytest.approx(1.2, abs=0.02) and found.found.low <= 1.2 <= found.found.high
+        assert (found.control is not None) == control
+
+
+def test_an_engine_against_itself_is_seldom_called_different() -> None:
+    wrong = 0
+    for seed in range(200):
+        found = speedup(made_up(noise=0.03, replicates=8, cycles=2, seed=seed).replicates, 0, "total").found
+        wrong += not found.low <= 1 <= found.high
+    assert wrong <= 6  # the control's deviation widens the interval, so fewer than the 5% of the bootstrap alone
+
+
+def test_an_interval_is_no_narrower_than_the_control_deviates() -> None:
+    made = made_up(speedup=1.2, noise=0.001)
+    shifted = []
+    for replicate in made.replicates:  # dense, the second time, 8% slower than the first
+        blocks = tuple(
+            tuple(
+                block.model_copy(update={"prefill_s": 1.08 * block.prefill_s, "total_s": 1.08 * block.total_s})
+                for block in case
+            )
+            for case in replicate.blocks["again"]
+        )
+        shifted.append(replicate.model_copy(update={"blocks": {**replicate.blocks, "again": blocks}}))
+    found = speedup(shifted, 0, "total")
+    assert found.noise_floor == pytest.approx(math.log(1.08), abs=0.01)
+    assert found.found.low < found.found.ratio / 1.075 and found.found.high > 1.075 * found.found.ratio
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "word"), [(1.16, 1.25, "pass"), (1.15, 1.25, "pass"), (1.1, 1.2, "inconclusive"), (1, 1.1, "fail")]
+)
+def test_a_verdict_follows_the_interval(low: float, high: float, word: str) -> None:
+    found = Ratio(ratio=(low + high) / 2, low=low, high=high)
+    outcome = judge(FASTER, found, replicates=8)
+    assert outcome.word == word and word in outcome.sentence
+    most = Requirement(name="perplexity", source="--max-ppl-ratio", sense="at most", bound=1.15)
+    opposite = {"pass": "fail", "fail": "pass", "inconclusive": "inconclusive"}
+    if low != 1.15:
+        assert judge(most, found).word == opposite[word]
+
+
+def test_too_few_replicates_decide_nothing() -> None:
+    found = Ratio(ratio=1.3, low=1.2, high=1.4)
+    assert judge(FASTER, found, replicates=4).word == "inconclusive"
+    assert "4 replicates" in judge(FASTER, found, replicates=4).sentence
+
+
+def test_one_failure_fails_and_one_doubt_leaves_doubt() -> None:
+    assert worst(["pass", "fail", "inconclusive"]) == "fail"
+    assert worst(["pass", "inconclusive"]) == "inconclusive"
+    assert worst(["pass"]) == worst([]) == "pass"
+
+
+def test_measuring_ends_early_only_with_a_margin() -> None:
+    def found(low: float, high: float, replicates: int = 8) -> Speedup:
+        middle = math.sqrt(low * high)
+        return Speedup(found=Ratio(ratio=middle, low=low, high=high), control=None, replicates=replicates)
+
+    assert settled(FASTER, found(1.22, 1.28))
+    assert not settled(FASTER, found(1.16, 1.3)), "decided, and twice as wide it would not be"
+    assert settled(FASTER, found(1.0, 1.05))
+    assert not settled(FASTER, found(1.22, 1.28, replicates=4))
+
+
+def test_change_compares_two_times() -> None:
+    generator = np.random.default_rng(0)
+    before, after = generator.normal(0, 0.005, 20), generator.normal(math.log(1.05), 0.005, 20)
+    found = change(before.tolist(), after.tolist())
+    assert found.ratio == pytest.approx(1.05, abs=0.01) and 1 < found.low < 1.05 < found.high
+    assert change([1.0, 1.0], [1.0, 1.0]).high == 1.0
+
+
+def report(speed: float, noise: float = 0.005, limit: float = 1.3) -> comparisons.ComparisonReport:
+    made = made_up(speedup=speed, noise=noise)
+    return comparisons.compare(made, lambda case: SpeedLimit(prefill=limit, decode=limit, total=limit), [FASTER])
+
+
+@pytest.mark.parametrize(
+    ("speed", "noise", "words"),
+    [
+        (1.25, 0.005, ["CONFIRMED on e: end to end 1.2"]),
+        (1.01, 0.05, ["INCONCLUSIVE on e"]),
+        (0.8, 0.005, ["NOT THERE on e"]),
+        (1.5, 0.005, ["CONFIRMED on e", "Above its limit, so distrust it: prefill, batch 1, prompt 128; decode"]),
+    ],
+)
+def test_the_sentence_follows_the_intervals(speed: float, noise: float, words: list[str]) -> None:
+    text = comparisons.sentence("e", report(speed, noise))
+    assert all(word in text for word in words), text
+
+
+def test_efficiency_is_the_share_of_what_was_possible() -> None:
+    found = report(1.15, noise=0.001)
+    assert found.of("decode").efficiency == pytest.approx(0.5, abs=0.02)
+    assert [outcome.word for outcome in found.outcomes] == ["inconclusive"]
+    assert found.blocks == 8 * 3 * 12 and found.replicates == 8
+
+
+def test_what_disturbed_is_said() -> None:
+    samples = tuple(Telemetry(at_s=i, load=2, busy_share=0.9, steal_share=0.1, mhz=None) for i in range(3))
+    found = comparisons.compare(made_up().model_copy(update={"telemetry": samples}))
+    assert any("hypervisor took 10%" in note for note in comparisons.notes(found))
+    assert any("dense against itself" in note for note in comparisons.notes(found))
+    alone = comparisons.compare(made_up(control=False))
+    assert any("no control" in note for note in comparisons.notes(alone))
+
+
+def test_verdict_without_an_engine_claims_nothing() -> None:
+    assert verdict([], {}).startswith("NOT MEASURED")

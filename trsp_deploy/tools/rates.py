@@ -1,0 +1,46 @@
+"""What this machine can do at most: bytes read from memory and operations of a matrix product, a second, measured."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+
+import torch
+
+from trsp_deploy.recipe import Float
+from trsp_deploy.results import Rates
+
+ROUNDS = 7
+READ_BYTES = {"cpu": 512 << 20, "cuda": 2 << 30}
+SIDE = {"cpu": 2048, "cuda": 8192}
+DTYPES: dict[Float, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+@functools.cache
+def measure_rates(device: str) -> Rates:
+    """The best of a few rounds on "cpu" or "cuda", all cores together; about a second.
+
+    fp32 on a GPU is without TF32, as the engines are; fp16 is not measured on a CPU, where engines compute in fp32.
+    """
+    elements = torch.ones(READ_BYTES[device] // 4, device=device)
+    read_s = _best(elements.sum, device)
+    del elements
+    products: dict[Float, float] = {}
+    precisions: tuple[Float, ...] = ("fp32",) if device == "cpu" else ("fp32", "fp16")
+    for precision in precisions:
+        matrix = torch.ones(SIDE[device], SIDE[device], dtype=DTYPES[precision], device=device)
+        products[precision] = 2 * SIDE[device] ** 3 / _best(functools.partial(torch.mm, matrix, matrix), device)
+    return Rates(bytes_per_s=READ_BYTES[device] / read_s, operations_per_s=products)
+
+
+def _best(work: Callable[[], object], device: str) -> float:
+    """Seconds of the quickest round; the first is left out."""
+    times = []
+    for _ in range(ROUNDS + 1):
+        began = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return min(times[1:])

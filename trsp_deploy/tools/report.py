@@ -1,0 +1,240 @@
+"""Everything a run found, as one record: `report.json`, and what the pages and the terminal show of it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from trsp_deploy.artifacts import Provenance
+from trsp_deploy.recipe import Backend, Precision, Recipe, Strict
+from trsp_deploy.results import PHASES, Parity, Perplexity, PrunedCheckpoint, Role
+from trsp_deploy.tools.comparisons import PHASE_TITLES, ComparisonReport, notes, sentence
+from trsp_deploy.tools.plan import PruningPlan
+from trsp_deploy.tools.statistics import perplexity_ratio
+
+SCHEMA_VERSION = 2
+
+
+class ModelReport(Strict):
+    """What was cut."""
+
+    name: str
+    origin: str
+    architecture: str
+    num_layers_dense: int
+    num_layers_pruned: int
+    dropped_layers: tuple[int, ...]
+    parameters_dense: int
+    parameters_pruned: int
+    layers_dropped_share: float
+    parameters_dropped_share: float
+
+
+class QualityReport(Strict):
+    """Perplexity of both on one text, on the same tokens."""
+
+    origin: str
+    dense_ppl: float
+    pruned_ppl: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    tokens: int
+    context_length: int
+
+
+class RemovalReport(Strict):
+    """Perplexity on held-out calibration text around the removal."""
+
+    form: str
+    trained_tokens: int
+    dense_ppl: float
+    before_ppl: float
+    after_ppl: float
+
+
+class EngineFigures(Strict):
+    """One built engine."""
+
+    size_bytes: int
+    build_s: float
+
+
+class EngineReport(Strict):
+    """One engine spec, whatever came of it."""
+
+    name: str
+    backend: Backend
+    precision: Precision
+    status: Literal["ran", "built", "unavailable"]
+    reason: str | None = None
+    dense: EngineFigures | None = None
+    pruned: EngineFigures | None = None
+    comparison: ComparisonReport | None = None
+
+
+class Report(Strict):
+    """`report.json`."""
+
+    schema_version: int
+    verdict: str
+    model: ModelReport
+    removal: RemovalReport
+    quality: dict[str, QualityReport]
+    engines: tuple[EngineReport, ...]
+    parity: tuple[Parity, ...]
+    recipe: Recipe
+    plan: PruningPlan
+    provenance: Provenance
+
+
+def model_report(name: str, origin: str, architecture: str, checkpoint: PrunedCheckpoint) -> ModelReport:
+    """State both shares: 25% of the layers is less than 25% of the parameters."""
+    return ModelReport(
+        name=name,
+        origin=origin,
+        architecture=architecture,
+        num_layers_dense=checkpoint.num_layers_dense,
+        num_layers_pruned=checkpoint.num_layers_pruned,
+        dropped_layers=checkpoint.dropped,
+        parameters_dense=checkpoint.parameters_dense,
+        parameters_pruned=checkpoint.parameters_pruned,
+        layers_dropped_share=len(checkpoint.dropped) / checkpoint.num_layers_dense,
+        parameters_dropped_share=1 - checkpoint.parameters_pruned / checkpoint.parameters_dense,
+    )
+
+
+def removal_report(checkpoint: PrunedCheckpoint) -> RemovalReport:
+    """What the removal did to held-out calibration text."""
+    return RemovalReport(
+        form=checkpoint.form,
+        trained_tokens=checkpoint.tokens,
+        dense_ppl=checkpoint.ppl_dense,
+        before_ppl=checkpoint.ppl_before_removal,
+        after_ppl=checkpoint.ppl_after_removal,
+    )
+
+
+def quality_report(dense: Perplexity, pruned: Perplexity) -> QualityReport:
+    """Pair two models on one text."""
+    ratio = perplexity_ratio(dense, pruned)
+    return QualityReport(
+        origin=dense.origin,
+        dense_ppl=dense.ppl,
+        pruned_ppl=pruned.ppl,
+        ratio=ratio.ratio,
+        ratio_low=ratio.low,
+        ratio_high=ratio.high,
+        tokens=dense.tokens,
+        context_length=dense.context_length,
+    )
+
+
+def verdict(engines: list[EngineReport], quality: dict[str, QualityReport]) -> str:
+    """One sentence an engine that ran, then what the cut costs."""
+    sentences = [sentence(engine.name, engine.comparison) for engine in engines if engine.comparison is not None]
+    if not sentences:
+        sentences = ["NOT MEASURED: no engine could run on this machine, so no acceleration is claimed."]
+    cost = ", ".join(f"{text.ratio:.2f}x on {name}" for name, text in quality.items())
+    return " ".join([*sentences, f"Perplexity: {cost}."])
+
+
+def model_rows(report: Report) -> list[tuple[str, str]]:
+    """What was cut and what it costs, as label and value."""
+    model, removal = report.model, report.removal
+    rows = [
+        ("model", f"{model.name} ({model.architecture})"),
+        (
+            "layers",
+            f"{model.num_layers_dense} -> {model.num_layers_pruned} ({model.layers_dropped_share:.1%} fewer; "
+            f"dropped {', '.join(map(str, model.dropped_layers))})",
+        ),
+        (
+            "parameters",
+            f"{model.parameters_dense / 1e6:,.1f}M -> {model.parameters_pruned / 1e6:,.1f}M "
+            f"({model.parameters_dropped_share:.1%} fewer)",
+        ),
+        (
+            "perplexity around the removal",
+            f"dense {removal.dense_ppl:.2f}, before {removal.before_ppl:.2f}, after {removal.after_ppl:.2f} "
+            f"(held-out calibration text; transfer '{removal.form}', {removal.trained_tokens:,} tokens)",
+        ),
+    ]
+    for name, text in report.quality.items():
+        rows.append(
+            (
+                f"perplexity on {name}",
+                f"{text.dense_ppl:.2f} -> {text.pruned_ppl:.2f} = {text.ratio:.2f}x "
+                f"({text.ratio_low:.2f} to {text.ratio_high:.2f}; {text.tokens:,} tokens)",
+            )
+        )
+    worst = max(report.parity, key=lambda parity: parity.max_error / parity.tolerance, default=None)
+    if worst is not None:
+        rows.append(
+            (
+                "parity",
+                f"{len(report.parity)} checks passed; nearest to its tolerance: {worst.subject} {worst.role} "
+                f"{worst.precision}, error {worst.max_error:.2g} of {worst.tolerance:g}",
+            )
+        )
+    return rows
+
+
+ENGINE_COLUMNS = ("engine", "status", "phase", "dense", "pruned", "speed-up (95%)", "limit", "of the limit")
+
+
+def engine_rows(report: Report) -> list[tuple[str, ...]]:
+    """The engines' table: a row a figure, in the order of ENGINE_COLUMNS."""
+    rows: list[tuple[str, ...]] = []
+    for engine in report.engines:
+        if engine.dense is None or engine.pruned is None:
+            rows.append((engine.name, engine.status, *[""] * 6))
+            continue
+        sizes = (f"{engine.dense.size_bytes / 1e6:.0f} MB", f"{engine.pruned.size_bytes / 1e6:.0f} MB")
+        rows.append((engine.name, engine.status, "size", *sizes, "", "", ""))
+        if engine.comparison is not None:
+            rows += [("", "", *row) for row in comparison_rows(engine.comparison)]
+    return rows
+
+
+COMPARISON_COLUMNS = ENGINE_COLUMNS[2:]
+
+
+def comparison_rows(found: ComparisonReport) -> list[tuple[str, ...]]:
+    """Phases, rate, loading and memory of dense and pruned, in the order of COMPARISON_COLUMNS."""
+    rows: list[tuple[str, ...]] = []
+    several = len(found.phases) > len(PHASES)
+    for phase in found.phases:
+        ratio = phase.speedup
+        rows.append(
+            (
+                phase.title if several else PHASE_TITLES[phase.phase],
+                f"{1e3 * phase.dense_s:.1f} ms",
+                f"{1e3 * phase.pruned_s:.1f} ms",
+                f"{ratio.ratio:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})" + (" (!)" if phase.above_limit else ""),
+                "" if phase.limit is None else f"{phase.limit:.2f}x",
+                "" if phase.efficiency is None else f"{phase.efficiency:.0%}",
+            )
+        )
+    decode = found.of("decode")
+    rates = (decode.case.batch_size / seconds for seconds in (decode.dense_s, decode.pruned_s))
+    rows.append(("rate", *(f"{rate:.1f} tokens/s" for rate in rates), "", "", ""))
+    rows.append(("load", *(f"{found.load_s[role]:.2f} s" for role in _BOTH), "", "", ""))
+    rows.append(("peak memory", *(f"{found.peak_rss_bytes[role] / 1e6:.0f} MB" for role in _BOTH), "", "", ""))
+    if found.gpu_bytes:
+        rows.append(("GPU memory", *(f"{found.gpu_bytes[role] / 1e6:.0f} MB" for role in _BOTH), "", "", ""))
+    return rows
+
+
+_BOTH: tuple[Role, Role] = ("dense", "pruned")
+
+
+def engine_notes(report: Report) -> list[str]:
+    """How each engine was measured, or why it did not run, a line each: nothing is skipped in silence."""
+    states = {"built": "built, not run", "unavailable": "unavailable"}
+    lines = []
+    for engine in report.engines:
+        if engine.comparison is None:
+            lines.append(f"{engine.name}: {states[engine.status]} ({engine.reason})")
+        else:
+            lines += [f"{engine.name}: {note}" for note in notes(engine.comparison)]
+    return lines

@@ -1,0 +1,141 @@
+"""What else the machine does while engines are measured: load, clocks, heat, and who shares it.
+
+Nothing is changed: clocks are recorded, not locked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import threading
+import time
+from types import ModuleType, TracebackType
+from typing import Any, Self
+
+import psutil
+
+from trsp_deploy.results import GpuTelemetry, Telemetry
+
+EVERY_S = 1.0
+# NVML's bits of the reasons to run below the wanted clocks (nvml.h, nvmlClocksEventReasons); idleness is none of them.
+THROTTLES = {
+    0x2: "application clocks",
+    0x4: "power cap",
+    0x8: "hardware slowdown",
+    0x10: "sync boost",
+    0x20: "software thermal",
+    0x40: "hardware thermal",
+    0x80: "power brake",
+    0x100: "display clocks",
+}
+
+
+class Recorder:
+    """Samples of the machine, one a second, for the length of a `with` block; they are in `samples`."""
+
+    def __init__(self) -> None:
+        self.samples: list[Telemetry] = []
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._record, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._began = time.perf_counter()
+        psutil.cpu_times_percent()  # the next call tells what happened since this one
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    @property
+    def now_s(self) -> float:
+        """Seconds since the block was entered."""
+        return time.perf_counter() - self._began
+
+    def _record(self) -> None:
+        while not self._stopped.wait(EVERY_S):
+            self.samples.append(sample(self.now_s))
+
+
+def sample(at_s: float) -> Telemetry:
+    """The machine now; shares are of the time since the last call."""
+    times = psutil.cpu_times_percent()
+    frequency = None
+    with contextlib.suppress(OSError, NotImplementedError, RuntimeError):  # some virtual machines have none
+        frequency = psutil.cpu_freq()
+    return Telemetry(
+        at_s=at_s,
+        load=os.getloadavg()[0],
+        busy_share=1 - times.idle / 100,
+        steal_share=getattr(times, "steal", 0.0) / 100,
+        mhz=None if frequency is None else frequency.current,
+        gpu=_gpu(),
+    )
+
+
+@functools.cache
+def _nvml() -> tuple[ModuleType, Any] | None:
+    """NVIDIA's management library and the first GPU that this process may use; None without a driver."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
+        if visible and not visible.isdecimal():
+            return pynvml, pynvml.nvmlDeviceGetHandleByUUID(visible.encode())
+        return pynvml, pynvml.nvmlDeviceGetHandleByIndex(int(visible or 0))
+    except pynvml.NVMLError:
+        return None
+
+
+def _gpu() -> GpuTelemetry | None:
+    found = _nvml()
+    if found is None:
+        return None
+    nvml, gpu = found
+    try:
+        reasons = nvml.nvmlDeviceGetCurrentClocksEventReasons(gpu)
+        processes = nvml.nvmlDeviceGetComputeRunningProcesses(gpu)
+        children = {child.pid for child in psutil.Process().children(recursive=True)} | {os.getpid()}
+        return GpuTelemetry(
+            sm_mhz=nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM),
+            memory_mhz=nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_MEM),
+            power_w=nvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
+            temperature_c=nvml.nvmlDeviceGetTemperature(gpu, nvml.NVML_TEMPERATURE_GPU),
+            throttle_reasons=tuple(name for bit, name in THROTTLES.items() if reasons & bit),
+            other_processes=sum(process.pid not in children for process in processes),
+            used_bytes=nvml.nvmlDeviceGetMemoryInfo(gpu).used,
+        )
+    except nvml.NVMLError:  # a driver that does not tell all of it, as in some virtual GPUs
+        return None
+
+
+def gpu_memory_used() -> int | None:
+    """Bytes in use on the GPU by this process, or by everyone where the driver does not tell them apart; None without
+    a GPU."""
+    found = _nvml()
+    if found is None:
+        return None
+    nvml, gpu = found
+    with contextlib.suppress(nvml.NVMLError):
+        for process in nvml.nvmlDeviceGetComputeRunningProcesses(gpu):
+            if process.pid == os.getpid() and process.usedGpuMemory is not None:
+                return int(process.usedGpuMemory)
+        return int(nvml.nvmlDeviceGetMemoryInfo(gpu).used)
+    return None
+
+
+def gpu_memory_free() -> int | None:
+    """Bytes that no process uses on the GPU; None without one."""
+    found = _nvml()
+    if found is None:
+        return None
+    nvml, gpu = found
+    try:
+        return int(nvml.nvmlDeviceGetMemoryInfo(gpu).free)
+    except nvml.NVMLError:
+        return None
