@@ -34,12 +34,13 @@ from trsp_deploy.artifacts import Provenance, provenance, writing
 from trsp_deploy.errors import TrspError
 from trsp_deploy.recipe import BenchSettings, ExportSettings, Strict
 from trsp_deploy.results import PHASES, Comparison, Phase
-from trsp_deploy.stages.bench import measure
 from trsp_deploy.stages.build import build_engine
 from trsp_deploy.stages.export import FILE, export_onnx
 from trsp_deploy.tools.bench_worker import PLANTED
-from trsp_deploy.tools.comparisons import all_settled, compare, wanted_speedups
+from trsp_deploy.tools.comparisons import compare
+from trsp_deploy.tools.goals import least_speedup, settled_all
 from trsp_deploy.tools.library import load_engine_spec
+from trsp_deploy.tools.measuring import measure
 from trsp_deploy.tools.quiet import quiet_libraries
 from trsp_deploy.tools.statistics import Ratio, replicate_ratios
 
@@ -137,7 +138,7 @@ def make(kind: Kind, number: int, engine: Path) -> Trial:
     """One comparison of the engine with itself, slowed down as the kind says."""
     dense, pruned = ({PLANTED: str(share)} if share else {} for share in PLANTS[kind])
     budget_s = SAME_S if kind not in WANTED else PLANTED_S
-    requirements = () if kind not in WANTED else wanted_speedups({"total": WANTED[kind]}, "the bench")
+    goals = [least_speedup("total", WANTED[kind], "the bench", cases=1)] if kind in WANTED else []
     settings = BenchSettings(prompt_tokens=(64,), new_tokens=16, budget_s=budget_s)
     with background_load() if kind == "same, loaded" else contextlib.nullcontext():
         comparison = measure(
@@ -146,11 +147,11 @@ def make(kind: Kind, number: int, engine: Path) -> Trial:
             VOCABULARY,
             settings,
             number,
-            decided=(lambda found: all_settled(requirements, found)) if requirements else None,
+            decided=(lambda replicates: settled_all(goals, replicates)) if goals else None,
             environment={"dense": dense, "again": dense, "pruned": pruned},
         )
-    found = compare(comparison, requirements=requirements)
-    answer = found.outcomes[0].word if requirements else found.claim
+    found = compare(comparison)
+    answer = goals[0].outcome(comparison.replicates).word if goals else found.claim
     expected = {"slower": "fail", "faster": "pass"}.get(kind, "INCONCLUSIVE")
     return Trial(
         kind=kind,

@@ -8,11 +8,13 @@
     |   |-- PlanError          a plan.json that does not fit the model
     |   |-- EngineSpecError    an engine spec that is unknown or malformed
     |   |-- DeviceMemoryError  a training that needs more memory than its device has
+    |   |-- BaselineError      a baseline that cannot be read, or whose figures are of other hardware
     |   |-- RunError           a run folder that is missing, incomplete or in use
     |   `-- StorageError       a full disk, a folder that cannot be written
     |-- ParityError            exit code 4: PyTorch, ONNX and engine disagree; nothing may be shipped
     `-- EngineUnavailable      never reaches the user as an error: the report's `unavailable` with its reason
 
+The regression check is no error: a requirement missed exits with 2, one that is not decided with 3.
 Anything else that escapes is a bug: it prints its traceback and exits with 70.
 `docs/exit-codes.md` is the page for users.
 """
@@ -55,6 +57,10 @@ class EngineSpecError(UserError):
 
 class DeviceMemoryError(UserError):
     """A stage needs more memory than the training device has."""
+
+
+class BaselineError(UserError):
+    """A baseline cannot be read, or holds times of other hardware."""
 
 
 class RunError(UserError):

@@ -21,24 +21,23 @@ import yaml
 from transformers import AutoConfig
 
 from trsp_deploy.artifacts import RunFolder, fingerprint, provenance, size_bytes, write_json, writing
-from trsp_deploy.decoder import check_prunable, decoder_size, load_model, load_tokenizer
+from trsp_deploy.decoder import check_prunable, load_model, load_tokenizer
 from trsp_deploy.errors import EngineUnavailable, RunError
-from trsp_deploy.recipe import Case, EngineSpec, Float, Precision, Recipe, Strict, parse_drop, read_yaml
-from trsp_deploy.results import ROLES, Comparison, OnnxModel, Parity, Perplexity, PrunedCheckpoint, Rates, Role, Subject
+from trsp_deploy.recipe import EngineSpec, Float, Precision, Recipe, Strict, parse_drop, read_yaml
+from trsp_deploy.results import ROLES, Comparison, OnnxModel, Parity, Perplexity, PrunedCheckpoint, Role
 from trsp_deploy.stages import bench, build, evaluate, export, parity, report, selection, transfer
 from trsp_deploy.tools.checkpoints import Checkpoints
-from trsp_deploy.tools.comparisons import ComparisonReport, compare
+from trsp_deploy.tools.comparisons import ComparisonReport
 from trsp_deploy.tools.library import load_engine_spec
-from trsp_deploy.tools.limits import SpeedLimit, speed_limit
 from trsp_deploy.tools.models import ModelSource, check_decoder_only, copy_model, resolve_model
 from trsp_deploy.tools.plan import PruningPlan, read_plan
 from trsp_deploy.tools.processes import Processes
 from trsp_deploy.tools.quiet import quiet_libraries
-from trsp_deploy.tools.rates import measure_rates
 from trsp_deploy.tools.report import (
     SCHEMA_VERSION,
     EngineFigures,
     EngineReport,
+    QualityReport,
     Report,
     model_report,
     quality_report,
@@ -51,15 +50,14 @@ from trsp_deploy.tools.runners import (
     bound_to,
     check_can_build,
     check_can_run,
-    device_of,
     open_engine,
 )
 from trsp_deploy.tools.runners.ort import OrtRunner
 from trsp_deploy.tools.runners.requirements import package_version
-from trsp_deploy.tools.texts import Texts, load_texts, split_windows, tokenize_windows
+from trsp_deploy.tools.subjects import RUN_MARK, Subject, find_subject
+from trsp_deploy.tools.texts import Texts, documents_of, load_texts, split_windows, tokenize_windows
 from trsp_deploy.tools.training import TRAINING_DTYPES, pick_device
 
-RECIPE_FILE = "recipe.yaml"
 AUTO_ENGINES = {
     "cpu": ("ort-cpu-fp32", "tensorrt-rtx-fp16"),
     "cuda": ("ort-cuda-fp16", "tensorrt-fp16", "tensorrt-rtx-fp16"),
@@ -107,15 +105,15 @@ def save_recipe(run: RunFolder, recipe: Recipe) -> None:
     """Keep the resolved recipe in the run folder, for the commands that are given only the folder."""
     if not run.main:
         return
-    with writing(run.path / RECIPE_FILE) as partial:
+    with writing(run.path / RUN_MARK) as partial:
         partial.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
 
 
 def load_recipe(run: Path) -> dict[str, Any]:
     """The values of the recipe that a run folder was made with; raises RunError when it is no run folder."""
-    path = run / RECIPE_FILE
+    path = run / RUN_MARK
     if not path.is_file():
-        raise RunError(f"{run}: no run of trsp-deploy ({RECIPE_FILE} is missing); make one with `trsp-deploy prune`")
+        raise RunError(f"{run}: no run of trsp-deploy ({RUN_MARK} is missing); make one with `trsp-deploy prune`")
     return read_yaml(path, RunError)
 
 
@@ -440,29 +438,30 @@ class Pipeline:
         return {o.spec.name: self._measure(o.spec) for o in self.build() if o.reason is None}
 
     def _measure(self, spec: EngineSpec) -> Comparison:
-        dense, pruned = (self._engine_path(spec, role) for role in ROLES)
-        vocabulary: int = AutoConfig.from_pretrained(self._path("dense"), local_files_only=True).vocab_size
+        dense, pruned = self.pair(spec)
         machine = provenance().model_dump_json(include={"cpu", "cores", "gpus"})
-
-        def work() -> Comparison:
-            rates = measure_rates(device_of(spec))
-            subjects: dict[Subject, Path] = {"dense": dense, "pruned": pruned}
-            return bench.measure(subjects, spec.name, vocabulary, self.recipe.bench, self.recipe.seed, rates=rates)
-
         return self.run.step(
             f"bench-{spec.name}",
-            work,
+            lambda: bench.compare_engines(dense, pruned, spec.name, self.recipe.bench, self.recipe.seed),
             Comparison,
             settings=self.recipe.bench,
-            inputs={"dense": dense, "pruned": pruned, "machine": hashlib.sha256(machine.encode()).hexdigest()},
+            inputs={
+                "dense": dense.path,
+                "pruned": pruned.path,
+                "machine": hashlib.sha256(machine.encode()).hexdigest(),
+            },
         )
+
+    def pair(self, spec: EngineSpec) -> tuple[Subject, Subject]:
+        """The two engines of one spec, to be measured."""
+        dense, pruned = (find_subject(self._engine_path(spec, role), role, None) for role in ROLES)
+        return dense, pruned
 
     @functools.cache
     def compared(self, name: str) -> ComparisonReport:
         """What the bench of one engine found, by the engine's name."""
-        comparison = self.bench()[name]
         spec = next(spec for spec in self.specs if spec.name == name)
-        return compare(comparison, lambda case: self._limit(spec, case, comparison.rates))
+        return bench.derive(*self.pair(spec), self.bench()[name])
 
     @functools.cache
     def evaluate(self) -> dict[str, dict[Role, Perplexity]]:
@@ -474,10 +473,11 @@ class Pipeline:
         texts = self._evaluation_texts(name)
 
         def work() -> Perplexity:
-            limit = None if settings.max_tokens is None else max(1, settings.max_tokens // settings.context_length)
-            windows = tokenize_windows(texts, self._tokenizer(), settings.context_length, limit, f"--eval {name}")
+            windows, documents = self._evaluation_windows(name)
             with quiet_libraries():
-                return evaluate.evaluate_perplexity(self._ready(role), windows, name, role, texts.origin, self.recipe)
+                return evaluate.evaluate_perplexity(
+                    self._ready(role), windows, name, role, texts.origin, self.recipe, documents
+                )
 
         return self.run.step(
             f"evaluate-{name}-{role}",
@@ -485,6 +485,44 @@ class Pipeline:
             Perplexity,
             settings=settings,
             inputs={"model": self._ready(role), "text": texts.fingerprint},
+        )
+
+    @functools.cache
+    def _evaluation_windows(self, name: str) -> tuple[torch.Tensor, np.ndarray | None]:
+        """(windows, context_length) token ids of an evaluation text, and which document each of them belongs to."""
+        settings = self.recipe.evaluate
+        texts = self._evaluation_texts(name)
+        limit = None if settings.max_tokens is None else max(1, settings.max_tokens // settings.context_length)
+        windows = tokenize_windows(texts, self._tokenizer(), settings.context_length, limit, f"--eval {name}")
+        return windows, documents_of(texts, self._tokenizer(), windows.numel())
+
+    @functools.cache
+    def engine_quality(self, spec: EngineSpec) -> dict[str, QualityReport]:
+        """Perplexity of dense and pruned through an engine that runs here, by text."""
+        found = {}
+        for name in self.recipe.evaluation:
+            try:
+                ppl = {role: self._engine_perplexity(spec, name, role) for role in ROLES}
+            except EngineUnavailable as problem:  # such as windows that are longer than its profiles
+                self._say(f"{spec.name}: its perplexity on {name} is not measured ({problem})")
+                continue
+            found[name] = quality_report(ppl["dense"], ppl["pruned"])
+        return found
+
+    def _engine_perplexity(self, spec: EngineSpec, name: str, role: Role) -> Perplexity:
+        texts, folder = self._evaluation_texts(name), self._engine_path(spec, role)
+
+        def work() -> Perplexity:
+            windows, documents = self._evaluation_windows(name)
+            with open_engine(folder) as runner:
+                return evaluate.evaluate_engine(runner, windows, name, role, texts.origin, spec.name, documents)
+
+        return self.run.step(
+            f"evaluate-{spec.name}-{name}-{role}",
+            work,
+            Perplexity,
+            settings=self.recipe.evaluate,
+            inputs={"engine": folder, "text": texts.fingerprint},
         )
 
     # -- the report --------------------------------------------------------------------------------------------------
@@ -528,18 +566,9 @@ class Pipeline:
             status=status,
             reason=outcome.reason,
             comparison=None if comparison is None else self.compared(spec.name),
+            quality={} if comparison is None else self.engine_quality(spec),
             **figures,
         )
-
-    def _limit(self, spec: EngineSpec, case: Case, rates: Rates | None) -> SpeedLimit:
-        dense, pruned = (decoder_size(self._path(role)) for role in ROLES)
-        logits = 1 if self._cuts_logits(spec) else case.prompt_tokens
-        return speed_limit(dense, pruned, spec.precision, case, rates=rates, logits=logits, cached=spec.graph_precision)
-
-    def _cuts_logits(self, spec: EngineSpec) -> bool:
-        """Whether the engine computes logits of the last position alone when it is asked for no more."""
-        passes = [p for manifest in self.engine(spec).manifests.values() for p in manifest.passes]
-        return any(found.changed for found in passes if found.name == "cut-logits")
 
 
 def _why_not(check: Callable[[EngineSpec], None], spec: EngineSpec) -> str | None:

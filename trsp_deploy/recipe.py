@@ -311,6 +311,11 @@ def read_recipe(values: dict[str, Any], source: str) -> Recipe:
     return _validate(Recipe, values, source, RecipeError)
 
 
+def read_bench_settings(values: dict[str, Any], source: str) -> BenchSettings:
+    """Validate a mapping as BenchSettings; `source` names where it came from for the error line."""
+    return _validate(BenchSettings, values, source, RecipeError)
+
+
 def read_engine_spec(values: dict[str, Any], source: str) -> EngineSpec:
     """Validate a mapping as an EngineSpec; `source` names the file for the error line."""
     return _validate(EngineSpec, values, source, EngineSpecError)

@@ -142,6 +142,7 @@ class Perplexity(Strict):
     origin: str
     context_length: int
     nll: tuple[float, ...]  # nats a token, one for each window
+    documents: tuple[tuple[float, int], ...] = ()  # nats in all and tokens, one for each; empty where it is not known
 
     @property
     def tokens(self) -> int:

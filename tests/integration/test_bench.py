@@ -15,7 +15,7 @@ import pytest
 from tests.exported import Made, onnx_of
 from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.recipe import BenchSettings
-from trsp_deploy.stages import bench
+from trsp_deploy.tools import measuring
 from trsp_deploy.tools.bench_worker import PLANTED
 from trsp_deploy.tools.statistics import device_s, speedup
 from trsp_deploy.tools.worker import Worker
@@ -34,7 +34,7 @@ def settings(**changes: object) -> BenchSettings:
 
 def test_raw_samples_of_every_shape_are_kept(onnx: Path) -> None:
     wanted = settings(batch_sizes=[1, 2], prompt_tokens=[8, 16], budget_s=3)
-    found = bench.measure({"dense": onnx, "pruned": onnx}, "e", 384, wanted, seed=0)
+    found = measuring.measure({"dense": onnx, "pruned": onnx}, "e", 384, wanted, seed=0)
     assert len(wanted.cases) == 4 and len(found.replicates) >= 2
     for replicate in found.replicates:
         assert set(replicate.blocks) == {"dense", "again", "pruned"} == set(replicate.load_s)
@@ -49,8 +49,8 @@ def test_raw_samples_of_every_shape_are_kept(onnx: Path) -> None:
 
 
 def test_without_room_for_all_each_turn_has_a_process_of_its_own(onnx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "_fit_together", lambda engines: False)
-    found = bench.measure({"dense": onnx, "pruned": onnx}, "e", 384, settings(), seed=0)
+    monkeypatch.setattr(measuring, "_fit_together", lambda engines: False)
+    found = measuring.measure({"dense": onnx, "pruned": onnx}, "e", 384, settings(), seed=0)
     for replicate in found.replicates:
         assert not replicate.together and set(replicate.blocks) == {"dense", "pruned"}
     assert speedup(found.replicates, 0, "total").control is None
@@ -58,13 +58,15 @@ def test_without_room_for_all_each_turn_has_a_process_of_its_own(onnx: Path, mon
 
 def test_a_planted_slow_down_is_found(onnx: Path) -> None:
     planted = {"pruned": {PLANTED: "1.0"}}
-    found = bench.measure({"dense": onnx, "pruned": onnx}, "e", 384, settings(budget_s=6), seed=0, environment=planted)
+    found = measuring.measure(
+        {"dense": onnx, "pruned": onnx}, "e", 384, settings(budget_s=6), seed=0, environment=planted
+    )
     for phase in ("prefill", "decode"):
         assert 0.3 < speedup(found.replicates, 0, phase).found.ratio < 0.8, phase  # one half, on a busy machine
 
 
 def test_measuring_ends_when_everything_is_decided(onnx: Path) -> None:
-    found = bench.measure(
+    found = measuring.measure(
         {"dense": onnx, "pruned": onnx}, "e", 384, settings(budget_s=60), seed=0, decided=lambda speedups: True
     )
     assert found.stopped == "decided" and len(found.replicates) == 2
@@ -76,7 +78,7 @@ def test_a_worker_that_dies_says_how(onnx: Path, tmp_path: Path) -> None:
         with pytest.raises(EngineUnavailable, match="the measuring process died with code -9"):
             worker.block([[1, 2]], 1)
     with pytest.raises(EngineUnavailable, match="no engine here"):
-        bench.measure({"dense": tmp_path, "pruned": tmp_path}, "e", 384, settings(), seed=0)
+        measuring.measure({"dense": tmp_path, "pruned": tmp_path}, "e", 384, settings(), seed=0)
 
 
 def test_a_paused_process_does_not_outlive_its_parent(onnx: Path) -> None:

@@ -13,7 +13,7 @@ import traceback
 import typer
 from typer.exceptions import Exit, TyperException
 
-from trsp_deploy.cli import catalogue, engine_jobs, jobs
+from trsp_deploy.cli import catalogue, check_jobs, engine_jobs, jobs
 from trsp_deploy.errors import TrspError
 
 INTERRUPTED = 130
@@ -27,6 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 jobs.register(app)
+check_jobs.register(app)
 engine_jobs.register(app)
 catalogue.register(app)
 
@@ -42,7 +43,9 @@ def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code; errors become one line on stderr."""
     try:
         result = app(args=arguments, prog_name="trsp-deploy", standalone_mode=False)
-        return _interrupted() if result == INTERRUPTED else 0
+        # Outside its standalone mode the framework returns the code of an Exit.
+        code = result if isinstance(result, int) else 0
+        return _interrupted() if code == INTERRUPTED else code
     except Exit as done:
         return _interrupted() if done.exit_code == INTERRUPTED else done.exit_code
     except TyperException as problem:

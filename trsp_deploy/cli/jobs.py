@@ -141,7 +141,7 @@ def prune(
 
 def export(run: Run, sets: Sets = None, as_json: Json = False) -> None:
     """Export dense and pruned to ONNX."""
-    with _existing(run, None, None, sets) as job:
+    with existing(run, None, None, sets) as job:
         models = job.export()
         _print_json(
             as_json,
@@ -165,7 +165,7 @@ def build(
         return _build_from_onnx(run, onnx, engine or [], out, as_json)
     if run is None or out is not None:
         raise RecipeError("build: give a run's folder, or --onnx FILE with --engine E and --out DIR")
-    with _existing(run, engine, None, sets) as job:
+    with existing(run, engine, None, sets) as job:
         outcomes = job.build()
         lines = []
         for outcome in outcomes:
@@ -202,7 +202,7 @@ def _build_from_onnx(run: Path | None, onnx: Path, engines: list[str], out: Path
 
 def bench(run: Run, engine: Engines = None, sets: Sets = None, as_json: Json = False) -> None:
     """Measure dense and pruned in turn on every engine that runs here."""
-    with _existing(run, engine, None, sets) as job:
+    with existing(run, engine, None, sets) as job:
         from trsp_deploy.tools.comparisons import sentence
 
         job.check_engines()
@@ -216,7 +216,7 @@ def bench(run: Run, engine: Engines = None, sets: Sets = None, as_json: Json = F
 
 def evaluate(run: Run, evaluation: Evaluation = None, sets: Sets = None, as_json: Json = False) -> None:
     """Perplexity of dense and pruned on held-out text."""
-    with _existing(run, None, evaluation, sets) as job:
+    with existing(run, None, evaluation, sets) as job:
         found = {name: {role: ppl.ppl for role, ppl in by_role.items()} for name, by_role in job.evaluate().items()}
         lines = [f"{name}: {ppl['dense']:.2f} dense, {ppl['pruned']:.2f} pruned" for name, ppl in found.items()]
         _print_json(as_json, {"perplexity": found}, "\n".join(lines))
@@ -224,7 +224,7 @@ def evaluate(run: Run, evaluation: Evaluation = None, sets: Sets = None, as_json
 
 def report(run: Run, as_json: Json = False) -> None:
     """Write report.json and report.md again, finishing what is missing."""
-    with _existing(run, None, None, None) as job:
+    with existing(run, None, None, None) as job:
         _finish(job, job.report(), as_json)
 
 
@@ -286,9 +286,13 @@ def _with_lists(values: dict[str, Any], engine: list[str] | None, evaluation: li
 
 
 @contextlib.contextmanager
-def _existing(
-    run: Path, engine: list[str] | None, evaluation: list[str] | None, sets: list[str] | None
+def existing(
+    run: Path,
+    engine: list[str] | None = None,
+    evaluation: list[str] | None = None,
+    sets: list[str] | None = None,
 ) -> Iterator[Pipeline]:
+    """Enter the folder of a run that was begun, with its recipe and the options on top."""
     from trsp_deploy.pipeline import load_recipe
     from trsp_deploy.recipe import override, read_recipe
 

@@ -10,8 +10,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from trsp_deploy.tools.comparisons import ComparisonReport, notes, sentence
 from trsp_deploy.tools.device_memory import MemoryPlan
-from trsp_deploy.tools.report import ENGINE_COLUMNS, Report, engine_notes, engine_rows, model_rows
+from trsp_deploy.tools.report import (
+    COMPARISON_COLUMNS,
+    ENGINE_COLUMNS,
+    Report,
+    comparison_rows,
+    engine_notes,
+    engine_rows,
+    model_rows,
+)
 
 STATE_STYLES = {"ok": "green", "warning": "yellow", "missing": "yellow", "conflict": "bold red"}
 PIPED_WIDTH = 120
@@ -49,6 +58,17 @@ def print_report(report: Report, run: Path, file: TextIO) -> None:
     out.print()
     out.print(Text(report.verdict, style="bold"), soft_wrap=True)
     out.print(f"report: {run / 'report.md'} and report.json", soft_wrap=True)
+
+
+def print_comparison(label: str, found: ComparisonReport, file: TextIO) -> None:
+    """Every figure of one comparison, how it was measured, and the verdict."""
+    out = console(file)
+    out.print()
+    out.print(plain_table(COMPARISON_COLUMNS, comparison_rows(found)))
+    for note in notes(found):
+        out.print(Text(note, style="dim"), soft_wrap=True)
+    out.print()
+    out.print(Text(sentence(label, found), style="bold"), soft_wrap=True)
 
 
 def print_memory(plan: MemoryPlan, file: TextIO) -> None:

@@ -1,4 +1,4 @@
-"""Perplexity of a model folder on held-out text: the same tokens for dense and pruned.
+"""Perplexity on held-out text, of a model folder or of an engine: the same tokens for dense and pruned.
 
 Documents joined by a blank line, non-overlapping windows, exp(mean negative log likelihood), as the field reports it.
 """
@@ -6,27 +6,92 @@ Documents joined by a blank line, non-overlapping windows, exp(mean negative log
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
+from scipy.special import log_softmax
 
-from trsp_deploy.decoder import load_model, next_token_loss
+from trsp_deploy.decoder import load_model, next_token_logits
 from trsp_deploy.recipe import Recipe
 from trsp_deploy.results import Perplexity, Role
 from trsp_deploy.tools.progress import Meter
+from trsp_deploy.tools.runners import Runner
 from trsp_deploy.tools.training import pick_device
+
+Losses = Callable[[torch.Tensor], np.ndarray]  # a window (context_length,) -> nats of each token but the first
 
 
 @torch.no_grad()
 def evaluate_perplexity(
-    model_folder: Path, windows: torch.Tensor, text: str, role: Role, origin: str, recipe: Recipe
+    model_folder: Path,
+    windows: torch.Tensor,
+    text: str,
+    role: Role,
+    origin: str,
+    recipe: Recipe,
+    documents: np.ndarray | None = None,
 ) -> Perplexity:
-    """Mean loss of each window (windows, context_length) in fp32 on the CPU, in the stored dtype on a GPU."""
+    """Losses of windows (windows, context_length) in fp32 on the CPU, in the stored dtype on a GPU.
+
+    documents: which one each token belongs to, (windows * context_length,).
+    """
     device = pick_device(recipe)
     model = load_model(model_folder, device, torch.float32 if device == "cpu" else "auto")
-    losses = []
-    with Meter(f"perplexity of {role} on {text}", len(windows)) as meter:
+
+    def losses(window: torch.Tensor) -> np.ndarray:
+        ids = window[None].to(device)  # (1, context_length)
+        logits = next_token_logits(model, ids)[0].float()  # (context_length - 1, vocabulary)
+        found: np.ndarray = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none").cpu().numpy()
+        return found
+
+    return _perplexity(losses, windows, f"perplexity of {role} on {text}", text, role, origin, documents)
+
+
+def evaluate_engine(
+    runner: Runner,
+    windows: torch.Tensor,
+    text: str,
+    role: Role,
+    origin: str,
+    engine: str,
+    documents: np.ndarray | None = None,
+) -> Perplexity:
+    """The same through an open engine: what is shipped is what is judged."""
+
+    def losses(window: torch.Tensor) -> np.ndarray:
+        ids = window[None].numpy()  # (1, context_length)
+        logits = runner.prefill(ids, np.ones_like(ids))[0, :-1]  # (context_length - 1, vocabulary)
+        found: np.ndarray = -np.take_along_axis(log_softmax(logits, axis=-1), ids[0, 1:, None], axis=-1)[:, 0]
+        return found
+
+    return _perplexity(losses, windows, f"perplexity of {engine}, {role}, on {text}", text, role, origin, documents)
+
+
+def _perplexity(
+    losses: Losses,
+    windows: torch.Tensor,
+    title: str,
+    text: str,
+    role: Role,
+    origin: str,
+    documents: np.ndarray | None,
+) -> Perplexity:
+    found: list[np.ndarray] = []
+    with Meter(title, len(windows)) as meter:
         for window in windows:
-            losses.append(next_token_loss(model, window[None].to(device)).item())
-            meter.advance(f"ppl {math.exp(sum(losses) / len(losses)):.2f}")
-    return Perplexity(text=text, role=role, origin=origin, context_length=windows.shape[1], nll=tuple(losses))
+            found.append(losses(window))
+            meter.advance(f"ppl {math.exp(float(np.mean(found))):.2f}")
+    by_document = () if documents is None else _by_document(found, documents.reshape(windows.shape)[:, 1:])
+    means = tuple(float(window.mean()) for window in found)
+    return Perplexity(
+        text=text, role=role, origin=origin, context_length=windows.shape[1], nll=means, documents=by_document
+    )
+
+
+def _by_document(losses: Iterable[np.ndarray], documents: np.ndarray) -> tuple[tuple[float, int], ...]:
+    """Nats in all and tokens of each document that has any."""
+    nats = np.bincount(documents.ravel(), weights=np.concatenate(list(losses)))
+    tokens = np.bincount(documents.ravel())
+    return tuple((float(total), int(count)) for total, count in zip(nats, tokens, strict=True) if count)

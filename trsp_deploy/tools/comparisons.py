@@ -8,11 +8,10 @@ from typing import Literal
 
 from trsp_deploy.recipe import Case, Strict
 from trsp_deploy.results import PHASES, Comparison, Phase, Role, Stop, Subject, Telemetry
+from trsp_deploy.tools.goals import PHASE_TITLES
 from trsp_deploy.tools.limits import SpeedLimit
 from trsp_deploy.tools.statistics import Ratio, Speedup, device_s, median_s, speedups
-from trsp_deploy.tools.verdicts import Outcome, Requirement, judge, settled
 
-PHASE_TITLES: dict[Phase, str] = {"prefill": "prefill", "decode": "decode", "total": "end to end"}
 Claim = Literal["CONFIRMED", "NOT THERE", "INCONCLUSIVE"]
 LimitOf = Callable[[Case], SpeedLimit]
 
@@ -57,7 +56,6 @@ class ComparisonReport(Strict):
 
     claim: Claim
     phases: tuple[PhaseReport, ...]
-    outcomes: tuple[Outcome, ...]  # of the requirements, where there were any
     load_s: dict[Role, float]  # medians over the replicates
     peak_rss_bytes: dict[Role, int]
     gpu_bytes: dict[Role, int]
@@ -72,10 +70,8 @@ class ComparisonReport(Strict):
         return next(report for report in self.phases if report.phase == phase)
 
 
-def compare(
-    comparison: Comparison, limit_of: LimitOf | None = None, requirements: Sequence[Requirement] = ()
-) -> ComparisonReport:
-    """Derive every figure; `limit_of` gives the limits of a shape, `requirements` are speed-ups named by `wanted`."""
+def compare(comparison: Comparison, limit_of: LimitOf | None = None) -> ComparisonReport:
+    """Derive every figure; `limit_of` gives the limits of a shape."""
     cases = comparison.settings.cases
     found = speedups(comparison.replicates, len(cases))
     phases = tuple(
@@ -88,7 +84,6 @@ def compare(
     return ComparisonReport(
         claim=_claim([phase.speedup for phase in phases]),
         phases=phases,
-        outcomes=tuple(_outcome(requirement, found) for requirement in requirements),
         load_s={role: statistics.median(r.load_s[role] for r in replicates) for role in roles},
         peak_rss_bytes={role: max(r.peak_rss_bytes[role] for r in replicates) for role in roles},
         gpu_bytes={
@@ -100,35 +95,6 @@ def compare(
         stopped=comparison.stopped,
         machine=_machine(comparison.telemetry),
     )
-
-
-def wanted_speedups(least: dict[Phase, float], source: str) -> tuple[Requirement, ...]:
-    """Requirements on speed-ups, at every shape that is measured."""
-    return tuple(
-        Requirement(name=_requirement_name(phase), source=source, sense="at least", bound=bound)
-        for phase, bound in least.items()
-    )
-
-
-def all_settled(requirements: Sequence[Requirement], found: dict[tuple[int, Phase], Speedup]) -> bool:
-    """Whether measuring longer would change no verdict."""
-    return all(
-        settled(requirement, speedup)
-        for requirement in requirements
-        for (_, phase), speedup in found.items()
-        if _requirement_name(phase) == requirement.name
-    )
-
-
-def _requirement_name(phase: Phase) -> str:
-    return f"speed-up, {PHASE_TITLES[phase]}"
-
-
-def _outcome(requirement: Requirement, found: dict[tuple[int, Phase], Speedup]) -> Outcome:
-    """The outcome at the shape that keeps the requirement least."""
-    candidates = [each for (_, phase), each in found.items() if _requirement_name(phase) == requirement.name]
-    least = min(candidates, key=lambda each: each.found.low)
-    return judge(requirement, least.found, least.replicates)
 
 
 def _phase(comparison: Comparison, case: int, phase: Phase, found: Speedup, limits: SpeedLimit | None) -> PhaseReport:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from trsp_deploy.artifacts import Provenance
 from trsp_deploy.recipe import Backend, Precision, Recipe, Strict
 from trsp_deploy.results import PHASES, Parity, Perplexity, PrunedCheckpoint, Role
-from trsp_deploy.tools.comparisons import PHASE_TITLES, ComparisonReport, notes, sentence
+from trsp_deploy.tools.comparisons import ComparisonReport, notes, sentence
+from trsp_deploy.tools.goals import PHASE_TITLES
 from trsp_deploy.tools.plan import PruningPlan
-from trsp_deploy.tools.statistics import perplexity_ratio
+from trsp_deploy.tools.statistics import paired_by_documents, perplexity_ratio
 
 SCHEMA_VERSION = 2
 
@@ -40,6 +43,7 @@ class QualityReport(Strict):
     ratio_high: float
     tokens: int
     context_length: int
+    pairs: Literal["documents", "windows"]  # what the interval's bootstrap draws
 
 
 class RemovalReport(Strict):
@@ -70,6 +74,7 @@ class EngineReport(Strict):
     dense: EngineFigures | None = None
     pruned: EngineFigures | None = None
     comparison: ComparisonReport | None = None
+    quality: dict[str, QualityReport] = Field(default_factory=dict)  # through the engine, by text
 
 
 class Report(Strict):
@@ -126,6 +131,7 @@ def quality_report(dense: Perplexity, pruned: Perplexity) -> QualityReport:
         ratio_high=ratio.high,
         tokens=dense.tokens,
         context_length=dense.context_length,
+        pairs="documents" if paired_by_documents(dense, pruned) else "windows",
     )
 
 
@@ -193,6 +199,9 @@ def engine_rows(report: Report) -> list[tuple[str, ...]]:
         rows.append((engine.name, engine.status, "size", *sizes, "", "", ""))
         if engine.comparison is not None:
             rows += [("", "", *row) for row in comparison_rows(engine.comparison)]
+        for name, text in engine.quality.items():
+            interval = f"{text.ratio:.2f}x ({text.ratio_low:.2f} to {text.ratio_high:.2f})"
+            rows.append(("", "", f"ppl on {name}", f"{text.dense_ppl:.2f}", f"{text.pruned_ppl:.2f}", interval, "", ""))
     return rows
 
 

@@ -18,6 +18,7 @@ from trsp_deploy.results import PHASES, Block, Comparison, Perplexity, Phase, Re
 
 RESAMPLES = 5000
 CONFIDENCE = 0.95
+FEWEST_DOCUMENTS = 10
 FEWEST_REPLICATES = 5  # below it the largest and the smallest of them enclose the mean too seldom
 
 
@@ -163,9 +164,9 @@ def change(before: Sequence[float], after: Sequence[float]) -> Ratio:
     return Ratio(ratio=math.exp(middle), low=math.exp(low), high=math.exp(high))
 
 
-def replicate_logs(comparison: Comparison, subject: Subject, case: int, phase: Phase) -> list[float]:
-    """Mean log seconds of each replicate."""
-    return [_median(_cycles(replicate, case, phase)[subject]) for replicate in comparison.replicates]
+def replicate_logs(replicates: Sequence[Replicate], subject: Subject, case: int, phase: Phase) -> list[float]:
+    """Log seconds of each replicate: the median over its cycles."""
+    return [_median(_cycles(replicate, case, phase)[subject]) for replicate in replicates]
 
 
 def median_s(comparison: Comparison, subject: Subject, case: int, phase: Phase) -> float:
@@ -175,8 +176,27 @@ def median_s(comparison: Comparison, subject: Subject, case: int, phase: Phase) 
 
 
 def perplexity_ratio(dense: Perplexity, pruned: Perplexity) -> Ratio:
-    """pruned / dense perplexity; the pairs are windows of the same tokens."""
-    return _paired_mean(np.array(pruned.nll) - np.array(dense.nll))
+    """pruned / dense perplexity of the same tokens, with a bootstrap over documents, paired.
+
+    Over windows instead where a text has fewer than FEWEST_DOCUMENTS.
+    """
+    if not paired_by_documents(dense, pruned):
+        return _paired_mean(np.array(pruned.nll) - np.array(dense.nll))
+    (before, tokens), (after, _) = (np.array(each.documents).T for each in (dense, pruned))
+    lost = after - before  # nats of each document
+
+    def mean(lost: np.ndarray, tokens: np.ndarray, axis: int = -1) -> np.ndarray:
+        total: np.ndarray = lost.sum(axis) / tokens.sum(axis)
+        return total
+
+    middle = float(mean(lost, tokens))
+    low, high = (middle, middle) if not lost.any() else _bootstrap(mean, lost, tokens, paired=True)
+    return Ratio(ratio=math.exp(middle), low=math.exp(low), high=math.exp(high))
+
+
+def paired_by_documents(dense: Perplexity, pruned: Perplexity) -> bool:
+    """Whether two perplexities can be compared document by document."""
+    return min(len(dense.documents), len(pruned.documents)) >= FEWEST_DOCUMENTS
 
 
 def paired_ratio(slow: Sequence[float], quick: Sequence[float]) -> Ratio:

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from trsp_deploy.errors import TextError, nearest
 from trsp_deploy.recipe import Strict
 from trsp_deploy.tools.hub import hub_errors, hub_problem
@@ -131,7 +133,7 @@ def tokenize_windows(
 
     text = "\n\n".join(texts.documents)
     wanted = None if max_windows is None else max_windows * context_length
-    ids = _first_tokens(text, tokenizer, wanted)
+    ids = _encode(text, tokenizer, wanted)["input_ids"]
     windows = len(ids) // context_length
     if windows == 0:
         raise TextError(
@@ -141,6 +143,20 @@ def tokenize_windows(
     if max_windows is not None:
         windows = min(windows, max_windows)
     return torch.tensor(ids[: windows * context_length], dtype=torch.int64).view(windows, context_length)
+
+
+def documents_of(texts: Texts, tokenizer: Any, tokens: int) -> np.ndarray | None:
+    """Which document each of the first `tokens` tokens of `tokenize_windows` belongs to, (tokens,) int64.
+
+    A separator counts to the document before it. None for a tokenizer that does not tell where its tokens stand.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        return None
+    text = "\n\n".join(texts.documents)
+    begins = np.array([begin for begin, _ in _encode(text, tokenizer, tokens, offsets=True)["offset_mapping"][:tokens]])
+    lengths = np.array([len(document) + 2 for document in texts.documents])
+    ends = np.cumsum(lengths)  # one past each document and its separator
+    return np.searchsorted(ends, begins, side="right")
 
 
 def split_windows(windows: torch.Tensor, held_out: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -157,15 +173,16 @@ def split_windows(windows: torch.Tensor, held_out: int, seed: int) -> tuple[torc
     return windows[order[held_out:]], windows[order[:held_out]]
 
 
-def _first_tokens(text: str, tokenizer: Any, wanted: int | None) -> list[int]:
+def _encode(text: str, tokenizer: Any, wanted: int | None, *, offsets: bool = False) -> Any:
     """At least `wanted` tokens from the start of the text, or all of them; only as much text as that takes."""
     margin = 64  # a cut changes the last few tokens before it, so they are not used
     length = len(text) if wanted is None else 6 * (wanted + margin)
     while True:
         # verbose=False: no warning that the text is longer than the model's context, which is the point here
-        ids: list[int] = tokenizer(text[:length], add_special_tokens=False, verbose=False)["input_ids"]
-        if length >= len(text) or (wanted is not None and len(ids) >= wanted + margin):
-            return ids
+        options = {"return_offsets_mapping": True} if offsets else {}
+        found = tokenizer(text[:length], add_special_tokens=False, verbose=False, **options)
+        if length >= len(text) or (wanted is not None and len(found["input_ids"]) >= wanted + margin):
+            return found
         length *= 2
 
 

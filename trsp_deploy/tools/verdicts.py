@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 from trsp_deploy.recipe import Strict
-from trsp_deploy.tools.statistics import FEWEST_REPLICATES, Ratio, Speedup
+from trsp_deploy.tools.statistics import FEWEST_REPLICATES, Ratio
 
 Word = Literal["pass", "fail", "inconclusive"]
 EXIT_CODES: dict[Word, int] = {"pass": 0, "fail": 2, "inconclusive": 3}
@@ -58,13 +58,12 @@ def worst(words: Iterable[Word]) -> Word:
     return "fail" if "fail" in found else "inconclusive" if "inconclusive" in found else "pass"
 
 
-def settled(requirement: Requirement, speedup: Speedup) -> bool:
+def settled(requirement: Requirement, found: Ratio, replicates: int) -> bool:
     """Whether measuring longer is pointless: an interval MARGIN times as wide would give the same verdict.
 
     Looking after every replicate and stopping at the first decision would be wrong more often than one look is.
     """
-    found = speedup.found
-    if speedup.replicates < FEWEST_REPLICATES:
+    if replicates < FEWEST_REPLICATES:
         return False
     middle = math.log(found.ratio)
     low, high = (middle + MARGIN * (math.log(end) - middle) for end in (found.low, found.high))

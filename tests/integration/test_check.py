@@ -1,0 +1,258 @@
+"""The regression check, as a CI job runs it: exit codes, files, the action's own step, and baselines."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import yaml
+
+from tests.tiny import english, save_tiny
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = [
+    "calibration.context_length=32",
+    "calibration.max_windows=8",
+    "calibration.validation_windows=2",
+    "plan.method=shortgpt",
+    "transfer.form=none",
+    "evaluate.context_length=64",
+    "evaluate.max_tokens=640",
+    "bench.prompt_tokens=16",
+    "bench.new_tokens=4",
+    "bench.budget_s=7",
+    "bench.replicates=5",
+]
+
+
+def trsp_deploy(*arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from trsp_deploy.cli import main; main()", *arguments]
+    environment = {**os.environ, **variables}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, timeout=120, check=False)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished run whose pruned model has a third of the layers, so that it is surely faster."""
+    folder = tmp_path_factory.mktemp("check")
+    save_tiny("llama", folder / "tiny", hidden_size=128, intermediate_size=512)
+    (folder / "text.txt").write_text(english()[:30_000])
+    options = [option for pair in SETTINGS for option in ("--set", pair)]
+    texts = ["--calibration", "text.txt", "--eval", "manual=text.txt", "--engine", "ort-cpu-fp32"]
+    done = trsp_deploy("prune", "--model", "tiny", "--drop", "4", *texts[:2], *options, "--out", "run", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    recipe = yaml.safe_load((folder / "run" / "recipe.yaml").read_text())
+    recipe |= {"engines": ["ort-cpu-fp32"], "evaluation": {"manual": "text.txt"}}
+    (folder / "run" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def baseline(workspace: Path) -> Path:
+    done = trsp_deploy("baseline", "run", "--out", "baseline.json", "--json", cwd=workspace)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["engines"] == ["ort-cpu-fp32"]
+    return workspace / "baseline.json"
+
+
+def test_a_speedup_that_is_there_passes(workspace: Path, tmp_path: Path) -> None:
+    files = ["--junit", str(tmp_path / "check.xml"), "--out", str(tmp_path / "check.json")]
+    limits = ["--min-speedup", "1.05", "--max-ppl-ratio", "100"]
+    done = trsp_deploy("check", "run", *limits, *files, "--json", cwd=workspace)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert found["verdict"] == "pass" and [outcome["word"] for outcome in found["outcomes"]] == ["pass", "pass"]
+    suite = ElementTree.parse(tmp_path / "check.xml").getroot()
+    assert (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == ("2", "0", "0")
+    kept = json.loads((tmp_path / "check.json").read_text())
+    assert kept["comparison"]["replicates"] >= 5 and kept["provenance"]["cpu"]
+
+
+def test_a_requirement_missed_fails_with_2_and_tells_github(workspace: Path, tmp_path: Path) -> None:
+    github = {"GITHUB_ACTIONS": "true", "GITHUB_STEP_SUMMARY": str(tmp_path / "summary.md")}
+    junit = ["--junit", str(tmp_path / "check.xml")]
+    done = trsp_deploy("check", "run", "--min-speedup", "50", *junit, cwd=workspace, **github)
+    assert done.returncode == 2, done.stderr
+    assert "::error title=trsp-deploy check::speed-up, end to end: " in done.stdout
+    assert "❌ fail" in (tmp_path / "summary.md").read_text()
+    failure = ElementTree.parse(tmp_path / "check.xml").find(".//failure")
+    assert failure is not None and "at least 50 wanted: fail" in failure.get("message", "")
+
+
+def test_what_is_not_decided_in_the_budget_is_3(workspace: Path, tmp_path: Path) -> None:
+    github = {"GITHUB_ACTIONS": "true"}
+    junit = ["--junit", str(tmp_path / "check.xml")]
+    short = ["--budget", "1", "--set", "replicates=2"]
+    done = trsp_deploy("check", "run", "--min-speedup", "1.05", *short, *junit, cwd=workspace, **github)
+    assert done.returncode == 3, done.stderr
+    assert "::warning title=trsp-deploy check::" in done.stdout and "give a larger budget" in done.stdout
+    assert ElementTree.parse(tmp_path / "check.xml").find(".//skipped") is not None
+
+
+def test_quality_that_is_lost_fails(workspace: Path) -> None:
+    done = trsp_deploy("check", "run", "--quality-budget", "99.9%", "--budget", "1", cwd=workspace)
+    assert done.returncode in (2, 3) and "perplexity over dense, manual" in done.stdout
+    worse = trsp_deploy("check", "run", "--max-ppl-ratio", "0.01", "--budget", "1", cwd=workspace)
+    assert worse.returncode == 2 and "FAIL" in worse.stdout
+
+
+def test_a_baseline_is_kept_and_a_regression_found(workspace: Path, baseline: Path, tmp_path: Path) -> None:
+    limits = ["--max-speedup-loss", "60%", "--max-latency-regression", "90%"]
+    done = trsp_deploy("check", "run", "--against", str(baseline), *limits, cwd=workspace)
+    assert done.returncode == 0, done.stdout + done.stderr
+    values = json.loads(baseline.read_text())
+    for logs in values["engines"]["ort-cpu-fp32"]["speedup"]:
+        logs["total"] = [value + 2 for value in logs["total"]]  # the baseline was seven times as fast
+    (tmp_path / "faster.json").write_text(json.dumps(values))
+    slower = trsp_deploy(
+        "check", "run", "--against", str(tmp_path / "faster.json"), "--max-speedup-loss", "3%", cwd=workspace
+    )
+    assert slower.returncode == 2, slower.stdout + slower.stderr
+
+
+def test_times_of_other_hardware_are_refused_and_ratios_are_not(
+    workspace: Path, baseline: Path, tmp_path: Path
+) -> None:
+    values = json.loads(baseline.read_text())
+    values["machine"] |= {"cpu": "Other CPU", "gpus": ["NVIDIA X"], "driver": "1.2"}
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(values))
+    refused = trsp_deploy("check", "run", "--against", str(other), "--max-latency-regression", "3%", cwd=workspace)
+    assert refused.returncode == 1 and refused.stdout == ""
+    line = refused.stderr.splitlines()[-1]
+    assert "there: Other CPU" in line and "NVIDIA X, driver 1.2; here: " in line and "--max-speedup-loss" in line
+    taken = trsp_deploy("check", "run", "--against", str(other), "--max-speedup-loss", "60%", cwd=workspace)
+    assert taken.returncode == 0, taken.stdout + taken.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], ["nothing is required", "--min-speedup"]),
+        (["--min-speedup", "fast"], ["--min-speedup 'fast'", "1.2"]),
+        (["--min-speedup", "prefil=1.2"], ["--min-speedup 'prefil=1.2'", "prefill=1.2"]),
+        (["--max-speedup-loss", "3%"], ["--against"]),
+        (["--max-latency-regression", "3"], ["--max-latency-regression '3'", "3%"]),
+        (["--quality-budget", "9%"], ["--quality-budget '9%'", "99%"]),
+        (["--max-ppl-ratio", "1.2", "--quality-budget", "99%"], ["give one"]),
+        (["--min-speedup", "1.1", "--engine", "ort-cpu-fp16"], ["no engine 'ort-cpu-fp16'", "ort-cpu-fp32"]),
+        (["--min-speedup", "1.1", "--against", "nothing.json"], ["nothing.json", "cannot be read"]),
+        (["--min-speedup", "1.1", "--against", "text.txt"], ["text.txt", "not valid JSON"]),
+        (["--min-speedup", "1.1", "--set", "budget=3"], ["unknown key 'budget'", "budget_s"]),
+    ],
+)
+def test_bad_input_is_one_line(workspace: Path, options: list[str], words: list[str]) -> None:
+    done = trsp_deploy("check", "run", *options, cwd=workspace)
+    assert done.returncode == 1 and done.stdout == ""
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("error: ") and all(word in line for word in words), done.stderr
+
+
+# -- compare -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["run", "engines", "onnx"])
+def test_compare_takes_runs_engines_and_onnx_files(workspace: Path, baseline: Path, form: str, tmp_path: Path) -> None:
+    paths = {
+        "run": ["run"],
+        "engines": ["run/engines/ort-cpu-fp32/dense", "run/engines/ort-cpu-fp32/pruned"],
+        "onnx": ["run/onnx/dense/model.onnx", "run/onnx/pruned/model.onnx"],
+    }[form]
+    options = ["--budget", "6", "--set", "prompt_tokens=[8,16]", "--set", "new_tokens=4", "--set", "replicates=5"]
+    done = trsp_deploy("compare", *paths, *options, "--out", str(tmp_path / "c.json"), "--json", cwd=workspace)
+    assert done.returncode == 0, done.stderr
+    phases = json.loads(done.stdout)["comparison"]["phases"]
+    assert len(phases) == 6 and all((phase["limit"] is None) == (form == "onnx") for phase in phases)
+    assert json.loads((tmp_path / "c.json").read_text())["replicates"][0]["blocks"]["again"]
+
+
+@pytest.mark.parametrize(
+    ("paths", "words"),
+    [
+        (["nowhere"], ["nowhere: is not there"]),
+        (["tiny"], ["tiny: is a folder without manifest.json or recipe.yaml"]),
+        (["text.onnx"], ["text.onnx: no such file"]),
+        (["run", "--engine", "ort-cpu-fp3"], ["no engine 'ort-cpu-fp3'; did you mean 'ort-cpu-fp32'?"]),
+    ],
+)
+def test_compare_says_what_it_cannot_use(workspace: Path, baseline: Path, paths: list[str], words: list[str]) -> None:
+    done = trsp_deploy("compare", *paths, cwd=workspace)
+    assert done.returncode == 1 and all(word in done.stderr for word in words), done.stderr
+
+
+# -- the action --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def action() -> Iterator[Any]:
+    yield yaml.safe_load((ROOT / "action.yml").read_text())
+
+
+def run_action(action: Any, workspace: Path, tmp_path: Path, **inputs: str) -> tuple[int, str, str]:
+    """The action's step as a runner runs it: bash, inputs in variables, exit code, outputs."""
+    (step,) = action["runs"]["steps"]
+    values = {name: str(entry.get("default", "")) for name, entry in action["inputs"].items()} | inputs
+    variables = {}
+    for name, expression in step["env"].items():
+        key = expression.removeprefix("${{ inputs.").removesuffix(" }}")
+        variables[name] = values[key]
+    assert "${{" not in step["run"], "an input must not become part of the script"
+    binaries = tmp_path / "bin"
+    binaries.mkdir()
+    program = binaries / "trsp-deploy"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -c "from trsp_deploy.cli import main; main()" "$@"\n')
+    program.chmod(0o755)
+    script = tmp_path / "step.sh"
+    script.write_text(step["run"])
+    outputs, summary = tmp_path / "outputs", tmp_path / "summary"
+    environment = {
+        **os.environ,
+        **variables,
+        "PATH": f"{binaries}:{os.environ['PATH']}",
+        "GITHUB_ACTIONS": "true",
+        "GITHUB_OUTPUT": str(outputs),
+        "GITHUB_STEP_SUMMARY": str(summary),
+    }
+    # What GitHub runs for `shell: bash`.
+    command = ["bash", "--noprofile", "--norc", "-eo", "pipefail", str(script)]
+    done = subprocess.run(
+        command, cwd=workspace, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    return done.returncode, outputs.read_text() if outputs.exists() else "", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("inputs", "code", "verdict"),
+    [
+        ({"min-speedup": "1.05 decode=1.01"}, 0, "pass"),
+        ({"min-speedup": "50"}, 2, "fail"),
+        ({"min-speedup": "1.05", "budget": "1"}, 3, "inconclusive"),
+        ({"min-speedup": "1.05", "budget": "1", "inconclusive-passes": "true"}, 0, "inconclusive"),
+        ({"min-speedup": "$(touch hacked)"}, 1, ""),
+    ],
+)
+def test_the_actions_step_ends_as_the_check_does(
+    action: Any, workspace: Path, baseline: Path, tmp_path: Path, inputs: dict[str, str], code: int, verdict: str
+) -> None:
+    files = {"out": str(tmp_path / "check.json"), "junit": str(tmp_path / "check.xml")}
+    found, outputs, said = run_action(action, workspace, tmp_path, run="run", **{"budget": "7", **files, **inputs})
+    assert found == code, said
+    assert outputs == (f"verdict={verdict}\n" if verdict else "")
+    assert not (workspace / "hacked").exists()
+
+
+def test_the_documented_workflow_fits_the_action(action: Any) -> None:
+    page = (ROOT / "docs" / "ci.md").read_text()
+    block = page.partition("<!-- workflow:start -->\n```yaml\n")[2].partition("```")[0]
+    steps = yaml.safe_load(block)["jobs"]["check"]["steps"]
+    (check,) = [step for step in steps if "trsp-deploy" in step.get("uses", "")]
+    assert set(check["with"]) <= set(action["inputs"])
+    required = {name for name, entry in action["inputs"].items() if entry.get("required")}
+    assert required <= set(check["with"])

@@ -1,0 +1,164 @@
+"""The regression check: is the speed-up still there, and at what cost? Pass, fail, or inconclusive.
+
+    check = check_run(job, Tolerances(min_speedup={"total": 1.2}), against=Path("baseline.json"))
+
+Sits above the pipeline: it finishes what a run lacks, measures anew, and judges.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from trsp_deploy.artifacts import Provenance, provenance, write_json
+from trsp_deploy.errors import RecipeError, RunError
+from trsp_deploy.pipeline import Pipeline
+from trsp_deploy.recipe import BenchSettings, EngineSpec, Positive, Strict
+from trsp_deploy.results import Comparison, Phase
+from trsp_deploy.stages import bench
+from trsp_deploy.tools.baselines import (
+    SCHEMA_VERSION,
+    Baseline,
+    EngineBaseline,
+    check_machine,
+    engine_baseline,
+    engine_of,
+    other_versions,
+    read_baseline,
+    this_machine,
+)
+from trsp_deploy.tools.comparisons import ComparisonReport, notes
+from trsp_deploy.tools.goals import Goal, least_speedup, most_latency, most_speedup_lost
+from trsp_deploy.tools.report import QualityReport
+from trsp_deploy.tools.statistics import Ratio
+from trsp_deploy.tools.verdicts import Outcome, Requirement, Word, judge, worst
+
+
+class Tolerances(Strict):
+    """What a check requires; None and empty ask for nothing."""
+
+    min_speedup: dict[Phase, Positive] = Field(default_factory=dict)  # dense time / pruned time
+    max_latency_regression: float | None = None  # share of the baseline's time, end to end
+    max_speedup_loss: float | None = None  # share of the baseline's speed-up, end to end
+    max_ppl_ratio: Positive | None = None  # pruned / dense perplexity, on every text
+
+    @property
+    def relative(self) -> bool:
+        """Whether a baseline is needed."""
+        return self.max_latency_regression is not None or self.max_speedup_loss is not None
+
+
+class Check(Strict):
+    """`check.json`: the verdict and what it rests on."""
+
+    verdict: Word
+    engine: str
+    outcomes: tuple[Outcome, ...]
+    comparison: ComparisonReport
+    quality: dict[str, QualityReport]
+    notes: tuple[str, ...]
+    tolerances: Tolerances
+    provenance: Provenance
+
+    @property
+    def sentence(self) -> str:
+        """For people: the verdict and what decided it."""
+        deciding = [outcome.sentence for outcome in self.outcomes if outcome.word == self.verdict]
+        return f"{self.verdict.upper()} on {self.engine}: {'; '.join(deciding)}"
+
+
+def check_run(
+    job: Pipeline, tolerances: Tolerances, against: Path | None, engine: str | None, settings: BenchSettings
+) -> Check:
+    """Measure a run's engine anew, until every requirement is decided or the budget is spent, and judge it.
+
+    settings: of the measurement; with a baseline its shapes are taken.
+    Raises RecipeError when nothing is required, BaselineError when the baseline does not serve.
+    """
+    if tolerances == Tolerances():
+        raise RecipeError("check: nothing is required; give --min-speedup, --max-ppl-ratio or another limit")
+    if tolerances.relative and against is None:
+        raise RecipeError("check: --max-latency-regression and --max-speedup-loss need --against BASELINE.json")
+    baseline = None if against is None else read_baseline(against)
+    if baseline is not None and against is not None and tolerances.max_latency_regression is not None:
+        check_machine(baseline, against, "--max-latency-regression")
+    spec = runnable(job, engine)
+    before = None if baseline is None or against is None else engine_of(baseline, spec.name, against)
+    if before is not None:
+        shapes = {name: getattr(before.settings, name) for name in ("batch_sizes", "prompt_tokens", "new_tokens")}
+        settings = settings.model_copy(update=shapes)
+    quality = job.engine_quality(spec)  # first: it is quick where it is known, and may end the job with an error
+    comparison, goals = _measure(job, spec, tolerances, before, settings)
+    derived = bench.derive(*job.pair(spec), comparison)
+    outcomes = [goal.outcome(comparison.replicates) for goal in goals] + _quality(quality, tolerances)
+    said = notes(derived) + ([] if baseline is None else other_versions(baseline))
+    return Check(
+        verdict=worst(outcome.word for outcome in outcomes),
+        engine=spec.name,
+        outcomes=tuple(outcomes),
+        comparison=derived,
+        quality=quality,
+        notes=tuple(said),
+        tolerances=tolerances,
+        provenance=provenance(),
+    )
+
+
+def _measure(
+    job: Pipeline, spec: EngineSpec, tolerances: Tolerances, before: EngineBaseline | None, settings: BenchSettings
+) -> tuple[Comparison, list[Goal]]:
+    cases = len(settings.cases)
+    goals = [least_speedup(phase, bound, "--min-speedup", cases) for phase, bound in tolerances.min_speedup.items()]
+    if before is not None and tolerances.max_latency_regression is not None:
+        share = tolerances.max_latency_regression
+        goals.append(most_latency("total", share, "--max-latency-regression", before.latency))
+    if before is not None and tolerances.max_speedup_loss is not None:
+        goals.append(most_speedup_lost("total", tolerances.max_speedup_loss, "--max-speedup-loss", before.speedup))
+    if not goals:  # quality alone is judged; the speed-up is still worth a look
+        settings = settings.model_copy(update={"budget_s": min(settings.budget_s, 30.0)})
+    dense, pruned = job.pair(spec)
+    return bench.compare_engines(dense, pruned, spec.name, settings, job.recipe.seed, goals), goals
+
+
+def _quality(quality: dict[str, QualityReport], tolerances: Tolerances) -> list[Outcome]:
+    if tolerances.max_ppl_ratio is None:
+        return []
+    return [
+        judge(
+            Requirement(
+                name=f"perplexity over dense, {name}",
+                source="--max-ppl-ratio",
+                sense="at most",
+                bound=tolerances.max_ppl_ratio,
+            ),
+            Ratio(ratio=text.ratio, low=text.ratio_low, high=text.ratio_high),
+        )
+        for name, text in quality.items()
+    ]
+
+
+def runnable(job: Pipeline, engine: str | None) -> EngineSpec:
+    """The engine to check: the one named, or the run's first that runs here. Raises RunError when there is none."""
+    outcomes = {outcome.spec.name: outcome for outcome in job.build()}
+    if engine is not None and engine not in outcomes:
+        raise RunError(f"{job.run.path}: has no engine '{engine}'; its recipe has {', '.join(outcomes)}")
+    wanted = list(outcomes.values()) if engine is None else [outcomes[engine]]
+    running = [outcome.spec for outcome in wanted if outcome.reason is None]
+    if not running:
+        reasons = "; ".join(f"{outcome.spec.name}: {outcome.reason}" for outcome in wanted)
+        raise RunError(f"{job.run.path}: no engine that runs here ({reasons})")
+    return running[0]
+
+
+def make_baseline(job: Pipeline, engine: str | None, settings: BenchSettings, out: Path) -> Baseline:
+    """Measure every engine of a run that runs here (or the one named), and write what later checks are held against."""
+    first = runnable(job, engine)
+    others = [spec for spec in job.specs if spec != first and job.engine(spec).reason is None]
+    found = {}
+    for spec in [first, *(others if engine is None else ())]:
+        comparison = bench.compare_engines(*job.pair(spec), spec.name, settings, job.recipe.seed)
+        found[spec.name] = engine_baseline(comparison, job.engine_quality(spec))
+    baseline = Baseline(schema_version=SCHEMA_VERSION, machine=this_machine(), engines=found, provenance=provenance())
+    write_json(out, baseline)
+    return baseline

@@ -1,0 +1,125 @@
+"""A baseline: what a comparison found once, to hold later ones against. A JSON file, made by `trsp-deploy baseline`.
+
+Times belong to the machine that they were taken on, and are refused on another; speed-ups carry over.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from trsp_deploy.artifacts import Provenance, provenance
+from trsp_deploy.errors import BaselineError, nearest
+from trsp_deploy.recipe import BenchSettings, Strict
+from trsp_deploy.results import PHASES, Comparison
+from trsp_deploy.tools.goals import Logs
+from trsp_deploy.tools.report import QualityReport
+from trsp_deploy.tools.runners.requirements import driver_version
+from trsp_deploy.tools.statistics import replicate_logs, replicate_ratios
+
+SCHEMA_VERSION = 1
+
+
+class Machine(Strict):
+    """The hardware that times belong to."""
+
+    cpu: str
+    cores: int
+    gpus: tuple[str, ...]
+    driver: str | None  # of the GPU
+
+    def __str__(self) -> str:
+        gpus = f"{', '.join(self.gpus)}, driver {self.driver}" if self.gpus else "no GPU"
+        return f"{self.cpu}, {self.cores} cores, {gpus}"
+
+
+class EngineBaseline(Strict):
+    """One engine's samples, a value a replicate."""
+
+    settings: BenchSettings
+    latency: tuple[Logs, ...]  # log seconds of pruned, for each shape of the settings
+    speedup: tuple[Logs, ...]  # log ratios dense / pruned
+    quality: dict[str, QualityReport]  # through the engine, by text
+
+
+class Baseline(Strict):
+    """`baseline.json`."""
+
+    schema_version: int
+    machine: Machine
+    engines: dict[str, EngineBaseline]
+    provenance: Provenance
+
+
+def this_machine() -> Machine:
+    """The hardware here."""
+    here = provenance()
+    return Machine(cpu=here.cpu, cores=here.cores, gpus=here.gpus, driver=driver_version() if here.gpus else None)
+
+
+def engine_baseline(comparison: Comparison, quality: dict[str, QualityReport]) -> EngineBaseline:
+    """What is kept of a comparison."""
+    cases = range(len(comparison.settings.cases))
+    replicates = comparison.replicates
+    return EngineBaseline(
+        settings=comparison.settings,
+        latency=tuple(
+            {phase: tuple(replicate_logs(replicates, "pruned", case, phase)) for phase in PHASES} for case in cases
+        ),
+        speedup=tuple(
+            {phase: tuple(replicate_ratios(replicates, case, phase)[0]) for phase in PHASES} for case in cases
+        ),
+        quality=quality,
+    )
+
+
+def read_baseline(path: Path) -> Baseline:
+    """Read and check a baseline; raises BaselineError with one line."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise BaselineError(f"--against {path}: cannot be read ({problem.strerror})") from problem
+    except ValueError as problem:
+        raise BaselineError(f"--against {path}: not valid JSON ({problem})") from problem
+    version = values.get("schema_version") if isinstance(values, dict) else None
+    if version != SCHEMA_VERSION:
+        raise BaselineError(
+            f"--against {path}: schema version {version}, this toolkit reads {SCHEMA_VERSION}; "
+            "make it again with `trsp-deploy baseline RUN`"
+        )
+    try:
+        return Baseline.model_validate(values)
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise BaselineError(f"--against {path}: {where}: {first['msg'].lower()}") from problem
+
+
+def engine_of(baseline: Baseline, name: str, path: Path) -> EngineBaseline:
+    """The engine's part; raises BaselineError when it has none."""
+    if name not in baseline.engines:
+        hint = nearest(name, baseline.engines)
+        raise BaselineError(f"--against {path}: has no engine '{name}'{hint}; it has {', '.join(baseline.engines)}")
+    return baseline.engines[name]
+
+
+def check_machine(baseline: Baseline, path: Path, option: str) -> None:
+    """Raise BaselineError, with both fingerprints, when times of this machine cannot be held against the baseline's."""
+    here = this_machine()
+    if here != baseline.machine:
+        raise BaselineError(
+            f"{option}: {path} was made on other hardware; there: {baseline.machine}; here: {here}; times do not carry "
+            "over: make a baseline here, or ask for --max-speedup-loss or --min-speedup, which do"
+        )
+
+
+def other_versions(baseline: Baseline) -> list[str]:
+    """Packages that have another version here, as lines."""
+    before, now = baseline.provenance.packages, provenance().packages
+    return [
+        f"{name} {before.get(name, 'absent')} in the baseline, {now.get(name, 'absent')} here"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]

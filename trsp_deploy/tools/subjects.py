@@ -1,0 +1,93 @@
+"""What a comparison is of: an engine folder, a run folder (one of its engines), or a decoder's ONNX file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from trsp_deploy.decoder import DecoderSize, decoder_size
+from trsp_deploy.errors import EngineUnavailable, RunError, nearest
+from trsp_deploy.recipe import EngineSpec
+from trsp_deploy.results import Role
+from trsp_deploy.tools.runners import check_can_run, device_of, read_manifest
+
+RUN_MARK = "recipe.yaml"
+ENGINE_MARK = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Something that can be measured."""
+
+    path: Path  # engine folder or ONNX file
+    spec: EngineSpec | None  # None for an ONNX file
+    vocabulary: int
+    cuts_logits: bool  # whether it computes logits of the last position alone when asked for no more
+    size: DecoderSize | None  # None where the model's config is not at hand
+
+    @property
+    def device(self) -> str:
+        """Where it runs: "cpu" or "cuda"."""
+        return "cpu" if self.spec is None else device_of(self.spec)
+
+
+def find_subject(path: Path, role: Role, engine: str | None) -> Subject:
+    """What `path` stands for; `engine` names one of a run folder's engines, else the first that runs here is taken.
+
+    Raises RunError when there is nothing to measure, EngineUnavailable when it cannot run here.
+    """
+    if path.suffix == ".onnx":
+        return _from_onnx(path)
+    if (path / ENGINE_MARK).is_file():
+        return _from_engine(path)
+    if (path / RUN_MARK).is_file():
+        return _from_engine(_engine_of_run(path, role, engine))
+    there = "is a folder without" if path.is_dir() else "is not there, and so has no"
+    raise RunError(f"{path}: {there} {ENGINE_MARK} or {RUN_MARK}; give an engine folder, a run folder or an .onnx file")
+
+
+def _from_onnx(path: Path) -> Subject:
+    import onnx
+
+    if not path.is_file():
+        raise RunError(f"{path}: no such file")
+    try:
+        graph = onnx.load(path, load_external_data=False).graph
+    except Exception as problem:  # protobuf's own error, which is no OSError
+        raise RunError(f"{path}: not an ONNX file ({type(problem).__name__})") from problem
+    logits = next((output for output in graph.output if output.name == "logits"), None)
+    if logits is None:
+        raise RunError(f"{path}: has no output `logits`, so it is no decoder")
+    vocabulary = logits.type.tensor_type.shape.dim[-1].dim_value
+    return Subject(path=path, spec=None, vocabulary=vocabulary, cuts_logits=False, size=None)
+
+
+def _from_engine(folder: Path) -> Subject:
+    manifest = read_manifest(folder)
+    check_can_run(manifest.spec)
+    # RUN/engines/NAME/ROLE belongs to RUN/ROLE.
+    parents = folder.resolve().parents
+    model = parents[2] / folder.resolve().name if len(parents) > 2 else folder
+    return Subject(
+        path=folder,
+        spec=manifest.spec,
+        vocabulary=int(manifest.outputs["logits"][1][-1]),
+        cuts_logits=any(outcome.changed for outcome in manifest.passes if outcome.name == "cut-logits"),
+        size=decoder_size(model) if (model / "config.json").is_file() else None,
+    )
+
+
+def _engine_of_run(run: Path, role: Role, name: str | None) -> Path:
+    built = {path.name: path / role for path in sorted((run / "engines").glob("*")) if (path / role).is_dir()}
+    if name is not None:
+        if name not in built:
+            raise RunError(f"{run}: has no engine '{name}'{nearest(name, built)}; built: {', '.join(built) or 'none'}")
+        return built[name]
+    reasons = []
+    for engine, folder in built.items():
+        try:
+            check_can_run(read_manifest(folder).spec)
+            return folder
+        except EngineUnavailable as problem:
+            reasons.append(f"{engine}: {problem}")
+    raise RunError(f"{run}: no engine that runs here ({'; '.join(reasons) or 'none was built'})")
