@@ -31,7 +31,7 @@ from trsp_deploy.tools.worker import Worker
 STEADY = 0.97  # a block that is not quicker than this share of the one before needs no more warm-up
 LONGEST_WARMUP = 6  # blocks
 MOST_CYCLES = 50  # in one replicate
-TURN_S = 0.1  # short blocks are repeated until a turn is about so long
+TURN_S = 0.05  # short blocks are repeated until a turn is about so long
 MOST_BLOCKS = 4  # of one shape in a turn
 WARM_SHARE = 4  # a turn begins with a block of a quarter of the tokens, untimed: caches are the other subject's
 CAUTION = 0.85  # of the time that is left is given out: the machine may slow down
