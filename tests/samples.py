@@ -7,8 +7,22 @@ from __future__ import annotations
 
 import numpy as np
 
-from trsp_deploy.recipe import BenchSettings
-from trsp_deploy.results import Block, Comparison, Replicate, Subject
+from trsp_deploy.artifacts import provenance
+from trsp_deploy.recipe import BenchSettings, Recipe
+from trsp_deploy.results import Block, Comparison, Replicate, Subject, Telemetry
+from trsp_deploy.tools.comparisons import compare
+from trsp_deploy.tools.limits import SpeedLimit
+from trsp_deploy.tools.plan import PruningPlan
+from trsp_deploy.tools.report import (
+    SCHEMA_VERSION,
+    EngineFigures,
+    EngineReport,
+    ModelReport,
+    QualityReport,
+    RemovalReport,
+    Report,
+    verdict,
+)
 
 NEW_TOKENS = 4
 
@@ -24,7 +38,9 @@ def made_up(
         settings=BenchSettings(new_tokens=NEW_TOKENS),
         threads=2,
         replicates=tuple(_replicate(subjects, speedup, noise, cycles, generator) for _ in range(replicates)),
-        telemetry=(),
+        telemetry=tuple(
+            Telemetry(at_s=at_s, load=1.0, busy_share=0.5, steal_share=0.0, mhz=2600.0) for at_s in range(5)
+        ),
         rates=None,
         stopped="budget",
         elapsed_s=60.0,
@@ -56,3 +72,68 @@ def _replicate(
 def _block(scale: float) -> Block:
     prefill_s, token_s = 0.05 * scale, 0.01 * scale
     return Block(prefill_s=prefill_s, decode_s=(token_s,) * NEW_TOKENS, total_s=prefill_s + NEW_TOKENS * token_s)
+
+
+def made_up_report(comparison: Comparison, model: str = "tiny") -> Report:
+    """A whole report around one engine's comparison."""
+    quality = QualityReport(
+        origin="made up",
+        dense_ppl=10.0,
+        pruned_ppl=15.0,
+        ratio=1.5,
+        ratio_low=1.4,
+        ratio_high=1.6,
+        tokens=1000,
+        context_length=64,
+        pairs="documents",
+    )
+    removal = RemovalReport(form="anneal", trained_tokens=100, dense_ppl=10.0, before_ppl=15.0, after_ppl=15.0)
+    figures = EngineFigures(size_bytes=10**8, build_s=1.0)
+    limit = SpeedLimit(prefill=1.4, decode=1.4, total=1.4)
+    engines = (
+        EngineReport(
+            name="ort-cpu-fp32",
+            backend="onnxruntime-cpu",
+            precision="fp32",
+            status="ran",
+            dense=figures,
+            pruned=figures,
+            comparison=compare(comparison, lambda case: limit),
+            quality={"text": quality},
+        ),
+        EngineReport(
+            name="tensorrt-fp16", backend="tensorrt", precision="fp16", status="unavailable", reason="no CUDA device"
+        ),
+    )
+    return Report(
+        schema_version=SCHEMA_VERSION,
+        verdict=verdict(list(engines), {"text": quality}),
+        model=ModelReport(
+            name=model,
+            origin="made up",
+            architecture="LlamaForCausalLM",
+            num_layers_dense=8,
+            num_layers_pruned=6,
+            dropped_layers=(3, 4),
+            parameters_dense=1000,
+            parameters_pruned=800,
+            layers_dropped_share=0.25,
+            parameters_dropped_share=0.2,
+        ),
+        removal=removal,
+        quality={"text": quality},
+        engines=engines,
+        parity=(),
+        recipe=Recipe(model=model),
+        plan=PruningPlan(
+            model=model,
+            num_layers=8,
+            dropped=(3, 4),
+            kept=(0, 1, 2, 5, 6, 7),
+            method="trsp",
+            seed=0,
+            settings={},
+            calibration="made up",
+        ),
+        provenance=provenance(),
+    )

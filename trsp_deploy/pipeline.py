@@ -544,7 +544,7 @@ class Pipeline:
             plan=self.plan(),
             provenance=provenance(),
         )
-        report.write_report(result, self.run.path)
+        report.write_report(result, self.bench(), self.run.path)
         return result
 
     def _engine_report(self, outcome: EngineOutcome) -> EngineReport:

@@ -57,7 +57,7 @@ def print_report(report: Report, run: Path, file: TextIO) -> None:
         out.print(Text(note, style="dim"), soft_wrap=True)
     out.print()
     out.print(Text(report.verdict, style="bold"), soft_wrap=True)
-    out.print(f"report: {run / 'report.md'} and report.json", soft_wrap=True)
+    out.print(f"report: {run / 'report.html'}, and the same as report.md and report.json", soft_wrap=True)
 
 
 def print_comparison(label: str, found: ComparisonReport, file: TextIO) -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from trsp_deploy.artifacts import write_json, writing
-from trsp_deploy.tools.pages import markdown
+from trsp_deploy.results import Comparison
+from trsp_deploy.tools.pages import html, markdown
 from trsp_deploy.tools.report import Report
 
 
-def write_report(report: Report, run: Path) -> None:
-    """Write the report into the run folder."""
+def write_report(report: Report, comparisons: Mapping[str, Comparison], run: Path) -> None:
+    """Write the report into the run folder; `comparisons` has the raw samples by engine."""
     write_json(run / "report.json", report)
     with writing(run / "report.md") as partial:
         partial.write_text(markdown.render(report), encoding="utf-8")
+    with writing(run / "report.html") as partial:
+        partial.write_text(html.render(report, comparisons), encoding="utf-8")
 
 
 def summary(report: Report, run: Path) -> dict[str, Any]:
@@ -22,4 +26,4 @@ def summary(report: Report, run: Path) -> dict[str, Any]:
     plain = report.model_dump(
         mode="json", include={"schema_version", "verdict", "model", "removal", "quality", "engines"}
     )
-    return {**plain, "run": str(run), "report": str(run / "report.json")}
+    return {**plain, "run": str(run), "report": str(run / "report.json"), "page": str(run / "report.html")}

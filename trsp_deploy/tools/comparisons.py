@@ -10,7 +10,7 @@ from trsp_deploy.recipe import Case, Strict
 from trsp_deploy.results import PHASES, Comparison, Phase, Role, Stop, Subject, Telemetry
 from trsp_deploy.tools.goals import PHASE_TITLES
 from trsp_deploy.tools.limits import SpeedLimit
-from trsp_deploy.tools.statistics import Ratio, Speedup, device_s, median_s, speedups
+from trsp_deploy.tools.statistics import FEWEST_REPLICATES, Ratio, Speedup, device_s, median_s, speedups
 
 Claim = Literal["CONFIRMED", "NOT THERE", "INCONCLUSIVE"]
 LimitOf = Callable[[Case], SpeedLimit]
@@ -82,7 +82,7 @@ def compare(comparison: Comparison, limit_of: LimitOf | None = None) -> Comparis
     roles: tuple[Role, ...] = ("dense", "pruned")
     replicates = comparison.replicates
     return ComparisonReport(
-        claim=_claim([phase.speedup for phase in phases]),
+        claim=_claim([phase.speedup for phase in phases], len(comparison.replicates)),
         phases=phases,
         load_s={role: statistics.median(r.load_s[role] for r in replicates) for role in roles},
         peak_rss_bytes={role: max(r.peak_rss_bytes[role] for r in replicates) for role in roles},
@@ -126,7 +126,9 @@ def _device_speedup(comparison: Comparison, case: int, phase: Phase) -> float | 
     return None if dense is None or pruned is None else dense / pruned
 
 
-def _claim(found: Sequence[Ratio]) -> Claim:
+def _claim(found: Sequence[Ratio], replicates: int) -> Claim:
+    if replicates < FEWEST_REPLICATES:
+        return "INCONCLUSIVE"
     if all(ratio.low > 1 for ratio in found):
         return "CONFIRMED"
     return "NOT THERE" if any(ratio.high < 1 for ratio in found) else "INCONCLUSIVE"
@@ -175,6 +177,8 @@ def notes(found: ComparisonReport) -> list[str]:
         f"{found.replicates} replicates of fresh processes, {found.blocks:,} blocks in turn, {found.elapsed_s:.0f} s, "
         f"until {how[found.stopped]}"
     ]
+    if found.replicates < FEWEST_REPLICATES:
+        lines.append(f"fewer than {FEWEST_REPLICATES} replicates decide nothing: give a larger budget (bench.budget_s)")
     floors = [phase.noise_floor for phase in found.phases if phase.noise_floor is not None]
     if floors:
         control = found.of("total").control

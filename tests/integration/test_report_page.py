@@ -1,0 +1,81 @@
+"""`report.html` in a real browser: no request, no console message, every plot drawn, on a phone and in the dark."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.samples import made_up, made_up_report
+from trsp_deploy.tools.pages import html, markdown, plots
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+browser = pytest.mark.skipif(CHROMIUM is None, reason="no headless browser: apt-get install chromium")
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = made_up(speedup=1.25, noise=0.01)
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    path.write_text(html.render(made_up_report(made), {"ort-cpu-fp32": made}), encoding="utf-8")
+    return path
+
+
+def chromium(tmp_path: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    assert CHROMIUM is not None
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    flags += ["--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}"]
+    return subprocess.run(
+        [CHROMIUM, *flags, *options], capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path
+    )
+
+
+def test_the_page_is_one_file_and_asks_for_nothing(page: Path) -> None:
+    text = page.read_text()
+    assert not re.search(r'(src|href)="(?!data:|#)', text), "nothing is loaded from elsewhere"
+    assert "<script" not in text and "default-src 'none'" in text
+    ids = re.findall(r'\bid="([^"]+)"', text)
+    assert len(ids) == len(set(ids)), "two plots share an id"
+    for used in re.findall(r"url\(#([^)]+)\)", text):
+        assert used in ids
+    assert not re.search("|".join(plots.VARIABLES), text), "a placeholder colour is left"
+
+
+def test_page_markdown_and_record_say_the_same(page: Path) -> None:
+    made = made_up(speedup=1.25, noise=0.01)
+    report = made_up_report(made)
+    ratio = report.engines[0].comparison.of("total").speedup  # type: ignore[union-attr]
+    shown = f"{ratio.ratio:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})"
+    assert shown in page.read_text() and shown in markdown.render(report)
+
+
+def test_names_from_outside_are_text(tmp_path: Path) -> None:
+    made = made_up()
+    report = made_up_report(made, model="<script>alert(1)</script>")
+    assert "<script" not in html.render(report, {"ort-cpu-fp32": made})
+
+
+@browser
+def test_a_browser_has_nothing_to_complain_about(page: Path, tmp_path: Path) -> None:
+    done = chromium(tmp_path, "--enable-logging=stderr", "--v=0", "--dump-dom", page.as_uri())
+    assert done.returncode == 0, done.stderr
+    assert "CONSOLE" not in done.stderr, done.stderr
+    assert done.stdout.count('role="img"') == 5 and "Faster: ort-cpu-fp32" in done.stdout
+
+
+@browser
+@pytest.mark.parametrize(("width", "dark"), [(1100, False), (390, True)])
+def test_a_screenshot_has_ink_on_it(page: Path, tmp_path: Path, width: int, dark: bool) -> None:
+    image = tmp_path / "page.png"
+    options = ["--blink-settings=preferredColorScheme=0"] if dark else []
+    done = chromium(tmp_path, *options, f"--window-size={width},2400", f"--screenshot={image}", page.as_uri())
+    assert done.returncode == 0 and image.is_file(), done.stderr
+    from matplotlib.image import imread
+
+    pixels = imread(image)[..., :3]
+    background = pixels[2, 2]
+    assert (background.mean() < 0.3) == dark
+    assert pixels.std() > 0.02, "an empty page"

@@ -1,0 +1,165 @@
+"""`report.html`: one file without network or script, light and dark, for a phone as for a desk."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from trsp_deploy.results import Comparison
+from trsp_deploy.tools.comparisons import Claim, ComparisonReport, notes
+from trsp_deploy.tools.pages import plots
+from trsp_deploy.tools.report import (
+    ENGINE_COLUMNS,
+    EngineReport,
+    QualityReport,
+    Report,
+    engine_notes,
+    engine_rows,
+    model_rows,
+)
+from trsp_deploy.tools.statistics import replicate_ratios
+
+TEMPLATE = "report.html.jinja"
+MOODS: dict[Claim, str] = {"CONFIRMED": "good", "NOT THERE": "bad", "INCONCLUSIVE": ""}
+OPENINGS: dict[Claim, str] = {
+    "CONFIRMED": "Faster: {name} generates {ratio:.2f} times as fast as before ({low:.2f} to {high:.2f}).",
+    "NOT THERE": "Not faster: a phase got slower on {name}, which is {ratio:.2f} times as fast end to end "
+    "({low:.2f} to {high:.2f}).",
+    "INCONCLUSIVE": "Not decided: {name} generates {ratio:.2f} times as fast, but the interval of a phase, "
+    "{low:.2f} to {high:.2f} end to end, leaves no difference possible.",
+}
+
+
+def render(report: Report, comparisons: Mapping[str, Comparison]) -> str:
+    """The page.
+
+    comparisons: raw samples by engine, for the plots and to download.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,  # names of models and texts are not ours
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
+    measured = [engine for engine in report.engines if engine.comparison is not None]
+    model = report.model
+    return environment.get_template(TEMPLATE).render(
+        title=f"{model.name}: {model.num_layers_dense} layers cut to {model.num_layers_pruned}",
+        sentences=_sentences(report, measured),
+        mood=_mood(measured),
+        cards=_cards(report, measured),
+        engines=[_engine(engine, comparisons[engine.name]) for engine in measured],
+        engine_columns=ENGINE_COLUMNS,
+        engine_rows=engine_rows(report),
+        absent=[note for note in engine_notes(report) if not note.startswith(tuple(f"{e.name}:" for e in measured))],
+        layer_map=Markup(plots.layers(report.plan)),
+        layer_caption=_layer_caption(report),
+        model_rows=model_rows(report),
+        parity=report.parity,
+        provenance=_provenance(report),
+        downloads=[_download("report.json", report.model_dump_json(indent=2), compress=False)]
+        + [_download(f"samples-{name}.json.gz", raw.model_dump_json()) for name, raw in comparisons.items()],
+        recipe=yaml.safe_dump(report.recipe.model_dump(mode="json"), sort_keys=False),
+    )
+
+
+def _sentences(report: Report, measured: list[EngineReport]) -> list[str]:
+    """What a reader without time should know: speed, then price, then a warning."""
+    lines = []
+    for engine in measured:
+        assert engine.comparison is not None
+        ratio = engine.comparison.of("total").speedup
+        opening = OPENINGS[engine.comparison.claim]
+        lines.append(opening.format(name=engine.name, ratio=ratio.ratio, low=ratio.low, high=ratio.high))
+        above = [phase.title for phase in engine.comparison.phases if phase.above_limit]
+        if above:
+            lines.append(f"Above what the hardware allows, so distrust it: {'; '.join(above)}.")
+    if not measured:
+        lines.append("Not measured: no engine could run on this machine, so no acceleration is claimed.")
+    if report.quality:
+        costs = ", ".join(f"{_percent(text)} on {name}" for name, text in report.quality.items())
+        lines.append(f"The price: perplexity (how surprised the model is by held-out text) {costs}.")
+    return lines
+
+
+def _percent(text: QualityReport) -> str:
+    change = text.ratio - 1
+    return f"{'up' if change >= 0 else 'down'} by {abs(change):.0%}"
+
+
+def _mood(measured: list[EngineReport]) -> str:
+    found = [engine.comparison for engine in measured if engine.comparison is not None]
+    claims = {comparison.claim for comparison in found}
+    doubtful = any(phase.above_limit for comparison in found for phase in comparison.phases)
+    return MOODS[claims.pop()] if len(claims) == 1 and not doubtful else ""
+
+
+def _cards(report: Report, measured: list[EngineReport]) -> list[tuple[str, str]]:
+    cards = []
+    for engine in measured[:1]:
+        assert engine.comparison is not None and engine.dense is not None and engine.pruned is not None
+        for phase, what in (("total", "end to end"), ("decode", "each new token"), ("prefill", "reading the prompt")):
+            found = engine.comparison.of(phase)  # type: ignore[arg-type]
+            limit = "" if found.limit is None else f", of {found.limit:.2f}x possible"
+            cards.append((f"{found.speedup.ratio:.2f}x", f"{what}{limit}"))
+        share = 1 - engine.pruned.size_bytes / engine.dense.size_bytes
+        cards.append((f"{share:.0%}", f"smaller: {engine.pruned.size_bytes / 1e6:.0f} MB"))
+    cards += [(f"{text.ratio:.2f}x", f"perplexity on {name}") for name, text in report.quality.items()]
+    return cards
+
+
+def _engine(engine: EngineReport, raw: Comparison) -> dict[str, Any]:
+    found: ComparisonReport | None = engine.comparison
+    assert found is not None
+    ratios, _ = replicate_ratios(raw.replicates, 0, "total")
+    drawn = [
+        (
+            plots.speedups(found),
+            "Speed-up by phase. Where the bar of dense against itself reaches, no difference is seen.",
+        ),
+        (plots.samples(raw), f"All {found.blocks:,} blocks: {raw.settings.cases[0].title}."),
+        (
+            plots.replicates(raw, found, ratios),
+            "One dot a replicate: fresh processes each time. The band is the interval.",
+        ),
+        (plots.telemetry(raw.telemetry), "What else the machine did."),
+    ]
+    return {
+        "name": engine.name,
+        "plots": [(Markup(svg), caption) for svg, caption in drawn if svg],
+        "notes": notes(found),
+    }
+
+
+def _layer_caption(report: Report) -> str:
+    plan = report.plan
+    learned = "Bars are the gates that were learned; " if plan.picks and plan.picks[-1].gates else ""
+    return f"{learned}{len(plan.dropped)} of {plan.num_layers} layers were dropped ({plan.method})."
+
+
+def _provenance(report: Report) -> list[tuple[str, str]]:
+    made = report.provenance
+    return [
+        ("model", report.model.origin),
+        ("machine", f"{made.cpu}, {made.cores} cores, {made.memory_bytes / 1e9:.0f} GB"),
+        ("GPU", ", ".join(made.gpus) or "none"),
+        ("versions", f"trsp_deploy {made.trsp_deploy}, Python {made.python}"),
+        ("packages", ", ".join(f"{name} {version}" for name, version in made.packages.items())),
+        ("seed", str(report.recipe.seed)),
+        *((f"text {name}", text.origin) for name, text in report.quality.items()),
+    ]
+
+
+def _download(name: str, text: str, compress: bool = True) -> dict[str, str]:
+    """A file inside the page."""
+    data = gzip.compress(text.encode(), mtime=0) if compress else text.encode()
+    kind = "application/gzip" if compress else "application/json"
+    uri = f"data:{kind};base64,{base64.b64encode(data).decode()}"
+    return {"name": name, "uri": uri, "size": f"{len(data) / 1e3:,.0f} kB"}
