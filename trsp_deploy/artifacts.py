@@ -157,6 +157,22 @@ def writing(target: Path) -> Iterator[Path]:
             raise
 
 
+def link_tree(source: Path, target: Path) -> None:
+    """Give a finished file or folder a second place: hard links, or copies where the file system has none."""
+
+    def link(one: str, other: str) -> None:
+        try:
+            os.link(one, other)
+        except OSError:
+            shutil.copy2(one, other)
+
+    with writing(target) as partial:
+        if source.is_dir():
+            shutil.copytree(source, partial, copy_function=link)
+        else:
+            link(str(source), str(partial))
+
+
 def write_json(path: Path, value: BaseModel | Mapping[str, Any]) -> None:
     """Write a record or mapping as indented JSON, whole or not at all."""
     plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value

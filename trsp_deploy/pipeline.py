@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import yaml
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from trsp_deploy.artifacts import RunFolder, fingerprint, provenance, size_bytes, write_json, writing
 from trsp_deploy.decoder import check_prunable, load_model, load_tokenizer
@@ -168,7 +168,8 @@ class Pipeline:
         return Done()
 
     @functools.cache
-    def _num_layers(self) -> int:
+    def num_layers(self) -> int:
+        """Of the dense model."""
         self.dense()
         count: int = AutoConfig.from_pretrained(self._path("dense"), local_files_only=True).num_hidden_layers
         return count
@@ -201,14 +202,14 @@ class Pipeline:
     def plan(self) -> PruningPlan:
         """Which layers go, as `plan.json`: chosen, handed in, or edited by hand."""
         path = self.run.path / "plan.json"
-        count = parse_drop(self.recipe.drop, self._num_layers())
+        count = parse_drop(self.recipe.drop, self.num_layers())
         if self._plan_file is not None:
             return self._adopt(self._plan_file, path)
         record = self.run.record("plan")
         settings = self._plan_settings(count)
         known = record if record is not None and record.settings == settings and path.is_file() else None
         if known is not None and fingerprint(path) != known.outputs["plan.json"]:
-            edited = read_plan(path, self._num_layers())
+            edited = read_plan(path, self.num_layers())
             self._say(f"plan.json was edited by hand: dropping {', '.join(map(str, edited.dropped))}")
             return edited
         inputs: dict[str, Path | str] = {
@@ -229,6 +230,36 @@ class Pipeline:
             checkpoints.remove()
         return plan
 
+    def plans(self, counts: tuple[int, ...]) -> dict[int, Path]:
+        """A plan for each number of layers, as `plans/drop-K.json`, from one search; methods as the recipe says."""
+        folder = self.run.path / "plans"
+        settings = {**self._plan_settings(max(counts)), "counts": list(counts)}
+        inputs: dict[str, Path | str] = {
+            "model": self._path("dense"),
+            "calibration": self._calibration_texts().fingerprint,
+        }
+        self.num_layers()  # `dense/` has to be there
+        checkpoints = self._checkpoints("plans", settings, inputs)
+
+        def work() -> Done:
+            train, validation = self._calibration_windows()
+            with quiet_libraries(), writing(folder) as partial:
+                model = self._checked_model()
+                origin = self._calibration_texts().origin
+                found = selection.select_for_counts(model, train, validation, counts, self.recipe, origin, checkpoints)
+                for count, plan in found.items():
+                    write_json(partial / f"drop-{count}.json", plan)
+            return Done()
+
+        self.run.step("plans", work, Done, settings=settings, inputs=inputs, outputs=["plans"])
+        checkpoints.remove()
+        return {count: folder / f"drop-{count}.json" for count in counts}
+
+    def _checked_model(self) -> PreTrainedModel:
+        model = load_model(self._path("dense"), pick_device(self.recipe), TRAINING_DTYPES[self.recipe.weights])
+        check_prunable(model)
+        return model
+
     def _checkpoints(self, step: str, settings: dict[str, Any], inputs: Mapping[str, Path | str]) -> Checkpoints:
         """Where a killed training of this step goes on; only from what these very settings and inputs left."""
         key = self.run.key(step, settings=settings, inputs=inputs)
@@ -241,7 +272,7 @@ class Pipeline:
         return {**chosen, "num_dropped": count}
 
     def _adopt(self, source: Path, path: Path) -> PruningPlan:
-        plan = read_plan(source, self._num_layers())
+        plan = read_plan(source, self.num_layers())
         if source.resolve() != path.resolve() and self.run.main:
             write_json(path, plan)
         return plan
@@ -249,10 +280,14 @@ class Pipeline:
     def _select(self, count: int, path: Path, checkpoints: Checkpoints) -> PruningPlan:
         train, validation = self._calibration_windows()
         with quiet_libraries():
-            model = load_model(self._path("dense"), pick_device(self.recipe), TRAINING_DTYPES[self.recipe.weights])
-            check_prunable(model)
             plan = selection.select_layers(
-                model, train, validation, count, self.recipe, self._calibration_texts().origin, checkpoints
+                self._checked_model(),
+                train,
+                validation,
+                count,
+                self.recipe,
+                self._calibration_texts().origin,
+                checkpoints,
             )
         if self.run.main:
             write_json(path, plan)

@@ -302,6 +302,29 @@ def parse_drop(drop: str, num_layers: int) -> int:
     return count
 
 
+def parse_drops(drops: str, num_layers: int) -> tuple[int, ...]:
+    """Turn a range (`5%..50%`, `2..12:2`; steps of 5% or 1) or a list (`10%,4,25%`) into numbers of layers, ascending.
+
+    Raises RecipeError as `parse_drop` does, and when a range has no beginning, no end, or they are of two kinds.
+    """
+    ranged = re.fullmatch(
+        r"\s*(\d+(?:\.\d+)?)(%?)\s*\.\.\s*(\d+(?:\.\d+)?)(%?)\s*(?::\s*(\d+(?:\.\d+)?)(%?))?\s*", drops
+    )
+    if ranged is None:
+        if ".." in drops:
+            raise RecipeError(f"--drop '{drops}': expected a range such as 5%..50%, 2..12, or 10%..40%:10%")
+        return tuple(sorted({parse_drop(each, num_layers) for each in drops.split(",")}))
+    first, kind, last, kind_of_last, step, kind_of_step = ranged.groups()
+    if kind != kind_of_last or (step is not None and kind_of_step != kind) or float(first) > float(last):
+        raise RecipeError(f"--drop '{drops}': begins with {first}{kind} and ends with {last}{kind_of_last}")
+    width = float(step) if step is not None else (5.0 if kind else 1.0)
+    if width <= 0:
+        raise RecipeError(f"--drop '{drops}': a step of 0 leads nowhere")
+    points = math.floor((float(last) - float(first)) / width + 1e-9) + 1
+    values = [float(first) + width * index for index in range(points)]
+    return tuple(sorted({parse_drop(f"{value:g}{kind}", num_layers) for value in values}))
+
+
 def _smallest_share(num_layers: int) -> int:
     return math.ceil(50 / num_layers)
 

@@ -13,7 +13,7 @@ import traceback
 import typer
 from typer.exceptions import Exit, TyperException
 
-from trsp_deploy.cli import catalogue, check_jobs, engine_jobs, jobs
+from trsp_deploy.cli import catalogue, check_jobs, engine_jobs, jobs, sweep_jobs
 from trsp_deploy.errors import TrspError
 
 INTERRUPTED = 130
@@ -27,6 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 jobs.register(app)
+sweep_jobs.register(app)
 check_jobs.register(app)
 engine_jobs.register(app)
 catalogue.register(app)

@@ -98,11 +98,11 @@ def prune_and_build(
     as_json: Json = False,
 ) -> None:
     """The whole job: prune, export, build engines, and judge the result against the dense model."""
-    chosen = _recipe_from_options(model, drop, recipe, engine, calibration, evaluation, seed, sets, method, then)
+    chosen = recipe_from_options(model, drop, recipe, engine, calibration, evaluation, seed, sets, method, then)
     if plan_memory:
         return _show_memory(chosen, plan, as_json)
-    with _pipeline(chosen, out, plan) as job:
-        _check_memory(job, plan, ignore_memory)
+    with run_of(chosen, out, plan) as job:
+        check_memory(job, plan, ignore_memory)
         from trsp_deploy.pipeline import prune_and_build as run_all
 
         _finish(job, run_all(job), as_json)
@@ -124,11 +124,11 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Choose the layers, move their knowledge, remove them: writes plan.json and pruned/."""
-    chosen = _recipe_from_options(model, drop, recipe, None, calibration, None, seed, sets, method, then)
+    chosen = recipe_from_options(model, drop, recipe, None, calibration, None, seed, sets, method, then)
     if plan_memory:
         return _show_memory(chosen, plan, as_json)
-    with _pipeline(chosen, out, plan) as job:
-        _check_memory(job, plan, ignore_memory)
+    with run_of(chosen, out, plan) as job:
+        check_memory(job, plan, ignore_memory)
         result = job.prune()
         _print_json(
             as_json,
@@ -228,7 +228,7 @@ def report(run: Run, as_json: Json = False) -> None:
         _finish(job, job.report(), as_json)
 
 
-def _recipe_from_options(
+def recipe_from_options(
     model: str | None,
     drop: str | None,
     recipe: str | None,
@@ -297,19 +297,19 @@ def existing(
     from trsp_deploy.recipe import override, read_recipe
 
     values = override(_with_lists(load_recipe(run), engine, evaluation), sets or [])
-    with _pipeline(read_recipe(values, str(run / "recipe.yaml")), run, None) as job:
+    with run_of(read_recipe(values, str(run / "recipe.yaml")), run, None) as job:
         yield job
 
 
 @contextlib.contextmanager
-def _pipeline(recipe: Recipe, out: Path | None, plan: Path | None) -> Iterator[Pipeline]:
+def run_of(recipe: Recipe, out: Path | None, plan: Path | None) -> Iterator[Pipeline]:
     """Enter the run folder and keep the resolved recipe in it."""
-    _say(f"{recipe.model}, dropping {recipe.drop} of the layers")
+    say(f"{recipe.model}, dropping {recipe.drop} of the layers")
     from trsp_deploy.artifacts import RunFolder
     from trsp_deploy.pipeline import Pipeline, default_folder, save_recipe
 
-    with RunFolder(out or default_folder(recipe, _say), _announce) as run:
-        job = Pipeline(run, recipe, plan, _say)
+    with RunFolder(out or default_folder(recipe, say), _announce) as run:
+        job = Pipeline(run, recipe, plan, say)
         save_recipe(run, recipe)
         yield job
 
@@ -320,7 +320,7 @@ def _show_memory(recipe: Recipe, plan_file: Path | None, as_json: bool) -> None:
     from trsp_deploy.tools.device_memory import model_config, plan_memory
     from trsp_deploy.tools.plan import read_plan
 
-    config = model_config(recipe.model, _say)
+    config = model_config(recipe.model, say)
     dropped = None if plan_file is None else read_plan(plan_file, config.num_hidden_layers).dropped
     found = plan_memory(recipe, config, dropped)
     print_memory(found, sys.stderr if as_json else sys.stdout)
@@ -328,7 +328,7 @@ def _show_memory(recipe: Recipe, plan_file: Path | None, as_json: bool) -> None:
         print(json.dumps(found.summary()))
 
 
-def _check_memory(job: Pipeline, plan_file: Path | None, ignore: bool) -> None:
+def check_memory(job: Pipeline, plan_file: Path | None, ignore: bool) -> None:
     """Refuse what cannot fit before anything slow begins; stages whose result is there are not asked about."""
     from trsp_deploy.tools.device_memory import check_memory, launched_as_several, model_config
     from trsp_deploy.tools.plan import read_plan
@@ -339,16 +339,16 @@ def _check_memory(job: Pipeline, plan_file: Path | None, ignore: bool) -> None:
     if ignore or not missing or launched_as_several():
         return
     with contextlib.suppress(ModelError):  # of a model that cannot be used the pipeline says more
-        config = model_config(job.recipe.model, _say)
+        config = model_config(job.recipe.model, say)
         dropped = read_plan(plan, config.num_hidden_layers).dropped if plan.is_file() else None
         check_memory(job.recipe, config, missing, dropped)
 
 
 def _announce(step: str, state: str) -> None:
-    _say(f"{step}: {state}")
+    say(f"{step}: {state}")
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
     from rich.console import Console
     from rich.markup import escape
 

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from trsp_deploy.tools.comparisons import ComparisonReport, notes, sentence
 from trsp_deploy.tools.device_memory import MemoryPlan
+from trsp_deploy.tools.pages.sweep_page import answer, columns, row
 from trsp_deploy.tools.report import (
     COMPARISON_COLUMNS,
     ENGINE_COLUMNS,
@@ -21,6 +22,7 @@ from trsp_deploy.tools.report import (
     engine_rows,
     model_rows,
 )
+from trsp_deploy.tools.sweeps import Sweep
 
 STATE_STYLES = {"ok": "green", "warning": "yellow", "missing": "yellow", "conflict": "bold red"}
 PIPED_WIDTH = 120
@@ -71,6 +73,16 @@ def print_comparison(label: str, found: ComparisonReport, file: TextIO) -> None:
     out.print(Text(sentence(label, found), style="bold"), soft_wrap=True)
 
 
+def print_sweep(found: Sweep, folder: Path, file: TextIO) -> None:
+    """A row a number of layers, and the answer."""
+    out = console(file)
+    out.print()
+    out.print(plain_table(columns(list(found.points[0].quality)), [row(point) for point in found.points]))
+    out.print()
+    out.print(Text(answer(found), style="bold"), soft_wrap=True)
+    out.print(f"page: {folder / 'sweep.html'}, and the same as sweep.json", soft_wrap=True)
+
+
 def print_memory(plan: MemoryPlan, file: TextIO) -> None:
     """Each stage's highest moment by purpose, the sum, and what the device has."""
     out = console(file)
@@ -95,6 +107,6 @@ def print_memory(plan: MemoryPlan, file: TextIO) -> None:
 def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """Rows under headings, without lines."""
     table = Table(*columns, box=None, pad_edge=False, header_style="bold")
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))  # Text: a `[gpu]` in a pip command is no markup
+    for cells in rows:
+        table.add_row(*(Text(cell) for cell in cells))  # Text: a `[gpu]` in a pip command is no markup
     return table

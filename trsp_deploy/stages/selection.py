@@ -15,6 +15,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -25,6 +27,7 @@ from trsp_deploy.tools.checkpoints import Checkpoints
 from trsp_deploy.tools.gates import LayerGates
 from trsp_deploy.tools.losses import TokenLosses
 from trsp_deploy.tools.methods import METHODS
+from trsp_deploy.tools.methods.base import Selection
 from trsp_deploy.tools.methods.fold import runs
 from trsp_deploy.tools.plan import Pick, PruningPlan, complement
 from trsp_deploy.tools.processes import Processes
@@ -49,37 +52,93 @@ def select_layers(
     calibration: where the text came from, for the plan's own record.
     checkpoints: where TRSP's gates go on from after a kill; the rivals are quick and start again.
     """
+    return select_for_counts(model, train, validation, (num_dropped,), recipe, calibration, checkpoints)[num_dropped]
+
+
+def select_for_counts(
+    model: PreTrainedModel,
+    train: torch.Tensor,
+    validation: torch.Tensor,
+    counts: Sequence[int],
+    recipe: Recipe,
+    calibration: str,
+    checkpoints: Checkpoints | None = None,
+) -> dict[int, PruningPlan]:
+    """A plan for each number of layers, from one search that goes as far as the largest; arguments as above.
+
+    What a greedy search has picked first serves the smaller numbers; methods that are not greedy choose anew for each.
+    """
     model.requires_grad_(False)
-    batch_size = recipe.plan.batch_size
-    num_layers = len(decoder_layers(model))
-    picks: tuple[Pick, ...] = ()
-    settings = recipe.plan.model_dump()
     if recipe.plan.method == "trsp":
-        picking = GatePicking(model, train, validation, recipe, checkpoints)
-        dense_loss = picking.held_out_loss()
-        picks, finals = picking.run(num_dropped)
-        dropped = next(iter(finals))
-        settings |= {"finals": {runs_text(layers): loss for layers, loss in finals.items()}} if len(finals) > 1 else {}
+        dense_loss, found = _by_gates(model, train, validation, counts, recipe, checkpoints)
     else:
-        with torch.no_grad(), autocast(recipe, pick_device(recipe)):
-            dense_loss = mean_loss(model, validation, batch_size)
-        method = METHODS[recipe.plan.method]
+        dense_loss, found = _by_rival(model, train, validation, counts, recipe)
+    num_layers = len(decoder_layers(model))
+    return {
+        count: PruningPlan(
+            model=recipe.model,
+            num_layers=num_layers,
+            dropped=dropped,
+            kept=complement(dropped, num_layers),
+            method=recipe.plan.method,
+            seed=recipe.seed,
+            settings=settings,
+            calibration=calibration,
+            dense_loss=round(dense_loss, 6),
+            picks=picks,
+        )
+        for count, (dropped, settings, picks) in found.items()
+    }
+
+
+# By count: the layers, settings for the plan's record, picks.
+Chosen = dict[int, tuple[tuple[int, ...], dict[str, Any], tuple[Pick, ...]]]
+
+
+def _by_gates(
+    model: PreTrainedModel,
+    train: torch.Tensor,
+    validation: torch.Tensor,
+    counts: Sequence[int],
+    recipe: Recipe,
+    checkpoints: Checkpoints | None,
+) -> tuple[float, Chosen]:
+    """The dense model's held-out loss in nats, and what was chosen."""
+    picking = GatePicking(model, train, validation, recipe, checkpoints)
+    dense_loss = picking.held_out_loss()
+    picks, finals = picking.run(counts)
+    chosen: Chosen = {}
+    for count, tried in finals.items():
+        settings = recipe.plan.model_dump()
+        if len(tried) > 1:
+            settings["finals"] = {runs_text(layers): loss for layers, loss in tried.items()}
+        chosen[count] = (next(iter(tried)), settings, picks[:count])
+    return dense_loss, chosen
+
+
+def _by_rival(
+    model: PreTrainedModel, train: torch.Tensor, validation: torch.Tensor, counts: Sequence[int], recipe: Recipe
+) -> tuple[float, Chosen]:
+    """As above, by a method of the table."""
+    method, batch_size = METHODS[recipe.plan.method], recipe.plan.batch_size
+    with torch.no_grad(), autocast(recipe, pick_device(recipe)):
+        dense_loss = mean_loss(model, validation, batch_size)
+
+    def select(count: int) -> Selection:
         with autocast(recipe, pick_device(recipe)) if method.mixed_precision else contextlib.nullcontext():
-            found = method.select(model, train, num_dropped, batch_size)
-        dropped = found.dropped
-        settings = {"batch_size": batch_size, "scores": found.scores, "forward_passes": found.forward_passes}
-    return PruningPlan(
-        model=recipe.model,
-        num_layers=num_layers,
-        dropped=dropped,
-        kept=complement(dropped, num_layers),
-        method=recipe.plan.method,
-        seed=recipe.seed,
-        settings=settings,
-        calibration=calibration,
-        dense_loss=round(dense_loss, 6),
-        picks=picks,
-    )
+            return method.select(model, train, count, batch_size)
+
+    def record(found: Selection) -> dict[str, Any]:
+        return {"batch_size": batch_size, "scores": found.scores, "forward_passes": found.forward_passes}
+
+    largest = select(max(counts))
+    order = largest.scores.get("order")
+    chosen: Chosen = {}
+    for count in counts:
+        found = largest if count == max(counts) or order is not None else select(count)
+        dropped = found.dropped if order is None else tuple(sorted(order[:count]))
+        chosen[count] = (dropped, record(found), ())
+    return dense_loss, chosen
 
 
 class GatePicking:
@@ -118,30 +177,32 @@ class GatePicking:
         with autocast(self._recipe, self._device):
             return mean_loss(self._losses, self._validation, self._settings.batch_size)
 
-    def run(self, num_dropped: int) -> tuple[tuple[Pick, ...], dict[tuple[int, ...], float]]:
-        """Pick layers until `num_dropped` are closed; then, where `spans` asks for it, try spans against the picks.
+    def run(self, counts: Sequence[int]) -> tuple[tuple[Pick, ...], dict[int, dict[tuple[int, ...], float]]]:
+        """Pick layers until the largest of `counts` are closed; then try, for each count, spans against the picks.
 
-        A greedy search cannot see that a span is cheap until most of it is gone. Returns the picks, and the mean loss
-        in nats without each of the last sets of layers tried, best first.
+        A greedy search cannot see that a span is cheap until most of it is gone. Returns the picks, and for each count
+        the mean loss in nats without each of the last sets of layers tried, best first.
         """
         steps, gates = self._settings.steps, self._gates
-        spans = self._spans(num_dropped)
         trials = num_trials(min(self._settings.candidates, len(gates.open)))
         self._restore()
         done = len(self._picks) * (steps + trials) + len(self._lm_losses)
+        total = max(counts) * (steps + trials) + sum(num_trials(len(self._spans(count)) + 1) for count in counts)
         order = batch_order(len(self._windows), self._settings.batch_size, self._recipe.seed)
         order = itertools.islice(order, len(self._picks) * steps + len(self._lm_losses), None)
-        with gates, Meter("selection", num_dropped * (steps + trials) + num_trials(len(spans) + 1), done) as meter:
-            while len(self._picks) < num_dropped:
+        with gates, Meter("selection", total, done) as meter:
+            while len(self._picks) < max(counts):
                 while len(self._lm_losses) < steps:
                     self._update(next(order))
                     self._save_if_due()
                     meter.advance(f"picked {len(self._picks)}, loss {self._lm_losses[-1]:.3f}")
                 self._pick(meter)
                 self._save_if_due()
-            picked = tuple(sorted(pick.layer for pick in self._picks))
-            finals = self._try(list(dict.fromkeys([picked, *spans])), meter) if spans else {picked: math.nan}
-        return tuple(self._picks), finals
+            return tuple(self._picks), {count: self._finals(count, meter) for count in counts}
+
+    def _finals(self, count: int, meter: Meter) -> dict[tuple[int, ...], float]:
+        picked, spans = tuple(sorted(pick.layer for pick in self._picks[:count])), self._spans(count)
+        return self._try(list(dict.fromkeys([picked, *spans])), meter) if spans else {picked: math.nan}
 
     def _spans(self, num_dropped: int) -> list[tuple[int, ...]]:
         """Every span of consecutive layers behind layer 0."""

@@ -12,6 +12,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from trsp_deploy.artifacts import Provenance
 from trsp_deploy.results import Comparison
 from trsp_deploy.tools.comparisons import Claim, ComparisonReport, notes
 from trsp_deploy.tools.pages import plots
@@ -42,15 +43,10 @@ def render(report: Report, comparisons: Mapping[str, Comparison]) -> str:
 
     comparisons: raw samples by engine, for the plots and to download.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,  # names of models and texts are not ours
-        undefined=StrictUndefined,
-        trim_blocks=True,
-    )
     measured = [engine for engine in report.engines if engine.comparison is not None]
     model = report.model
-    return environment.get_template(TEMPLATE).render(
+    return fill(
+        TEMPLATE,
         title=f"{model.name}: {model.num_layers_dense} layers cut to {model.num_layers_pruned}",
         sentences=_sentences(report, measured),
         mood=_mood(measured),
@@ -63,9 +59,15 @@ def render(report: Report, comparisons: Mapping[str, Comparison]) -> str:
         layer_caption=_layer_caption(report),
         model_rows=model_rows(report),
         parity=report.parity,
-        provenance=_provenance(report),
-        downloads=[_download("report.json", report.model_dump_json(indent=2), compress=False)]
-        + [_download(f"samples-{name}.json.gz", raw.model_dump_json()) for name, raw in comparisons.items()],
+        provenance=[
+            *machine_rows(report.provenance, report.model.origin),
+            ("seed", str(report.recipe.seed)),
+            *((f"text {name}", text.origin) for name, text in report.quality.items()),
+        ],
+        downloads=[
+            _download("report.json", report.model_dump_json(indent=2), compress=False),
+            *(_download(f"samples-{name}.json.gz", raw.model_dump_json()) for name, raw in comparisons.items()),
+        ],
         recipe=yaml.safe_dump(report.recipe.model_dump(mode="json"), sort_keys=False),
     )
 
@@ -144,17 +146,26 @@ def _layer_caption(report: Report) -> str:
     return f"{learned}{len(plan.dropped)} of {plan.num_layers} layers were dropped ({plan.method})."
 
 
-def _provenance(report: Report) -> list[tuple[str, str]]:
-    made = report.provenance
+def machine_rows(made: Provenance, origin: str) -> list[tuple[str, str]]:
+    """Where and with what it was measured."""
     return [
-        ("model", report.model.origin),
+        ("model", origin),
         ("machine", f"{made.cpu}, {made.cores} cores, {made.memory_bytes / 1e9:.0f} GB"),
         ("GPU", ", ".join(made.gpus) or "none"),
         ("versions", f"trsp_deploy {made.trsp_deploy}, Python {made.python}"),
         ("packages", ", ".join(f"{name} {version}" for name, version in made.packages.items())),
-        ("seed", str(report.recipe.seed)),
-        *((f"text {name}", text.origin) for name, text in report.quality.items()),
     ]
+
+
+def fill(template: str, **values: Any) -> str:
+    """A page from one of the templates beside this file."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,  # names of models and texts are not ours
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
+    return environment.get_template(template).render(**values)
 
 
 def _download(name: str, text: str, compress: bool = True) -> dict[str, str]:

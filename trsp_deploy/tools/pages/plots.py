@@ -23,6 +23,7 @@ from trsp_deploy.tools.comparisons import ComparisonReport
 from trsp_deploy.tools.goals import PHASE_TITLES
 from trsp_deploy.tools.plan import PruningPlan
 from trsp_deploy.tools.statistics import phase_s
+from trsp_deploy.tools.sweeps import Sweep
 
 WIDTH = 4.2  # inches
 # Placeholder colours, unlike any that matplotlib chooses by itself, and the page's variables for them.
@@ -155,6 +156,63 @@ def telemetry(taken: Sequence[Telemetry]) -> str:
             panel.set_ylim(0, 1.1 * max(*values, 1))
         panels[-1].set_xlabel("seconds since the comparison began")
         return _svg(figure, "telemetry", "Load and clocks of the machine during the comparison")
+
+
+def pareto(found: Sweep) -> str:
+    """Perplexity ratio against end-to-end speed-up: a line a text, a number at each point; empty where nothing ran."""
+    points = [point for point in found.points if point.comparison is not None]
+    if not points:
+        return ""
+    with rc_context(STYLE):
+        figure, axes = _figure(3.4)
+        speeds = [point.comparison.of("total").speedup.ratio for point in points if point.comparison is not None]
+        markers = dict(zip(points[0].quality, "osD^v<>", strict=False))
+        for text, marker in markers.items():
+            ratios = [point.quality[text].ratio for point in points]
+            axes.plot(speeds, ratios, marker=marker, color=PRUNED, linewidth=1, markersize=5, label=text)
+        for point, speed in zip(points, speeds, strict=True):
+            chosen = point.num_dropped == found.choice.num_dropped
+            axes.annotate(
+                str(point.num_dropped),
+                (speed, point.worst_ppl_ratio),
+                textcoords="offset points",
+                xytext=(0, 6),
+                ha="center",
+                weight="bold" if chosen else "normal",
+                color=LIMIT if chosen else INK,
+            )
+        if found.targets.min_speedup is not None:
+            axes.axvline(found.targets.min_speedup, color=LIMIT, linewidth=1, linestyle="--")
+        if found.targets.max_ppl_ratio is not None:
+            axes.axhline(found.targets.max_ppl_ratio, color=LIMIT, linewidth=1, linestyle="--")
+        axes.set_xlabel("times as fast, end to end")
+        axes.set_ylabel("perplexity, times dense")
+        axes.legend(loc="upper left")
+        return _svg(figure, "pareto", "Perplexity over dense against end-to-end speed-up for each number of layers")
+
+
+def by_count(found: Sweep) -> str:
+    """Speed-up and its limit against the number of layers dropped; empty where nothing ran."""
+    points = [
+        (point.num_dropped, point.comparison.of("total")) for point in found.points if point.comparison is not None
+    ]
+    if not points:
+        return ""
+    with rc_context(STYLE):
+        figure, axes = _figure(3.4)
+        counts = [count for count, _ in points]
+        ratios = [total.speedup for _, total in points]
+        lows, highs = [r.ratio - r.low for r in ratios], [r.high - r.ratio for r in ratios]
+        axes.errorbar(counts, [r.ratio for r in ratios], [lows, highs], fmt="o-", color=PRUNED, label="measured")
+        limits = [(count, total.limit) for count, total in points if total.limit is not None]
+        if limits:
+            axes.plot(*zip(*limits, strict=True), color=LIMIT, linewidth=1, linestyle="--", label="limit")
+        axes.axhline(1, color=FAINT, linewidth=1)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("layers dropped")
+        axes.set_ylabel("times as fast, end to end")
+        axes.legend(loc="upper left")
+        return _svg(figure, "by-count", "End-to-end speed-up and its limit against the number of layers dropped")
 
 
 def _blocks(comparison: Comparison, subject: Subject) -> list:  # type: ignore[type-arg]

@@ -1,0 +1,78 @@
+"""A sweep on a tiny model: one search, a run for each number of layers, resumable, and a choice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.integration.test_check import trsp_deploy
+from tests.tiny import english, save_tiny
+
+SETTINGS = [
+    "calibration.context_length=32",
+    "calibration.max_windows=8",
+    "calibration.validation_windows=2",
+    "plan.steps=1",
+    "plan.candidates=2",
+    "transfer.form=none",
+    "evaluate.context_length=64",
+    "evaluate.max_tokens=640",
+    "bench.prompt_tokens=8",
+    "bench.new_tokens=2",
+    "bench.budget_s=1",
+    "bench.replicates=2",
+    "bench.control=false",
+]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sweep")
+    save_tiny("llama", folder / "tiny")
+    (folder / "text.txt").write_text(english()[:30_000])
+    return folder
+
+
+def sweep(workspace: Path, *options: str):  # type: ignore[no-untyped-def]
+    settings = [option for pair in SETTINGS for option in ("--set", pair)]
+    texts = ["--calibration", "text.txt", "--eval", "manual=text.txt", "--engine", "ort-cpu-fp32"]
+    return trsp_deploy("sweep", "--model", "tiny", *texts, *settings, "--out", "sweep", *options, cwd=workspace)
+
+
+def test_a_sweep_is_one_search_and_a_run_each_and_goes_on(workspace: Path) -> None:
+    done = sweep(workspace, "--drop", "1..2", "--max-ppl-ratio", "1000", "--json")
+    assert done.code == 0, done.said
+    found = json.loads(done.stdout)
+    assert [point["num_dropped"] for point in found["points"]] == [1, 2] and found["choice"]["num_dropped"] == 2
+    assert done.stderr.count("plans: started") == 1 and "plan: started" not in done.stderr
+    # What concerns dense alone is made in the first run only.
+    for step in ("export-dense-fp32", "build-ort-cpu-fp32-dense", "evaluate-manual-dense"):
+        assert f"drop-1: {step}: started" in done.stderr and f"drop-2: {step}: reused" in done.stderr
+    for count in (1, 2):
+        folder = workspace / "sweep" / f"drop-{count}"
+        plan = json.loads((folder / "plan.json").read_text())
+        assert len(plan["dropped"]) == count and (folder / "report.html").is_file()
+    assert "drop-2/report.html" in (workspace / "sweep" / "sweep.html").read_text()
+    first, second = ((workspace / "sweep" / f"drop-{c}" / "dense" / "model.safetensors").stat() for c in (1, 2))
+    assert first.st_ino == second.st_ino, "linked, not copied"
+    again = sweep(workspace, "--drop", "1..2", "--max-ppl-ratio", "0.0001", "--json")
+    assert again.code == 1 and "--max-ppl-ratio" in again.stderr  # below 1 makes no sense
+    again = sweep(workspace, "--drop", "1..2", "--target-speedup", "50", "--json")
+    assert again.code == 2, again.said
+    assert json.loads(again.stdout)["choice"]["num_dropped"] is None and "started" not in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--drop", "5..50%"], ["--drop '5..50%'"]),
+        (["--drop", "1..9"], ["--drop", "1 to 5"]),
+        (["--target-latency", "20"], ["--target-latency '20'", "20ms"]),
+    ],
+)
+def test_bad_input_is_one_line(workspace: Path, options: list[str], words: list[str]) -> None:
+    done = sweep(workspace, *options)
+    assert done.code == 1 and done.stdout == ""
+    assert all(word in done.stderr.splitlines()[-1] for word in words), done.stderr

@@ -1,0 +1,95 @@
+"""Which point of a sweep is taken, and what is said about it."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.samples import made_up, made_up_report
+from trsp_deploy.artifacts import provenance
+from trsp_deploy.errors import RecipeError
+from trsp_deploy.recipe import parse_drops
+from trsp_deploy.tools.comparisons import compare
+from trsp_deploy.tools.pages import sweep_page
+from trsp_deploy.tools.sweeps import Point, Sweep, Targets, choose
+
+
+def point(count: int, speed: float, ppl: float) -> Point:
+    quality = made_up_report(made_up()).quality["text"]
+    return Point(
+        num_dropped=count,
+        dropped=tuple(range(count)),
+        folder=f"drop-{count}",
+        engine="ort-cpu-fp32",
+        parameters_dropped_share=count / 10,
+        quality={"text": quality.model_copy(update={"ratio": ppl, "ratio_low": ppl - 0.1, "ratio_high": ppl + 0.1})},
+        comparison=compare(made_up(speedup=speed, noise=1e-6)),
+        size_bytes=10**8,
+        dense_size_bytes=2 * 10**8,
+    )
+
+
+POINTS = [point(2, 1.1, 1.05), point(4, 1.2, 1.2), point(6, 1.35, 1.5), point(8, 1.5, 2.5)]
+
+
+@pytest.mark.parametrize(
+    ("targets", "count", "words"),
+    [
+        ({"min_speedup": 1.25}, 6, ["fast enough: 1.35x of 1.25x end to end", "4 gives 1.20x"]),
+        ({"min_speedup": 1.05}, 2, ["the smallest cut that was tried"]),
+        ({"max_ppl_ratio": 1.3}, 4, ["the most that quality allows", "6 would cost 1.50x"]),
+        ({"max_ppl_ratio": 9}, 8, ["more was not tried"]),
+        ({"min_speedup": 1.15, "max_ppl_ratio": 1.3}, 4, ["2 gives 1.10x"]),
+        ({"min_speedup": 1.25, "max_ppl_ratio": 1.3}, None, ["speed needs at least 6", "1.3x allows 4"]),
+        ({"min_speedup": 2}, None, ["the largest cut, 8, is not fast enough: 1.50x of 2x"]),
+        ({"max_ppl_ratio": 1.01}, None, ["the smallest cut, 2, costs 1.05x"]),
+        ({"max_latency_s": 0.0084}, 4, ["8.3 ms of 8.4 ms a token", "2 gives 9.1 ms"]),
+        ({}, None, ["no target was given"]),
+    ],
+)
+def test_the_choice_and_the_limit_that_bound(targets: dict[str, float], count: int | None, words: list[str]) -> None:
+    found = choose(POINTS, Targets(**targets))
+    assert found.num_dropped == count and all(word in found.reason for word in words), found.reason
+
+
+def test_a_point_without_an_engine_is_never_fast() -> None:
+    unmeasured = POINTS[3].model_copy(update={"comparison": None, "size_bytes": None})
+    assert choose([unmeasured], Targets(min_speedup=1.01)).num_dropped is None
+    assert choose([unmeasured], Targets(max_ppl_ratio=3)).num_dropped == 8
+
+
+def test_the_page_has_the_answer_every_point_and_two_plots() -> None:
+    targets = Targets(min_speedup=1.25)
+    found = Sweep(
+        model="tiny",
+        num_layers=10,
+        points=tuple(POINTS),
+        targets=targets,
+        choice=choose(POINTS, targets),
+        provenance=provenance(),
+    )
+    page = sweep_page.render(found)
+    assert "Drop 6 of 10 layers (drop-6)" in page and page.count("<svg") == 2
+    assert all(f'href="drop-{count}/report.html"' in page for count in (2, 4, 6, 8))
+    unmeasured = found.model_copy(update={"points": (POINTS[0].model_copy(update={"comparison": None}),)})
+    assert "not measured" in sweep_page.render(unmeasured)
+
+
+@pytest.mark.parametrize(
+    ("text", "counts"),
+    [
+        ("5%..50%", (2, 3, 5, 6, 8, 9, 11, 12, 14, 15)),
+        ("10%..30%:10%", (3, 6, 9)),
+        ("2..6:2", (2, 4, 6)),
+        ("2..4", (2, 3, 4)),
+        ("7", (7,)),
+        ("10%,4,25%", (3, 4, 8)),
+    ],
+)
+def test_ranges_of_layers(text: str, counts: tuple[int, ...]) -> None:
+    assert parse_drops(text, 30) == counts
+
+
+@pytest.mark.parametrize("text", ["5..50%", "9..3", "..", "a..b", "2..4:0", "2..4:5%", "0..3", "50%..100%", "x"])
+def test_what_is_no_range(text: str) -> None:
+    with pytest.raises(RecipeError, match="--drop"):
+        parse_drops(text, 30)

@@ -1,0 +1,99 @@
+"""The command that answers "how much should I drop?"."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trsp_deploy.cli.jobs import (
+    Calibration,
+    Engines,
+    Evaluation,
+    IgnoreMemory,
+    Json,
+    MethodName,
+    Model,
+    RecipeName,
+    Seed,
+    Sets,
+    Then,
+)
+from trsp_deploy.errors import RecipeError
+
+Drops = Annotated[
+    str,
+    typer.Option("--drop", help="A range, 5%..50% or 2..12, with :step or without; or 4,7,10.", metavar="RANGE"),
+]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder; runs/<model>-sweep when not given.", metavar="DIR")]
+TargetSpeedup = Annotated[
+    float | None, typer.Option("--target-speedup", help="End to end, such as 1.25.", min=1.0, metavar="X")
+]
+TargetLatency = Annotated[
+    str | None, typer.Option("--target-latency", help="Of a new token, such as 20ms.", metavar="TIME")
+]
+MaxPerplexity = Annotated[
+    float | None, typer.Option("--max-ppl-ratio", help="Pruned / dense, on every text.", min=1.0, metavar="X")
+]
+
+CHOICE_MISSING = 2  # exit code where targets were given and no point keeps them
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command("sweep")(sweep)
+
+
+def sweep(
+    model: Model = None,
+    drop: Drops = "10%..40%",
+    recipe: RecipeName = None,
+    engine: Engines = None,
+    calibration: Calibration = None,
+    evaluation: Evaluation = None,
+    target_speedup: TargetSpeedup = None,
+    target_latency: TargetLatency = None,
+    max_ppl_ratio: MaxPerplexity = None,
+    out: Out = None,
+    seed: Seed = None,
+    sets: Sets = None,
+    method: MethodName = None,
+    then: Then = None,
+    ignore_memory: IgnoreMemory = False,
+    as_json: Json = False,
+) -> None:
+    """Quality, latency, memory and size for each number of layers, through real engines; targets choose one."""
+    max_latency_s = _seconds(target_latency)
+    from trsp_deploy.cli.jobs import check_memory, recipe_from_options, run_of, say
+    from trsp_deploy.cli.tables import print_sweep
+    from trsp_deploy.recipe import parse_drops
+    from trsp_deploy.tools.sweeps import Targets
+
+    parse_drops(drop, num_layers=10**6)  # what cannot be a range is said before anything slow
+    first = drop.split("..")[0].split(",")[0]
+    chosen = recipe_from_options(model, first, recipe, engine, calibration, evaluation, seed, sets, method, then)
+    targets = Targets(min_speedup=target_speedup, max_latency_s=max_latency_s, max_ppl_ratio=max_ppl_ratio)
+    folder = out or Path("runs") / f"{Path(chosen.model).name}-sweep"
+    with run_of(chosen, folder, None) as job:
+        from trsp_deploy.sweep import sweep as sweep_all
+
+        check_memory(job, None, ignore_memory)
+        found = sweep_all(job, parse_drops(drop, job.num_layers()), targets, say)
+    print_sweep(found, folder, sys.stderr if as_json else sys.stdout)
+    if as_json:
+        print(json.dumps(found.model_dump(mode="json", exclude={"provenance"})))
+    wanted = targets != Targets()
+    raise typer.Exit(CHOICE_MISSING if wanted and found.choice.num_dropped is None else 0)
+
+
+def _seconds(text: str | None) -> float | None:
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s)", text.strip())
+    if found is None or float(found[1]) == 0:
+        raise RecipeError(f"--target-latency '{text}': expected a time such as 20ms or 0.02s")
+    return float(found[1]) / (1e3 if found[2] == "ms" else 1)

@@ -1,0 +1,96 @@
+"""How much should go? One search for layers, then a run for every number of them, each through real engines.
+
+    found = sweep(job, folder, counts, Targets(min_speedup=1.25), say)
+
+Every number of layers is a run folder of its own, `drop-K/`, to be looked at, continued and shipped like any other.
+What concerns the dense model alone is made once and linked into the others. Sits above the pipeline.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable
+from pathlib import Path
+
+from trsp_deploy.artifacts import RunFolder, link_tree, provenance, write_json, writing
+from trsp_deploy.pipeline import Pipeline, prune_and_build, save_recipe
+from trsp_deploy.tools.pages import sweep_page
+from trsp_deploy.tools.report import EngineReport, QualityReport, Report
+from trsp_deploy.tools.sweeps import Point, Sweep, Targets, choose
+
+DENSE_STEPS = ("dense", "export-dense-*", "build-*-dense", "parity-*-dense-*", "evaluate-*-dense")
+
+
+def sweep(job: Pipeline, counts: tuple[int, ...], targets: Targets, say: Callable[[str], None]) -> Sweep:
+    """Make or finish every run of a sweep, smallest cut first, and choose among them.
+
+    job: its folder is the sweep's; its recipe serves every run, with another number of layers each.
+    """
+    root = job.run.path
+    plans = job.plans(counts)
+    points: list[Point] = []
+    for number, count in enumerate(counts, start=1):
+        say(f"[{number}/{len(counts)}] {count} of {job.num_layers()} layers")
+        folder = root / f"drop-{count}"
+        if number > 1:
+            _adopt_dense(root / f"drop-{counts[0]}", folder)
+        points.append(_point(_run(job, folder, count, plans[count], say), folder.relative_to(root), count))
+        found = Sweep(
+            model=job.recipe.model,
+            num_layers=job.num_layers(),
+            points=tuple(points),
+            targets=targets,
+            choice=choose(points, targets),
+            provenance=provenance(),
+        )
+        _write(found, root)
+    return found
+
+
+def _run(job: Pipeline, folder: Path, count: int, plan: Path, say: Callable[[str], None]) -> Report:
+    recipe = job.recipe.model_copy(update={"drop": str(count)})
+    with RunFolder(folder, lambda step, state: say(f"{folder.name}: {step}: {state}")) as run:
+        one = Pipeline(run, recipe, plan, say)
+        save_recipe(run, recipe)
+        return prune_and_build(one)
+
+
+def _adopt_dense(source: Path, target: Path) -> None:
+    """Link what was made of the dense model into another run; the run's own records say whether it still holds."""
+    for record in sorted((source / "records").glob("*.json")):
+        there = target / "records" / record.name
+        if there.exists() or not any(fnmatch.fnmatch(record.stem, step) for step in DENSE_STEPS):
+            continue
+        done = RunFolder(source).record(record.stem)
+        if done is None:
+            continue
+        for output in done.outputs:
+            if not (target / output).exists():
+                link_tree(source / output, target / output)
+        link_tree(record, there)
+
+
+def _point(report: Report, folder: Path, count: int) -> Point:
+    engine = next((engine for engine in report.engines if engine.comparison is not None), None)
+    return Point(
+        num_dropped=count,
+        dropped=report.plan.dropped,
+        folder=folder.as_posix(),
+        engine=None if engine is None else engine.name,
+        parameters_dropped_share=report.model.parameters_dropped_share,
+        quality=_quality(report, engine),
+        comparison=None if engine is None else engine.comparison,
+        size_bytes=None if engine is None or engine.pruned is None else engine.pruned.size_bytes,
+        dense_size_bytes=None if engine is None or engine.dense is None else engine.dense.size_bytes,
+    )
+
+
+def _quality(report: Report, engine: EngineReport | None) -> dict[str, QualityReport]:
+    """Through the engine where one ran."""
+    return report.quality if engine is None or not engine.quality else engine.quality
+
+
+def _write(found: Sweep, root: Path) -> None:
+    write_json(root / "sweep.json", found)
+    with writing(root / "sweep.html") as partial:
+        partial.write_text(sweep_page.render(found), encoding="utf-8")
