@@ -30,7 +30,7 @@ from trsp_deploy.tools.baselines import (
 )
 from trsp_deploy.tools.comparisons import ComparisonReport, notes
 from trsp_deploy.tools.goals import Goal, least_speedup, most_latency, most_speedup_lost
-from trsp_deploy.tools.report import QualityReport
+from trsp_deploy.tools.report import ChoicesReport, QualityReport
 from trsp_deploy.tools.statistics import Ratio
 from trsp_deploy.tools.verdicts import Outcome, Requirement, Word, judge, worst
 
@@ -42,6 +42,7 @@ class Tolerances(Strict):
     max_latency_regression: float | None = None  # share of the baseline's time, end to end
     max_speedup_loss: float | None = None  # share of the baseline's speed-up, end to end
     max_ppl_ratio: Positive | None = None  # pruned / dense perplexity, on every text
+    min_accuracy_retained: Positive | None = None  # pruned / dense mean accuracy over the recipe's tasks
 
     @property
     def relative(self) -> bool:
@@ -57,6 +58,7 @@ class Check(Strict):
     outcomes: tuple[Outcome, ...]
     comparison: ComparisonReport
     quality: dict[str, QualityReport]
+    choices: ChoicesReport | None
     notes: tuple[str, ...]
     tolerances: Tolerances
     provenance: Provenance
@@ -88,10 +90,13 @@ def check_run(
     if before is not None:
         shapes = {name: getattr(before.settings, name) for name in ("batch_sizes", "prompt_tokens", "new_tokens")}
         settings = settings.model_copy(update=shapes)
-    quality = job.engine_quality(spec)  # first: it is quick where it is known, and may end the job with an error
+    # Quality first: it is quick where it is known, and may end the job with an error.
+    quality, choices = job.engine_quality(spec), job.engine_choices(spec)
+    if tolerances.min_accuracy_retained is not None and choices is None:
+        raise RecipeError("check: --min-accuracy-retained needs tasks; give some with --task, such as --task piqa")
     comparison, goals = _measure(job, spec, tolerances, before, settings)
     derived = bench.derive(*job.pair(spec), comparison)
-    outcomes = [goal.outcome(comparison.replicates) for goal in goals] + _quality(quality, tolerances)
+    outcomes = [goal.outcome(comparison.replicates) for goal in goals] + _quality(quality, choices, tolerances)
     said = notes(derived) + ([] if baseline is None else other_versions(baseline))
     return Check(
         verdict=worst(outcome.word for outcome in outcomes),
@@ -99,6 +104,7 @@ def check_run(
         outcomes=tuple(outcomes),
         comparison=derived,
         quality=quality,
+        choices=choices,
         notes=tuple(said),
         tolerances=tolerances,
         provenance=provenance(),
@@ -121,10 +127,19 @@ def _measure(
     return bench.compare_engines(dense, pruned, spec.name, settings, job.recipe.seed, goals), goals
 
 
-def _quality(quality: dict[str, QualityReport], tolerances: Tolerances) -> list[Outcome]:
+def _quality(quality: dict[str, QualityReport], choices: ChoicesReport | None, tolerances: Tolerances) -> list[Outcome]:
+    outcomes = []
+    if tolerances.min_accuracy_retained is not None and choices is not None:
+        kept = Requirement(
+            name="zero-shot accuracy over dense",
+            source="--min-accuracy-retained",
+            sense="at least",
+            bound=tolerances.min_accuracy_retained,
+        )
+        outcomes.append(judge(kept, choices.retained))
     if tolerances.max_ppl_ratio is None:
-        return []
-    return [
+        return outcomes
+    return outcomes + [
         judge(
             Requirement(
                 name=f"perplexity over dense, {name}",

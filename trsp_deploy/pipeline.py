@@ -24,8 +24,8 @@ from trsp_deploy.artifacts import RunFolder, fingerprint, provenance, size_bytes
 from trsp_deploy.decoder import check_prunable, load_model, load_tokenizer
 from trsp_deploy.errors import EngineUnavailable, RunError
 from trsp_deploy.recipe import EngineSpec, Float, Precision, Recipe, Strict, parse_drop, read_yaml
-from trsp_deploy.results import ROLES, Comparison, OnnxModel, Parity, Perplexity, PrunedCheckpoint, Role
-from trsp_deploy.stages import bench, build, evaluate, export, parity, report, selection, transfer
+from trsp_deploy.results import ROLES, Comparison, OnnxModel, Parity, Perplexity, PrunedCheckpoint, Role, ZeroShot
+from trsp_deploy.stages import bench, build, evaluate, export, parity, report, selection, transfer, zeroshot
 from trsp_deploy.tools.checkpoints import Checkpoints
 from trsp_deploy.tools.comparisons import ComparisonReport
 from trsp_deploy.tools.library import load_engine_spec
@@ -35,10 +35,12 @@ from trsp_deploy.tools.processes import Processes
 from trsp_deploy.tools.quiet import quiet_libraries
 from trsp_deploy.tools.report import (
     SCHEMA_VERSION,
+    ChoicesReport,
     EngineFigures,
     EngineReport,
     QualityReport,
     Report,
+    choices_report,
     model_report,
     quality_report,
     removal_report,
@@ -504,7 +506,6 @@ class Pipeline:
         return {name: {role: self._perplexity(name, role) for role in ROLES} for name in self.recipe.evaluation}
 
     def _perplexity(self, name: str, role: Role) -> Perplexity:
-        settings = self.recipe.evaluate
         texts = self._evaluation_texts(name)
 
         def work() -> Perplexity:
@@ -518,9 +519,13 @@ class Pipeline:
             f"evaluate-{name}-{role}",
             work,
             Perplexity,
-            settings=settings,
+            settings=self._text_settings,
             inputs={"model": self._ready(role), "text": texts.fingerprint},
         )
+
+    @property
+    def _text_settings(self) -> dict[str, Any]:
+        return self.recipe.evaluate.model_dump(include={"context_length", "max_tokens"})
 
     @functools.cache
     def _evaluation_windows(self, name: str) -> tuple[torch.Tensor, np.ndarray | None]:
@@ -556,8 +561,32 @@ class Pipeline:
             f"evaluate-{spec.name}-{name}-{role}",
             work,
             Perplexity,
-            settings=self.recipe.evaluate,
+            settings=self._text_settings,
             inputs={"engine": folder, "text": texts.fingerprint},
+        )
+
+    @functools.cache
+    def engine_choices(self, spec: EngineSpec) -> ChoicesReport | None:
+        """Choice tasks through an engine that runs here; None where the recipe asks for none."""
+        if not self.recipe.evaluate.tasks:
+            return None
+        return choices_report(*(self._engine_zero_shot(spec, role) for role in ROLES))
+
+    def _engine_zero_shot(self, spec: EngineSpec, role: Role) -> ZeroShot:
+        settings, folder = self.recipe.evaluate, self._engine_path(spec, role)
+
+        def work() -> ZeroShot:
+            with open_engine(folder) as runner:
+                return zeroshot.evaluate_zero_shot_engine(
+                    runner, self._ready(role), settings.tasks, settings.task_items, role
+                )
+
+        return self.run.step(
+            f"zero-shot-{spec.name}-{role}",
+            work,
+            ZeroShot,
+            settings=settings.model_dump(include={"tasks", "task_items"}),
+            inputs={"engine": folder},
         )
 
     # -- the report --------------------------------------------------------------------------------------------------
@@ -602,6 +631,7 @@ class Pipeline:
             reason=outcome.reason,
             comparison=None if comparison is None else self.compared(spec.name),
             quality={} if comparison is None else self.engine_quality(spec),
+            choices=None if comparison is None else self.engine_choices(spec),
             **figures,
         )
 

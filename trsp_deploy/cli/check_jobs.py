@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from trsp_deploy.cli.jobs import Tasks
 from trsp_deploy.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -54,6 +55,10 @@ MaxPerplexity = Annotated[
 Budgeted = Annotated[
     str | None,
     typer.Option("--quality-budget", help="99% or 99.9%: perplexity may grow by so little.", metavar="SHARE"),
+]
+MinAccuracy = Annotated[
+    str | None,
+    typer.Option("--min-accuracy-retained", help="Least pruned / dense mean accuracy over the tasks.", metavar="99%"),
 ]
 Against = Annotated[
     Path | None, typer.Option("--against", help="A file that `trsp-deploy baseline` made.", metavar="BASELINE.json")
@@ -147,7 +152,9 @@ def check(
     max_latency_regression: MaxLatency = None,
     max_speedup_loss: MaxLoss = None,
     max_ppl_ratio: MaxPerplexity = None,
+    min_accuracy_retained: MinAccuracy = None,
     quality_budget: Budgeted = None,
+    task: Tasks = None,
     budget: Budget = None,
     out: Out = None,
     junit: Junit = None,
@@ -155,21 +162,27 @@ def check(
     as_json: Json = False,
 ) -> None:
     """The regression check for CI: exit code 0 pass, 2 fail, 3 inconclusive, 1 error."""
-    if max_ppl_ratio is not None and quality_budget is not None:
-        raise RecipeError("check: --max-ppl-ratio and --quality-budget both limit perplexity; give one")
+    if quality_budget is not None and (max_ppl_ratio is not None or min_accuracy_retained is not None):
+        raise RecipeError("check: --quality-budget sets the limits of perplexity and accuracy; give it or your own")
     from trsp_deploy.checks import Tolerances, check_run
-    from trsp_deploy.cli.jobs import existing
+    from trsp_deploy.cli.jobs import existing, task_sets
     from trsp_deploy.tools.verdicts import EXIT_CODES
 
+    kept = None if min_accuracy_retained is None else _kept("--min-accuracy-retained", min_accuracy_retained)
+    wanted_texts, wanted_tasks = max_ppl_ratio, kept
     if quality_budget is not None:
-        max_ppl_ratio = 1 / (1 - _kept(quality_budget))
+        share = _kept("--quality-budget", quality_budget)
+        wanted_texts = 1 / share
     tolerances: Tolerances = Tolerances(
         min_speedup=_speedups(min_speedup),
         max_latency_regression=_share("--max-latency-regression", max_latency_regression),
         max_speedup_loss=_share("--max-speedup-loss", max_speedup_loss),
-        max_ppl_ratio=max_ppl_ratio,
+        max_ppl_ratio=wanted_texts,
+        min_accuracy_retained=wanted_tasks,
     )
-    with existing(run) as job:
+    with existing(run, sets=task_sets(task)) as job:
+        if quality_budget is not None and job.recipe.evaluate.tasks:
+            tolerances = tolerances.model_copy(update={"min_accuracy_retained": share})
         settings = _settings(job.recipe.bench.model_dump(), budget, sets)
         found = check_run(job, tolerances, against, engine, settings)
     _publish(found, out, junit, as_json)
@@ -239,9 +252,9 @@ def _share(option: str, text: str | None) -> float | None:
     return float(number[1]) / 100
 
 
-def _kept(text: str) -> float:
-    """How much may be lost where `text` has to be kept."""
-    share = _share("--quality-budget", text)
+def _kept(option: str, text: str) -> float:
+    """The share of quality that has to be kept."""
+    share = _share(option, text) if text.strip() != "100%" else 1.0
     if share is None or share < 0.5:
-        raise RecipeError(f"--quality-budget '{text}': expected the share of quality to keep, such as 99% or 99.9%")
-    return 1 - share
+        raise RecipeError(f"{option} '{text}': expected the share of quality to keep, such as 99% or 99.9%")
+    return share

@@ -41,6 +41,10 @@ Evaluation = Annotated[
     list[str] | None,
     typer.Option("--eval", help="Text to judge on, as NAME=TEXTS; repeat for more.", metavar="NAME=TEXTS"),
 ]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option("--task", help="Zero-shot choice task: piqa, copa (`fetch piqa`), or lm-eval's; repeat.", metavar="T"),
+]
 Out = Annotated[
     Path | None, typer.Option("--out", help="Run folder; runs/<model>-drop<k> when not given.", metavar="DIR")
 ]
@@ -93,11 +97,13 @@ def prune_and_build(
     plan: PlanFile = None,
     method: MethodName = None,
     then: Then = None,
+    task: Tasks = None,
     plan_memory: PlanMemory = False,
     ignore_memory: IgnoreMemory = False,
     as_json: Json = False,
 ) -> None:
     """The whole job: prune, export, build engines, and judge the result against the dense model."""
+    sets = [*(sets or []), *task_sets(task)]
     chosen = recipe_from_options(model, drop, recipe, engine, calibration, evaluation, seed, sets, method, then)
     if plan_memory:
         return _show_memory(chosen, plan, as_json)
@@ -259,6 +265,11 @@ def recipe_from_options(
         values["transfer"] = {**(values.get("transfer") or {}), "form": then}
     values = _with_lists(values, engine, evaluation)
     return read_recipe(override(values, sets or []), f"{source} with the options given" if sets else source)
+
+
+def task_sets(tasks: list[str] | None) -> list[str]:
+    """`--task` as an override of the recipe."""
+    return [] if tasks is None else [f"evaluate.tasks={json.dumps(tasks)}"]
 
 
 def _method_settings(method: str | None) -> dict[str, dict[str, str | bool | int]]:

