@@ -90,6 +90,7 @@ def check_run(
     if before is not None:
         shapes = {name: getattr(before.settings, name) for name in ("batch_sizes", "prompt_tokens", "new_tokens")}
         settings = settings.model_copy(update=shapes)
+    job.check_engines()  # what does not compute what was trained has no speed worth checking
     # Quality first: it is quick where it is known, and may end the job with an error.
     quality, choices = job.engine_quality(spec), job.engine_choices(spec)
     if tolerances.min_accuracy_retained is not None and choices is None:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from trsp_deploy.artifacts import RunFolder, link_tree, provenance, write_json, writing
 from trsp_deploy.pipeline import Pipeline, prune_and_build, save_recipe
+from trsp_deploy.results import Comparison
+from trsp_deploy.stages.report import write_report
 from trsp_deploy.tools.pages import sweep_page
 from trsp_deploy.tools.report import EngineReport, QualityReport, Report
 from trsp_deploy.tools.sweeps import Point, Sweep, Targets, choose
@@ -29,12 +31,14 @@ def sweep(job: Pipeline, counts: tuple[int, ...], targets: Targets, say: Callabl
     root = job.run.path
     plans = job.plans(counts)
     points: list[Point] = []
+    runs: list[tuple[Report, dict[str, Comparison], Path]] = []
     for number, count in enumerate(counts, start=1):
         say(f"[{number}/{len(counts)}] {count} of {job.num_layers()} layers")
         folder = root / f"drop-{count}"
         if number > 1:
             _adopt_dense(root / f"drop-{counts[0]}", folder)
-        points.append(_point(_run(job, folder, count, plans[count], say), folder.relative_to(root), count))
+        runs.append((*_run(job, folder, count, plans[count], say), folder))
+        points.append(_point(runs[-1][0], folder.relative_to(root), count))
         found = Sweep(
             model=job.recipe.model,
             num_layers=job.num_layers(),
@@ -44,15 +48,19 @@ def sweep(job: Pipeline, counts: tuple[int, ...], targets: Targets, say: Callabl
             provenance=provenance(),
         )
         _write(found, root)
+    for report, comparisons, folder in runs:  # again, with the curve that is now whole
+        write_report(report, comparisons, folder, found)
     return found
 
 
-def _run(job: Pipeline, folder: Path, count: int, plan: Path, say: Callable[[str], None]) -> Report:
+def _run(
+    job: Pipeline, folder: Path, count: int, plan: Path, say: Callable[[str], None]
+) -> tuple[Report, dict[str, Comparison]]:
     recipe = job.recipe.model_copy(update={"drop": str(count)})
     with RunFolder(folder, lambda step, state: say(f"{folder.name}: {step}: {state}")) as run:
         one = Pipeline(run, recipe, plan, say)
         save_recipe(run, recipe)
-        return prune_and_build(one)
+        return prune_and_build(one), one.bench()
 
 
 def _adopt_dense(source: Path, target: Path) -> None:

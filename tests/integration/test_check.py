@@ -153,6 +153,25 @@ def test_times_of_other_hardware_are_refused_and_ratios_are_not(
     assert taken.code in (0, 3), taken.said
 
 
+@pytest.mark.parametrize("damage", ["no samples", "a shape less", "other schema", "an unknown key"])
+def test_a_damaged_baseline_is_one_line(workspace: Path, baseline: Path, tmp_path: Path, damage: str) -> None:
+    values = json.loads(baseline.read_text())
+    engine = values["engines"]["ort-cpu-fp32"]
+    if damage == "no samples":
+        engine["speedup"][0]["total"] = []
+    elif damage == "a shape less":
+        engine["latency"] = []
+    elif damage == "other schema":
+        values["schema_version"] = 99
+    else:
+        values["more"] = 1
+    path = tmp_path / "damaged.json"
+    path.write_text(json.dumps(values))
+    done = trsp_deploy("check", "run", "--against", str(path), "--max-speedup-loss", "3%", cwd=workspace)
+    line = done.stderr.splitlines()[-1]
+    assert done.code == 1 and line.startswith(f"error: --against {path}: "), done.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -7,11 +7,11 @@ import math
 import numpy as np
 import pytest
 
-from tests.samples import made_up
+from tests.samples import made_up, made_up_report
 from trsp_deploy.results import TURNS, Perplexity, TaskScore, Telemetry, ZeroShot
 from trsp_deploy.tools import comparisons, goals
 from trsp_deploy.tools.limits import SpeedLimit
-from trsp_deploy.tools.report import verdict
+from trsp_deploy.tools.report import budget_text, verdict
 from trsp_deploy.tools.statistics import (
     Ratio,
     change,
@@ -207,6 +207,14 @@ def test_efficiency_is_the_share_of_what_was_possible() -> None:
     assert found.blocks == 8 * 3 * 12 and found.replicates == 8
 
 
+def test_a_percentile_needs_samples_beyond_it() -> None:
+    few, many = (comparisons.compare(made_up(cycles=cycles)) for cycles in (4, 20))
+    assert set(few.of("decode").tail) == {"p90"} and not few.of("prefill").tail  # 384 tokens, 96 prompts
+    assert set(many.of("decode").tail) == {"p90", "p95"}
+    dense, pruned = many.of("decode").tail["p95"]
+    assert dense > many.of("decode").dense_s and pruned > many.of("decode").pruned_s
+
+
 def test_what_disturbed_is_said() -> None:
     samples = tuple(Telemetry(at_s=i, load=2, busy_share=0.9, steal_share=0.1, mhz=None) for i in range(3))
     found = comparisons.compare(made_up().model_copy(update={"telemetry": samples}))
@@ -214,6 +222,13 @@ def test_what_disturbed_is_said() -> None:
     assert any("dense against itself" in note for note in comparisons.notes(found))
     alone = comparisons.compare(made_up(control=False))
     assert any("no control" in note for note in comparisons.notes(alone))
+
+
+def test_the_report_says_plainly_that_a_budget_is_not_kept() -> None:
+    text = made_up_report(made_up()).quality["text"]
+    assert budget_text({"a": text}).startswith("99.0% not kept, 99.9% not kept (worst text 1.50x")
+    close = text.model_copy(update={"ratio": 1.0, "ratio_low": 0.999, "ratio_high": 1.005})
+    assert budget_text({"a": close}).startswith("99.0% kept, 99.9% not decided")
 
 
 def test_verdict_without_an_engine_claims_nothing() -> None:

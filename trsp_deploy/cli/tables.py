@@ -12,7 +12,7 @@ from rich.text import Text
 
 from trsp_deploy.tools.comparisons import ComparisonReport, notes, sentence
 from trsp_deploy.tools.device_memory import MemoryPlan
-from trsp_deploy.tools.pages.sweep_page import answer, columns, row
+from trsp_deploy.tools.pages.sweep_page import columns, row
 from trsp_deploy.tools.report import (
     COMPARISON_COLUMNS,
     ENGINE_COLUMNS,
@@ -22,7 +22,7 @@ from trsp_deploy.tools.report import (
     engine_rows,
     model_rows,
 )
-from trsp_deploy.tools.sweeps import Sweep
+from trsp_deploy.tools.sweeps import Sweep, answer
 
 STATE_STYLES = {"ok": "green", "warning": "yellow", "missing": "yellow", "conflict": "bold red"}
 PIPED_WIDTH = 120

@@ -10,15 +10,16 @@ from trsp_deploy.artifacts import write_json, writing
 from trsp_deploy.results import Comparison
 from trsp_deploy.tools.pages import html, markdown
 from trsp_deploy.tools.report import Report
+from trsp_deploy.tools.sweeps import Sweep
 
 
-def write_report(report: Report, comparisons: Mapping[str, Comparison], run: Path) -> None:
-    """Write the report into the run folder; `comparisons` has the raw samples by engine."""
+def write_report(report: Report, comparisons: Mapping[str, Comparison], run: Path, sweep: Sweep | None = None) -> None:
+    """Write the report into the run folder; arguments as for the page."""
     write_json(run / "report.json", report)
     with writing(run / "report.md") as partial:
         partial.write_text(markdown.render(report), encoding="utf-8")
     with writing(run / "report.html") as partial:
-        partial.write_text(html.render(report, comparisons), encoding="utf-8")
+        partial.write_text(html.render(report, comparisons, sweep), encoding="utf-8")
 
 
 def summary(report: Report, run: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
 from trsp_deploy.artifacts import Provenance, provenance
 from trsp_deploy.errors import BaselineError, nearest
@@ -42,6 +42,17 @@ class EngineBaseline(Strict):
     latency: tuple[Logs, ...]  # log seconds of pruned, for each shape of the settings
     speedup: tuple[Logs, ...]  # log ratios dense / pruned
     quality: dict[str, QualityReport]  # through the engine, by text
+
+    @model_validator(mode="after")
+    def _samples_for_every_shape(self) -> EngineBaseline:
+        shapes = len(self.settings.cases)
+        for name in ("latency", "speedup"):
+            logs = getattr(self, name)
+            if len(logs) != shapes or any(len(each.get(phase, ())) < 2 for each in logs for phase in PHASES):
+                raise ValueError(
+                    f"`{name}` needs two samples or more of {', '.join(PHASES)} for each of {shapes} shapes"
+                )
+        return self
 
 
 class Baseline(Strict):

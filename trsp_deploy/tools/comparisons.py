@@ -6,13 +6,16 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import numpy as np
+
 from trsp_deploy.recipe import Case, Strict
 from trsp_deploy.results import PHASES, Comparison, Phase, Role, Stop, Subject, Telemetry
 from trsp_deploy.tools.goals import PHASE_TITLES
 from trsp_deploy.tools.limits import SpeedLimit
-from trsp_deploy.tools.statistics import FEWEST_REPLICATES, Ratio, Speedup, device_s, median_s, speedups
+from trsp_deploy.tools.statistics import FEWEST_REPLICATES, Ratio, Speedup, device_s, median_s, samples_s, speedups
 
 Claim = Literal["CONFIRMED", "NOT THERE", "INCONCLUSIVE"]
+TAIL_SAMPLES = 20
 LimitOf = Callable[[Case], SpeedLimit]
 
 
@@ -23,6 +26,7 @@ class PhaseReport(Strict):
     phase: Phase
     dense_s: float  # median; of decoding, of a token
     pruned_s: float
+    tail: dict[str, tuple[float, float]]  # "p90", "p95": dense and pruned, where there are samples enough for them
     speedup: Ratio
     control: Ratio | None  # dense against itself
     noise_floor: float | None  # log units: the smallest difference that could be told from none
@@ -105,6 +109,7 @@ def _phase(comparison: Comparison, case: int, phase: Phase, found: Speedup, limi
         phase=phase,
         dense_s=median_s(comparison, "dense", case, phase),
         pruned_s=median_s(comparison, "pruned", case, phase),
+        tail=_tail(comparison, case, phase),
         speedup=ratio,
         control=found.control,
         noise_floor=found.noise_floor,
@@ -113,6 +118,17 @@ def _phase(comparison: Comparison, case: int, phase: Phase, found: Speedup, limi
         efficiency=None if limit is None or limit <= 1 else (ratio.ratio - 1) / (limit - 1),
         above_limit=limit is not None and ratio.low > limit,
     )
+
+
+def _tail(comparison: Comparison, case: int, phase: Phase) -> dict[str, tuple[float, float]]:
+    """Percentiles that at least TAIL_SAMPLES samples lie beyond; of decoding, every token is a sample."""
+    samples = [samples_s(comparison, subject, case, phase) for subject in ("dense", "pruned")]
+    found = {}
+    for percent in (90, 95):
+        if min(map(len, samples)) * (100 - percent) / 100 >= TAIL_SAMPLES:
+            dense, pruned = (float(np.percentile(each, percent)) for each in samples)
+            found[f"p{percent}"] = (dense, pruned)
+    return found
 
 
 def _device_speedup(comparison: Comparison, case: int, phase: Phase) -> float | None:

@@ -111,7 +111,8 @@ class _Schedule:
         blocks = [block.total_s for cases in replicate.blocks.values() for case in cases for block in case]
         turn_s = sum(blocks) / len(blocks) * len(self._settings.cases)
         self.blocks = min(MOST_BLOCKS, max(1, round(TURN_S / turn_s)))
-        self._cycle_s = len(TURNS[len(replicate.blocks)]) * turn_s * (self.blocks + 1 / WARM_SHARE)
+        expected_s = len(TURNS[len(replicate.blocks)]) * turn_s * (self.blocks + 1 / WARM_SHARE)
+        self._cycle_s = max(expected_s, replicate.cycles_s / self.cycles)
         share_s = CAUTION * (self._settings.budget_s - now_s) / max(1, self._settings.replicates - done) - overhead_s
         self.cycles = min(MOST_CYCLES, max(1, int(min(share_s, CYCLES_SHARE * overhead_s) / self._cycle_s)))
 

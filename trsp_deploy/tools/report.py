@@ -213,6 +213,7 @@ def model_rows(report: Report) -> list[tuple[str, str]]:
                 f"({text.ratio_low:.2f} to {text.ratio_high:.2f}; {text.tokens:,} tokens)",
             )
         )
+    rows.append(("quality budgets", budget_text(report.quality)))
     worst = max(report.parity, key=lambda parity: parity.max_error / parity.tolerance, default=None)
     if worst is not None:
         rows.append(
@@ -223,6 +224,22 @@ def model_rows(report: Report) -> list[tuple[str, str]]:
             )
         )
     return rows
+
+
+QUALITY_BUDGETS = (0.99, 0.999)  # of quality kept: MLPerf Inference's accuracy targets
+
+
+def budget_text(quality: dict[str, QualityReport]) -> str:
+    """Whether perplexity on every text stays within each budget: a share kept of q allows a ratio of 1 / q."""
+    if not quality:
+        return "no text was evaluated"
+    worst = max(quality.values(), key=lambda text: text.ratio)
+    words = []
+    for share in QUALITY_BUDGETS:
+        met = [text.ratio_high <= 1 / share for text in quality.values()]
+        missed = any(text.ratio_low > 1 / share for text in quality.values())
+        words.append(f"{share:.1%} {'kept' if all(met) else 'not kept' if missed else 'not decided'}")
+    return f"{', '.join(words)} (worst text {worst.ratio:.2f}x; they allow 1.01x and 1.001x)"
 
 
 ENGINE_COLUMNS = ("engine", "status", "phase", "dense", "pruned", "speed-up (95%)", "limit", "of the limit")
@@ -264,6 +281,13 @@ def comparison_rows(found: ComparisonReport) -> list[tuple[str, ...]]:
                 "" if phase.efficiency is None else f"{phase.efficiency:.0%}",
             )
         )
+    for phase in found.phases:
+        title = phase.title if several else PHASE_TITLES[phase.phase]
+        rows += [
+            (f"{title}, {name}", f"{1e3 * dense:.1f} ms", f"{1e3 * pruned:.1f} ms", "", "", "")
+            for name, (dense, pruned) in phase.tail.items()
+            if name == "p95"
+        ]
     decode = found.of("decode")
     rates = (decode.case.batch_size / seconds for seconds in (decode.dense_s, decode.pruned_s))
     rows.append(("rate", *(f"{rate:.1f} tokens/s" for rate in rates), "", "", ""))

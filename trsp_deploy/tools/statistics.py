@@ -175,6 +175,14 @@ def median_s(comparison: Comparison, subject: Subject, case: int, phase: Phase) 
     return float(np.median([phase_s(block, phase) for block in blocks]))
 
 
+def samples_s(comparison: Comparison, subject: Subject, case: int, phase: Phase) -> list[float]:
+    """Every single time of a phase in seconds: of decoding, each token's."""
+    blocks = [block for replicate in comparison.replicates for block in replicate.blocks[subject][case]]
+    if phase == "decode":
+        return [time for block in blocks for time in block.decode_s]
+    return [phase_s(block, phase) for block in blocks]
+
+
 def perplexity_ratio(dense: Perplexity, pruned: Perplexity) -> Ratio:
     """pruned / dense perplexity of the same tokens, with a bootstrap over documents, paired.
 

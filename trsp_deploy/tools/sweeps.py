@@ -56,6 +56,14 @@ class Sweep(Strict):
     provenance: Provenance
 
 
+def answer(found: Sweep) -> str:
+    """How much to drop, and which target said so."""
+    choice = found.choice
+    if choice.num_dropped is None:
+        return f"No choice: {choice.reason}."
+    return f"Drop {choice.num_dropped} of {found.num_layers} layers ({choice.folder}): {choice.reason}."
+
+
 def choose(points: Sequence[Point], targets: Targets) -> Choice:
     """The smallest cut that is fast enough; without a wish for speed, the largest cut that quality allows.
 

@@ -26,6 +26,7 @@ from trsp_deploy.tools.report import (
     model_rows,
 )
 from trsp_deploy.tools.statistics import replicate_ratios
+from trsp_deploy.tools.sweeps import Sweep, answer
 
 TEMPLATE = "report.html.jinja"
 MOODS: dict[Claim, str] = {"CONFIRMED": "good", "NOT THERE": "bad", "INCONCLUSIVE": ""}
@@ -38,10 +39,11 @@ OPENINGS: dict[Claim, str] = {
 }
 
 
-def render(report: Report, comparisons: Mapping[str, Comparison]) -> str:
+def render(report: Report, comparisons: Mapping[str, Comparison], sweep: Sweep | None = None) -> str:
     """The page.
 
     comparisons: raw samples by engine, for the plots and to download.
+    sweep: the sweep that the run belongs to, for its curve.
     """
     measured = [engine for engine in report.engines if engine.comparison is not None]
     model = report.model
@@ -55,6 +57,8 @@ def render(report: Report, comparisons: Mapping[str, Comparison]) -> str:
         engine_columns=ENGINE_COLUMNS,
         engine_rows=engine_rows(report),
         absent=[note for note in engine_notes(report) if not note.startswith(tuple(f"{e.name}:" for e in measured))],
+        sweep_plots=[] if sweep is None else sweep_plots(sweep),
+        sweep_answer="" if sweep is None else answer(sweep),
         layer_map=Markup(plots.layers(report.plan)),
         layer_caption=_layer_caption(report),
         model_rows=model_rows(report),
@@ -138,6 +142,15 @@ def _engine(engine: EngineReport, raw: Comparison) -> dict[str, Any]:
         "plots": [(Markup(svg), caption) for svg, caption in drawn if svg],
         "notes": notes(found),
     }
+
+
+def sweep_plots(found: Sweep) -> list[tuple[Markup, str]]:
+    """Speed against quality, and speed against the number of layers, with their captions."""
+    drawn = (
+        (plots.pareto(found), "Down and to the right is better. A number is how many layers were dropped."),
+        (plots.by_count(found), "Measured speed-up with its interval, and what bytes and operations allow."),
+    )
+    return [(Markup(svg), caption) for svg, caption in drawn if svg]
 
 
 def _layer_caption(report: Report) -> str:

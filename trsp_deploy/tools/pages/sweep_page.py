@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from markupsafe import Markup
-
-from trsp_deploy.tools.pages import plots
-from trsp_deploy.tools.pages.html import fill, machine_rows
-from trsp_deploy.tools.sweeps import Point, Sweep
+from trsp_deploy.tools.pages.html import fill, machine_rows, sweep_plots
+from trsp_deploy.tools.sweeps import Point, Sweep, answer
 
 
 def render(found: Sweep) -> str:
@@ -17,26 +14,11 @@ def render(found: Sweep) -> str:
         title=f"{found.model}: how many of {found.num_layers} layers to drop",
         mood="good" if found.choice.num_dropped is not None else "",
         sentences=[answer(found)],
-        plots=[
-            (Markup(svg), caption)
-            for svg, caption in (
-                (plots.pareto(found), "Down and to the right is better. A number is how many layers were dropped."),
-                (plots.by_count(found), "Measured speed-up with its interval, and what bytes and operations allow."),
-            )
-            if svg
-        ],
+        plots=sweep_plots(found),
         columns=columns(texts),
         rows=[(row(point), f"{point.folder}/report.html") for point in found.points],
         provenance=machine_rows(found.provenance, found.model),
     )
-
-
-def answer(found: Sweep) -> str:
-    """How much to drop, and which target said so."""
-    choice = found.choice
-    if choice.num_dropped is None:
-        return f"No choice: {choice.reason}."
-    return f"Drop {choice.num_dropped} of {found.num_layers} layers ({choice.folder}): {choice.reason}."
 
 
 def columns(texts: list[str]) -> tuple[str, ...]:
