@@ -76,6 +76,13 @@ $(VENV)/.ready-eval: $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[optimum,cpu,rtx,dev,eval]'
 	touch $@
 
+# A real tritonserver, for tests: it wants another numpy, and its Python backend imports what a repository needs.
+.venv-triton/.ready:
+	$(PYTHON) -m venv .venv-triton
+	.venv-triton/bin/pip install --quiet --disable-pip-version-check 'nvidia-pytriton==0.7.0' 'numpy<2' \
+	    'onnxruntime>=1.31,<1.33' tokenizers 'pydantic>=2.12,<3' 'pyyaml>=6,<7'
+	touch $@
+
 # Other engines, in an environment of their own: onnxruntime-genai's builder needs another transformers. llama.cpp is compiled,
 # minutes long, and left out where it does not compile.
 .venv-peers/.ready:
@@ -86,4 +93,4 @@ $(VENV)/.ready-eval: $(READY)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-peers .venv-transformers5 runs
+	rm -rf $(VENV) .venv-peers .venv-transformers5 .venv-triton runs

@@ -139,6 +139,13 @@ def count_weights(model: PreTrainedModel) -> WeightCounts:
     )
 
 
+def max_positions(folder: Path) -> int:
+    """Tokens that the model in a folder was made for, from its config."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    return next((int(getattr(config, name)) for name in names if getattr(config, name, None)), 2048)
+
+
 def decoder_size(folder: Path) -> DecoderSize:
     """Size of the model in a folder, from its config alone: no weights are read."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True)

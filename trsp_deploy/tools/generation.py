@@ -58,6 +58,16 @@ def left_padded(prompts: Sequence[Sequence[int]], pad: int = 0) -> tuple[np.ndar
     return input_ids, mask
 
 
+def penalised(logits: np.ndarray, tokens: Sequence[int], penalty: float) -> np.ndarray:
+    """Logits (vocabulary,) with those of `tokens` less likely, as transformers' repetition_penalty (CTRL,
+    arXiv 1909.05858, section 4.1): positive ones divided by it, negative ones multiplied."""
+    if penalty == 1.0:
+        return logits
+    result, seen = logits.copy(), np.unique(np.asarray(tokens))
+    result[seen] = np.where(result[seen] > 0, result[seen] / penalty, result[seen] * penalty)
+    return result
+
+
 def choose(logits: np.ndarray, sampling: Sampling, random: np.random.Generator) -> np.ndarray:
     """One token a row, (batch,) int64, from logits (batch, vocabulary)."""
     if sampling.temperature == 0:

@@ -41,7 +41,7 @@ def find_subject(path: Path, role: Role, engine: str | None) -> Subject:
     if (path / ENGINE_MARK).is_file():
         return _from_engine(path)
     if (path / RUN_MARK).is_file():
-        return _from_engine(_engine_of_run(path, role, engine))
+        return _from_engine(find_engine(path, role, engine))
     there = "is a folder without" if path.is_dir() else "is not there, and so has no"
     raise RunError(f"{path}: {there} {ENGINE_MARK} or {RUN_MARK}; give an engine folder, a run folder or an .onnx file")
 
@@ -77,7 +77,10 @@ def _from_engine(folder: Path) -> Subject:
     )
 
 
-def _engine_of_run(run: Path, role: Role, name: str | None) -> Path:
+def find_engine(run: Path, role: Role, name: str | None) -> Path:
+    """Folder of a run's engine, the one named or the first that runs here; raises RunError when there is none."""
+    if not (run / RUN_MARK).is_file():
+        raise RunError(f"{run}: no run of trsp-deploy ({RUN_MARK} is missing)")
     built = {path.name: path / role for path in sorted((run / "engines").glob("*")) if (path / role).is_dir()}
     if name is not None:
         if name not in built:

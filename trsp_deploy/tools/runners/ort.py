@@ -192,6 +192,38 @@ class OrtRunner(Runner):
         self._fixed = decoder_io.cache_length(self._inputs)
         return self
 
+    def twin(self) -> OrtRunner:
+        """A second runner over this one's session, with a cache of its own; it ends with this one."""
+        other = OrtRunner(self.model, backend=self.backend, threads=self.threads, optimised=self.optimised)
+        other._session, other._inputs, other._outputs = self._session, self._inputs, self._outputs
+        other._in_place, other._fixed = self._in_place, self._fixed
+        return other
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the graph writes its cache in place, and the cache may be longer than the text."""
+        return self._in_place and self._fixed is None
+
+    @property
+    def cache(self) -> dict[str, Any]:
+        """The cache as OrtValues (batch, heads, capacity, head_dim), by input name."""
+        return self._cache
+
+    def allocate(self, batch: int, capacity: int) -> None:
+        """A cache of so many rows and places, in place of the one there is; its contents are undefined."""
+        self._capacity = capacity
+        shapes = self._cache_shapes(batch, capacity)
+        self._cache = {name: self._allocate(shape, dtype) for name, (dtype, shape) in shapes.items()}
+        self._bind_cache()
+
+    def step(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
+        """Append one token to each row of a cache that the caller manages.
+
+        input_ids: (batch, 1). attention_mask: (batch, length), the new token among it, at most the cache's capacity.
+        Returns logits (batch, 1, vocabulary) float32.
+        """
+        return self._step(input_ids, attention_mask)
+
     @property
     def vocabulary(self) -> int:
         """Width of the logits."""
@@ -206,12 +238,7 @@ class OrtRunner(Runner):
 
     def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray, *, last_only: bool = False) -> np.ndarray:
         batch, sequence = input_ids.shape
-        self._capacity = (self._fixed or max(self.reserve, sequence + CHUNK)) if self._in_place else 0
-        self._cache = {
-            name: self._allocate(shape, dtype)
-            for name, (dtype, shape) in self._cache_shapes(batch, self._capacity).items()
-        }
-        self._bind_cache()
+        self.allocate(batch, (self._fixed or max(self.reserve, sequence + CHUNK)) if self._in_place else 0)
         return self._step(input_ids, attention_mask, keep=1 if last_only else 0)
 
     def _allocate(self, shape: tuple[int, ...], dtype: str) -> Any:

@@ -1,0 +1,307 @@
+"""Texts that come and go in one batch, the loop that serves them, and the part of the toolkit that a server gets."""
+
+from __future__ import annotations
+
+import queue
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from tests.tiny import save_tiny, tiny_tokenizer
+from trsp_deploy.errors import EngineUnavailable
+from trsp_deploy.recipe import ExportSettings
+from trsp_deploy.stages.build import build_engine
+from trsp_deploy.stages.export import FILE, export_onnx
+from trsp_deploy.tools.generation import Sampling, generate
+from trsp_deploy.tools.graphs.rotation import engine_rotation
+from trsp_deploy.tools.library import load_engine_spec
+from trsp_deploy.tools.runners import open_engine
+from trsp_deploy.tools.runners.running_batch import OneText, Rotation, RunningBatch
+from trsp_deploy.tools.serving.engine import open_batch
+from trsp_deploy.tools.serving.loop import Answer, ServingLoop, Ticket
+from trsp_deploy.tools.serving.requests import GenerationRequest, RequestError, parse
+from trsp_deploy.tools.serving.text import TextStream
+from trsp_deploy.tools.serving.vendor import vendor
+
+FAMILIES = ["llama", "opt"]
+MAX_LENGTH = 200
+
+
+HEADS = {"llama": {"hidden_size": 64}, "opt": {"hidden_size": 64, "word_embed_proj_dim": 64}}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    model = save_tiny(request.param, folder / "model", **HEADS[request.param])
+    (folder / "onnx").mkdir()
+    export_onnx(model, "fp32", ExportSettings(), folder / "onnx")
+    build_engine(folder / "onnx" / FILE, load_engine_spec("ort-cpu-fp32"), folder / "engine")
+    return folder / "engine"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    path = tmp_path_factory.mktemp("tokenizer")
+    tiny_tokenizer().save_pretrained(path)
+    return Tokenizer.from_file(str(path / "tokenizer.json"))
+
+
+def opened(engine: Path, max_batch: int, max_length: int):  # type: ignore[no-untyped-def]
+    return open_batch(engine, max_batch, max_length, engine_rotation(engine / "model.onnx"))
+
+
+def alone(engine: Path, prompt: list[int], count: int) -> list[int]:
+    with open_engine(engine) as runner:
+        return generate(runner, [prompt], Sampling(max_new_tokens=count))[0]
+
+
+# -- the batch ---------------------------------------------------------------------------------------------------------
+
+
+def test_texts_that_come_and_go_are_what_they_are_alone(engine: Path) -> None:
+    """Prompts of all lengths join and leave at random; greedy tokens are those of each prompt by itself."""
+    generator = np.random.default_rng(0)
+    prompts = [generator.integers(3, 380, size=size).tolist() for size in (5, 40, 3, 17, 90, 8, 1, 60, 12, 30, 4, 25)]
+    wanted = [12, 30, 5, 40, 20, 60, 9, 3, 25, 50, 1, 33]
+    expected = [alone(engine, prompt, count) for prompt, count in zip(prompts, wanted, strict=True)]
+    found: list[list[int]] = [[] for _ in prompts]
+    waiting, running = list(range(len(prompts))), {}
+    with opened(engine, 4, MAX_LENGTH) as batch:
+        while waiting or running:
+            while waiting and not batch.full and (not running or generator.random() < 0.3):
+                text = waiting.pop(0)
+                row, logits = batch.join(prompts[text])
+                assert row not in running
+                running[row] = text
+                found[text].append(int(logits.argmax()))
+            for row in [row for row, text in running.items() if len(found[text]) >= wanted[text]]:
+                del running[row]
+                batch.leave(row)
+            if running:
+                for row, logits in batch.step({row: found[text][-1] for row, text in running.items()}).items():
+                    found[running[row]].append(int(logits.argmax()))
+    for text, tokens in enumerate(found):
+        assert tokens[: wanted[text]] == expected[text], f"text {text}"
+
+
+def test_places_that_no_text_uses_are_given_up(engine: Path) -> None:
+    with opened(engine, 2, MAX_LENGTH) as batch:
+        assert isinstance(batch, RunningBatch)
+        long, _ = batch.join(list(range(3, 153)))
+        short, _ = batch.join([5, 6, 7])
+        assert batch._length == 150
+        batch.leave(long)
+        assert batch._length == 3, "the short text moved to the front"
+        assert batch.step({short: 9})[short].shape == (384,)
+        batch.leave(short)
+        assert batch._length == 0 and batch.size == 0
+
+
+def test_what_does_not_fit_is_refused(engine: Path) -> None:
+    with opened(engine, 1, 10) as batch:
+        for prompt in ([], list(range(3, 13))):
+            with pytest.raises(EngineUnavailable, match="valid: 1 to 9"):
+                batch.join(prompt)
+        row, _ = batch.join([3, 4, 5, 6, 7, 8, 9, 10])
+        with pytest.raises(EngineUnavailable, match="full"):
+            batch.join([3])
+        batch.step({row: 3})
+        batch.step({row: 3})
+        with pytest.raises(EngineUnavailable, match="reached 10 tokens"):
+            batch.step({row: 3})
+
+
+def test_one_text_at_a_time_on_any_runner(engine: Path) -> None:
+    with open_engine(engine) as runner:
+        batch = OneText(runner, MAX_LENGTH)
+        for prompt in ([5, 6, 7], [9, 8]):
+            row, logits = batch.join(prompt)
+            tokens = [int(logits.argmax())]
+            for _ in range(5):
+                tokens.append(int(batch.step({row: tokens[-1]})[row].argmax()))
+            batch.leave(row)
+            assert tokens == alone(engine, prompt, 6)
+
+
+# -- text --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text", ["The quick brown fox.", "naïve café — 日本語 🙂🙂 done", "  two  spaces\n\n\tand a tab "]
+)
+def test_streamed_text_is_the_whole_text(tokenizer: Tokenizer, text: str) -> None:
+    prompt, answer = tokenizer.encode("Question:").ids, tokenizer.encode(text).ids
+    stream = TextStream(tokenizer, prompt)
+    pieces = [stream.add(token) for token in answer]
+    assert "".join(pieces) + stream.end() == text
+    assert "�" not in "".join(pieces)
+
+
+@pytest.mark.parametrize("stop", [["END"], ["nothing", "END", "ENDING"]])
+def test_nothing_of_a_stop_string_is_shown(tokenizer: Tokenizer, stop: list[str]) -> None:
+    stream, shown = TextStream(tokenizer, [], stop), ""
+    for token in tokenizer.encode("An EN, an ENgine, the END and more").ids:
+        shown += stream.add(token)
+        if stream.stopped:
+            break
+    assert stream.stopped and shown == "An EN, an ENgine, the "
+
+
+# -- requests ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({}, "input 'text_input' is missing"),
+        ({"text_input": ""}, "input 'text_input': string should have at least 1 character"),
+        ({"text_input": "x", "max_tokens": 0}, "input 'max_tokens': input should be greater than or equal to 1, got 0"),
+        ({"text_input": "x", "max_tokens": -5}, "input 'max_tokens'"),
+        ({"text_input": "x", "temperature": float("nan")}, "input 'temperature'"),
+        ({"text_input": "x", "temperature": -1.0}, "input 'temperature'"),
+        ({"text_input": "x", "top_p": 0.0}, "input 'top_p'"),
+        ({"text_input": "x", "top_k": -1}, "input 'top_k'"),
+        ({"text_input": "x", "seed": -1}, "input 'seed'"),
+        ({"text_input": "x", "stop": ("",)}, "input 'stop.0'"),
+        ({"text_input": "x", "stop": ("a",) * 17}, "input 'stop': 17 strings, at most 16"),
+        ({"text_input": "x", "beam_width": 4}, "input 'beam_width' is unknown; valid: text_input"),
+    ],
+)
+def test_a_bad_request_is_one_line(values: dict[str, object], line: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse(values)
+    assert line in str(caught.value) and "\n" not in str(caught.value)
+
+
+# -- the loop ----------------------------------------------------------------------------------------------------------
+
+
+class Client:
+    """Collects one request's answers."""
+
+    def __init__(self, **values: object) -> None:
+        self.answers: queue.Queue[Answer] = queue.Queue()
+        self.gone = False
+        self.ticket = Ticket(GenerationRequest.model_validate(values), self.answers.put, lambda: self.gone)
+
+    def wait(self) -> list[Answer]:
+        found = [self.answers.get(timeout=30)]
+        while found[-1].finish is None:
+            found.append(self.answers.get(timeout=30))
+        return found
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_turning_a_key_is_what_a_later_place_gives(interleaved: bool) -> None:
+    generator = np.random.default_rng(0)
+    rotation = Rotation(angles=(1.0, 0.1, 0.01), interleaved=interleaved)
+    keys = generator.normal(size=(2, 5, 8)).astype(np.float32)  # of 8 dimensions the first 6 are turned
+    further = rotation.turned(rotation.turned(keys, 30), 12)
+    np.testing.assert_allclose(further, rotation.turned(keys, 42), atol=1e-5)
+    np.testing.assert_allclose(rotation.turned(further, -42), keys, atol=1e-5)
+    assert (further[..., 6:] == keys[..., 6:]).all() and not np.allclose(further[..., :6], keys[..., :6])
+
+
+@pytest.fixture
+def loop(engine: Path, tokenizer: Tokenizer):  # type: ignore[no-untyped-def]
+    with opened(engine, 4, MAX_LENGTH) as batch:
+        loop = ServingLoop(batch, tokenizer, (0,), MAX_LENGTH)
+        yield loop
+        loop.stop()
+
+
+def test_many_requests_at_once_get_the_answers_of_each_alone(
+    loop: ServingLoop, engine: Path, tokenizer: Tokenizer
+) -> None:
+    prompts = [f"def function_{number}(" * (number % 3 + 1) for number in range(10)]
+    clients = [Client(text_input=p, max_tokens=20, stream=n % 2 == 0, ignore_eos=True) for n, p in enumerate(prompts)]
+    for client in clients:
+        loop.submit(client.ticket)
+    for prompt, client in zip(prompts, clients, strict=True):
+        answers = client.wait()
+        expected = tokenizer.decode(alone(engine, tokenizer.encode(prompt).ids, 20))
+        assert "".join(answer.text for answer in answers) == expected
+        assert answers[-1].tokens == 20 and answers[-1].finish == "length"
+        assert client.ticket.request.stream or len(answers) == 1
+
+
+def test_sampling_is_repeatable_by_seed_and_echo_is_on_request(loop: ServingLoop) -> None:
+    def answer(**more: object) -> str:
+        client = Client(text_input="class ", max_tokens=16, temperature=1.5, ignore_eos=True, **more)
+        loop.submit(client.ticket)
+        return client.wait()[-1].text
+
+    assert answer(seed=7) == answer(seed=7) != answer(seed=8)
+    assert answer(seed=7, exclude_input_in_output=False) == "class " + answer(seed=7)
+
+
+def test_a_client_that_goes_away_frees_its_row(loop: ServingLoop) -> None:
+    gone = [Client(text_input="x", max_tokens=150, ignore_eos=True) for _ in range(4)]
+    for client in gone:
+        loop.submit(client.ticket)
+    time.sleep(0.05)
+    for client in gone:
+        client.gone = True
+    after = Client(text_input="y", max_tokens=2, ignore_eos=True)
+    loop.submit(after.ticket)
+    assert after.wait()[-1].finish == "length"
+    assert {client.wait()[-1].finish for client in gone} <= {"cancelled", "length"}
+
+
+def test_what_the_engine_cannot_hold_is_an_error_and_the_loop_goes_on(loop: ServingLoop) -> None:
+    long, many = Client(text_input="word " * 500), Client(text_input="x", max_tokens=500)
+    for client in (long, many):
+        loop.submit(client.ticket)
+    assert "at most 199" in (long.wait()[-1].error or "")
+    assert "input 'max_tokens': 500; after this prompt at most" in (many.wait()[-1].error or "")
+    fine = Client(text_input="x", max_tokens=1)
+    loop.submit(fine.ticket)
+    assert fine.wait()[-1].error is None
+
+
+def test_stopping_answers_everyone(engine: Path, tokenizer: Tokenizer) -> None:
+    with opened(engine, 2, MAX_LENGTH) as batch:
+        loop = ServingLoop(batch, tokenizer, (0,), MAX_LENGTH)
+        clients = [Client(text_input="x", max_tokens=190, ignore_eos=True) for _ in range(5)]
+        for client in clients:
+            loop.submit(client.ticket)
+        loop.stop()
+    for client in clients:
+        assert client.wait()[-1].finish in ("error", "length")
+
+
+# -- vendoring ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_vendored_part_serves_by_itself(engine: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    vendor(tmp_path / "vendor")
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    program = f"""
+import sys
+sys.path[:] = [{str(tmp_path / "vendor")!r}] + [p for p in sys.path if "main" not in p or "site-packages" in p]
+sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in repr(f).lower()]
+from pathlib import Path
+import trsp_deploy
+assert Path(trsp_deploy.__file__).is_relative_to({str(tmp_path)!r}), trsp_deploy.__file__
+from tokenizers import Tokenizer
+from trsp_deploy.tools.serving.engine import open_batch
+from trsp_deploy.tools.serving.loop import ServingLoop, Ticket
+from trsp_deploy.tools.serving.requests import parse
+import queue
+answers = queue.Queue()
+with open_batch(Path({str(engine)!r}), 2, 100) as batch:
+    loop = ServingLoop(batch, Tokenizer.from_file({str(tmp_path / "tokenizer.json")!r}), (), 100)
+    loop.submit(Ticket(parse({{"text_input": "x", "max_tokens": 3}}), answers.put, lambda: False))
+    print(answers.get(timeout=30).finish)
+    loop.stop()
+print(sorted(set(sys.modules) & {{"torch", "transformers", "onnx", "onnx_ir", "scipy"}}))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:2] == ["length", "[]"]

@@ -1,0 +1,59 @@
+"""The command that makes a Triton model repository of a run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from trsp_deploy.cli.jobs import Json, Run
+
+if TYPE_CHECKING:
+    from trsp_deploy.results import Role
+
+Out = Annotated[Path, typer.Option("--out", help="Folder of the repository.", metavar="DIR")]
+Engine = Annotated[
+    str | None, typer.Option("--engine", help="One of the run's engines; else the first that runs here.", metavar="E")
+]
+Name = Annotated[str | None, typer.Option("--name", help="Of the model; <run>-pruned when not given.", metavar="NAME")]
+Dense = Annotated[bool, typer.Option("--dense", help="The dense model too, as NAME-dense, for comparisons.")]
+MaxBatch = Annotated[int, typer.Option("--max-batch", help="Texts at once.", min=1, max=1024)]
+MaxLength = Annotated[
+    int | None, typer.Option("--max-length", help="Tokens of a text; else the model's positions.", min=2)
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command("triton")(triton)
+
+
+def triton(
+    run: Run,
+    out: Out = Path("model_repository"),
+    engine: Engine = None,
+    name: Name = None,
+    dense: Dense = False,
+    max_batch: MaxBatch = 8,
+    max_length: MaxLength = None,
+    as_json: Json = False,
+) -> None:
+    """Write a Triton model repository that generates text with a run's engine."""
+    from trsp_deploy.decoder import max_positions
+    from trsp_deploy.stages.triton_repository import write_repository
+    from trsp_deploy.tools.subjects import find_engine
+
+    roles: list[Role] = ["pruned", *(["dense"] if dense else [])]  # type: ignore[list-item]
+    engines = {role: find_engine(run, role, engine) for role in roles}
+    base = name or f"{run.resolve().name}-pruned"
+    names: dict[Role, str] = {"pruned": base, "dense": f"{base}-dense"}
+    length = max_length or max_positions(run / "pruned")
+    made = write_repository(engines, run / "pruned", names, out, max_batch, length)
+    lines = [f"{out / model.name}: {model.engine}, {model.max_batch} texts at once" for model in made.models]
+    lines.append(f"the server's Python needs: {' '.join(made.packages)}")
+    print("\n".join(lines), file=sys.stderr if as_json else sys.stdout)
+    if as_json:
+        print(json.dumps({"repository": str(out), "models": [model.name for model in made.models]}))

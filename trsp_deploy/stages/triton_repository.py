@@ -1,0 +1,125 @@
+"""A Triton model repository around an engine: a folder that `tritonserver --model-repository` can be pointed at."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from trsp_deploy.artifacts import Provenance, fingerprint, link_tree, provenance, write_json, writing
+from trsp_deploy.errors import ModelError, RunError
+from trsp_deploy.recipe import Strict
+from trsp_deploy.results import Role
+from trsp_deploy.tools.graphs.rotation import engine_rotation
+from trsp_deploy.tools.runners import device_of, read_manifest
+from trsp_deploy.tools.serving.engine import batches
+from trsp_deploy.tools.serving.readme import readme
+from trsp_deploy.tools.serving.vendor import model_file, vendor
+from trsp_deploy.tools.triton_config import WARMUP_FILE, generation_config, parse_config, warmup_file
+
+MANIFEST = "MANIFEST.json"
+WARMUP_TEXT = "Hello"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class ServedModel(Strict):
+    """One model of a repository."""
+
+    name: str
+    role: Role
+    engine: str  # the spec's name
+    max_batch: int  # texts at once
+    max_length: int  # tokens of a text
+    files: dict[str, str]  # path below the model's folder -> SHA-256
+
+
+class RepositoryManifest(Strict):
+    """`MANIFEST.json` of a repository."""
+
+    models: tuple[ServedModel, ...]
+    packages: tuple[str, ...]  # that the server's Python needs
+    gpu: str | None  # compute capability that the engine is bound to
+    provenance: Provenance
+
+
+def write_repository(
+    engines: dict[Role, Path], model_folder: Path, names: dict[Role, str], out: Path, max_batch: int, max_length: int
+) -> RepositoryManifest:
+    """Write a repository with a model for each role; what is there under the same names is replaced.
+
+    engines: engine folders. model_folder: has the tokenizer. names: of the models in the repository.
+    Raises RunError for a name that Triton does not take or an engine that cannot be served so.
+    """
+    models = []
+    for role, engine in engines.items():
+        name = names[role]
+        if NAME.fullmatch(name) is None:
+            raise RunError(f"--name '{name}': letters, digits, dots, dashes and underscores, a letter or digit first")
+        models.append(_write_model(engine, role, model_folder, name, out, max_batch, max_length))
+    first = read_manifest(next(iter(engines.values())))
+    package = {"onnxruntime-cpu": "onnxruntime", "onnxruntime-cuda": "onnxruntime-gpu"}.get(
+        first.spec.backend, first.spec.backend
+    )
+    manifest = RepositoryManifest(
+        models=tuple(models),
+        packages=(f"{package}=={first.backend_version}", "tokenizers", "pydantic>=2.12", "pyyaml", "numpy"),
+        gpu=first.bound.gpu,
+        provenance=provenance(),
+    )
+    write_json(out / MANIFEST, manifest)
+    limits = [f"`{m.name}`: {m.engine}, {m.max_batch} texts at once, {m.max_length} tokens each" for m in models]
+    with writing(out / "README.md") as partial:
+        text = readme([model.name for model in models], manifest.packages, manifest.gpu, limits)
+        partial.write_text(text, encoding="utf-8")
+    return manifest
+
+
+def _write_model(
+    engine: Path, role: Role, model_folder: Path, name: str, out: Path, max_batch: int, max_length: int
+) -> ServedModel:
+    spec = read_manifest(engine).spec
+    max_batch = max_batch if batches(spec) else 1
+    rotation = engine_rotation(engine / read_manifest(engine).file) if batches(spec) else None
+    tokenizer = model_folder / "tokenizer.json"
+    if not tokenizer.is_file():
+        raise ModelError(f"{model_folder}: has no tokenizer.json, so a server cannot read text")
+    warmup = warmup_file(WARMUP_TEXT)
+    config = generation_config(name, "KIND_CPU" if device_of(spec) == "cpu" else "KIND_GPU", len(warmup))
+    parse_config(config, f"{name}/config.pbtxt")
+    with writing(out / name) as folder:
+        version = folder / "1"
+        version.mkdir(parents=True)
+        link_tree(engine, version / "engine")
+        link_tree(tokenizer, version / "tokenizer.json")
+        settings = {
+            "max_batch": max_batch,
+            "max_length": max_length,
+            "end_tokens": end_tokens(model_folder),
+            "rotation": None if rotation is None else rotation.model_dump(mode="json"),
+        }
+        (version / "serving.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        (version / "model.py").write_bytes(model_file().read_bytes())
+        vendor(version / "vendor")
+        (folder / "config.pbtxt").write_text(config, encoding="utf-8")
+        (folder / "configs").mkdir()
+        on_cpu = config.replace("KIND_GPU", "KIND_CPU")
+        (folder / "configs" / "cpu.pbtxt").write_text(on_cpu, encoding="utf-8")
+        (folder / "warmup").mkdir()
+        (folder / "warmup" / WARMUP_FILE).write_bytes(warmup)
+        files = {
+            path.relative_to(folder).as_posix(): fingerprint(path)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
+    return ServedModel(name=name, role=role, engine=spec.name, max_batch=max_batch, max_length=max_length, files=files)
+
+
+def end_tokens(model_folder: Path) -> list[int]:
+    """Tokens that end a text: of the generation config where there is one, else of the model's."""
+    for file in ("generation_config.json", "config.json"):
+        path = model_folder / file
+        if path.is_file():
+            found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            if found is not None:
+                return [found] if isinstance(found, int) else list(found)
+    return []

@@ -1,0 +1,62 @@
+"""How an engine's graph turns keys by their place in the cache, for those who move them to another place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
+
+from trsp_deploy.errors import EngineUnavailable
+from trsp_deploy.tools.runners.running_batch import Rotation
+
+COS, SIN = 7, 8  # inputs of com.microsoft.GroupQueryAttention
+
+
+def engine_rotation(path: Path) -> Rotation | None:
+    """Read an engine's ONNX file; None where no attention turns keys itself.
+
+    Raises EngineUnavailable where layers turn them differently, or not by the same angle at every place.
+    """
+    graph = onnx.load(path, load_external_data=False).graph
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    found: set[tuple[str, str, bool]] = set()
+    for node in graph.node:
+        attributes = {attribute.name: attribute.i for attribute in node.attribute}
+        if node.op_type == "GroupQueryAttention" and attributes.get("do_rotary"):
+            found.add((node.input[COS], node.input[SIN], bool(attributes.get("rotary_interleaved"))))
+    if not found:
+        return None
+    tables = [
+        (_table(tensors[cos], path.parent), _table(tensors[sin], path.parent), interleaved)
+        for cos, sin, interleaved in sorted(found)
+    ]
+    rotations = {Rotation(angles=_angles(cos, sin, path), interleaved=turned) for cos, sin, turned in tables}
+    if len(rotations) > 1:
+        raise EngineUnavailable(f"{path}: its layers turn keys in {len(rotations)} ways")
+    return rotations.pop()
+
+
+def _table(tensor: onnx.TensorProto, folder: Path) -> np.ndarray:
+    """(places, pairs) of cosines or sines."""
+    if uses_external_data(tensor):
+        load_external_data_for_tensor(tensor, str(folder))
+    return np.asarray(onnx.numpy_helper.to_array(tensor), dtype=np.float64)
+
+
+def _angles(cos: np.ndarray, sin: np.ndarray, path: Path) -> tuple[float, ...]:
+    """Radians a place; the tables may hold a factor besides, as YaRN's do."""
+    places = np.arange(len(cos))[:, None]
+    # The last place tells a small angle best, and the first a large one: refine from place to place, doubling.
+    angles = np.arctan2(sin[1], cos[1])
+    place = 1
+    while 2 * place < len(cos):
+        place *= 2
+        turns = np.round((place * angles - np.arctan2(sin[place], cos[place])) / (2 * np.pi))
+        angles = (np.arctan2(sin[place], cos[place]) + 2 * np.pi * turns) / place
+    norm = np.hypot(sin[0], cos[0])
+    error = np.abs(np.cos(places * angles) * norm - cos).max()
+    if error > 1e-2 * norm.max():
+        raise EngineUnavailable(f"{path}: its keys are not turned by one angle a place")
+    return tuple(float(angle) for angle in angles)

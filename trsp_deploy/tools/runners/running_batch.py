@@ -1,0 +1,236 @@
+"""Texts that come and go in one batch (continuous batching), over an engine whose cache is written in place.
+
+    with OrtRunner(engine) as runner:
+        batch = RunningBatch(runner, max_batch=8, max_length=2048)
+        row, logits = batch.join([5, 9, 7])
+        logits = batch.step({row: 42})[row]
+        batch.leave(row)
+
+All rows end at the same place of the cache, `length`, and begin where their own text does: what lies before is masked,
+as left padding is. A text that joins is read by itself and copied to end at `length`; the others go on as they were.
+Where the graph turns keys by their place in the cache (GroupQueryAttention, `do_rotary`), keys that move are turned on
+by as many places: attention depends on differences of places alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from trsp_deploy.errors import EngineUnavailable
+from trsp_deploy.recipe import Strict
+from trsp_deploy.tools.runners.base import Runner
+from trsp_deploy.tools.runners.ort import OrtRunner
+
+SLACK = 128  # places that no text uses any more, before all move to the front
+FIRST_CAPACITY = 256
+
+
+class Rotation(Strict):
+    """How far a key is turned for each place of the cache (rotary embedding, arXiv 2104.09864, equation 34)."""
+
+    angles: tuple[float, ...]  # radians a place, one for each pair of a head's first dimensions
+    interleaved: bool  # whether a pair is two neighbours, or one of each half
+
+    def turned(self, keys: np.ndarray, places: int) -> np.ndarray:
+        """Keys (heads, tokens, head_dim) as they would be so many places further on."""
+        if places == 0:
+            return keys
+        half, turn = len(self.angles), places * np.asarray(self.angles)
+        cos, sin = np.cos(turn).astype(keys.dtype), np.sin(turn).astype(keys.dtype)
+        first, second = (
+            (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
+            if self.interleaved
+            else (slice(0, half), slice(half, 2 * half))
+        )
+        result = keys.copy()
+        result[..., first] = keys[..., first] * cos - keys[..., second] * sin
+        result[..., second] = keys[..., first] * sin + keys[..., second] * cos
+        return result
+
+
+class RunningBatch:
+    """Rows of a shared cache.
+
+    runner: entered, on the CPU. max_batch: texts at once. max_length: tokens of one text, new ones among them.
+    rotation: of the graph's keys by their place in the cache; None where it does not turn them so.
+    Raises EngineUnavailable where the engine's cache is not written in place: such an engine serves one text at a time.
+    """
+
+    def __init__(self, runner: OrtRunner, max_batch: int, max_length: int, rotation: Rotation | None = None) -> None:
+        if max_batch > 1 and not runner.in_place:
+            raise EngineUnavailable(f"{runner.model}: its cache is not written in place, so texts cannot join a batch")
+        self._reader = runner  # reads prompts, one at a time
+        self._decoder = runner.twin()  # the same session with the shared cache
+        self._rotation = rotation
+        self._max_batch = max_batch
+        self._max_length = max_length
+        self._lengths: dict[int, int] = {}  # tokens of each text, by row
+        self._length = 0  # where all of them end
+        self._mask = np.zeros((0, 0), dtype=np.int64)  # (rows, capacity)
+
+    @property
+    def size(self) -> int:
+        """Texts that are running."""
+        return len(self._lengths)
+
+    @property
+    def full(self) -> bool:
+        """Whether no further text can join."""
+        return self.size == self._max_batch
+
+    def join(self, prompt: Sequence[int]) -> tuple[int, np.ndarray]:
+        """Read a prompt and add its text; returns its row and the logits (vocabulary,) of its next token.
+
+        Raises EngineUnavailable when the batch is full or the prompt leaves no room for a token.
+        """
+        if self.full:
+            raise EngineUnavailable(f"the batch is full: {self._max_batch} texts")
+        if not 0 < len(prompt) < self._max_length:
+            raise EngineUnavailable(f"a prompt of {len(prompt)} tokens; valid: 1 to {self._max_length - 1}")
+        input_ids = np.array([prompt], dtype=np.int64)
+        logits = self._reader.prefill(input_ids, np.ones_like(input_ids), last_only=True)[0, -1]
+        row = self._free_row()
+        if len(prompt) > self._length:
+            self._move(len(prompt))
+        self._reserve(self._length + 1)
+        start = self._length - len(prompt)
+        for name, rows in self._views().items():
+            source = view(self._reader.cache[name])  # (1, heads, capacity, head_dim)
+            rows[row, :, start : self._length] = self._moved(name, source[0, :, : len(prompt)], start)
+        self._mask[row] = 0
+        self._mask[row, start : self._length] = 1
+        self._lengths[row] = len(prompt)
+        return row, logits
+
+    def step(self, tokens: Mapping[int, int]) -> dict[int, np.ndarray]:
+        """Append one token to every running text; returns the logits (vocabulary,) of each one's next, by row.
+
+        Raises EngineUnavailable where a text is as long as it may be.
+        """
+        longest = max(self._lengths.values())
+        if longest >= self._max_length:
+            raise EngineUnavailable(f"a text has reached {self._max_length} tokens")
+        if self._length == self._max_length:  # the graph's tables of positions end there
+            self._move(longest)
+        self._reserve(self._length + 1)
+        input_ids = np.zeros((len(self._mask), 1), dtype=np.int64)  # rows without a text compute what nobody reads
+        for row, token in tokens.items():
+            input_ids[row] = token
+        self._mask[:, self._length] = 1
+        self._length += 1
+        logits = self._decoder.step(input_ids, self._mask[:, : self._length])
+        for row in self._lengths:
+            self._lengths[row] += 1
+        for row in range(len(self._mask)):
+            if row not in self._lengths:
+                self._mask[row] = 0
+        return {row: logits[row, -1] for row in self._lengths}
+
+    def leave(self, row: int) -> None:
+        """End a text; its row is free for another."""
+        del self._lengths[row]
+        self._mask[row] = 0
+        if not self._lengths:
+            self._length = 0
+        elif self._length - max(self._lengths.values()) >= SLACK:
+            self._move(max(self._lengths.values()))
+
+    def _free_row(self) -> int:
+        for row in range(len(self._mask)):
+            if row not in self._lengths:
+                return row
+        rows = len(self._mask)
+        self._allocate(min(self._max_batch, max(1, 2 * rows)), max(self._mask.shape[1], FIRST_CAPACITY))
+        return rows
+
+    def _reserve(self, length: int) -> None:
+        """Make room for `length` places. Texts leave at most SLACK of them unused, so this ends."""
+        if length > self._mask.shape[1]:
+            self._allocate(len(self._mask), 2 * length)
+
+    def _move(self, length: int) -> None:
+        """Let all texts end at `length` instead."""
+        self._reserve(length + 1)
+        for row, tokens in self._lengths.items():
+            for name, rows in self._views().items():
+                there = rows[row, :, self._length - tokens : self._length].copy()
+                rows[row, :, length - tokens : length] = self._moved(name, there, length - self._length)
+            self._mask[row] = 0
+            self._mask[row, length - tokens : length] = 1
+        self._length = length
+
+    def _moved(self, name: str, values: np.ndarray, places: int) -> np.ndarray:
+        """Part of a cache (heads, tokens, head_dim) as it has to be so many places further on."""
+        if self._rotation is None or not name.endswith(".key"):
+            return values
+        return self._rotation.turned(values, places)
+
+    def _allocate(self, rows: int, capacity: int) -> None:
+        """Move everything into a larger cache."""
+        values, mask = self._decoder.cache, self._mask  # the values outlive the views of them
+        old = {name: view(value) for name, value in values.items()}
+        self._decoder.allocate(rows, capacity)
+        for name, new in self._views().items():
+            new[...] = 0
+            if name in old:
+                new[: len(mask), :, : self._length] = old[name][:, :, : self._length]
+        self._mask = np.zeros((rows, capacity), dtype=np.int64)
+        self._mask[: len(mask), : mask.shape[1]] = mask
+
+    def _views(self) -> dict[str, np.ndarray]:
+        return {name: view(value) for name, value in self._decoder.cache.items()}
+
+
+class OneText:
+    """The same for any runner, one text at a time."""
+
+    def __init__(self, runner: Runner, max_length: int) -> None:
+        self._runner = runner
+        self._max_length = max_length
+        self._length = 0  # of the text that is running; 0 is none
+
+    @property
+    def size(self) -> int:
+        """Texts that are running."""
+        return int(self._length > 0)
+
+    @property
+    def full(self) -> bool:
+        """Whether no further text can join."""
+        return self._length > 0
+
+    def join(self, prompt: Sequence[int]) -> tuple[int, np.ndarray]:
+        """As RunningBatch."""
+        if self.full:
+            raise EngineUnavailable("the batch is full: 1 text")
+        if not 0 < len(prompt) < self._max_length:
+            raise EngineUnavailable(f"a prompt of {len(prompt)} tokens; valid: 1 to {self._max_length - 1}")
+        input_ids = np.array([prompt], dtype=np.int64)
+        logits = self._runner.prefill(input_ids, np.ones_like(input_ids), last_only=True)
+        self._length = len(prompt)
+        return 0, logits[0, -1]
+
+    def step(self, tokens: Mapping[int, int]) -> dict[int, np.ndarray]:
+        """As RunningBatch."""
+        if self._length >= self._max_length:
+            raise EngineUnavailable(f"a text has reached {self._max_length} tokens")
+        logits = self._runner.decode(np.array([[tokens[0]]], dtype=np.int64))
+        self._length += 1
+        return {0: logits[0, -1]}
+
+    def leave(self, row: int) -> None:
+        """As RunningBatch."""
+        self._length = 0
+
+
+def view(value: Any) -> np.ndarray:
+    """An OrtValue's own memory on the CPU as an array that can be written; the value has to outlive it."""
+    dtype = np.dtype({"tensor(float)": np.float32, "tensor(float16)": np.float16}[value.data_type()])
+    shape = tuple(value.shape())
+    size = int(np.prod(shape)) * dtype.itemsize
+    memory: Any = (ctypes.c_char * size).from_address(value.data_ptr())
+    return np.frombuffer(memory, dtype=dtype).reshape(shape)

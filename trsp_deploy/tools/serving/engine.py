@@ -1,0 +1,53 @@
+"""An engine folder as a batch that texts can join, with nothing imported that only building needs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from trsp_deploy.recipe import EngineSpec
+from trsp_deploy.tools.runners.base import Runner
+from trsp_deploy.tools.runners.manifest import Bound, EngineManifest, check_manifest, read_manifest
+from trsp_deploy.tools.runners.requirements import cuda_devices, driver_version, package_version
+from trsp_deploy.tools.runners.running_batch import OneText, Rotation, RunningBatch
+from trsp_deploy.tools.serving.loop import Batch
+
+
+@contextlib.contextmanager
+def open_batch(folder: Path, max_batch: int, max_length: int, rotation: Rotation | None = None) -> Iterator[Batch]:
+    """Load an engine; raises EngineUnavailable when it is not whole, not for this machine, or cannot batch.
+
+    rotation: of the graph's keys, as `tools/graphs/rotation.py` reads it.
+    """
+    manifest = read_manifest(folder)
+    check_manifest(folder, manifest, package_version(manifest.spec.backend), _here(manifest.spec))
+    with _runner(folder, manifest) as runner:
+        if batches(manifest.spec):
+            from trsp_deploy.tools.runners.ort import OrtRunner
+
+            assert isinstance(runner, OrtRunner)
+            yield RunningBatch(runner, max_batch, max_length, rotation)
+        else:
+            yield OneText(runner, max_length)
+
+
+def batches(spec: EngineSpec) -> bool:
+    """Whether texts can come and go in one batch of such an engine."""
+    return spec.backend == "onnxruntime-cpu"
+
+
+def _here(spec: EngineSpec) -> Bound:
+    if spec.backend != "tensorrt":
+        return Bound()
+    return Bound(gpu=cuda_devices()[0].compute_capability, driver=driver_version(), others=spec.hardware_compatibility)
+
+
+def _runner(folder: Path, manifest: EngineManifest) -> Runner:
+    if manifest.spec.backend.startswith("onnxruntime"):
+        from trsp_deploy.tools.runners import ort
+
+        return ort.open_engine(folder, manifest)
+    from trsp_deploy.tools.runners import trt
+
+    return trt.open_engine(folder, manifest)

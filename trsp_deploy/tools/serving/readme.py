@@ -1,0 +1,61 @@
+"""The README of a model repository: how to serve exactly this one, and how to ask it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+# A container whose Python backend knows cancelled requests. Any later one will do for an ONNX Runtime engine, whose package
+# is installed into it. Not tried: no Docker was at hand.
+CONTAINER = "nvcr.io/nvidia/tritonserver:25.02-py3"
+
+
+def readme(names: Sequence[str], packages: Sequence[str], gpu: str | None, limits: Sequence[str]) -> str:
+    """Markdown. names: of the models. packages: that the server's Python needs. limits: a line for each model."""
+    name = names[0]
+    install = f"pip install {' '.join(repr(package) for package in packages)}"
+    device = "--gpus 1 " if gpu else ""
+    where = f"Its engines run on GPUs of compute capability {gpu} alone.\n" if gpu else ""
+    listed = "\n".join(f"- {line}" for line in limits)
+    return f"""# Model repository for Triton Inference Server
+
+Made by `trsp-deploy triton`. Text in, text out, streamed; requests that come together are answered in one batch.
+{where}
+{listed}
+
+## Serve it
+
+    docker run --rm {device}--shm-size 1g -p 8000:8000 -p 8001:8001 -p 8002:8002 -v "$PWD:/models" {CONTAINER} \\
+        bash -c "{install} && tritonserver --model-repository=/models"
+
+On a machine without a GPU, add `--model-config-name=cpu` where the engine is for one. The packages can be put into an image
+once instead of at every start.
+
+## Ask it
+
+<!-- client:start -->
+```bash
+curl -s localhost:8000/v2/models/{name}/generate -d '{{"text_input": "The capital of France is", "max_tokens": 16}}'
+```
+
+```bash
+curl -sN localhost:8000/v2/models/{name}/generate_stream \\
+    -d '{{"text_input": "Once upon a time", "max_tokens": 32, "stream": true, "temperature": 0.8, "seed": 1}}'
+```
+<!-- client:end -->
+
+| input | meaning | default |
+|---|---|---|
+| `text_input` | the prompt | |
+| `max_tokens` | new tokens at most | 64 |
+| `stream` | whether text comes as it is made | false |
+| `exclude_input_in_output` | whether the prompt is left out of the answer | true |
+| `temperature` | 0 is greedy | 0 |
+| `top_k`, `top_p` | choose among so many tokens, or among those that hold this probability | 0 (all), 1 |
+| `repetition_penalty` | above 1 makes what is there already less likely | 1 |
+| `seed` | of the sampling; the same seed gives the same text | 0 |
+| `stop` | strings that end the answer | none |
+| `ignore_eos` | whether to go on after the end token | false |
+
+Answers have `text_output`, `output_tokens` and, at the end, `finish_reason` (`length`, `end`, `stop`). A request that cannot
+be answered gets one line that names the input.
+"""

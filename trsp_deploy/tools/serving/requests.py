@@ -1,0 +1,65 @@
+"""What a client may ask for, checked before anything is computed: one clear line for what cannot be."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, ValidationError
+
+from trsp_deploy.errors import UserError
+from trsp_deploy.recipe import Strict
+from trsp_deploy.tools.generation import Sampling
+
+MOST_STOPS = 16
+
+
+class RequestError(UserError):
+    """A request that cannot be answered."""
+
+
+class GenerationRequest(Strict):
+    """One request; names as TensorRT-LLM's and vLLM's Triton models have them."""
+
+    text_input: Annotated[str, Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 64
+    stream: bool = False
+    exclude_input_in_output: bool = True
+    temperature: Annotated[float, Field(ge=0, le=100)] = 0.0  # 0 is greedy
+    top_k: Annotated[int, Field(ge=0)] = 0  # 0 is all
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0  # above 1 makes what is there less likely
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    ignore_eos: bool = False
+    stop: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] = ()
+
+    def sampling(self, end: tuple[int, ...]) -> Sampling:
+        """How its tokens are chosen; `end` has the tokens that end a text."""
+        return Sampling(
+            max_new_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            seed=self.seed,
+            end=() if self.ignore_eos else end,
+        )
+
+
+def parse(values: dict[str, object]) -> GenerationRequest:
+    """Check a request's inputs by name; raises RequestError with one line."""
+    try:
+        found = GenerationRequest.model_validate(values)
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "missing":
+            raise RequestError(f"input '{name}' is missing") from problem
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(GenerationRequest.model_fields)
+            raise RequestError(f"input '{name}' is unknown; valid: {known}") from problem
+        message = first["msg"].removeprefix("Value error, ")
+        raise RequestError(
+            f"input '{name}': {message[0].lower()}{message[1:]}, got {first['input']!r:.60}"
+        ) from problem
+    if len(found.stop) > MOST_STOPS:
+        raise RequestError(f"input 'stop': {len(found.stop)} strings, at most {MOST_STOPS}")
+    return found

@@ -1,0 +1,68 @@
+"""Tokens to text while it is being made: whole characters, spaces kept, nothing that might become a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer
+
+CONTEXT = 5  # tokens before those that are being decoded: a token's text depends on its neighbours
+INCOMPLETE = "�"  # what bytes decode to that are no whole character yet
+
+
+class TextStream:
+    """The text of one answer, token by token.
+
+    The text of a token depends on those before it (a leading space, half a character), so a few are decoded with it and
+    their own text is taken off. tokenizers' DecodeStream does the same and cannot be ended: bytes that never become a
+    character would take all that follows with them.
+
+    stop: strings that end the answer; neither they nor what follows is shown.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._tokens = list(prompt[-CONTEXT:])
+        self._first, self._read = 0, len(self._tokens)  # decoded from, and decoded before
+        self._stop = tuple(stop)
+        self._held = ""  # shown only once it can be no part of a stop string
+        self.stopped = False
+
+    def add(self, token: int) -> str:
+        """The text that can be shown after one more token; empty within a character or a possible stop string."""
+        self._tokens.append(token)
+        text = self._new_text()
+        if text.endswith(INCOMPLETE):
+            return ""
+        return self._show(text)
+
+    def end(self) -> str:
+        """What was held back, now that no token follows."""
+        shown = self._show(self._new_text()) if not self.stopped else ""
+        shown, self._held = shown + self._held, ""
+        return shown
+
+    def _new_text(self) -> str:
+        before = self._decode(self._tokens[self._first : self._read])
+        return self._decode(self._tokens[self._first :])[len(before) :]
+
+    def _decode(self, tokens: list[int]) -> str:
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        return text
+
+    def _show(self, text: str) -> str:
+        self._first, self._read = max(self._first, self._read - CONTEXT), len(self._tokens)
+        self._held += text
+        for word in self._stop:
+            before, found, _ = self._held.partition(word)
+            if found:
+                self.stopped, self._held = True, ""
+                return before
+        keep = max((_overlap(self._held, word) for word in self._stop), default=0)
+        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return shown
+
+
+def _overlap(text: str, word: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `word`."""
+    return next((size for size in range(min(len(text), len(word) - 1), 0, -1) if text.endswith(word[:size])), 0)

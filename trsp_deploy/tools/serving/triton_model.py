@@ -1,0 +1,110 @@
+"""A model of Triton's python backend that owns an engine: text in, text out, streamed, many requests in one batch.
+
+Copied to `<name>/1/model.py` of a model repository. Beside it lie `engine/`, `tokenizer.json`, `serving.json` (what
+`trsp-deploy triton` was told) and `vendor/` (the modules of trsp_deploy that it imports).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE / "vendor"))
+
+from trsp_deploy.errors import TrspError  # noqa: E402
+from trsp_deploy.tools.runners.running_batch import Rotation  # noqa: E402
+from trsp_deploy.tools.serving.engine import open_batch  # noqa: E402
+from trsp_deploy.tools.serving.loop import Answer, ServingLoop, Ticket  # noqa: E402
+from trsp_deploy.tools.serving.requests import GenerationRequest, RequestError, parse  # noqa: E402
+
+FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+
+
+class TritonPythonModel:
+    """What the backend calls."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Open the engine and start the loop; raises TritonModelException with one line."""
+        from tokenizers import Tokenizer
+
+        settings = json.loads((HERE / "serving.json").read_text(encoding="utf-8"))
+        try:
+            rotation = None if settings["rotation"] is None else Rotation.model_validate(settings["rotation"])
+            self._opened = open_batch(HERE / "engine", settings["max_batch"], settings["max_length"], rotation)
+            batch = self._opened.__enter__()
+        except TrspError as problem:
+            raise pb_utils.TritonModelException(str(problem)) from problem
+        tokenizer = Tokenizer.from_file(str(HERE / "tokenizer.json"))
+        self._loop = ServingLoop(batch, tokenizer, tuple(settings["end_tokens"]), settings["max_length"])
+
+    def execute(self, requests: list[Any]) -> None:
+        """Hand requests to the loop; answers go out from its thread (decoupled)."""
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                ticket = Ticket(parse(_inputs(request)), _sending(sender), sender.is_cancelled)
+            except TrspError as problem:
+                _fail(sender, str(problem))
+                continue
+            self._loop.submit(ticket)
+
+    def finalize(self) -> None:
+        """Stop the loop and close the engine."""
+        self._loop.stop()
+        self._opened.__exit__(None, None, None)
+
+
+def _inputs(request: Any) -> dict[str, object]:
+    """A request's inputs by name as plain values; raises RequestError for text that is not UTF-8."""
+    values: dict[str, object] = {}
+    for name in GenerationRequest.model_fields:
+        tensor = pb_utils.get_input_tensor_by_name(request, name)
+        if tensor is None:
+            continue
+        items = [_plain(name, item) for item in tensor.as_numpy().ravel().tolist()]
+        if name == "stop":
+            values[name] = tuple(items)
+        elif len(items) != 1:
+            raise RequestError(f"input '{name}': one value is expected, got {len(items)}")
+        else:
+            values[name] = items[0]
+    return values
+
+
+def _plain(name: str, item: object) -> object:
+    if not isinstance(item, bytes):
+        return item
+    try:
+        return item.decode("utf-8")
+    except UnicodeDecodeError as problem:
+        raise RequestError(f"input '{name}': is not UTF-8 text (byte {problem.start})") from problem
+
+
+def _sending(sender: Any) -> Any:
+    """A function that sends one answer to the client."""
+
+    def send(answer: Answer) -> None:
+        if answer.finish == "error":
+            _fail(sender, answer.error or "unknown")
+        elif answer.finish == "cancelled":
+            _fail(sender, "cancelled", pb_utils.TritonError.CANCELLED)
+        else:
+            outputs = [
+                pb_utils.Tensor("text_output", np.array([answer.text.encode()], dtype=object)),
+                pb_utils.Tensor("output_tokens", np.array([answer.tokens], dtype=np.int32)),
+                pb_utils.Tensor("finish_reason", np.array([(answer.finish or "").encode()], dtype=object)),
+            ]
+            sender.send(pb_utils.InferenceResponse(outputs), flags=FINAL if answer.finish else 0)
+
+    return send
+
+
+def _fail(sender: Any, message: str, code: Any = None) -> None:
+    error = pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG if code is None else code)
+    sender.send(pb_utils.InferenceResponse(error=error), flags=FINAL)

@@ -1,0 +1,47 @@
+"""The part of trsp_deploy that a model repository carries, so that its server needs no trsp_deploy."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import trsp_deploy
+
+# Modules that serving imports; `tests/integration/test_serving.py` runs a copy of them alone. Packages get an empty
+# __init__: the real ones import what only building needs.
+MODULES = (
+    "artifacts.py",
+    "errors.py",
+    "recipe.py",
+    "tools/generation.py",
+    "tools/graphs/decoder_io.py",
+    "tools/runners/base.py",
+    "tools/runners/manifest.py",
+    "tools/runners/ort.py",
+    "tools/runners/requirements.py",
+    "tools/runners/running_batch.py",
+    "tools/runners/trt.py",
+    "tools/runners/trt_log.py",
+    "tools/serving/engine.py",
+    "tools/serving/loop.py",
+    "tools/serving/requests.py",
+    "tools/serving/text.py",
+)
+MODEL = "tools/serving/triton_model.py"
+
+
+def vendor(target: Path) -> None:
+    """Copy the modules to `target/trsp_deploy`."""
+    source, root = Path(trsp_deploy.__file__).parent, target / "trsp_deploy"
+    for module in MODULES:
+        place = root / module
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source / module, place)
+    for folder in {(root / module).parent for module in MODULES} | {root}:
+        version = f'__version__ = "{trsp_deploy.__version__}"\n' if folder == root else ""
+        (folder / "__init__.py").write_text(version, encoding="utf-8")
+
+
+def model_file() -> Path:
+    """The python backend's `model.py`."""
+    return Path(trsp_deploy.__file__).parent / MODEL
