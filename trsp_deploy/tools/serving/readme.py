@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-# A container whose Python backend knows cancelled requests. Any later one will do for an ONNX Runtime engine, whose package
-# is installed into it. Not tried: no Docker was at hand.
+# A container whose Python backend knows cancelled requests. Any later one will do for an ONNX Runtime engine, whose
+# package is installed into it. Not tried: no Docker was at hand.
 CONTAINER = "nvcr.io/nvidia/tritonserver:25.02-py3"
 
 
@@ -27,8 +27,8 @@ Made by `trsp-deploy triton`. Text in, text out, streamed; requests that come to
     docker run --rm {device}--shm-size 1g -p 8000:8000 -p 8001:8001 -p 8002:8002 -v "$PWD:/models" {CONTAINER} \\
         bash -c "{install} && tritonserver --model-repository=/models"
 
-On a machine without a GPU, add `--model-config-name=cpu` where the engine is for one. The packages can be put into an image
-once instead of at every start.
+On a machine without a GPU, add `--model-config-name=cpu` where the engine is for one. The packages can be put into an
+image once instead of at every start.
 
 ## Ask it
 
@@ -56,6 +56,6 @@ curl -sN localhost:8000/v2/models/{name}/generate_stream \\
 | `stop` | strings that end the answer | none |
 | `ignore_eos` | whether to go on after the end token | false |
 
-Answers have `text_output`, `output_tokens` and, at the end, `finish_reason` (`length`, `end`, `stop`). A request that cannot
-be answered gets one line that names the input.
+Answers have `text_output`, `output_tokens` and, at the end, `finish_reason` (`length`, `end`, `stop`). A request that
+cannot be answered gets one line that names the input.
 """
