@@ -90,6 +90,23 @@ def test_bad_input_is_one_line(run: Path, options: list[str], words: list[str]) 
     assert done.code == 1 and all(word in done.stderr.splitlines()[-1] for word in words), done.stderr
 
 
+@needs_schema
+def test_the_linter_finds_what_went_missing(repository: Path, tmp_path: Path) -> None:
+    clean = trsp_deploy("triton-lint", str(repository), cwd=tmp_path)
+    assert clean.code == 0 and "0 errors, 0 warnings" in clean.stdout, clean.said
+    copy = Path(shutil.copytree(repository, tmp_path / "repository"))
+    data = copy / "pruned" / "1" / "engine" / "model.onnx.data"
+    data.write_bytes(b"x" + data.read_bytes()[1:])
+    (copy / "pruned-dense" / "1" / "tokenizer.json").unlink()
+    done = trsp_deploy("triton-lint", str(copy), "--json", cwd=tmp_path)
+    assert done.code == 2
+    messages = [finding["message"] for finding in json.loads(done.stdout)["findings"]]
+    assert messages == [
+        "1/engine/model.onnx.data is not the file that was built (SHA-256)",
+        "1/tokenizer.json is missing",
+    ]
+
+
 # -- a real server -----------------------------------------------------------------------------------------------------
 
 

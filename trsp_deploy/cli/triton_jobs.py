@@ -26,9 +26,29 @@ MaxLength = Annotated[
 ]
 
 
+Repository = Annotated[Path, typer.Argument(help="A model repository, ours or not.", metavar="REPO")]
+WRONG = 2  # exit code where the linter finds an error
+
+
 def register(app: typer.Typer) -> None:
-    """Add the command to the application."""
+    """Add the commands to the application."""
     app.command("triton")(triton)
+    app.command("triton-lint")(triton_lint)
+
+
+def triton_lint(repository: Repository, as_json: Json = False) -> None:
+    """Find what a Triton server would say only at load, or never; exit code 2 when something is wrong."""
+    from trsp_deploy.tools.triton_lint import lint
+
+    found = lint(repository)
+    errors = sum(finding.severity == "error" for finding in found)
+    stream = sys.stderr if as_json else sys.stdout
+    for finding in found:
+        print(finding, file=stream)
+    print(f"{repository}: {errors} errors, {len(found) - errors} warnings", file=stream)
+    if as_json:
+        print(json.dumps({"findings": [finding.model_dump() for finding in found]}))
+    raise typer.Exit(WRONG if errors else 0)
 
 
 def triton(
