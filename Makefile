@@ -65,6 +65,7 @@ $(READY): pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[optimum,cpu,rtx,dev]'
 	-$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/tensorrt-bindings/10 'tensorrt-cu12-bindings==10.16.*'
 	-$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/tensorrt-bindings/11 'tensorrt-cu13-bindings==11.4.*'
+	-$(BIN)/trsp-deploy fetch triton-schema 2> /dev/null
 	touch $(READY)
 
 .venv-transformers5/.ready: pyproject.toml

@@ -217,20 +217,27 @@ def _peer(python: Path, kind: str, path: Path) -> Worker:
 def _race(
     contenders: dict[str, Callable[[], Worker]], prompt: list[list[int]], new_tokens: int, rounds: int
 ) -> tuple[Samples, dict[str, str]]:
-    """Blocks of all contenders in turn, each after a short one; and why those that could not take part did not."""
+    """Blocks of all contenders in turn, each after a short one; and why those that could not take part did not.
+
+    Who waits for its turn is stopped by a signal: thread pools spin on after their work (docs/decisions/0011).
+    """
     with contextlib.ExitStack() as stack:
         workers, absent = {}, {}
         for label, make in contenders.items():
             try:
                 workers[label] = stack.enter_context(make())
+                workers[label].pause()
             except EngineUnavailable as problem:
                 absent[label] = str(problem)
         samples: Samples = {label: [] for label in workers}
         for number in range(rounds + 1):
             print(f"round {number} of {rounds}: {', '.join(workers)}", file=sys.stderr, flush=True)
             for label in workers if number % 2 else reversed(workers):
-                workers[label].block(prompt, WARM_TOKENS)  # while the others ran, its memory went cold
-                samples[label] += [workers[label].block(prompt, new_tokens)] if number else []
+                worker = workers[label]
+                worker.resume()
+                worker.block(prompt, WARM_TOKENS)  # while the others ran, its memory went cold
+                samples[label] += [worker.block(prompt, new_tokens)] if number else []
+                worker.pause()
     return samples, absent
 
 

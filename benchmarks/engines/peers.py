@@ -10,8 +10,10 @@ Optimum does, so it runs in an environment of its own. A block may ask for `perp
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +29,7 @@ Peer = Callable[[np.ndarray, int], Steps]  # (batch, prompt) token ids, new toke
 
 def main() -> int:
     """Serve blocks until stdin ends."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a paused process does not see its stdin end
     kind, path = sys.argv[1], Path(sys.argv[2])
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries that print must not get between the replies

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -238,6 +239,16 @@ def action() -> Any:
     return yaml.safe_load((ROOT / "action.yml").read_text())
 
 
+def program(tmp_path: Path) -> Path:
+    """A folder with `trsp-deploy` in it, as a runner has it in its PATH."""
+    folder = tmp_path / "bin"
+    folder.mkdir(exist_ok=True)
+    file = folder / "trsp-deploy"
+    file.write_text(f'#!/bin/sh\nexec {sys.executable} -c "from trsp_deploy.cli import main; main()" "$@"\n')
+    file.chmod(0o755)
+    return folder
+
+
 def run_action(action: Any, workspace: Path, tmp_path: Path, **inputs: str) -> tuple[int, str, str]:
     """The action's step as a runner runs it: bash, inputs in variables, exit code, outputs."""
     (step,) = action["runs"]["steps"]
@@ -247,18 +258,13 @@ def run_action(action: Any, workspace: Path, tmp_path: Path, **inputs: str) -> t
         key = expression.removeprefix("${{ inputs.").removesuffix(" }}")
         variables[name] = values[key]
     assert "${{" not in step["run"], "an input must not become part of the script"
-    binaries = tmp_path / "bin"
-    binaries.mkdir()
-    program = binaries / "trsp-deploy"
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -c "from trsp_deploy.cli import main; main()" "$@"\n')
-    program.chmod(0o755)
     script = tmp_path / "step.sh"
     script.write_text(step["run"])
     outputs, summary = tmp_path / "outputs", tmp_path / "summary"
     environment = {
         **os.environ,
         **variables,
-        "PATH": f"{binaries}:{os.environ['PATH']}",
+        "PATH": f"{program(tmp_path)}:{os.environ['PATH']}",
         "GITHUB_ACTIONS": "true",
         "GITHUB_OUTPUT": str(outputs),
         "GITHUB_STEP_SUMMARY": str(summary),
@@ -290,11 +296,31 @@ def test_the_actions_step_ends_as_the_check_does(
     assert not (workspace / "hacked").exists()
 
 
-def test_the_documented_workflow_fits_the_action(action: Any) -> None:
+def documented_steps() -> tuple[dict[str, Any], dict[str, Any]]:
+    """The workflow's step that builds, and its step that checks."""
     page = (ROOT / "docs" / "ci.md").read_text()
     block = page.partition("<!-- workflow:start -->\n```yaml\n")[2].partition("```")[0]
     steps = yaml.safe_load(block)["jobs"]["check"]["steps"]
+    (build,) = [step for step in steps if "run" in step]
     (check,) = [step for step in steps if "trsp-deploy" in step.get("uses", "")]
+    return build, check
+
+
+def test_the_documented_workflow_runs(action: Any, workspace: Path, baseline: Path, tmp_path: Path) -> None:
+    build, check = documented_steps()
+    shutil.copy(workspace / "run" / "recipe.yaml", workspace / "recipe.yaml")
+    environment = {**os.environ, "RUN": "run", "PATH": f"{program(tmp_path)}:{os.environ['PATH']}"}
+    command = ["bash", "-eo", "pipefail", "-c", build["run"]]
+    done = subprocess.run(command, cwd=workspace, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and (workspace / "run" / "report.html").is_file(), done.stderr
+    files = {"out": str(tmp_path / "check.json"), "junit": str(tmp_path / "check.xml")}
+    inputs = {**check["with"], "run": "run", "budget": "1", **files}  # a second decides nothing, but of quality
+    code, outputs, said = run_action(action, workspace, tmp_path, **inputs)
+    assert (code, outputs) in ((2, "verdict=fail\n"), (3, "verdict=inconclusive\n")), said
+
+
+def test_the_documented_workflow_fits_the_action(action: Any) -> None:
+    _, check = documented_steps()
     assert set(check["with"]) <= set(action["inputs"])
     required = {name for name, entry in action["inputs"].items() if entry.get("required")}
     assert required <= set(check["with"])

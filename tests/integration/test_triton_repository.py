@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from tokenizers import Tokenizer
 
 from tests.integration.test_check import trsp_deploy
@@ -70,6 +71,17 @@ def test_a_repository_is_whole_and_its_config_is_tritons(repository: Path) -> No
 def test_a_config_that_is_none_says_where() -> None:
     with pytest.raises(RunError, match=r"x/config.pbtxt: 2:1"):
         parse_config('name: "x"\nbackends: "python"', "x/config.pbtxt")
+
+
+def test_the_kubernetes_manifest_probes_what_the_server_has() -> None:
+    manifest = Path(__file__).parents[2] / "deploy" / "kubernetes" / "triton.yaml"
+    service, deployment = yaml.safe_load_all(manifest.read_text())
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports == {"http": 8000, "grpc": 8001, "metrics": 8002}
+    assert {port["targetPort"] for port in service["spec"]["ports"]} == set(ports)
+    assert container["readinessProbe"]["httpGet"] == {"path": "/v2/health/ready", "port": "http"}
+    assert service["spec"]["selector"] == deployment["spec"]["template"]["metadata"]["labels"]
 
 
 def test_warmup_is_a_length_and_text() -> None:
