@@ -40,7 +40,7 @@ def exported(name: str, precision: Float, folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("name", "precision"),
     [
-        ("opt-350m", "fp32"),
+        pytest.param("opt-350m", "fp32", marks=pytest.mark.slow),
         pytest.param("llama", "fp32", marks=pytest.mark.slow),
         pytest.param("llama", "fp16", marks=pytest.mark.slow),
         pytest.param("mistral-sliding", "fp32", marks=pytest.mark.slow),

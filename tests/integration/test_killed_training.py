@@ -68,7 +68,7 @@ def kill_within(workspace: Path, out: str, stage: str) -> None:
     assert process.wait() == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("stage", ["plan", "prune"])
+@pytest.mark.parametrize("stage", [pytest.param("plan", marks=pytest.mark.slow), "prune"])
 def test_killed_and_run_again_is_as_never_killed(workspace, stage):
     whole = finish(workspace, f"{stage}-whole", stage)
     kill_within(workspace, f"{stage}-killed", stage)

@@ -63,7 +63,7 @@ def prune(workspace: Path, out: str, launch: list[str], sets: list[str]) -> subp
     )
 
 
-@pytest.mark.parametrize("launch", LAUNCH)
+@pytest.mark.parametrize("launch", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_two_processes_do_what_one_does(workspace, launch):
     alone = prune(workspace, "alone", [], TRANSFER[launch])
     done = prune(workspace, launch, LAUNCH[launch], TRANSFER[launch])

@@ -78,6 +78,7 @@ def measure(model: Path, stage: str, settings: list[str], environment: dict[str,
     return int(done.stdout.split()[-1])
 
 
+@pytest.mark.slow
 def test_transfer_of_a_small_model(folder):
     settings = ["calibration.context_length=256", CHECKPOINTING]
     model = folder("small", SMALL)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny import english, save_tiny
+from trsp_deploy import cli
 from trsp_deploy.tools.runners import open_engine
 
 QUICK = [
@@ -33,6 +38,14 @@ ENGINES = ["ort-cpu-fp32", "tensorrt-rtx-fp16", "ort-cuda-fp16", "tensorrt-fp16"
 
 
 def trsp_deploy(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """A command line in this process, which has torch loaded already."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = cli.run(list(arguments))
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+
+def own_process(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from trsp_deploy.cli import main; main()", *arguments]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, timeout=300, check=False)
@@ -49,17 +62,20 @@ def workspace(tmp_path_factory) -> Path:
     return folder
 
 
-def job(workspace: Path, *more: str, drop: str = "34%") -> subprocess.CompletedProcess[str]:
+def job(
+    workspace: Path, *more: str, drop: str = "34%", call: Callable[..., Any] = trsp_deploy
+) -> subprocess.CompletedProcess[str]:
     options = [option for pair in QUICK for option in ("--set", pair)]
     engines = [option for name in ENGINES for option in ("--engine", name)]
     texts = ["--calibration", "train.txt", "--eval", "manual=test.txt", "--eval", "other=other.jsonl"]
     command = ["prune-and-build", "--model", "tiny-llama", "--drop", drop, *texts, *engines, *options, "--out", "run"]
-    return trsp_deploy(*command, *more, cwd=workspace)
+    done: subprocess.CompletedProcess[str] = call(*command, *more, cwd=workspace)
+    return done
 
 
 @pytest.fixture(scope="module")
 def first(workspace) -> subprocess.CompletedProcess[str]:
-    done = job(workspace, "--json")
+    done = job(workspace, "--json", call=own_process)
     assert done.returncode == 0, done.stderr
     return done
 

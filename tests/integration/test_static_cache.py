@@ -171,7 +171,9 @@ class TestTensorRtRtx:
         assert f"{layers} of them fused attention, {2 * layers} parts of the cache written in place" in text
         assert "MB of weights" in text and "write_indices" in text
 
-    @pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
+    @pytest.mark.parametrize(
+        "precision", ["int8", *(pytest.param(each, marks=pytest.mark.slow) for each in ("fp16", "int4"))]
+    )
     def test_a_cache_that_grows_builds_too(self, precision: Precision, exported: Made, tmp_path: Path) -> None:
         source = exported("llama-wide", "fp16", DROPPED)
         spec = load_engine_spec("tensorrt-rtx-fp16")

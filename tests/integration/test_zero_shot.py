@@ -123,6 +123,7 @@ def test_an_engine_answers_as_the_model_does(own_items: None, exported: Made, tm
 
 
 @needs_lm_eval
+@pytest.mark.slow
 def test_a_task_of_the_hub_without_a_network_is_one_line(tiny: Path) -> None:
     with pytest.raises(TextError, match="zero-shot task 'winogrande': its items cannot be had") as caught:
         evaluate_zero_shot(tiny, ("winogrande",), 1, "dense", RECIPE)

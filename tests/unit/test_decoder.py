@@ -34,7 +34,7 @@ def test_per_layer_config_lists_are_cut():
     assert model.config.eos_token_id == [0, 1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in ("opt", "gpt2"))])
 def test_saved_folder_reloads_in_a_fresh_process_without_our_code(family, tmp_path):
     model = tiny_model(family)
     remove_layers(model, [1, 2])

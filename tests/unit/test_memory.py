@@ -78,6 +78,7 @@ def test_without_the_options_a_24_gib_card_is_too_small(needed):
     assert needed("OPT-6.7B", "all weights, AdamW") > 48 * GIB
 
 
+@pytest.mark.slow
 def test_the_table_of_the_docs_is_what_is_computed(needed):
     rows = re.findall(r"^\| (.+?) \| ([\d.]+) \| ([\d.]+) \|$", DOCS.read_text(encoding="utf-8"), re.MULTILINE)
     assert [row[0] for row in rows] == list(CASES)
