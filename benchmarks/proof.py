@@ -5,8 +5,8 @@
     python -m benchmarks.proof --report   # the table and docs/proof.md from what is there
 
 - *same*: an engine against itself, on the machine as it is and under a background load. Any claim is wrong.
-- *slower*: one of the two is made exactly 5% slower (it waits in every call). Found when "not slower" fails in 60 s.
-- *faster*: one of the two is exactly 20% faster. Confirmed when "at least 15% faster" passes in 60 s.
+- *slower*: every call of one of the two is made 5% longer (it waits in it). Found when "not slower" fails in 60 s.
+- *faster*: every call of dense is made 20% longer. Confirmed when "at least 15% faster" passes in 60 s.
 
 Every trial is a line of benchmarks/results/proof-<cpu>.jsonl with each replicate's log ratios; what stands there is not
 made again, so a stopped run goes on.

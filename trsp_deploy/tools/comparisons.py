@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from trsp_deploy.recipe import Case, Strict
-from trsp_deploy.results import PHASES, Comparison, Phase, Role, Stop, Subject, Telemetry
+from trsp_deploy.results import PHASES, ROLES, Comparison, Phase, Role, Stop, Subject, Telemetry
 from trsp_deploy.tools.goals import PHASE_TITLES
 from trsp_deploy.tools.limits import SpeedLimit
 from trsp_deploy.tools.statistics import FEWEST_REPLICATES, Ratio, Speedup, device_s, median_s, samples_s, speedups
@@ -83,15 +83,14 @@ def compare(comparison: Comparison, limit_of: LimitOf | None = None) -> Comparis
         for index, case in enumerate(cases)
         for phase in PHASES
     )
-    roles: tuple[Role, ...] = ("dense", "pruned")
     replicates = comparison.replicates
     return ComparisonReport(
         claim=_claim([phase.speedup for phase in phases], len(comparison.replicates)),
         phases=phases,
-        load_s={role: statistics.median(r.load_s[role] for r in replicates) for role in roles},
-        peak_rss_bytes={role: max(r.peak_rss_bytes[role] for r in replicates) for role in roles},
+        load_s={role: statistics.median(r.load_s[role] for r in replicates) for role in ROLES},
+        peak_rss_bytes={role: max(r.peak_rss_bytes[role] for r in replicates) for role in ROLES},
         gpu_bytes={
-            role: max(r.gpu_bytes[role] for r in replicates) for role in roles if role in replicates[0].gpu_bytes
+            role: max(r.gpu_bytes[role] for r in replicates) for role in ROLES if role in replicates[0].gpu_bytes
         },
         replicates=len(replicates),
         blocks=sum(len(case) for r in replicates for subject in r.blocks.values() for case in subject),

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from trsp_deploy.artifacts import Provenance
 from trsp_deploy.recipe import Backend, Precision, Recipe, Strict
-from trsp_deploy.results import PHASES, Parity, Perplexity, PrunedCheckpoint, Role, ZeroShot
+from trsp_deploy.results import PHASES, ROLES, Parity, Perplexity, PrunedCheckpoint, ZeroShot
 from trsp_deploy.tools.comparisons import ComparisonReport, notes, sentence
 from trsp_deploy.tools.goals import PHASE_TITLES
 from trsp_deploy.tools.plan import PruningPlan
@@ -291,14 +291,11 @@ def comparison_rows(found: ComparisonReport) -> list[tuple[str, ...]]:
     decode = found.of("decode")
     rates = (decode.case.batch_size / seconds for seconds in (decode.dense_s, decode.pruned_s))
     rows.append(("rate", *(f"{rate:.1f} tokens/s" for rate in rates), "", "", ""))
-    rows.append(("load", *(f"{found.load_s[role]:.2f} s" for role in _BOTH), "", "", ""))
-    rows.append(("peak memory", *(f"{found.peak_rss_bytes[role] / 1e6:.0f} MB" for role in _BOTH), "", "", ""))
+    rows.append(("load", *(f"{found.load_s[role]:.2f} s" for role in ROLES), "", "", ""))
+    rows.append(("peak memory", *(f"{found.peak_rss_bytes[role] / 1e6:.0f} MB" for role in ROLES), "", "", ""))
     if found.gpu_bytes:
-        rows.append(("GPU memory", *(f"{found.gpu_bytes[role] / 1e6:.0f} MB" for role in _BOTH), "", "", ""))
+        rows.append(("GPU memory", *(f"{found.gpu_bytes[role] / 1e6:.0f} MB" for role in ROLES), "", "", ""))
     return rows
-
-
-_BOTH: tuple[Role, Role] = ("dense", "pruned")
 
 
 def engine_notes(report: Report) -> list[str]:
