@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow test-transformers5 test-network check format gpu quality quality-report bench-train bench-engines bench-proof clean
+.PHONY: demo test test-slow test-transformers5 test-triton test-network check format gpu quality quality-report bench-train bench-engines bench-proof clean
 
 demo: $(READY) ## prune a real model, build its engines and judge them: about 12 minutes on 2 cores
 	$(BIN)/trsp-deploy fetch smollm2-135m exl-wiki wiki-demo c4-demo
@@ -28,6 +28,9 @@ test-transformers5: .venv-transformers5/.ready ## export, parity and pruning whe
 	.venv-transformers5/bin/python -m pytest -q -m 'not network and not gpu' tests/integration/test_exporters.py tests/integration/test_pipeline.py \
 		tests/unit/test_every_family.py tests/unit/test_decoder.py tests/unit/test_methods.py tests/unit/test_gates.py \
 		tests/unit/test_selection_and_transfer.py tests/unit/test_refit.py tests/unit/test_losses.py tests/unit/test_models.py
+
+test-triton: $(READY) .venv-triton/.ready ## the model repository on a real tritonserver: a minute
+	$(BIN)/python -m pytest -q tests/integration/test_triton_repository.py
 
 test-network: $(READY) ## needs a package registry
 	$(BIN)/python -m pytest -q -m network
@@ -77,11 +80,11 @@ $(VENV)/.ready-eval: $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[optimum,cpu,rtx,dev,eval]'
 	touch $@
 
-# A real tritonserver, for tests: it wants another numpy, and its Python backend imports what a repository needs.
+# A real tritonserver and its load generator: it wants another numpy, and its Python backend imports what a repository needs.
 .venv-triton/.ready:
 	$(PYTHON) -m venv .venv-triton
 	.venv-triton/bin/pip install --quiet --disable-pip-version-check 'nvidia-pytriton==0.7.0' 'numpy<2' \
-	    'onnxruntime>=1.31,<1.33' tokenizers 'pydantic>=2.12,<3' 'pyyaml>=6,<7'
+	    'onnxruntime>=1.31,<1.33' tokenizers 'pydantic>=2.12,<3' 'pyyaml>=6,<7' 'perf-analyzer>=2.60,<3'
 	touch $@
 
 # Other engines, in an environment of their own: onnxruntime-genai's builder needs another transformers. llama.cpp is compiled,

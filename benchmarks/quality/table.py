@@ -40,7 +40,7 @@ class Arm(Strict):
     label: str  # for tables and plots
     selection: str
     transfer: dict[str, Any]
-    claim: bool = False  # one of the two that the targets compare: runs first
+    claim: bool = False  # one that the targets compare, or the strongest rival: every seed and budget, before others
 
 
 class Table(Strict):
@@ -96,7 +96,7 @@ ARMS: tuple[Arm, ...] = (
         selection="default",
         transfer=SHARED | {"form": "anneal", "refit": "none"},
     ),
-    Arm(name="fold", label="fold, then train", selection="fold", transfer=TRAIN | {"refit": "span"}),
+    Arm(name="fold", label="fold, then train", selection="fold", transfer=TRAIN | {"refit": "span"}, claim=True),
     Arm(
         name="fold-layers",
         label="fold's span, refit, then train",
@@ -222,12 +222,12 @@ def pruned_row(table: Table, kind: Kind, arm: Arm, seed: int, drop: int, steps: 
 
 
 def trained_arms(table: Table, steps: int) -> tuple[Arm, ...]:
-    """The two arms of the claims, and up to the zero-shot rows' budget all others beside them."""
+    """The arms of the claims, and up to the zero-shot rows' budget all others beside them."""
     return tuple(arm for arm in table.arms if arm.claim or steps <= table.zero_shot_steps)
 
 
 def trained_rows(table: Table, steps: int) -> list[Row]:
-    """One budget: the two arms of the claims over all seeds, then the others and the dense model with the first."""
+    """One budget: the arms of the claims over all seeds, then the others and the dense model with the first."""
     arms, first = trained_arms(table, steps), table.seeds[0]
     pairs = [(arm, seed) for seed in table.seeds for arm in arms if arm.claim]
     pairs += [(arm, first) for arm in arms if not arm.claim]

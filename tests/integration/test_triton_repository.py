@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import json
+import os
 import shutil
+import signal
 import subprocess
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
+import torch
 import yaml
 from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
 
 from tests.integration.test_check import trsp_deploy
 from tests.tiny import english, save_tiny
-from tests.triton_server import TritonServer, why_not
+from tests.triton_server import ENVIRONMENT, TritonServer, client, why_not
 from trsp_deploy.errors import RunError
-from trsp_deploy.tools.generation import Sampling, generate
 from trsp_deploy.tools.packaged import find_asset
-from trsp_deploy.tools.runners import open_engine
 from trsp_deploy.tools.triton_config import SCHEMA, parse_config, warmup_file
 
 needs_schema = pytest.mark.skipif(find_asset(SCHEMA) is None, reason=f"needs: trsp-deploy fetch {SCHEMA}")
@@ -123,23 +129,30 @@ def test_the_linter_finds_what_went_missing(repository: Path, tmp_path: Path) ->
 
 
 @pytest.fixture(scope="module")
-def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    with TritonServer(repository, tmp_path_factory.mktemp("server")) as server:
+def server(repository: Path) -> Iterator[TritonServer]:
+    with TritonServer(repository) as server:
         yield server
 
 
-def expected(run: Path, prompts: list[str], count: int) -> list[str]:
-    """Greedy text of the pruned engine, each prompt by itself."""
+@functools.cache
+def expected(run: Path, count: int) -> list[str]:
+    """Greedy text of the pruned model in PyTorch, each prompt by itself."""
     tokenizer = Tokenizer.from_file(str(run / "pruned" / "tokenizer.json"))
-    with open_engine(run / "engines" / "ort-cpu-fp32" / "pruned") as runner:
-        ids = [tokenizer.encode(prompt).ids for prompt in prompts]
-        return [tokenizer.decode(generate(runner, [each], Sampling(max_new_tokens=count))[0]) for each in ids]
+    model = AutoModelForCausalLM.from_pretrained(run / "pruned", torch_dtype=torch.float32).eval()
+    # A text ends where a client that ignores the end token says.
+    options = {"do_sample": False, "max_new_tokens": count, "min_new_tokens": count, "eos_token_id": -1}
+    texts = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([tokenizer.encode(prompt).ids])
+        made = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options)
+        texts.append(tokenizer.decode(made[0, ids.shape[1] :].tolist()))
+    return texts
 
 
 @needs_schema
 @needs_server
-def test_served_text_is_the_engines_alone_and_together(server: TritonServer, run: Path) -> None:
-    wanted = expected(run, PROMPTS, 16)
+def test_served_text_is_pytorchs_alone_and_together(server: TritonServer, run: Path) -> None:
+    wanted = expected(run, 16)
 
     def ask(prompt: str) -> str:
         answer = server.generate("pruned", text_input=prompt, max_tokens=16, ignore_eos=True)
@@ -155,7 +168,7 @@ def test_served_text_is_the_engines_alone_and_together(server: TritonServer, run
 def test_a_stream_comes_in_pieces_and_ends_with_its_reason(server: TritonServer, run: Path) -> None:
     options = {"text_input": PROMPTS[0], "max_tokens": 16, "stream": True, "ignore_eos": True}
     pieces = list(server.stream("pruned", **options))
-    assert "".join(piece["text_output"] for piece in pieces) == expected(run, PROMPTS[:1], 16)[0]
+    assert "".join(piece["text_output"] for piece in pieces) == expected(run, 16)[0]
     assert pieces[-1]["finish_reason"] == "length" and pieces[-1]["output_tokens"] == 16
     assert all(piece["finish_reason"] == "" for piece in pieces[:-1])
 
@@ -168,32 +181,101 @@ def test_the_readmes_commands_get_answers(server: TritonServer, repository: Path
     commands = [part.partition("```")[0] for part in block.split("```bash\n")[1:]]
     assert len(commands) == 2
     for command in commands:
-        here = command.replace("localhost:8000", f"127.0.0.1:{server.http}")
+        here = command.replace("localhost:8000", server.http)
         done = subprocess.run(["bash", "-c", here], capture_output=True, text=True, timeout=60, check=True)
         assert '"text_output":' in done.stdout and '"finish_reason":"' in done.stdout.replace(": ", ":"), done.stdout
 
 
 @needs_schema
 @needs_server
+def test_200_bad_requests_get_a_line_each_and_the_server_goes_on(server: TritonServer, run: Path) -> None:
+    answers = client("bad_requests.py", server.http, server.grpc, "pruned", 200, 0)
+    assert sum(len(each) for each in answers.values()) == 200
+    for what, said in answers.items():
+        for line in said:
+            assert line.startswith("error: ") and "\n" not in line and "Traceback" not in line, (what, line)
+    ours = {
+        "http no text": "input 'text_input' is missing",
+        "http empty text": "at least 1 character",
+        "http over-long": "at most 255",
+        "http negative limit": "input 'max_tokens'",
+        "http unknown parameter": "input 'best_of' is unknown; valid: text_input, max_tokens",
+        "http top_p beyond 1": "input 'top_p'",
+        "http empty stop": "input 'stop.0'",
+        "grpc invalid UTF-8": "is not UTF-8 text (byte 0)",
+        "grpc temperature is no number": "got nan",
+    }
+    for what, words in ours.items():
+        assert all(words in line for line in answers[what]), answers[what]
+    fine = server.generate("pruned", text_input=PROMPTS[0], max_tokens=16, ignore_eos=True)
+    assert fine["text_output"] == expected(run, 16)[0]
+
+
+@needs_schema
+@needs_server
+def test_1000_requests_30_percent_cancelled_leave_memory_flat_and_texts_right(server: TritonServer, run: Path) -> None:
+    asked = {"prompts": PROMPTS, "max_tokens": 16}
+
+    def ask(count: int, seed: int) -> dict[str, Any]:
+        found: dict[str, Any] = client("streams.py", server.grpc, "pruned", count, 0.4, seed, stdin=asked)
+        assert found["errors"] == []
+        return found
+
+    ask(200, 0)  # buffers grow to their size
+    before = memory(server)
+    found = ask(1000, 1)
+    assert 300 <= found["cancelled"] <= 400  # some end before their turn to be cancelled
+    assert found["texts"] == {str(index): [text] for index, text in enumerate(expected(run, 16))}
+    assert memory(server) - before < 10e6
+
+
+def memory(server: TritonServer) -> int:
+    """Bytes that the server and its models' processes hold."""
+    main = psutil.Process(server.server.pid)
+    return sum(process.memory_info().rss for process in (main, *main.children(recursive=True)))
+
+
+@needs_schema
+@needs_server
+def test_a_server_killed_in_a_stream_leaves_nothing_after_stop_and_starts_again(
+    repository: Path, tmp_path: Path
+) -> None:
+    alone = tmp_path / "repository"
+    shutil.copytree(repository / "pruned", alone / "pruned")
+    options = ["--server", str(ENVIRONMENT), "--json"]
+    state = json.loads(trsp_deploy("triton-start", "repository", *options, cwd=tmp_path).stdout)
+    twice = trsp_deploy("triton-start", "repository", *options, cwd=tmp_path)
+    assert twice.code == 1 and f"is served already on port {state['http']}" in twice.stderr
+    url = f"http://127.0.0.1:{state['http']}/v2/models/pruned/generate_stream"
+    body = json.dumps({"text_input": "x", "max_tokens": 250, "stream": True, "ignore_eos": True}).encode()
+    with urllib.request.urlopen(urllib.request.Request(url, data=body), timeout=30) as reply:
+        assert reply.readline().startswith(b"data:")
+        os.kill(state["pid"], signal.SIGKILL)
+    assert list(Path("/dev/shm").glob(f"{state['shared_memory']}*")), "nothing to clean up: the test shows nothing"
+    stopped = json.loads(trsp_deploy("triton-stop", "repository", "--json", cwd=tmp_path).stdout)
+    assert not stopped["was_running"] and stopped["removed"]
+    assert not list(Path("/dev/shm").glob(f"{state['shared_memory']}*"))
+    with TritonServer(alone) as again:
+        assert again.generate("pruned", text_input="x", max_tokens=1, ignore_eos=True)["output_tokens"] == 1
+        prefix = again.server.shared_memory
+    assert not list(Path("/dev/shm").glob(f"{prefix}*"))
+
+
 @pytest.mark.parametrize(
-    ("inputs", "line"),
+    ("command", "words"),
     [
-        ({}, "text_input"),
-        ({"text_input": ""}, "at least 1 character"),
-        ({"text_input": "x", "max_tokens": 0}, "input 'max_tokens'"),
-        ({"text_input": "x", "max_tokens": 10_000}, "after this prompt at most"),
-        ({"text_input": "x " * 2_000}, "at most 255"),
-        ({"text_input": "x", "temperature": -1.0}, "input 'temperature'"),
-        ({"text_input": "x", "top_p": 7.0}, "input 'top_p'"),
-        ({"text_input": "x", "stop": [""]}, "input 'stop.0'"),
+        (["triton-start", ".", "--server", "nowhere"], ["nowhere", "nvidia-pytriton"]),
+        (["triton-start", "."], ["no tritonserver on the path", "--server"]),
     ],
 )
-def test_a_bad_request_gets_one_line_and_the_server_goes_on(
-    server: TritonServer, inputs: dict[str, object], line: str
-) -> None:
-    assert line in server.generate("pruned", **inputs)["error"]
-    fine = server.generate("pruned-dense", text_input="x", max_tokens=1, ignore_eos=True)
-    assert fine["output_tokens"] == 1
+def test_no_server_is_one_line(command: list[str], words: list[str], tmp_path: Path) -> None:
+    done = trsp_deploy(*command, cwd=tmp_path)
+    assert done.code == 1 and all(word in done.stderr.splitlines()[-1] for word in words), done.stderr
+
+
+def test_stopping_what_never_ran_is_no_error(tmp_path: Path) -> None:
+    done = trsp_deploy("triton-stop", ".", cwd=tmp_path)
+    assert done.code == 0 and "was not running" in done.stdout
 
 
 @needs_schema
@@ -202,7 +284,7 @@ def test_a_repository_on_a_machine_without_its_engine_says_so(repository: Path, 
     broken = Path(shutil.copytree(repository / "pruned", tmp_path / "repository" / "pruned"))
     (broken / "1" / "engine" / "model.onnx.data").unlink()
     with (
-        pytest.raises(RuntimeError, match=r"model.onnx.data is missing"),
-        TritonServer(tmp_path / "repository", tmp_path / "server"),
+        pytest.raises(RunError, match=r"tritonserver ended: model 'pruned': .*model.onnx.data is missing"),
+        TritonServer(tmp_path / "repository"),
     ):
         pass

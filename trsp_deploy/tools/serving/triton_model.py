@@ -61,8 +61,12 @@ class TritonPythonModel:
 
 
 def _inputs(request: Any) -> dict[str, object]:
-    """A request's inputs by name as plain values; raises RequestError for text that is not UTF-8."""
-    values: dict[str, object] = {}
+    """A request's inputs by name as plain values; raises RequestError for text that is not UTF-8.
+
+    /generate makes request parameters of what is no input of the model, and of what stands under "parameters".
+    """
+    values: dict[str, object] = json.loads(request.parameters() or "{}")
+    values.pop("id", None)  # the client's own name for its request
     for name in GenerationRequest.model_fields:
         tensor = pb_utils.get_input_tensor_by_name(request, name)
         if tensor is None:
