@@ -4,11 +4,24 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow test-transformers5 test-triton test-network check format gpu quality quality-report bench-train bench-engines bench-proof clean
+.PHONY: demo triton-demo test test-slow test-transformers5 test-triton test-network check format gpu quality quality-report bench-train bench-engines bench-proof bench-serving clean
 
 demo: $(READY) ## prune a real model, build its engines and judge them: about 12 minutes on 2 cores
 	$(BIN)/trsp-deploy fetch smollm2-135m exl-wiki wiki-demo c4-demo
 	$(BIN)/trsp-deploy prune-and-build --model smollm2-135m --drop 25%
+
+# The demo's run is made first where it is not there; the server is stopped whatever happens.
+REPOSITORY := runs/model_repository
+triton-demo: $(READY) .venv-triton/.ready ## the demo's run on a real tritonserver: a streamed answer, dense against pruned under load
+	$(BIN)/trsp-deploy fetch smollm2-135m exl-wiki wiki-demo c4-demo triton-schema
+	$(BIN)/trsp-deploy prune-and-build --model smollm2-135m --drop 25%
+	$(BIN)/trsp-deploy triton runs/smollm2-135m-drop8 --name smollm2-trsp --dense --out $(REPOSITORY)
+	$(BIN)/trsp-deploy triton-lint $(REPOSITORY)
+	trap '$(BIN)/trsp-deploy triton-stop $(REPOSITORY)' EXIT; set -e; \
+	$(BIN)/trsp-deploy triton-start $(REPOSITORY) --server .venv-triton --port 18000; \
+	curl -sN 127.0.0.1:18000/v2/models/smollm2-trsp/generate_stream \
+	    -d '{"text_input": "The capital of France is", "max_tokens": 16, "stream": true}'; \
+	$(BIN)/trsp-deploy bench-server $(REPOSITORY) --server .venv-triton --run runs/smollm2-135m-drop8
 
 test: $(READY) check ## style, types, import rule and the default tests, offline
 	$(BIN)/python -m pytest -q
@@ -56,6 +69,10 @@ bench-engines: $(READY) .venv-peers/.ready ## ours against Optimum, onnxruntime-
 
 bench-proof: $(READY) ## can a comparison be believed? trials of known truth, under two hours, resumable; QUICK=1: ten minutes
 	$(BIN)/python -m benchmarks.proof $(if $(QUICK),--quick) $(ARGS)
+
+bench-serving: $(READY) .venv-triton/.ready ## a real tritonserver under load: what it costs, what batching gains; QUICK=1: three minutes
+	$(BIN)/trsp-deploy fetch smollm2-135m exl-wiki triton-schema
+	TRSP_DEPLOY_TRITON=.venv-triton $(BIN)/python -m benchmarks.serving $(if $(QUICK),--quick) $(ARGS)
 
 format: $(READY)
 	$(BIN)/ruff format .

@@ -9,7 +9,7 @@ import numpy as np
 
 from trsp_deploy.artifacts import provenance
 from trsp_deploy.recipe import BenchSettings, Recipe
-from trsp_deploy.results import Block, Comparison, Replicate, Subject, Telemetry
+from trsp_deploy.results import Block, Comparison, Replicate, Served, ServedRequest, ServedWindow, Subject, Telemetry
 from trsp_deploy.tools.comparisons import compare
 from trsp_deploy.tools.limits import SpeedLimit
 from trsp_deploy.tools.plan import PruningPlan
@@ -25,6 +25,7 @@ from trsp_deploy.tools.report import (
 )
 
 NEW_TOKENS = 4
+NEW_TOKENS_SERVED = 16
 
 
 def made_up(
@@ -43,6 +44,43 @@ def made_up(
         ),
         rates=None,
         stopped="budget",
+        elapsed_s=60.0,
+    )
+
+
+def made_up_served(speedup: float = 1.25, noise: float = 0.01, replicates: int = 6) -> Served:
+    """One and eight requests at once: dense takes 100 ms to its first token and 10 ms for each of 15 more."""
+    generator = np.random.default_rng(0)
+
+    def window(subject: Subject, concurrency: int, replicate: int) -> ServedWindow:
+        slow = concurrency**0.5 * np.exp(generator.normal(0, noise)) / (speedup if subject == "pruned" else 1)
+        request = ServedRequest(
+            sent_s=0.0,
+            answered_s=tuple(slow * (0.1 + 0.01 * token) for token in range(NEW_TOKENS_SERVED)),
+            tokens=tuple(range(1, NEW_TOKENS_SERVED + 1)),
+        )
+        return ServedWindow(
+            subject=subject, concurrency=concurrency, replicate=replicate, began_s=0.0, requests=(request,) * 3
+        )
+
+    return Served(
+        engine="ort-cpu-fp32",
+        models={"pruned": "m", "dense": "m-dense"},
+        engines={"pruned": "0", "dense": "1"},
+        prompt_tokens=32,
+        new_tokens=NEW_TOKENS_SERVED,
+        window_s=1.0,
+        concurrencies=(1, 8),
+        windows=tuple(
+            window(subject, concurrency, replicate)
+            for replicate in range(replicates)
+            for concurrency in (1, 8)
+            for subject in ("dense", "again", "pruned")
+        ),
+        telemetry=(),
+        load_generator="perf_analyzer",
+        server="triton 2.51.0",
+        provenance=provenance(),
         elapsed_s=60.0,
     )
 

@@ -157,14 +157,21 @@ def writing(target: Path) -> Iterator[Path]:
             raise
 
 
+EXTERNAL_DATA = (".onnx.data", ".onnx_data")  # as onnx_ir and Optimum name it
+
+
 def link_tree(source: Path, target: Path) -> None:
-    """Give a finished file or folder a second place: hard links, or copies where the file system has none."""
+    """Give a finished file or folder a second place: hard links, or copies where the file system has none.
+
+    Weights beside an ONNX graph are copied: onnx and onnx_ir refuse external data that has a second hard link.
+    """
 
     def link(one: str, other: str) -> None:
-        try:
-            os.link(one, other)
-        except OSError:
-            shutil.copy2(one, other)
+        if not one.endswith(EXTERNAL_DATA):
+            with contextlib.suppress(OSError):
+                os.link(one, other)
+                return
+        shutil.copy2(one, other)
 
     with writing(target) as partial:
         if source.is_dir():

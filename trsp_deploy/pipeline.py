@@ -18,13 +18,24 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import yaml
+from pydantic import ValidationError
 from transformers import AutoConfig, PreTrainedModel
 
 from trsp_deploy.artifacts import RunFolder, fingerprint, provenance, size_bytes, write_json, writing
 from trsp_deploy.decoder import check_prunable, load_model, load_tokenizer
 from trsp_deploy.errors import EngineUnavailable, RunError
 from trsp_deploy.recipe import EngineSpec, Float, Precision, Recipe, Strict, parse_drop, read_yaml
-from trsp_deploy.results import ROLES, Comparison, OnnxModel, Parity, Perplexity, PrunedCheckpoint, Role, ZeroShot
+from trsp_deploy.results import (
+    ROLES,
+    Comparison,
+    OnnxModel,
+    Parity,
+    Perplexity,
+    PrunedCheckpoint,
+    Role,
+    Served,
+    ZeroShot,
+)
 from trsp_deploy.stages import bench, build, evaluate, export, parity, report, selection, transfer, zeroshot
 from trsp_deploy.tools.checkpoints import Checkpoints
 from trsp_deploy.tools.comparisons import ComparisonReport
@@ -54,8 +65,10 @@ from trsp_deploy.tools.runners import (
     check_can_run,
     open_engine,
 )
+from trsp_deploy.tools.runners.manifest import MANIFEST
 from trsp_deploy.tools.runners.ort import OrtRunner
 from trsp_deploy.tools.runners.requirements import package_version
+from trsp_deploy.tools.served import SERVED, derive
 from trsp_deploy.tools.subjects import RUN_MARK, Subject, find_subject
 from trsp_deploy.tools.texts import Texts, documents_of, load_texts, split_windows, tokenize_windows
 from trsp_deploy.tools.training import TRAINING_DTYPES, pick_device
@@ -596,20 +609,39 @@ class Pipeline:
         source, checkpoint = self.dense(), self.prune()
         quality = {name: quality_report(ppl["dense"], ppl["pruned"]) for name, ppl in self.evaluate().items()}
         engines = [self._engine_report(outcome) for outcome in self.build()]
+        served = self._served()
         result = Report(
             schema_version=SCHEMA_VERSION,
-            verdict=verdict(engines, quality),
+            verdict=verdict(engines, quality, None if served is None else derive(served)),
             model=model_report(self.recipe.model, source.origin, check_decoder_only(self._path("dense")), checkpoint),
             removal=removal_report(checkpoint),
             quality=quality,
             engines=tuple(engines),
+            served=None if served is None else derive(served),
             parity=self.check_onnx() + self.check_engines(),
             recipe=self.recipe,
             plan=self.plan(),
             provenance=provenance(),
         )
-        report.write_report(result, self.bench(), self.run.path)
+        report.write_report(result, self.bench(), self.run.path, served=served)
         return result
+
+    def _served(self) -> Served | None:
+        """What `bench-server` measured of this run's engines as they are now."""
+        path = self.run.path / SERVED
+        if not path.is_file():
+            return None
+        try:
+            found = Served.model_validate_json(path.read_bytes())
+        except ValidationError:
+            self._say(f"{path}: is no measurement of this version; it is left out of the report")
+            return None
+        for role, sha256 in found.engines.items():
+            manifest = self.run.path / "engines" / found.engine / role / MANIFEST
+            if not manifest.is_file() or fingerprint(manifest) != sha256:
+                self._say(f"{path}: is of another {role} engine; `trsp-deploy bench-server` measures this one")
+                return None
+        return found
 
     def _engine_report(self, outcome: EngineOutcome) -> EngineReport:
         spec = outcome.spec

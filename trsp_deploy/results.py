@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+from trsp_deploy.artifacts import Provenance
 from trsp_deploy.recipe import BenchSettings, Float, Precision, Strict
 
 Role = Literal["dense", "pruned"]
@@ -131,6 +132,42 @@ class Comparison(Strict):
     telemetry: tuple[Telemetry, ...]
     rates: Rates | None
     stopped: Stop
+    elapsed_s: float
+
+
+class ServedRequest(Strict):
+    """One request to a server: streamed, and answered in full."""
+
+    sent_s: float  # since its window began
+    answered_s: tuple[float, ...]  # since it was sent, one an answer
+    tokens: tuple[int, ...]  # new ones so far, one an answer
+
+
+class ServedWindow(Strict):
+    """A stretch of time in which one model had so many requests at once."""
+
+    subject: Subject
+    concurrency: int
+    replicate: int
+    began_s: float  # since the measurement began
+    requests: tuple[ServedRequest, ...]
+
+
+class Served(Strict):
+    """Models on one server under load, with every raw sample."""
+
+    engine: str
+    models: dict[Role, str]  # names on the server
+    engines: dict[Role, str]  # SHA-256 of their manifests
+    prompt_tokens: int
+    new_tokens: int
+    window_s: float
+    concurrencies: tuple[int, ...]
+    windows: tuple[ServedWindow, ...]
+    telemetry: tuple[Telemetry, ...]
+    load_generator: str
+    server: str  # its version
+    provenance: Provenance
     elapsed_s: float
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.samples import made_up, made_up_report
+from tests.samples import made_up, made_up_report, made_up_served
 from trsp_deploy.tools.pages import html, markdown, plots
+from trsp_deploy.tools.served import derive
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 browser = pytest.mark.skipif(CHROMIUM is None, reason="no headless browser: apt-get install chromium")
@@ -18,9 +19,10 @@ browser = pytest.mark.skipif(CHROMIUM is None, reason="no headless browser: apt-
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = made_up(speedup=1.25, noise=0.01)
+    made, served = made_up(speedup=1.25, noise=0.01), made_up_served()
     path = tmp_path_factory.mktemp("page") / "report.html"
-    path.write_text(html.render(made_up_report(made), {"ort-cpu-fp32": made}), encoding="utf-8")
+    report = made_up_report(made).model_copy(update={"served": derive(served)})
+    path.write_text(html.render(report, {"ort-cpu-fp32": made}, served=served), encoding="utf-8")
     return path
 
 
@@ -63,7 +65,7 @@ def test_a_browser_has_nothing_to_complain_about(page: Path, tmp_path: Path) -> 
     done = chromium(tmp_path, "--enable-logging=stderr", "--v=0", "--dump-dom", page.as_uri())
     assert done.returncode == 0, done.stderr
     assert "CONSOLE" not in done.stderr, done.stderr
-    assert done.stdout.count('role="img"') == 5 and "Faster: ort-cpu-fp32" in done.stdout
+    assert done.stdout.count('role="img"') == 6 and "Faster: ort-cpu-fp32" in done.stdout
 
 
 @browser

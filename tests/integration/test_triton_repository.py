@@ -40,6 +40,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text.txt").write_text(english()[:30_000])
     settings = ["calibration.context_length=32", "calibration.max_windows=4", "calibration.validation_windows=1"]
     settings += ["plan.method=shortgpt", "transfer.form=none", "engines=[ort-cpu-fp32]"]
+    settings += ["bench.budget_s=2", "bench.replicates=2", "bench.prompt_tokens=8", "bench.new_tokens=4"]
+    settings += ["evaluate.context_length=32", "evaluate.max_tokens=512", "evaluation={own: text.txt}"]
     options = [option for pair in settings for option in ("--set", pair)]
     common = ["--model", "tiny", "--drop", "2", "--calibration", "text.txt"]
     for command in (["prune", *common, *options, "--out", "run"], ["build", "run"]):
@@ -71,6 +73,17 @@ def test_a_repository_is_whole_and_its_config_is_tritons(repository: Path) -> No
     assert [model["role"] for model in manifest["models"]] == ["pruned", "dense"]
     assert manifest["packages"][0].startswith("onnxruntime==")
     assert all((repository / "pruned" / file).is_file() for file in manifest["models"][0]["files"])
+
+
+@needs_schema
+def test_a_second_repository_of_a_run_is_the_first_again(run: Path, repository: Path) -> None:
+    # onnx and onnx_ir refuse weights that have a second hard link, so the first must not have given the engine's one.
+    again = trsp_deploy(
+        "triton", "run", "--out", "again", "--name", "pruned", "--dense", "--max-batch", "4", cwd=run.parent
+    )
+    assert again.code == 0, again.said
+    first, second = (json.loads((run.parent / name / "MANIFEST.json").read_text()) for name in ("repository", "again"))
+    assert first["models"] == second["models"]
 
 
 @needs_schema
@@ -288,3 +301,39 @@ def test_a_repository_on_a_machine_without_its_engine_says_so(repository: Path, 
         TritonServer(tmp_path / "repository"),
     ):
         pass
+
+
+@needs_schema
+@needs_server
+def test_a_server_under_load_is_in_the_runs_report(server: TritonServer, repository: Path, run: Path) -> None:
+    options = ["--run", "run", "--server", str(ENVIRONMENT), "--concurrency", "1,3", "--window", "1", "--json"]
+    options += ["--replicates", "2", "--prompt-tokens", "12", "--new-tokens", "24"]
+    done = trsp_deploy("bench-server", "repository", *options, cwd=run.parent)
+    assert done.code == 0, done.said
+    shown = json.loads(done.stdout.splitlines()[-1])
+    assert [level["concurrency"] for level in shown["levels"]] == [1, 3]
+    assert all(level["figures"]["pruned"]["requests"] > 0 for level in shown["levels"])
+    assert set(shown["levels"][0]["speedup"]) == {"throughput", "first", "inter_token", "request"}
+    report = json.loads((run / "report.json").read_text())
+    assert report["served"] == shown and "as served on ort-cpu-fp32" in report["verdict"]
+    assert "On a server" in (run / "report.html").read_text() and "On a server" in (run / "report.md").read_text()
+    raw = json.loads((run / "served.json").read_text())
+    assert len(raw["windows"]) == 2 * 2 * 3 and raw["server"].startswith("triton 2.")
+
+
+@needs_schema
+@needs_server
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--concurrency", "0"], ["--concurrency '0'", "such as 1,8"]),
+        (["--url", "localhost"], ["--url 'localhost'", "HTTP_PORT"]),
+        (["--url", "127.0.0.1:1:2"], ["127.0.0.1:1: no Triton server answers"]),
+        (["--prompt-tokens", "255", "--new-tokens", "8"], ["'pruned' takes 256 tokens"]),
+    ],
+)
+def test_a_load_that_cannot_be_is_one_line(
+    server: TritonServer, repository: Path, options: list[str], words: list[str]
+) -> None:
+    done = trsp_deploy("bench-server", "repository", "--server", str(ENVIRONMENT), *options, cwd=repository.parent)
+    assert done.code == 1 and all(word in done.stderr.splitlines()[-1] for word in words), done.stderr

@@ -13,7 +13,7 @@ import traceback
 import typer
 from typer.exceptions import Exit, TyperException
 
-from trsp_deploy.cli import catalogue, check_jobs, engine_jobs, jobs, sweep_jobs, triton_jobs
+from trsp_deploy.cli import catalogue, check_jobs, engine_jobs, jobs, serving_jobs, sweep_jobs, triton_jobs
 from trsp_deploy.errors import TrspError
 
 INTERRUPTED = 130
@@ -31,6 +31,7 @@ sweep_jobs.register(app)
 check_jobs.register(app)
 engine_jobs.register(app)
 triton_jobs.register(app)
+serving_jobs.register(app)
 catalogue.register(app)
 
 

@@ -22,6 +22,7 @@ from trsp_deploy.tools.report import (
     engine_rows,
     model_rows,
 )
+from trsp_deploy.tools.served import SERVED_COLUMNS, ServedReport, served_notes, served_rows, served_sentence
 from trsp_deploy.tools.sweeps import Sweep, answer
 
 STATE_STYLES = {"ok": "green", "warning": "yellow", "missing": "yellow", "conflict": "bold red"}
@@ -57,6 +58,9 @@ def print_report(report: Report, run: Path, file: TextIO) -> None:
     out.print(plain_table(ENGINE_COLUMNS, engine_rows(report)))
     for note in engine_notes(report):
         out.print(Text(note, style="dim"), soft_wrap=True)
+    if report.served is not None:
+        out.print()
+        out.print(plain_table(SERVED_COLUMNS, served_rows(report.served)))
     out.print()
     out.print(Text(report.verdict, style="bold"), soft_wrap=True)
     out.print(f"report: {run / 'report.html'}, and the same as report.md and report.json", soft_wrap=True)
@@ -71,6 +75,17 @@ def print_comparison(label: str, found: ComparisonReport, file: TextIO) -> None:
         out.print(Text(note, style="dim"), soft_wrap=True)
     out.print()
     out.print(Text(sentence(label, found), style="bold"), soft_wrap=True)
+
+
+def print_served(found: ServedReport, file: TextIO) -> None:
+    """Every concurrency and metric, how it was measured, and the verdict."""
+    out = console(file)
+    out.print()
+    out.print(plain_table(SERVED_COLUMNS, served_rows(found)))
+    for note in served_notes(found):
+        out.print(Text(note, style="dim"), soft_wrap=True)
+    out.print()
+    out.print(Text(served_sentence(found), style="bold"), soft_wrap=True)
 
 
 def print_sweep(found: Sweep, folder: Path, file: TextIO) -> None:

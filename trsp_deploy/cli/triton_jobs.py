@@ -1,4 +1,4 @@
-"""The commands around a Triton model repository: write it, check it, serve it."""
+"""The commands that write and check a Triton model repository."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trsp_deploy.cli.jobs import Json, Run
+from trsp_deploy.cli.serving_jobs import Repository
 
 if TYPE_CHECKING:
     from trsp_deploy.results import Role
@@ -24,19 +25,6 @@ MaxBatch = Annotated[int, typer.Option("--max-batch", help="Texts at once.", min
 MaxLength = Annotated[
     int | None, typer.Option("--max-length", help="Tokens of a text; else the model's positions.", min=2)
 ]
-Repository = Annotated[Path, typer.Argument(help="A model repository, ours or not.", metavar="REPO")]
-Environment = Annotated[
-    Path | None,
-    typer.Option(
-        "--server",
-        help="Virtual environment with nvidia-pytriton; else $TRSP_DEPLOY_TRITON, else tritonserver on the path.",
-        metavar="VENV",
-    ),
-]
-Port = Annotated[
-    int | None,
-    typer.Option("--port", help="Of HTTP on 127.0.0.1; gRPC and metrics take the next two.", min=1, max=65533),
-]
 WRONG = 2  # exit code where the linter finds an error
 
 
@@ -44,8 +32,6 @@ def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
     app.command("triton")(triton)
     app.command("triton-lint")(triton_lint)
-    app.command("triton-start")(triton_start)
-    app.command("triton-stop")(triton_stop)
 
 
 def triton_lint(repository: Repository, as_json: Json = False) -> None:
@@ -89,34 +75,3 @@ def triton(
     print("\n".join(lines), file=sys.stderr if as_json else sys.stdout)
     if as_json:
         print(json.dumps({"repository": str(out), "models": [model.name for model in made.models]}))
-
-
-def triton_start(repository: Repository, server: Environment = None, port: Port = None, as_json: Json = False) -> None:
-    """Serve a repository on this machine alone, in the background; returns when every model is loaded."""
-    from trsp_deploy.tools.triton_server import find_installation, start
-
-    stream = sys.stderr if as_json else sys.stdout
-    print(f"{repository}: starting tritonserver", file=stream, flush=True)
-    started = start(repository, find_installation(server), None if port is None else (port, port + 1, port + 2))
-    print(
-        f"ready: http 127.0.0.1:{started.http}, grpc 127.0.0.1:{started.grpc}, metrics 127.0.0.1:{started.metrics}\n"
-        f"log: {started.log}\nstop it: trsp-deploy triton-stop {repository}",
-        file=stream,
-    )
-    if as_json:
-        print(started.model_dump_json())
-
-
-def triton_stop(repository: Repository, as_json: Json = False) -> None:
-    """Stop a repository's server; also removes what a killed one left: processes and shared memory."""
-    from trsp_deploy.tools.triton_server import stop
-
-    found = stop(repository)
-    said = "stopped" if found.was_running else "was not running"
-    left = f"; removed {found.killed} processes and {len(found.removed)} files in /dev/shm that were left"
-    print(
-        f"{repository}: {said}{left if found.killed or found.removed else ''}",
-        file=sys.stderr if as_json else sys.stdout,
-    )
-    if as_json:
-        print(found.model_dump_json())

@@ -7,24 +7,30 @@ from pathlib import Path
 from typing import Any
 
 from trsp_deploy.artifacts import write_json, writing
-from trsp_deploy.results import Comparison
+from trsp_deploy.results import Comparison, Served
 from trsp_deploy.tools.pages import html, markdown
 from trsp_deploy.tools.report import Report
 from trsp_deploy.tools.sweeps import Sweep
 
 
-def write_report(report: Report, comparisons: Mapping[str, Comparison], run: Path, sweep: Sweep | None = None) -> None:
+def write_report(
+    report: Report,
+    comparisons: Mapping[str, Comparison],
+    run: Path,
+    sweep: Sweep | None = None,
+    served: Served | None = None,
+) -> None:
     """Write the report into the run folder; arguments as for the page."""
     write_json(run / "report.json", report)
     with writing(run / "report.md") as partial:
         partial.write_text(markdown.render(report), encoding="utf-8")
     with writing(run / "report.html") as partial:
-        partial.write_text(html.render(report, comparisons, sweep), encoding="utf-8")
+        partial.write_text(html.render(report, comparisons, sweep, served), encoding="utf-8")
 
 
 def summary(report: Report, run: Path) -> dict[str, Any]:
     """The part of the report that `--json` prints: no raw data, no provenance."""
     plain = report.model_dump(
-        mode="json", include={"schema_version", "verdict", "model", "removal", "quality", "engines"}
+        mode="json", include={"schema_version", "verdict", "model", "removal", "quality", "engines", "served"}
     )
     return {**plain, "run": str(run), "report": str(run / "report.json"), "page": str(run / "report.html")}

@@ -6,40 +6,19 @@ import json
 import re
 from pathlib import Path
 
-from trsp_deploy.artifacts import Provenance, fingerprint, link_tree, provenance, write_json, writing
+from trsp_deploy.artifacts import fingerprint, link_tree, provenance, write_json, writing
 from trsp_deploy.errors import ModelError, RunError
-from trsp_deploy.recipe import Strict
 from trsp_deploy.results import Role
 from trsp_deploy.tools.graphs.rotation import engine_rotation
+from trsp_deploy.tools.repository import MANIFEST, RepositoryManifest, ServedModel
 from trsp_deploy.tools.runners import device_of, read_manifest
 from trsp_deploy.tools.serving.engine import batches
 from trsp_deploy.tools.serving.readme import readme
 from trsp_deploy.tools.serving.vendor import model_file, vendor
 from trsp_deploy.tools.triton_config import WARMUP_FILE, generation_config, parse_config, warmup_file
 
-MANIFEST = "MANIFEST.json"
 WARMUP_TEXT = "Hello"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-
-
-class ServedModel(Strict):
-    """One model of a repository."""
-
-    name: str
-    role: Role
-    engine: str  # the spec's name
-    max_batch: int  # texts at once
-    max_length: int  # tokens of a text
-    files: dict[str, str]  # path below the model's folder -> SHA-256
-
-
-class RepositoryManifest(Strict):
-    """`MANIFEST.json` of a repository."""
-
-    models: tuple[ServedModel, ...]
-    packages: tuple[str, ...]  # that the server's Python needs
-    gpu: str | None  # compute capability that the engine is bound to
-    provenance: Provenance
 
 
 def write_repository(

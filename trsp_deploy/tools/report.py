@@ -12,6 +12,7 @@ from trsp_deploy.results import PHASES, ROLES, Parity, Perplexity, PrunedCheckpo
 from trsp_deploy.tools.comparisons import ComparisonReport, notes, sentence
 from trsp_deploy.tools.goals import PHASE_TITLES
 from trsp_deploy.tools.plan import PruningPlan
+from trsp_deploy.tools.served import ServedReport, served_notes, served_sentence
 from trsp_deploy.tools.statistics import (
     PairedAccuracy,
     Ratio,
@@ -101,6 +102,7 @@ class Report(Strict):
     removal: RemovalReport
     quality: dict[str, QualityReport]
     engines: tuple[EngineReport, ...]
+    served: ServedReport | None = None  # on a Triton server; None where `bench-server` was not run
     parity: tuple[Parity, ...]
     recipe: Recipe
     plan: PruningPlan
@@ -175,11 +177,13 @@ def choice_rows(found: ChoicesReport) -> list[tuple[str, str, str, str]]:
     return [*rows, ("retained, mean of tasks", "", "", f"{kept.ratio:.1%} ({kept.low:.1%} to {kept.high:.1%})")]
 
 
-def verdict(engines: list[EngineReport], quality: dict[str, QualityReport]) -> str:
-    """One sentence an engine that ran, then what the cut costs."""
+def verdict(engines: list[EngineReport], quality: dict[str, QualityReport], served: ServedReport | None = None) -> str:
+    """One sentence an engine that ran, one for the server, then what the cut costs."""
     sentences = [sentence(engine.name, engine.comparison) for engine in engines if engine.comparison is not None]
     if not sentences:
         sentences = ["NOT MEASURED: no engine could run on this machine, so no acceleration is claimed."]
+    if served is not None:
+        sentences.append(served_sentence(served))
     cost = ", ".join(f"{text.ratio:.2f}x on {name}" for name, text in quality.items())
     return " ".join([*sentences, f"Perplexity: {cost}."])
 
@@ -240,6 +244,20 @@ def budget_text(quality: dict[str, QualityReport]) -> str:
         missed = any(text.ratio_low > 1 / share for text in quality.values())
         words.append(f"{share:.1%} {'kept' if all(met) else 'not kept' if missed else 'not decided'}")
     return f"{', '.join(words)} (worst text {worst.ratio:.2f}x; they allow 1.01x and 1.001x)"
+
+
+def server_notes(report: Report) -> list[str]:
+    """How serving was measured, and what the engine alone gained, a line each; none where it was not."""
+    if report.served is None:
+        return []
+    lines = served_notes(report.served)
+    for engine in report.engines:
+        if engine.name == report.served.engine and engine.comparison is not None:
+            ratio = engine.comparison.of("total").speedup
+            lines.append(
+                f"the engine alone, one text: {ratio.ratio:.2f}x end to end ({ratio.low:.2f} to {ratio.high:.2f})"
+            )
+    return lines
 
 
 ENGINE_COLUMNS = ("engine", "status", "phase", "dense", "pruned", "speed-up (95%)", "limit", "of the limit")

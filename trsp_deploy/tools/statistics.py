@@ -64,7 +64,11 @@ def device_s(block: Block, phase: Phase) -> float | None:
 
 def speedup(replicates: Sequence[Replicate], case: int, phase: Phase) -> Speedup:
     """Speed-up of one phase at one shape (index into the settings' cases), with its control."""
-    ratios, against_itself = replicate_ratios(replicates, case, phase)
+    return widened(*replicate_ratios(replicates, case, phase))
+
+
+def widened(ratios: Sequence[float], against_itself: Sequence[float] | None) -> Speedup:
+    """Log ratios, one a replicate, as an interval that is never narrower than the control's deviation from 1."""
     found = interval(ratios)
     if against_itself is None:
         return Speedup(found=found, control=None, replicates=len(ratios))
@@ -73,8 +77,8 @@ def speedup(replicates: Sequence[Replicate], case: int, phase: Phase) -> Speedup
     reach, middle = _reach(control), math.log(found.ratio)
     low = min(math.log(found.low), middle - reach)
     high = max(math.log(found.high), middle + reach)
-    widened = Ratio(ratio=found.ratio, low=math.exp(low), high=math.exp(high))
-    return Speedup(found=widened, control=control, replicates=len(ratios))
+    wide = Ratio(ratio=found.ratio, low=math.exp(low), high=math.exp(high))
+    return Speedup(found=wide, control=control, replicates=len(ratios))
 
 
 def replicate_ratios(

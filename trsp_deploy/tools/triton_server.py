@@ -76,9 +76,9 @@ def find_installation(environment: Path | None = None) -> Installation:
 
     environment: the virtual environment; $TRSP_DEPLOY_TRITON when not given. Raises RunError when there is none.
     """
-    named = environment or (Path(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else None)
+    named = environment_of(environment)
     if named is not None:
-        return _in_environment(named.absolute())
+        return _in_environment(named)
     found = shutil.which("tritonserver")
     if found is None:
         raise RunError(
@@ -86,6 +86,13 @@ def find_installation(environment: Path | None = None) -> Installation:
             f"nvidia-pytriton with --server or ${VARIABLE}"
         )
     return Installation(binary=Path(found))
+
+
+def environment_of(named: Path | None) -> Path | None:
+    """The virtual environment that was named, else that of $TRSP_DEPLOY_TRITON; None without either."""
+    if named is not None:
+        return named.absolute()
+    return Path(os.environ[VARIABLE]).absolute() if os.environ.get(VARIABLE) else None
 
 
 def _in_environment(environment: Path) -> Installation:

@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from trsp_deploy.artifacts import Provenance
-from trsp_deploy.results import Comparison
+from trsp_deploy.results import Comparison, Served
 from trsp_deploy.tools.comparisons import Claim, ComparisonReport, notes
 from trsp_deploy.tools.pages import plots
 from trsp_deploy.tools.report import (
@@ -24,7 +24,9 @@ from trsp_deploy.tools.report import (
     engine_notes,
     engine_rows,
     model_rows,
+    server_notes,
 )
+from trsp_deploy.tools.served import SERVED_COLUMNS, served_rows, served_sentence
 from trsp_deploy.tools.statistics import replicate_ratios
 from trsp_deploy.tools.sweeps import Sweep, answer
 
@@ -39,11 +41,16 @@ OPENINGS: dict[Claim, str] = {
 }
 
 
-def render(report: Report, comparisons: Mapping[str, Comparison], sweep: Sweep | None = None) -> str:
+def render(
+    report: Report,
+    comparisons: Mapping[str, Comparison],
+    sweep: Sweep | None = None,
+    served: Served | None = None,
+) -> str:
     """The page.
 
     comparisons: raw samples by engine, for the plots and to download.
-    sweep: the sweep that the run belongs to, for its curve.
+    sweep: the sweep that the run belongs to, for its curve. served: raw samples under load, to download.
     """
     measured = [engine for engine in report.engines if engine.comparison is not None]
     model = report.model
@@ -68,9 +75,14 @@ def render(report: Report, comparisons: Mapping[str, Comparison], sweep: Sweep |
             ("seed", str(report.recipe.seed)),
             *((f"text {name}", text.origin) for name, text in report.quality.items()),
         ],
+        served_plot=Markup("" if report.served is None else plots.serving(report.served)),
+        served_columns=SERVED_COLUMNS,
+        served_rows=[] if report.served is None else served_rows(report.served),
+        served_notes=server_notes(report),
         downloads=[
             _download("report.json", report.model_dump_json(indent=2), compress=False),
             *(_download(f"samples-{name}.json.gz", raw.model_dump_json()) for name, raw in comparisons.items()),
+            *([] if served is None else [_download("served.json.gz", served.model_dump_json())]),
         ],
         recipe=yaml.safe_dump(report.recipe.model_dump(mode="json"), sort_keys=False),
     )
@@ -89,6 +101,8 @@ def _sentences(report: Report, measured: list[EngineReport]) -> list[str]:
             lines.append(f"Above what the hardware allows, so distrust it: {'; '.join(above)}.")
     if not measured:
         lines.append("Not measured: no engine could run on this machine, so no acceleration is claimed.")
+    if report.served is not None:
+        lines.append(served_sentence(report.served))
     if report.quality:
         costs = ", ".join(f"{_percent(text)} on {name}" for name, text in report.quality.items())
         lines.append(f"The price: perplexity (how surprised the model is by held-out text) {costs}.")

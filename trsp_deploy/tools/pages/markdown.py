@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from trsp_deploy.tools.report import ENGINE_COLUMNS, Report, engine_notes, engine_rows, model_rows
+from trsp_deploy.tools.report import ENGINE_COLUMNS, Report, engine_notes, engine_rows, model_rows, server_notes
+from trsp_deploy.tools.served import SERVED_COLUMNS, served_rows
 
 
 def render(report: Report) -> str:
@@ -21,6 +22,12 @@ def render(report: Report) -> str:
         "interval, never narrower than what dense shows against itself. Limit: from bytes and operations at this "
         "machine's measured rates.",
         "",
+    ]
+    if report.served is not None:
+        lines += ["## On a server", "", f"| {' | '.join(SERVED_COLUMNS)} |", "|" + "---|" * len(SERVED_COLUMNS)]
+        lines += [f"| {' | '.join(row)} |" for row in served_rows(report.served)]
+        lines += ["", *(f"- {note}" for note in server_notes(report)), ""]
+    lines += [
         "## Parity with fp32 PyTorch",
         "",
         "| subject | role | precision | error (std of logits) | tolerance | greedy tokens equal |",

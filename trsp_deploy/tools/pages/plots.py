@@ -22,6 +22,7 @@ from trsp_deploy.results import PHASES, Comparison, Subject, Telemetry
 from trsp_deploy.tools.comparisons import ComparisonReport
 from trsp_deploy.tools.goals import PHASE_TITLES
 from trsp_deploy.tools.plan import PruningPlan
+from trsp_deploy.tools.served import ServedReport
 from trsp_deploy.tools.statistics import phase_s
 from trsp_deploy.tools.sweeps import Sweep
 
@@ -156,6 +157,30 @@ def telemetry(taken: Sequence[Telemetry]) -> str:
             panel.set_ylim(0, 1.1 * max(*values, 1))
         panels[-1].set_xlabel("seconds since the comparison began")
         return _svg(figure, "telemetry", "Load and clocks of the machine during the comparison")
+
+
+def serving(found: ServedReport) -> str:
+    """Throughput and inter-token latency of each model against the requests at once."""
+    with rc_context(STYLE):
+        figure, panels = _panels(2, 4.2)
+        levels = [level.concurrency for level in found.levels]
+        for role, colour in (("dense", DENSE), ("pruned", PRUNED)):
+            figures = [level.figures[role] for level in found.levels if role in level.figures]  # type: ignore[index]
+            if not figures:
+                continue
+            panels[0].plot(levels, [each.tokens_per_s for each in figures], "o-", color=colour, label=role)
+            times = [each.inter_token_s for each in figures]
+            typical, tail = ([1e3 * time.get(name, np.nan) for time in times] for name in ("p50", "p95"))
+            panels[1].plot(levels, typical, "o-", color=colour)
+            panels[1].fill_between(levels, typical, tail, color=colour, alpha=0.15, linewidth=0)
+        panels[0].set_title("throughput, new tokens a second", loc="left")
+        panels[1].set_title("inter-token latency, ms (median; the band goes to p95)", loc="left")
+        for panel in panels:
+            panel.set_ylim(bottom=0)
+            panel.set_xticks(levels)
+        panels[0].legend(loc="upper left")
+        panels[1].set_xlabel("requests at once")
+        return _svg(figure, "serving", "Throughput and inter-token latency of dense and pruned on one server")
 
 
 def pareto(found: Sweep) -> str:

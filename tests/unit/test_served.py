@@ -1,0 +1,111 @@
+"""A server under load: what made-up samples whose truth is known say, and what the load generator's answers become."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+from tests.samples import NEW_TOKENS_SERVED, made_up, made_up_report, made_up_served
+from tests.tiny import save_tiny
+from trsp_deploy.errors import RunError
+from trsp_deploy.stages.serve_bench import _order
+from trsp_deploy.tools.load import LoadGenerator, prompts_of
+from trsp_deploy.tools.pages import markdown
+from trsp_deploy.tools.served import METRICS, derive, inter_token_s, served_rows, served_sentence
+
+
+def test_figures_are_those_of_the_field() -> None:
+    report = derive(made_up_served(noise=0.0, speedup=1.25))
+    one, eight = report.levels
+    dense = one.figures["dense"]
+    assert dense.requests == 2 * 3 * 6 / 2  # three requests in each of six windows
+    assert dense.first_s["p50"] == pytest.approx(0.1) and dense.inter_token_s["p99"] == pytest.approx(0.01)
+    assert dense.request_s["p50"] == pytest.approx(0.25)
+    assert dense.tokens_per_s == pytest.approx(NEW_TOKENS_SERVED / 0.25)  # Little's law, one request in the air
+    assert eight.figures["dense"].tokens_per_s == pytest.approx(8**0.5 * NEW_TOKENS_SERVED / 0.25)
+    for metric in METRICS:
+        assert one.speedup[metric].found.ratio == pytest.approx(1.25)
+        assert one.speedup[metric].control.ratio == pytest.approx(1)
+
+
+def test_a_speedup_is_claimed_when_it_is_there_and_only_then() -> None:
+    assert served_sentence(derive(made_up_served(1.25, 0.01))).startswith("CONFIRMED as served on ort-cpu-fp32: ")
+    assert served_sentence(derive(made_up_served(1.0, 0.05))).startswith("INCONCLUSIVE")
+    assert served_sentence(derive(made_up_served(0.8, 0.01))).startswith("NOT THERE")
+    assert served_sentence(derive(made_up_served(1.25, 0.01, replicates=3))).startswith("INCONCLUSIVE")
+
+
+def test_a_model_alone_is_shown_and_not_compared() -> None:
+    served = made_up_served()
+    alone = served.model_copy(update={"windows": tuple(w for w in served.windows if w.subject == "pruned")})
+    report = derive(alone)
+    assert "nothing is compared" in served_sentence(report)
+    assert all(row[2] == row[4] == row[5] == "" and row[3] for row in served_rows(report))
+
+
+def test_the_report_has_serving_beside_the_engines_own() -> None:
+    made = made_up(speedup=1.25, noise=0.01)
+    report = made_up_report(made).model_copy(update={"served": derive(made_up_served())})
+    text = markdown.render(report)
+    assert "## On a server" in text and "the engine alone, one text: 1.2" in text
+
+
+def test_every_order_of_three_comes_once_in_six() -> None:
+    orders = {tuple(_order(["dense", "again", "pruned"], replicate)) for replicate in range(6)}
+    assert len(orders) == 6
+
+
+def generator(folder: Path, code: str) -> LoadGenerator:
+    """A program in perf_analyzer's place."""
+    path = folder / "perf_analyzer"
+    path.write_text(f"#!{sys.executable}\nimport json, sys\n{code}\n")
+    path.chmod(0o755)
+    return LoadGenerator(path)
+
+
+EXPORT = """
+answers = [{"text_output": "a", "output_tokens": n} for n in (1, 3, 4)]
+request = {"timestamp": 2_000_000_000, "response_timestamps": [2_100_000_000, 2_300_000_000, 2_400_000_000]}
+requests = [{**request, "response_outputs": answers}]
+found = {"experiments": [{"requests": requests, "window_boundaries": [1_000_000_000]}]}
+open(sys.argv[sys.argv.index("--profile-export-file") + 1], "w").write(json.dumps(found))
+"""
+
+
+def test_an_answer_of_two_tokens_counts_as_two(tmp_path: Path) -> None:
+    (request,) = generator(tmp_path, EXPORT).window("127.0.0.1:1", "m", ["x"], 4, 1, 1.0)
+    assert request.sent_s == 1 and request.answered_s == pytest.approx((0.1, 0.3, 0.4)) and request.tokens == (1, 3, 4)
+    assert inter_token_s(request) == pytest.approx(0.3 / 3)
+
+
+@pytest.mark.parametrize(
+    ("code", "tokens", "words"),
+    [
+        (EXPORT, 5, "answered 4 of 5 tokens"),
+        ("print('error: connection refused'); sys.exit(1)", 4, "measured nothing (error: connection refused)"),
+        ("sys.exit(3)", 4, "measured nothing (3)"),
+    ],
+)
+def test_a_server_that_fails_is_one_line(tmp_path: Path, code: str, tokens: int, words: str) -> None:
+    with pytest.raises(RunError, match=r"m on 127.0.0.1:1: ") as caught:
+        generator(tmp_path, code).window("127.0.0.1:1", "m", ["x"], tokens, 1, 1.0)
+    assert words in str(caught.value)
+
+
+def test_a_window_in_which_nothing_ends_is_empty(tmp_path: Path) -> None:
+    code = "print('No valid requests recorded within time interval. Please use a larger time window.'); sys.exit(99)"
+    assert generator(tmp_path, code).window("127.0.0.1:1", "m", ["x"], 4, 1, 1.0) == ()
+
+
+@pytest.mark.parametrize("tokens", [2, 7, 128])
+def test_prompts_have_as_many_tokens_as_asked_for(tmp_path: Path, tokens: int) -> None:
+    save_tiny("llama", tmp_path)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    prompts = prompts_of(tokenizer, tokens, 8)
+    assert [len(tokenizer.encode(prompt).ids) for prompt in prompts] == [tokens] * 8
+    assert len(set(prompts)) == 8 or tokens < 4
+    assert json.loads(json.dumps(prompts)) == prompts

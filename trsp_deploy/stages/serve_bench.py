@@ -1,0 +1,178 @@
+"""Load on a server that holds dense and pruned: who is served how fast, in turn on one machine."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from trsp_deploy.artifacts import fingerprint, provenance
+from trsp_deploy.errors import RunError
+from trsp_deploy.recipe import Strict
+from trsp_deploy.results import ROLES, Role, Served, ServedRequest, ServedWindow, Subject
+from trsp_deploy.tools import triton_server
+from trsp_deploy.tools.load import LoadGenerator, prompts_of
+from trsp_deploy.tools.progress import Meter
+from trsp_deploy.tools.repository import read_repository
+from trsp_deploy.tools.runners.manifest import MANIFEST as ENGINE_MANIFEST
+from trsp_deploy.tools.served import tokens_per_s
+from trsp_deploy.tools.telemetry import Recorder
+
+PROMPTS = 16
+FEWEST_REQUESTS = 3  # after each other, in a window
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server listens."""
+
+    http: str
+    grpc: str
+
+    def version(self) -> str:
+        """Name and version; raises RunError when nobody answers."""
+        try:
+            with urllib.request.urlopen(f"http://{self.http}/v2", timeout=10) as reply:
+                said = json.load(reply)
+        except (OSError, ValueError) as problem:
+            raise RunError(f"{self.http}: no Triton server answers there ({problem})") from problem
+        return f"{said.get('name', 'unknown')} {said.get('version', 'unknown')}"
+
+
+class LoadSettings(Strict):
+    """What is asked of the server."""
+
+    concurrencies: tuple[int, ...] = (1, 8)
+    prompt_tokens: int = 128
+    new_tokens: int = 64
+    window_s: float = 5.0  # at least; longer where so few requests end in it
+    replicates: int = 6
+
+
+@contextlib.contextmanager
+def served(repository: Path, server: Path | None) -> Iterator[Address]:
+    """The repository's server: the one that runs, else one for the length of the block."""
+    running = triton_server.find(repository)
+    if running is not None:
+        yield _address(running)
+        return
+    try:
+        yield _address(triton_server.start(repository, triton_server.find_installation(server)))
+    finally:
+        triton_server.stop(repository)
+
+
+def _address(server: triton_server.Server) -> Address:
+    return Address(http=f"127.0.0.1:{server.http}", grpc=f"127.0.0.1:{server.grpc}")
+
+
+def measure_served(
+    repository: Path,
+    address: Address,
+    generator: LoadGenerator,
+    settings: LoadSettings,
+    before: Callable[[int], None] = lambda replicate: None,
+) -> Served:
+    """Load dense, dense again and pruned in turn, at every concurrency, `replicates` times.
+
+    before: called with the number of each replicate, while the server has nothing to do.
+    Raises RunError when the repository is none of ours, a text does not fit its models, or the server fails.
+    """
+    manifest, version = read_repository(repository), address.version()
+    load = Load(repository, address, generator, settings)
+    names = {model.role: model.name for model in manifest.models}
+    with Recorder() as recorder:
+        windows = _windows(load, names, settings, recorder, before)
+        elapsed_s = recorder.now_s
+    return Served(
+        engine=manifest.models[0].engine,
+        models=names,
+        engines={
+            role: fingerprint(repository / name / "1" / "engine" / ENGINE_MANIFEST) for role, name in names.items()
+        },
+        prompt_tokens=settings.prompt_tokens,
+        new_tokens=settings.new_tokens,
+        window_s=settings.window_s,
+        concurrencies=settings.concurrencies,
+        windows=tuple(windows),
+        telemetry=tuple(recorder.samples),
+        load_generator=generator.version(),
+        server=version,
+        provenance=provenance(),
+        elapsed_s=elapsed_s,
+    )
+
+
+class Load:
+    """One kind of request, to any model of a repository."""
+
+    def __init__(self, repository: Path, address: Address, generator: LoadGenerator, settings: LoadSettings) -> None:
+        """Raises RunError when a text would be longer than a model takes."""
+        models = read_repository(repository).models
+        for model in models:
+            if settings.prompt_tokens + settings.new_tokens > model.max_length:
+                raise RunError(
+                    f"--prompt-tokens {settings.prompt_tokens} and --new-tokens {settings.new_tokens}: "
+                    f"'{model.name}' takes {model.max_length} tokens in all"
+                )
+        tokenizer = Tokenizer.from_file(str(repository / models[0].name / "1" / "tokenizer.json"))
+        self.prompts = prompts_of(tokenizer, settings.prompt_tokens, PROMPTS)
+        self._address = address
+        self._generator = generator
+        self._new_tokens = settings.new_tokens
+
+    def window(self, model: str, concurrency: int, seconds: float) -> tuple[ServedRequest, ...]:
+        """At least one finished request; raises RunError when none ends even in a much longer time."""
+        for longer in (1, 4, 16):  # the machine may be busy
+            found = self._generator.window(
+                self._address.grpc, model, self.prompts, self._new_tokens, concurrency, longer * seconds
+            )
+            if found:
+                return found
+        raise RunError(f"{model}: no request ended within {longer * seconds:.0f} s, {concurrency} at once")
+
+
+def _windows(
+    load: Load, names: dict[Role, str], settings: LoadSettings, recorder: Recorder, before: Callable[[int], None]
+) -> list[ServedWindow]:
+    subjects: dict[Subject, str] = {role: names[role] for role in ROLES if role in names}
+    if len(subjects) == 2:
+        subjects["again"] = subjects["dense"]
+    windows = []
+    with Meter("load", settings.replicates * len(settings.concurrencies) * len(subjects)) as meter:
+        # Finding out how long a request takes warms a model up.
+        lengths = {
+            concurrency: _window_s(load.window(next(iter(names.values())), concurrency, settings.window_s), settings)
+            for concurrency in settings.concurrencies
+        }
+        for replicate in range(settings.replicates):
+            before(replicate)
+            for concurrency, seconds in lengths.items():
+                for subject in _order(list(subjects), replicate):
+                    window = ServedWindow(
+                        subject=subject,
+                        concurrency=concurrency,
+                        replicate=replicate,
+                        began_s=recorder.now_s,
+                        requests=load.window(subjects[subject], concurrency, seconds),
+                    )
+                    windows.append(window)
+                    meter.advance(f"{subject} at {concurrency}: {tokens_per_s(window):.0f} tokens/s")
+    return windows
+
+
+def _window_s(requests: Sequence[ServedRequest], settings: LoadSettings) -> float:
+    """Long enough for a few requests after each other."""
+    return max(settings.window_s, FEWEST_REQUESTS * max(request.answered_s[-1] for request in requests))
+
+
+def _order(subjects: list[Subject], replicate: int) -> list[Subject]:
+    """Each subject comes first, second and last equally often, so that a drift hits all alike."""
+    turn = replicate // 2 % len(subjects)
+    turned = subjects[turn:] + subjects[:turn]
+    return turned if replicate % 2 == 0 else turned[::-1]
