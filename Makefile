@@ -43,7 +43,7 @@ test-transformers5: .venv-transformers5/.ready ## export, parity and pruning whe
 		tests/unit/test_selection_and_transfer.py tests/unit/test_refit.py tests/unit/test_losses.py tests/unit/test_models.py
 
 test-triton: $(READY) .venv-triton/.ready ## the model repository on a real tritonserver: a minute
-	$(BIN)/python -m pytest -q tests/integration/test_triton_repository.py
+	$(BIN)/python -m pytest -q tests/integration/test_triton_repository.py tests/integration/test_triton_step.py
 
 test-network: $(READY) ## needs a package registry
 	$(BIN)/python -m pytest -q -m network

@@ -38,14 +38,15 @@ def client(script: str, *arguments: object, stdin: object = None) -> Any:
 
 
 class TritonServer:
-    """A server on free loopback ports for the length of a `with` block."""
+    """A server on free loopback ports for the length of a `with` block; of ENVIRONMENT where no other one is given."""
 
-    def __init__(self, repository: Path, *options: str) -> None:
+    def __init__(self, repository: Path, *options: str, installation: triton_server.Installation | None = None) -> None:
         self._repository = repository
         self._options = options
+        self._installation = installation
 
     def __enter__(self) -> Self:
-        installation = triton_server.find_installation(ENVIRONMENT)
+        installation = self._installation or triton_server.find_installation(ENVIRONMENT)
         self.server = triton_server.start(self._repository, installation, options=self._options, ready_s=60)
         return self
 

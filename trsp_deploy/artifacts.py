@@ -157,17 +157,14 @@ def writing(target: Path) -> Iterator[Path]:
             raise
 
 
-EXTERNAL_DATA = (".onnx.data", ".onnx_data")  # as onnx_ir and Optimum name it
-
-
-def link_tree(source: Path, target: Path) -> None:
+def link_tree(source: Path, target: Path, copied: tuple[str, ...] = ()) -> None:
     """Give a finished file or folder a second place: hard links, or copies where the file system has none.
 
-    Weights beside an ONNX graph are copied: onnx and onnx_ir refuse external data that has a second hard link.
+    copied: ends of names of files that are copied in any case.
     """
 
     def link(one: str, other: str) -> None:
-        if not one.endswith(EXTERNAL_DATA):
+        if not one.endswith(copied):
             with contextlib.suppress(OSError):
                 os.link(one, other)
                 return

@@ -3,7 +3,7 @@
     found = sweep(job, folder, counts, Targets(min_speedup=1.25), say)
 
 Every number of layers is a run folder of its own, `drop-K/`, to be looked at, continued and shipped like any other.
-What concerns the dense model alone is made once and linked into the others. Sits above the pipeline.
+What concerns the dense model alone is made once and linked or copied into the others. Sits above the pipeline.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from trsp_deploy.tools.pages import sweep_page
 from trsp_deploy.tools.report import EngineReport, QualityReport, Report
 from trsp_deploy.tools.sweeps import Point, Sweep, Targets, choose
 
+# Copied, not linked: onnx and onnx_ir refuse weights with a second hard link, and another engine may be built of them.
+EXTERNAL_DATA = (".onnx.data", ".onnx_data")
 DENSE_STEPS = ("dense", "export-dense-*", "build-*-dense", "parity-*-dense-*", "evaluate-*-dense")
 
 
@@ -74,7 +76,7 @@ def _adopt_dense(source: Path, target: Path) -> None:
             continue
         for output in done.outputs:
             if not (target / output).exists():
-                link_tree(source / output, target / output)
+                link_tree(source / output, target / output, copied=EXTERNAL_DATA)
         link_tree(record, there)
 
 

@@ -76,17 +76,6 @@ def test_a_repository_is_whole_and_its_config_is_tritons(repository: Path) -> No
 
 
 @needs_schema
-def test_a_second_repository_of_a_run_is_the_first_again(run: Path, repository: Path) -> None:
-    # onnx and onnx_ir refuse weights that have a second hard link, so the first must not have given the engine's one.
-    again = trsp_deploy(
-        "triton", "run", "--out", "again", "--name", "pruned", "--dense", "--max-batch", "4", cwd=run.parent
-    )
-    assert again.code == 0, again.said
-    first, second = (json.loads((run.parent / name / "MANIFEST.json").read_text()) for name in ("repository", "again"))
-    assert first["models"] == second["models"]
-
-
-@needs_schema
 def test_a_config_that_is_none_says_where() -> None:
     with pytest.raises(RunError, match=r"x/config.pbtxt: 2:1"):
         parse_config('name: "x"\nbackends: "python"', "x/config.pbtxt")

@@ -25,6 +25,7 @@ MaxBatch = Annotated[int, typer.Option("--max-batch", help="Texts at once.", min
 MaxLength = Annotated[
     int | None, typer.Option("--max-length", help="Tokens of a text; else the model's positions.", min=2)
 ]
+Step = Annotated[bool, typer.Option("--step", help="The bare engine too, as NAME_step, for a decode loop of your own.")]
 WRONG = 2  # exit code where the linter finds an error
 
 
@@ -57,6 +58,7 @@ def triton(
     dense: Dense = False,
     max_batch: MaxBatch = 8,
     max_length: MaxLength = None,
+    step: Step = False,
     as_json: Json = False,
 ) -> None:
     """Write a Triton model repository that generates text with a run's engine."""
@@ -69,8 +71,8 @@ def triton(
     base = name or f"{run.resolve().name}-pruned"
     names: dict[Role, str] = {"pruned": base, "dense": f"{base}-dense"}
     length = max_length or max_positions(run / "pruned")
-    made = write_repository(engines, run / "pruned", names, out, max_batch, length)
-    lines = [f"{out / model.name}: {model.engine}, {model.max_batch} texts at once" for model in made.models]
+    made = write_repository(engines, run / "pruned", names, out, max_batch, length, step=step)
+    lines = [f"{out / model.name}: {model.limits}" for model in made.models]
     lines.append(f"the server's Python needs: {' '.join(made.packages)}")
     print("\n".join(lines), file=sys.stderr if as_json else sys.stdout)
     if as_json:

@@ -83,14 +83,14 @@ def measure_served(
     before: called with the number of each replicate, while the server has nothing to do.
     Raises RunError when the repository is none of ours, a text does not fit its models, or the server fails.
     """
-    manifest, version = read_repository(repository), address.version()
+    models, version = read_repository(repository).texts, address.version()
     load = Load(repository, address, generator, settings)
-    names = {model.role: model.name for model in manifest.models}
+    names = {role: model.name for role, model in models.items()}
     with Recorder() as recorder:
         windows = _windows(load, names, settings, recorder, before)
         elapsed_s = recorder.now_s
     return Served(
-        engine=manifest.models[0].engine,
+        engine=next(iter(models.values())).engine,
         models=names,
         engines={
             role: fingerprint(repository / name / "1" / "engine" / ENGINE_MANIFEST) for role, name in names.items()
@@ -113,7 +113,7 @@ class Load:
 
     def __init__(self, repository: Path, address: Address, generator: LoadGenerator, settings: LoadSettings) -> None:
         """Raises RunError when a text would be longer than a model takes."""
-        models = read_repository(repository).models
+        models = list(read_repository(repository).texts.values())
         for model in models:
             if settings.prompt_tokens + settings.new_tokens > model.max_length:
                 raise RunError(

@@ -7,13 +7,15 @@ import re
 from pathlib import Path
 
 from trsp_deploy.artifacts import fingerprint, link_tree, provenance, write_json, writing
+from trsp_deploy.decoder import max_positions
 from trsp_deploy.errors import ModelError, RunError
 from trsp_deploy.results import Role
 from trsp_deploy.tools.graphs.rotation import engine_rotation
 from trsp_deploy.tools.repository import MANIFEST, RepositoryManifest, ServedModel
 from trsp_deploy.tools.runners import device_of, read_manifest
 from trsp_deploy.tools.serving.engine import batches
-from trsp_deploy.tools.serving.readme import readme
+from trsp_deploy.tools.serving.readme import readme, step_readme
+from trsp_deploy.tools.serving.step_model import check_can_step, write_step_model
 from trsp_deploy.tools.serving.vendor import model_file, vendor
 from trsp_deploy.tools.triton_config import WARMUP_FILE, generation_config, parse_config, warmup_file
 
@@ -22,19 +24,31 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def write_repository(
-    engines: dict[Role, Path], model_folder: Path, names: dict[Role, str], out: Path, max_batch: int, max_length: int
+    engines: dict[Role, Path],
+    model_folder: Path,
+    names: dict[Role, str],
+    out: Path,
+    max_batch: int,
+    max_length: int,
+    *,
+    step: bool = False,
 ) -> RepositoryManifest:
     """Write a repository with a model for each role; what is there under the same names is replaced.
 
     engines: engine folders. model_folder: has the tokenizer. names: of the models in the repository.
+    step: the bare engines too, as `<name>_step`.
     Raises RunError for a name that Triton does not take or an engine that cannot be served so.
     """
+    if step:
+        _check_steps(engines, model_folder, max_length)
     models = []
     for role, engine in engines.items():
         name = names[role]
         if NAME.fullmatch(name) is None:
             raise RunError(f"--name '{name}': letters, digits, dots, dashes and underscores, a letter or digit first")
         models.append(_write_model(engine, role, model_folder, name, out, max_batch, max_length))
+        if step:
+            models.append(_write_step(engine, role, f"{name}_step", out, max_batch, max_length))
     first = read_manifest(next(iter(engines.values())))
     package = {"onnxruntime-cpu": "onnxruntime", "onnxruntime-cuda": "onnxruntime-gpu"}.get(
         first.spec.backend, first.spec.backend
@@ -46,11 +60,38 @@ def write_repository(
         provenance=provenance(),
     )
     write_json(out / MANIFEST, manifest)
-    limits = [f"`{m.name}`: {m.engine}, {m.max_batch} texts at once, {m.max_length} tokens each" for m in models]
+    limits = [f"`{model.name}`: {model.limits}" for model in models]
     with writing(out / "README.md") as partial:
         text = readme([model.name for model in models], manifest.packages, manifest.gpu, limits)
+        if step:
+            text += step_readme(models[0].name, models[1].name, max_length, first.backend_version)
         partial.write_text(text, encoding="utf-8")
     return manifest
+
+
+def _check_steps(engines: dict[Role, Path], model_folder: Path, max_length: int) -> None:
+    """Before anything is written."""
+    positions = max_positions(model_folder)
+    if max_length > positions:
+        raise RunError(f"--max-length {max_length}: the model has {positions} positions; with --step at most those")
+    for engine in engines.values():
+        check_can_step(engine)
+
+
+def _write_step(engine: Path, role: Role, name: str, out: Path, sequences: int, max_length: int) -> ServedModel:
+    with writing(out / name) as folder:
+        state_bytes = write_step_model(engine, name, folder, max_length, sequences)
+        files = _fingerprints(folder)
+    return ServedModel(
+        name=name,
+        role=role,
+        engine=read_manifest(engine).spec.name,
+        serves="steps",
+        max_batch=sequences,
+        max_length=max_length,
+        state_bytes=state_bytes,
+        files=files,
+    )
 
 
 def _write_model(
@@ -85,12 +126,13 @@ def _write_model(
         (folder / "configs" / "cpu.pbtxt").write_text(on_cpu, encoding="utf-8")
         (folder / "warmup").mkdir()
         (folder / "warmup" / WARMUP_FILE).write_bytes(warmup)
-        files = {
-            path.relative_to(folder).as_posix(): fingerprint(path)
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-        }
+        files = _fingerprints(folder)
     return ServedModel(name=name, role=role, engine=spec.name, max_batch=max_batch, max_length=max_length, files=files)
+
+
+def _fingerprints(folder: Path) -> dict[str, str]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): fingerprint(path) for path in paths}
 
 
 def end_tokens(model_folder: Path) -> list[int]:

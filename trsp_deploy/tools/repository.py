@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import ValidationError
 
@@ -20,9 +21,19 @@ class ServedModel(Strict):
     name: str
     role: Role
     engine: str  # the spec's name
-    max_batch: int  # texts at once
+    serves: Literal["text", "steps"] = "text"
+    max_batch: int  # texts, or sequences, at once
     max_length: int  # tokens of a text
+    state_bytes: int = 0  # that the server keeps for each sequence
     files: dict[str, str]  # path below the model's folder -> SHA-256
+
+    @property
+    def limits(self) -> str:
+        """What it is and how much it takes, in a line."""
+        if self.serves == "text":
+            return f"{self.engine}, {self.max_batch} texts at once, {self.max_length} tokens each"
+        size = f"{self.max_length} tokens and {self.state_bytes / 1e6:.1f} MB of state each"
+        return f"{self.engine}, one step of a loop of your own, {self.max_batch} sequences at once, {size}"
 
 
 class RepositoryManifest(Strict):
@@ -32,6 +43,11 @@ class RepositoryManifest(Strict):
     packages: tuple[str, ...]  # that the server's Python needs
     gpu: str | None  # compute capability that the engine is bound to
     provenance: Provenance
+
+    @property
+    def texts(self) -> dict[Role, ServedModel]:
+        """The models that text is asked of."""
+        return {model.role: model for model in self.models if model.serves == "text"}
 
 
 def read_repository(folder: Path) -> RepositoryManifest:

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from trsp_deploy.errors import RunError
 from trsp_deploy.tools.packaged import find_asset
+
+if TYPE_CHECKING:
+    from trsp_deploy.tools.graphs.step import State
 
 SCHEMA = "triton-schema"
 
@@ -31,6 +35,8 @@ INPUTS: dict[str, tuple[str, int, bool]] = {
 }
 OUTPUTS = {"text_output": "TYPE_STRING", "output_tokens": "TYPE_INT32", "finish_reason": "TYPE_STRING"}
 WARMUP_FILE = "text_input"  # below <name>/warmup
+DATA_TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "int64": "TYPE_INT64"}  # by numpy's names
+IDLE_S = 60  # of a sequence; the server's default of one second is shorter than a thoughtful caller's step
 
 
 def generation_config(name: str, kind: str, warmup_bytes: int) -> str:
@@ -69,6 +75,46 @@ model_warmup [
   }}
 ]
 """
+
+
+def step_config(
+    name: str, kind: str, logits: tuple[str, int], states: Sequence[State], sequences: int, threads: int | None
+) -> str:
+    """The text of the step model's config.
+
+    kind: "KIND_CPU" or "KIND_GPU". logits: their dtype, and how many. states: of the graph. sequences: that the server
+    keeps at once. threads: of an operator; None leaves it to ONNX Runtime.
+    """
+    states_text = ",\n".join(_state(state) for state in states)
+    parameter = f'parameters {{ key: "intra_op_thread_count" value: {{ string_value: "{threads}" }} }}\n'
+    return f"""name: "{name}"
+backend: "onnxruntime"
+# Sequences take turns: rows of one batch would have to be of one length.
+max_batch_size: 1
+version_policy {{ specific {{ versions: [ 1 ] }} }}
+input [ {{ name: "input_ids" data_type: TYPE_INT64 dims: [ -1 ] }} ]
+output [ {{ name: "logits" data_type: {DATA_TYPES[logits[0]]} dims: [ {logits[1]} ] }} ]
+instance_group [ {{ count: 1 kind: {kind} }} ]
+{"" if threads is None else parameter}sequence_batching {{
+  # A sequence that is not heard of for so long ends.
+  max_sequence_idle_microseconds: {IDLE_S * 1_000_000}
+  oldest {{ max_candidate_sequences: {sequences} }}
+  state [
+{states_text}
+  ]
+}}
+"""
+
+
+def _state(state: State) -> str:
+    form = f"data_type: {DATA_TYPES[state.dtype]} dims: [ {', '.join(map(str, state.dims))} ]"
+    return f"""    {{
+      input_name: "{state.input_name}"
+      output_name: "{state.output_name}"
+      {form}
+      use_same_buffer_for_input_output: true
+      initial_state {{ name: "empty" {form} zero_data: true }}
+    }}"""
 
 
 def warmup_file(text: str) -> bytes:

@@ -6,6 +6,7 @@ for finding in lint(Path("model_repository")): print(finding)
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -120,7 +121,14 @@ def _states(config: Any, error: Say, warning: Say) -> Iterator[Finding]:
     by_input = [output for _, output in sorted(pairs)]
     if by_input != sorted(by_input):
         yield error("states: sorted by input name, their outputs are out of order; pad numbers with zeros (kv_in_00)")
+    for title, names in (("input_name", [one for one, _ in pairs]), ("output_name", [other for _, other in pairs])):
+        for name, count in Counter(names).items():
+            if count > 1:
+                yield error(f"{count} states have the {title} '{name}'; the server takes the first alone")
     for state in states:
+        for initial in state.initial_state:
+            if (initial.data_type, list(initial.dims)) != (state.data_type, list(state.dims)):
+                yield error(f"state '{state.input_name}': its initial_state is of another type or other dims")
         if -1 in state.dims:
             yield warning(
                 f"state '{state.input_name}': a dimension of -1 begins as 1 and holds what was there; fix its length"
@@ -160,37 +168,54 @@ def _files(config: Any, backend: str, version: Path, error: Say) -> Iterator[Fin
 
 
 def _against_graph(config: Any, path: Path, error: Say) -> Iterator[Finding]:
-    """Names, types and dimensions of the config beside the graph's."""
+    """Names, types and dimensions of the config beside the graph's; the server itself does not look at states."""
     try:
         graph = onnx.load(path, load_external_data=False).graph
     except Exception as problem:  # protobuf's own error, which is no OSError
         yield error(f"{path.parent.name}/{path.name}: not an ONNX file ({type(problem).__name__})")
         return
     initialisers = {tensor.name for tensor in graph.initializer}
+    inputs = {node.name: node for node in graph.input if node.name not in initialisers}
+    outputs = {node.name: node for node in graph.output}
+    states = config.sequence_batching.state
+    batches = bool(config.max_batch_size)
     for title, wanted, found in (
-        ("input", config.input, {node.name: node for node in graph.input if node.name not in initialisers}),
-        ("output", config.output, {node.name: node for node in graph.output}),
+        ("input", [(each.name, each) for each in config.input], inputs),
+        ("output", [(each.name, each) for each in config.output], outputs),
+        ("state input", [(each.input_name, each) for each in states], inputs),
+        ("state output", [(each.output_name, each) for each in states], outputs),
     ):
-        for each in wanted:
-            if each.name not in found:
-                yield error(f"{title} '{each.name}': the graph has {', '.join(found)}")
+        for name, each in wanted:
+            if name not in found:
+                yield error(f"{title} '{name}': the graph has {', '.join(found)}")
                 continue
-            tensor = found[each.name].type.tensor_type
-            dtype = each.DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_number[each.data_type].name
-            if ONNX_TYPES.get(tensor.elem_type) != dtype:
-                yield error(
-                    f"{title} '{each.name}': {dtype} in the config, {ONNX_TYPES.get(tensor.elem_type)} in the graph"
-                )
-            graph_dims = [dim.dim_value if dim.HasField("dim_value") else -1 for dim in tensor.shape.dim]
-            dims = ([-1] if config.max_batch_size else []) + list(each.dims)
-            if len(dims) != len(graph_dims) or any(
-                one != other and -1 not in (one, other) for one, other in zip(dims, graph_dims, strict=True)
-            ):
-                yield error(f"{title} '{each.name}': dims {dims} with the batch, {graph_dims} in the graph")
-    named = {each.name for each in config.input} | {state.input_name for state in config.sequence_batching.state}
-    missing = [node.name for node in graph.input if node.name not in initialisers | named]
+            yield from _against_tensor(each, f"{title} '{name}'", found[name].type.tensor_type, batches, error)
+    named = {each.name for each in config.input} | {state.input_name for state in states}
+    missing = [name for name in inputs if name not in named]
     if config.input and missing:
         yield error(f"inputs of the graph that the config does not have: {', '.join(missing)}")
+    yield from _weights(graph, path, error)
+
+
+def _against_tensor(each: Any, title: str, tensor: Any, batches: bool, error: Say) -> Iterator[Finding]:
+    """Type and dimensions of an input, output or state beside the graph's."""
+    dtype = each.DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_number[each.data_type].name
+    if ONNX_TYPES.get(tensor.elem_type) != dtype:
+        yield error(f"{title}: {dtype} in the config, {ONNX_TYPES.get(tensor.elem_type)} in the graph")
+    graph_dims = [dim.dim_value if dim.HasField("dim_value") else -1 for dim in tensor.shape.dim]
+    dims = ([-1] if batches else []) + list(each.dims)
+    if len(dims) != len(graph_dims) or any(
+        one != other and -1 not in (one, other) for one, other in zip(dims, graph_dims, strict=True)
+    ):
+        yield error(f"{title}: dims {dims} with the batch, {graph_dims} in the graph")
+
+
+def _weights(graph: Any, path: Path, error: Say) -> Iterator[Finding]:
+    """The files that hold the graph's weights."""
+    places = (entry for tensor in graph.initializer for entry in tensor.external_data if entry.key == "location")
+    for file in sorted({entry.value for entry in places}):
+        if not (path.parent / file).is_file():
+            yield error(f"{path.parent.name}/{file} is missing: it holds weights of {path.name}")
 
 
 def _served_engine(version: Path, error: Say) -> Iterator[Finding]:

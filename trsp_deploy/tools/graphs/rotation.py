@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
+from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.tools.runners.running_batch import Rotation
@@ -40,9 +40,12 @@ def engine_rotation(path: Path) -> Rotation | None:
 
 def _table(tensor: onnx.TensorProto, folder: Path) -> np.ndarray:
     """(places, pairs) of cosines or sines."""
-    if uses_external_data(tensor):
-        load_external_data_for_tensor(tensor, str(folder))
-    return np.asarray(onnx.numpy_helper.to_array(tensor), dtype=np.float64)
+    if not uses_external_data(tensor):
+        return np.asarray(onnx.numpy_helper.to_array(tensor), dtype=np.float64)
+    # By hand: onnx reads no file with several hard links, and an engine has them as soon as it is in a repository.
+    info, dtype = ExternalDataInfo(tensor), onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    table = np.memmap(folder / info.location, dtype, "r", offset=info.offset or 0, shape=tuple(tensor.dims))
+    return np.asarray(table, dtype=np.float64)
 
 
 def _angles(cos: np.ndarray, sin: np.ndarray, path: Path) -> tuple[float, ...]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from trsp_deploy.tools.triton_config import IDLE_S
+
 # A container whose Python backend knows cancelled requests. Any later one will do for an ONNX Runtime engine, whose
 # package is installed into it. Not tried: no Docker was at hand.
 CONTAINER = "nvcr.io/nvidia/tritonserver:25.02-py3"
@@ -58,4 +60,56 @@ curl -sN localhost:8000/v2/models/{name}/generate_stream \\
 
 Answers have `text_output`, `output_tokens` and, at the end, `finish_reason` (`length`, `end`, `stop`). A request that
 cannot be answered gets one line that names the input.
+"""
+
+
+def step_readme(text_model: str, name: str, max_length: int, onnxruntime: str) -> str:
+    """What follows where the repository has step models.
+
+    text_model: has the tokenizer. name: of the step model. onnxruntime: the version that the engine was built with.
+    """
+    return f"""
+## Step by step
+
+`{name}` is the bare engine in Triton's stock onnxruntime backend, for a decode loop of your own. The token ids of a
+sequence go in, first the prompt and then what was chosen; out come the logits of its next token, `(1, vocabulary)`. The
+KV cache and the number of tokens so far stay in the server as implicit state. It takes
+`pip install 'tritonclient[grpc]' tokenizers`.
+
+<!-- step:start -->
+```python
+import numpy as np
+import tritonclient.grpc as grpc
+from tokenizers import Tokenizer
+
+client = grpc.InferenceServerClient("localhost:8001")
+
+
+def step(ids, sequence, **flags):  # logits (vocabulary,) of what follows `ids`, the sequence's next tokens
+    tensor = grpc.InferInput("input_ids", [1, len(ids)], "INT64")
+    tensor.set_data_from_numpy(np.array([ids], dtype=np.int64))
+    return client.infer("{name}", [tensor], sequence_id=sequence, **flags).as_numpy("logits")[0]
+
+
+def greedy(prompt, count, sequence):  # `sequence`: a number above 0 that no other text has at the time
+    tokens = []
+    for number in range(count):
+        flags = {{"sequence_start": number == 0, "sequence_end": number == count - 1}}
+        logits = step(tokens[-1:] or prompt, sequence, **flags)
+        tokens.append(int(logits.argmax()))
+    return tokens
+
+
+tokenizer = Tokenizer.from_file("{text_model}/1/tokenizer.json")
+print(tokenizer.decode(greedy(tokenizer.encode("The capital of France is").ids, 16, sequence=1)))
+```
+<!-- step:end -->
+
+- `sequence_start` begins anew, whatever the number had before. A sequence without `sequence_end` ends when nothing was
+  heard of it for {IDLE_S} s. When as many sequences run as the list above says, further ones wait for an end.
+- A request that would make a sequence longer than {max_length} tokens gets an error that says
+  `a_sequence_has_at_most_{max_length}_tokens`; the sequence stays what it was.
+- The backend copies the whole state at every step: `--max-length` as long as needed and no longer.
+- The engine was built with ONNX Runtime {onnxruntime}, and an older one in the server may not know its operators; the
+  model is then not loaded, and `--exit-on-error=false` lets the others serve.
 """

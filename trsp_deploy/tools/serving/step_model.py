@@ -1,0 +1,61 @@
+"""A Triton model of one step, for callers with a decode loop of their own: the bare engine in a stock backend.
+
+The server keeps the sequence's state (tools/graphs/step.py); tokens go in and logits come out.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+
+from trsp_deploy.artifacts import link_tree
+from trsp_deploy.errors import RunError
+from trsp_deploy.tools.graphs.nodes import NoMatch
+from trsp_deploy.tools.graphs.step import keep_state
+from trsp_deploy.tools.runners import device_of, read_manifest
+from trsp_deploy.tools.triton_config import parse_config, step_config
+
+BACKENDS = ("onnxruntime-cpu", "onnxruntime-cuda")
+GRAPH = "model.onnx"  # what Triton's onnxruntime backend opens
+
+
+def check_can_step(engine: Path) -> None:
+    """Raise RunError for an engine that no stock backend can run step by step."""
+    spec = read_manifest(engine).spec
+    if spec.backend not in BACKENDS:
+        raise RunError(
+            f"--step: engine '{spec.name}' is of {spec.backend}: its cache is one memory for input and output, or"
+            " grows, and Triton's stock backend copies state between buffers of its own;"
+            f" valid: an engine of {' or '.join(BACKENDS)}"
+        )
+
+
+def write_step_model(engine: Path, name: str, folder: Path, length: int, sequences: int) -> int:
+    """Write the model `name` into `folder` and return the bytes of state that the server keeps for a sequence.
+
+    length: tokens of a sequence at most. sequences: that the server keeps at once. The engine's weights are hard links.
+    Raises RunError where the engine cannot be a step.
+    """
+    check_can_step(engine)
+    manifest = read_manifest(engine)
+    version = folder / "1"
+    version.mkdir(parents=True)
+    model = ir.load(engine / manifest.file)
+    try:
+        states = keep_state(model, length)
+    except NoMatch as problem:
+        raise RunError(f"--step: engine '{manifest.spec.name}' cannot be a step: {problem}") from problem
+    ir.save(model, version / GRAPH)  # names the weights' file and does not copy it
+    for file in manifest.files:
+        if file != manifest.file:
+            link_tree(engine / file, version / file)
+    dtype, shape = manifest.outputs["logits"]
+    kind = "KIND_CPU" if device_of(manifest.spec) == "cpu" else "KIND_GPU"
+    config = step_config(name, kind, (dtype, int(shape[-1])), states, sequences, manifest.spec.threads)
+    parse_config(config, f"{name}/config.pbtxt")
+    (folder / "config.pbtxt").write_text(config, encoding="utf-8")
+    (folder / "configs").mkdir()
+    on_cpu = config.replace("KIND_GPU", "KIND_CPU")
+    (folder / "configs" / "cpu.pbtxt").write_text(on_cpu, encoding="utf-8")
+    return sum(state.size_bytes for state in states)
