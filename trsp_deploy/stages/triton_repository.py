@@ -14,7 +14,7 @@ from trsp_deploy.tools.graphs.rotation import engine_rotation
 from trsp_deploy.tools.repository import MANIFEST, RepositoryManifest, ServedModel
 from trsp_deploy.tools.runners import device_of, read_manifest
 from trsp_deploy.tools.serving.engine import batches
-from trsp_deploy.tools.serving.readme import readme, step_readme
+from trsp_deploy.tools.serving.readme import CONTAINER, readme, step_readme
 from trsp_deploy.tools.serving.step_model import check_can_step, write_step_model
 from trsp_deploy.tools.serving.vendor import model_file, vendor
 from trsp_deploy.tools.triton_config import WARMUP_FILE, generation_config, parse_config, warmup_file
@@ -57,6 +57,7 @@ def write_repository(
         models=tuple(models),
         packages=(f"{package}=={first.backend_version}", "tokenizers", "pydantic>=2.12", "pyyaml", "numpy"),
         gpu=first.bound.gpu,
+        container=CONTAINER,
         provenance=provenance(),
     )
     write_json(out / MANIFEST, manifest)

@@ -42,6 +42,7 @@ class RepositoryManifest(Strict):
     models: tuple[ServedModel, ...]
     packages: tuple[str, ...]  # that the server's Python needs
     gpu: str | None  # compute capability that the engine is bound to
+    container: str  # image of Triton that the README's command takes
     provenance: Provenance
 
     @property
