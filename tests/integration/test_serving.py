@@ -21,7 +21,7 @@ from trsp_deploy.tools.generation import Sampling, generate
 from trsp_deploy.tools.graphs.rotation import engine_rotation
 from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.runners import open_engine
-from trsp_deploy.tools.runners.running_batch import OneText, Rotation, RunningBatch
+from trsp_deploy.tools.runners.running_batch import SETTLED, OneText, Rotation, RunningBatch
 from trsp_deploy.tools.serving.engine import open_batch
 from trsp_deploy.tools.serving.loop import Answer, ServingLoop, Ticket
 from trsp_deploy.tools.serving.requests import GenerationRequest, RequestError, parse
@@ -101,6 +101,25 @@ def test_places_that_no_text_uses_are_given_up(engine: Path) -> None:
         assert batch.step({short: 9})[short].shape == (384,)
         batch.leave(short)
         assert batch._length == 0 and batch.size == 0
+
+
+def test_rows_that_nobody_needs_are_given_up(engine: Path) -> None:
+    """A text that was one of four is alone in the batch once the others are gone, and goes on as it would have."""
+    prompt, count = [5, 6, 7, 8], 3 * SETTLED
+    with opened(engine, 4, MAX_LENGTH) as batch:
+        assert isinstance(batch, RunningBatch)
+        others = [batch.join([number, 9])[0] for number in (3, 4, 11)]
+        last, logits = batch.join(prompt)
+        tokens = [int(logits.argmax())]
+        assert len(batch._mask) == 4
+        for other in others:
+            batch.leave(other)
+        for step in range(1, count):
+            tokens.append(int(batch.step({last: tokens[-1]})[last].argmax()))
+            assert len(batch._mask) == (4 if step < SETTLED else 1)
+        again, _ = batch.join([3, 9])
+        assert batch.size == 2 == len(batch._mask) and again != last
+    assert tokens == alone(engine, prompt, count)
 
 
 def test_what_does_not_fit_is_refused(engine: Path) -> None:

@@ -2,20 +2,22 @@
 
     with OrtRunner(engine) as runner:
         batch = RunningBatch(runner, max_batch=8, max_length=2048)
-        row, logits = batch.join([5, 9, 7])
-        logits = batch.step({row: 42})[row]
-        batch.leave(row)
+        text, logits = batch.join([5, 9, 7])
+        logits = batch.step({text: 42})[text]
+        batch.leave(text)
 
-All rows end at the same place of the cache, `length`, and begin where their own text does: what lies before is masked,
-as left padding is. A text that joins is read by itself and copied to end at `length`; the others go on as they were.
-Where the graph turns keys by their place in the cache (GroupQueryAttention, `do_rotary`), keys that move are turned on
-by as many places: attention depends on differences of places alone.
+Each text has a row of the cache; there are as many rows as the texts of late have needed, for an empty one costs as
+much time as any. All rows end at the same place of the cache, `length`, and begin where their own text does: what lies
+before is masked, as left padding is. A text that joins is read by itself and copied to end at `length`; the others go
+on as they were. Where the graph turns keys by their place in the cache (GroupQueryAttention, `do_rotary`), keys that
+move are turned on by as many places: attention depends on differences of places alone.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ from trsp_deploy.tools.runners.ort import OrtRunner
 
 SLACK = 128  # places that no text uses any more, before all move to the front
 FIRST_CAPACITY = 256
+SETTLED = 8  # steps in which half of the rows had no text, before there are fewer
 
 
 class Rotation(Strict):
@@ -52,6 +55,14 @@ class Rotation(Strict):
         return result
 
 
+@dataclass
+class _Text:
+    """Where a running text is, and how long."""
+
+    row: int
+    tokens: int
+
+
 class RunningBatch:
     """Rows of a shared cache.
 
@@ -68,14 +79,16 @@ class RunningBatch:
         self._rotation = rotation
         self._max_batch = max_batch
         self._max_length = max_length
-        self._lengths: dict[int, int] = {}  # tokens of each text, by row
+        self._texts: dict[int, _Text] = {}  # by the number that callers know them by
+        self._joined = 0  # texts so far
+        self._spacious = 0  # steps on end in which half of the rows had no text
         self._length = 0  # where all of them end
         self._mask = np.zeros((0, 0), dtype=np.int64)  # (rows, capacity)
 
     @property
     def size(self) -> int:
         """Texts that are running."""
-        return len(self._lengths)
+        return len(self._texts)
 
     @property
     def full(self) -> bool:
@@ -83,7 +96,7 @@ class RunningBatch:
         return self.size == self._max_batch
 
     def join(self, prompt: Sequence[int]) -> tuple[int, np.ndarray]:
-        """Read a prompt and add its text; returns its row and the logits (vocabulary,) of its next token.
+        """Read a prompt and add its text; returns its number and the logits (vocabulary,) of its next token.
 
         Raises EngineUnavailable when the batch is full or the prompt leaves no room for a token.
         """
@@ -93,69 +106,82 @@ class RunningBatch:
             raise EngineUnavailable(f"a prompt of {len(prompt)} tokens; valid: 1 to {self._max_length - 1}")
         input_ids = np.array([prompt], dtype=np.int64)
         logits = self._reader.prefill(input_ids, np.ones_like(input_ids), last_only=True)[0, -1]
-        row = self._free_row()
         if len(prompt) > self._length:
             self._move(len(prompt))
         self._reserve(self._length + 1)
+        row = self._free_row()  # last: room for more places moves texts to other rows
         start = self._length - len(prompt)
         for name, rows in self._views().items():
             source = view(self._reader.cache[name])  # (1, heads, capacity, head_dim)
             rows[row, :, start : self._length] = self._moved(name, source[0, :, : len(prompt)], start)
         self._mask[row] = 0
         self._mask[row, start : self._length] = 1
-        self._lengths[row] = len(prompt)
-        return row, logits
+        self._joined += 1
+        self._texts[self._joined] = _Text(row, len(prompt))
+        return self._joined, logits
 
     def step(self, tokens: Mapping[int, int]) -> dict[int, np.ndarray]:
-        """Append one token to every running text; returns the logits (vocabulary,) of each one's next, by row.
+        """Append one token to every running text; returns the logits (vocabulary,) of each one's next.
 
         Raises EngineUnavailable where a text is as long as it may be.
         """
-        longest = max(self._lengths.values())
+        longest = self._longest
         if longest >= self._max_length:
             raise EngineUnavailable(f"a text has reached {self._max_length} tokens")
         if self._length == self._max_length:  # the graph's tables of positions end there
             self._move(longest)
+        self._settle()
         self._reserve(self._length + 1)
         input_ids = np.zeros((len(self._mask), 1), dtype=np.int64)  # rows without a text compute what nobody reads
-        for row, token in tokens.items():
-            input_ids[row] = token
+        for number, token in tokens.items():
+            input_ids[self._texts[number].row] = token
         self._mask[:, self._length] = 1
         self._length += 1
         logits = self._decoder.step(input_ids, self._mask[:, : self._length])
-        for row in self._lengths:
-            self._lengths[row] += 1
-        for row in range(len(self._mask)):
-            if row not in self._lengths:
-                self._mask[row] = 0
-        return {row: logits[row, -1] for row in self._lengths}
+        for text in self._texts.values():
+            text.tokens += 1
+        self._mask[list(self._free_rows())] = 0
+        return {number: logits[text.row, -1] for number, text in self._texts.items()}
 
-    def leave(self, row: int) -> None:
+    def leave(self, number: int) -> None:
         """End a text; its row is free for another."""
-        del self._lengths[row]
-        self._mask[row] = 0
-        if not self._lengths:
+        self._mask[self._texts.pop(number).row] = 0
+        if not self._texts:
             self._length = 0
-        elif self._length - max(self._lengths.values()) >= SLACK:
-            self._move(max(self._lengths.values()))
+        elif self._length - self._longest >= SLACK:
+            self._move(self._longest)
+
+    @property
+    def _longest(self) -> int:
+        return max(text.tokens for text in self._texts.values())
+
+    def _free_rows(self) -> set[int]:
+        return set(range(len(self._mask))) - {text.row for text in self._texts.values()}
 
     def _free_row(self) -> int:
-        for row in range(len(self._mask)):
-            if row not in self._lengths:
-                return row
-        rows = len(self._mask)
-        self._allocate(min(self._max_batch, max(1, 2 * rows)), max(self._mask.shape[1], FIRST_CAPACITY))
-        return rows
+        free = self._free_rows()
+        if free:
+            return min(free)
+        self._allocate(min(self._max_batch, 2 * self.size), self._mask.shape[1])
+        return self.size  # the texts have moved to the first rows
+
+    def _settle(self) -> None:
+        """Give up rows that have had no text for a while."""
+        self._spacious = self._spacious + 1 if 2 * self.size <= len(self._mask) else 0
+        if self._spacious == SETTLED:
+            self._allocate(self.size, self._mask.shape[1])
+            self._spacious = 0
 
     def _reserve(self, length: int) -> None:
         """Make room for `length` places. Texts leave at most SLACK of them unused, so this ends."""
         if length > self._mask.shape[1]:
-            self._allocate(len(self._mask), 2 * length)
+            self._allocate(max(1, len(self._mask)), max(FIRST_CAPACITY, 2 * length))
 
     def _move(self, length: int) -> None:
         """Let all texts end at `length` instead."""
         self._reserve(length + 1)
-        for row, tokens in self._lengths.items():
+        for text in self._texts.values():
+            row, tokens = text.row, text.tokens
             for name, rows in self._views().items():
                 there = rows[row, :, self._length - tokens : self._length].copy()
                 rows[row, :, length - tokens : length] = self._moved(name, there, length - self._length)
@@ -170,16 +196,19 @@ class RunningBatch:
         return self._rotation.turned(values, places)
 
     def _allocate(self, rows: int, capacity: int) -> None:
-        """Move everything into a larger cache."""
+        """Move every text into a cache of another size, to its first rows."""
         values, mask = self._decoder.cache, self._mask  # the values outlive the views of them
         old = {name: view(value) for name, value in values.items()}
         self._decoder.allocate(rows, capacity)
+        places = [text.row for text in self._texts.values()]
         for name, new in self._views().items():
             new[...] = 0
-            if name in old:
-                new[: len(mask), :, : self._length] = old[name][:, :, : self._length]
+            if places:
+                new[: len(places), :, : self._length] = old[name][places, :, : self._length]
         self._mask = np.zeros((rows, capacity), dtype=np.int64)
-        self._mask[: len(mask), : mask.shape[1]] = mask
+        self._mask[: len(places), : mask.shape[1]] = mask[places]
+        for row, text in enumerate(self._texts.values()):
+            text.row = row
 
     def _views(self) -> dict[str, np.ndarray]:
         return {name: view(value) for name, value in self._decoder.cache.items()}

@@ -19,7 +19,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from trsp_deploy.errors import TrspError
-from trsp_deploy.tools.generation import choose, penalised
+from trsp_deploy.tools.generation import Sampling, choose, penalised
 from trsp_deploy.tools.serving.requests import GenerationRequest, RequestError
 from trsp_deploy.tools.serving.text import TextStream
 
@@ -65,6 +65,7 @@ class _Running:
     ticket: Ticket
     prompt: list[int]
     stream: TextStream
+    sampling: Sampling
     random: np.random.Generator
     tokens: list[int] = field(default_factory=list)
     text: str = ""  # not sent yet
@@ -143,6 +144,7 @@ class ServingLoop:
             ticket,
             prompt,
             TextStream(self._tokenizer, prompt, request.stop),
+            request.sampling(self._end_tokens),
             np.random.default_rng(request.seed),
             text="" if request.exclude_input_in_output else request.text_input,
         )
@@ -162,8 +164,7 @@ class ServingLoop:
     def _take(self, row: int, logits: np.ndarray) -> None:
         """Choose a text's next token and send what that shows."""
         running = self._running[row]
-        request = running.ticket.request
-        sampling = request.sampling(self._end_tokens)
+        request, sampling = running.ticket.request, running.sampling
         scores = penalised(logits, running.prompt + running.tokens, request.repetition_penalty)
         token = int(choose(scores[None], sampling, running.random)[0])
         if token in sampling.end:
