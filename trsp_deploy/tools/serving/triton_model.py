@@ -7,7 +7,10 @@ Copied to `<name>/1/model.py` of a model repository. Beside it lie `engine/`, `t
 from __future__ import annotations
 
 import json
+import queue
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,7 @@ class TritonPythonModel:
         except TrspError as problem:
             raise pb_utils.TritonModelException(str(problem)) from problem
         tokenizer = Tokenizer.from_file(str(HERE / "tokenizer.json"))
+        self._outbox = Outbox()
         self._loop = ServingLoop(batch, tokenizer, tuple(settings["end_tokens"]), settings["max_length"])
 
     def execute(self, requests: list[Any]) -> None:
@@ -48,7 +52,7 @@ class TritonPythonModel:
         for request in requests:
             sender = request.get_response_sender()
             try:
-                ticket = Ticket(parse(_inputs(request)), _sending(sender), sender.is_cancelled)
+                ticket = Ticket(parse(_inputs(request)), self._outbox.towards(sender), sender.is_cancelled)
             except TrspError as problem:
                 _fail(sender, str(problem))
                 continue
@@ -57,6 +61,7 @@ class TritonPythonModel:
     def finalize(self) -> None:
         """Stop the loop and close the engine."""
         self._loop.stop()
+        self._outbox.close()
         self._opened.__exit__(None, None, None)
 
 
@@ -90,23 +95,44 @@ def _plain(name: str, item: object) -> object:
         raise RequestError(f"input '{name}': is not UTF-8 text (byte {problem.start})") from problem
 
 
-def _sending(sender: Any) -> Any:
-    """A function that sends one answer to the client."""
+class Outbox:
+    """Answers on their way to the server, in order, by a thread of their own: handing one over takes the server half a
+    millisecond or more, which the next step need not wait for."""
 
-    def send(answer: Answer) -> None:
-        if answer.finish == "error":
-            _fail(sender, answer.error or "unknown")
-        elif answer.finish == "cancelled":
-            _fail(sender, "cancelled", pb_utils.TritonError.CANCELLED)
-        else:
-            outputs = [
-                pb_utils.Tensor("text_output", np.array([answer.text.encode()], dtype=object)),
-                pb_utils.Tensor("output_tokens", np.array([answer.tokens], dtype=np.int32)),
-                pb_utils.Tensor("finish_reason", np.array([(answer.finish or "").encode()], dtype=object)),
-            ]
-            sender.send(pb_utils.InferenceResponse(outputs), flags=FINAL if answer.finish else 0)
+    def __init__(self) -> None:
+        self._answers: queue.SimpleQueue[tuple[Any, Answer] | None] = queue.SimpleQueue()  # None: no more will come
+        self._thread = threading.Thread(target=self._work, name="trsp-deploy-outbox", daemon=True)
+        self._thread.start()
 
-    return send
+    def towards(self, sender: Any) -> Callable[[Answer], None]:
+        """A function that takes answers to one client."""
+        return lambda answer: self._answers.put((sender, answer))
+
+    def close(self) -> None:
+        """Return when everything is sent."""
+        self._answers.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        while (item := self._answers.get()) is not None:
+            try:
+                _send(*item)
+            except Exception as problem:  # a client that is gone must not take the others' answers with it
+                pb_utils.Logger.log_error(f"an answer could not be sent: {problem}")
+
+
+def _send(sender: Any, answer: Answer) -> None:
+    if answer.finish == "error":
+        _fail(sender, answer.error or "unknown")
+    elif answer.finish == "cancelled":
+        _fail(sender, "cancelled", pb_utils.TritonError.CANCELLED)
+    else:
+        outputs = [
+            pb_utils.Tensor("text_output", np.array([answer.text.encode()], dtype=object)),
+            pb_utils.Tensor("output_tokens", np.array([answer.tokens], dtype=np.int32)),
+            pb_utils.Tensor("finish_reason", np.array([(answer.finish or "").encode()], dtype=object)),
+        ]
+        sender.send(pb_utils.InferenceResponse(outputs), flags=FINAL if answer.finish else 0)
 
 
 def _fail(sender: Any, message: str, code: Any = None) -> None:
