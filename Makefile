@@ -21,6 +21,7 @@ triton-demo: $(READY) .venv-triton/.ready ## the demo's run on a real tritonserv
 	$(BIN)/trsp-deploy triton-start $(REPOSITORY) --server .venv-triton --port 18000; \
 	curl -sN 127.0.0.1:18000/v2/models/smollm2-trsp/generate_stream \
 	    -d '{"text_input": "The capital of France is", "max_tokens": 16, "stream": true}'; \
+	$(BIN)/trsp-deploy triton-stop $(REPOSITORY); \
 	$(BIN)/trsp-deploy bench-server $(REPOSITORY) --server .venv-triton --run runs/smollm2-135m-drop8
 
 test: $(READY) check ## style, types, import rule and the default tests, offline

@@ -5,7 +5,7 @@
     python -m benchmarks.serving --report   # the table and docs/triton.md from what is there
 
 SmolLM2-135M, 8 of its 30 layers removed without training (speed does not depend on it), engine ort-cpu-fp32, dense and
-pruned in one repository. In each replicate, in turn: the bare runner in a process of its own, and the server loaded by
+pruned in one repository. In each replicate, in turn: the bare runner in a fresh process, and a fresh server loaded by
 perf_analyzer with one and with eight requests at once. A time per token is that of the tokens after the first.
 """
 
@@ -28,7 +28,7 @@ from trsp_deploy.errors import RunError, TrspError
 from trsp_deploy.pipeline import Pipeline, save_recipe
 from trsp_deploy.recipe import Recipe, Strict
 from trsp_deploy.results import ROLES, Role, Served, ServedWindow
-from trsp_deploy.stages.serve_bench import LoadSettings, measure_served, served
+from trsp_deploy.stages.serve_bench import LoadSettings, measure_served, started
 from trsp_deploy.stages.triton_repository import write_repository
 from trsp_deploy.tools.load import find_load_generator, prompts_of
 from trsp_deploy.tools.quiet import quiet_libraries
@@ -104,8 +104,7 @@ def measure(settings: LoadSettings) -> Serving:
                 blocks = [worker.block([prompt], settings.new_tokens - 1) for _ in range(1 + BLOCKS)]
             bare[role].append(tuple(float(np.mean(block["decode_s"])) for block in blocks[1:]))
 
-    with served(repository, environment) as address:
-        found = measure_served(repository, address, generator, settings, before=run_bare)
+    found = measure_served(repository, lambda: started(repository, environment), generator, settings, before=run_bare)
     result = Serving(served=found, bare_s={role: tuple(each) for role, each in bare.items()})
     if settings == FULL:
         write_json(results_path(found.provenance.cpu), result)

@@ -80,6 +80,7 @@ def made_up_served(speedup: float = 1.25, noise: float = 0.01, replicates: int =
         telemetry=(),
         load_generator="perf_analyzer",
         server="triton 2.51.0",
+        fresh=True,
         provenance=provenance(),
         elapsed_s=60.0,
     )

@@ -167,6 +167,7 @@ class Served(Strict):
     telemetry: tuple[Telemetry, ...]
     load_generator: str
     server: str  # its version
+    fresh: bool  # whether it was started anew for each replicate
     provenance: Provenance
     elapsed_s: float
 

@@ -294,10 +294,11 @@ def test_a_repository_on_a_machine_without_its_engine_says_so(repository: Path, 
 
 @needs_schema
 @needs_server
-def test_a_server_under_load_is_in_the_runs_report(server: TritonServer, repository: Path, run: Path) -> None:
+def test_fresh_servers_under_load_are_in_the_runs_report(repository: Path, run: Path) -> None:
+    shutil.copytree(repository, run.parent / "for-load")
     options = ["--run", "run", "--server", str(ENVIRONMENT), "--concurrency", "1,3", "--window", "1", "--json"]
     options += ["--replicates", "2", "--prompt-tokens", "12", "--new-tokens", "24"]
-    done = trsp_deploy("bench-server", "repository", *options, cwd=run.parent)
+    done = trsp_deploy("bench-server", "for-load", *options, cwd=run.parent)
     assert done.code == 0, done.said
     shown = json.loads(done.stdout.splitlines()[-1])
     assert [level["concurrency"] for level in shown["levels"]] == [1, 3]
@@ -307,7 +308,20 @@ def test_a_server_under_load_is_in_the_runs_report(server: TritonServer, reposit
     assert report["served"] == shown and "as served on ort-cpu-fp32" in report["verdict"]
     assert "On a server" in (run / "report.html").read_text() and "On a server" in (run / "report.md").read_text()
     raw = json.loads((run / "served.json").read_text())
-    assert len(raw["windows"]) == 2 * 2 * 3 and raw["server"].startswith("triton 2.")
+    assert len(raw["windows"]) == 2 * 2 * 3 and raw["server"].startswith("triton 2.") and raw["fresh"]
+    assert trsp_deploy("triton-stop", "for-load", cwd=run.parent).stdout == "for-load: was not running\n"
+
+
+@needs_schema
+@needs_server
+def test_a_server_that_runs_can_be_loaded(server: TritonServer, repository: Path) -> None:
+    url = f"127.0.0.1:{server.server.http}:{server.server.grpc}"
+    options = ["--server", str(ENVIRONMENT), "--concurrency", "2", "--window", "1", "--replicates", "2", "--json"]
+    options += ["--prompt-tokens", "12", "--new-tokens", "24"]
+    busy = trsp_deploy("bench-server", "repository", *options, cwd=repository.parent)
+    assert busy.code == 1 and f"is served already on port {server.server.http}" in busy.stderr.splitlines()[-1]
+    done = trsp_deploy("bench-server", "repository", "--url", url, *options, cwd=repository.parent)
+    assert done.code == 0 and "the same server" in done.stderr and server.generate("pruned", text_input="x"), done.said
 
 
 @needs_schema

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
@@ -41,7 +42,7 @@ Address = Annotated[
     str | None,
     typer.Option(
         "--url",
-        help="A server that holds this repository: HOST:HTTP_PORT:GRPC_PORT; else one is started.",
+        help="A server that holds this repository: HOST:HTTP_PORT:GRPC_PORT; else fresh ones are started.",
         metavar="URL",
     ),
 ]
@@ -105,7 +106,7 @@ def bench_server(
     from trsp_deploy.artifacts import write_json
     from trsp_deploy.cli.jobs import existing
     from trsp_deploy.cli.tables import print_served
-    from trsp_deploy.stages.serve_bench import Address, LoadSettings, measure_served, served
+    from trsp_deploy.stages.serve_bench import Address, LoadSettings, measure_served, started
     from trsp_deploy.tools.load import find_load_generator
     from trsp_deploy.tools.served import SERVED, derive
     from trsp_deploy.tools.triton_server import environment_of
@@ -118,11 +119,11 @@ def bench_server(
         window_s=window,
         replicates=replicates,
     )
-    if where is not None:
-        found = measure_served(repository, Address(*where), generator, settings)
-    else:
-        with served(repository, server) as address:
-            found = measure_served(repository, address, generator, settings)
+
+    def serve() -> contextlib.AbstractContextManager[Address]:
+        return started(repository, server) if where is None else contextlib.nullcontext(Address(*where))
+
+    found = measure_served(repository, serve, generator, settings, fresh=where is None)
     for path in (out, None if run is None else run / SERVED):
         if path is not None:
             write_json(path, found)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from trsp_deploy.artifacts import fingerprint, provenance
@@ -24,6 +25,7 @@ from trsp_deploy.tools.served import tokens_per_s
 from trsp_deploy.tools.telemetry import Recorder
 
 PROMPTS = 16
+WARMUP_S = 1.0
 FEWEST_REQUESTS = 3  # after each other, in a window
 
 
@@ -55,39 +57,38 @@ class LoadSettings(Strict):
 
 
 @contextlib.contextmanager
-def served(repository: Path, server: Path | None) -> Iterator[Address]:
-    """The repository's server: the one that runs, else one for the length of the block."""
-    running = triton_server.find(repository)
-    if running is not None:
-        yield _address(running)
-        return
+def started(repository: Path, server: Path | None) -> Iterator[Address]:
+    """A server of the repository for the length of the block; raises RunError where one runs already."""
+    running = triton_server.start(repository, triton_server.find_installation(server))
     try:
-        yield _address(triton_server.start(repository, triton_server.find_installation(server)))
+        yield Address(http=f"127.0.0.1:{running.http}", grpc=f"127.0.0.1:{running.grpc}")
     finally:
         triton_server.stop(repository)
 
 
-def _address(server: triton_server.Server) -> Address:
-    return Address(http=f"127.0.0.1:{server.http}", grpc=f"127.0.0.1:{server.grpc}")
+Serve = Callable[[], contextlib.AbstractContextManager[Address]]  # called for each replicate
 
 
 def measure_served(
     repository: Path,
-    address: Address,
+    serve: Serve,
     generator: LoadGenerator,
     settings: LoadSettings,
     before: Callable[[int], None] = lambda replicate: None,
+    *,
+    fresh: bool = True,
 ) -> Served:
     """Load dense, dense again and pruned in turn, at every concurrency, `replicates` times.
 
-    before: called with the number of each replicate, while the server has nothing to do.
+    serve: a server of the repository; fresh: whether another one each time, as it should be: where a process has its
+    memory decides by some percent how fast it is. before: called with each replicate's number, while no server runs.
     Raises RunError when the repository is none of ours, a text does not fit its models, or the server fails.
     """
-    models, version = read_repository(repository).texts, address.version()
-    load = Load(repository, address, generator, settings)
+    models = read_repository(repository).texts
+    load = Load(repository, generator, settings)
     names = {role: model.name for role, model in models.items()}
     with Recorder() as recorder:
-        windows = _windows(load, names, settings, recorder, before)
+        windows, versions = _windows(load, names, settings, recorder, serve, before)
         elapsed_s = recorder.now_s
     return Served(
         engine=next(iter(models.values())).engine,
@@ -102,7 +103,8 @@ def measure_served(
         windows=tuple(windows),
         telemetry=tuple(recorder.samples),
         load_generator=generator.version(),
-        server=version,
+        server=versions[0],
+        fresh=fresh,
         provenance=provenance(),
         elapsed_s=elapsed_s,
     )
@@ -111,7 +113,7 @@ def measure_served(
 class Load:
     """One kind of request, to any model of a repository."""
 
-    def __init__(self, repository: Path, address: Address, generator: LoadGenerator, settings: LoadSettings) -> None:
+    def __init__(self, repository: Path, generator: LoadGenerator, settings: LoadSettings) -> None:
         """Raises RunError when a text would be longer than a model takes."""
         models = list(read_repository(repository).texts.values())
         for model in models:
@@ -122,15 +124,14 @@ class Load:
                 )
         tokenizer = Tokenizer.from_file(str(repository / models[0].name / "1" / "tokenizer.json"))
         self.prompts = prompts_of(tokenizer, settings.prompt_tokens, PROMPTS)
-        self._address = address
         self._generator = generator
         self._new_tokens = settings.new_tokens
 
-    def window(self, model: str, concurrency: int, seconds: float) -> tuple[ServedRequest, ...]:
+    def window(self, address: Address, model: str, concurrency: int, seconds: float) -> tuple[ServedRequest, ...]:
         """At least one finished request; raises RunError when none ends even in a much longer time."""
         for longer in (1, 4, 16):  # the machine may be busy
             found = self._generator.window(
-                self._address.grpc, model, self.prompts, self._new_tokens, concurrency, longer * seconds
+                address.grpc, model, self.prompts, self._new_tokens, concurrency, longer * seconds
             )
             if found:
                 return found
@@ -138,37 +139,45 @@ class Load:
 
 
 def _windows(
-    load: Load, names: dict[Role, str], settings: LoadSettings, recorder: Recorder, before: Callable[[int], None]
-) -> list[ServedWindow]:
+    load: Load,
+    names: dict[Role, str],
+    settings: LoadSettings,
+    recorder: Recorder,
+    serve: Serve,
+    before: Callable[[int], None],
+) -> tuple[list[ServedWindow], list[str]]:
+    """Every window, and each server's version."""
     subjects: dict[Subject, str] = {role: names[role] for role in ROLES if role in names}
     if len(subjects) == 2:
         subjects["again"] = subjects["dense"]
-    windows = []
+    windows: list[ServedWindow] = []
+    versions = []
+    seconds = dict.fromkeys(settings.concurrencies, settings.window_s)
     with Meter("load", settings.replicates * len(settings.concurrencies) * len(subjects)) as meter:
-        # Finding out how long a request takes warms a model up.
-        lengths = {
-            concurrency: _window_s(load.window(next(iter(names.values())), concurrency, settings.window_s), settings)
-            for concurrency in settings.concurrencies
-        }
         for replicate in range(settings.replicates):
             before(replicate)
-            for concurrency, seconds in lengths.items():
-                for subject in _order(list(subjects), replicate):
-                    window = ServedWindow(
-                        subject=subject,
-                        concurrency=concurrency,
-                        replicate=replicate,
-                        began_s=recorder.now_s,
-                        requests=load.window(subjects[subject], concurrency, seconds),
-                    )
-                    windows.append(window)
-                    meter.advance(f"{subject} at {concurrency}: {tokens_per_s(window):.0f} tokens/s")
-    return windows
+            with serve() as address:
+                versions.append(address.version())
+                for concurrency in settings.concurrencies:
+                    for name in names.values():  # warms a model up, and tells how long a request takes
+                        found = load.window(address, name, concurrency, WARMUP_S)
+                        seconds[concurrency] = max(seconds[concurrency], _window_s(found))
+                    for subject in _order(list(subjects), replicate):
+                        window = ServedWindow(
+                            subject=subject,
+                            concurrency=concurrency,
+                            replicate=replicate,
+                            began_s=recorder.now_s,
+                            requests=load.window(address, subjects[subject], concurrency, seconds[concurrency]),
+                        )
+                        windows.append(window)
+                        meter.advance(f"{subject} at {concurrency}: {tokens_per_s(window):.0f} tokens/s")
+    return windows, versions
 
 
-def _window_s(requests: Sequence[ServedRequest], settings: LoadSettings) -> float:
+def _window_s(requests: Sequence[ServedRequest]) -> float:
     """Long enough for a few requests after each other."""
-    return max(settings.window_s, FEWEST_REQUESTS * max(request.answered_s[-1] for request in requests))
+    return FEWEST_REQUESTS * float(np.median([request.answered_s[-1] for request in requests]))
 
 
 def _order(subjects: list[Subject], replicate: int) -> list[Subject]:

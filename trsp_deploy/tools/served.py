@@ -61,6 +61,7 @@ class ServedReport(Strict):
     prompt_tokens: int
     new_tokens: int
     replicates: int
+    fresh: bool  # whether the server was started anew for each replicate
     elapsed_s: float
     levels: tuple[ServedLevel, ...]
 
@@ -75,6 +76,7 @@ def derive(served: Served) -> ServedReport:
         prompt_tokens=served.prompt_tokens,
         new_tokens=served.new_tokens,
         replicates=replicates,
+        fresh=served.fresh,
         elapsed_s=served.elapsed_s,
         levels=tuple(_level(served, concurrency) for concurrency in served.concurrencies),
     )
@@ -205,8 +207,9 @@ def served_sentence(found: ServedReport) -> str:
 
 def served_notes(found: ServedReport) -> list[str]:
     """How it was measured, a line each."""
+    server = "a fresh server" if found.fresh else "the same server, whose luck with its memory is in the figures,"
     return [
-        f"{found.replicates} replicates: dense, dense again and pruned in turn on one server ({found.server}), "
+        f"{found.replicates} replicates on {server} ({found.server}): dense, dense again and pruned in turn, "
         f"{found.prompt_tokens} tokens a prompt, {found.new_tokens} new ones, {found.elapsed_s:.0f} s; "
         f"load by {found.load_generator}",
         "throughput: new tokens a second of all requests (Little's law); latencies are medians, then p95 and p99",
