@@ -25,7 +25,6 @@ from trsp_deploy.tools.served import tokens_per_s
 from trsp_deploy.tools.telemetry import Recorder
 
 PROMPTS = 16
-WARMUP_S = 1.0
 FEWEST_REQUESTS = 3  # after each other, in a window
 
 
@@ -152,16 +151,18 @@ def _windows(
         subjects["again"] = subjects["dense"]
     windows: list[ServedWindow] = []
     versions = []
-    seconds = dict.fromkeys(settings.concurrencies, settings.window_s)
+    seconds: dict[int, float] = {}  # of a window, by concurrency
     with Meter("load", settings.replicates * len(settings.concurrencies) * len(subjects)) as meter:
         for replicate in range(settings.replicates):
             before(replicate)
             with serve() as address:
                 versions.append(address.version())
+                for name in names.values():
+                    load.window(address, name, settings.concurrencies[0], settings.window_s / 2)  # warms it up
                 for concurrency in settings.concurrencies:
-                    for name in names.values():  # warms a model up, and tells how long a request takes
-                        found = load.window(address, name, concurrency, WARMUP_S)
-                        seconds[concurrency] = max(seconds[concurrency], _window_s(found))
+                    if replicate == 0:
+                        found = load.window(address, next(iter(names.values())), concurrency, settings.window_s)
+                        seconds[concurrency] = max(settings.window_s, _window_s(found))
                     for subject in _order(list(subjects), replicate):
                         window = ServedWindow(
                             subject=subject,
