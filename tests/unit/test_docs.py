@@ -19,7 +19,7 @@ from typer.main import get_command
 
 from trsp_deploy.cli import app, reference
 from trsp_deploy.errors import TrspError
-from trsp_deploy.recipe import METHODS, Recipe, override, read_bench_settings, read_recipe
+from trsp_deploy.recipe import METHODS, EngineSpec, Recipe, override, read_bench_settings, read_recipe
 from trsp_deploy.tools.library import load_engine_spec, load_recipe_values
 from trsp_deploy.tools.models import SHORT_NAMES
 from trsp_deploy.tools.packaged import ASSETS
@@ -263,6 +263,20 @@ def test_every_page_is_in_the_navigation() -> None:
     generated = {"architecture.md", "changelog.md", "contributing.md", "security.md"}  # docs/site_hooks.py
     pages = {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")}
     assert sorted(listed) == sorted(pages | generated)
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+            # Pages that MkDocs makes out of the root's have no file under docs/.
+            found = (page.parent / target).exists() or (ROOT / f"{Path(target).stem.upper()}.md").is_file()
+            assert "://" in target or found, f"{page.relative_to(ROOT)}: {target}"
+
+
+def test_keys_of_an_engine_spec_are_all_explained() -> None:
+    text = (ROOT / "docs" / "own-engine.md").read_text(encoding="utf-8")
+    table = text.partition("<!-- keys:start -->")[2].partition("<!-- keys:end -->")[0]
+    assert set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) == {*EngineSpec.model_fields}
 
 
 # -- error messages ----------------------------------------------------------------------------------------------------
