@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo triton-demo test test-slow test-transformers5 test-triton test-network check format gpu quality quality-report bench-train bench-engines bench-proof bench-serving clean
+.PHONY: demo triton-demo test test-slow test-transformers5 test-triton test-network check format gpu quality quality-report bench-train bench-engines bench-proof bench-serving docs clean
 
 demo: $(READY) ## prune a real model, build its engines and judge them: about 12 minutes on 2 cores
 	$(BIN)/trsp-deploy fetch smollm2-135m exl-wiki wiki-demo c4-demo
@@ -75,6 +75,10 @@ bench-serving: $(READY) .venv-triton/.ready ## a real tritonserver under load: w
 	$(BIN)/trsp-deploy fetch smollm2-135m exl-wiki triton-schema
 	TRSP_DEPLOY_TRITON=.venv-triton $(BIN)/python -m benchmarks.serving $(if $(QUICK),--quick) $(ARGS)
 
+docs: $(VENV)/.ready-docs ## the docs as a site in site/, reference pages written anew; warnings are errors
+	$(BIN)/python -m trsp_deploy.cli.reference docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict # not --quiet, with which warnings count for nothing
+
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -98,6 +102,10 @@ $(VENV)/.ready-eval: $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[optimum,cpu,rtx,dev,eval]'
 	touch $@
 
+$(VENV)/.ready-docs: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[optimum,cpu,rtx,dev,docs]'
+	touch $@
+
 # A real tritonserver and its load generator: it wants another numpy, and its Python backend imports what a repository needs.
 .venv-triton/.ready:
 	$(PYTHON) -m venv .venv-triton
@@ -115,4 +123,4 @@ $(VENV)/.ready-eval: $(READY)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-peers .venv-transformers5 .venv-triton runs
+	rm -rf $(VENV) .venv-peers .venv-transformers5 .venv-triton runs site

@@ -22,6 +22,8 @@ ADVICE = {
     "Attention operation was not supported by a dedicated kernel": "TensorRT fuses attention in fp16 and bf16 only: "
     "take precision fp16, or leave `cache_length` out",
     "Cannot compile for target(s)": "leave those capabilities out of `compute_capabilities`, or take precision fp16",
+    "FP32 GEMM is not supported": "a rotary embedding multiplies in fp32, which TensorRT-RTX does not compile for 7.5: "
+    "take an engine of `onnxruntime-cuda` or `tensorrt` for that card",
     "GroupQueryAttention plugin": "that operator is ONNX Runtime's own: export the model without fused operators",
     "Plugin not found": "an operator that TensorRT does not know: export the model without fused operators",
     "Failed to open file": "the weights lie in a file beside the graph: keep the two together",

@@ -1,0 +1,142 @@
+"""Reference pages out of what they are about: the commands, and the recipes and engine specs that ship.
+
+    python -m trsp_deploy.cli.reference docs
+
+`make docs` writes cli.md and recipes.md there, and a test holds the committed ones against the code.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from typer.main import get_command
+
+from trsp_deploy.cli import app
+from trsp_deploy.recipe import read_recipe
+from trsp_deploy.tools.library import engine_names, load_engine_spec, load_recipe_values, read_text, recipe_names
+from trsp_deploy.tools.models import SHORT_NAMES
+
+PROGRAM = "trsp-deploy"
+HEADER = """# Command line
+
+Written by `python -m trsp_deploy.cli.reference docs` out of the code; a test compares. `--help` on any command
+says the same. Exit codes: [exit-codes.md](exit-codes.md). Methods and transfers: [methods.md](methods.md). What a text
+or a model may be: [own-model.md](own-model.md).
+
+Completion for bash, zsh and fish: `trsp-deploy --install-completion`, once, in that shell; `--show-completion` prints
+it instead.
+"""
+
+CATALOGUE = """# Recipes and engine specs
+
+Written by `python -m trsp_deploy.cli.reference docs` out of `recipes/` and `engines/`; a test compares. A recipe called
+like a model is taken for that model (`--model opt-1.3b`), any other with `--recipe`. `trsp-deploy recipes show NAME`
+and `trsp-deploy engines show NAME` print a file and its comments: on what it was measured, or that it was not.
+Memory is what `--plan-memory` estimates for selection and transfer; no GPU has confirmed it. fp16 has not the range of
+bf16, in which most of these models were trained: the parity check (exit code 4) says whether an fp16 engine holds.
+"""
+
+
+def command_page() -> str:
+    """cli.md: every command with its arguments and options."""
+    return "\n".join([HEADER, *(_section(name, command) for name, command in commands())])
+
+
+def catalogue_page() -> str:
+    """recipes.md: what ships, and what was measured of it."""
+    lines = [
+        CATALOGUE,
+        "## Recipes",
+        "",
+        "| recipe | model | drop | on | memory, GB | state |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [_recipe_row(name) for name in recipe_names()]
+    lines += ["", "## Engine specs", "", "| engine | for | state |", "|---|---|---|"]
+    for name in engine_names():
+        lines.append(f"| `{name}` | {load_engine_spec(name).description} | {_state(read_text('engines', name))} |")
+    return "\n".join([*lines, ""])
+
+
+def _recipe_row(name: str) -> str:
+    values, source = load_recipe_values(name)
+    recipe = read_recipe({"model": "any", **values}, source)
+    text = read_text("recipes", name)
+    memory = re.search(r"selection ([\d.]+) GB, transfer ([\d.]+) GB", text)
+    device = "GPU" if recipe.device == "cuda" else "CPU or GPU"
+    needed = " and ".join(memory.groups()) if memory else ""
+    return (
+        f"| `{name}` | {SHORT_NAMES.get(recipe.model, 'any')} | {recipe.drop} | {device} | {needed} | {_state(text)} |"
+    )
+
+
+def _state(text: str) -> str:
+    """What the comments say; that each file says it is tested."""
+    return "not measured" if re.search("not measured", text, re.IGNORECASE) else "measured"
+
+
+def commands() -> Iterator[tuple[str, Any]]:
+    """Every command with its full name: `recipes ls`, not the group `recipes`."""
+    root: Any = get_command(app)
+    for name, command in root.commands.items():
+        inner = getattr(command, "commands", None)
+        if inner is None:
+            yield name, command
+        else:
+            yield from ((f"{name} {below}", nested) for below, nested in inner.items())
+
+
+def _section(name: str, command: Any) -> str:
+    arguments = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
+    options = [parameter for parameter in command.params if parameter.param_type_name == "option"]
+    needed = [_spelled(option) for option in options if option.required]
+    more = ["[OPTIONS]"] if len(options) > len(needed) else []
+    usage = " ".join([PROGRAM, name, *(_usage(argument) for argument in arguments), *needed, *more])
+    lines = [f"## {name}", "", command.help, "", f"    {usage}", ""]
+    rows = [(_placeholder(argument), argument) for argument in arguments]
+    rows += [(_spelled(option), option) for option in options]
+    if rows:
+        lines += ["| | | default |", "|---|---|---|"]
+        lines += [f"| `{shown}` | {_cell(parameter.help)} | {_default(parameter)} |" for shown, parameter in rows]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _usage(argument: Any) -> str:
+    shown = _placeholder(argument)
+    return shown if argument.required or shown.startswith("[") else f"[{shown}]"
+
+
+def _placeholder(parameter: Any) -> str:
+    return str(parameter.metavar or parameter.name.upper())
+
+
+def _spelled(option: Any) -> str:
+    """`--seed N`: what comes after the name is the declared placeholder, or the type where there is none."""
+    name = ", ".join(option.opts)
+    if option.is_flag:
+        return name
+    kind = option.type_descriptor.annotation
+    return f"{name} {option.metavar or ('N' if kind in (int, float) else 'TEXT')}"
+
+
+def _default(parameter: Any) -> str:
+    if parameter.required:
+        return "required"
+    value = parameter.default
+    return "" if value is None or value is False or value == () else f"`{value}`"
+
+
+def _cell(text: str) -> str:
+    """Table cells end at a bar, and HTML would swallow `<model>`."""
+    return text.replace("|", r"\|").replace("<", "&lt;")
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    (folder / "cli.md").write_text(command_page(), encoding="utf-8")
+    (folder / "recipes.md").write_text(catalogue_page(), encoding="utf-8")
