@@ -1,6 +1,6 @@
 """What serving costs and what batching gains, on a real tritonserver: `make bench-serving`.
 
-    python -m benchmarks.serving            # about ten minutes on 2 cores
+    python -m benchmarks.serving            # about six minutes on 2 cores
     python -m benchmarks.serving --quick    # about three; keeps nothing
     python -m benchmarks.serving --report   # the table and docs/triton.md from what is there
 
@@ -52,8 +52,8 @@ ENGINE = "ort-cpu-fp32"
 NAME = "smollm2"
 MAX_BATCH = 8
 MAX_LENGTH = 1024
-FULL = LoadSettings(concurrencies=(1, MAX_BATCH), prompt_tokens=128, new_tokens=64, window_s=5, replicates=6)
-QUICK = FULL.model_copy(update={"new_tokens": 32, "window_s": 3, "replicates": 2})
+FULL = LoadSettings(concurrencies=(1, MAX_BATCH), prompt_tokens=128, new_tokens=32, window_s=4, replicates=5)
+QUICK = FULL.model_copy(update={"window_s": 3, "replicates": 2})
 BLOCKS = 3  # of the bare runner in a replicate, after one to warm up
 TARGETS: dict[str, tuple[float, Literal["at least", "at most"], str]] = {
     "throughput_8_over_1": (3.0, "at least", "served tokens/s of the pruned model at 8 requests at once over 1"),

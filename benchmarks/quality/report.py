@@ -146,10 +146,10 @@ def zero_shot_table(found: Found) -> str:
 
 
 def short_table(found: Found) -> str:
-    """The README's: the default, the control and SLEB by budget."""
+    """The README's: the default, the control and the rivals that were measured most, by budget."""
     arms = {arm.name: arm for arm in found.table.arms}
     body = []
-    for name in ("default", "control", "sleb"):
+    for name in ("default", "control", "fold", "sleb"):
         for steps in (0, *found.table.steps):
             kind: Kind = "trained" if steps else "untrained"
             if not steps and name == "control":
