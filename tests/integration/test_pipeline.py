@@ -34,6 +34,14 @@ QUICK = [
     "bench.budget_s=4",
     "bench.replicates=2",
 ]
+# Planted in the environment of the first run; each in the form that its owner gives it.
+SECRETS = {
+    "HF_TOKEN": "hf_" + "pLaNtEd" * 5,
+    "HUGGING_FACE_HUB_TOKEN": "hf_" + "sEcOnD" * 5,
+    "GITHUB_TOKEN": "ghp_" + "0pLaNtEd" * 5,
+    "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI/K7MDENG+bPxRfiCYplanted",
+    "MY_API_KEY": "correct-horse-battery-staple",
+}
 ENGINES = ["ort-cpu-fp32", "tensorrt-rtx-fp16", "ort-cuda-fp16", "tensorrt-fp16"]
 
 
@@ -47,7 +55,7 @@ def trsp_deploy(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 def own_process(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from trsp_deploy.cli import main; main()", *arguments]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    environment = {**os.environ, **SECRETS, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, timeout=300, check=False)
 
 
@@ -171,6 +179,23 @@ def test_layout_of_the_run(workspace, report):
     assert sorted(plan["dropped"] + plan["kept"]) == list(range(6))
     assert plan["seed"] == 0 and plan["picks"][0]["gates"] and plan["settings"]["gate"] == "branch"
     assert not list(run.rglob(".*.partial"))
+
+
+def test_no_secret_gets_into_the_run_or_the_log(workspace, first):
+    said = {"stdout": first.stdout.encode(), "stderr": first.stderr.encode()}
+    files = {str(path): path.read_bytes() for path in (workspace / "run").rglob("*") if path.is_file()}
+    assert len(files) > 40
+    for name, content in (said | files).items():
+        for variable, secret in SECRETS.items():
+            assert secret.encode() not in content, f"{variable} in {name}"
+
+
+def test_every_file_is_in_the_manifest_as_it_was_made(workspace, report):
+    done = trsp_deploy("verify", "run", "--json", cwd=workspace)
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["against"], found["findings"]) == (0, "MANIFEST.json", [])
+    for role in ("dense", "pruned"):
+        assert trsp_deploy("verify", f"run/engines/ort-cpu-fp32/{role}", cwd=workspace).returncode == 0
 
 
 def test_markdown_has_the_same_numbers(workspace, report):

@@ -364,10 +364,13 @@ def say(line: str) -> None:
     from rich.markup import escape
 
     from trsp_deploy.artifacts import is_main_process
+    from trsp_deploy.errors import redacted
 
     if not is_main_process():
         return
-    Console(file=sys.stderr, highlight=False, soft_wrap=True).print(f"[bold cyan]>[/] {escape(' '.join(line.split()))}")
+    Console(file=sys.stderr, highlight=False, soft_wrap=True).print(
+        f"[bold cyan]>[/] {escape(redacted(' '.join(line.split())))}"
+    )
 
 
 def _print_json(as_json: bool, value: dict[str, Any], text: str) -> None:
