@@ -245,8 +245,11 @@ def test_stages_are_commands_over_the_same_run(workspace, report):
         assert done.returncode == 0, done.stderr
         assert steps(done.stderr, "started") <= {"bench-ort-cpu-fp32"}
         json.loads(done.stdout.splitlines()[-1])
+    done = trsp_deploy("clean", "run", "--keep", "dense,pruned,onnx,engines", cwd=workspace)
+    assert done.returncode == 0 and not (workspace / "run" / "report.md").exists()
     done = trsp_deploy("report", "run", cwd=workspace)
     assert done.returncode == 0 and "report.md" in done.stdout
+    assert trsp_deploy("verify", "run", cwd=workspace).returncode == 0
 
 
 def test_plan_edited_by_hand_is_applied(workspace, report):

@@ -1,4 +1,4 @@
-"""The commands about files and whom to trust: verify, sign, convert."""
+"""The commands about files that are there: verify, sign, convert, clean."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from trsp_deploy.cli.jobs import Json
+from trsp_deploy.cli.jobs import Json, Run
 
 Folder = Annotated[Path, typer.Argument(help="A run folder, an engine folder or a Triton repository.", metavar="PATH")]
 PublicKey = Annotated[
@@ -18,6 +18,11 @@ PublicKey = Annotated[
 Key = Annotated[Path, typer.Option("--key", help="Private elliptic-curve key (PEM).", metavar="FILE")]
 Model = Annotated[str, typer.Argument(help="A folder, a hub id or a short name.", metavar="MODEL")]
 Out = Annotated[Path, typer.Option("--out", help="Folder to write; not there yet.", metavar="DIR")]
+Keep = Annotated[
+    str | None,
+    typer.Option("--keep", help="Parts that stay: dense, pruned, onnx, engines, engines/NAME, reports.", metavar="A,B"),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would go, and remove nothing.")]
 WRONG = 2  # exit code where a file is not what its manifest says
 
 
@@ -26,6 +31,7 @@ def register(app: typer.Typer) -> None:
     app.command("verify")(verify)
     app.command("sign")(sign)
     app.command("convert")(convert)
+    app.command("clean")(clean)
 
 
 def verify(path: Folder, public_key: PublicKey = None, as_json: Json = False) -> None:
@@ -69,3 +75,26 @@ def convert(model: Model, out: Out, as_json: Json = False) -> None:
     print(f"{folder}: safetensors; prune it with --model {folder}", file=sys.stderr if as_json else sys.stdout)
     if as_json:
         print(json.dumps({"model": str(folder)}))
+
+
+def clean(run: Run, keep: Keep = None, dry_run: DryRun = False, as_json: Json = False) -> None:
+    """Remove the parts of a run that --keep does not name, without it leftovers alone; a later run makes them again."""
+    from trsp_deploy.artifacts import RunFolder
+    from trsp_deploy.tools.cleaning import check_run, plan_cleaning
+    from trsp_deploy.tools.cleaning import clean as cleaned
+
+    check_run(run)  # before a lock is left in a folder that is none
+    with RunFolder(run) as folder:
+        plan = plan_cleaning(folder, None if keep is None else [part.strip() for part in keep.split(",")])
+        if not dry_run:
+            cleaned(folder, plan)
+    stream = sys.stderr if as_json else sys.stdout
+    for removal in plan.removals:
+        shared = removal.size_bytes - removal.freed_bytes
+        note = f", of which {shared / 1e6:,.1f} MB are in use elsewhere too" if shared else ""
+        print(f"{run / removal.path}: {removal.size_bytes / 1e6:,.1f} MB{note}", file=stream)
+    if plan.redone:
+        print(f"made again by a later run that needs them: {', '.join(plan.redone)}", file=stream)
+    print(f"{run}: {'would free' if dry_run else 'freed'} {plan.freed_bytes / 1e6:,.1f} MB", file=stream)
+    if as_json:
+        print(json.dumps({**plan.model_dump(mode="json"), "removed": not dry_run}))
