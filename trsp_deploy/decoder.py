@@ -142,6 +142,11 @@ def count_weights(model: PreTrainedModel) -> WeightCounts:
     )
 
 
+def count_config(config: Any) -> WeightCounts:
+    """The same of the model that a config describes: no weights are read or made."""
+    return count_weights(_skeleton(config))
+
+
 def max_positions(folder: Path) -> int:
     """Tokens that the model in a folder was made for, from its config."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True)

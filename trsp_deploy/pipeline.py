@@ -358,9 +358,7 @@ class Pipeline:
 
     def export(self) -> dict[tuple[Role, Float], OnnxModel]:
         """Every ONNX model that an engine of the recipe can be built from here."""
-        precisions = dict.fromkeys(
-            spec.graph_precision for spec in self.specs if _why_not(check_can_build, spec) is None
-        )
+        precisions = dict.fromkeys(spec.graph_precision for spec in self.buildable())
         return {(role, precision): self.onnx(role, precision) for precision in precisions for role in ROLES}
 
     @functools.cache
@@ -388,6 +386,10 @@ class Pipeline:
             inputs={"model": model},
             outputs=[folder],
         )
+
+    def buildable(self) -> list[EngineSpec]:
+        """The recipe's engines that this machine can build."""
+        return [spec for spec in self.specs if _why_not(check_can_build, spec) is None]
 
     def build(self) -> list[EngineOutcome]:
         """Every engine of the recipe that can be built here, dense and pruned."""

@@ -10,14 +10,20 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny import english, save_tiny
 from trsp_deploy import cli
+from trsp_deploy.artifacts import size_bytes
+from trsp_deploy.pipeline import load_recipe
+from trsp_deploy.recipe import read_recipe
+from trsp_deploy.tools.disk import plan_disk
+from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.runners import open_engine
 
 QUICK = [
@@ -196,6 +202,31 @@ def test_every_file_is_in_the_manifest_as_it_was_made(workspace, report):
     assert (done.returncode, found["against"], found["findings"]) == (0, "MANIFEST.json", [])
     for role in ("dense", "pruned"):
         assert trsp_deploy("verify", f"run/engines/ort-cpu-fp32/{role}", cwd=workspace).returncode == 0
+
+
+def test_the_disk_estimate_was_right(workspace, first):
+    said = next(line for line in first.stderr.splitlines() if "of disk (" in line)
+    assert "pruned 0.00 GB" in said and "engine ort-cpu-fp32 0.00 GB" in said and "are free" in said
+    assert any(line.startswith("> needs cpu memory: selection ") for line in first.stderr.splitlines())
+    run, specs = workspace / "run", [load_engine_spec("ort-cpu-fp32")]
+    config, recipe = AutoConfig.from_pretrained(run / "dense"), read_recipe(load_recipe(run), "the run")
+    config._name_or_path = "elsewhere"  # a copy and no links
+    kept = {stage.stage: stage.kept_bytes for stage in plan_disk(run, recipe, config, specs).stages}
+    found = {
+        "dense": size_bytes(run / "dense"),
+        "pruned": size_bytes(run / "pruned"),
+        "onnx fp32": size_bytes(run / "onnx" / "dense") + size_bytes(run / "onnx" / "pruned"),
+        "engine ort-cpu-fp32": size_bytes(run / "engines" / "ort-cpu-fp32"),
+    }
+    for stage, size in found.items():
+        assert kept[stage] == pytest.approx(size, rel=0.2), stage
+
+
+def test_too_small_a_disk_stops_the_job_before_it_begins(workspace, monkeypatch, tmp_path):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    done = job(workspace, "--out", str(tmp_path / "new"))
+    assert done.returncode == 1 and "--ignore-disk runs anyway" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "new" / "dense").exists()
 
 
 def test_markdown_has_the_same_numbers(workspace, report):
