@@ -27,10 +27,15 @@ from pydantic import BaseModel, ValidationError
 
 from trsp_deploy import __version__
 from trsp_deploy.errors import RunError, StorageError, TrspError
-from trsp_deploy.recipe import Strict
+from trsp_deploy.recipe import RelativePath, Strict
 
 # Raise when a step's code changes what it makes from the same inputs, so that old records no longer match.
 FORMAT = 1
+
+MANIFEST = "MANIFEST.json"
+MANIFEST_SCHEMA = 1
+# What a run has beside its steps' outputs and their records.
+LOOSE_FILES = ("recipe.yaml", "plan.json", "report.json", "report.md", "report.html", "served.json")
 
 Result = TypeVar("Result", bound=BaseModel)
 
@@ -69,10 +74,18 @@ class StepRecord(Strict):
     key: str
     settings: dict[str, Any]
     inputs: dict[str, str]  # name -> fingerprint
-    outputs: dict[str, str]  # path below the run folder -> fingerprint
+    outputs: dict[RelativePath, str]  # path below the run folder -> fingerprint
     result: dict[str, Any]
     elapsed_s: float
     provenance: Provenance
+
+
+class RunManifest(Strict):
+    """`MANIFEST.json` of a finished run: every file that the toolkit made in it."""
+
+    schema_version: int
+    trsp_deploy: str
+    files: dict[RelativePath, str]  # path below the run folder -> SHA-256
 
 
 def fingerprint(path: Path) -> str:
@@ -91,6 +104,18 @@ def _file_sha256(path: Path, _size: int, _mtime_ns: int, _inode: int) -> str:
     # Size, time and inode are part of the cache key only: one process reads an unchanged file once.
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_below(path: Path) -> list[Path]:
+    """A file itself, or every file and link below a folder, in order; links are named and not followed."""
+    if path.is_symlink() or path.is_file():
+        return [path]
+    return sorted(file for file in path.rglob("*") if file.is_symlink() or file.is_file())
+
+
+def leaves(folder: Path, path: Path) -> bool:
+    """Whether `path`, which is written as one below `folder`, is outside it once links are followed."""
+    return not path.resolve().is_relative_to(folder.resolve())
 
 
 def size_bytes(path: Path) -> int:
@@ -291,6 +316,33 @@ class RunFolder:
         except (OSError, ValidationError):
             return None
 
+    def write_manifest(self) -> RunManifest:
+        """Write down the SHA-256 of every file that the steps left; what no longer is what a step made stays out."""
+        made = {path for name in LOOSE_FILES if (path := self.path / name).is_file()}
+        for record in map(self.record, self.recorded()):
+            if record is None:
+                continue
+            made.add(self.path / "records" / f"{record.step}.json")
+            for output in record.outputs:
+                if self._output_matches(record, output):
+                    made.update(files_below(self.path / output))
+        names = {path.relative_to(self.path).as_posix(): path for path in made if not leaves(self.path, path)}
+        manifest = RunManifest(
+            schema_version=MANIFEST_SCHEMA,
+            trsp_deploy=__version__,
+            files={name: fingerprint(names[name]) for name in sorted(names)},
+        )
+        write_json(self.path / MANIFEST, manifest)
+        return manifest
+
+    def outdate_manifest(self) -> None:
+        """Remove the manifest before something that it names is made anew: one that is there holds."""
+        (self.path / MANIFEST).unlink(missing_ok=True)
+
+    def recorded(self) -> list[str]:
+        """Names of the steps that have a record."""
+        return sorted(path.stem for path in (self.path / "records").glob("*.json"))
+
     def key(self, name: str, *, settings: BaseModel | Mapping[str, Any], inputs: Mapping[str, Path | str]) -> str:
         """What a step's result depends on, as one SHA-256; arguments as in `step`."""
         parts = [FORMAT, name, _plain(settings), _prints(inputs)]
@@ -356,6 +408,7 @@ class RunFolder:
         # Before the work, which may change what is on disk.
         plain, prints, key = _plain(settings), _prints(inputs), self.key(name, settings=settings, inputs=inputs)
         self._announce(name, "started")
+        self.outdate_manifest()
         began = time.perf_counter()
         with storage_errors(self.path):
             result = work()
@@ -375,10 +428,11 @@ class RunFolder:
         return result
 
     def _outputs_match(self, record: StepRecord) -> bool:
-        return all(
-            (self.path / path).exists() and fingerprint(self.path / path) == expected
-            for path, expected in record.outputs.items()
-        )
+        return all(self._output_matches(record, path) for path in record.outputs)
+
+    def _output_matches(self, record: StepRecord, output: str) -> bool:
+        path = self.path / output
+        return path.exists() and not leaves(self.path, path) and fingerprint(path) == record.outputs[output]
 
 
 def _plain(settings: BaseModel | Mapping[str, Any]) -> dict[str, Any]:

@@ -56,7 +56,10 @@ class DecoderSize(Strict):
 
 def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype | str = "auto") -> PreTrainedModel:
     """Load a causal language model from a local folder in eval mode; "auto" keeps the stored dtype."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    # By name, although models without are refused before: a pickle that appears in the folder later is not loaded.
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
+    )
     # Dropout stays off everywhere, in training too: gates at 1 must give the dense logits exactly.
     return model.to(device).eval()
 
@@ -68,7 +71,7 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer that lies beside a model."""
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -137,6 +140,11 @@ def count_weights(model: PreTrainedModel) -> WeightCounts:
         lm_head=sum(p.numel() for p in head.parameters()),
         embeddings=sum(p.numel() for table in tables for p in table.parameters()),
     )
+
+
+def count_config(config: Any) -> WeightCounts:
+    """The same of the model that a config describes: no weights are read or made."""
+    return count_weights(_skeleton(config))
 
 
 def max_positions(folder: Path) -> int:

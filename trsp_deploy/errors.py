@@ -22,7 +22,19 @@ Anything else that escapes is a bug: it prints its traceback and exits with 70.
 from __future__ import annotations
 
 import difflib
+import os
+import re
 from collections.abc import Iterable
+
+# A URL's user and password, tokens by the forms that hubs and clouds give them, and what a URL's query calls one.
+SECRETS = (
+    (re.compile(r"(?<=://)[^\s/@'\"]+@"), "***@"),
+    (re.compile(r"\b(hf_|ghp_|gho_|github_pat_|glpat-|sk-|nvapi-)[A-Za-z0-9_-]{16,}"), "***"),
+    (re.compile(r"\bAKIA[A-Z0-9]{16}\b"), "***"),
+    (re.compile(r"(?i)([?&](?:access_|api_)?(?:token|key|secret|password|sig(?:nature)?)=)[^\s&'\"]+"), r"\1***"),
+)
+SECRET_VARIABLE = re.compile(r"(?i)TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL")
+SHORTEST_SECRET = 8  # a variable's value below that is a setting such as HF_HUB_DISABLE_IMPLICIT_TOKEN=1
 
 
 class TrspError(Exception):
@@ -85,3 +97,13 @@ def nearest(word: str, valid: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for the closest valid word, or an empty string."""
     close = difflib.get_close_matches(word, list(valid), n=1)
     return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def redacted(text: str) -> str:
+    """The text without what looks like a secret, or is the value of an environment variable that is named like one."""
+    for pattern, instead in SECRETS:
+        text = pattern.sub(instead, text)
+    for name, value in os.environ.items():
+        if len(value) >= SHORTEST_SECRET and SECRET_VARIABLE.search(name) and "/" not in value[:1]:
+            text = text.replace(value, "***")
+    return text

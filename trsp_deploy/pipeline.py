@@ -118,10 +118,13 @@ def default_folder(recipe: Recipe, say: Callable[[str], None]) -> Path:
 
 def save_recipe(run: RunFolder, recipe: Recipe) -> None:
     """Keep the resolved recipe in the run folder, for the commands that are given only the folder."""
-    if not run.main:
+    path = run.path / RUN_MARK
+    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    if not run.main or (path.is_file() and path.read_bytes() == text.encode()):
         return
-    with writing(run.path / RUN_MARK) as partial:
-        partial.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    run.outdate_manifest()
+    with writing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def load_recipe(run: Path) -> dict[str, Any]:
@@ -289,6 +292,7 @@ class Pipeline:
     def _adopt(self, source: Path, path: Path) -> PruningPlan:
         plan = read_plan(source, self.num_layers())
         if source.resolve() != path.resolve() and self.run.main:
+            self.run.outdate_manifest()
             write_json(path, plan)
         return plan
 
@@ -354,9 +358,7 @@ class Pipeline:
 
     def export(self) -> dict[tuple[Role, Float], OnnxModel]:
         """Every ONNX model that an engine of the recipe can be built from here."""
-        precisions = dict.fromkeys(
-            spec.graph_precision for spec in self.specs if _why_not(check_can_build, spec) is None
-        )
+        precisions = dict.fromkeys(spec.graph_precision for spec in self.buildable())
         return {(role, precision): self.onnx(role, precision) for precision in precisions for role in ROLES}
 
     @functools.cache
@@ -384,6 +386,10 @@ class Pipeline:
             inputs={"model": model},
             outputs=[folder],
         )
+
+    def buildable(self) -> list[EngineSpec]:
+        """The recipe's engines that this machine can build."""
+        return [spec for spec in self.specs if _why_not(check_can_build, spec) is None]
 
     def build(self) -> list[EngineOutcome]:
         """Every engine of the recipe that can be built here, dense and pruned."""
@@ -605,7 +611,7 @@ class Pipeline:
     # -- the report --------------------------------------------------------------------------------------------------
 
     def report(self) -> Report:
-        """Gather what the stages found and write report.json and report.md."""
+        """Gather what the stages found; write report.json, report.md and report.html, and the manifest of the run."""
         source, checkpoint = self.dense(), self.prune()
         quality = {name: quality_report(ppl["dense"], ppl["pruned"]) for name, ppl in self.evaluate().items()}
         engines = [self._engine_report(outcome) for outcome in self.build()]
@@ -623,7 +629,9 @@ class Pipeline:
             plan=self.plan(),
             provenance=provenance(),
         )
+        self.run.outdate_manifest()
         report.write_report(result, self.bench(), self.run.path, served=served)
+        self.run.write_manifest()
         return result
 
     def _served(self) -> Served | None:

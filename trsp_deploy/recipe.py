@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 import re
 import types
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from trsp_deploy.errors import EngineSpecError, RecipeError, UserError, nearest
+from trsp_deploy.errors import EngineSpecError, RecipeError, UserError, nearest, redacted
 
 Precision = Literal["fp32", "fp16", "int8", "int4"]  # of an engine
 Float = Literal["fp32", "fp16"]  # of an exported graph: integers come in when an engine is built from it
@@ -29,6 +29,18 @@ Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
+# What becomes the name of a file or folder.
+Name = Annotated[str, Field(pattern=r"^\w[\w .+-]*$", max_length=100)]
+
+
+def _below(path: str) -> str:
+    parts = PurePosixPath(path).parts
+    if not parts or parts[0] == "/" or ".." in parts or "\\" in path or "\0" in path:
+        raise ValueError("leads out of its folder; a relative path without `..` is valid")
+    return path
+
+
+RelativePath = Annotated[str, AfterValidator(_below)]  # below the folder of the record that holds it
 
 
 class Strict(BaseModel):
@@ -169,13 +181,24 @@ class Recipe(Strict):
     autocast: Literal["auto", "off"] = "auto"  # bf16 matrix products in training where the hardware has them
     checkpoint_s: NonNegative = 600.0  # seconds between checkpoints of selection and transfer; 0: after every step
     calibration: CalibrationSettings = CalibrationSettings()
-    evaluation: dict[str, str] = {"wikitext2": "wikitext2", "c4": "c4"}
+    evaluation: dict[Name, str] = {"wikitext2": "wikitext2", "c4": "c4"}
     plan: PlanSettings = PlanSettings()
     transfer: TransferSettings = TransferSettings()
     export: ExportSettings = ExportSettings()
     engines: tuple[str, ...] = ("auto",)
     bench: BenchSettings = BenchSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+
+    @model_validator(mode="after")
+    def _no_secrets(self) -> Recipe:
+        # A recipe is kept in the run, its report and the model card: all of them are passed on.
+        for text in (self.model, self.calibration.texts, *self.evaluation.values(), *self.engines):
+            if redacted(text) != text:
+                raise ValueError(
+                    f"'{redacted(text)}' holds what looks like a password or token, and a recipe is written into every "
+                    "report; give a folder or a hub id, and the token as `hf auth login` or HF_TOKEN"
+                )
+        return self
 
     @model_validator(mode="after")
     def _refit_replaces_layers(self) -> Recipe:
@@ -234,7 +257,7 @@ class ShapeProfile(Strict):
 class EngineSpec(Strict):
     """How to build and run one engine."""
 
-    name: str
+    name: Name
     description: str
     backend: Backend
     precision: Precision

@@ -6,7 +6,7 @@ import math
 from typing import Literal
 
 from trsp_deploy.artifacts import Provenance
-from trsp_deploy.recipe import BenchSettings, Float, Precision, Strict
+from trsp_deploy.recipe import BenchSettings, Float, Name, Precision, RelativePath, Strict
 
 Role = Literal["dense", "pruned"]
 ROLES: tuple[Role, ...] = ("dense", "pruned")
@@ -41,9 +41,9 @@ class OnnxModel(Strict):
 
     role: Role
     precision: Precision
-    folder: str  # below the run folder; holds model.onnx
+    folder: RelativePath  # below the run folder; holds model.onnx
     size_bytes: int  # graph and external data
-    external_data: tuple[str, ...]  # files beside the graph; a protobuf file ends at 2 GB
+    external_data: tuple[RelativePath, ...]  # files beside the graph; a protobuf file ends at 2 GB
 
 
 class Parity(Strict):
@@ -156,7 +156,7 @@ class ServedWindow(Strict):
 class Served(Strict):
     """Models on one server under load, with every raw sample."""
 
-    engine: str
+    engine: Name
     models: dict[Role, str]  # names on the server
     engines: dict[Role, str]  # SHA-256 of their manifests
     prompt_tokens: int

@@ -10,14 +10,20 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny import english, save_tiny
 from trsp_deploy import cli
+from trsp_deploy.artifacts import size_bytes
+from trsp_deploy.pipeline import load_recipe
+from trsp_deploy.recipe import read_recipe
+from trsp_deploy.tools.disk import plan_disk
+from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.runners import open_engine
 
 QUICK = [
@@ -34,6 +40,14 @@ QUICK = [
     "bench.budget_s=4",
     "bench.replicates=2",
 ]
+# Planted in the environment of the first run; each in the form that its owner gives it.
+SECRETS = {
+    "HF_TOKEN": "hf_" + "pLaNtEd" * 5,
+    "HUGGING_FACE_HUB_TOKEN": "hf_" + "sEcOnD" * 5,
+    "GITHUB_TOKEN": "ghp_" + "0pLaNtEd" * 5,
+    "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI/K7MDENG+bPxRfiCYplanted",
+    "MY_API_KEY": "correct-horse-battery-staple",
+}
 ENGINES = ["ort-cpu-fp32", "tensorrt-rtx-fp16", "ort-cuda-fp16", "tensorrt-fp16"]
 
 
@@ -47,7 +61,7 @@ def trsp_deploy(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 def own_process(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from trsp_deploy.cli import main; main()", *arguments]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    environment = {**os.environ, **SECRETS, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, timeout=300, check=False)
 
 
@@ -173,6 +187,48 @@ def test_layout_of_the_run(workspace, report):
     assert not list(run.rglob(".*.partial"))
 
 
+def test_no_secret_gets_into_the_run_or_the_log(workspace, first):
+    said = {"stdout": first.stdout.encode(), "stderr": first.stderr.encode()}
+    files = {str(path): path.read_bytes() for path in (workspace / "run").rglob("*") if path.is_file()}
+    assert len(files) > 40
+    for name, content in (said | files).items():
+        for variable, secret in SECRETS.items():
+            assert secret.encode() not in content, f"{variable} in {name}"
+
+
+def test_every_file_is_in_the_manifest_as_it_was_made(workspace, report):
+    done = trsp_deploy("verify", "run", "--json", cwd=workspace)
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["against"], found["findings"]) == (0, "MANIFEST.json", [])
+    for role in ("dense", "pruned"):
+        assert trsp_deploy("verify", f"run/engines/ort-cpu-fp32/{role}", cwd=workspace).returncode == 0
+
+
+def test_the_disk_estimate_was_right(workspace, first):
+    said = next(line for line in first.stderr.splitlines() if "of disk (" in line)
+    assert "pruned 0.00 GB" in said and "engine ort-cpu-fp32 0.00 GB" in said and "are free" in said
+    assert any(line.startswith("> needs cpu memory: selection ") for line in first.stderr.splitlines())
+    run, specs = workspace / "run", [load_engine_spec("ort-cpu-fp32")]
+    config, recipe = AutoConfig.from_pretrained(run / "dense"), read_recipe(load_recipe(run), "the run")
+    config._name_or_path = "elsewhere"  # a copy and no links
+    kept = {stage.stage: stage.kept_bytes for stage in plan_disk(run, recipe, config, specs).stages}
+    found = {
+        "dense": size_bytes(run / "dense"),
+        "pruned": size_bytes(run / "pruned"),
+        "onnx fp32": size_bytes(run / "onnx" / "dense") + size_bytes(run / "onnx" / "pruned"),
+        "engine ort-cpu-fp32": size_bytes(run / "engines" / "ort-cpu-fp32"),
+    }
+    for stage, size in found.items():
+        assert kept[stage] == pytest.approx(size, rel=0.2), stage
+
+
+def test_too_small_a_disk_stops_the_job_before_it_begins(workspace, monkeypatch, tmp_path):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    done = job(workspace, "--out", str(tmp_path / "new"))
+    assert done.returncode == 1 and "--ignore-disk runs anyway" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "new" / "dense").exists()
+
+
 def test_markdown_has_the_same_numbers(workspace, report):
     text = (workspace / "run" / "report.md").read_text()
     assert report["verdict"] in text
@@ -220,8 +276,11 @@ def test_stages_are_commands_over_the_same_run(workspace, report):
         assert done.returncode == 0, done.stderr
         assert steps(done.stderr, "started") <= {"bench-ort-cpu-fp32"}
         json.loads(done.stdout.splitlines()[-1])
+    done = trsp_deploy("clean", "run", "--keep", "dense,pruned,onnx,engines", cwd=workspace)
+    assert done.returncode == 0 and not (workspace / "run" / "report.md").exists()
     done = trsp_deploy("report", "run", cwd=workspace)
     assert done.returncode == 0 and "report.md" in done.stdout
+    assert trsp_deploy("verify", "run", cwd=workspace).returncode == 0
 
 
 def test_plan_edited_by_hand_is_applied(workspace, report):

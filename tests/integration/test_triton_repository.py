@@ -60,6 +60,11 @@ def repository(run: Path) -> Path:
     return out
 
 
+def test_every_file_of_it_is_in_its_manifest(run: Path, repository: Path) -> None:
+    assert trsp_deploy("verify", "repository", cwd=run.parent).code == 0
+    assert trsp_deploy("verify", "run", cwd=run.parent).code == 0  # built and not finished: against its records
+
+
 @needs_schema
 def test_a_repository_is_whole_and_its_config_is_tritons(repository: Path) -> None:
     for name in ("pruned", "pruned-dense"):

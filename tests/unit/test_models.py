@@ -16,12 +16,14 @@ import huggingface_hub.constants
 import huggingface_hub.file_download
 import pytest
 import torch
+from transformers import OPTForCausalLM
 
 from tests.hub import forget_sessions
 from trsp_deploy.errors import ModelError
 from trsp_deploy.tools import packaged
 from trsp_deploy.tools.hub import hub_problem
 from trsp_deploy.tools.models import HUB_ID, SHORT_NAMES, check_decoder_only, resolve_model
+from trsp_deploy.tools.safe_copy import convert
 
 URL_TAIL = "/{repo_id}/resolve/{revision}/{filename}"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -104,23 +106,23 @@ def test_folder(folder: Path) -> None:
     assert check_decoder_only(folder) == "OPTForCausalLM"
 
 
-def test_folder_with_shards_or_bin(folder: Path) -> None:
+def test_folder_with_shards(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
     index = {"weight_map": {"x": "model-00001-of-00001.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert resolve_model(str(folder), silent).kind == "folder"
     (folder / "model-00001-of-00001.safetensors").unlink()
     assert "model-00001-of-00001.safetensors is missing" in error_line(str(folder))
-    (folder / "model.safetensors.index.json").unlink()
-    torch.save({}, folder / "pytorch_model.bin")
-    assert resolve_model(str(folder), silent).kind == "folder"
+    for shard in ("../model.safetensors", "/etc/model.safetensors", "pytorch_model.bin"):
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": shard}}))
+        assert f"names {shard}, which is no safetensors file beside it" in error_line(str(folder))
 
 
 @pytest.mark.parametrize(
     ("gone", "words"),
     [
         ("config.json", "config.json is missing"),
-        ("model.safetensors", "no weights (model.safetensors, or pytorch_model.bin"),
+        ("model.safetensors", "no weights (model.safetensors, whole or in shards"),
         ("tokenizer.json", "no tokenizer (tokenizer.json"),
     ],
 )
@@ -179,8 +181,8 @@ def test_quantised_weights_are_refused(folder: Path) -> None:
 def test_code_of_the_model_is_never_run(folder: Path) -> None:
     edit_config(folder, auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})
     (folder / "evil.py").write_text("raise SystemExit('ran')")
-    assert resolve_model(str(folder), silent).kind == "folder"
-    edit_config(folder, model_type="evil")
+    assert "Config of evil.py, AutoModelForCausalLM as Model of evil.py" in error_line(str(folder))
+    edit_config(folder, model_type="evil", auto_map=None)
     assert "model_type 'evil' is not known" in error_line(str(folder))
 
 
@@ -285,21 +287,35 @@ def local_hub(hub: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]
     server.server_close()
 
 
-@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
-def test_download_takes_one_kind_of_weights(local_hub: type[Hub], tiny: Path, weights: str) -> None:
+def test_download_takes_one_kind_of_weights(local_hub: type[Hub], tiny: Path) -> None:
     local_hub.files = {path.name: path.read_bytes() for path in tiny.iterdir()}
     local_hub.files |= {"pytorch_model.bin": b"x", "flax_model.msgpack": b"x", "onnx/model.safetensors": b"x"}
-    if weights == "pytorch_model.bin":
-        del local_hub.files["model.safetensors"]
     lines: list[str] = []
     source = resolve_model("owner/tiny", lines.append)
     assert (source.kind, source.origin, source.licence) == ("hub", f"owner/tiny@{COMMIT}", "mit")
-    assert {"config.json", "tokenizer.json", weights} <= {path.name for path in Path(source.path).iterdir()}
+    assert {"config.json", "tokenizer.json", "model.safetensors"} <= {path.name for path in Path(source.path).iterdir()}
     assert sum(name.endswith((".bin", ".safetensors", ".msgpack")) for name in set(local_hub.asked)) == 1
     assert len(lines) == 1 and "downloading owner/tiny from the Hugging Face hub" in lines[0]
     local_hub.asked.clear()
     assert resolve_model("owner/tiny", lines.append) == source
     assert not local_hub.asked and len(lines) == 1, "the cache comes first"
+
+
+def test_pickles_on_the_hub_are_not_even_fetched(local_hub: type[Hub], tiny: Path, tmp_path: Path) -> None:
+    local_hub.files = {path.name: path.read_bytes() for path in tiny.iterdir() if path.suffix != ".safetensors"}
+    local_hub.files["pytorch_model.bin"] = pickled(tiny, tmp_path / "pytorch_model.bin")
+    message = error_line("owner/tiny")
+    assert "its weights are a pickle (pytorch_model.bin)" in message
+    assert "`trsp-deploy convert owner/tiny --out DIR`" in message
+    assert "pytorch_model.bin" not in local_hub.asked
+    out = convert("owner/tiny", tmp_path / "safe", silent)
+    assert resolve_model(str(out), silent).kind == "folder"
+    assert "its weights are a pickle" in error_line("owner/tiny"), "the cache has it now, and it is still a pickle"
+
+
+def pickled(folder: Path, out: Path) -> bytes:
+    torch.save(OPTForCausalLM.from_pretrained(folder).state_dict(), out)
+    return out.read_bytes()
 
 
 def test_hub_refuses(local_hub: type[Hub]) -> None:

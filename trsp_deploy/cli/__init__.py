@@ -13,8 +13,8 @@ import traceback
 import typer
 from typer.exceptions import Exit, TyperException
 
-from trsp_deploy.cli import catalogue, check_jobs, engine_jobs, jobs, serving_jobs, sweep_jobs, triton_jobs
-from trsp_deploy.errors import TrspError
+from trsp_deploy.cli import catalogue, check_jobs, engine_jobs, jobs, serving_jobs, sweep_jobs, triton_jobs, trust_jobs
+from trsp_deploy.errors import TrspError, redacted
 
 INTERRUPTED = 130
 BUG = 70
@@ -32,6 +32,7 @@ check_jobs.register(app)
 engine_jobs.register(app)
 triton_jobs.register(app)
 serving_jobs.register(app)
+trust_jobs.register(app)
 catalogue.register(app)
 
 
@@ -62,11 +63,14 @@ def run(arguments: list[str]) -> int:
         # What a user's path or disk can cause, wherever it happens; anything else is a bug and shows its traceback.
         if problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
             return _say(f"{problem.filename or 'disk'}: {problem.strerror}", 1)
-        traceback.print_exc()
-        return BUG
+        return _bug()
     except Exception:
-        traceback.print_exc()
-        return BUG
+        return _bug()
+
+
+def _bug() -> int:
+    print(redacted(traceback.format_exc()), end="", file=sys.stderr)
+    return BUG
 
 
 def _interrupted() -> int:
@@ -74,5 +78,5 @@ def _interrupted() -> int:
 
 
 def _say(message: str, code: int) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {redacted(' '.join(message.split()))}", file=sys.stderr)
     return code

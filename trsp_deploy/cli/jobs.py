@@ -67,6 +67,7 @@ PlanMemory = Annotated[
     bool, typer.Option("--plan-memory", help="Show what training would need and what there is; load and train nothing.")
 ]
 IgnoreMemory = Annotated[bool, typer.Option("--ignore-memory", help="Train even if the estimate does not fit.")]
+IgnoreDisk = Annotated[bool, typer.Option("--ignore-disk", help="Begin even if the disk looks too small.")]
 Json = Annotated[bool, typer.Option("--json", help="End stdout with one JSON line; all else goes to stderr.")]
 Run = Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")]
 OptionalRun = Annotated[Path | None, typer.Argument(help="Folder of a run.", metavar="RUN")]
@@ -100,6 +101,7 @@ def prune_and_build(
     task: Tasks = None,
     plan_memory: PlanMemory = False,
     ignore_memory: IgnoreMemory = False,
+    ignore_disk: IgnoreDisk = False,
     as_json: Json = False,
 ) -> None:
     """The whole job: prune, export, build engines, and judge the result against the dense model."""
@@ -109,6 +111,7 @@ def prune_and_build(
         return _show_memory(chosen, plan, as_json)
     with run_of(chosen, out, plan) as job:
         check_memory(job, plan, ignore_memory)
+        check_disk(job, ignore_disk)
         from trsp_deploy.pipeline import prune_and_build as run_all
 
         _finish(job, run_all(job), as_json)
@@ -352,7 +355,25 @@ def check_memory(job: Pipeline, plan_file: Path | None, ignore: bool) -> None:
     with contextlib.suppress(ModelError):  # of a model that cannot be used the pipeline says more
         config = model_config(job.recipe.model, say)
         dropped = read_plan(plan, config.num_hidden_layers).dropped if plan.is_file() else None
-        check_memory(job.recipe, config, missing, dropped)
+        found = check_memory(job.recipe, config, missing, dropped)
+        parts = ", ".join(f"{each.stage} {each.peak.total_bytes / 1e9:.2f} GB" for each in found.stages)
+        there = "unknown" if found.available_bytes is None else f"{found.available_bytes / 1e9:.2f} GB"
+        say(f"needs {found.device} memory: {parts}; {there} there")
+
+
+def check_disk(job: Pipeline, ignore: bool) -> None:
+    """Say what each stage will leave on the disk, and refuse what cannot fit there."""
+    from trsp_deploy.tools.device_memory import model_config
+    from trsp_deploy.tools.disk import check_disk, plan_disk
+
+    if not job.run.main:
+        return
+    with contextlib.suppress(ModelError):  # of a model that cannot be used the pipeline says more
+        config, specs = model_config(job.recipe.model, say), job.buildable()
+        plan = plan_disk(job.run.path, job.recipe, config, specs, job.specs[0].graph_precision)
+        say(plan.line())
+        if not ignore:
+            check_disk(plan, job.recipe, config, specs)
 
 
 def _announce(step: str, state: str) -> None:
@@ -364,10 +385,13 @@ def say(line: str) -> None:
     from rich.markup import escape
 
     from trsp_deploy.artifacts import is_main_process
+    from trsp_deploy.errors import redacted
 
     if not is_main_process():
         return
-    Console(file=sys.stderr, highlight=False, soft_wrap=True).print(f"[bold cyan]>[/] {escape(' '.join(line.split()))}")
+    Console(file=sys.stderr, highlight=False, soft_wrap=True).print(
+        f"[bold cyan]>[/] {escape(redacted(' '.join(line.split())))}"
+    )
 
 
 def _print_json(as_json: bool, value: dict[str, Any], text: str) -> None:

@@ -1,7 +1,7 @@
 """From what a user calls a model (folder, short name, hub id) to a local Hugging Face folder.
 
-Nothing here runs code that came with a model: trust_remote_code stays off, and a model whose
-weights another architecture would have to load is refused.
+Nothing here runs code that came with a model: trust_remote_code stays off, a model that names code of its own is
+refused, and so are pickled weights, which can hold any code (`safe_copy` makes safetensors of them).
 """
 
 from __future__ import annotations
@@ -72,6 +72,8 @@ SHORT_NAMES: dict[str, str] = {
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 SAFETENSORS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+# Code, and what only code of others can read: no model folder of the toolkit's holds any.
+UNSAFE_FILES = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|pickle|h5|msgpack|npy|py|pyc|so)(\.index\.json)?", re.IGNORECASE)
 PYTORCH_BINS = re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?")
 COMPANIONS = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"
@@ -100,7 +102,7 @@ def resolve_model(name: str, progress: Callable[[str], None]) -> ModelSource:
     folder = Path(name).expanduser()
     # A short name means the model even where a folder, such as a run's, happens to be called the same.
     if folder.is_dir() and (name not in SHORT_NAMES or (folder / "config.json").is_file()):
-        _check_folder(folder)
+        check_folder(folder)
         source = ModelSource(
             name=name, kind="folder", path=str(folder.resolve()), origin=str(folder.resolve()), licence=_licence(folder)
         )
@@ -117,10 +119,12 @@ def resolve_model(name: str, progress: Callable[[str], None]) -> ModelSource:
 def copy_model(folder: Path, out: Path) -> None:
     """Make `out` a Hugging Face folder with the files of another, sharing their blocks where the file system can.
 
-    A model need not lie on the disk twice; files are never changed in place.
+    A model need not lie on the disk twice; files are never changed in place. Pickles and code stay behind.
     """
     out.mkdir()
     for file in sorted(path for path in folder.iterdir() if path.is_file()):
+        if UNSAFE_FILES.fullmatch(file.name):
+            continue
         try:
             os.link(file.resolve(), out / file.name)
         except OSError:
@@ -130,8 +134,9 @@ def copy_model(folder: Path, out: Path) -> None:
 def check_decoder_only(folder: Path) -> str:
     """Return the model's class, such as "OPTForCausalLM".
 
-    Raises ModelError when config.json cannot be read, when transformers does not know the architecture,
-    when it is an encoder or encoder-decoder model, and when the weights are quantised.
+    Raises ModelError when config.json cannot be read, when it or the tokenizer names code that comes with the model,
+    when transformers does not know the architecture, when it is an encoder or encoder-decoder model, and when the
+    weights are quantised.
     """
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -142,6 +147,7 @@ def check_decoder_only(folder: Path) -> str:
 
     path = folder / "config.json"
     values = _read_config(path)
+    _check_no_code(folder)
     model_type = values.get("model_type")
     if not isinstance(model_type, str):
         raise ModelError(f"{path}: has no model_type, so it does not describe a transformers model")
@@ -161,6 +167,30 @@ def check_decoder_only(folder: Path) -> str:
     if "quantization_config" in values:
         raise ModelError(f"{folder}: holds quantised weights; pruning trains them, so give the unquantised model")
     return architecture
+
+
+def _check_no_code(folder: Path) -> None:
+    """Raise ModelError, with what would run, when a config asks for code that comes with the model."""
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        path = folder / name
+        auto_map = _read_config(path).get("auto_map") if path.is_file() else None
+        if not auto_map:
+            continue
+        entries = auto_map.items() if isinstance(auto_map, dict) else [("auto_map", auto_map)]
+        would = ", ".join(f"{kind} as {_code(value)}" for kind, value in entries)
+        raise ModelError(
+            f"{path}: its auto_map would run code that comes with the model ({would}), with your rights; that is never "
+            "done (trust_remote_code stays off); where transformers has the architecture too, take `auto_map` out of "
+            "the file and give --model FOLDER"
+        )
+
+
+def _code(value: Any) -> str:
+    """An auto_map's value, such as "modeling_x.XForCausalLM" or a pair of those, as file and class."""
+    parts = [str(part) for part in (value if isinstance(value, list) else [value]) if part]
+    repo, _, rest = parts[0].rpartition("--") if parts else ("", "", "?")
+    module, _, name = rest.rpartition(".")
+    return f"{name} of {f'{repo}/' if repo else ''}{module}.py"
 
 
 def _packaged(name: str, progress: Callable[[str], None]) -> ModelSource | None:
@@ -188,6 +218,7 @@ def _from_hub(name: str, repo: str, progress: Callable[[str], None]) -> ModelSou
     try:
         # Of the one file: the snapshot holds less than the repository, and what it has to hold `_missing` knows.
         folder = Path(snapshot_download(repo, allow_patterns=["config.json"], local_files_only=True))
+        _refuse_pickles(folder, name)
         cached = _missing(folder) is None
     except LocalEntryNotFoundError:
         cached = False
@@ -203,7 +234,7 @@ def _from_hub(name: str, repo: str, progress: Callable[[str], None]) -> ModelSou
                 f"and {hub_problem(problem)}; "
                 f"{packaged}download it where there is a network with `hf download {repo}`, or pass --model FOLDER"
             ) from problem
-    _check_folder(folder)
+    check_folder(folder, name)
     return ModelSource(
         name=name, kind="hub", path=str(folder), origin=f"{repo}@{folder.name}", licence=_licence(folder)
     )
@@ -214,39 +245,56 @@ def _download(repo: str, progress: Callable[[str], None]) -> Path:
 
     info = HfApi().model_info(repo, files_metadata=True, timeout=30)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    # The same weights often lie there as a pickle too; what has nothing else is refused before it is fetched.
     weights = [file for file in sizes if SAFETENSORS.fullmatch(file)]
-    # The same weights often lie there twice; .bin only serves repositories that have nothing else.
-    weights = weights or [file for file in sizes if PYTORCH_BINS.fullmatch(file)]
+    if not weights and (pickles := [file for file in sizes if PYTORCH_BINS.fullmatch(file)]):
+        raise ModelError(_only_pickles(repo, pickles[0]))
     files = weights + [file for file in sizes if COMPANIONS.fullmatch(file)]
     progress(f"downloading {repo} from the Hugging Face hub ({sum(sizes[file] for file in files) / 1e9:.2f} GB)")
     # By branch, not by info.sha: only then does the cache note what `main` is and answer without a network.
     return Path(snapshot_download(repo, allow_patterns=files))
 
 
-def _check_folder(folder: Path) -> None:
+def check_folder(folder: Path, name: str | None = None) -> None:
+    """Raise ModelError when a model folder lacks something, or has its weights as pickles alone; name: for the line."""
+    _refuse_pickles(folder, name or str(folder))
     missing = _missing(folder)
     if missing is not None:
         raise ModelError(f"{folder}: is not a complete Hugging Face model: {missing}")
+
+
+def _refuse_pickles(folder: Path, name: str) -> None:
+    names = sorted(path.name for path in folder.iterdir())
+    pickles = [file for file in names if PYTORCH_BINS.fullmatch(file)]
+    if pickles and not any(SAFETENSORS.fullmatch(file) for file in names):
+        raise ModelError(_only_pickles(name, pickles[0]))
+
+
+def _only_pickles(model: str, file: str) -> str:
+    return (
+        f"model '{model}': its weights are a pickle ({file}), which can hold any code, and nothing is ever loaded from "
+        f"one; `trsp-deploy convert {model} --out DIR` makes safetensors of it with torch's reader of plain tensors, "
+        "then --model DIR"
+    )
 
 
 def _missing(folder: Path) -> str | None:
     """What a model folder lacks, or None."""
     if not (folder / "config.json").is_file():
         return "config.json is missing"
-    for weights in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / weights).is_file():
-            shards = [weights]
-            break
-        index = folder / f"{weights}.index.json"
-        if index.is_file():
-            shards = sorted(set(_read_config(index).get("weight_map", {}).values()))
-            break
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        shards = ["model.safetensors"]
+    elif index.is_file():
+        shards = sorted(map(str, set(_read_config(index).get("weight_map", {}).values())))
     else:
-        return "no weights (model.safetensors, or pytorch_model.bin, whole or in shards with an index)"
+        return "no weights (model.safetensors, whole or in shards with an index)"
     for shard in shards:
+        if Path(shard).name != shard or UNSAFE_FILES.fullmatch(shard):
+            return f"{index.name} names {shard}, which is no safetensors file beside it"
         if not (folder / shard).is_file():
             return f"{shard} is missing"
-        if shard.endswith(".safetensors") and not _readable(folder / shard):
+        if not _readable(folder / shard):
             return f"{shard} is cut short or no safetensors file"
     if not any((folder / file).is_file() for file in TOKENIZER_FILES):
         return f"no tokenizer ({', '.join(TOKENIZER_FILES[:2])} or the like)"

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from trsp_deploy.artifacts import Provenance
 from trsp_deploy.errors import RunError
-from trsp_deploy.recipe import Strict
+from trsp_deploy.recipe import Name, RelativePath, Strict
 from trsp_deploy.results import Role
 
 MANIFEST = "MANIFEST.json"
@@ -18,14 +18,14 @@ MANIFEST = "MANIFEST.json"
 class ServedModel(Strict):
     """One model of a repository."""
 
-    name: str
+    name: Name
     role: Role
     engine: str  # the spec's name
     serves: Literal["text", "steps"] = "text"
     max_batch: int  # texts, or sequences, at once
     max_length: int  # tokens of a text
     state_bytes: int = 0  # that the server keeps for each sequence
-    files: dict[str, str]  # path below the model's folder -> SHA-256
+    files: dict[RelativePath, str]  # path below the model's folder -> SHA-256
 
     @property
     def limits(self) -> str:

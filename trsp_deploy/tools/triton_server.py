@@ -157,7 +157,8 @@ def start(
     with log.open("wb") as file:
         process = subprocess.Popen(
             command,
-            env={**os.environ, **installation.environment},
+            # Bytecode beside the model would be files that no manifest names.
+            env={"PYTHONDONTWRITEBYTECODE": "1", **os.environ, **installation.environment},
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,

@@ -34,7 +34,9 @@ def export(model: Path, precision: Float, opset: int, out: Path) -> None:
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
     from transformers import AutoModelForCausalLM
 
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=DTYPES[precision], local_files_only=True)
+    network = AutoModelForCausalLM.from_pretrained(
+        model, dtype=DTYPES[precision], local_files_only=True, use_safetensors=True
+    )
     network = network.eval().requires_grad_(False)
     network.config.use_cache = True
     heads = _cache_heads(network)

@@ -9,9 +9,9 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from trsp_deploy.artifacts import Provenance, fingerprint
+from trsp_deploy.artifacts import Provenance, fingerprint, leaves
 from trsp_deploy.errors import EngineUnavailable
-from trsp_deploy.recipe import EngineSpec, Strict
+from trsp_deploy.recipe import EngineSpec, RelativePath, Strict
 from trsp_deploy.tools.graphs.decoder_io import Bindings
 
 MANIFEST = "manifest.json"
@@ -67,8 +67,8 @@ class EngineManifest(Strict):
     spec_sha256: str
     backend_version: str
     bound: Bound = Bound()
-    file: str
-    files: dict[str, str]  # name -> SHA-256; logs are not among them
+    file: RelativePath
+    files: dict[RelativePath, str]  # name -> SHA-256; logs are not among them
     size_bytes: int
     build_s: float
     built_on: Provenance
@@ -89,8 +89,12 @@ def read_manifest(folder: Path) -> EngineManifest:
     except OSError as problem:
         raise EngineUnavailable(f"{folder}: no engine here; {build_command(folder.name)}") from problem
     except ValidationError as problem:
+        first = problem.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        reason = f"{where} {first['msg'].removeprefix('Value error, ')}".strip()
         raise EngineUnavailable(
-            f"{folder / MANIFEST}: written by another version of trsp_deploy, or damaged; {build_command(folder.name)}"
+            f"{folder / MANIFEST}: written by another version of trsp_deploy, or damaged ({reason}); "
+            f"{build_command(folder.name)}"
         ) from problem
 
 
@@ -105,8 +109,12 @@ def check_manifest(folder: Path, manifest: EngineManifest, backend_version: str,
             f"engine {manifest.name} was built with {manifest.spec.backend} {manifest.backend_version}, "
             f"here is {backend_version}; {again}"
         )
+    if manifest.file not in manifest.files:
+        raise EngineUnavailable(f"engine {manifest.name}: its manifest has no SHA-256 of {manifest.file}; {again}")
     for name, expected in manifest.files.items():
         path = folder / name
+        if leaves(folder, path):
+            raise EngineUnavailable(f"engine {manifest.name}: {path} is a link out of its folder; {again}")
         if not path.is_file():
             raise EngineUnavailable(f"engine {manifest.name}: {path} is missing; {again}")
         found = fingerprint(path)

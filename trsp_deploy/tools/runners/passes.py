@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,12 @@ def run_passes(
         outcome, found = _try(name, work, current, candidate, logits, spec)
         outcomes.append(outcome)
         if found is not None:
+            # A graph is as large as the model: of those in between one at a time is enough.
+            if current != onnx:
+                shutil.rmtree(current.parent)
             current, logits = candidate, found
+        else:
+            shutil.rmtree(candidate.parent, ignore_errors=True)
     return current, tuple(outcomes)
 
 

@@ -26,7 +26,7 @@ Made by `trsp-deploy triton`. Text in, text out, streamed; requests that come to
 
 ## Serve it
 
-    docker run --rm {device}--shm-size 1g -p 8000:8000 -p 8001:8001 -p 8002:8002 -v "$PWD:/models" {CONTAINER} \\
+    docker run --rm {device}--shm-size 1g -p 8000:8000 -p 8001:8001 -p 8002:8002 -v "$PWD:/models:ro" {CONTAINER} \\
         bash -c "{install} && tritonserver --model-repository=/models"
 
 On a machine without a GPU, add `--model-config-name=cpu` where the engine is for one. The packages can be put into an

@@ -1,0 +1,201 @@
+"""What comes with a model, a recipe or a checkpoint never runs, and no password is written down.
+
+That no secret of the environment gets into a run is in test_pipeline.py, which plants some.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.tiny import english, save_tiny, tokens
+from trsp_deploy import cli
+from trsp_deploy.decoder import load_model
+from trsp_deploy.errors import redacted
+from trsp_deploy.tools.checkpoints import Checkpoints
+from trsp_deploy.tools.models import copy_model
+
+CODE = "from pathlib import Path\nPath({mark!r}).touch()\n"
+PASSWORD = "https://me:s3cret-word@hub.example/owner/name"
+TOKEN = "hf_" + "aBcDeFgH" * 4
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("llama", tmp_path_factory.mktemp("security") / "tiny")
+
+
+@pytest.fixture
+def model(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(english()[:20_000])
+    return Path(shutil.copytree(tiny, tmp_path / "model"))
+
+
+@pytest.fixture
+def mark(tmp_path: Path) -> Path:
+    """A file that is there once something has run that must not."""
+    return tmp_path / "it-ran"
+
+
+class Bomb:
+    """A pickle that runs code when it is loaded."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return exec, (CODE.format(mark=str(self.mark)),)
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that a command ends with."""
+    assert cli.run(list(arguments)) == 1
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err and said.out == ""
+    return said.err.splitlines()[-1]
+
+
+def prune(capsys: pytest.CaptureFixture[str], *more: str, model: str = "model") -> str:
+    return fails(capsys, "prune", "--model", model, "--drop", "2", "--calibration", "text.txt", "--out", "run", *more)
+
+
+# -- pickles --------------------------------------------------------------------------------------------
+
+
+def test_a_bomb_does_explode_where_it_is_loaded(mark: Path) -> None:
+    pickle.loads(pickle.dumps(Bomb(mark)))
+    assert mark.exists(), "else the tests below prove nothing"
+
+
+def test_pickled_weights_are_refused_and_never_loaded(
+    model: Path, mark: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (model / "model.safetensors").unlink()
+    torch.save({"weight": Bomb(mark)}, model / "pytorch_model.bin")
+    line = prune(capsys)
+    assert "its weights are a pickle (pytorch_model.bin)" in line and "`trsp-deploy convert model --out DIR`" in line
+    line = fails(capsys, "convert", "model", "--out", "safe")
+    assert "holds more than tensors" in line and "nothing was run" in line
+    assert not mark.exists() and not Path("safe").exists()
+
+
+def test_pickles_beside_safetensors_stay_behind(model: Path, mark: Path, tmp_path: Path) -> None:
+    for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt"):
+        torch.save(Bomb(mark), model / name)
+    (model / "modeling_mine.py").write_text(CODE.format(mark=str(mark)))
+    copy_model(model, tmp_path / "dense")
+    kept = {path.name for path in (tmp_path / "dense").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= kept
+    assert not {name for name in kept if name.endswith((".bin", ".pt", ".py"))}
+    load_model(model)
+    (model / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        load_model(model)
+    assert not mark.exists()
+
+
+def test_honest_pickles_are_converted(model: Path, tmp_path: Path) -> None:
+    dense = AutoModelForCausalLM.from_pretrained(model)
+    wanted = dense(tokens()).logits
+    (model / "model.safetensors").unlink()
+    torch.save(dense.state_dict(), model / "pytorch_model.bin")  # with the tied head, under two names
+    assert cli.run(["convert", "model", "--out", "safe"]) == 0
+    assert torch.equal(load_model(tmp_path / "safe")(tokens()).logits, wanted)
+    assert cli.run(["convert", "model", "--out", "safe"]) == 1
+
+
+def test_a_checkpoint_that_is_a_bomb_is_no_checkpoint(tmp_path: Path, mark: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", "key", 0.0)
+    checkpoints.save({"step": 1})
+    assert checkpoints.load() == {"step": 1}
+    (saved,) = (path for path in (tmp_path / "checkpoints").iterdir() if path.is_file())
+    torch.save({"key": "key", "state": Bomb(mark)}, saved)
+    assert checkpoints.load() is None and not mark.exists()
+
+
+# -- code of a model ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_a_model_that_brings_code_is_refused(
+    model: Path, mark: Path, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("modeling_mine", "tokenization_mine"):
+        (model / f"{name}.py").write_text(CODE.format(mark=str(mark)))
+    values = json.loads((model / file).read_text())
+    auto_map = {"AutoModelForCausalLM": "modeling_mine.MineForCausalLM", "AutoTokenizer": ["tokenization_mine.T", None]}
+    (model / file).write_text(json.dumps({**values, "auto_map": auto_map}))
+    line = prune(capsys)
+    assert f"{file}: its auto_map would run code that comes with the model" in line
+    assert (
+        "AutoModelForCausalLM as MineForCausalLM of modeling_mine.py, AutoTokenizer as T of tokenization_mine.py"
+        in line
+    )
+    assert "trust_remote_code stays off" in line
+    assert not mark.exists()
+
+
+# -- YAML -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tag", ["!!python/object/apply:os.system", "!!python/object/new:os.system"])
+def test_yaml_is_data(model: Path, mark: Path, tag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    bomb = f'{tag} ["touch {mark}"]'
+    Path("bomb.yaml").write_text(f"model: {bomb}\n")
+    Path("run").mkdir()
+    Path("run/recipe.yaml").write_text(f"model: {bomb}\n")
+    assert "not valid YAML" in prune(capsys, "--recipe", "bomb.yaml")
+    assert "not valid YAML" in prune(capsys, "--set", f"seed={bomb}")
+    assert "not valid YAML" in fails(capsys, "export", "run")
+    command = ["build", "--onnx", "model.onnx", "--engine", "bomb.yaml", "--out", "engine"]
+    assert "not valid YAML" in fails(capsys, *command)
+    assert not mark.exists()
+
+
+# -- paths ----------------------------------------------------------------------------------------------
+
+
+def test_names_out_of_recipes_do_not_leave_the_run(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = set(Path().rglob("*"))
+    assert "evaluation" in prune(capsys, "--set", "evaluation={../../up: text.txt}")
+    Path("up.yaml").write_text("name: ../../up\ndescription: x\nbackend: onnxruntime-cpu\nprecision: fp32\n")
+    assert "'name'" in fails(capsys, "build", "--onnx", "model.onnx", "--engine", "up.yaml", "--out", "engine")
+    assert {path for path in set(Path().rglob("*")) - before if path.name != "up.yaml"} == set()
+
+
+# -- secrets --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["--model", "--calibration", "--eval"])
+@pytest.mark.parametrize("secret", [PASSWORD, f"owner/name?token={TOKEN}", TOKEN])
+def test_a_password_in_a_name_is_neither_kept_nor_shown(
+    model: Path, where: str, secret: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"--model": "model", "--calibration": "text.txt", "--eval": "own=text.txt"}
+    options[where] = f"own={secret}" if where == "--eval" else secret
+    command = ["prune-and-build", "--drop", "2", "--out", "run", *(part for pair in options.items() for part in pair)]
+    assert cli.run(command) == 1
+    said = "".join(capsys.readouterr())
+    assert "looks like a password or token" in said
+    assert not Path("run").exists()
+    for word in ("s3cret-word", TOKEN):
+        assert word not in said
+
+
+def test_what_is_redacted(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert redacted(f"see {PASSWORD}") == "see https://***@hub.example/owner/name"
+    assert redacted(f"token {TOKEN}, and hf_short") == "token ***, and hf_short"
+    assert redacted("https://x.example/a?sig=abc%2F&b=1") == "https://x.example/a?sig=***&b=1"
+    for plain in ("facebook/opt-6.7b@abc123", "Salesforce/wikitext,wikitext-2:test", "http://127.0.0.1:8000/v2"):
+        assert redacted(plain) == plain
+    monkeypatch.setenv("SOME_PASSWORD", "correct-horse")
+    monkeypatch.setenv("OTHER_TOKEN", "1")
+    assert redacted("it was correct-horse 1") == "it was *** 1"

@@ -1,0 +1,81 @@
+"""A finished run of small made-up files, for what works on a run's files and never looks into them.
+
+run = made_run(tmp_path / "run")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from trsp_deploy.artifacts import RunFolder, fingerprint, provenance, write_json
+from trsp_deploy.recipe import EngineSpec, Strict
+from trsp_deploy.tools.runners.manifest import EngineManifest, spec_sha256
+
+SPEC = EngineSpec(name="ort-cpu-fp32", description="", backend="onnxruntime-cpu", precision="fp32")
+# Step -> its output.
+OUTPUTS = {
+    "dense": "dense",
+    "prune": "pruned",
+    "export-dense-fp32": "onnx/dense",
+    "export-pruned-fp32": "onnx/pruned",
+    "build-ort-cpu-fp32-dense": "engines/ort-cpu-fp32/dense",
+    "build-ort-cpu-fp32-pruned": "engines/ort-cpu-fp32/pruned",
+}
+
+
+class Nothing(Strict):
+    """A result."""
+
+
+def made_run(folder: Path, finished: bool = True) -> Path:
+    """Write a run with a step for each of OUTPUTS, `plan.json` and reports; its manifest too where it is finished."""
+    with RunFolder(folder) as run:
+        (folder / "recipe.yaml").write_text("model: tiny\n")
+        run.step("plan", lambda: _write(folder / "plan.json"), Nothing, settings={}, inputs={}, outputs=["plan.json"])
+        for step, output in OUTPUTS.items():
+            run.step(step, _maker(folder / output), Nothing, settings={}, inputs={}, outputs=[output])
+        run.step("evaluate-own-dense", Nothing, Nothing, settings={}, inputs={})
+        if finished:
+            for name in ("report.json", "report.md", "report.html"):
+                _write(folder / name)
+            run.write_manifest()
+    return folder
+
+
+def _maker(folder: Path) -> Callable[[], Nothing]:
+    def make() -> Nothing:
+        if "engines" in folder.parts:
+            return _write_engine(folder)
+        file = "model.onnx" if "onnx" in folder.parts else "model.safetensors"
+        return _write(folder / file, f"{folder} " * 100)
+
+    return make
+
+
+def _write(path: Path, text: str = "{}") -> Nothing:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return Nothing()
+
+
+def _write_engine(folder: Path) -> Nothing:
+    for file in ("model.onnx", "model.onnx.data"):
+        _write(folder / file, f"{folder.name} {file} " * 50)
+    files = {file: fingerprint(folder / file) for file in ("model.onnx", "model.onnx.data")}
+    manifest = EngineManifest(
+        name=SPEC.name,
+        spec=SPEC,
+        onnx_sha256="0",
+        spec_sha256=spec_sha256(SPEC),
+        backend_version="1",
+        file="model.onnx",
+        files=files,
+        size_bytes=1,
+        build_s=1.0,
+        built_on=provenance(),
+        inputs={},
+        outputs={},
+    )
+    write_json(folder / "manifest.json", manifest)
+    return Nothing()

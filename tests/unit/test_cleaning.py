@@ -1,0 +1,144 @@
+"""What `clean` removes, what it says, and what it never touches."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.made_run import OUTPUTS, Nothing, made_run
+from trsp_deploy import cli
+from trsp_deploy.artifacts import RunFolder, size_bytes
+from trsp_deploy.errors import RunError
+from trsp_deploy.tools.cleaning import clean, plan_cleaning
+from trsp_deploy.tools.verification import verify
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return made_run(tmp_path / "run")
+
+
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def cleaned(run: Path, *keep: str) -> tuple[str, ...]:
+    with RunFolder(run) as folder:
+        plan = plan_cleaning(folder, keep or None)
+        clean(folder, plan)
+    return plan.paths
+
+
+def test_the_kept_stay_and_the_rest_goes(run: Path) -> None:
+    before = files(run)
+    (run / "mine.txt").write_text("of my own")
+    freed = sum(size_bytes(run / name) for name in ("dense", "pruned", "onnx"))
+    with RunFolder(run) as folder:
+        plan = plan_cleaning(folder, ("engines", "reports"))
+        assert plan.freed_bytes == freed and set(plan.redone) == {step for step in OUTPUTS if "build" not in step}
+        assert files(run) == before | {"mine.txt"}, "a plan removes nothing"
+        clean(folder, plan)
+    gone = {name for name in before if name.startswith(("dense/", "pruned/", "onnx/"))}
+    assert files(run) == (before - gone) | {"mine.txt"}
+    assert {finding.path for finding in verify(run).findings} == {"mine.txt"}, "the manifest names what is left"
+
+
+def test_without_keep_only_leftovers_go(run: Path) -> None:
+    before = files(run)
+    (run / "checkpoints" / "prune").mkdir(parents=True)
+    (run / "checkpoints" / "prune" / "state.pt").write_text("x" * 1000)
+    (run / "engines" / "ort-cpu-fp32" / ".dense.partial").mkdir()
+    (run / ".report.json.partial").write_text("{")
+    (run / "engines" / "ort-cpu-fp32" / "dense-failed.log").write_text("error")
+    assert len(cleaned(run)) == 4
+    assert files(run) == before and verify(run).whole
+
+
+def test_one_engine_of_several(run: Path) -> None:
+    (run / "engines" / "other" / "dense").mkdir(parents=True)
+    (run / "engines" / "other" / "dense" / "model.onnx").write_text("x")
+    assert "engines/other" in cleaned(run, "engines/ort-cpu-fp32", "dense", "pruned", "onnx", "reports")
+    assert [path.name for path in (run / "engines").iterdir()] == ["ort-cpu-fp32"]
+    assert verify(run).whole
+    cleaned(run, "dense", "pruned", "onnx", "reports")
+    assert not (run / "engines").exists()
+
+
+def test_a_later_run_makes_again_what_is_missing(run: Path) -> None:
+    made: list[str] = []
+    cleaned(run, "engines", "dense", "onnx", "reports")
+
+    def make(output: str) -> Nothing:
+        made.append(output)
+        (run / output).mkdir()
+        (run / output / "model.safetensors").write_text("again")
+        return Nothing()
+
+    with RunFolder(run) as folder:
+        for step, output in OUTPUTS.items():
+            folder.step(step, lambda name=output: make(name), Nothing, settings={}, inputs={}, outputs=[output])
+    assert made == ["pruned"]
+
+
+def test_nothing_outside_is_ever_touched(run: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "precious").write_text("x")
+    (run / "plans").symlink_to(outside)
+    (run / "onnx" / "link").symlink_to(outside)
+    (run / "report.md").unlink()
+    (run / "report.md").symlink_to(outside / "precious")
+    for name in ("checkpoints", ".x.partial"):
+        (run / name).symlink_to(outside)
+    (run / "engines" / "far").symlink_to(outside)
+    (outside / "y-failed.log").write_text("x")
+    cleaned(run, "dense")
+    assert files(outside) == {"precious", "y-failed.log"}
+    assert not any((run / name).is_symlink() for name in ("plans", "report.md", "checkpoints", ".x.partial"))
+    with pytest.raises(RunError, match="no such part"):
+        cleaned(run, "../outside")
+    with pytest.raises(RunError, match="no run of trsp-deploy"):
+        cleaned(outside, "dense")
+    assert {"precious", "y-failed.log"} <= files(outside)
+
+
+def test_engines_that_lie_elsewhere_are_not_reached_into(run: Path, tmp_path: Path) -> None:
+    (run / "engines").rename(tmp_path / "engines")
+    (tmp_path / "engines" / "empty").mkdir()
+    (run / "engines").symlink_to(tmp_path / "engines")
+    before = sorted((tmp_path / "engines").rglob("*"))
+    assert not any(name.startswith("engines") for name in cleaned(run, "engines/empty"))
+    assert "engines" in cleaned(run, "dense")
+    assert sorted((tmp_path / "engines").rglob("*")) == before and not (run / "engines").exists()
+
+
+def test_blocks_that_have_another_name_are_not_freed(run: Path, tmp_path: Path) -> None:
+    dense = run / "dense" / "model.safetensors"
+    os.link(dense, tmp_path / "source.safetensors")
+    os.link(run / "onnx" / "dense" / "model.onnx", run / "onnx" / "again.onnx")  # both names go
+    with RunFolder(run) as folder:
+        plan = plan_cleaning(folder, ("pruned", "engines", "reports"))
+    by_path = {removal.path: removal for removal in plan.removals}
+    assert by_path["dense"].freed_bytes == 0 and by_path["dense"].size_bytes == dense.stat().st_size
+    assert plan.freed_bytes == sum(size_bytes(run / "onnx" / role) for role in ("dense", "pruned"))
+
+
+def test_the_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = files(run)
+    assert cli.run(["clean", str(run), "--keep", "engines,reports", "--dry-run", "--json"]) == 0
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert [removal["path"] for removal in found["removals"]] == ["dense", "onnx", "pruned"] and not found["removed"]
+    assert "would free" in printed.err and "export-dense-fp32" in printed.err and files(run) == before
+    assert cli.run(["clean", str(run), "--keep", "engine"]) == 1
+    assert "--keep engine: no such part; did you mean 'engines'?" in capsys.readouterr().err
+    assert cli.run(["clean", str(run.parent), "--keep", "engines"]) == 1
+    assert "no run of trsp-deploy" in capsys.readouterr().err and not (run.parent / ".lock").exists()
+    with RunFolder(run):
+        assert cli.run(["clean", str(run)]) == 1
+        assert "in use by another trsp-deploy" in capsys.readouterr().err
+    assert cli.run(["clean", str(run), "--keep", "engines,reports"]) == 0
+    assert "freed" in capsys.readouterr().out and not (run / "dense").exists()

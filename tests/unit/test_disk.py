@@ -1,0 +1,121 @@
+"""The disk estimate against sizes that real runs had, and what is said when a disk is too small.
+
+A tiny run's own files are held against it in tests/integration/test_pipeline.py.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from transformers import GPT2Config, LlamaConfig, OPTConfig
+
+from trsp_deploy.cli import jobs
+from trsp_deploy.errors import StorageError
+from trsp_deploy.recipe import EngineSpec, Recipe, read_recipe
+from trsp_deploy.tools import disk
+from trsp_deploy.tools.disk import DiskPlan, check_disk, plan_disk
+from trsp_deploy.tools.library import load_engine_spec
+
+MB = 1e6
+SMOLLM2 = LlamaConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    tie_word_embeddings=True,
+)
+OPT = OPTConfig(hidden_size=768, ffn_dim=3072, num_hidden_layers=12, num_attention_heads=12, word_embed_proj_dim=768)
+SPECS = [load_engine_spec(name) for name in ("ort-cpu-fp32", "tensorrt-rtx-fp16")]
+# MB that a run of SmolLM2-135M left, 8 of 30 layers dropped: dense (a copy), pruned, each precision's graphs, engines.
+MEASURED = {
+    "dense": 541.6,
+    "pruned": 428.3,
+    "onnx fp32": 971.7,
+    "onnx fp16": 490.4,
+    "engine ort-cpu-fp32": 1194.0,
+    "engine tensorrt-rtx-fp16": 1071.3,
+}
+# MB of dense engines that `build --onnx` made.
+ENGINES = {
+    "SmolLM2-135M, ort-cpu-int8": (SMOLLM2, "ort-cpu-int8", 257.6),
+    "SmolLM2-135M, ort-cpu-int4": (SMOLLM2, "ort-cpu-int4", 110.8),
+    "OPT-125M, ort-cpu-fp32": (OPT, "ort-cpu-fp32", 655.1),
+    "GPT-2, ort-cpu-fp32": (GPT2Config(), "ort-cpu-fp32", 652.2),
+}
+DOCS = Path(__file__).parents[2] / "docs" / "memory.md"
+
+
+def recipe(**changes: object) -> Recipe:
+    return read_recipe({"model": "m", "drop": "8", "transfer": {"form": "none"}, **changes}, "test")
+
+
+def smollm2(run: Path, specs: list[EngineSpec] = SPECS, free: int | None = None) -> DiskPlan:
+    return plan_disk(run, recipe(), SMOLLM2, specs, free=free)
+
+
+def estimates(run: Path) -> dict[str, tuple[float, float]]:
+    """Measured and estimated MB by row of the page's table."""
+    stages = {stage.stage: stage.kept_bytes / MB for stage in smollm2(run).stages}
+    rows = {stage: (size, stages[stage]) for stage, size in MEASURED.items()}
+    for name, (config, engine, size) in ENGINES.items():
+        rows[name] = (
+            size,
+            disk._engine(load_engine_spec(engine), disk._counts(type(config), config.to_json_string())) / MB,
+        )
+    return rows
+
+
+def test_within_a_fifth_of_what_was_measured(tmp_path: Path) -> None:
+    rows = estimates(tmp_path / "run")
+    for name, (measured, estimate) in rows.items():
+        assert estimate == pytest.approx(measured, rel=0.05), name
+    page = dict(re.findall(r"^\| ([^|]+) \| ([\d.]+ \| [\d.]+) \|$", DOCS.read_text().partition("## Disk")[2], re.M))
+    assert page == {name: f"{measured:.1f} | {estimate:.1f}" for name, (measured, estimate) in rows.items()}
+
+
+def test_the_highest_moment_is_what_has_to_fit(tmp_path: Path) -> None:
+    plan = smollm2(tmp_path / "run")
+    before = sum(stage.kept_bytes for stage in plan.stages[:-1])
+    assert before < plan.needed_bytes < before + 0.6e9, "a graph lies beside the last engine while it is built"
+    training = plan_disk(tmp_path / "run", recipe(transfer={"form": "anneal"}), SMOLLM2, SPECS)
+    scratch = {stage.stage: stage.scratch_bytes for stage in training.stages}
+    assert scratch["pruned"] == 2 * 3 * 4 * sum(disk._counts(LlamaConfig, SMOLLM2.to_json_string()).layers), (
+        "two checkpoints of weights and moments"
+    )
+
+
+def test_what_is_there_costs_nothing_again(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    whole = smollm2(run).needed_bytes
+    for folder in ("dense", "pruned", "onnx/dense", "onnx/pruned", "engines/ort-cpu-fp32/dense"):
+        (run / folder).mkdir(parents=True)
+    plan = smollm2(run)
+    assert [stage.stage for stage in plan.stages if stage.there] == ["dense", "pruned", "onnx fp32"]
+    assert plan.needed_bytes < whole - 1.5e9
+
+
+def test_hard_links_cost_nothing(tmp_path: Path) -> None:
+    here = LlamaConfig.from_dict(SMOLLM2.to_dict())
+    here._name_or_path = str(tmp_path)
+    assert plan_disk(tmp_path / "run", recipe(), here, SPECS).stages[0].kept_bytes == 0
+
+
+def test_too_small_a_disk_is_one_line_with_what_would_fit(tmp_path: Path) -> None:
+    plan = smollm2(tmp_path / "run", free=4_000_000_000)
+    with pytest.raises(StorageError) as caught:
+        check_disk(plan, recipe(), SMOLLM2, SPECS)
+    line = str(caught.value)
+    assert "\n" not in line and "4.00 GB are free" in line and "--ignore-disk" in line
+    assert "--engine ort-cpu-fp32 alone (3." in line and "--out on a larger disk" in line and "clean" not in line
+    (tmp_path / "run").mkdir()
+    with pytest.raises(StorageError, match="trsp-deploy clean"):
+        check_disk(smollm2(tmp_path / "run", free=10), recipe(), SMOLLM2, SPECS)
+    check_disk(smollm2(tmp_path / "run", free=10**11), recipe(), SMOLLM2, SPECS)
+
+
+def test_the_command_asks_before_the_work() -> None:
+    assert "ignore_disk" in jobs.prune_and_build.__annotations__

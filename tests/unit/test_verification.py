@@ -1,0 +1,237 @@
+"""Every file that is missing, changed, unknown or outside is named; and what was signed is what is there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.made_run import OUTPUTS, SPEC, made_run
+from trsp_deploy import cli
+from trsp_deploy.artifacts import MANIFEST, RunFolder, fingerprint, provenance, write_json
+from trsp_deploy.errors import EngineUnavailable, RunError
+from trsp_deploy.recipe import read_engine_spec, read_recipe
+from trsp_deploy.tools.repository import RepositoryManifest, ServedModel
+from trsp_deploy.tools.runners.manifest import Bound, check_manifest, read_manifest
+from trsp_deploy.tools.verification import verify
+
+ENGINE = "engines/ort-cpu-fp32/pruned"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return made_run(tmp_path / "run")
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    folder = tmp_path / "repository"
+    (folder / "m" / "1").mkdir(parents=True)
+    (folder / "m" / "1" / "model.py").write_text("pass")
+    (folder / "README.md").write_text("How to serve it.")
+    model = ServedModel(
+        name="m",
+        role="pruned",
+        engine="e",
+        max_batch=1,
+        max_length=8,
+        files={"1/model.py": fingerprint(folder / "m" / "1" / "model.py")},
+    )
+    manifest = RepositoryManifest(models=(model,), packages=(), gpu=None, container="c", provenance=provenance())
+    write_json(folder / MANIFEST, manifest)
+    return folder
+
+
+def found(folder: Path) -> set[tuple[str, str]]:
+    return {(finding.state, finding.path) for finding in verify(folder).findings}
+
+
+def test_a_finished_run_is_whole(run: Path) -> None:
+    assert verify(run).whole and verify(run).against == MANIFEST
+    names = json.loads((run / MANIFEST).read_text())["files"]
+    assert set(names) == {
+        path.relative_to(run).as_posix()
+        for path in run.rglob("*")
+        if path.is_file() and path.name not in (".lock", MANIFEST)
+    }
+
+
+@pytest.mark.parametrize("file", ["dense/model.safetensors", "onnx/pruned/model.onnx", f"{ENGINE}/model.onnx.data"])
+def test_each_damage_is_named(run: Path, file: str) -> None:
+    path = run / file
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert found(run) == {("changed", file)}
+    path.write_bytes(content[:10])
+    assert found(run) == {("changed", file)}
+    path.unlink()
+    assert found(run) == {("missing", file)}
+    path.write_bytes(content)
+    (path.parent / "more.py").write_text("print(1)")
+    assert found(run) == {("unknown", f"{path.parent.relative_to(run)}/more.py")}
+
+
+def test_records_and_reports_are_among_them(run: Path) -> None:
+    (run / "records" / "prune.json").write_text("{}")
+    (run / "report.html").write_text("fine")
+    (run / "recipe.yaml").unlink()
+    states = {("changed", "records/prune.json"), ("changed", "report.html"), ("missing", "recipe.yaml")}
+    assert found(run) == states
+
+
+def test_what_lies_beside_is_nobodys(run: Path) -> None:
+    (run / "checkpoints" / "prune").mkdir(parents=True)
+    (run / "checkpoints" / "prune" / "state.pt").write_text("x")
+    (run / "engines" / "ort-cpu-fp32" / "dense-failed.log").write_text("x")
+    assert verify(run).whole
+
+
+def test_an_unfinished_run_is_held_against_its_records(tmp_path: Path) -> None:
+    run = made_run(tmp_path / "run", finished=False)
+    assert verify(run).whole and verify(run).against == "records" and verify(run).checked == len(OUTPUTS) + 1
+    (run / "pruned" / "model.safetensors").write_text("other")
+    (run / ENGINE / "model.onnx").unlink()
+    shutil.rmtree(run / "onnx" / "dense")
+    (run / "records" / "dense.json").write_text("{")
+    assert found(run) == {
+        ("changed", "pruned"),
+        ("missing", f"{ENGINE}/model.onnx"),
+        ("missing", "onnx/dense"),
+        ("unreadable", "records/dense.json"),
+    }
+
+
+def test_a_manifest_that_is_there_holds(run: Path) -> None:
+    """A step that works removes it, and what a step did not make never gets into it."""
+    with RunFolder(run) as folder:
+        (run / "pruned" / "model.safetensors").write_text("tampered")
+        (run / "mine.txt").write_text("mine")
+        folder.write_manifest()
+        assert found(run) == {("unknown", "pruned/model.safetensors"), ("unknown", "mine.txt")}
+        with pytest.raises(KeyboardInterrupt):
+            folder.step("new", _interrupted, read_recipe.__class__, settings={}, inputs={})
+    assert not (run / MANIFEST).exists()
+
+
+def _interrupted() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/../../outside", "", "a\\..\\b"])
+def test_paths_that_leave_are_refused_before_anything_is_read(run: Path, repository: Path, name: str) -> None:
+    for path, keys in (
+        (run / MANIFEST, ("files",)),
+        (run / ENGINE / "manifest.json", ("files",)),
+        (repository / MANIFEST, ("models", 0, "files")),
+    ):
+        values = json.loads(path.read_text())
+        place = values
+        for key in keys:
+            place = place[key]
+        place[name] = "0" * 64
+        path.write_text(json.dumps(values))
+        with pytest.raises(RunError, match="leads out of its folder"):
+            verify(path.parent)
+    with pytest.raises(EngineUnavailable, match="leads out of its folder"):
+        read_manifest(run / ENGINE)
+    record = run / "records" / "prune.json"
+    values = json.loads(record.read_text())
+    record.write_text(json.dumps({**values, "outputs": {name: "0"}}))
+    assert RunFolder(run).record("prune") is None
+
+
+def test_links_that_leave_are_refused(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "elsewhere").mkdir()
+    file = run / ENGINE / "model.onnx"
+    content = file.read_bytes()
+    (tmp_path / "elsewhere" / "model.onnx").write_bytes(content)  # the very same bytes, and still not in the folder
+    file.unlink()
+    file.symlink_to(tmp_path / "elsewhere" / "model.onnx")
+    (run / "pruned" / "more").symlink_to(tmp_path / "secret")
+    (run / "folder").symlink_to(tmp_path / "elsewhere")
+    states = {("outside", f"{ENGINE}/model.onnx"), ("outside", "pruned/more"), ("outside", "folder")}
+    assert found(run) == states
+    with pytest.raises(EngineUnavailable, match="a link out of its folder"):
+        check_manifest(run / ENGINE, read_manifest(run / ENGINE), "1", Bound())
+
+
+def test_an_engine_that_its_manifest_does_not_vouch_for_is_not_opened(run: Path) -> None:
+    manifest = read_manifest(run / ENGINE)
+    with pytest.raises(EngineUnavailable, match=r"has no SHA-256 of other\.onnx"):
+        check_manifest(run / ENGINE, manifest.model_copy(update={"file": "other.onnx"}), "1", Bound())
+
+
+@pytest.mark.parametrize("name", ["../../up", "a/b", ".hidden", ""])
+def test_names_that_become_paths_are_names(name: str) -> None:
+    with pytest.raises(Exception, match="name"):
+        read_engine_spec({**SPEC.model_dump(), "name": name}, "test")
+    with pytest.raises(Exception, match="evaluation"):
+        read_recipe({"model": "m", "evaluation": {name: "texts"}}, "test")
+
+
+def test_a_repository(repository: Path) -> None:
+    assert verify(repository).whole
+    (repository / "m" / "1" / "model.py").write_text("import os")
+    (repository / "m" / "1" / "more.py").write_text("")
+    assert found(repository) == {("changed", "m/1/model.py"), ("unknown", "m/1/more.py")}
+
+
+def test_the_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["verify", str(run)]) == 0
+    (run / "plan.json").write_text("[]")
+    assert cli.run(["verify", str(run)]) == 2
+    assert "changed: plan.json: SHA-256" in capsys.readouterr().out
+    assert cli.run(["verify", str(run), "--json"]) == 2
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["findings"][0]["path"] == "plan.json" and "changed: plan.json" in printed.err
+    assert cli.run(["verify", str(run / "pruned")]) == 1
+    assert "holds no manifest; give a run folder" in capsys.readouterr().err
+    (run / MANIFEST).write_text("{")
+    assert cli.run(["verify", str(run)]) == 1
+    assert "not valid JSON" in capsys.readouterr().err
+
+
+def test_signatures(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("model_signing", reason="needs: pip install 'trsp_deploy[signing]'")
+    pytest.importorskip("OpenSSL", reason="needs: pip install 'trsp_deploy[signing]'")
+    (private, public), (_, other) = _keys(tmp_path, "own"), _keys(tmp_path, "other")
+    check = ["verify", str(run), "--public-key"]
+    assert cli.run([*check, public]) == 2
+    assert "MANIFEST.json.sig is missing" in capsys.readouterr().out
+    assert cli.run(["sign", str(run), "--key", private]) == 0
+    assert cli.run([*check, public]) == 0
+    assert "signature: valid" in capsys.readouterr().out
+    assert cli.run([*check, other]) == 2
+    assert "no signature of this MANIFEST.json by that key" in capsys.readouterr().out
+    assert cli.run([*check, private]) == 1
+    assert "expected a PEM file" in capsys.readouterr().err
+    # Who changes a file and the manifest with it cannot sign that.
+    (run / "pruned" / "model.safetensors").write_text("other")
+    values = json.loads((run / MANIFEST).read_text())
+    values["files"]["pruned/model.safetensors"] = fingerprint(run / "pruned" / "model.safetensors")
+    write_json(run / MANIFEST, values)
+    assert verify(run).whole
+    assert cli.run([*check, public]) == 2
+    (run / "plan.json").write_text("[]")
+    assert cli.run(["sign", str(run), "--key", private]) == 1
+    assert "nothing signed" in capsys.readouterr().err
+
+
+def _keys(folder: Path, name: str) -> tuple[str, str]:
+    private, public = str(folder / f"{name}.pem"), str(folder / f"{name}.pub")
+    curve = ["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", private]
+    for command in (curve, ["openssl", "ec", "-in", private, "-pubout", "-out", public]):
+        subprocess.run(command, check=True, capture_output=True)
+    return private, public
+
+
+def test_without_the_library_the_line_says_so(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "model_signing", None)
+    from trsp_deploy.tools.signing import sign
+
+    with pytest.raises(RunError, match=r"pip install 'trsp_deploy\[signing\]'"):
+        sign(run, tmp_path / "key.pem")

@@ -1,0 +1,100 @@
+"""The commands about files that are there: verify, sign, convert, clean."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trsp_deploy.cli.jobs import Json, Run
+
+Folder = Annotated[Path, typer.Argument(help="A run folder, an engine folder or a Triton repository.", metavar="PATH")]
+PublicKey = Annotated[
+    Path | None, typer.Option("--public-key", help="Check the manifest's signature too (PEM).", metavar="FILE")
+]
+Key = Annotated[Path, typer.Option("--key", help="Private elliptic-curve key (PEM).", metavar="FILE")]
+Model = Annotated[str, typer.Argument(help="A folder, a hub id or a short name.", metavar="MODEL")]
+Out = Annotated[Path, typer.Option("--out", help="Folder to write; not there yet.", metavar="DIR")]
+Keep = Annotated[
+    str | None,
+    typer.Option("--keep", help="Parts that stay: dense, pruned, onnx, engines, engines/NAME, reports.", metavar="A,B"),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would go, and remove nothing.")]
+WRONG = 2  # exit code where a file is not what its manifest says
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    app.command("verify")(verify)
+    app.command("sign")(sign)
+    app.command("convert")(convert)
+    app.command("clean")(clean)
+
+
+def verify(path: Folder, public_key: PublicKey = None, as_json: Json = False) -> None:
+    """Compare every file with its manifest's SHA-256; exit code 2 when one is missing, changed, unknown or outside."""
+    from trsp_deploy.tools.verification import verify as verified
+
+    found = verified(path)
+    stream = sys.stderr if as_json else sys.stdout
+    for finding in found.findings:
+        print(finding, file=stream)
+    against = "its steps' records, for it is not finished" if found.against == "records" else found.against
+    print(f"{path}: {found.kind}, {found.checked} held against {against}, {len(found.findings)} wrong", file=stream)
+    signature, whole = None, found.whole
+    if public_key is not None:
+        from trsp_deploy.tools.signing import check_signature
+
+        problem = check_signature(path, public_key)
+        signature, whole = problem or "valid", whole and problem is None
+        print(f"signature: {signature}", file=stream)
+    if as_json:
+        print(json.dumps({**found.model_dump(mode="json"), "signature": signature, "whole": whole}))
+    raise typer.Exit(0 if whole else WRONG)
+
+
+def sign(path: Folder, key: Key, as_json: Json = False) -> None:
+    """Sign the manifest of a verified folder with a key of your own (OpenSSF's model-signing, no network)."""
+    from trsp_deploy.tools.signing import sign as signed
+
+    signature = signed(path, key)
+    print(f"{signature}: signed with {key}", file=sys.stderr if as_json else sys.stdout)
+    if as_json:
+        print(json.dumps({"signature": str(signature)}))
+
+
+def convert(model: Model, out: Out, as_json: Json = False) -> None:
+    """Write pickled weights as safetensors; what holds more than tensors is refused, and nothing in it runs."""
+    from trsp_deploy.cli.jobs import say
+    from trsp_deploy.tools.safe_copy import convert as converted
+
+    folder = converted(model, out, say)
+    print(f"{folder}: safetensors; prune it with --model {folder}", file=sys.stderr if as_json else sys.stdout)
+    if as_json:
+        print(json.dumps({"model": str(folder)}))
+
+
+def clean(run: Run, keep: Keep = None, dry_run: DryRun = False, as_json: Json = False) -> None:
+    """Remove the parts of a run that --keep does not name, without it leftovers alone; a later run makes them again."""
+    from trsp_deploy.artifacts import RunFolder
+    from trsp_deploy.tools.cleaning import check_run, plan_cleaning
+    from trsp_deploy.tools.cleaning import clean as cleaned
+
+    check_run(run)  # before a lock is left in a folder that is none
+    with RunFolder(run) as folder:
+        plan = plan_cleaning(folder, None if keep is None else [part.strip() for part in keep.split(",")])
+        if not dry_run:
+            cleaned(folder, plan)
+    stream = sys.stderr if as_json else sys.stdout
+    for removal in plan.removals:
+        shared = removal.size_bytes - removal.freed_bytes
+        note = f", of which {shared / 1e6:,.1f} MB are in use elsewhere too" if shared else ""
+        print(f"{run / removal.path}: {removal.size_bytes / 1e6:,.1f} MB{note}", file=stream)
+    if plan.redone:
+        print(f"made again by a later run that needs them: {', '.join(plan.redone)}", file=stream)
+    print(f"{run}: {'would free' if dry_run else 'freed'} {plan.freed_bytes / 1e6:,.1f} MB", file=stream)
+    if as_json:
+        print(json.dumps({**plan.model_dump(mode="json"), "removed": not dry_run}))
