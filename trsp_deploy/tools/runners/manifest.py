@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from trsp_deploy.artifacts import Provenance, fingerprint
+from trsp_deploy.artifacts import Provenance, Sealed, fingerprint
 from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.recipe import EngineSpec, Strict
 from trsp_deploy.tools.graphs.decoder_io import Bindings
@@ -58,7 +58,7 @@ class Bound(Strict):
         return gpu == self.gpu
 
 
-class EngineManifest(Strict):
+class EngineManifest(Sealed):
     """An engine folder's `manifest.json`."""
 
     name: str
@@ -105,6 +105,12 @@ def check_manifest(folder: Path, manifest: EngineManifest, backend_version: str,
             f"engine {manifest.name} was built with {manifest.spec.backend} {manifest.backend_version}, "
             f"here is {backend_version}; {again}"
         )
+    check_files(folder, manifest)
+
+
+def check_files(folder: Path, manifest: EngineManifest) -> None:
+    """Raise EngineUnavailable when a file is missing or is not the one that was built."""
+    again = build_command(manifest.name)
     for name, expected in manifest.files.items():
         path = folder / name
         if not path.is_file():
