@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, model_validator
 
 from trsp_deploy import __version__
 from trsp_deploy.errors import RunError, StorageError, TrspError
@@ -31,6 +31,7 @@ from trsp_deploy.recipe import RelativePath, Strict
 
 # Raise when a step's code changes what it makes from the same inputs, so that old records no longer match.
 FORMAT = 1
+NOTHING_LEFT = 1 << 20  # bytes: a disk with less is full, whatever a library calls its error
 
 MANIFEST = "MANIFEST.json"
 MANIFEST_SCHEMA = 1
@@ -67,7 +68,29 @@ class Provenance(Strict):
     gpus: tuple[str, ...]
 
 
-class StepRecord(Strict):
+class Sealed(Strict):
+    """A record whose file ends with the SHA-256 of what it says, so that a changed byte is found when it is read.
+
+    Take the key `sha256` out to edit one by hand; files that never had it are taken as they are.
+    """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_written(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "sha256" not in values:
+            return values
+        said = {name: value for name, value in values.items() if name != "sha256"}
+        if values["sha256"] != seal(said):
+            raise ValueError("is not what was written (its SHA-256 is another)")
+        return said
+
+
+def seal(said: Mapping[str, Any]) -> str:
+    """SHA-256 over all that a record says."""
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+class StepRecord(Sealed):
     """What a finished step read, did and wrote."""
 
     step: str
@@ -143,7 +166,7 @@ def storage_errors(path: Path) -> Iterator[None]:
     except TrspError:
         raise
     except Exception as problem:
-        if "no space left" in str(problem).lower() or _free_bytes(path) < 1 << 20:
+        if "no space left" in str(problem).lower() or _free_bytes(path) < NOTHING_LEFT:
             raise _disk_full(path) from problem
         raise
 
@@ -164,22 +187,25 @@ def _free_bytes(path: Path) -> int:
 def writing(target: Path) -> Iterator[Path]:
     """Yield a path beside `target` to write a file or folder to; it takes target's place on success.
 
-    After an error or a kill the target is what it was before.
+    After an error or a kill the target is what it was before, or, of a folder, gone: it is never half of anything.
     """
-    partial = target.with_name(f".{target.name}.partial")
+    partial, former = (target.with_name(f".{target.name}.{state}") for state in ("partial", "former"))
     with storage_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove(partial)
+        _remove(former)
         try:
-            yield partial
-            _sync(partial)
+            with storage_errors(target):  # before the next lines make room again: how full the disk is explains much
+                yield partial
+                _sync(partial)
             # A folder cannot replace a folder in one rename, so the old one steps aside first.
             if target.is_dir():
-                _remove(target)
+                target.replace(former)
             partial.replace(target)
         except BaseException:
             _remove(partial)
             raise
+        _remove(former)
 
 
 def link_tree(source: Path, target: Path, copied: tuple[str, ...] = ()) -> None:
@@ -204,7 +230,9 @@ def link_tree(source: Path, target: Path, copied: tuple[str, ...] = ()) -> None:
 
 def write_json(path: Path, value: BaseModel | Mapping[str, Any]) -> None:
     """Write a record or mapping as indented JSON, whole or not at all."""
-    plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+    plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else dict(value)
+    if isinstance(value, Sealed):
+        plain["sha256"] = seal(plain)
     with writing(path) as partial:
         partial.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
 
@@ -312,7 +340,7 @@ class RunFolder:
     def record(self, step: str) -> StepRecord | None:
         """The record of a finished step, or None when there is none that can be read."""
         try:
-            return StepRecord.model_validate_json((self.path / "records" / f"{step}.json").read_bytes())
+            return StepRecord.model_validate_json((self.path / _record_file(step)).read_bytes())
         except (OSError, ValidationError):
             return None
 
@@ -389,8 +417,15 @@ class RunFolder:
     ) -> Result | None:
         """The recorded result of a step, where it still holds."""
         record = self.record(name)
-        key = self.key(name, settings=settings, inputs=inputs)
-        if record is None or record.key != key or not self._outputs_match(record):
+        if record is None:
+            if (self.path / _record_file(name)).exists():
+                self._announce(name, f"{_record_file(name)} is damaged, or of another version; done again")
+            return None
+        if record.key != self.key(name, settings=settings, inputs=inputs):
+            return None
+        changed = self._changed_outputs(record)
+        if changed:
+            self._announce(name, f"{', '.join(changed)} is not what was made (SHA-256); made again")
             return None
         try:
             return result_type.model_validate(record.result)
@@ -423,16 +458,20 @@ class RunFolder:
             elapsed_s=elapsed,
             provenance=provenance(),
         )
-        write_json(self.path / "records" / f"{name}.json", record)
+        write_json(self.path / _record_file(name), record)
         self._announce(name, f"done in {elapsed:.1f} s")
         return result
 
-    def _outputs_match(self, record: StepRecord) -> bool:
-        return all(self._output_matches(record, path) for path in record.outputs)
+    def _changed_outputs(self, record: StepRecord) -> list[str]:
+        return [path for path in record.outputs if not self._output_matches(record, path)]
 
     def _output_matches(self, record: StepRecord, output: str) -> bool:
         path = self.path / output
         return path.exists() and not leaves(self.path, path) and fingerprint(path) == record.outputs[output]
+
+
+def _record_file(step: str) -> str:
+    return f"records/{step}.json"
 
 
 def _plain(settings: BaseModel | Mapping[str, Any]) -> dict[str, Any]:

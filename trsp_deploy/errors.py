@@ -22,8 +22,10 @@ Anything else that escapes is a bug: it prints its traceback and exits with 70.
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
+import reprlib
 from collections.abc import Iterable
 
 # A URL's user and password, tokens by the forms that hubs and clouds give them, and what a URL's query calls one.
@@ -91,6 +93,57 @@ class ParityError(TrspError):
 
 class EngineUnavailable(TrspError):
     """This engine cannot be built or run on this machine; the message is the reason."""
+
+
+# What the machine refuses, and what helps; a path of that length or kind is the user's own.
+REFUSALS = {
+    errno.EACCES: "",
+    errno.EPERM: "",
+    errno.EROFS: "",
+    errno.ENAMETOOLONG: "",
+    errno.ENOTDIR: "",
+    errno.EISDIR: "",
+    errno.ELOOP: "",
+    errno.EIO: "",
+    errno.EFBIG: "; see `ulimit -f`",
+    errno.ENOSPC: "; free some space and run the same command again: finished steps are kept",
+    errno.EDQUOT: "; free some space and run the same command again: finished steps are kept",
+    errno.EMFILE: "; raise the limit with `ulimit -n 1024` and run the same command again: finished steps are kept",
+    errno.ENFILE: "; close other programs and run the same command again: finished steps are kept",
+}
+NO_MEMORY = re.compile(
+    r"can(no|')t allocate memory|failed to allocate memory|bad allocation|bad_alloc|failed to map segment"
+    r"|can't start new thread|out of memory",
+    re.IGNORECASE,
+)
+
+
+def machine_reason(problem: BaseException) -> str | None:
+    """The line for an error that this machine's disk, limits or memory caused; None for all others.
+
+    Libraries wrap such errors in their own, so what led to `problem` counts too.
+    """
+    cause: BaseException | None = problem
+    while cause is not None:
+        if isinstance(cause, MemoryError) or NO_MEMORY.search(str(cause)):
+            said = f" ({shown(str(cause))})" if str(cause) else ""
+            return (
+                f"not enough memory{said}; close other programs or raise the limit (`ulimit -v`) "
+                "and run the same command again: finished steps are kept"
+            )
+        if isinstance(cause, OSError) and cause.errno in REFUSALS:
+            return f"{cause.filename or 'disk'}: {cause.strerror}{REFUSALS[cause.errno]}"
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def shown(value: object) -> str:
+    """A value for an error's line: its repr, with the middle left out of what is long or deep."""
+    return _SHORT.repr(value)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:

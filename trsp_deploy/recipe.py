@@ -7,6 +7,7 @@ This module imports no torch, so that the command line stays quick.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import types
@@ -16,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from trsp_deploy.errors import EngineSpecError, RecipeError, UserError, nearest, redacted
+from trsp_deploy.errors import EngineSpecError, RecipeError, UserError, nearest, redacted, shown
 
 Precision = Literal["fp32", "fp16", "int8", "int4"]  # of an engine
 Float = Literal["fp32", "fp16"]  # of an exported graph: integers come in when an engine is built from it
@@ -305,16 +306,22 @@ class EngineSpec(Strict):
         return self
 
 
+# Of a drop. Longer ones are no numbers that anyone means, and Python refuses to read them or rounds them to infinity.
+INTEGER = r"\d{1,9}"
+NUMBER = r"\d{1,9}(?:\.\d{1,9})?"
+MOST_POINTS = 1000  # in a range of drops
+
+
 def parse_drop(drop: str, num_layers: int) -> int:
     """Turn `25%` or `8` into a number of layers, rounding half up.
 
     Raises RecipeError when it is neither, when it drops nothing, or leaves no layer.
     """
     text = drop.strip()
-    share = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text)
+    share = re.fullmatch(rf"({NUMBER})\s*%", text)
     if share:
         count = math.floor(float(share[1]) / 100 * num_layers + 0.5)
-    elif text.isdecimal():
+    elif re.fullmatch(INTEGER, text):
         count = int(text)
     else:
         raise RecipeError(f"--drop '{drop}': give a share such as 25% or a count of layers such as 8")
@@ -332,9 +339,7 @@ def parse_drops(drops: str, num_layers: int) -> tuple[int, ...]:
 
     Raises RecipeError as `parse_drop` does, and when a range has no beginning, no end, or they are of two kinds.
     """
-    ranged = re.fullmatch(
-        r"\s*(\d+(?:\.\d+)?)(%?)\s*\.\.\s*(\d+(?:\.\d+)?)(%?)\s*(?::\s*(\d+(?:\.\d+)?)(%?))?\s*", drops
-    )
+    ranged = re.fullmatch(rf"\s*({NUMBER})(%?)\s*\.\.\s*({NUMBER})(%?)\s*(?::\s*({NUMBER})(%?))?\s*", drops)
     if ranged is None:
         if ".." in drops:
             raise RecipeError(f"--drop '{drops}': expected a range such as 5%..50%, 2..12, or 10%..40%:10%")
@@ -346,6 +351,8 @@ def parse_drops(drops: str, num_layers: int) -> tuple[int, ...]:
     if width <= 0:
         raise RecipeError(f"--drop '{drops}': a step of 0 leads nowhere")
     points = math.floor((float(last) - float(first)) / width + 1e-9) + 1
+    if points > MOST_POINTS:
+        raise RecipeError(f"--drop '{drops}': is {points} points, at most {MOST_POINTS} can be asked for")
     values = [float(first) + width * index for index in range(points)]
     return tuple(sorted({parse_drop(f"{value:g}{kind}", num_layers) for value in values}))
 
@@ -372,15 +379,49 @@ def read_engine_spec(values: dict[str, Any], source: str) -> EngineSpec:
 def read_yaml(path: Path, error: type[UserError]) -> dict[str, Any]:
     """Read a YAML mapping from a file, or raise `error` with one line that says what is wrong."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = load_yaml(path.read_text(encoding="utf-8"))
     except OSError as problem:
         raise error(f"{path}: cannot be read ({problem.strerror})") from problem
-    except (yaml.YAMLError, UnicodeDecodeError) as problem:
+    except ValueError as problem:
         first_line = " ".join(str(problem).split())
         raise error(f"{path}: not valid YAML ({first_line})") from problem
     if not isinstance(values, dict):
         raise error(f"{path}: holds a {type(values).__name__}, expected a mapping of keys to values")
     return values
+
+
+DEEPEST, MOST_VALUES = 40, 100_000  # of a YAML text
+
+
+def load_yaml(text: str) -> Any:
+    """What a YAML text says; raises ValueError for every text that says nothing that can be used."""
+    try:
+        return _bounded(yaml.safe_load(text))
+    except (yaml.YAMLError, ArithmeticError, TypeError, LookupError, AttributeError) as problem:
+        raise ValueError(str(problem)) from problem
+    except RecursionError as problem:
+        raise ValueError("nested too deeply") from problem
+
+
+def load_json(text: str) -> Any:
+    """What a JSON text says; raises ValueError also where it is nested so deeply that Python gives up."""
+    try:
+        return json.loads(text)
+    except RecursionError as problem:
+        raise ValueError("nested too deeply") from problem
+
+
+def _bounded(value: Any) -> Any:
+    """The value again; aliases can make a few lines of YAML contain themselves, or more than fits into memory."""
+    left, seen = [(value, 0)], 0
+    while left:
+        item, depth = left.pop()
+        seen += 1
+        if depth > DEEPEST or seen > MOST_VALUES:
+            raise ValueError(f"nested deeper than {DEEPEST}, or more than {MOST_VALUES} values")
+        inner = item.values() if isinstance(item, dict) else item if isinstance(item, list | tuple | set) else ()
+        left += [(each, depth + 1) for each in inner]
+    return value
 
 
 def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
@@ -391,8 +432,8 @@ def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
         if not equals or not key.strip():
             raise RecipeError(f"--set '{assignment}': expected key=value, such as transfer.steps=64")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as problem:
+            value = load_yaml(text)
+        except ValueError as problem:
             raise RecipeError(f"--set '{assignment}': the value is not valid YAML") from problem
         *parents, last = key.strip().split(".")
         target = result
@@ -423,7 +464,7 @@ def _validate(model: type[Record], values: dict[str, Any], source: str, error: t
         if first["type"] == "missing":
             raise error(f"{source}: '{where}' is missing") from problem
         message = first["msg"].removeprefix("Value error, ")
-        got = "" if isinstance(first["input"], dict) else f", got {first['input']!r}"
+        got = "" if isinstance(first["input"], dict) else f", got {shown(first['input'])}"
         raise error(f"{source}: '{where or 'the file'}' {message[0].lower()}{message[1:]}{got}") from problem
 
 

@@ -5,7 +5,6 @@ Nothing heavy is imported before a command needs it, so that `--help` answers at
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import traceback
@@ -14,10 +13,11 @@ import typer
 from typer.exceptions import Exit, TyperException
 
 from trsp_deploy.cli import catalogue, check_jobs, engine_jobs, jobs, serving_jobs, sweep_jobs, triton_jobs, trust_jobs
-from trsp_deploy.errors import TrspError, redacted
+from trsp_deploy.errors import TrspError, machine_reason, redacted
 
 INTERRUPTED = 130
 BUG = 70
+LONGEST_LINE = 2000  # characters of an error, whatever a user or a library put into it
 
 app = typer.Typer(
     name="trsp-deploy",
@@ -59,18 +59,13 @@ def run(arguments: list[str]) -> int:
         return _say(str(problem), problem.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         return _interrupted()
-    except OSError as problem:
-        # What a user's path or disk can cause, wherever it happens; anything else is a bug and shows its traceback.
-        if problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
-            return _say(f"{problem.filename or 'disk'}: {problem.strerror}", 1)
-        return _bug()
-    except Exception:
-        return _bug()
-
-
-def _bug() -> int:
-    print(redacted(traceback.format_exc()), end="", file=sys.stderr)
-    return BUG
+    except Exception as problem:
+        # What a user's paths, disk or limits can cause, wherever it happens; all else is a bug and shows its traceback.
+        reason = machine_reason(problem)
+        if reason is not None:
+            return _say(reason, 1)
+        print(redacted(traceback.format_exc()), end="", file=sys.stderr)
+        return BUG
 
 
 def _interrupted() -> int:
@@ -78,5 +73,6 @@ def _interrupted() -> int:
 
 
 def _say(message: str, code: int) -> int:
-    print(f"error: {redacted(' '.join(message.split()))}", file=sys.stderr)
+    line = redacted(" ".join(message.split()))
+    print(f"error: {line if len(line) <= LONGEST_LINE else f'{line[:LONGEST_LINE]}…'}", file=sys.stderr)
     return code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import sys
@@ -168,6 +169,8 @@ def check(
     from trsp_deploy.cli.jobs import existing, task_sets
     from trsp_deploy.tools.verdicts import EXIT_CODES
 
+    if max_ppl_ratio is not None and not 0 < max_ppl_ratio < math.inf:
+        raise RecipeError(f"--max-ppl-ratio {max_ppl_ratio}: expected a factor above 0, such as 1.3")
     kept = None if min_accuracy_retained is None else _kept("--min-accuracy-retained", min_accuracy_retained)
     wanted_texts, wanted_tasks = max_ppl_ratio, kept
     if quality_budget is not None:

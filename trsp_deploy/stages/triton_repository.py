@@ -13,6 +13,7 @@ from trsp_deploy.results import Role
 from trsp_deploy.tools.graphs.rotation import engine_rotation
 from trsp_deploy.tools.repository import MANIFEST, RepositoryManifest, ServedModel
 from trsp_deploy.tools.runners import device_of, read_manifest
+from trsp_deploy.tools.runners.manifest import check_files
 from trsp_deploy.tools.serving.engine import batches
 from trsp_deploy.tools.serving.readme import CONTAINER, readme, step_readme
 from trsp_deploy.tools.serving.step_model import check_can_step, write_step_model
@@ -41,6 +42,8 @@ def write_repository(
     """
     if step:
         _check_steps(engines, model_folder, max_length)
+    for engine in engines.values():
+        check_files(engine, read_manifest(engine))
     models = []
     for role, engine in engines.items():
         name = names[role]

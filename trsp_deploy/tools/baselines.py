@@ -5,14 +5,13 @@ Times belong to the machine that they were taken on, and are refused on another;
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from pydantic import ValidationError, model_validator
 
-from trsp_deploy.artifacts import Provenance, provenance
+from trsp_deploy.artifacts import Provenance, Sealed, provenance
 from trsp_deploy.errors import BaselineError, nearest
-from trsp_deploy.recipe import BenchSettings, Strict
+from trsp_deploy.recipe import BenchSettings, Strict, load_json
 from trsp_deploy.results import PHASES, Comparison
 from trsp_deploy.tools.goals import Logs
 from trsp_deploy.tools.report import QualityReport
@@ -55,7 +54,7 @@ class EngineBaseline(Strict):
         return self
 
 
-class Baseline(Strict):
+class Baseline(Sealed):
     """`baseline.json`."""
 
     schema_version: int
@@ -89,7 +88,7 @@ def engine_baseline(comparison: Comparison, quality: dict[str, QualityReport]) -
 def read_baseline(path: Path) -> Baseline:
     """Read and check a baseline; raises BaselineError with one line."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = load_json(path.read_text(encoding="utf-8"))
     except OSError as problem:
         raise BaselineError(f"--against {path}: cannot be read ({problem.strerror})") from problem
     except ValueError as problem:

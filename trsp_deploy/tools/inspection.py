@@ -6,11 +6,11 @@ import shlex
 from collections import Counter
 from pathlib import Path
 
-from trsp_deploy.errors import EngineUnavailable, ModelError
+from trsp_deploy.errors import ModelError
 from trsp_deploy.recipe import EngineSpec, Strict
 from trsp_deploy.tools.graphs import decoder_io
 from trsp_deploy.tools.runners import EngineManifest, read_manifest
-from trsp_deploy.tools.runners.manifest import PassOutcome
+from trsp_deploy.tools.runners.manifest import PassOutcome, check_files
 from trsp_deploy.tools.runners.trt_build import profile_shape
 from trsp_deploy.tools.runners.trt_log import BUILD_LOG, BuildLog, read_log
 
@@ -29,8 +29,12 @@ class Inspection(Strict):
 
 
 def inspect_engine(folder: Path) -> Inspection:
-    """Read an engine folder; raises EngineUnavailable when it holds no engine. Nothing is loaded or run."""
+    """Read an engine folder; raises EngineUnavailable when it holds none, or other files than were built.
+
+    Nothing is loaded or run.
+    """
     manifest = read_manifest(folder)
+    check_files(folder, manifest)
     if manifest.spec.backend.startswith("onnxruntime"):
         return Inspection(manifest=manifest, operators=_graph_operators(folder / manifest.file), trtexec=None)
     build = read_log(folder / BUILD_LOG)
@@ -45,10 +49,7 @@ def inspect_engine(folder: Path) -> Inspection:
 def _graph_operators(path: Path) -> dict[str, int]:
     import onnx
 
-    try:
-        graph = onnx.load(path, load_external_data=False).graph
-    except OSError as problem:
-        raise EngineUnavailable(f"{path}: the manifest names it and it is not there") from problem
+    graph = onnx.load(path, load_external_data=False).graph
     return dict(Counter(node.op_type for node in graph.node).most_common())
 
 

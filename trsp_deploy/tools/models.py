@@ -6,7 +6,6 @@ refused, and so are pickled weights, which can hold any code (`safe_copy` makes 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -16,7 +15,7 @@ from typing import Any, Literal
 
 from trsp_deploy.artifacts import storage_errors
 from trsp_deploy.errors import ModelError, nearest
-from trsp_deploy.recipe import Strict
+from trsp_deploy.recipe import Strict, load_json
 from trsp_deploy.tools.hub import hub_errors, hub_problem
 from trsp_deploy.tools.packaged import ASSETS, dequantised_model
 
@@ -314,7 +313,7 @@ def _readable(path: Path) -> bool:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = load_json(path.read_text(encoding="utf-8"))
     except OSError as problem:
         raise ModelError(f"{path}: cannot be read ({problem.strerror})") from problem
     except ValueError as problem:

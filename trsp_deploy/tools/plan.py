@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from trsp_deploy.errors import PlanError
-from trsp_deploy.recipe import Strict
+from trsp_deploy.recipe import Strict, load_json
 
 Index = Annotated[int, Field(ge=0)]
 
@@ -47,7 +46,7 @@ def complement(dropped: Sequence[int], num_layers: int) -> tuple[int, ...]:
 def read_plan(path: Path, num_layers: int) -> PruningPlan:
     """Read and check a plan for a model of `num_layers`; raises PlanError with one line."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = load_json(path.read_text(encoding="utf-8"))
     except OSError as problem:
         raise PlanError(f"{path}: cannot be read ({problem.strerror})") from problem
     except ValueError as problem:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from trsp_deploy.errors import TextError, nearest
-from trsp_deploy.recipe import Strict
+from trsp_deploy.recipe import Strict, load_json
 from trsp_deploy.tools.hub import hub_errors, hub_problem
 from trsp_deploy.tools.packaged import ASSETS, find_asset
 
@@ -217,7 +217,7 @@ def _jsonl(content: str, where: str) -> list[str]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = load_json(line)
         except ValueError as problem:
             raise TextError(f"{where}: line {number} is not valid JSON") from problem
         if not isinstance(value, dict) or not isinstance(value.get("text"), str):
@@ -237,7 +237,7 @@ def _packaged(name: str, where: str) -> tuple[list[str], str]:
     elif form == "jsonl":
         documents = _jsonl(content, where)
     elif form == "instructions":
-        documents = [_instruction(row) for row in json.loads(content)]
+        documents = [_instruction(row) for row in load_json(content)]
     else:
         tagged = re.findall(r"<doc [^\n]*>\n(.*?)</doc>", content, re.DOTALL)
         documents = [text for text in map(str.strip, tagged) if len(text) >= MIN_DOC_CHARACTERS]

@@ -5,7 +5,6 @@ for finding in lint(Path("model_repository")): print(finding)
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ import onnx
 
 from trsp_deploy.artifacts import fingerprint
 from trsp_deploy.errors import EngineUnavailable, RunError
-from trsp_deploy.recipe import Strict
+from trsp_deploy.recipe import Strict, load_json
 from trsp_deploy.tools.runners.manifest import MANIFEST, EngineManifest, read_manifest
 from trsp_deploy.tools.runners.requirements import cuda_devices, package_version
 from trsp_deploy.tools.triton_config import parse_config
@@ -239,7 +238,7 @@ def _served_engine(version: Path, error: Say) -> Iterator[Finding]:
         elif fingerprint(engine / file) != expected:
             yield error(f"{version.name}/engine/{file} is not the file that was built (SHA-256)")
     yield from _machine(manifest, error)
-    max_batch = json.loads(settings.read_text(encoding="utf-8")).get("max_batch", 1)
+    max_batch = load_json(settings.read_text(encoding="utf-8")).get("max_batch", 1)
     most = max((profile.batch.max for profile in manifest.spec.profiles), default=None)
     if most is not None and max_batch > most:
         yield error(f"{max_batch} texts at once, and the engine's profiles end at a batch of {most}")

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from trsp_deploy.artifacts import Provenance, fingerprint, leaves
+from trsp_deploy.artifacts import Provenance, Sealed, fingerprint, leaves
 from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.recipe import EngineSpec, RelativePath, Strict
 from trsp_deploy.tools.graphs.decoder_io import Bindings
@@ -58,7 +58,7 @@ class Bound(Strict):
         return gpu == self.gpu
 
 
-class EngineManifest(Strict):
+class EngineManifest(Sealed):
     """An engine folder's `manifest.json`."""
 
     name: str
@@ -109,6 +109,12 @@ def check_manifest(folder: Path, manifest: EngineManifest, backend_version: str,
             f"engine {manifest.name} was built with {manifest.spec.backend} {manifest.backend_version}, "
             f"here is {backend_version}; {again}"
         )
+    check_files(folder, manifest)
+
+
+def check_files(folder: Path, manifest: EngineManifest) -> None:
+    """Raise EngineUnavailable when a file is missing, is not the one that was built, or lies outside the folder."""
+    again = build_command(manifest.name)
     if manifest.file not in manifest.files:
         raise EngineUnavailable(f"engine {manifest.name}: its manifest has no SHA-256 of {manifest.file}; {again}")
     for name, expected in manifest.files.items():

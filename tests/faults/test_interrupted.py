@@ -1,0 +1,112 @@
+"""Ctrl-C at random moments: exit code 130 within two seconds, one line, no process left, the terminal as it was."""
+
+from __future__ import annotations
+
+import os
+import pty
+import random
+import re
+import select
+import signal
+import subprocess
+import termios
+import time
+
+import pytest
+
+from tests.faults.harness import PROGRAM, STEPS, Job, end_session, session_members
+
+pytestmark = pytest.mark.faults
+AT_MOST_S = 2.0
+SEED = 18232
+_draw = random.Random(SEED).random
+SLOW = ("plan", "prune", "export-dense-fp32", "export-pruned-fp32", "build-ort-cpu-fp32-dense", "bench-ort-cpu-fp32")
+WHEN = [(step, _draw()) for step in SLOW for _ in range(2)] + [(None, _draw()) for _ in range(18)]
+
+
+@pytest.mark.parametrize(("step", "share"), WHEN, ids=[f"{step or 'anywhere'}-{share:.2f}" for step, share in WHEN])
+def test_stops_at_once(workspace, undisturbed, record_property, step, share):
+    whole, first = undisturbed
+    record_property("fault", "Ctrl-C")
+    job = Job(workspace, f"interrupted-{step or 'anywhere'}-{share:.4f}")
+    running = job.start(fresh=True)
+    leader = running.pid
+    try:
+        if step is None:
+            time.sleep(share * first[True].elapsed_s)
+        else:
+            assert running.wait_for(f"> {step}: started"), running.said
+            record = whole.run / "records" / f"{step}.json"
+            time.sleep(share * float(re.findall(r'"elapsed_s": ([\d.e-]+)', record.read_text())[-1]))
+        if running.poll() is not None:
+            pytest.skip("it was over before")
+        began = time.monotonic()
+        os.killpg(leader, signal.SIGINT)  # as a terminal does: the whole foreground group hears it
+        done = running.wait()
+        stopped_s = time.monotonic() - began
+        while session_members(leader) and time.monotonic() - began < 10:
+            time.sleep(0.01)
+        gone_s = time.monotonic() - began
+        left = session_members(leader)
+    finally:
+        end_session(leader)
+    record_property("seconds", round(max(stopped_s, gone_s), 3))
+    record_property(
+        "place", ([each for each in done.steps("started") if each not in done.steps("done")] or ["else"])[0]
+    )
+    if done.code == 0:  # the signal came when all was done
+        return
+    assert done.code == 130, (done.code, done.stderr)
+    assert done.is_one_line and "finished steps are kept" in done.last, done.stderr
+    assert not left
+    assert gone_s < AT_MOST_S
+    assert not job.run.exists() or not job.half_made(whole.artefacts())
+    again = job.finish() if step == STEPS[-1] or share < 0.1 else None
+    if again is not None:
+        assert again.code == 0 and job.artefacts() == whole.artefacts()
+
+
+@pytest.mark.parametrize("step", ["prune", "bench-ort-cpu-fp32"])
+def test_the_terminal_is_as_it_was(workspace, undisturbed, record_property, step):
+    """On a terminal of its own, by the key: progress bars hide the cursor, and echo must be on afterwards."""
+    record_property("fault", "Ctrl-C on a terminal")
+    job = Job(workspace, f"terminal-{step}")
+    master, slave = pty.openpty()
+    before = termios.tcgetattr(slave)
+
+    def own_terminal() -> None:
+        os.setsid()
+        import fcntl
+
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    process = subprocess.Popen(
+        [*PROGRAM, *job.arguments], cwd=workspace, stdin=slave, stdout=slave, stderr=slave, preexec_fn=own_terminal
+    )
+    said = b""
+    try:
+        said = _read_until(master, f"{step}: started".encode(), said)
+        time.sleep(0.5 if step.startswith("bench") else 0.05)
+        began = time.monotonic()
+        os.write(master, b"\x03")
+        said = _read_until(master, b"finished steps are kept", said)
+        assert process.wait(10) == 130
+        record_property("seconds", round(time.monotonic() - began, 3))
+        assert termios.tcgetattr(slave) == before
+        cursor = re.findall(rb"\x1b\[\?25([lh])", said)
+        assert not cursor or cursor[-1] == b"h"
+    finally:
+        end_session(process.pid)
+        process.wait()
+        os.close(master)
+        os.close(slave)
+
+
+def _read_until(master: int, words: bytes, said: bytes) -> bytes:
+    until = time.monotonic() + 120
+    while words not in said:
+        ready, _, _ = select.select([master], [], [], 1)
+        assert time.monotonic() < until, said
+        if ready:
+            said += os.read(master, 65536)
+    return said
