@@ -64,7 +64,7 @@ def estimates(run: Path) -> dict[str, tuple[float, float]]:
     for name, (config, engine, size) in ENGINES.items():
         rows[name] = (
             size,
-            disk._engine(load_engine_spec(engine), disk._counts(type(config), config.to_json_string())) / MB,
+            disk._engine(load_engine_spec(engine), disk.counts_of(config)) / MB,
         )
     return rows
 
@@ -83,7 +83,7 @@ def test_the_highest_moment_is_what_has_to_fit(tmp_path: Path) -> None:
     assert before < plan.needed_bytes < before + 0.6e9, "a graph lies beside the last engine while it is built"
     training = plan_disk(tmp_path / "run", recipe(transfer={"form": "anneal"}), SMOLLM2, SPECS)
     scratch = {stage.stage: stage.scratch_bytes for stage in training.stages}
-    assert scratch["pruned"] == 2 * 3 * 4 * sum(disk._counts(LlamaConfig, SMOLLM2.to_json_string()).layers), (
+    assert scratch["pruned"] == 2 * 3 * 4 * sum(disk.counts_of(SMOLLM2).layers), (
         "two checkpoints of weights and moments"
     )
 

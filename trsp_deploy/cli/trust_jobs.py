@@ -1,4 +1,4 @@
-"""The commands about files that are there: verify, sign, convert, clean."""
+"""The commands about files that are there: verify, sign, convert, clean, push."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ Keep = Annotated[
     typer.Option("--keep", help="Parts that stay: dense, pruned, onnx, engines, engines/NAME, reports.", metavar="A,B"),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would go, and remove nothing.")]
+Repo = Annotated[str, typer.Argument(help="Repository on the hub.", metavar="OWNER/NAME")]
+Private = Annotated[bool, typer.Option("--private", help="Make the repository a private one.")]
+DryPush = Annotated[bool, typer.Option("--dry-run", help="Show the card and what would be uploaded; ask no hub.")]
 WRONG = 2  # exit code where a file is not what its manifest says
 
 
@@ -32,6 +35,7 @@ def register(app: typer.Typer) -> None:
     app.command("sign")(sign)
     app.command("convert")(convert)
     app.command("clean")(clean)
+    app.command("push")(push)
 
 
 def verify(path: Folder, public_key: PublicKey = None, as_json: Json = False) -> None:
@@ -98,3 +102,20 @@ def clean(run: Run, keep: Keep = None, dry_run: DryRun = False, as_json: Json = 
     print(f"{run}: {'would free' if dry_run else 'freed'} {plan.freed_bytes / 1e6:,.1f} MB", file=stream)
     if as_json:
         print(json.dumps({**plan.model_dump(mode="json"), "removed": not dry_run}))
+
+
+def push(run: Run, repo: Repo, private: Private = False, dry_run: DryPush = False, as_json: Json = False) -> None:
+    """Push the pruned checkpoint with its model card to the Hugging Face hub (token: `hf auth login` or HF_TOKEN)."""
+    from trsp_deploy.tools.publishing import plan_push
+    from trsp_deploy.tools.publishing import push as pushed
+
+    plan = plan_push(run, repo)
+    stream = sys.stderr if as_json else sys.stdout
+    if dry_run:
+        print(plan.card, file=stream)
+    what = f"{len(plan.files) + 1} files, {plan.size_bytes / 1e6:,.1f} MB"
+    url = None if dry_run else pushed(plan, private)
+    print(f"{repo}: would upload {what}" if dry_run else f"{url}: {what}", file=stream)
+    if as_json:
+        names = sorted([*plan.files, "README.md"])
+        print(json.dumps({"repo": repo, "files": names, "size_bytes": plan.size_bytes, "commit": url}))

@@ -9,8 +9,6 @@ files are there already count nothing: made again, they take the place of the ol
 
 from __future__ import annotations
 
-import functools
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,7 +83,7 @@ def plan_disk(
     of the graphs in `onnx/dense`, else of the first spec. free: bytes; None asks the disk that `run` is or would be on.
     Raises RecipeError when the recipe's `drop` does not suit the model.
     """
-    dense = _counts(type(config), config.to_json_string())
+    dense = counts_of(config)
     dropped = parse_drop(recipe.drop, len(dense.layers))
     pruned = _without(dense, dropped)
     counts: dict[Role, WeightCounts] = {"dense": dense, "pruned": pruned}
@@ -142,10 +140,15 @@ def check_disk(plan: DiskPlan, recipe: Recipe, config: Any, specs: Sequence[Engi
     raise StorageError(f"{plan.run}: {plan.line()}; would fit: {', '.join(advice)}; --ignore-disk runs anyway")
 
 
-@functools.lru_cache(maxsize=8)
-def _counts(kind: Any, config: str) -> WeightCounts:
-    """Of a transformers' config as text; the advice asks for the same model again and again."""
-    return count_config(kind.from_dict(json.loads(config)))
+def counts_of(config: Any) -> WeightCounts:
+    """Weights of what a config describes; asked again for every piece of advice, so it is kept."""
+    text = f"{type(config).__name__} {config.to_json_string()}"
+    if text not in _COUNTED:
+        _COUNTED[text] = count_config(config)
+    return _COUNTED[text]
+
+
+_COUNTED: dict[str, WeightCounts] = {}
 
 
 def _without(dense: WeightCounts, dropped: int) -> WeightCounts:

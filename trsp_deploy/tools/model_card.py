@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -11,6 +14,15 @@ from trsp_deploy.recipe import Recipe
 from trsp_deploy.results import PrunedCheckpoint
 from trsp_deploy.tools.models import SHORT_NAMES, ModelSource
 from trsp_deploy.tools.plan import PruningPlan
+
+TAGS = ("trsp", "depth-pruning", "trsp_deploy")
+# What the base's card says that holds for the pruned model as well, beside its licence and tags.
+CARRIED = ("language", "license_name", "license_link", "datasets")
+# Tags of other formats, and of services that run the base itself.
+NOT_CARRIED = re.compile(
+    r"(?i)(gguf|onnx|openvino|mlx|safetensors|pytorch|tf|jax|flax|transformers\.js|.*:.*|.*_compatible)$"
+)
+LEGAL_FILES = re.compile(r"(?i)(LICEN[CS]E|NOTICE|USE_POLICY|COPYING)(\.\w+)?")
 
 TEXT = """---
 {metadata}
@@ -39,17 +51,25 @@ Removing a quarter of a model's layers costs quality: check it on your own task 
 def write_model_card(
     folder: Path, source: ModelSource, plan: PruningPlan, recipe: Recipe, result: PrunedCheckpoint
 ) -> None:
-    """Write `folder`/README.md."""
-    base = source.origin.partition("@")[0] if source.kind == "hub" else source.name
-    # A packaged model is one of the hub's, too.
-    hub_id = base if source.kind == "hub" else SHORT_NAMES.get(base)
+    """Write `folder`/README.md, and copy the files of the base's licence beside it."""
+    # A path says nothing to others, and something about this machine.
+    name = Path(source.name).name if source.kind == "folder" else source.name
+    base = source.origin.partition("@")[0] if source.kind == "hub" else name
+    carried = _base_card(Path(source.path))
+    # A packaged model is one of the hub's, too; and a folder's card may name what it was made of.
+    hub_id = base if source.kind == "hub" else SHORT_NAMES.get(base) or carried.get("base_model")
+    for file in sorted(Path(source.path).glob("*")):
+        if file.is_file() and LEGAL_FILES.fullmatch(file.name):
+            shutil.copyfile(file, folder / file.name)
+    tags = [tag for tag in carried.get("tags") or () if isinstance(tag, str) and not NOT_CARRIED.fullmatch(tag)]
     metadata = ModelCardData(
         base_model=hub_id,
         base_model_relation="finetune" if hub_id else None,
         library_name="transformers",
         license=source.licence.lower() if source.licence else None,
         pipeline_tag="text-generation",
-        tags=["trsp", "depth-pruning", "trsp_deploy"],
+        tags=list(dict.fromkeys([*tags, *TAGS])),
+        **{key: carried[key] for key in CARRIED if carried.get(key)},
     )
     card = TEXT.format(
         metadata=metadata.to_yaml(),
@@ -68,9 +88,23 @@ def write_model_card(
         ppl_after=result.ppl_after_removal,
         method=plan.method,
         seed=plan.seed,
-        calibration=plan.calibration,
+        calibration=_shown(plan.calibration),
         form=recipe.transfer.form,
         tokens=result.tokens,
         learning_rate=recipe.transfer.learning_rate,
     )
     ModelCard(card).save(folder / "README.md")
+
+
+def _base_card(folder: Path) -> dict[str, Any]:
+    """Metadata of the base's model card; empty where it has none that can be read."""
+    try:
+        data: dict[str, Any] = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict()
+    except (OSError, ValueError):
+        return {}
+    return data
+
+
+def _shown(origin: str) -> str:
+    """Where a text came from; of a file on this machine its name alone."""
+    return Path(origin).name if Path(origin).is_absolute() else origin

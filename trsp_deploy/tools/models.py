@@ -77,6 +77,7 @@ PYTORCH_BINS = re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?")
 COMPANIONS = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"
     r"|merges\.txt|vocab\.txt|tokenizer\.model|spiece\.model|chat_template\.jinja|README\.md"
+    r"|(LICENSE|NOTICE|USE_POLICY)(\.\w+)?"
 )
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 

@@ -1,0 +1,211 @@
+"""Model cards carry what the base's card says, and a push uploads the checkpoint, here to a stand-in of the hub."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import ClassVar
+
+import huggingface_hub.constants
+import pytest
+from huggingface_hub import ModelCard
+
+from tests.hub import forget_sessions
+from tests.samples import made_up, made_up_report
+from trsp_deploy import cli
+from trsp_deploy.artifacts import RunFolder, write_json
+from trsp_deploy.recipe import Recipe
+from trsp_deploy.results import PrunedCheckpoint
+from trsp_deploy.tools.model_card import write_model_card
+from trsp_deploy.tools.models import ModelSource
+
+TOKEN = "hf_" + "pLaNtEd" * 5
+BASE_CARD = """---
+license: other
+license_name: tiny-licence
+license_link: LICENSE
+language: [en, de]
+tags: [conversational, gguf, arxiv:1234.5678, endpoints_compatible]
+---
+# Tiny
+"""
+WEIGHTS = b"weights" * 1000
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The part of the hub's interface that a push uses; weights go by LFS, all else inside the commit."""
+
+    address: ClassVar[str] = ""
+    status: ClassVar[int] = 200
+    created: ClassVar[list[dict[str, object]]] = []
+    files: ClassVar[dict[str, bytes]] = {}
+    tokens: ClassVar[set[str | None]] = set()
+    objects: ClassVar[dict[str, bytes]] = {}
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.tokens.add(self.headers["Authorization"])
+        if self.status != 200:
+            self.answer({"error": "no"}, self.status)
+        elif self.path == "/api/repos/create":
+            self.created.append(json.loads(body))
+            self.answer({"url": f"{self.address}/me/tiny"})
+        elif self.path == "/api/models/me/tiny/preupload/main":
+            files = [
+                {"path": file["path"], "uploadMode": self.mode(file["path"]), "shouldIgnore": False}
+                for file in json.loads(body)["files"]
+            ]
+            self.answer({"files": files})
+        elif self.path == "/me/tiny.git/info/lfs/objects/batch":
+            uploads = [
+                {**each, "actions": {"upload": {"href": f"{self.address}/upload/{each['oid']}"}}}
+                for each in json.loads(body)["objects"]
+            ]
+            self.answer({"transfer": "basic", "objects": uploads})
+        elif self.path.startswith("/api/models/me/tiny/commit/main"):
+            for line in body.splitlines():
+                self.commit(**json.loads(line))
+            self.answer({"commitUrl": f"{self.address}/me/tiny/commit/abc", "commitOid": "abc"})
+        else:
+            self.answer({"warnings": [], "errors": []})
+
+    def do_PUT(self) -> None:
+        self.objects[self.path.rpartition("/")[2]] = self.rfile.read(int(self.headers["Content-Length"]))
+        self.answer({})
+
+    @staticmethod
+    def mode(path: str) -> str:
+        return "lfs" if path.endswith(".safetensors") else "regular"
+
+    def commit(self, key: str, value: dict[str, str]) -> None:
+        if key == "file":
+            self.files[value["path"]] = base64.b64decode(value["content"])
+        elif key == "lfsFile":
+            self.files[value["path"]] = self.objects[value["oid"]]
+
+    def answer(self, value: object, status: int = 200) -> None:
+        content = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    Hub.address, Hub.status = f"http://127.0.0.1:{server.server_port}", 200
+    for record in (Hub.created, Hub.files, Hub.tokens, Hub.objects):
+        record.clear()
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", Hub.address)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    forget_sessions()
+    yield Hub
+    server.shutdown()
+    server.server_close()
+    forget_sessions()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run whose checkpoint was made of a folder that has a card and a licence."""
+    base, folder = tmp_path / "home" / "tiny", tmp_path / "run"
+    base.mkdir(parents=True)
+    (base / "README.md").write_text(BASE_CARD)
+    (base / "LICENSE").write_text("You may.")
+    report = made_up_report(made_up())
+    plan = report.plan.model_copy(update={"calibration": str(tmp_path / "private" / "train.txt")})
+    result = PrunedCheckpoint(
+        form="anneal",
+        dropped=plan.dropped,
+        num_layers_dense=8,
+        num_layers_pruned=6,
+        parameters_dense=1000,
+        parameters_pruned=800,
+        lm_loss=(),
+        penalty=(),
+        tokens=100,
+        ppl_dense=10.0,
+        ppl_before_removal=15.0,
+        ppl_after_removal=15.0,
+    )
+    source = ModelSource(name=str(base), kind="folder", path=str(base), origin=str(base), licence="other")
+
+    def prune() -> PrunedCheckpoint:
+        (folder / "pruned").mkdir()
+        (folder / "pruned" / "model.safetensors").write_bytes(WEIGHTS)
+        write_model_card(folder / "pruned", source, plan, Recipe(model="tiny"), result)
+        return result
+
+    with RunFolder(folder) as made:
+        made.step("prune", prune, PrunedCheckpoint, settings={}, inputs={}, outputs=["pruned"])
+    write_json(folder / "plan.json", plan)
+    write_json(folder / "report.json", report)
+    return folder
+
+
+def test_the_card_carries_what_holds_for_the_pruned_model_too(run: Path, tmp_path: Path) -> None:
+    card = ModelCard.load(run / "pruned" / "README.md")
+    data = card.data.to_dict()
+    assert (data["license"], data["license_name"], data["license_link"]) == ("other", "tiny-licence", "LICENSE")
+    assert data["language"] == ["en", "de"] and data["library_name"] == "transformers"
+    assert data["tags"] == ["conversational", "trsp", "depth-pruning", "trsp_deploy"]
+    assert data["pipeline_tag"] == "text-generation" and "base_model" not in data
+    assert (run / "pruned" / "LICENSE").read_text() == "You may."
+    assert "tiny with 2 of its 8 transformer layers removed" in card.text and "calibrated on train.txt" in card.text
+    assert str(tmp_path) not in str(card), "paths of this machine are nobody's business"
+
+
+def test_a_push_uploads_the_checkpoint_and_what_was_measured(
+    run: Path, hub: type[Hub], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["push", str(run), "me/tiny", "--private", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["commit"] == f"{hub.address}/me/tiny/commit/abc"
+    (created,) = hub.created
+    assert created.items() >= {"name": "tiny", "organization": "me", "private": True}.items()
+    assert set(hub.files) == {"LICENSE", "README.md", "model.safetensors", "plan.json"}
+    assert hub.files["model.safetensors"] == WEIGHTS
+    card = ModelCard(hub.files["README.md"].decode())
+    assert "| text | 10.00 | 15.00 | 1.50x (1.40 to 1.60) | 1,000 |" in card.text
+    assert card.data.eval_results is not None and card.data.eval_results[0].metric_value == 15.0
+    assert card.data.license == "other"
+    assert f"Bearer {TOKEN}" in hub.tokens
+    assert TOKEN not in printed.out + printed.err
+    assert all(TOKEN.encode() not in path.read_bytes() for path in run.rglob("*") if path.is_file())
+
+
+def test_a_dry_run_asks_no_hub(run: Path, hub: type[Hub], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["push", str(run), "me/tiny", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "me/tiny: would upload 4 files" in said and "## Measured" in said
+    assert not hub.tokens and not hub.files
+
+
+def test_what_is_not_pushed(run: Path, hub: type[Hub], capsys: pytest.CaptureFixture[str]) -> None:
+    def line(*arguments: str) -> str:
+        assert cli.run(["push", *arguments]) == 1
+        return capsys.readouterr().err.splitlines()[-1]
+
+    assert "expected OWNER/NAME" in line(str(run), "tiny")
+    assert "has no pruned checkpoint" in line(str(run.parent), "me/tiny")
+    hub.status = 401
+    assert "hf auth login" in line(str(run), "me/tiny")
+    hub.status = 503
+    assert "nothing was committed" in line(str(run), "me/tiny")
+    hub.status = 200
+    (run / "pruned" / "more.py").write_text("import os")
+    assert "is not what its step made" in line(str(run), "me/tiny")
+    assert not hub.files

@@ -1,0 +1,115 @@
+"""Push a run's pruned checkpoint to the Hugging Face hub: `trsp-deploy push`.
+
+    plan = plan_push(Path("runs/opt-6.7b-drop8"), "me/opt-6.7b-trsp-8of32")
+    push(plan, private=True)
+
+What goes is `pruned/` as its step made it, `plan.json`, and a model card with what the run measured. The token is
+huggingface_hub's own (`hf auth login` or HF_TOKEN): it is neither asked for here nor kept.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from trsp_deploy.artifacts import RunFolder, files_below, fingerprint, leaves
+from trsp_deploy.errors import RunError, UserError
+from trsp_deploy.recipe import Strict
+from trsp_deploy.tools.hub import hub_errors, hub_problem
+from trsp_deploy.tools.models import HUB_ID
+from trsp_deploy.tools.report import Report
+
+CARD = "README.md"
+
+
+class Push(Strict):
+    """Everything that a push uploads."""
+
+    repo: str
+    files: dict[str, str]  # name in the repository -> file here
+    card: str
+    message: str
+
+    @property
+    def size_bytes(self) -> int:
+        """To upload."""
+        return sum(Path(path).stat().st_size for path in self.files.values()) + len(self.card.encode())
+
+
+def plan_push(run: Path, repo: str) -> Push:
+    """What would be uploaded; raises RunError where there is no checkpoint, or it is not the one that was made."""
+    if HUB_ID.fullmatch(repo) is None:
+        raise UserError(f"'{repo}': no name of a repository; expected OWNER/NAME")
+    record, pruned = RunFolder(run).record("prune"), run / "pruned"
+    if record is None or not pruned.is_dir():
+        raise RunError(f"{run}: has no pruned checkpoint; `trsp-deploy prune` or `prune-and-build` makes one")
+    files = {file.relative_to(pruned).as_posix(): file for file in files_below(pruned)}
+    if any(leaves(run, file) for file in files.values()) or fingerprint(pruned) != record.outputs.get("pruned"):
+        raise RunError(f"{pruned}: is not what its step made (`trsp-deploy verify {run}`); nothing is pushed")
+    files["plan.json"] = run / "plan.json"
+    card = (pruned / CARD).read_text(encoding="utf-8")
+    report = _report(run, tuple(record.result.get("dropped", ())))
+    return Push(
+        repo=repo,
+        files={name: str(path) for name, path in files.items() if name != CARD},
+        card=card if report is None else _with_figures(card, report, repo),
+        message="Pruned with trsp_deploy",
+    )
+
+
+def push(plan: Push, private: bool = False) -> str:
+    """Make the repository where it is not there, upload everything as one commit, and return its address.
+
+    Raises UserError with what the hub said.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    operations = [CommitOperationAdd(name, path) for name, path in sorted(plan.files.items())]
+    operations.append(CommitOperationAdd(CARD, plan.card.encode()))
+    api = HfApi()
+    try:
+        api.create_repo(plan.repo, private=private, exist_ok=True)
+        done = api.create_commit(plan.repo, operations, commit_message=plan.message)
+    except hub_errors() as problem:
+        status = getattr(getattr(problem, "response", None), "status_code", 0)
+        refused = "; run `hf auth login` with a token that may write there" if status in (401, 403) else ""
+        raise UserError(f"push to '{plan.repo}': {hub_problem(problem)}{refused}; nothing was committed") from problem
+    return str(done.commit_url)
+
+
+def _report(run: Path, dropped: tuple[int, ...]) -> Report | None:
+    """What the run measured of the checkpoint without those layers; None before there is a report of it."""
+    try:
+        report = Report.model_validate_json((run / "report.json").read_bytes())
+    except (OSError, ValidationError):
+        return None
+    return report if report.model.dropped_layers == dropped else None
+
+
+def _with_figures(card: str, report: Report, repo: str) -> str:
+    """The card with a table of what was measured, and the same as metadata (`model-index`)."""
+    from huggingface_hub import EvalResult, ModelCard
+
+    made = ModelCard(card)
+    data: Any = made.data
+    data.model_name = repo.rpartition("/")[2]
+    data.eval_results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=name,
+            dataset_name=name,
+            metric_type="perplexity",
+            metric_value=round(text.pruned_ppl, 3),
+        )
+        for name, text in report.quality.items()
+    ] or None
+    rows = [
+        f"| {name} | {text.dense_ppl:.2f} | {text.pruned_ppl:.2f} | {text.ratio:.2f}x ({text.ratio_low:.2f} to "
+        f"{text.ratio_high:.2f}) | {text.tokens:,} |"
+        for name, text in report.quality.items()
+    ]
+    table = ["| perplexity on | dense | pruned | ratio (95%) | tokens |", "|---|---|---|---|---|", *rows]
+    made.text = "\n".join([made.text.rstrip(), "", "## Measured", "", *table, "", report.verdict, ""])
+    return str(made)
