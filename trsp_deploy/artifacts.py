@@ -166,6 +166,8 @@ def storage_errors(path: Path) -> Iterator[None]:
     except TrspError:
         raise
     except Exception as problem:
+        if "file too large" in str(problem).lower():
+            raise StorageError(f"{path}: a file may not be that large here (`ulimit -f`); {problem}") from problem
         if "no space left" in str(problem).lower() or _free_bytes(path) < NOTHING_LEFT:
             raise _disk_full(path) from problem
         raise
@@ -204,6 +206,8 @@ def writing(target: Path) -> Iterator[Path]:
             partial.replace(target)
         except BaseException:
             _remove(partial)
+            if former.exists() and not target.exists():
+                former.replace(target)
             raise
         _remove(former)
 

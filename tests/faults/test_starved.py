@@ -17,7 +17,7 @@ from tests.faults.harness import STEPS, Done, Job
 pytestmark = pytest.mark.faults
 # KB. A whole run of the tiny model takes about 1,500: the last is one in which only the report does not fit.
 SIZES_KB = (16, 256, 400, 500, 600, 720, 800, 880, 1000, 1120, 1240, 1320)
-DESCRIPTORS = (4, 6, 8, 10, 12, 14, 16, 20, 24, 32)
+DESCRIPTORS = (8, 10, 12, 14, 16, 20, 24, 32, 48, 64)
 MEMORY_MB = (200, 400, 600, 800, 1000, 1200, 1600, 2000, 2400, 2800, 3200, 3600)
 
 

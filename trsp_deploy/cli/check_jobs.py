@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import sys
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trsp_deploy.cli.jobs import Tasks
+from trsp_deploy.cli.numbers import finite
 from trsp_deploy.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ Engine = Annotated[
     str | None, typer.Option("--engine", help="One of the run's engines; else the first that runs here.", metavar="E")
 ]
 Budget = Annotated[
-    float | None, typer.Option("--budget", help="Seconds to measure at most.", min=1.0, metavar="SECONDS")
+    float | None,
+    typer.Option("--budget", help="Seconds to measure at most.", min=1.0, callback=finite, metavar="SECONDS"),
 ]
 MinSpeedup = Annotated[
     list[str] | None,
@@ -51,7 +52,9 @@ MaxLoss = Annotated[
 ]
 MaxPerplexity = Annotated[
     float | None,
-    typer.Option("--max-ppl-ratio", help="Most pruned / dense perplexity, on every text.", metavar="X"),
+    typer.Option(
+        "--max-ppl-ratio", help="Most pruned / dense perplexity, on every text.", min=0.01, callback=finite, metavar="X"
+    ),
 ]
 Budgeted = Annotated[
     str | None,
@@ -169,8 +172,6 @@ def check(
     from trsp_deploy.cli.jobs import existing, task_sets
     from trsp_deploy.tools.verdicts import EXIT_CODES
 
-    if max_ppl_ratio is not None and not 0 < max_ppl_ratio < math.inf:
-        raise RecipeError(f"--max-ppl-ratio {max_ppl_ratio}: expected a factor above 0, such as 1.3")
     kept = None if min_accuracy_retained is None else _kept("--min-accuracy-retained", min_accuracy_retained)
     wanted_texts, wanted_tasks = max_ppl_ratio, kept
     if quality_budget is not None:

@@ -8,14 +8,18 @@ from typing import Annotated
 
 import typer
 
+from trsp_deploy.cli.numbers import finite
+
 Engine = Annotated[Path, typer.Argument(help="An engine folder, such as runs/NAME/engines/ort-cpu-fp32/pruned.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON line instead of text.")]
 Prompt = Annotated[list[str], typer.Option("--prompt", help="Text to continue; repeat for a batch.", metavar="TEXT")]
 Tokens = Annotated[int, typer.Option("--max-tokens", help="New tokens at most.", min=1)]
-Temperature = Annotated[float, typer.Option("--temperature", help="0 is greedy.", min=0.0)]
+Temperature = Annotated[float, typer.Option("--temperature", help="0 is greedy.", min=0.0, callback=finite)]
 TopK = Annotated[int, typer.Option("--top-k", help="Choose among so many tokens; 0 is all.", min=0)]
-TopP = Annotated[float, typer.Option("--top-p", help="Choose among tokens that hold this probability.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of sampling.")]
+TopP = Annotated[
+    float, typer.Option("--top-p", help="Choose among tokens that hold this probability.", min=1e-6, callback=finite)
+]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of sampling.", min=0)]
 TokenizerFolder = Annotated[
     Path | None,
     typer.Option("--tokenizer", help="Folder of the tokenizer; the run's own when the engine is in a run."),

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from trsp_deploy.cli.jobs import Json
+from trsp_deploy.cli.numbers import finite
 from trsp_deploy.errors import RecipeError
 
 Repository = Annotated[Path, typer.Argument(help="A model repository, ours or not.", metavar="REPO")]
@@ -36,7 +37,9 @@ Concurrency = Annotated[
 ]
 PromptTokens = Annotated[int, typer.Option("--prompt-tokens", help="Of each prompt.", min=1)]
 NewTokens = Annotated[int, typer.Option("--new-tokens", help="Of each answer.", min=2)]
-Window = Annotated[float, typer.Option("--window", help="Seconds of load at a time, at least.", min=1.0)]
+Window = Annotated[
+    float, typer.Option("--window", help="Seconds of load at a time, at least.", min=1.0, callback=finite)
+]
 Replicates = Annotated[int, typer.Option("--replicates", help="Times that each model is loaded.", min=2)]
 Address = Annotated[
     str | None,

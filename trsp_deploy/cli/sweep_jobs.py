@@ -23,6 +23,7 @@ from trsp_deploy.cli.jobs import (
     Sets,
     Then,
 )
+from trsp_deploy.cli.numbers import finite
 from trsp_deploy.errors import RecipeError
 
 Drops = Annotated[
@@ -31,13 +32,15 @@ Drops = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder; runs/<model>-sweep when not given.", metavar="DIR")]
 TargetSpeedup = Annotated[
-    float | None, typer.Option("--target-speedup", help="End to end, such as 1.25.", min=1.0, metavar="X")
+    float | None,
+    typer.Option("--target-speedup", help="End to end, such as 1.25.", min=1.0, callback=finite, metavar="X"),
 ]
 TargetLatency = Annotated[
     str | None, typer.Option("--target-latency", help="Of a new token, such as 20ms.", metavar="TIME")
 ]
 MaxPerplexity = Annotated[
-    float | None, typer.Option("--max-ppl-ratio", help="Pruned / dense, on every text.", min=1.0, metavar="X")
+    float | None,
+    typer.Option("--max-ppl-ratio", help="Pruned / dense, on every text.", min=1.0, callback=finite, metavar="X"),
 ]
 
 CHOICE_MISSING = 2  # exit code where targets were given and no point keeps them
