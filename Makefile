@@ -22,7 +22,7 @@ triton-demo: $(READY) .venv-triton/.ready ## the demo's run on a real tritonserv
 	curl -sN 127.0.0.1:18000/v2/models/smollm2-trsp/generate_stream \
 	    -d '{"text_input": "The capital of France is", "max_tokens": 16, "stream": true}'; \
 	$(BIN)/trsp-deploy triton-stop $(REPOSITORY); \
-	$(BIN)/trsp-deploy bench-server $(REPOSITORY) --server .venv-triton --run runs/smollm2-135m-drop8
+	$(BIN)/trsp-deploy bench-server $(REPOSITORY) --server .venv-triton --run runs/smollm2-135m-drop8 --new-tokens 32 --replicates 5
 
 test: $(READY) check ## style, types, import rule and the default tests, offline
 	$(BIN)/python -m pytest -q
