@@ -46,7 +46,11 @@ def verify(path: Folder, public_key: PublicKey = None, as_json: Json = False) ->
     stream = sys.stderr if as_json else sys.stdout
     for finding in found.findings:
         print(finding, file=stream)
-    against = "its steps' records, for it is not finished" if found.against == "records" else found.against
+    against = (
+        "its steps' records, for it has no MANIFEST.json (`trsp-deploy report RUN` writes it)"
+        if found.against == "records"
+        else found.against
+    )
     print(f"{path}: {found.kind}, {found.checked} held against {against}, {len(found.findings)} wrong", file=stream)
     signature, whole = None, found.whole
     if public_key is not None:
