@@ -116,6 +116,20 @@ def test_what_is_not_decided_in_the_budget_is_3(workspace: Path, tmp_path: Path)
     assert ElementTree.parse(tmp_path / "check.xml").find(".//skipped") is not None
 
 
+def unsealed(baseline: Path) -> dict[str, Any]:
+    """A baseline's values without the seal, so that they can be changed."""
+    values: dict[str, Any] = json.loads(baseline.read_text())
+    del values["sha256"]
+    return values
+
+
+def test_a_baseline_with_another_digit_is_refused(workspace: Path, baseline: Path, tmp_path: Path) -> None:
+    changed = tmp_path / "changed.json"
+    changed.write_text(baseline.read_text().replace("1", "2", 1))
+    done = trsp_deploy("check", "run", "--against", str(changed), "--max-speedup-loss", "3%", cwd=workspace)
+    assert done.code == 1 and "changed.json: is not what was written (its SHA-256 is another)" in done.stderr, done.said
+
+
 def test_quality_that_is_lost_fails(workspace: Path) -> None:
     done = trsp_deploy("check", "run", "--quality-budget", "99.9%", "--budget", "1", cwd=workspace)
     assert done.code in (2, 3) and "perplexity over dense, manual" in done.stdout
@@ -127,7 +141,7 @@ def test_a_regression_against_the_baseline_is_found(workspace: Path, baseline: P
     limits = ["--max-speedup-loss", "60%", "--max-latency-regression", "90%"]
     done = trsp_deploy("check", "run", "--against", str(baseline), *limits, cwd=workspace)
     assert done.code == 0, done.said
-    values = json.loads(baseline.read_text())
+    values = unsealed(baseline)
     for logs in values["engines"]["ort-cpu-fp32"]["speedup"]:
         logs["total"] = [value + 2 for value in logs["total"]]  # the baseline was seven times as fast
     (tmp_path / "faster.json").write_text(json.dumps(values))
@@ -140,7 +154,7 @@ def test_a_regression_against_the_baseline_is_found(workspace: Path, baseline: P
 def test_times_of_other_hardware_are_refused_and_ratios_are_not(
     workspace: Path, baseline: Path, tmp_path: Path
 ) -> None:
-    values = json.loads(baseline.read_text())
+    values = unsealed(baseline)
     values["machine"] |= {"cpu": "Other CPU", "gpus": ["NVIDIA X"], "driver": "1.2"}
     other = tmp_path / "other.json"
     other.write_text(json.dumps(values))
@@ -155,7 +169,7 @@ def test_times_of_other_hardware_are_refused_and_ratios_are_not(
 
 @pytest.mark.parametrize("damage", ["no samples", "a shape less", "other schema", "an unknown key"])
 def test_a_damaged_baseline_is_one_line(workspace: Path, baseline: Path, tmp_path: Path, damage: str) -> None:
-    values = json.loads(baseline.read_text())
+    values = unsealed(baseline)
     engine = values["engines"]["ort-cpu-fp32"]
     if damage == "no samples":
         engine["speedup"][0]["total"] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -41,9 +42,14 @@ class Job:
 
 
 @pytest.fixture
-def job(tmp_path):
+def announced():
+    return []
+
+
+@pytest.fixture
+def job(tmp_path, announced):
     (tmp_path / "source.txt").write_text("a")
-    with RunFolder(tmp_path / "run") as run:
+    with RunFolder(tmp_path / "run", lambda step, state: announced.append((step, state))) as run:
         yield Job(run, tmp_path / "source.txt")
 
 
@@ -69,6 +75,32 @@ def test_damaged_record_redoes_it(job):
     (job.run.path / "records" / "double.json").write_text("{")
     job()
     assert job.calls == 2
+
+
+def test_record_with_a_changed_digit_is_not_believed(job, announced):
+    """Its key and its outputs fit, and its result would be another."""
+    job()
+    record = job.run.path / "records" / "double.json"
+    record.write_text(record.read_text().replace('"number": 1', '"number": 9'))
+    assert job() == Made(number=2)
+    assert ("double", "records/double.json is damaged, or of another version; done again") in announced
+
+
+def test_record_without_a_seal_is_taken_as_it_is(job):
+    """So were all records before there was one, and so is one that was edited by hand."""
+    job()
+    record = job.run.path / "records" / "double.json"
+    values = json.loads(record.read_text())
+    assert len(values.pop("sha256")) == 64
+    record.write_text(json.dumps(values))
+    assert job() == Made(number=1)
+
+
+def test_changed_output_is_named(job, announced):
+    job()
+    (job.run.path / "out.txt").write_text("tampered")
+    job()
+    assert ("double", "out.txt is not what was made (SHA-256); made again") in announced
 
 
 def test_failed_step_leaves_no_record(job):
@@ -142,6 +174,31 @@ def test_folder_is_replaced_whole(tmp_path):
             (partial / content).write_text(content)
     assert names(tmp_path / "model") == ["new"]
     assert size_bytes(tmp_path / "model") == 3
+
+
+def test_old_folder_comes_back_when_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    with writing(tmp_path / "model") as partial:
+        partial.mkdir()
+    (tmp_path / "model" / "old").touch()
+    replace = Path.replace
+
+    def refuse(self, target):
+        if self.name.endswith(".partial"):
+            raise PermissionError(errno.EPERM, "not permitted", str(target))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(StorageError, match="no permission"), writing(tmp_path / "model") as partial:
+        partial.mkdir()
+    assert names(tmp_path) == ["model"] and names(tmp_path / "model") == ["old"]
+
+
+def test_full_disk_is_seen_before_room_is_made_again(tmp_path, monkeypatch):
+    """torch says no word about the disk, and what it wrote in vain is removed at once."""
+    monkeypatch.setattr("trsp_deploy.artifacts._free_bytes", lambda path: 0 if list(tmp_path.glob(".*")) else 1 << 30)
+    with pytest.raises(StorageError, match="disk is full"), writing(tmp_path / "state.pt") as partial:
+        partial.write_bytes(b"half")
+        raise RuntimeError("PytorchStreamWriter failed writing file")
 
 
 def test_fingerprint_sees_names_and_contents(tmp_path):

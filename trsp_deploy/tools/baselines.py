@@ -103,8 +103,10 @@ def read_baseline(path: Path) -> Baseline:
         return Baseline.model_validate(values)
     except ValidationError as problem:
         first = problem.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise BaselineError(f"--against {path}: {where}: {first['msg'].lower()}") from problem
+        where = "".join(f"{part}." for part in first["loc"]).rstrip(".")
+        said = first["msg"].removeprefix("Value error, ")
+        line = f"{where}: {said.lower()}" if where else f"{said}; `trsp-deploy baseline` makes one"
+        raise BaselineError(f"--against {path}: {line}") from problem
 
 
 def engine_of(baseline: Baseline, name: str, path: Path) -> EngineBaseline:

@@ -1,0 +1,50 @@
+"""What the machine refuses is a line with what helps; a bug is not."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from trsp_deploy.errors import machine_reason, shown
+
+
+def wrapped(cause: Exception) -> Exception:
+    try:
+        raise RuntimeError("a library's own error") from cause
+    except RuntimeError as problem:
+        return problem
+
+
+@pytest.mark.parametrize(
+    ("problem", "words"),
+    [
+        (
+            OSError(errno.EMFILE, "Too many open files", "x"),
+            "x: Too many open files; raise the limit with `ulimit -n 1024`",
+        ),
+        (wrapped(OSError(errno.ENOSPC, "No space left on device")), "disk: No space left on device; free some space"),
+        (MemoryError(), "not enough memory; close other programs"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "not enough memory ('DefaultCPU"),
+        (ImportError("libtorch.so: failed to map segment from shared object"), "not enough memory"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "y"), "y: File name too long"),
+    ],
+)
+def test_the_machine_is_named(problem, words):
+    assert (machine_reason(problem) or "").startswith(words)
+
+
+@pytest.mark.parametrize(
+    "problem", [ValueError("x"), KeyError("memory"), FileNotFoundError(errno.ENOENT, "No such file")]
+)
+def test_bugs_are_not(problem):
+    assert machine_reason(problem) is None
+
+
+def test_long_values_are_shortened():
+    assert shown("melt") == "'melt'"
+    assert len(shown("a" * 10_000)) <= 200
+    bomb: list[object] = ["x"] * 9
+    for _ in range(9):
+        bomb = [bomb] * 9
+    assert len(shown(bomb)) < 100_000
