@@ -143,6 +143,7 @@ def shown(value: object) -> str:
 
 
 _SHORT = reprlib.Repr()
+_SHORT.maxlevel = 3
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
 
 

@@ -123,9 +123,10 @@ def unsealed(baseline: Path) -> dict[str, Any]:
     return values
 
 
-def test_a_baseline_with_another_digit_is_refused(workspace: Path, baseline: Path, tmp_path: Path) -> None:
-    changed = tmp_path / "changed.json"
-    changed.write_text(baseline.read_text().replace("1", "2", 1))
+def test_a_baseline_with_another_figure_is_refused(workspace: Path, baseline: Path, tmp_path: Path) -> None:
+    changed, values = tmp_path / "changed.json", json.loads(baseline.read_text())
+    values["engines"]["ort-cpu-fp32"]["speedup"][0]["total"][0] += 0.1
+    changed.write_text(json.dumps(values))
     done = trsp_deploy("check", "run", "--against", str(changed), "--max-speedup-loss", "3%", cwd=workspace)
     assert done.code == 1 and "changed.json: is not what was written (its SHA-256 is another)" in done.stderr, done.said
 

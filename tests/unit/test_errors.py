@@ -25,7 +25,7 @@ def wrapped(cause: Exception) -> Exception:
         ),
         (wrapped(OSError(errno.ENOSPC, "No space left on device")), "disk: No space left on device; free some space"),
         (MemoryError(), "not enough memory; close other programs"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "not enough memory ('DefaultCPU"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 'not enough memory ("DefaultCPU'),
         (ImportError("libtorch.so: failed to map segment from shared object"), "not enough memory"),
         (OSError(errno.ENAMETOOLONG, "File name too long", "y"), "y: File name too long"),
     ],
