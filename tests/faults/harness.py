@@ -58,7 +58,7 @@ STEPS = (
     "evaluate-ort-cpu-fp32-manual-pruned",
 )
 # What carries times, or the fingerprint of something that does, differs from run to run; all the rest must not.
-TIMED = ("records/", "report.", "checkpoints/", ".lock")
+TIMED = ("records/", "report.", "MANIFEST.json", "checkpoints/", ".lock")  # MANIFEST.json has the records' SHA-256
 DEADLINE_S = 1800  # where others share the machine a run may stand still for long
 PROGRAM = (sys.executable, "-c", "from trsp_deploy.cli import main; main()")
 
