@@ -23,7 +23,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from benchmarks.pages import markdown, put_between_markers
-from trsp_deploy.artifacts import RunFolder, write_json
+from trsp_deploy.artifacts import RunFolder, writing
 from trsp_deploy.errors import RunError, TrspError
 from trsp_deploy.pipeline import Pipeline, save_recipe
 from trsp_deploy.recipe import Recipe, Strict
@@ -107,7 +107,8 @@ def measure(settings: LoadSettings) -> Serving:
     found = measure_served(repository, lambda: started(repository, environment), generator, settings, before=run_bare)
     result = Serving(served=found, bare_s={role: tuple(each) for role, each in bare.items()})
     if settings == FULL:
-        write_json(results_path(found.provenance.cpu), result)
+        with writing(results_path(found.provenance.cpu)) as partial:
+            partial.write_text(result.model_dump_json() + "\n", encoding="utf-8")
     return result
 
 

@@ -6,12 +6,12 @@ import json
 import re
 from pathlib import Path
 
-from trsp_deploy.artifacts import fingerprint, link_tree, provenance, write_json, writing
+from trsp_deploy.artifacts import MANIFEST, files_below, fingerprint, link_tree, provenance, write_json, writing
 from trsp_deploy.decoder import max_positions
 from trsp_deploy.errors import ModelError, RunError
 from trsp_deploy.results import Role
 from trsp_deploy.tools.graphs.rotation import engine_rotation
-from trsp_deploy.tools.repository import MANIFEST, RepositoryManifest, ServedModel
+from trsp_deploy.tools.repository import RepositoryManifest, ServedModel
 from trsp_deploy.tools.runners import device_of, read_manifest
 from trsp_deploy.tools.runners.manifest import check_files
 from trsp_deploy.tools.serving.engine import batches
@@ -135,8 +135,7 @@ def _write_model(
 
 
 def _fingerprints(folder: Path) -> dict[str, str]:
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): fingerprint(path) for path in paths}
+    return {path.relative_to(folder).as_posix(): fingerprint(path) for path in files_below(folder)}
 
 
 def end_tokens(model_folder: Path) -> list[int]:

@@ -7,12 +7,10 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from trsp_deploy.artifacts import Provenance
+from trsp_deploy.artifacts import MANIFEST, Provenance
 from trsp_deploy.errors import RunError
 from trsp_deploy.recipe import Name, RelativePath, Strict
 from trsp_deploy.results import Role
-
-MANIFEST = "MANIFEST.json"
 
 
 class ServedModel(Strict):
