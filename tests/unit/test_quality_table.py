@@ -136,7 +136,7 @@ def test_rows_that_remove_the_same_layers_and_train_alike_are_computed_once(tmp_
     assert not lines.stale(trained["uidl"])
     other = outcome(selected["uidl"])
     assert isinstance(other, Selected)
-    lines.add(selected["uidl"], other.model_copy(update={"plan": {"dropped": [1, 2], "seed": 0}}), 10.0)
+    lines.add(selected["uidl"], other.model_copy(update={"plan": {"dropped": list(range(1, 8)), "seed": 0}}), 10.0)
     assert lines.twin(trained["uidl"]) is None, "other layers"
 
 
