@@ -1,0 +1,92 @@
+"""A Hugging Face folder's weights while its model is exported: never all of them in memory.
+
+model = build_skeleton(folder, torch.float16)     # can be traced; its weights take a few bytes each
+read = open_weights(folder, model)
+read("model.decoder.layers.0.fc1.weight")         # this one alone, from the folder
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+Read = Callable[[str], torch.Tensor]
+
+
+def build_skeleton(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The folder's model in eval mode with one number, repeated, for each weight; its buffers are real."""
+    from transformers.modeling_utils import no_init_weights  # elsewhere in transformers 5, which this is not for
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with no_init_weights(), init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    model.tie_weights()  # again: an empty weight that is assigned is copied
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    made: dict[nn.Parameter, nn.Parameter] = {}  # weights that are one stay one
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if weight not in made:
+                number = torch.zeros((), dtype=weight.dtype)
+                made[weight] = nn.Parameter(number.expand(weight.shape), requires_grad=False)
+            module.register_parameter(name, made[weight])
+    return model.eval()
+
+
+def open_weights(folder: Path, model: PreTrainedModel) -> Read:
+    """A function that reads one of the model's weights or saved buffers by name, in the dtype that it has in the model.
+
+    Where the folder calls weights what the model does, give or take the prefix of a model without its head, only what
+    is asked for is read. Folders of other names are loaded whole, as transformers maps them.
+    """
+    files = _files(folder)
+    places: dict[str, tuple[Path, str]] = {}
+    for name, names in _aliases(model).items():
+        key = next((key for key in _keys(names, model.base_model_prefix) if key in files), None)
+        if key is None:
+            loaded = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=model.dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
+            )
+            return loaded.state_dict().__getitem__
+        places[name] = files[key], key
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+
+    def read(name: str) -> torch.Tensor:
+        path, key = places[name]
+        with safe_open(path, framework="pt") as file:  # opened for one tensor: what is mapped counts as memory
+            return file.get_tensor(key).to(dtypes[name], copy=True)
+
+    return read
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """The file that holds each stored tensor."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return {key: folder / name for key, name in json.loads(index.read_text())["weight_map"].items()}
+    whole = folder / "model.safetensors"
+    with safe_open(whole, framework="pt") as file:
+        return dict.fromkeys(file.keys(), whole)
+
+
+def _aliases(model: PreTrainedModel) -> dict[str, list[str]]:
+    """All names of the weight that a name stands for, a tied head's the embedding's first."""
+    state = model.state_dict(keep_vars=True)
+    names: dict[int, list[str]] = {}
+    for name, tensor in state.items():
+        names.setdefault(id(tensor), []).append(name)
+    return {name: names[id(tensor)] for name, tensor in state.items()}
+
+
+def _keys(names: list[str], prefix: str) -> Iterator[str]:
+    yield from names
+    for name in names:
+        yield name.removeprefix(f"{prefix}.")
+        yield f"{prefix}.{name}"
