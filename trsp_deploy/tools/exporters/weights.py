@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 Read = Callable[[str], torch.Tensor]
@@ -37,7 +39,32 @@ def build_skeleton(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
                 number = torch.zeros((), dtype=weight.dtype)
                 made[weight] = nn.Parameter(number.expand(weight.shape), requires_grad=False)
             module.register_parameter(name, made[weight])
+    quick = _WithoutProducts()  # in the model alone: the passes after tracing calculate with its constants
+    model.register_forward_pre_hook(lambda *_: quick.begin())
+    model.register_forward_hook(lambda *_: quick.end(), always_call=True)
     return model.eval()
+
+
+class _WithoutProducts(TorchDispatchMode):
+    """While it is entered a matrix product is zeros of the right shape: all that a trace asks of it.
+
+    Of weights that are one number, repeated, BLAS would make matrices first; and fp16 products of a CPU are slow.
+    """
+
+    def begin(self) -> None:
+        self.__enter__()
+
+    def end(self) -> None:
+        self.__exit__(None, None, None)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.mm.default:
+            left, right = args  # (rows, inner), (inner, columns)
+        elif func is torch.ops.aten.addmm.default:
+            _, left, right = args
+        else:
+            return func(*args, **(kwargs or {}))
+        return left.new_zeros(left.shape[0], right.shape[1])
 
 
 def open_weights(folder: Path, model: PreTrainedModel) -> Read:
