@@ -28,17 +28,16 @@ import psutil
 from benchmarks.pages import markdown, put_between_markers
 from trsp_deploy.artifacts import Provenance, provenance, writing
 from trsp_deploy.errors import RunError, TrspError
-from trsp_deploy.recipe import ExportSettings, Float, Strict
+from trsp_deploy.recipe import FLOAT_BYTES, ExportSettings, Float, Strict
 from trsp_deploy.tools.quiet import quiet_libraries
 
 HOME = Path("runs/bench-memory")
 RESULTS = Path("benchmarks/results")
 PAGE = Path("docs/memory.md")
 JOBS = ("export", "export and parity", "optimum")
-WIDTHS: dict[Float, int] = {"fp32": 4, "fp16": 2}
 POLL_S = 0.02
 MOST = 1.6  # times the weights in the export's precision
-TARGETS = {f"{precision}_{job.replace(' ', '_')}": MOST for job in JOBS[:2] for precision in WIDTHS}
+TARGETS = {f"{precision}_{job.replace(' ', '_')}": MOST for job in JOBS[:2] for precision in FLOAT_BYTES}
 OPT_1B3 = {"hidden_size": 2048, "ffn_dim": 8192, "num_hidden_layers": 24, "num_attention_heads": 32}
 OPT_125M = {"hidden_size": 768, "ffn_dim": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 PROMPTS = (40, 23)  # tokens, as the pipeline's parity check has them
@@ -95,7 +94,7 @@ def measure(folder: Path, quick: bool, limit_gb: float | None) -> Memory:
     config = make(folder / "model", quick)
     rows = []
     for job in JOBS:
-        for precision in WIDTHS:
+        for precision in FLOAT_BYTES:
             limit = limit_gb * 1e9 if limit_gb else 0.9 * psutil.virtual_memory().available
             rows.append(run(job, precision, quick, round(limit)))
             print(f"{job} {precision}: {rows[-1].peak_bytes / 1e9:.2f} GB", file=sys.stderr)
@@ -228,7 +227,7 @@ def figures(found: Memory) -> dict[str, float]:
 
 def ratio(found: Memory, row: Row) -> float:
     """Peak over weights."""
-    return row.peak_bytes / (found.parameters * WIDTHS[row.precision])
+    return row.peak_bytes / (found.parameters * FLOAT_BYTES[row.precision])
 
 
 def verdict(found: Memory) -> dict[str, object]:
@@ -250,7 +249,7 @@ def page(found: Memory) -> str:
         met = "" if row.job == "optimum" else "met" if ratio(found, row) <= MOST else "**not met**"
         cells = (f"{row.peak_bytes / 1e9:.2f}", f"{row.anonymous_bytes / 1e9:.2f}", f"{ratio(found, row):.2f}")
         name = "plain Optimum" if row.job == "optimum" else row.job
-        weights = f"{found.parameters * WIDTHS[row.precision] / 1e9:.2f}"
+        weights = f"{found.parameters * FLOAT_BYTES[row.precision] / 1e9:.2f}"
         target = "" if row.job == "optimum" else f"at most {MOST:g}"
         body.append((name, row.precision, weights, *(more + cell for cell in cells), target, met))
     libraries = max(row.libraries_bytes for row in found.rows)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.tiny import tiny_model
 from trsp_deploy.decoder import load_model
+from trsp_deploy.errors import ModelError
 from trsp_deploy.recipe import ExportSettings, Float
 from trsp_deploy.stages import parity
 from trsp_deploy.stages.export import export_onnx
@@ -51,6 +52,17 @@ def test_every_matrix_has_the_bits_that_loading_gives(family: str, precision: Fl
     for name, weight in matrices.items():
         stored = torch.from_numpy(graph.initializers[name].const_value.numpy().copy())
         assert torch.equal(stored, weight) or torch.equal(stored, weight.t()), name
+
+
+def test_a_weight_of_another_shape_is_one_line(tmp_path: Path) -> None:
+    tiny_model("opt").save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    weights = load_file(path)
+    weights["model.decoder.layers.2.fc1.weight"] = weights["model.decoder.layers.2.fc1.weight"][:-1].clone()
+    save_file(weights, path, {"format": "pt"})
+    shapes = r"fc1\.weight is \(95, 48\) and by the config would be \(96, 48\)$"
+    with pytest.raises(ModelError, match=shapes):
+        exported(tmp_path / "model", "fp32", tmp_path / "onnx")
 
 
 def test_without_simplification(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from trsp_deploy.errors import ModelError
+
 Read = Callable[[str], torch.Tensor]
 
 
@@ -29,6 +31,7 @@ def build_skeleton(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with no_init_weights(), init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    model.config.dtype = dtype
     model.tie_weights()  # again: an empty weight that is assigned is copied
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
@@ -71,7 +74,8 @@ def open_weights(folder: Path, model: PreTrainedModel) -> Read:
     """A function that reads one of the model's weights or saved buffers by name, in the dtype that it has in the model.
 
     Where the folder calls weights what the model does, give or take the prefix of a model without its head, only what
-    is asked for is read. Folders of other names are loaded whole, as transformers maps them.
+    is asked for is read. Folders of other names are loaded whole, as transformers maps them. What is returned raises
+    ModelError where a weight has not the shape that the config asks for.
     """
     files = _files(folder)
     places: dict[str, tuple[Path, str]] = {}
@@ -83,12 +87,16 @@ def open_weights(folder: Path, model: PreTrainedModel) -> Read:
             )
             return loaded.state_dict().__getitem__
         places[name] = files[key], key
-    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    state = model.state_dict()
 
     def read(name: str) -> torch.Tensor:
         path, key = places[name]
         with safe_open(path, framework="pt") as file:  # opened for one tensor: what is mapped counts as memory
-            return file.get_tensor(key).to(dtypes[name], copy=True)
+            weight = file.get_tensor(key).to(state[name].dtype, copy=True)
+        if weight.shape != state[name].shape:
+            shapes = f"is {tuple(weight.shape)} and by the config would be {tuple(state[name].shape)}"
+            raise ModelError(f"{path}: {key} {shapes}")
+        return weight
 
     return read
 
