@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo triton-demo test test-slow test-transformers5 test-triton test-network check format gpu quality quality-report bench-train bench-engines bench-proof bench-serving faults docs clean
+.PHONY: demo triton-demo test test-slow test-transformers5 test-triton test-network check format gpu quality quality-report bench-train bench-engines bench-proof bench-serving bench-memory faults docs clean
 
 demo: $(READY) ## prune a real model, build its engines and judge them: about 12 minutes on 2 cores
 	$(BIN)/trsp-deploy fetch smollm2-135m exl-wiki wiki-demo c4-demo
@@ -76,6 +76,9 @@ bench-proof: $(READY) ## can a comparison be believed? trials of known truth, un
 bench-serving: $(READY) .venv-triton/.ready ## a real tritonserver under load: what it costs, what batching gains; QUICK=1: three minutes
 	$(BIN)/trsp-deploy fetch smollm2-135m exl-wiki triton-schema
 	TRSP_DEPLOY_TRITON=.venv-triton $(BIN)/python -m benchmarks.serving $(if $(QUICK),--quick) $(ARGS)
+
+bench-memory: $(READY) ## peak memory of an export, ours against plain Optimum, on a random OPT-1.3B; QUICK=1: a small one
+	$(BIN)/python -m benchmarks.memory $(if $(QUICK),--quick) $(ARGS)
 
 faults: $(READY) ## kills, full disks, damage, Ctrl-C and 10,000 bad inputs, tried for real: under an hour; ARGS='-k killed'
 	$(BIN)/python -m benchmarks.faults $(ARGS)

@@ -21,6 +21,7 @@ from trsp_deploy.errors import EngineSpecError, RecipeError, UserError, nearest,
 
 Precision = Literal["fp32", "fp16", "int8", "int4"]  # of an engine
 Float = Literal["fp32", "fp16"]  # of an exported graph: integers come in when an engine is built from it
+FLOAT_BYTES: dict[Float, int] = {"fp32": 4, "fp16": 2}
 Form = Literal["anneal", "l2", "l1", "train", "none"]
 Backend = Literal["onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"]
 

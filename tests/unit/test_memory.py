@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, OPTConfig
 
+from benchmarks.memory import OPT_1B3, RESULTS, Memory
 from tests.tiny import FAMILIES, tiny_config
 from trsp_deploy.errors import DeviceMemoryError
 from trsp_deploy.recipe import Recipe, override, read_recipe
@@ -94,6 +95,16 @@ def test_the_parts_that_are_arithmetic(estimates):
     assert opt.counts.total == parameters
     assert forward.gradients_bytes == 0 and update.gradients_bytes == 2 * parameters
     assert forward.optimizer_bytes == update.optimizer_bytes == 4 * parameters
+
+
+@pytest.mark.parametrize("measured", sorted(RESULTS.glob("memory-*.json")), ids=lambda path: path.stem)
+def test_an_export_needs_what_the_bench_measured(measured):
+    estimate = MemoryEstimate(OPTConfig(**OPT_1B3, word_embed_proj_dim=OPT_1B3["hidden_size"]), "cpu", fast_bf16=False)
+    found = Memory.model_validate_json(measured.read_bytes())
+    assert found.parameters == estimate.counts.total
+    peaks = {row.precision: row.peak_bytes for row in found.rows if row.job == "export"}
+    for precision, peak in peaks.items():
+        assert peak <= estimate.export_bytes(precision) < 1.15 * peak
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -117,6 +117,8 @@ def print_memory(plan: MemoryPlan, file: TextIO) -> None:
         rows.pop()
     out.print(plain_table(("GB", *(stage.stage for stage in plan.stages)), rows))
     out.print(f"{plan.model}, {plan.weights} weights; {plan.device} memory available: {there}", soft_wrap=True)
+    exports = ", ".join(f"{size / 1e9:.2f} GB in {precision}" for precision, size in plan.export_bytes.items())
+    out.print(f"export, in main memory: {exports}", soft_wrap=True)
 
 
 def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

@@ -16,7 +16,7 @@ def export_onnx(model: Path, precision: Float, settings: ExportSettings, out: Pa
     """Export the model in a Hugging Face folder into `out`/model.onnx; returns the names of external data files.
 
     Inputs: input_ids, attention_mask, mostly position_ids, past_key_values.N.{key,value}; outputs: logits,
-    present.N.{key,value}. The config stands beside the graph; the weights may, and do so above 2 GB.
+    present.N.{key,value}. The config and the weights stand beside the graph.
     Raises ModelError when the exporter is not installed or cannot export the architecture.
     """
     exporter = chosen(settings)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from trsp_deploy.errors import DeviceMemoryError, ModelError, TrspError
-from trsp_deploy.recipe import Recipe, Strict, override, read_recipe
+from trsp_deploy.recipe import FLOAT_BYTES, Float, Recipe, Strict, override, read_recipe
 from trsp_deploy.tools.hub import hub_errors, hub_problem
 from trsp_deploy.tools.memory import MemoryEstimate, Stage, StageMemory
 from trsp_deploy.tools.models import HUB_ID, SHORT_NAMES, check_decoder_only, resolve_model
@@ -35,6 +35,7 @@ class MemoryPlan(Strict):
     weights: str  # dtype in training
     available_bytes: int | None  # None where it cannot be told, or the device is not in this machine
     stages: tuple[StageMemory, ...]
+    export_bytes: dict[Float, int]  # main memory, by the export's precision
 
     def fits(self, stage: StageMemory) -> bool:
         """Whether a stage's peak is within what is there; what cannot be told is not held against it."""
@@ -134,6 +135,7 @@ def _plan(recipe: Recipe, estimate: MemoryEstimate) -> MemoryPlan:
         weights=recipe.weights,
         available_bytes=available_bytes(device),
         stages=stages,
+        export_bytes={precision: estimate.export_bytes(precision) for precision in FLOAT_BYTES},
     )
 
 

@@ -18,14 +18,13 @@ import torch
 
 from trsp_deploy.decoder import WeightCounts, count_config
 from trsp_deploy.errors import StorageError
-from trsp_deploy.recipe import EngineSpec, Float, Recipe, Strict, parse_drop
+from trsp_deploy.recipe import FLOAT_BYTES, EngineSpec, Float, Recipe, Strict, parse_drop
 from trsp_deploy.results import ROLES, Role
 from trsp_deploy.tools.limits import WEIGHT_BYTES
 from trsp_deploy.tools.memory import MOMENT_8BIT_BYTES
 from trsp_deploy.tools.training import TRAINING_DTYPES
 
 GB = 1e9
-FLOAT_BYTES: dict[Float, int] = {"fp32": 4, "fp16": 2}
 TOKENIZER_BYTES = 72  # a token, in tokenizer.json and vocabulary files; SmolLM2's 49,152 take 3.5 MB
 GRAPH_BYTES = 30_000  # a layer, in an exported ONNX file; 24 to 35 kB were seen
 ENGINE_GRAPH_BYTES = 7_000  # a layer, fused
@@ -108,9 +107,7 @@ def plan_disk(
             for role in ROLES
         ]
         there = all(folder.is_dir() for folder in folders)
-        # The exporter writes a graph, and the simplified one beside it before the first goes.
-        scratch = _graph(dense, precision)
-        stages.append(StageDisk(stage=f"onnx {precision}", kept_bytes=kept, scratch_bytes=scratch, there=there))
+        stages.append(StageDisk(stage=f"onnx {precision}", kept_bytes=kept, there=there))
     for spec in specs:
         kept = sum(_engine(spec, counts[role]) for role in ROLES)
         there = all((run / "engines" / spec.name / role).is_dir() for role in ROLES)

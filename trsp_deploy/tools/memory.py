@@ -1,4 +1,4 @@
-"""How much memory selection and transfer will need on the training device, before any weights are loaded.
+"""How much memory selection and transfer will need on the training device, and an export, before weights are loaded.
 
     estimate = MemoryEstimate(config, "cuda")
     [stage.peak.total_bytes for stage in estimate.stages(recipe)]
@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from trsp_deploy.decoder import count_weights, decoder_layers
-from trsp_deploy.recipe import Recipe, Strict, parse_drop
+from trsp_deploy.recipe import FLOAT_BYTES, Float, Recipe, Strict, parse_drop
 from trsp_deploy.tools.losses import SLICE_BYTES
 from trsp_deploy.tools.methods.fold import SHORTLIST
 from trsp_deploy.tools.rehearsal import (
@@ -44,6 +44,8 @@ SLICES = 3  # of logits at a time: a slice's logits and probabilities, and the g
 TEACHER_SLICES = 2  # the dense model's logits and probabilities
 MOMENT_8BIT_BYTES = 1 + 4 / 256  # a parameter: 8 bits, and an fp32 scale for each 256 of them
 SHARD_BYTES = 5 * 10**9  # of transformers' save_pretrained
+EXPORT_LIBRARIES_BYTES = 530_000_000  # torch, transformers, Optimum, and the graph; `make bench-memory` measures
+EXPORT_COPIES = 3  # of the largest matrix
 DOUBLE = 8  # equations are in float64
 
 
@@ -100,6 +102,7 @@ class MemoryEstimate:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config)
         self.counts = count_weights(skeleton)
+        self._largest = max(weight.numel() for weight in skeleton.parameters())
         self._buffers_bytes = sum(buffer.nbytes for buffer in skeleton.buffers())
         self._linear = [_shape(module) for module in decoder_layers(skeleton)[0].modules() if _is_linear(module)]
 
@@ -109,6 +112,10 @@ class MemoryEstimate:
             StageMemory(stage="selection", moments=self._with_slack(self._selection(recipe))),
             StageMemory(stage="transfer", moments=self._with_slack(self._transfer(recipe))),
         )
+
+    def export_bytes(self, precision: Float) -> int:
+        """Main memory of an export by Optimum's exporter, which never holds the weights."""
+        return EXPORT_LIBRARIES_BYTES + EXPORT_COPIES * FLOAT_BYTES[precision] * self._largest
 
     def _with_slack(self, moments: list[Moment]) -> tuple[Moment, ...]:
         share = SLACK_SHARE[self.device]

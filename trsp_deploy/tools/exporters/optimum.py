@@ -1,12 +1,15 @@
 """PyTorch to ONNX through Optimum's exporter, which traces the model as TorchScript.
 
-Optimum's own validation only warns, so it is left out: `stages/parity.py` is the check. Two of Optimum's functions are
-replaced while it works, each for a reason written beside the replacement; the releases they fit are pinned.
+The model is traced without its weights, which the graph then gets from the checkpoint one at a time, on their way to
+the disk: nothing is ever held whole. Optimum's own validation only warns, so it is left out: `stages/parity.py` is the
+check. Two functions are replaced while it works, each for a reason written beside the replacement; the releases they
+fit are pinned.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,13 +17,17 @@ from types import ModuleType
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 import torch
+from transformers import PreTrainedModel
 
 from trsp_deploy.errors import ModelError
 from trsp_deploy.recipe import Float
+from trsp_deploy.tools.exporters.weights import Read, build_skeleton, open_weights
 
 OPSET = 18
-PROTOBUF_LIMIT = 2**31 - 2**27  # bytes of weights that still leave room for the graph in one protobuf file
+DTYPES: dict[Float, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
+ALIGNMENT = 65536  # bytes: external data that begins at a page is mapped instead of read
 
 
 def installed() -> bool:
@@ -31,34 +38,88 @@ def installed() -> bool:
 
 
 def export(model: Path, precision: Float, opset: int, slim: bool, out: Path) -> None:
-    """Write a Hugging Face folder's model to the file `out`, and its config beside it; above 2 GB its weights too.
+    """Write a Hugging Face folder's model to the file `out`, its weights beside it, and its config into out's folder.
 
     slim: onnxslim simplifies the graph. Raises ModelError when Optimum cannot export the architecture.
     """
+    network = build_skeleton(model, DTYPES[precision])
+    try:
+        _trace(network, opset, out)
+    except (ValueError, KeyError, NotImplementedError) as problem:
+        reason = " ".join(str(problem).split())[:300]
+        raise ModelError(f"{model}: Optimum cannot export it to ONNX ({reason})") from problem
+    read = open_weights(model, network)
+    traced = ir.load(out)
+    weights = network.state_dict().keys() & {value.name for value in traced.graph.inputs}
+    matrices = {name for name in weights if network.state_dict()[name].ndim > 1}
+    transposed = _turn(traced.graph, matrices)
+    # Simplifying reads vectors (a norm's ones, a bias of zeros); matrices stay inputs meanwhile, which it leaves alone.
+    _fill(traced.graph, weights - matrices, read, transposed)
+    if slim:
+        from onnxslim import slim as simplify
+
+        traced = ir.from_proto(simplify(ir.to_proto(traced)))
+    _fill(traced.graph, matrices, read, transposed)
+    ir.save(traced, out, external_data=f"{out.name}_data", alignment=ALIGNMENT)
+    onnx.checker.check_model(out)
+
+
+def _trace(network: PreTrainedModel, opset: int, out: Path) -> None:
+    """Write the graph with every weight as an input of the weight's name, and the model's config beside it."""
     # Loads half of transformers, and its loggers must be quiet before it speaks.
-    from optimum.exporters.onnx import convert, main_export, model_patcher
-    from optimum.onnx import graph_transformations
+    from optimum.exporters.onnx import model_patcher, onnx_export_from_model
 
     attention = model_patcher.original_scaled_dot_product_attention
+    # Folding would multiply out weights, and inputs that are not kept as such are merged where they look alike.
+    weightless = functools.partial(torch.onnx.export, export_params=False, keep_initializers_as_inputs=True)
     with (
         _replaced(model_patcher, "original_scaled_dot_product_attention", _additive_masks(attention)),
-        _replaced(convert, "check_and_save_model", _check_and_save),
-        _replaced(graph_transformations, "check_and_save_model", _check_and_save),
+        _replaced(torch.onnx, "export", weightless),
     ):
-        try:
-            main_export(
-                str(model),
-                output=out.parent,
-                task="text-generation-with-past",
-                opset=opset,
-                dtype=precision,
-                local_files_only=True,
-                do_validation=False,
-                slim=slim,
-            )
-        except (ValueError, KeyError, NotImplementedError) as problem:
-            reason = " ".join(str(problem).split())[:300]
-            raise ModelError(f"{model}: Optimum cannot export it to ONNX ({reason})") from problem
+        network.config.use_cache = True
+        onnx_export_from_model(
+            network,
+            out.parent,
+            opset=opset,
+            task="text-generation-with-past",
+            do_validation=False,
+            no_post_process=True,  # of a graph with its weights: two equal ones become one
+            do_constant_folding=False,
+        )
+
+
+def _turn(graph: ir.Graph, matrices: set[str]) -> set[str]:
+    """Let those that the graph only ever uses transposed stand in it as such; returns their names."""
+    turned = set()
+    for value in graph.inputs:
+        nodes = value.consumers()
+        if value.name in matrices and nodes and all(_turns(node) for node in nodes):
+            assert value.name is not None and value.shape is not None
+            for node in nodes:
+                node.outputs[0].replace_all_uses_with(value)
+                graph.remove(node, safe=True)
+            value.shape = ir.Shape(value.shape[::-1])
+            turned.add(value.name)
+    return turned
+
+
+def _turns(node: ir.Node) -> bool:
+    return node.op_type == "Transpose" and tuple(node.attributes["perm"].as_ints()) == (1, 0)
+
+
+def _fill(graph: ir.Graph, names: set[str], read: Read, transposed: set[str]) -> None:
+    """Turn inputs that are weights into initializers, which are read when they are asked for."""
+    for value in [value for value in graph.inputs if value.name in names]:
+        assert value.name is not None and value.dtype is not None and value.shape is not None
+        load = functools.partial(_tensor, read, value.name, value.name in transposed)
+        value.const_value = ir.LazyTensor(load, dtype=value.dtype, shape=value.shape, name=value.name)
+        graph.inputs.remove(value)
+        graph.register_initializer(value)
+
+
+def _tensor(read: Read, name: str, transposed: bool) -> ir.TensorProtocol:
+    weight = read(name)
+    return ir.tensor((weight.t() if transposed else weight).contiguous().numpy(), name=name)
 
 
 @contextlib.contextmanager
@@ -87,20 +148,3 @@ def _additive_masks(attention: Callable[..., torch.Tensor]) -> Callable[..., tor
         return attention(query, *args, attn_mask=attn_mask, **kwargs)
 
     return additive
-
-
-def _check_and_save(model: onnx.ModelProto, save_path: str | Path) -> None:
-    """Save a graph, with its weights beside it where one protobuf file cannot hold them, and check it.
-
-    Optimum asks the message for its size first, and today's protobuf raises an error above 2 GB instead of answering.
-    """
-    path = Path(save_path)
-    weights = path.with_name(f"{path.name}_data")
-    for stale in (path, weights):
-        stale.unlink(missing_ok=True)
-    if sum(len(tensor.raw_data) for tensor in model.graph.initializer) > PROTOBUF_LIMIT:
-        # Small tensors stay in the graph: shape inference reads them there.
-        onnx.save(model, path, save_as_external_data=True, location=weights.name, size_threshold=1024)
-    else:
-        onnx.save(model, path)
-    onnx.checker.check_model(path)

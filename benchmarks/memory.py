@@ -1,0 +1,293 @@
+"""What an export costs in memory, against plain Optimum: `make bench-memory`.
+
+    python -m benchmarks.memory             # an OPT of 1.3B: about twenty minutes on 2 cores, 11 GB of disk
+    python -m benchmarks.memory --quick     # one of 125M, whose libraries weigh more than its weights; keeps nothing
+    python -m benchmarks.memory --report    # the table and docs/memory.md from what is there
+
+A random OPT-1.3B, stored in fp16 in several shards as the hub has it, made once. Every row is a fresh process: our
+export alone, our export with the parity check after it, and `optimum.exporters.onnx.main_export` with its defaults. A
+row's peak is its process's high-water mark, or what it and its children hold together where that is more. Pages of
+mapped files count, although the system can take them back; what is left without them stands beside it. A row that
+would not fit the machine is stopped and says so. Prints a table and ends with one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import psutil
+
+from benchmarks.pages import markdown, put_between_markers
+from trsp_deploy.artifacts import Provenance, provenance, writing
+from trsp_deploy.errors import RunError, TrspError
+from trsp_deploy.recipe import FLOAT_BYTES, ExportSettings, Float, Strict
+from trsp_deploy.tools.quiet import quiet_libraries
+
+HOME = Path("runs/bench-memory")
+RESULTS = Path("benchmarks/results")
+PAGE = Path("docs/memory.md")
+JOBS = ("export", "export and parity", "optimum")
+POLL_S = 0.02
+MOST = 1.6  # times the weights in the export's precision
+TARGETS = {f"{precision}_{job.replace(' ', '_')}": MOST for job in JOBS[:2] for precision in FLOAT_BYTES}
+OPT_1B3 = {"hidden_size": 2048, "ffn_dim": 8192, "num_hidden_layers": 24, "num_attention_heads": 32}
+OPT_125M = {"hidden_size": 768, "ffn_dim": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+PROMPTS = (40, 23)  # tokens, as the pipeline's parity check has them
+
+
+class Row(Strict):
+    """One process's peak, in bytes."""
+
+    job: str
+    precision: Float
+    peak_bytes: int
+    anonymous_bytes: int  # its highest, without pages of files
+    libraries_bytes: int  # what the process held before it began
+    stopped: bool = False  # it had more than the machine should give: the peak is a lower bound
+
+
+class Memory(Strict):
+    """Everything that was measured."""
+
+    machine: Provenance
+    parameters: int
+    rows: tuple[Row, ...]
+
+
+def main() -> int:
+    """Parse, measure, report."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory")
+    parser.add_argument("--quick", action="store_true", help="a small model; keeps nothing")
+    parser.add_argument("--report", action="store_true", help="measure nothing")
+    parser.add_argument("--limit-gb", type=float, help="stop a row here; default: 0.9 of what is free when it begins")
+    parser.add_argument("--worker", choices=JOBS, help=argparse.SUPPRESS)
+    parser.add_argument("--precision", choices=get_args(Float), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    folder = HOME / ("quick" if options.quick else "opt-1.3b")
+    if options.worker:
+        work(options.worker, options.precision, folder, folder / "out")
+        return 0
+    try:
+        found = read() if options.report else measure(folder, options.quick, options.limit_gb)
+    except TrspError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return problem.exit_code
+    if not options.quick:
+        put_between_markers(PAGE, page(found), "memory")
+    print(page(found))
+    print(json.dumps(verdict(found)))
+    return 0
+
+
+def measure(folder: Path, quick: bool, limit_gb: float | None) -> Memory:
+    """Make the model where it is missing, and run every job; the full bench keeps its rows."""
+    from trsp_deploy.tools.disk import counts_of
+
+    config = make(folder / "model", quick)
+    rows = []
+    for job in JOBS:
+        for precision in FLOAT_BYTES:
+            limit = limit_gb * 1e9 if limit_gb else 0.9 * psutil.virtual_memory().available
+            rows.append(run(job, precision, quick, round(limit)))
+            print(f"{job} {precision}: {rows[-1].peak_bytes / 1e9:.2f} GB", file=sys.stderr)
+            shutil.rmtree(folder / "out", ignore_errors=True)
+    found = Memory(machine=provenance(), parameters=counts_of(config).total, rows=tuple(rows))
+    if not quick:
+        with writing(results_path(found.machine.cpu)) as partial:
+            partial.write_text(found.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    return found
+
+
+def make(folder: Path, quick: bool) -> object:
+    """The random model's config, and its folder where it is missing."""
+    import torch
+    from transformers import AutoModelForCausalLM, OPTConfig
+
+    sizes = OPT_125M if quick else OPT_1B3
+    config = OPTConfig(**sizes, word_embed_proj_dim=sizes["hidden_size"])
+    if not folder.is_dir():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
+        with writing(folder) as partial:
+            model.save_pretrained(partial, max_shard_size="500MB")
+    return config
+
+
+def run(job: str, precision: Float, quick: bool, limit_bytes: int) -> Row:
+    """One job in a fresh process that is watched from here; raises RunError when it fails."""
+    command = [sys.executable, "-m", "benchmarks.memory", "--worker", job, "--precision", precision]
+    process = subprocess.Popen([*command, *(["--quick"] if quick else [])], stdout=subprocess.PIPE, text=True)
+    tree, peak, anonymous = psutil.Process(process.pid), 0, 0
+    while process.poll() is None:
+        held, without_files = resident(tree)
+        peak, anonymous = max(peak, held), max(anonymous, without_files)
+        if held > limit_bytes:
+            process.kill()
+        try:
+            process.wait(POLL_S)
+        except subprocess.TimeoutExpired:
+            continue
+    assert process.stdout is not None
+    said = process.stdout.read().splitlines()
+    process.stdout.close()
+    stopped = peak > limit_bytes
+    if process.returncode and not stopped:
+        raise RunError(f"{job} in {precision} ended with {process.returncode}; what it said is above")
+    own = json.loads(said[-1]) if not stopped else {"peak_bytes": 0, "libraries_bytes": 0}
+    return Row(
+        job=job,
+        precision=precision,
+        peak_bytes=max(peak, own["peak_bytes"]),
+        anonymous_bytes=anonymous,
+        libraries_bytes=own["libraries_bytes"],
+        stopped=stopped,
+    )
+
+
+def resident(process: psutil.Process) -> tuple[int, int]:
+    """Bytes of a process and its children, and how many of them are not pages of files."""
+    held = anonymous = 0
+    for each in (process, *_children(process)):
+        try:
+            memory = each.memory_info()
+        except psutil.Error:  # it has ended
+            continue
+        held, anonymous = held + memory.rss, anonymous + memory.rss - memory.shared
+    return held, anonymous
+
+
+def _children(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children(recursive=True)
+    except psutil.Error:
+        return []
+
+
+# -- the jobs, each in a process of its own ----------------------------------------------------------------------------
+
+
+def work(job: str, precision: Float, folder: Path, out: Path) -> None:
+    """Do one job and print what the kernel says of this process."""
+    model = folder / "model"
+    if job == "optimum":
+        from optimum.exporters.onnx import main_export
+
+        before = status("VmRSS")
+        task = "text-generation-with-past"  # which it cannot tell of a folder
+        main_export(str(model), output=out, task=task, dtype=precision, local_files_only=True)
+    else:
+        from trsp_deploy.stages.export import FILE, export_onnx
+
+        with quiet_libraries():
+            import optimum.exporters.onnx  # noqa: F401
+
+            before = status("VmRSS")
+            export_onnx(model, precision, ExportSettings(), out)
+            if job == "export and parity":
+                compare(model, precision, out / FILE)
+    print(json.dumps({"peak_bytes": status("VmHWM"), "libraries_bytes": before}))
+
+
+def compare(model: Path, precision: Float, graph: Path) -> None:
+    """The pipeline's parity check, on random tokens."""
+    import numpy as np
+
+    from trsp_deploy.stages.parity import check_parity, make_reference
+    from trsp_deploy.tools.runners.ort import OrtRunner
+
+    tokens = np.random.default_rng(0).integers(5, 50_000, sum(PROMPTS)).tolist()
+    reference = make_reference(model, [tokens[: PROMPTS[0]], tokens[PROMPTS[0] :]])
+    with OrtRunner(graph) as runner:
+        check_parity(reference, runner, "onnx", "dense", precision)
+
+
+def status(field: str) -> int:
+    """A field of this process's /proc/self/status in bytes."""
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1]) * 1024
+
+
+# -- the report --------------------------------------------------------------------------------------------------------
+
+
+def figures(found: Memory) -> dict[str, float]:
+    """Peaks over the weights in the export's precision, of the rows that have a target."""
+    ratios = {f"{row.precision}_{row.job.replace(' ', '_')}": ratio(found, row) for row in found.rows}
+    return {name: round(ratios[name], 3) for name in TARGETS}
+
+
+def ratio(found: Memory, row: Row) -> float:
+    """Peak over weights."""
+    return row.peak_bytes / (found.parameters * FLOAT_BYTES[row.precision])
+
+
+def verdict(found: Memory) -> dict[str, object]:
+    """The JSON line."""
+    values = figures(found)
+    return {
+        "bench": "memory",
+        "figures": values,
+        "targets": TARGETS,
+        "met": {name: values[name] <= bound for name, bound in TARGETS.items()},
+    }
+
+
+def page(found: Memory) -> str:
+    """Markdown: every row, and what it was measured on."""
+    body = []
+    for row in found.rows:
+        more = "more than " if row.stopped else ""
+        met = "" if row.job == "optimum" else "met" if ratio(found, row) <= MOST else "**not met**"
+        cells = (f"{row.peak_bytes / 1e9:.2f}", f"{row.anonymous_bytes / 1e9:.2f}", f"{ratio(found, row):.2f}")
+        name = "plain Optimum" if row.job == "optimum" else row.job
+        weights = f"{found.parameters * FLOAT_BYTES[row.precision] / 1e9:.2f}"
+        target = "" if row.job == "optimum" else f"at most {MOST:g}"
+        body.append((name, row.precision, weights, *(more + cell for cell in cells), target, met))
+    libraries = max(row.libraries_bytes for row in found.rows)
+    packages = found.machine.packages
+    return "\n\n".join(
+        [
+            f"{found.machine.cpu}, torch {packages.get('torch', '?')}, onnxruntime {packages.get('onnxruntime', '?')}; "
+            f"a random OPT of {found.parameters / 1e9:.2f}B parameters, stored in fp16. GB are 1e9 bytes; each process "
+            f"held up to {libraries / 1e9:.2f} of them, its libraries, before it began.",
+            markdown(
+                (
+                    "job",
+                    "precision",
+                    "weights, GB",
+                    "peak RSS, GB",
+                    "without files, GB",
+                    "peak / weights",
+                    "target",
+                    "",
+                ),
+                body,
+            ),
+        ]
+    )
+
+
+def results_path(cpu: str) -> Path:
+    """Where a machine's rows are."""
+    return RESULTS / f"memory-{re.sub(r'[^a-z0-9]+', '-', cpu.lower()).strip('-')}.json"
+
+
+def read() -> Memory:
+    """The rows that are there, the newest; raises RunError when there are none."""
+    paths = sorted(RESULTS.glob("memory-*.json"), key=os.path.getmtime)
+    if not paths:
+        raise RunError(f"{RESULTS}: no memory-*.json; `make bench-memory` measures")
+    return Memory.model_validate_json(paths[-1].read_bytes())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
