@@ -24,7 +24,8 @@ from transformers import AutoConfig, PreTrainedModel
 from trsp_deploy.artifacts import RunFolder, fingerprint, provenance, size_bytes, write_json, writing
 from trsp_deploy.decoder import check_prunable, load_model, load_tokenizer
 from trsp_deploy.errors import EngineUnavailable, RunError
-from trsp_deploy.recipe import EngineSpec, Float, Precision, Recipe, Strict, parse_drop, read_yaml
+from trsp_deploy.reading import read_yaml
+from trsp_deploy.recipe import EngineSpec, Float, Precision, Recipe, Strict, parse_drop
 from trsp_deploy.results import (
     ROLES,
     Comparison,

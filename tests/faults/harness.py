@@ -9,6 +9,7 @@ assert not job.damaged()
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -259,8 +260,10 @@ def session_members(leader: int) -> list[int]:
 
 def end_session(leader: int) -> None:
     """Leave nothing behind, whatever became of a test."""
-    for pid in session_members(leader):
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+    until = time.monotonic() + DEADLINE_S
+    while members := session_members(leader):
+        assert time.monotonic() < until, members
+        for pid in members:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.002)

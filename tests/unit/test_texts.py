@@ -111,7 +111,7 @@ def test_file_errors(tmp_path: Path, file: str, content: bytes | None, words: st
 
 def test_folder_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "folder.txt").mkdir()
-    assert "cannot be read (Is a directory)" in error_line(str(tmp_path / "folder.txt"))
+    assert "is a folder, expected a file" in error_line(str(tmp_path / "folder.txt"))
 
 
 def test_unknown_name_has_the_nearest() -> None:
