@@ -105,7 +105,7 @@ class Running:
                     stdout=subprocess.DEVNULL,
                     stderr=said,
                     start_new_session=True,
-                    preexec_fn=before,
+                    preexec_fn=lambda: _begin(before),
                 )
             self.pid = self._process.pid
             return
@@ -158,6 +158,12 @@ class Running:
                 raise TimeoutError(self.said)
             time.sleep(0.002)
         return Done(code, self.said, time.monotonic() - self.began)
+
+
+def _begin(before: Callable[[], None] | None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # these tests may be in a shell's background, where it is ignored
+    if before is not None:
+        before()
 
 
 @functools.cache

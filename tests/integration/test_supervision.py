@@ -52,6 +52,11 @@ def program(body: str) -> list[str]:
     return [sys.executable, "-c", WORK.format(body=body)]
 
 
+def hear() -> None:
+    """Whoever runs these tests in a shell's background has the signal ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def wait_until_ready(folder: Path, process: subprocess.Popen[str]) -> int:
     """The process id of the one that works."""
     until = time.monotonic() + 60
@@ -63,7 +68,9 @@ def wait_until_ready(folder: Path, process: subprocess.Popen[str]) -> int:
 
 def start(folder: Path, body: str) -> tuple[subprocess.Popen[str], int]:
     """The program once its work has begun, and the process id of the one that works."""
-    process = subprocess.Popen(program(body), cwd=folder, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        program(body), cwd=folder, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=hear
+    )
     return process, wait_until_ready(folder, process)
 
 
@@ -82,7 +89,7 @@ def test_ctrl_c_is_heard(tmp_path, body, to_all):
     process, working = start(tmp_path, body)
     began = time.monotonic()
     (os.killpg if to_all else os.kill)(process.pid, signal.SIGINT)
-    said = process.communicate()[1]
+    said = process.communicate(timeout=60)[1]
     assert time.monotonic() - began < AT_MOST_S
     assert process.returncode == 130 and said.splitlines() == [KEPT]
     assert gone(working, 0.1)
@@ -95,7 +102,7 @@ def test_who_works_cleans_up_first(tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)
-    said = process.communicate()[1]
+    said = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and (tmp_path / "cleaned").exists() and said.splitlines()[-1] == KEPT
 
 
@@ -110,7 +117,7 @@ def test_servers_that_were_started_are_gone_too(tmp_path):
     process, _ = start(tmp_path, SERVER)
     server = int((tmp_path / "server").read_text())
     os.killpg(process.pid, signal.SIGINT)
-    process.communicate()
+    process.communicate(timeout=60)
     assert gone(server)
 
 
@@ -119,7 +126,7 @@ def test_an_end_by_a_signal_is_a_line(tmp_path, number):
     """Of the kernel's, for want of memory, and of native code."""
     process, working = start(tmp_path, "ready(); time.sleep(60)")
     os.kill(working, number)
-    said = process.communicate()[1]
+    said = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + number
     (line,) = said.splitlines()
     assert (
@@ -130,7 +137,7 @@ def test_an_end_by_a_signal_is_a_line(tmp_path, number):
 def test_nobody_works_on_when_the_other_is_killed(tmp_path):
     process, working = start(tmp_path, NATIVE)
     process.kill()
-    process.communicate()
+    process.communicate(timeout=60)
     assert gone(working)
 
 
@@ -144,7 +151,9 @@ def test_terminal_is_given_back(tmp_path):
     master, slave = pty.openpty()
     before = termios.tcgetattr(slave)
     body = f"os.write(2, b'\\x1b[?25l'); tty.setraw(0); {NATIVE}"
-    process = subprocess.Popen(program(body), cwd=tmp_path, stdin=slave, stdout=slave, stderr=slave, text=True)
+    process = subprocess.Popen(
+        program(body), cwd=tmp_path, stdin=slave, stdout=slave, stderr=slave, text=True, preexec_fn=hear
+    )
     try:
         wait_until_ready(tmp_path, process)
         assert termios.tcgetattr(slave) != before

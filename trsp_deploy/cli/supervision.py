@@ -21,6 +21,7 @@ from trsp_deploy.errors import ProcessEnded
 from trsp_deploy.tools.prctl import adopt_orphans, end_with_parent
 
 GRACE_S = 1.0  # for the working process, to end by itself after Ctrl-C
+LONGEST_S = 3600.0  # to wait for a signal at a time
 
 SHOW_CURSOR = b"\x1b[?25h"
 CAUSES = {
@@ -90,10 +91,10 @@ def _end_of(child: int, awaited: set[signal.Signals]) -> int:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             return os.waitstatus_to_exitcode(status)
-        if until is None:
-            came = signal.sigwaitinfo(awaited)
-        else:
-            came = signal.sigtimedwait(awaited, max(0.0, until - time.monotonic()))
+        left = LONGEST_S if until is None else max(0.0, until - time.monotonic())
+        came = signal.sigtimedwait(awaited, left)
+        if came is None and until is None:
+            continue
         if came is None:
             _send(child, signal.SIGKILL)
             until = None
