@@ -20,6 +20,15 @@ def user_path(text: str) -> Path:
     return Path(os.path.expanduser(text))  # noqa: PTH111
 
 
+def is_utf8(text: str) -> bool:
+    """Whether a string can be written as UTF-8: a name of other bytes, or half of a surrogate pair in JSON, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def read_text(path: Path, error: type[UserError], said: str | None = None) -> str:
     """The text of a file, without a byte order mark; raises `error` with one line where there is none.
 

@@ -7,6 +7,7 @@ from typer.exceptions import Exit, TyperException
 
 from trsp_deploy.cli import catalogue, check_jobs, engine_jobs, jobs, serving_jobs, sweep_jobs, triton_jobs, trust_jobs
 from trsp_deploy.errors import UserError
+from trsp_deploy.reading import is_utf8
 
 ABORTED = 130  # what the framework makes of Ctrl-C
 
@@ -29,6 +30,9 @@ catalogue.register(app)
 
 def call(arguments: list[str]) -> int:
     """Run one command line; returns its exit code, and raises UserError for one that cannot be read."""
+    for argument in arguments:
+        if not is_utf8(argument):  # safetensors and tokenizers open no such file, and no recipe can name it
+            raise UserError(f"argument {argument!a}: is not UTF-8; rename what it stands for")
     try:
         result = app(args=arguments, prog_name="trsp-deploy", standalone_mode=False)
         code = result if isinstance(result, int) else 0  # outside its standalone mode it returns the code of an Exit

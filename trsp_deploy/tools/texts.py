@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from trsp_deploy.errors import TextError, nearest
-from trsp_deploy.reading import load_json, read_text, user_path
+from trsp_deploy.reading import is_utf8, load_json, read_text, user_path
 from trsp_deploy.recipe import Strict
 from trsp_deploy.tools.hub import hub_errors, hub_problem
 from trsp_deploy.tools.packaged import ASSETS, find_asset
@@ -212,6 +212,8 @@ def _jsonl(content: str, where: str) -> list[str]:
             raise TextError(f"{where}: line {number} is not valid JSON") from problem
         if not isinstance(value, dict) or not isinstance(value.get("text"), str):
             raise TextError(f'{where}: line {number} has no "text" with a string')
+        if not is_utf8(value["text"]):
+            raise TextError(f"{where}: line {number} has half of a surrogate pair, which is no character")
         documents.append(value["text"])
     return documents
 
