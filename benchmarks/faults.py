@@ -4,8 +4,8 @@
     python -m benchmarks.faults -k killed    # some of them; what else was tried before stays in the table
     python -m benchmarks.faults --report     # the table and docs/faults.md from what is there
 
-Each test notes what it tried (`record_property`); pytest's JUnit file has that and the outcome. The last outcome of
-each test is a line of benchmarks/results/faults.jsonl, kept after every file of tests.
+Each test notes what it tried (`record_property`). Its last outcome is a line of benchmarks/results/faults.jsonl as soon
+as it has ended: a run that is stopped loses nothing.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
-import tempfile
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
+
+import pytest
 
 from benchmarks.pages import markdown, put_between_markers
 from trsp_deploy.artifacts import Provenance, provenance, writing
@@ -27,7 +26,6 @@ from trsp_deploy.errors import TrspError
 from trsp_deploy.recipe import Strict
 
 TESTS = Path("tests/faults")
-NOTHING_CHOSEN = 5  # pytest's exit code
 RESULTS = Path("benchmarks/results/faults.jsonl")
 PAGE = Path("docs/faults.md")
 KINDS: dict[str, str] = {
@@ -78,52 +76,50 @@ def main() -> int:
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("-k", default="", help="of the tests, as pytest takes it", metavar="EXPRESSION")
     options = parser.parse_args()
-    code = 0
     try:
         found = read()
-        for file in [] if options.report else sorted(TESTS.glob("test_*.py")):
-            ended, fresh = run(file, options.k)
-            code = code if ended in (0, NOTHING_CHOSEN) else 1
-            found = {**found, **fresh}
-            keep(found)
+        code = 0 if options.report else run(options.k, found)
         tests = list(found.values())
         put_between_markers(PAGE, table(tests), "faults")
     except TrspError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return problem.exit_code
-    except KeyboardInterrupt:
-        print("stopped; whole files of tests are kept", file=sys.stderr)
-        return 130
     print(table(tests))
     print(json.dumps(verdict(tests)))
     return code
 
 
-def run(tests: Path, expression: str) -> tuple[int, dict[str, Tried]]:
-    """pytest's exit code and every test that it ran, of one file."""
-    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        junit = Path(folder) / "junit.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "", str(tests), f"--junitxml={junit}"]
-        command += ["-k", expression] if expression else []
-        code = subprocess.run(command, env={**os.environ, "HYPOTHESIS_PROFILE": "faults"}, check=False).returncode
-        if not junit.is_file():
-            return code, {}
-        return code, {tried.test: tried for tried in map(_tried, ElementTree.parse(junit).iter("testcase"))}
+def run(expression: str, found: dict[str, Tried]) -> int:
+    """pytest's exit code; every test that it runs is in `found`, and in the file, as soon as it has ended."""
+    os.environ["HYPOTHESIS_PROFILE"] = "faults"
+    arguments = ["-q", "-m", "", str(TESTS), *(["-k", expression] if expression else [])]
+    return int(pytest.main(arguments, plugins=[Keeper(found)]))
 
 
-def _tried(case: ElementTree.Element) -> Tried:
-    outcome: Literal["passed", "failed", "skipped"] = "passed"
-    if case.find("skipped") is not None:
-        outcome = "skipped"
-    elif case.find("failure") is not None or case.find("error") is not None:
-        outcome = "failed"
-    return Tried(
-        test=f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}",
-        outcome=outcome,
-        elapsed_s=float(case.get("time", "0")),
-        noted={each.get("name", ""): each.get("value", "") for each in case.iter("property")},
-        machine=provenance(),
-    )
+class Keeper:
+    """pytest's plugin that writes down each test once it is torn down."""
+
+    def __init__(self, found: dict[str, Tried]) -> None:
+        self._found = found
+        self._phases: list[pytest.TestReport] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """One phase of a test: its setup, the call or the teardown."""
+        self._phases.append(report)
+        if report.when != "teardown":
+            return
+        phases, self._phases = self._phases, []
+        outcomes = {phase.outcome for phase in phases}
+        file, _, name = report.nodeid.partition("::")
+        tried = Tried(
+            test=f"{Path(file).stem}::{name}",
+            outcome="failed" if "failed" in outcomes else "skipped" if "skipped" in outcomes else "passed",
+            elapsed_s=sum(phase.duration for phase in phases),
+            noted={name: str(value) for name, value in report.user_properties},
+            machine=provenance(),
+        )
+        self._found[tried.test] = tried
+        keep(self._found)
 
 
 def read() -> dict[str, Tried]:

@@ -31,6 +31,7 @@ from trsp_deploy.recipe import RelativePath, Strict
 
 # Raise when a step's code changes what it makes from the same inputs, so that old records no longer match.
 FORMAT = 1
+PATIENCE_S = 1.0  # with the lock of a run that was killed and has not quite gone
 NOTHING_LEFT = 1 << 20  # bytes: a disk with less is full, whatever a library calls its error
 
 MANIFEST = "MANIFEST.json"
@@ -324,14 +325,11 @@ class RunFolder:
                     f"{self.path}: cannot be created ({problem.strerror}); choose another --out"
                 ) from problem
             self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            # The kernel drops the lock with its holder, so a killed run leaves nothing to clean up.
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as problem:
+        if not _locked(self._lock, PATIENCE_S):
             holder = os.pread(self._lock, 32, 0).decode() or "unknown"
             os.close(self._lock)
             self._lock = None
-            raise RunError(f"{self.path}: in use by another trsp-deploy (process {holder.strip()})") from problem
+            raise RunError(f"{self.path}: in use by another trsp-deploy (process {holder.strip()})")
         with storage_errors(self.path):
             os.ftruncate(self._lock, 0)
             os.pwrite(self._lock, str(os.getpid()).encode(), 0)
@@ -472,6 +470,19 @@ class RunFolder:
     def _output_matches(self, record: StepRecord, output: str) -> bool:
         path = self.path / output
         return path.exists() and not leaves(self.path, path) and fingerprint(path) == record.outputs[output]
+
+
+def _locked(file: int, patience_s: float) -> bool:
+    """Lock an open file, or give up; the kernel drops a lock with its holder, so a killed run leaves nothing behind."""
+    until = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return False
+        time.sleep(0.02)
 
 
 def _record_file(step: str) -> str:

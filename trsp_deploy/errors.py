@@ -12,6 +12,7 @@
     |   |-- RunError           a run folder that is missing, incomplete or in use
     |   `-- StorageError       a full disk, a folder that cannot be written
     |-- ParityError            exit code 4: PyTorch, ONNX and engine disagree; nothing may be shipped
+    |-- ProcessEnded           exit code 128 + its number: a signal ended the working process
     `-- EngineUnavailable      never reaches the user as an error: the report's `unavailable` with its reason
 
 The regression check is no error: a requirement missed exits with 2, one that is not decided with 3.
@@ -89,6 +90,15 @@ class ParityError(TrspError):
     """PyTorch, ONNX and engine disagree beyond the stated tolerance."""
 
     exit_code = 4
+
+
+class ProcessEnded(TrspError):
+    """A signal ended the working process: the kernel, a crash in native code, or somebody."""
+
+    def __init__(self, message: str, number: int) -> None:
+        """number: of the signal."""
+        super().__init__(message)
+        self.exit_code = 128 + number
 
 
 class EngineUnavailable(TrspError):

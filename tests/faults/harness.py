@@ -9,6 +9,7 @@ assert not job.damaged()
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -104,7 +105,7 @@ class Running:
                     stdout=subprocess.DEVNULL,
                     stderr=said,
                     start_new_session=True,
-                    preexec_fn=before,
+                    preexec_fn=lambda: _begin(before),
                 )
             self.pid = self._process.pid
             return
@@ -157,6 +158,12 @@ class Running:
                 raise TimeoutError(self.said)
             time.sleep(0.002)
         return Done(code, self.said, time.monotonic() - self.began)
+
+
+def _begin(before: Callable[[], None] | None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # these tests may be in a shell's background, where it is ignored
+    if before is not None:
+        before()
 
 
 @functools.cache
@@ -259,8 +266,10 @@ def session_members(leader: int) -> list[int]:
 
 def end_session(leader: int) -> None:
     """Leave nothing behind, whatever became of a test."""
-    for pid in session_members(leader):
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+    until = time.monotonic() + DEADLINE_S
+    while members := session_members(leader):
+        assert time.monotonic() < until, members
+        for pid in members:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.002)

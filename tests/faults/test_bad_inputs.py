@@ -25,16 +25,20 @@ pytest.importorskip("hypothesis", reason="hypothesis is not installed: pip insta
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.samples import made_up
-from trsp_deploy.artifacts import RunFolder, provenance
+from tests.samples import made_up, made_up_report, made_up_served
+from trsp_deploy.artifacts import MANIFEST, RunFolder, provenance
 from trsp_deploy.cli import run
 from trsp_deploy.errors import EngineSpecError, RecipeError, TrspError
-from trsp_deploy.recipe import Recipe, override, parse_drop, parse_drops, read_bench_settings, read_recipe, read_yaml
+from trsp_deploy.reading import read_yaml
+from trsp_deploy.recipe import Recipe, override, parse_drop, parse_drops, read_bench_settings, read_recipe
 from trsp_deploy.tools.baselines import SCHEMA_VERSION, Baseline, engine_baseline, read_baseline, this_machine
+from trsp_deploy.tools.cleaning import plan_cleaning
 from trsp_deploy.tools.library import load_engine_spec, load_recipe_values
 from trsp_deploy.tools.plan import PruningPlan, read_plan
+from trsp_deploy.tools.publishing import plan_push
 from trsp_deploy.tools.repository import read_repository
 from trsp_deploy.tools.runners.manifest import read_manifest
+from trsp_deploy.tools.verification import verify
 
 LONGEST_S = 20.0  # a hang; the longest of a quiet machine is a hundredth of that
 LONGEST_LINE = 20_000  # of an error; the command line cuts it
@@ -44,9 +48,23 @@ LONGEST_LINE = 20_000  # of an error; the command line cuts it
 TEXTS = st.one_of(
     st.text(st.characters(exclude_characters="\0"), max_size=40),
     st.sampled_from(
-        ["", " ", "-", "null", "true", "25%", "a" * 5000, "é" * 300, "../../etc/passwd", "~root", "%", "1e999"]
+        [
+            "",
+            " ",
+            "-",
+            "null",
+            "true",
+            "25%",
+            "a" * 5000,
+            "é" * 300,
+            "../../etc/passwd",
+            "~root",
+            "~nobody-here/x.txt",
+            "%",
+        ]
     ),
-    st.sampled_from(["9" * 400, "9" * 5000, "-0", "٣", "0x10", "1_000", "NaN", "inf", "\ud800", "a\nb", "\x1b[31m"]),
+    st.sampled_from(["1e999", "nan", "1e309%", "25%%", "25 %", "٣%", "8,8", "1..", ":::", "-0", "٣", "0x10"]),
+    st.sampled_from(["9" * 400, "9" * 5000, "1_000", "NaN", "inf", "\ud800", "a\nb", "\x1b[31m"]),
 )
 NUMBERS = st.one_of(
     st.integers(),
@@ -88,7 +106,13 @@ YAML_SNIPPETS = st.sampled_from(
         + "".join(f"- &{chr(98 + n)} [{','.join(['*' + chr(97 + n)] * 9)}]\n" for n in range(9)),
         "\ufeff",
         "\x00",
+        '"a\\0b.txt"',
         "key: \x85",
+        "&a {x: 1, y: 2}",
+        "a: &a {x: 1}\n"
+        + "".join(f"{chr(98 + n)}: &{chr(98 + n)} {{<<: [{','.join(['*' + chr(97 + n)] * 9)}]}}\n" for n in range(9)),
+        "1:" + "59:" * 20_000 + "59",
+        "x" * 200_000,
     ]
 )
 BYTES = st.binary(max_size=200)
@@ -325,6 +349,29 @@ def test_records_manifests_and_servings(tally, place):
     check()
 
 
+def test_reports(tally, place):
+    """A run's report and manifest, as a push, `verify` and `clean` read them."""
+    run = place / "reported"
+    reports = [made_up_report(made_up(replicates=3)).model_dump(mode="json"), made_up_served().model_dump(mode="json")]
+    (run / "pruned").mkdir(parents=True)
+    (run / "pruned" / "README.md").write_text("# A model\n")
+    (run / "plan.json").write_text(json.dumps(PLAN))
+    with RunFolder(run) as folder:
+        made = PruningPlan.model_validate(reports[0]["plan"])
+        folder.step("prune", lambda: made, PruningPlan, settings={}, inputs={}, outputs=["pruned"])
+        folder.write_manifest()
+    reports.append(json.loads((run / MANIFEST).read_text()))
+
+    @given(st.one_of(*map(mutated, reports)).map(as_file) | st.one_of(BYTES, garbled(json.dumps(reports[0]))))
+    def check(content: bytes) -> None:
+        for name in ("report.json", MANIFEST):
+            (run / name).write_bytes(content)
+        with RunFolder(run) as folder:
+            tally(lambda: plan_push(run, "owner/name"), lambda: verify(run), lambda: plan_cleaning(folder, None))
+
+    check()
+
+
 # -- command lines -----------------------------------------------------------------------------------------------------
 
 WRITES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "shutil.rmtree"}
@@ -358,8 +405,20 @@ OUTS = st.sampled_from(
 )
 PLACES = st.one_of(
     st.sampled_from(
-        ["nowhere", "empty", "broken", "text.txt", "bad.onnx", "broken/recipe.yaml", "x.onnx", "~", "/proc/self/mem"]
+        [
+            "nowhere",
+            "empty",
+            "broken",
+            "text.txt",
+            "pipe",
+            "pipe.yaml",
+            "pipe.txt",
+            "deep.json",
+            "/dev/zero",
+            "latin.txt",
+        ]
     ),
+    st.sampled_from(["bad.onnx", "broken/recipe.yaml", "x.onnx", "~", "/proc/self/mem"]),
     TEXTS.filter(lambda text: not text.startswith("-")),
 )
 NAMED_TEXTS = st.one_of(PLACES, st.sampled_from(["wiki-demo", "owner/name:train", "a=b=c", "=", "x=nowhere.txt", "c4"]))
@@ -435,6 +494,10 @@ def sandbox(tmp_path, monkeypatch) -> Path:
     for name in ("empty", "broken", "home"):
         (tmp_path / name).mkdir()
     (tmp_path / "text.txt").write_text("a text")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    for name in ("pipe", "pipe.yaml", "pipe.txt"):
+        os.mkfifo(tmp_path / name)
     (tmp_path / "bad.onnx").write_bytes(b"\x08\x09garbage")
     (tmp_path / "broken.yaml").write_text("a: [")
     (tmp_path / "broken" / "recipe.yaml").write_text("model: nowhere\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
 import random
@@ -76,7 +77,7 @@ def test_the_terminal_is_as_it_was(workspace, undisturbed, record_property, step
 
     def own_terminal() -> None:
         os.setsid()
-        import fcntl
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 

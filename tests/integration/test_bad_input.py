@@ -95,7 +95,7 @@ def prune(*more: str, model: str = "model", drop: str = "2", text: str = "text.t
         (prune("--recipe", "typo.yaml"), ["typo.yaml", "unknown key 'transfer.stepps'", "did you mean 'steps'"]),
         (prune("--recipe", "smolm2-135m"), ["did you mean 'smollm2-135m'"]),
         (prune("--recipe", "none.yaml"), ["none.yaml", "no such file"]),
-        (prune("--plan", "plan.json"), ["plan.json", "should be a valid dictionary"]),
+        (prune("--plan", "plan.json"), ["plan.json", "holds a list, expected an object"]),
         (prune("--plan", "nowhere.json"), ["nowhere.json", "cannot be read"]),
         (prune("--set", "device=cuda"), ["device 'cuda'", "no CUDA device"]),
         (["prune", "--drop", "25%"], ["--model is missing"]),
@@ -207,3 +207,8 @@ def test_a_bare_command_shows_its_help(capsys, arguments):
     assert run(arguments) == 0
     said = capsys.readouterr()
     assert "Usage: trsp-deploy" in said.out + said.err and "error:" not in said.err
+
+
+def test_names_that_are_not_utf8_are_refused_at_once(fails):
+    """Linux allows them; safetensors and tokenizers open none."""
+    fails(["verify", os.fsdecode(b"run\xff")], "'run\\udcff': is not UTF-8")

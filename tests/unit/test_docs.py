@@ -17,7 +17,8 @@ import yaml
 from typer.exceptions import TyperException
 from typer.main import get_command
 
-from trsp_deploy.cli import app, reference
+from trsp_deploy.cli import reference
+from trsp_deploy.cli.app import app
 from trsp_deploy.errors import TrspError
 from trsp_deploy.recipe import METHODS, EngineSpec, Recipe, override, read_bench_settings, read_recipe
 from trsp_deploy.tools.library import load_engine_spec, load_recipe_values

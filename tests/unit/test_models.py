@@ -143,7 +143,7 @@ def test_weights_cut_short(folder: Path, content: bytes | None) -> None:
     ("content", "words"),
     [
         (b"{", "is not valid JSON"),
-        (b"\xff\xfe", "is not valid JSON"),
+        (b"\xff\xfe", "is not UTF-8 text"),
         (b"[]", "holds a list, expected an object"),
         (b"{}", "has no model_type"),
         (b'{"model_type": "opt_neo"}', "model_type 'opt_neo' is not known to transformers"),

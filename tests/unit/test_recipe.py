@@ -9,7 +9,8 @@ import yaml
 from pydantic import ValidationError
 
 from trsp_deploy.errors import EngineSpecError, RecipeError
-from trsp_deploy.recipe import override, parse_drop, read_engine_spec, read_recipe, read_yaml
+from trsp_deploy.reading import read_yaml
+from trsp_deploy.recipe import override, parse_drop, read_engine_spec, read_recipe
 
 PROFILE = {
     "batch": {"min": 1, "opt": 1, "max": 4},
@@ -158,10 +159,10 @@ def test_engine_spec_errors(changes: dict, words: list[str]) -> None:
     ("content", "words"),
     [
         (b"a: [1", "not valid YAML"),
-        (b"\xff\xfe\x00", "not valid YAML"),
+        (b"\xff\xfe\x00", "is not UTF-8 text (byte 0)"),
         (b"- a\n- b\n", "holds a list, expected a mapping"),
         (b"", "holds a NoneType, expected a mapping"),
-        (None, "cannot be read (No such file or directory)"),
+        (None, "no such file"),
     ],
 )
 def test_yaml_errors(tmp_path: Path, content: bytes | None, words: str) -> None:

@@ -96,6 +96,7 @@ def test_fingerprint_is_of_the_documents_and_their_limits(tmp_path: Path) -> Non
         ("b.jsonl", b'{"text": "x"}\n\n{"text": 3}\n', 'line 3 has no "text"'),
         ("c.jsonl", b'["text"]\n', 'line 1 has no "text"'),
         ("d.jsonl", b'{"text": \n', "line 1 is not valid JSON"),
+        ("e.jsonl", b'{"text": "\\ud800"}\n', "line 1 has half of a surrogate pair"),
         ("a.csv", b"x", "expected a .txt or .jsonl file"),
     ],
 )
@@ -111,7 +112,7 @@ def test_file_errors(tmp_path: Path, file: str, content: bytes | None, words: st
 
 def test_folder_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "folder.txt").mkdir()
-    assert "cannot be read (Is a directory)" in error_line(str(tmp_path / "folder.txt"))
+    assert "is a folder, expected a file" in error_line(str(tmp_path / "folder.txt"))
 
 
 def test_unknown_name_has_the_nearest() -> None:

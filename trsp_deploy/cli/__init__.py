@@ -5,61 +5,54 @@ Nothing heavy is imported before a command needs it, so that `--help` answers at
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
+from collections.abc import Callable
 
-import typer
-from typer.exceptions import Exit, TyperException
-
-from trsp_deploy.cli import catalogue, check_jobs, engine_jobs, jobs, serving_jobs, sweep_jobs, triton_jobs, trust_jobs
+from trsp_deploy.cli.supervision import interrupted, supervised
 from trsp_deploy.errors import TrspError, machine_reason, redacted
 
 INTERRUPTED = 130
 BUG = 70
 LONGEST_LINE = 2000  # characters of an error, whatever a user or a library put into it
 
-app = typer.Typer(
-    name="trsp-deploy",
-    help="Remove a share of an LLM's layers (TRSP), ship its engine, and prove that it got faster.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-jobs.register(app)
-sweep_jobs.register(app)
-check_jobs.register(app)
-engine_jobs.register(app)
-triton_jobs.register(app)
-serving_jobs.register(app)
-trust_jobs.register(app)
-catalogue.register(app)
-
 
 def main() -> None:
     """Entry point of `trsp-deploy`; exit codes are listed in docs/exit-codes.md."""
     # Threads that spin at barriers make two busy processes on few cores five times slower, and gain nothing alone.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    sys.exit(run(sys.argv[1:]))
+    code = _said(lambda: supervised(lambda: run(sys.argv[1:])))
+    if code == INTERRUPTED:  # all is cleaned up; torch would take a second or more to unload
+        with contextlib.suppress(OSError):  # whoever read it is gone, too
+            sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code; errors become one line on stderr."""
+
+    def call() -> int:
+        from trsp_deploy.cli.app import call  # here, where Ctrl-C is heard: it imports all the commands
+
+        return call(arguments)
+
+    return _said(call)
+
+
+def _said(work: Callable[[], int]) -> int:
+    """The exit code of `work`, with a line for what it raised."""
     try:
-        result = app(args=arguments, prog_name="trsp-deploy", standalone_mode=False)
-        # Outside its standalone mode the framework returns the code of an Exit.
-        code = result if isinstance(result, int) else 0
-        return _interrupted() if code == INTERRUPTED else code
-    except Exit as done:
-        return _interrupted() if done.exit_code == INTERRUPTED else done.exit_code
-    except TyperException as problem:
-        message = problem.format_message()
-        return _say(message, 1) if message else 0  # without one it has just shown the help of a bare command
-    except TrspError as problem:
-        return _say(str(problem), problem.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
+        return work()
+    except KeyboardInterrupt:
         return _interrupted()
     except Exception as problem:
+        if interrupted():  # a library made an error of its own of it
+            return _interrupted()
+        if isinstance(problem, TrspError):
+            return _say(str(problem), problem.exit_code)
         # What a user's paths, disk or limits can cause, wherever it happens; all else is a bug and shows its traceback.
         reason = machine_reason(problem)
         if reason is not None:

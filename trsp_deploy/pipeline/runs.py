@@ -12,7 +12,8 @@ from transformers import AutoConfig
 
 from trsp_deploy.artifacts import RunFolder, writing
 from trsp_deploy.errors import RunError
-from trsp_deploy.recipe import Recipe, parse_drop, read_yaml
+from trsp_deploy.reading import read_yaml
+from trsp_deploy.recipe import Recipe, parse_drop
 from trsp_deploy.tools.models import resolve_model
 from trsp_deploy.tools.subjects import RUN_MARK
 

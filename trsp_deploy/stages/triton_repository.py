@@ -9,6 +9,7 @@ from pathlib import Path
 from trsp_deploy.artifacts import MANIFEST, files_below, fingerprint, link_tree, provenance, write_json, writing
 from trsp_deploy.decoder import max_positions
 from trsp_deploy.errors import ModelError, RunError
+from trsp_deploy.reading import read_json
 from trsp_deploy.results import Role
 from trsp_deploy.tools.graphs.rotation import engine_rotation
 from trsp_deploy.tools.repository import RepositoryManifest, ServedModel
@@ -143,7 +144,7 @@ def end_tokens(model_folder: Path) -> list[int]:
     for file in ("generation_config.json", "config.json"):
         path = model_folder / file
         if path.is_file():
-            found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            found = read_json(path, ModelError).get("eos_token_id")
             if found is not None:
                 return [found] if isinstance(found, int) else list(found)
     return []

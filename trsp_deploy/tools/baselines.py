@@ -11,7 +11,8 @@ from pydantic import ValidationError, model_validator
 
 from trsp_deploy.artifacts import Provenance, Sealed, provenance
 from trsp_deploy.errors import BaselineError, nearest
-from trsp_deploy.recipe import BenchSettings, Strict, load_json
+from trsp_deploy.reading import read_json
+from trsp_deploy.recipe import BenchSettings, Strict
 from trsp_deploy.results import PHASES, Comparison
 from trsp_deploy.tools.goals import Logs
 from trsp_deploy.tools.report import QualityReport
@@ -87,13 +88,8 @@ def engine_baseline(comparison: Comparison, quality: dict[str, QualityReport]) -
 
 def read_baseline(path: Path) -> Baseline:
     """Read and check a baseline; raises BaselineError with one line."""
-    try:
-        values = load_json(path.read_text(encoding="utf-8"))
-    except OSError as problem:
-        raise BaselineError(f"--against {path}: cannot be read ({problem.strerror})") from problem
-    except ValueError as problem:
-        raise BaselineError(f"--against {path}: not valid JSON ({problem})") from problem
-    version = values.get("schema_version") if isinstance(values, dict) else None
+    values = read_json(path, BaselineError, f"--against {path}")
+    version = values.get("schema_version")
     if version != SCHEMA_VERSION:
         raise BaselineError(
             f"--against {path}: schema version {version}, this toolkit reads {SCHEMA_VERSION}; "

@@ -11,11 +11,8 @@ TRSP_DEPLOY_PLANT=0.05 makes every call 5% longer by waiting in it: a slow-down 
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -24,17 +21,17 @@ from typing import Any
 import numpy as np
 
 from trsp_deploy.errors import TrspError
+from trsp_deploy.tools.prctl import end_with_parent
 from trsp_deploy.tools.runners import Runner, open_engine
 from trsp_deploy.tools.runners.ort import OrtRunner
 from trsp_deploy.tools.telemetry import gpu_memory_used
 
-PR_SET_PDEATHSIG = 1  # prctl(2)
 PLANTED = "TRSP_DEPLOY_PLANT"
 
 
 def main() -> int:
     """Serve blocks until stdin ends; returns the exit code."""
-    _end_with_parent()
+    end_with_parent()  # while it is paused it would not see its stdin end
     engine = Path(sys.argv[1])
     planted = float(os.environ.get(PLANTED, "0"))
     replies = os.fdopen(os.dup(1), "w")
@@ -52,12 +49,6 @@ def main() -> int:
         _reply(replies, {"error": str(problem)})
         return problem.exit_code
     return 0
-
-
-def _end_with_parent() -> None:
-    """Have the kernel kill this process with its parent: while it is paused it would not see its stdin end."""
-    with contextlib.suppress(OSError, AttributeError):  # Linux only
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def measure_block(runner: Runner, prompt: list[list[int]], new_tokens: int, planted: float = 0.0) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from trsp_deploy.errors import DeviceMemoryError, ModelError, TrspError
+from trsp_deploy.reading import user_path
 from trsp_deploy.recipe import FLOAT_BYTES, Float, Recipe, Strict, override, read_recipe
 from trsp_deploy.tools.hub import hub_errors, hub_problem
 from trsp_deploy.tools.memory import MemoryEstimate, Stage, StageMemory
@@ -63,7 +64,7 @@ def model_config(name: str, progress: Callable[[str], None]) -> Any:
     """
     from transformers import AutoConfig
 
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     if not (folder / "config.json").is_file():
         packaged = dequantised_model(name, progress) if name in ASSETS and name in SHORT_NAMES else None
         if packaged is not None:

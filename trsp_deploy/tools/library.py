@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import trsp_deploy
+from trsp_deploy import reading
 from trsp_deploy.errors import EngineSpecError, RecipeError, UserError, nearest
-from trsp_deploy.recipe import EngineSpec, read_engine_spec, read_yaml
+from trsp_deploy.reading import read_yaml, user_path
+from trsp_deploy.recipe import EngineSpec, read_engine_spec
 
 Kind = Literal["recipes", "engines"]
 
@@ -49,11 +51,7 @@ def load_engine_spec(name_or_path: str) -> EngineSpec:
 
 def read_text(kind: Kind, name: str) -> str:
     """The YAML of a recipe or engine spec as it was written, comments included. Raises UserError."""
-    path = _find(kind, name)
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as problem:
-        raise ERRORS[kind](f"{path}: cannot be read ({problem})") from problem
+    return reading.read_text(_find(kind, name), ERRORS[kind])
 
 
 def _folder(kind: Kind) -> Path:
@@ -70,7 +68,7 @@ def _find(kind: Kind, name_or_path: str) -> Path:
     names = _names(kind)
     if name_or_path in names:
         return _folder(kind) / f"{name_or_path}.yaml"
-    path = Path(name_or_path).expanduser()
+    path = user_path(name_or_path)
     if path.suffix in (".yaml", ".yml"):
         if path.is_file():
             return path

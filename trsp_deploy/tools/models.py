@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from trsp_deploy.artifacts import storage_errors
 from trsp_deploy.errors import ModelError, nearest
-from trsp_deploy.recipe import Strict, load_json
+from trsp_deploy.reading import read_json, user_path
+from trsp_deploy.recipe import Strict
 from trsp_deploy.tools.hub import hub_errors, hub_problem
 from trsp_deploy.tools.packaged import ASSETS, dequantised_model
 
@@ -99,7 +100,7 @@ def resolve_model(name: str, progress: Callable[[str], None]) -> ModelSource:
     progress: called with one line before each slow piece of work.
     Raises ModelError (not found, incomplete, not a decoder-only model) or StorageError (disk full).
     """
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     # A short name means the model even where a folder, such as a run's, happens to be called the same.
     if folder.is_dir() and (name not in SHORT_NAMES or (folder / "config.json").is_file()):
         check_folder(folder)
@@ -146,7 +147,7 @@ def check_decoder_only(folder: Path) -> str:
     )
 
     path = folder / "config.json"
-    values = _read_config(path)
+    values = read_json(path, ModelError)
     _check_no_code(folder)
     model_type = values.get("model_type")
     if not isinstance(model_type, str):
@@ -173,7 +174,7 @@ def _check_no_code(folder: Path) -> None:
     """Raise ModelError, with what would run, when a config asks for code that comes with the model."""
     for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
         path = folder / name
-        auto_map = _read_config(path).get("auto_map") if path.is_file() else None
+        auto_map = read_json(path, ModelError).get("auto_map") if path.is_file() else None
         if not auto_map:
             continue
         entries = auto_map.items() if isinstance(auto_map, dict) else [("auto_map", auto_map)]
@@ -286,7 +287,7 @@ def _missing(folder: Path) -> str | None:
     if (folder / "model.safetensors").is_file():
         shards = ["model.safetensors"]
     elif index.is_file():
-        shards = sorted(map(str, set(_read_config(index).get("weight_map", {}).values())))
+        shards = sorted(map(str, set(read_json(index, ModelError).get("weight_map", {}).values())))
     else:
         return "no weights (model.safetensors, whole or in shards with an index)"
     for shard in shards:
@@ -310,18 +311,6 @@ def _readable(path: Path) -> bool:
             return True
     except (safetensors.SafetensorError, OSError):
         return False
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        values = load_json(path.read_text(encoding="utf-8"))
-    except OSError as problem:
-        raise ModelError(f"{path}: cannot be read ({problem.strerror})") from problem
-    except ValueError as problem:
-        raise ModelError(f"{path}: is not valid JSON ({_first_line(problem)})") from problem
-    if not isinstance(values, dict):
-        raise ModelError(f"{path}: holds a {type(values).__name__}, expected an object")
-    return values
 
 
 def _licence(folder: Path) -> str | None:

@@ -24,6 +24,7 @@ from typing import IO
 
 from trsp_deploy.artifacts import fingerprint, storage_errors, write_json, writing
 from trsp_deploy.errors import ModelError, StorageError, TextError, UserError, nearest
+from trsp_deploy.reading import user_path
 
 # Re-exported: the table and what is done with it are one thing to those who fetch.
 from trsp_deploy.tools.assets import ASSETS as ASSETS
@@ -37,7 +38,7 @@ CONVERSION = 1
 
 def home() -> Path:
     """The toolkit's own cache: $TRSP_DEPLOY_HOME, else ~/.cache/trsp_deploy."""
-    return Path(os.environ.get("TRSP_DEPLOY_HOME") or "~/.cache/trsp_deploy").expanduser()
+    return user_path(os.environ.get("TRSP_DEPLOY_HOME") or "~/.cache/trsp_deploy")
 
 
 def find_asset(name: str) -> Path | None:

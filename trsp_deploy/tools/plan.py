@@ -9,7 +9,8 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from trsp_deploy.errors import PlanError
-from trsp_deploy.recipe import Strict, load_json
+from trsp_deploy.reading import read_json
+from trsp_deploy.recipe import Strict
 
 Index = Annotated[int, Field(ge=0)]
 
@@ -45,12 +46,7 @@ def complement(dropped: Sequence[int], num_layers: int) -> tuple[int, ...]:
 
 def read_plan(path: Path, num_layers: int) -> PruningPlan:
     """Read and check a plan for a model of `num_layers`; raises PlanError with one line."""
-    try:
-        values = load_json(path.read_text(encoding="utf-8"))
-    except OSError as problem:
-        raise PlanError(f"{path}: cannot be read ({problem.strerror})") from problem
-    except ValueError as problem:
-        raise PlanError(f"{path}: not valid JSON ({problem})") from problem
+    values = read_json(path, PlanError)
     try:
         plan = PruningPlan.model_validate(values)
     except ValidationError as problem:

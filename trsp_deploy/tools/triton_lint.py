@@ -14,7 +14,8 @@ import onnx
 
 from trsp_deploy.artifacts import fingerprint
 from trsp_deploy.errors import EngineUnavailable, RunError
-from trsp_deploy.recipe import Strict, load_json
+from trsp_deploy.reading import read_json
+from trsp_deploy.recipe import Strict
 from trsp_deploy.tools.runners.manifest import MANIFEST, EngineManifest, read_manifest
 from trsp_deploy.tools.runners.requirements import cuda_devices, package_version
 from trsp_deploy.tools.triton_config import parse_config
@@ -238,7 +239,14 @@ def _served_engine(version: Path, error: Say) -> Iterator[Finding]:
         elif fingerprint(engine / file) != expected:
             yield error(f"{version.name}/engine/{file} is not the file that was built (SHA-256)")
     yield from _machine(manifest, error)
-    max_batch = load_json(settings.read_text(encoding="utf-8")).get("max_batch", 1)
+    try:
+        max_batch = read_json(settings, RunError, f"{version.name}/serving.json").get("max_batch")
+    except RunError as problem:
+        yield error(str(problem))
+        return
+    if not isinstance(max_batch, int):
+        yield error(f"{version.name}/serving.json says no `max_batch`")
+        return
     most = max((profile.batch.max for profile in manifest.spec.profiles), default=None)
     if most is not None and max_batch > most:
         yield error(f"{max_batch} texts at once, and the engine's profiles end at a batch of {most}")

@@ -11,15 +11,15 @@ stands nowhere, so whoever can write there can write both: `signing.py` is again
 from __future__ import annotations
 
 import fnmatch
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from trsp_deploy.artifacts import MANIFEST, RunFolder, RunManifest, files_below, fingerprint, leaves
 from trsp_deploy.errors import RunError
+from trsp_deploy.reading import read_json
 from trsp_deploy.recipe import Strict
 from trsp_deploy.tools.repository import RepositoryManifest
 from trsp_deploy.tools.runners.manifest import MANIFEST as ENGINE_MANIFEST
@@ -87,7 +87,7 @@ def kind_of(path: Path) -> Kind:
     """What a folder is; raises RunError when it is none of the three."""
     if (path / ENGINE_MANIFEST).is_file():
         return "engine"
-    if (path / MANIFEST).is_file() and "models" in _json(path / MANIFEST):
+    if (path / MANIFEST).is_file() and "models" in read_json(path / MANIFEST, RunError):
         return "repository"
     if (path / MANIFEST).is_file() or (path / RUN_MARK).is_file() or (path / "records").is_dir():
         return "run"
@@ -177,18 +177,6 @@ def _in_order(findings: list[Finding]) -> tuple[Finding, ...]:
 def _unreadable(path: Path, folder: Path) -> Finding:
     detail = "no record of this version, or damaged; the step is done again by the same command"
     return Finding(state="unreadable", path=path.relative_to(folder).as_posix(), detail=detail)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_bytes())
-    except OSError as problem:
-        raise RunError(f"{path}: cannot be read ({problem.strerror})") from problem
-    except ValueError as problem:
-        raise RunError(f"{path}: not valid JSON ({problem}); whatever it listed cannot be verified") from problem
-    if not isinstance(values, dict):
-        raise RunError(f"{path}: holds a {type(values).__name__}, expected an object with `files` or `models`")
-    return values
 
 
 def _read(path: Path, kind: type[Record]) -> Record:

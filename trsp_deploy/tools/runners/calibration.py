@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from trsp_deploy.errors import ModelError
+from trsp_deploy.reading import read_json
 from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.tools.runners.ort import OrtRunner
 
@@ -54,7 +55,7 @@ def max_positions(exported: Path) -> int:
     from trsp_deploy.tools.graphs.nodes import NoMatch
 
     config = exported.with_name("config.json")
-    values = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    values = read_json(config, ModelError) if config.is_file() else {}
     found = next((values[key] for key in POSITION_KEYS if key in values), None)
     if not isinstance(found, int):
         raise NoMatch(f"no config.json beside {exported} says how long a text may be")

@@ -12,6 +12,7 @@ import trsp_deploy
 MODULES = (
     "artifacts.py",
     "errors.py",
+    "reading.py",
     "recipe.py",
     "tools/generation.py",
     "tools/graphs/decoder_io.py",
