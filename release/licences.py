@@ -53,11 +53,13 @@ ACCEPTED: dict[str, tuple[set[str], str]] = {
     "chardet": ({"LGPL-2.1-or-later", f"{OSI} GNU Lesser General Public License v2 or later (LGPLv2+)"}, LGPL),
     "tensorrt*": ({PROPRIETARY}, NVIDIA),
     "nvidia-*": ({PROPRIETARY, "LicenseRef-NVIDIA-Proprietary"}, NVIDIA),
-    "cuda-*": ({"LicenseRef-NVIDIA-SOFTWARE-LICENSE"}, NVIDIA),
+    "cuda-toolkit": ({"LicenseRef-NVIDIA-Proprietary"}, NVIDIA),
 }
 
-# Packages whose metadata names no licence, or none that SPDX knows; what their own licence file is.
+# Packages whose metadata names no licence in a form that SPDX knows: what their licence file, or that field, says.
 CONCLUDED = {
+    "cuda-toolkit": "LicenseRef-NVIDIA-Proprietary",  # a list of NVIDIA's packages, without a file of its own
+    "nvidia-cusparselt-cu13": "LicenseRef-NVIDIA-Proprietary",
     "protobuf": "BSD-3-Clause",
     "sigstore-models": "MIT",
     "word2number": "MIT",

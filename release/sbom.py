@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from release.licences import CONCLUDED, stated
+from trsp_deploy.errors import RunError
 
 PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
 SCHEMA = SchemaVersion.V1_6
@@ -28,9 +29,10 @@ def bill_of_materials(environment: Path, version: str) -> dict[str, Any]:
 
     environment: a virtual environment's folder, or a Python.
     version: the project's, which pyproject.toml leaves to the build.
+    Raises RunError when there is no such environment.
     """
     options = ["--pyproject", str(PYPROJECT), "--output-reproducible", "--no-validate"]
-    made = subprocess.run(
+    done = subprocess.run(
         [
             sys.executable,
             "-m",
@@ -41,16 +43,18 @@ def bill_of_materials(environment: Path, version: str) -> dict[str, Any]:
             SCHEMA.to_version(),
             str(environment),
         ],
-        check=True,
-        stdout=subprocess.PIPE,
+        check=False,
+        capture_output=True,
         text=True,
     )
-    bom: dict[str, Any] = json.loads(made.stdout)
+    if done.returncode:
+        raise RunError(f"{environment}: no bill of materials: {done.stderr.strip().splitlines()[-1]}")
+    bom: dict[str, Any] = json.loads(done.stdout)
     bom["metadata"]["component"]["version"] = version
     for component in bom["components"]:
-        if not stated(component) and component["name"] in CONCLUDED:
-            licence = {"id": CONCLUDED[component["name"]], "acknowledgement": "concluded"}
-            component["licenses"] = [{"license": licence}]
+        concluded = CONCLUDED.get(canonicalize_name(component["name"]))
+        if concluded and not stated(component):
+            component["licenses"] = [{"expression": concluded, "acknowledgement": "concluded"}]
     return bom
 
 
@@ -69,9 +73,13 @@ def missing(bom: dict[str, Any], extras: Sequence[str]) -> list[str]:
 def declared(extras: Sequence[str]) -> set[str]:
     """Canonical names of what pyproject.toml asks for here, without and with these extras.
 
-    Raises KeyError for an extra that it does not have.
+    Raises RunError for an extra that it does not have.
     """
     project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
+    unknown = sorted(set(extras) - set(project["optional-dependencies"]))
+    if unknown:
+        known = ", ".join(project["optional-dependencies"])
+        raise RunError(f"--extras {', '.join(unknown)}: no such extra in pyproject.toml, which has {known}")
     return set(_declared(project, extras)) - {canonicalize_name(project["name"])}
 
 

@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 
 import trsp_deploy
 from release.__main__ import main
-from release.audit import CANARY, audit
+from release.audit import CANARY, Audit, audit
 from release.licences import ACCEPTED, ALLOWED, page, refused, stated
 from release.sbom import bill_of_materials, declared, invalid, missing
 
@@ -90,6 +90,20 @@ def test_every_declared_dependency_is_in_it_with_version_and_licence(bom):
 def test_a_dependency_that_is_not_installed_is_named(bom):
     without = {**bom, "components": [one for one in bom["components"] if one["name"] != "torch"]}
     assert missing(without, EXTRAS) == ["torch: declared in pyproject.toml and not installed"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nowhere"], "nowhere: no bill of materials"),
+        ([sys.executable, "--extras", "cpu,tpu"], "--extras tpu: no such"),
+    ],
+)
+def test_a_mistake_has_its_line(arguments, said, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("release.__main__.audit", lambda _: Audit("none", "", 0, [], []))
+    assert main([*arguments, "--out", str(tmp_path)]) == 1
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"error: {said}") and printed.out == ""
 
 
 def test_every_licence_that_comes_along_is_in_the_policy(brought):
