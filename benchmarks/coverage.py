@@ -1,6 +1,6 @@
 """Which lines of the package the tests run, those of the processes that they start included: `make coverage`.
 
-    python -m benchmarks.coverage              # the default tests, which take half as long again; then the table
+    python -m benchmarks.coverage              # the default tests as `make test` runs them, then the table
     python -m benchmarks.coverage tests/unit   # some of them, as pytest takes it
     python -m benchmarks.coverage --report     # what was measured last
 
@@ -13,30 +13,39 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import coverage
 
 TARGETS = {"lines_percent": 90.0}
+DEFAULT = "not slow and not network and not faults"
+MAKE_TEST = (  # the arguments of its two runs
+    ["--numprocesses", "auto", "--dist", "loadfile", "-m", f"{DEFAULT} and not alone"],
+    ["-m", f"{DEFAULT} and alone"],
+)
 LOW_PERCENT = 80.0  # modules below it are named
 SCRATCH = Path(".coverage.json")
 
 
 def main() -> int:
-    """Run the tests under coverage.py and report; pytest's exit code."""
+    """Run the tests under coverage.py and report; pytest's exit code, the first that is not 0."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.coverage", description=__doc__.splitlines()[0])
     parser.add_argument("tests", nargs="*", help="default: the default tests")
     parser.add_argument("--report", action="store_true", help="run nothing")
     options = parser.parse_args()
-    code = 0
-    if not options.report:
-        subprocess.run([sys.executable, "-m", "coverage", "erase"], check=True)
-        code = subprocess.run(
-            [sys.executable, "-m", "coverage", "run", "-m", "pytest", "-q", *options.tests], check=False
-        ).returncode
-        subprocess.run([sys.executable, "-m", "coverage", "combine", "--quiet"], check=True)
+    codes = [0] if options.report else list(measure([options.tests] if options.tests else MAKE_TEST))
     print(json.dumps(verdict()))
-    return code
+    return next(filter(None, codes), 0)
+
+
+def measure(runs: Iterable[list[str]]) -> Iterator[int]:
+    """Leave .coverage behind; pytest's exit code of every run."""
+    tool = [sys.executable, "-m", "coverage"]
+    subprocess.run([*tool, "erase"], check=True)
+    for arguments in runs:
+        yield subprocess.run([*tool, "run", "-m", "pytest", "-q", *arguments], check=False).returncode
+    subprocess.run([*tool, "combine", "--quiet"], check=True)
 
 
 def verdict() -> dict[str, object]:
