@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo triton-demo test test-slow test-transformers5 test-triton test-network check format gpu quality quality-report bench-train bench-engines bench-proof bench-serving bench-memory faults docs clean
+.PHONY: demo triton-demo test test-slow test-transformers5 test-triton test-network check format gpu quality quality-report bench-train bench-engines bench-proof bench-serving bench-memory faults coverage release docs clean
 
 demo: $(READY) ## prune a real model, build its engines and judge them: about 12 minutes on 2 cores
 	$(BIN)/trsp-deploy fetch smollm2-135m exl-wiki wiki-demo c4-demo
@@ -48,7 +48,7 @@ test-transformers5: .venv-transformers5/.ready ## export, parity and pruning whe
 test-triton: $(READY) .venv-triton/.ready ## the model repository on a real tritonserver: a minute
 	$(BIN)/python -m pytest -q tests/integration/test_triton_repository.py tests/integration/test_triton_step.py
 
-test-network: $(READY) ## needs a package registry
+test-network: $(READY) ## needs a package registry: the wheel in an empty environment
 	$(BIN)/python -m pytest -q -m network
 
 gpu: $(READY) ## tests that need a CUDA device, and the GPU bench: goes on where it stopped; ARGS='--only tensorrt'
@@ -86,6 +86,19 @@ faults: $(READY) ## kills, full disks, damage, Ctrl-C and 10,000 bad inputs, tri
 docs: $(VENV)/.ready-docs ## the docs as a site in site/, reference pages written anew; warnings are errors
 	$(BIN)/python -m trsp_deploy.cli.reference docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict # not --quiet, with which warnings count for nothing
+
+# What the wheel brings where nothing is installed yet; without pip, which is not part of it. Everything but `gpu` and
+# `tensorrt`, which are gigabytes and need `cpu` gone: EXTRAS=optimum,gpu,tensorrt.
+EXTRAS ?= optimum,cpu,rtx,train,eval,signing
+release: $(READY) ## wheel and sdist in dist/, with bill of materials, licences, and known vulnerabilities where a service is reached
+	rm -rf dist .venv-release
+	$(BIN)/python -m hatchling build -d dist
+	$(PYTHON) -m venv --without-pip .venv-release
+	$(BIN)/pip --python .venv-release/bin/python install --quiet --disable-pip-version-check "$$(ls dist/*.whl)[$(EXTRAS)]"
+	$(BIN)/python -m release .venv-release --extras $(EXTRAS) $(ARGS)
+
+coverage: $(READY) ## which lines the default tests run, processes that they start included: a quarter of an hour; then a JSON line
+	$(BIN)/python -m benchmarks.coverage $(ARGS)
 
 format: $(READY)
 	$(BIN)/ruff format .
@@ -131,4 +144,4 @@ $(VENV)/.ready-docs: $(READY)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-peers .venv-transformers5 .venv-triton runs site
+	rm -rf $(VENV) .venv-peers .venv-release dist .venv-transformers5 .venv-triton runs site

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -81,6 +83,31 @@ def test_a_worker_that_dies_says_how(onnx: Path, tmp_path: Path) -> None:
             worker.block([[1, 2]], 1)
     with pytest.raises(EngineUnavailable, match="no engine here"):
         measuring.measure({"dense": tmp_path, "pruned": tmp_path}, "e", 384, settings(), seed=0)
+
+
+def speak(engine: Path, lines: list[dict[str, object]], **environment: str) -> tuple[int, list[dict[str, Any]]]:
+    """A measuring process spoken to by hand until its stdin ends: exit code and replies."""
+    command = [sys.executable, "-m", "trsp_deploy.tools.bench_worker", str(engine)]
+    said = "".join(json.dumps(line) + "\n" for line in lines)
+    done = subprocess.run(
+        command, input=said, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True, timeout=120
+    )
+    return done.returncode, [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_a_measuring_process_speaks_its_lines_and_ends_with_them(onnx: Path) -> None:
+    block = {"prompt": [[1, 2, 3], [4, 5, 6]], "new_tokens": 3}
+    code, (loaded, first, second) = speak(onnx, [{"load": True}, block, block], **{PLANTED: "0.5"})
+    assert code == 0 and loaded["load_s"] > 0
+    for reply in (first, second):
+        assert len(reply["decode_s"]) == 3
+        assert reply["total_s"] >= reply["prefill_s"] + sum(reply["decode_s"])
+        assert reply["peak_rss_bytes"] > 2**20
+
+
+def test_a_measuring_process_says_what_is_wrong_with_an_engine(tmp_path: Path) -> None:
+    code, (reply,) = speak(tmp_path, [{"load": True}])
+    assert code == 1 and "no engine here" in reply["error"]
 
 
 def test_a_paused_process_does_not_outlive_its_parent(onnx: Path) -> None:

@@ -1,0 +1,71 @@
+"""Which lines of the package the tests run, those of the processes that they start included: `make coverage`.
+
+    python -m benchmarks.coverage              # the default tests as `make test` runs them, then the table
+    python -m benchmarks.coverage tests/unit   # some of them, as pytest takes it
+    python -m benchmarks.coverage --report     # what was measured last
+
+Settings stand in pyproject.toml, the data in .coverage. Prints coverage.py's table and ends with one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import coverage
+
+TARGETS = {"lines_percent": 90.0}
+DEFAULT = "not slow and not network and not faults"
+MAKE_TEST = (  # the arguments of its two runs
+    ["--numprocesses", "auto", "--dist", "loadfile", "-m", f"{DEFAULT} and not alone"],
+    ["-m", f"{DEFAULT} and alone"],
+)
+LOW_PERCENT = 80.0  # modules below it are named
+SCRATCH = Path(".coverage.json")
+
+
+def main() -> int:
+    """Run the tests under coverage.py and report; pytest's exit code, the first that is not 0."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.coverage", description=__doc__.splitlines()[0])
+    parser.add_argument("tests", nargs="*", help="default: the default tests")
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    options = parser.parse_args()
+    codes = [0] if options.report else list(measure([options.tests] if options.tests else MAKE_TEST))
+    print(json.dumps(verdict()))
+    return next(filter(None, codes), 0)
+
+
+def measure(runs: Iterable[list[str]]) -> Iterator[int]:
+    """Leave .coverage behind; pytest's exit code of every run."""
+    tool = [sys.executable, "-m", "coverage"]
+    subprocess.run([*tool, "erase"], check=True)
+    for arguments in runs:
+        yield subprocess.run([*tool, "run", "-m", "pytest", "-q", *arguments], check=False).returncode
+    subprocess.run([*tool, "combine", "--quiet"], check=True)
+
+
+def verdict() -> dict[str, object]:
+    """coverage.py's table on stdout; the line for scripts."""
+    measured = coverage.Coverage()
+    measured.load()
+    measured.report(sort="cover")
+    measured.json_report(outfile=str(SCRATCH))
+    report = json.loads(SCRATCH.read_text(encoding="utf-8"))
+    SCRATCH.unlink()
+    percent = {name: file["summary"]["percent_statements_covered"] for name, file in report["files"].items()}
+    figures = {"lines_percent": round(report["totals"]["percent_statements_covered"], 1)}
+    low = {name: round(share, 1) for name, share in sorted(percent.items()) if share < LOW_PERCENT}
+    return {
+        "bench": "coverage",
+        "figures": {**figures, "modules_below_80": low},
+        "targets": TARGETS,
+        "met": {name: figures[name] >= bound for name, bound in TARGETS.items()},
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
