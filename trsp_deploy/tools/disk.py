@@ -109,7 +109,8 @@ def plan_disk(
         ]
         there = all(folder.is_dir() for folder in folders)
         # The exporter writes a graph, and the simplified one beside it before the first goes.
-        scratch = _graph(dense, precision)
+        # Of an fp16 one there is a copy that reads the calibration text in fp32, besides what comes of that.
+        scratch = _graph(dense, precision) * (2 if precision == "fp16" else 1)
         stages.append(StageDisk(stage=f"onnx {precision}", kept_bytes=kept, scratch_bytes=scratch, there=there))
     for spec in specs:
         kept = sum(_engine(spec, counts[role]) for role in ROLES)
@@ -169,7 +170,7 @@ def _engine(spec: EngineSpec, counts: WeightCounts) -> int:
     """Both what runs and, of TensorRT, the graph that it was compiled from and the log."""
     layers, head = WEIGHT_BYTES[spec.precision]
     width = FLOAT_BYTES[spec.graph_precision]
-    if spec.precision in ("fp32", "fp16"):
+    if spec.precision in ("fp32", "fp16", "bf16"):
         # A tied head is stored a second time, the way its product wants it.
         weights = width * (counts.total + (counts.lm_head if _tied(counts) else 0))
     else:
@@ -177,7 +178,7 @@ def _engine(spec: EngineSpec, counts: WeightCounts) -> int:
         weights = round(layers * sum(counts.layers) + head * counts.lm_head + table * counts.embeddings)
     size = weights + ENGINE_GRAPH_BYTES * len(counts.layers)
     if spec.backend.startswith("tensorrt"):
-        changed = spec.fuse or spec.cache_length is not None or spec.precision in ("int8", "int4")
+        changed = spec.fuse or spec.cache_length is not None or spec.precision in ("bf16", "int8", "int4")
         quantised = spec.precision in ("int8", "int4")
         graph = weights if quantised else width * counts.total
         size += (graph if changed else 0) + TENSORRT_LOG_BYTES * len(counts.layers)
