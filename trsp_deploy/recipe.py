@@ -18,8 +18,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from trsp_deploy.errors import EngineSpecError, RecipeError, UserError, nearest, redacted, shown
 from trsp_deploy.reading import load_yaml
 
-Precision = Literal["fp32", "fp16", "int8", "int4"]  # of an engine
-Float = Literal["fp32", "fp16"]  # of an exported graph: integers come in when an engine is built from it
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]  # of an engine
+Float = Literal["fp32", "fp16"]  # of an exported graph: integers and bf16 come in when an engine is built from it
 FLOAT_BYTES: dict[Float, int] = {"fp32": 4, "fp16": 2}
 Form = Literal["anneal", "l2", "l1", "train", "none"]
 Backend = Literal["onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"]
@@ -284,17 +284,21 @@ class EngineSpec(Strict):
     threads: Count | None = None  # ONNX Runtime CPU: intra-op threads; None = every core of this machine
     fuse: bool = True  # graph passes before the engine is made (tools/graphs); false leaves the graph be
     block_size: Literal[16, 32, 64, 128] = 32  # int8, int4: weights that share a scale
+    # int4, int8: products whose weights get 8 bits in the one and stay in floats in the other; so many of those whose
+    # rounding costs most on the calibration text, or names of the graph's nodes.
+    keep_high_precision: Annotated[int, Field(ge=0)] | tuple[str, ...] = 0
 
     @property
     def graph_precision(self) -> Float:
         """Precision of the ONNX graph that the engine is built from."""
         integers = self.precision in ("int8", "int4")  # what is not quantised stays in floats
-        return "fp16" if self.precision == "fp16" or (integers and self.backend.startswith("tensorrt")) else "fp32"
+        half = integers and self.backend.startswith("tensorrt")
+        return "fp16" if half or self.precision in ("fp16", "bf16") else "fp32"
 
     @property
     def reads_text(self) -> bool:
         """Whether a calibration text decides something in its build."""
-        return self.precision == "int8" or (self.precision == "int4" and self.backend.startswith("tensorrt"))
+        return self.precision == "int8" or self.graph_precision == "fp16" or bool(self.keep_high_precision)
 
     @model_validator(mode="after")
     def _fits_the_backend(self) -> EngineSpec:
@@ -308,6 +312,13 @@ class EngineSpec(Strict):
             raise ValueError(f"`hardware_compatibility` is for backend tensorrt, got {self.backend}")
         if self.precision in ("int8", "int4") and self.backend == "onnxruntime-cuda":
             raise ValueError(f"precision {self.precision} is not for backend {self.backend}")
+        if self.keep_high_precision and self.precision not in ("int8", "int4"):
+            raise ValueError(f"`keep_high_precision` is for precision int8 and int4, got {self.precision}")
+        if self.precision == "bf16" and not tensorrt:
+            raise ValueError(
+                f"precision bf16 is not for backend {self.backend}, as ONNX Runtime has no bf16 products on a CPU, "
+                "where graphs are proven; fp16 and fp32 are for it, bf16 for tensorrt and tensorrt-rtx"
+            )
         if self.precision == "int4" and tensorrt and self.block_size < 64:
             raise ValueError(f"backend {self.backend} reads 4-bit weights in a `block_size` of 64 or 128")
         for profile in self.profiles:

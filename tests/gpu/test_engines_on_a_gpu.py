@@ -21,7 +21,9 @@ pytestmark = [
 
 
 TENSORRT = [
-    f"{backend}-{kind}" for backend in ("tensorrt", "tensorrt-rtx") for kind in ("fp16", "fp16-static", "int8", "int4")
+    f"{backend}-{kind}"
+    for backend in ("tensorrt", "tensorrt-rtx")
+    for kind in ("fp16", "fp16-static", "bf16", "int8", "int4")
 ]
 
 

@@ -14,11 +14,16 @@ import torch
 from tests.exported import Made
 from tests.families import FAMILIES
 from tests.tiny import VOCABULARY
-from trsp_deploy.recipe import EngineSpec
+from trsp_deploy.decoder import decoder_layers, load_model
+from trsp_deploy.errors import EngineSpecError
+from trsp_deploy.recipe import EngineSpec, ExportSettings
 from trsp_deploy.stages import parity
 from trsp_deploy.stages.build import build_engine
+from trsp_deploy.stages.export import export_onnx
 from trsp_deploy.tools.graphs import products
+from trsp_deploy.tools.inspection import describe, inspect_engine
 from trsp_deploy.tools.library import load_engine_spec
+from trsp_deploy.tools.quiet import quiet_libraries
 from trsp_deploy.tools.runners import open_engine, ort, ort_build, read_manifest
 from trsp_deploy.tools.runners.ort import OrtRunner
 
@@ -175,3 +180,25 @@ def test_positions_beyond_the_rotary_table_are_an_error(exported: Made, tmp_path
     ids = torch.randint(VOCABULARY, (1, limit + 1)).numpy()
     with open_engine(engine) as runner, pytest.raises(EngineUnavailable, match="stopped"):
         runner.prefill(ids, np.ones_like(ids))
+
+
+@pytest.mark.parametrize("precision", ["int4", "int8"])
+def test_the_costliest_products_keep_more_bits(precision: str, exported: Made, tmp_path: Path) -> None:
+    model = load_model(exported("llama") / "model")
+    with torch.no_grad():  # one weight a block far above the others leaves those nothing but 0
+        decoder_layers(model)[2].mlp.down_proj.weight[:, ::16] *= 30
+    model.save_pretrained(tmp_path / "model")
+    with quiet_libraries():
+        export_onnx(tmp_path / "model", "fp32", ExportSettings(), tmp_path / "onnx")
+    plain = built(tmp_path, tmp_path / "plain", f"ort-cpu-{precision}", keep_high_precision=0)
+    careful = built(tmp_path, tmp_path / "careful", f"ort-cpu-{precision}", keep_high_precision=1)
+    (outcome,) = [found for found in read_manifest(careful).passes if found.kept]
+    ((name, cost),) = outcome.kept.items()
+    assert "layers.2/mlp/down_proj" in name and cost > 0
+    assert outcome.name not in {found.name for found in read_manifest(plain).passes}
+    assert f"{name} ({cost:.1%})" in describe(inspect_engine(careful))
+    assert agreement(tmp_path, careful, precision) < agreement(tmp_path, plain, precision)
+    named = built(tmp_path, tmp_path / "named", f"ort-cpu-{precision}", keep_high_precision=[name])
+    assert [found.kept for found in read_manifest(named).passes if found.kept] == [outcome.kept]
+    with pytest.raises(EngineSpecError, match=r"no product '.*downproj.*' in the graph; did you mean '.*down_proj"):
+        built(tmp_path, tmp_path / "wrong", f"ort-cpu-{precision}", keep_high_precision=[name.replace("_", "")])

@@ -80,6 +80,13 @@ NO_PAST = {"batch": PROFILE.batch, "sequence": PROFILE.sequence}
         ("onnxruntime-cuda", {"weight_streaming_gib": 1.0}, "takes no `weight_streaming_gib`"),
         ("tensorrt-rtx", {"hardware_compatibility": "ampere-plus"}, "is for backend tensorrt"),
         ("onnxruntime-cuda", {"precision": "int8"}, "precision int8 is not for"),
+        (
+            "onnxruntime-cpu",
+            {"precision": "bf16"},
+            "bf16 is not for backend onnxruntime-cpu.*bf16 for tensorrt",
+        ),
+        ("onnxruntime-cuda", {"precision": "bf16"}, "bf16 is not for backend onnxruntime-cuda"),
+        ("tensorrt", {"keep_high_precision": 4}, "`keep_high_precision` is for precision int8 and int4, got fp16"),
         ("tensorrt", {"precision": "int4"}, "`block_size` of 64 or 128"),
         ("tensorrt", {"cache_length": 64}, "`cache_length` and `past` in none"),
         ("tensorrt", {"profiles": [NO_PAST]}, "give `past` in every profile"),

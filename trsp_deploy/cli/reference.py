@@ -37,7 +37,8 @@ Written by `python -m trsp_deploy.cli.reference docs` out of `recipes/` and `eng
 like a model is taken for that model (`--model opt-1.3b`), any other with `--recipe`. `trsp-deploy recipes show NAME`
 and `trsp-deploy engines show NAME` print a file and its comments: on what it was measured, or that it was not.
 Memory is what `--plan-memory` estimates for selection and transfer; no GPU has confirmed it. fp16 has not the range of
-bf16, in which most of these models were trained: the parity check (exit code 4) says whether an fp16 engine holds.
+bf16, in which most of these models were trained: what leaves it stays in fp32 ([engines.md](engines.md)), and the
+parity check (exit code 4) says whether an fp16 engine holds.
 """
 
 

@@ -59,10 +59,15 @@ class Engines:
         plain = precision == self.specs[0].graph_precision
         folder = f"onnx/{role}" if plain else f"onnx/{role}-{precision}"
         model = self.pruning.ready(role)
+        guarded = precision == "fp16"  # the text shows what has to stay in fp32
+        inputs: dict[str, Path | str] = {"model": model}
+        if guarded:
+            inputs["calibration"] = self.inputs.calibration_texts().fingerprint
 
         def work() -> OnnxModel:
+            text = self._calibration() if guarded else None
             with writing(self.run.path / folder) as partial:
-                external = export.export_onnx(model, precision, self.recipe.export, partial)
+                external = export.export_onnx(model, precision, self.recipe.export, partial, text)
                 size = size_bytes(partial / export.FILE) + sum(size_bytes(partial / name) for name in external)
             return OnnxModel(role=role, precision=precision, folder=folder, size_bytes=size, external_data=external)
 
@@ -75,7 +80,7 @@ class Engines:
                 "exporter": export.chosen(self.recipe.export),
                 "precision": precision,
             },
-            inputs={"model": model},
+            inputs=inputs,
             outputs=[folder],
         )
 
@@ -124,7 +129,10 @@ class Engines:
         return self.run.step(
             f"build-{spec.name}-{role}",
             lambda: build.build_engine(
-                self.run.path / model.folder / export.FILE, spec, folder, self._calibration(spec)
+                self.run.path / model.folder / export.FILE,
+                spec,
+                folder,
+                self._calibration() if spec.reads_text else None,
             ),
             EngineManifest,
             settings=spec,
@@ -132,10 +140,8 @@ class Engines:
             outputs=[folder.relative_to(self.run.path).as_posix()],
         )
 
-    def _calibration(self, spec: EngineSpec) -> np.ndarray | None:
-        """(1, tokens) of calibration text for an engine that has choices to make; None for the others."""
-        if not spec.reads_text:
-            return None
+    def _calibration(self) -> np.ndarray:
+        """(1, tokens) of calibration text, for a graph or an engine that has choices to make."""
         train, _ = self.inputs.calibration_windows()
         tokens: np.ndarray = train.flatten()[None, :CALIBRATION_TOKENS].numpy()
         return tokens

@@ -55,6 +55,7 @@ def build_engine(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.nda
             inputs=built.inputs,
             outputs=built.outputs,
             passes=built.passes,
+            half_range=built.half_range,
         )
         write_json(partial / MANIFEST, manifest)
         if spec.backend.startswith("tensorrt"):

@@ -107,7 +107,9 @@ def plan_disk(
             for role in ROLES
         ]
         there = all(folder.is_dir() for folder in folders)
-        stages.append(StageDisk(stage=f"onnx {precision}", kept_bytes=kept, there=there))
+        # The copy of an fp16 graph that reads the calibration text in fp32.
+        scratch = _graph(dense, precision) if precision == "fp16" else 0
+        stages.append(StageDisk(stage=f"onnx {precision}", kept_bytes=kept, scratch_bytes=scratch, there=there))
     for spec in specs:
         kept = sum(_engine(spec, counts[role]) for role in ROLES)
         there = all((run / "engines" / spec.name / role).is_dir() for role in ROLES)
@@ -166,7 +168,7 @@ def _engine(spec: EngineSpec, counts: WeightCounts) -> int:
     """Both what runs and, of TensorRT, the graph that it was compiled from and the log."""
     layers, head = WEIGHT_BYTES[spec.precision]
     width = FLOAT_BYTES[spec.graph_precision]
-    if spec.precision in ("fp32", "fp16"):
+    if spec.precision in ("fp32", "fp16", "bf16"):
         # A tied head is stored a second time, the way its product wants it.
         weights = width * (counts.total + (counts.lm_head if _tied(counts) else 0))
     else:
@@ -174,7 +176,7 @@ def _engine(spec: EngineSpec, counts: WeightCounts) -> int:
         weights = round(layers * sum(counts.layers) + head * counts.lm_head + table * counts.embeddings)
     size = weights + ENGINE_GRAPH_BYTES * len(counts.layers)
     if spec.backend.startswith("tensorrt"):
-        changed = spec.fuse or spec.cache_length is not None or spec.precision in ("int8", "int4")
+        changed = spec.fuse or spec.cache_length is not None or spec.precision in ("bf16", "int8", "int4")
         quantised = spec.precision in ("int8", "int4")
         graph = weights if quantised else width * counts.total
         size += (graph if changed else 0) + TENSORRT_LOG_BYTES * len(counts.layers)

@@ -9,6 +9,7 @@ from pathlib import Path
 from trsp_deploy.errors import ModelError
 from trsp_deploy.recipe import EngineSpec, Strict
 from trsp_deploy.tools.graphs import decoder_io
+from trsp_deploy.tools.graphs.fp16_range import HalfRange
 from trsp_deploy.tools.runners import EngineManifest, read_manifest
 from trsp_deploy.tools.runners.manifest import PassOutcome, check_files
 from trsp_deploy.tools.runners.trt_build import profile_shape
@@ -95,6 +96,8 @@ def describe(found: Inspection) -> str:
     for index, profile in enumerate(spec.profiles):
         ranges = (f"{part} {r.min}..{r.opt}..{r.max}" for part, r in profile if r is not None)
         lines.append(f"profile    {', '.join(ranges)}{_compiled(found.build, index)}")
+    if manifest.half_range is not None:
+        lines.append(f"fp16       {_range(manifest.half_range)}")
     lines += [f"pass       {outcome.name}: {_done(outcome)}" for outcome in manifest.passes]
     shown = list(found.operators.items())[:SHOWN]
     if shown:
@@ -128,9 +131,25 @@ def _memory(build: BuildLog) -> list[str]:
 
 
 def _done(outcome: PassOutcome) -> str:
+    if outcome.kept:
+        listed = ", ".join(f"{name} ({cost:.1%})" for name, cost in list(outcome.kept.items())[:SHOWN])
+        more = f", and {len(outcome.kept) - SHOWN} more" if len(outcome.kept) > SHOWN else ""
+        return f"{outcome.changed} products, by what rounding would cost their output: {listed}{more}"
     if outcome.reason is not None or outcome.error is None:
         return f"left out: {outcome.reason}"
     return f"{outcome.changed} places, logits {outcome.error:.1g} standard deviations apart"
+
+
+def _range(found: HalfRange) -> str:
+    """What of an fp16 graph computes in fp32, and why."""
+    if found.reason is not None:
+        return f"range not looked at: {found.reason}"
+    if not found.kept:
+        return f"no value of {found.tokens} tokens is beyond {found.largest:.0f} ({found.limit:.0f} would become fp32)"
+    listed = ", ".join(f"{kept.name} ({kept.operator}, {kept.largest:.3g})" for kept in found.kept[:SHOWN])
+    more = f", and {len(found.kept) - SHOWN} more" if len(found.kept) > SHOWN else ""
+    count = f"{len(found.kept)} nodes in fp32, whose values pass {found.limit:.0f} on {found.tokens} tokens"
+    return f"{count}: {listed}{more}; logits {found.error:.1g} standard deviations from fp32's"
 
 
 def _binding(name: str, bindings: decoder_io.Bindings) -> str:

@@ -16,6 +16,7 @@ from trsp_deploy.results import Rates
 WEIGHT_BYTES: dict[Precision, tuple[float, float]] = {
     "fp32": (4, 4),
     "fp16": (2, 2),
+    "bf16": (2, 2),
     "int8": (1.03, 1.125),
     "int4": (0.57, 1.125),
 }
@@ -44,11 +45,11 @@ class Work(Strict):
 def decode_bytes(size: DecoderSize, precision: Precision, batch: int, past: int, cached: Float | None = None) -> float:
     """Bytes that one decode step must read: layers, LM head, and the KV cache of `past` tokens a sequence.
 
-    cached: precision of the cache; None is fp16 in an fp16 engine, else fp32.
+    cached: precision of the cache; None is fp16 in an fp16 engine, as wide in a bf16 one, else fp32.
     """
     cache = batch * past * size.cache_per_token * len(size.weights.layers)
     layers, head = WEIGHT_BYTES[precision]
-    width = CACHE_BYTES[cached or ("fp16" if precision == "fp16" else "fp32")]
+    width = CACHE_BYTES[cached or ("fp16" if precision in ("fp16", "bf16") else "fp32")]
     return layers * sum(size.weights.layers) + head * size.weights.lm_head + width * cache
 
 

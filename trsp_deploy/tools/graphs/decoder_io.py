@@ -27,7 +27,7 @@ LOGITS_POSITIONS = "logits_positions"  # input, (kept,) int64: for which of the 
 WRITE_INDICES = "write_indices"
 # Metadata of a graph whose `past` and `present` may be one memory, longer than the text that it holds.
 IN_PLACE = "trsp_deploy.cache_in_place"
-CACHE_DTYPE: dict[Float, str] = {"fp32": "float32", "fp16": "float16"}
+CACHE_DTYPE = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 TOKENS: dict[int, Dimension] = {0: "batch", 1: "sequence"}
 DYNAMIC_AXES: dict[str, dict[int, Dimension]] = {
@@ -54,7 +54,7 @@ def check_decoder(inputs: Bindings, outputs: Bindings) -> None:
         )
 
 
-def check_precision(inputs: Bindings, precision: Float) -> None:
+def check_precision(inputs: Bindings, precision: Float | Literal["bf16"]) -> None:
     """Raise EngineUnavailable when the graph's KV cache is not in the precision that the spec asks for."""
     found = inputs[cache_inputs(inputs)[0]][0]
     if found != CACHE_DTYPE[precision]:

@@ -85,10 +85,10 @@ def _added(part: Part, new: int, total: int) -> np.ndarray:
 
 
 def _padding(writer: Writer, mask: ir.Value) -> ir.Value:
-    """(B, 1, S, T): 0 where the attention mask is 1 and the lowest number elsewhere."""
+    """(B, 1, S, T): 0 where the attention mask is 1, elsewhere the lowest number, in fp16 one with room for scores."""
     inputs = {value.name: value for value in writer.graph.inputs}
     dtype = mask.dtype or ir.DataType.FLOAT
-    lowest = np.array(np.finfo(dtype.numpy()).max, dtype=dtype.numpy())
+    lowest = np.array(-HIDDEN if dtype == ir.DataType.FLOAT16 else np.finfo(np.float32).max, dtype=dtype.numpy())
     tokens = writer.one("Shape", [inputs["input_ids"]], name="tokens_shape")  # (2,): B, S
     total = writer.one("Shape", [inputs["attention_mask"]], name="mask_shape")  # (2,): B, T
     batch, new, last = (

@@ -11,7 +11,7 @@ memory at every step instead; neither is made here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import ml_dtypes
 import numpy as np
@@ -25,19 +25,25 @@ SMALLEST = 2.0**-14  # of a scale: fp16's smallest normal number; a column of ze
 
 
 def quantize_products(
-    model: ir.Model, bits: int, block_size: int, head: str, activations: Mapping[str, Activations]
+    model: ir.Model,
+    bits: int,
+    block_size: int,
+    head: str,
+    activations: Mapping[str, Activations],
+    kept: Collection[str] = (),
 ) -> int:
     """Quantise every product with a constant weight; returns how many.
 
     model: after `open_products`, which names the `head`; changed in place. bits: 8 or 4; 4-bit weights share a scale in
-    blocks of `block_size` inputs. activations: by product, for 8 bits.
+    blocks of `block_size` inputs. activations: by product, for 8 bits. kept: products that
+    get 8-bit weights in place of 4-bit ones, and stay in floats in place of 8 bits.
     """
     writer = Writer(model, "qdq")
-    products = [node for node in model.graph if weight_of(node) is not None]
+    products = [node for node in model.graph if weight_of(node) is not None and (bits == 4 or node.name not in kept)]
     for node in products:
         weight = constant(node.inputs[1])
         assert weight is not None
-        block = _block(len(weight), block_size) if bits == 4 and node.name != head else None
+        block = _block(len(weight), block_size) if bits == 4 and node.name not in (head, *kept) else None
         found = activations.get(node.name or "")
         power = None if found is None else found.power
         node.replace_input_with(

@@ -13,7 +13,7 @@ activations scaled in blocks too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import onnx_ir as ir
@@ -26,28 +26,33 @@ LOOKUP_BITS, LOOKUP_BLOCK = 4, 32
 ACCURACY_LEVEL = 4  # of MatMulNBits: activations in int8 too, so that products run in integers
 
 
-def quantize_int4(model: ir.Model, block_size: int, head: str) -> ir.Model:
+def quantize_int4(model: ir.Model, block_size: int, head: str, kept: Collection[str] = ()) -> ir.Model:
     """Return the model with 4-bit weights, `block_size` along the inputs sharing a scale and a zero point.
 
-    model: after `open_products` (products.py), which names the `head`.
+    model: after `open_products` (products.py), which names the `head`. kept: products that get 8 bits as the head does.
     """
-    proto = _in_blocks(ir.to_proto(model), "MatMul", 4, block_size, exclude=[head])
+    proto = _in_blocks(ir.to_proto(model), "MatMul", 4, block_size, exclude=[head, *kept])
     proto = _in_blocks(proto, "MatMul", HEAD_BITS, HEAD_BLOCK)
     return ir.from_proto(_in_blocks(proto, "Gather", LOOKUP_BITS, LOOKUP_BLOCK))
 
 
 def quantize_int8(
-    model: ir.Model, block_size: int, head: str, activations: Mapping[str, Activations], scratch: Path
+    model: ir.Model,
+    block_size: int,
+    head: str,
+    activations: Mapping[str, Activations],
+    scratch: Path,
+    kept: Collection[str] = (),
 ) -> ir.Model:
     """Return the model with 8-bit weights.
 
     model: after `open_products` (products.py), which names the `head`. activations: what each product reads.
-    scratch: a folder for the graph in between.
+    scratch: a folder for the graph in between. kept: products that stay in floats.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    kept = [name for name, found in activations.items() if not found.quantisable]
+    blocks = [name for name, found in activations.items() if not found.quantisable]
     path = scratch / "int8.onnx"
     with quiet_libraries():
         quantize_dynamic(
@@ -56,13 +61,13 @@ def quantize_int8(
             op_types_to_quantize=["MatMul"],
             per_channel=True,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=[*kept, head],
+            nodes_to_exclude=[*blocks, *kept, head],
             use_external_data_format=True,
             extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},  # its shape inference ends at fused nodes
         )
     whole = ir.load(path)
     ir.external_data.load_to_model(whole)
-    return ir.from_proto(_in_blocks(ir.to_proto(whole), "MatMul", 8, block_size))
+    return ir.from_proto(_in_blocks(ir.to_proto(whole), "MatMul", 8, block_size, exclude=[*kept]))
 
 
 def _in_blocks(proto: object, operator: str, bits: int, block_size: int, exclude: list[str] | None = None) -> object:

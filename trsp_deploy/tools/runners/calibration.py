@@ -36,18 +36,30 @@ def read_text(
 
     with OrtRunner(graph, threads=spec.threads) as runner:
         if calibration is None:
-            calibration = np.random.default_rng(0).integers(runner.vocabulary, size=(1, _length(exported)))
+            calibration = np.random.default_rng(0).integers(runner.vocabulary, size=(1, text_length(exported)))
+        calibration = fitting(calibration, exported)
         past = runner.empty_cache(len(calibration))
     return measure_activations(model, past, calibration, scratch, symmetric=symmetric)
 
 
-def _length(exported: Path) -> int:
+def text_length(exported: Path) -> int:
+    """Tokens of a text that is made up for an exported model."""
     from trsp_deploy.tools.graphs.nodes import NoMatch
 
     try:
         return min(TOKENS, max_positions(exported))
     except NoMatch:
         return TOKENS
+
+
+def fitting(calibration: np.ndarray, exported: Path) -> np.ndarray:
+    """As much of a text (batch, sequence) as the model has positions for."""
+    from trsp_deploy.tools.graphs.nodes import NoMatch
+
+    try:
+        return calibration[:, : max_positions(exported)]
+    except NoMatch:
+        return calibration
 
 
 def max_positions(exported: Path) -> int:

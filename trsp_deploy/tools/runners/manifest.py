@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from trsp_deploy.artifacts import Provenance, Sealed, fingerprint, leaves
 from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.recipe import EngineSpec, RelativePath, Strict
 from trsp_deploy.tools.graphs.decoder_io import Bindings
+from trsp_deploy.tools.graphs.fp16_range import HalfRange
 
 MANIFEST = "manifest.json"
 
@@ -24,6 +25,16 @@ class PassOutcome(Strict):
     changed: int = 0  # places; 0 where it was left out
     error: float | None = None  # largest difference of logits that it made, in their standard deviations
     reason: str | None = None  # why it was left out; None where it was not
+    # Products that `keep_high_precision` left more bits -> share of their output that rounding would have lost.
+    kept: dict[str, float] = Field(default_factory=dict)
+
+
+KEEP = "keep-high-precision"
+
+
+def kept_products(kept: dict[str, float]) -> tuple[PassOutcome, ...]:
+    """The outcome of a quantisation that left some products more bits; none where it left none."""
+    return (PassOutcome(name=KEEP, changed=len(kept), kept=kept),) if kept else ()
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,7 @@ class BuiltEngine:
     inputs: Bindings
     outputs: Bindings
     passes: tuple[PassOutcome, ...] = ()
+    half_range: HalfRange | None = None  # of graphs in fp16
 
 
 class Bound(Strict):
@@ -75,6 +87,7 @@ class EngineManifest(Sealed):
     inputs: Bindings
     outputs: Bindings
     passes: tuple[PassOutcome, ...] = ()
+    half_range: HalfRange | None = None  # what computes in fp32 within an fp16 graph, and why
 
 
 def spec_sha256(spec: EngineSpec) -> str:

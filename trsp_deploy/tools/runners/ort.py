@@ -104,7 +104,7 @@ def create_session(
         options.add_session_config_entry(f"{entry}_min_size_in_bytes", "1024")
     trouble = _prepare_cuda(ort) if backend == "onnxruntime-cuda" else ""
     provider = PROVIDERS[backend]
-    with _one_line_errors(f"ONNX Runtime cannot load {model}"), warnings.catch_warnings():
+    with one_line_errors(f"ONNX Runtime cannot load {model}"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns about a missing provider; below that is an error
         session = ort.InferenceSession(
             str(model), options, providers=[provider], provider_options=[PROVIDER_OPTIONS[backend]]
@@ -127,7 +127,7 @@ def _prepare_cuda(ort: ModuleType) -> str:
 
 
 @contextlib.contextmanager
-def _one_line_errors(what: str) -> Iterator[None]:
+def one_line_errors(what: str) -> Iterator[None]:
     """Turn ONNX Runtime's exceptions, which share no base class, into EngineUnavailable; bugs go on as they are."""
     try:
         yield
@@ -272,7 +272,7 @@ class OrtRunner(Runner):
         self._tokens = tokens  # bound in place: they must outlive the run
         kept = tokens.get(decoder_io.LOGITS_POSITIONS)
         logits = self._bind_logits(len(input_ids), input_ids.shape[1] if kept is None else len(kept))
-        with _one_line_errors(f"ONNX Runtime stopped in {self.model}"):
+        with one_line_errors(f"ONNX Runtime stopped in {self.model}"):
             self._session.run_with_iobinding(self._binding)
         if not self._in_place:
             present = self._binding.get_outputs()[:-1]

@@ -12,8 +12,10 @@ import numpy as np
 from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.tools.graphs import decoder_io
+from trsp_deploy.tools.graphs.fp16_range import HalfRange
 from trsp_deploy.tools.runners.calibration import max_positions, read_text
-from trsp_deploy.tools.runners.manifest import BuiltEngine, PassOutcome
+from trsp_deploy.tools.runners.half_range import within_range
+from trsp_deploy.tools.runners.manifest import BuiltEngine, PassOutcome, kept_products
 from trsp_deploy.tools.runners.ort import bindings_of, create_session
 from trsp_deploy.tools.runners.passes import Pass, run_passes
 
@@ -26,9 +28,10 @@ def build_cpu(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.ndarra
     Writes model.onnx and model.onnx.data into `folder`. Raises EngineUnavailable when ONNX Runtime refuses the graph.
     """
     with tempfile.TemporaryDirectory(prefix="passes-", dir=folder) as scratch:
-        graph, passes = prepare(onnx, spec, Path(scratch), calibration)
+        source, found = within_range(onnx, spec, Path(scratch), calibration)
+        graph, passes = prepare(source, spec, Path(scratch), calibration)
         session = create_session(graph, spec.backend, spec.threads, save_to=folder / ENGINE)
-    return _built(session, spec, ENGINE, folder, passes)
+    return _built(session, spec, ENGINE, folder, passes, found)
 
 
 def build_cuda(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.ndarray | None) -> BuiltEngine:
@@ -38,19 +41,22 @@ def build_cuda(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.ndarr
     its copies between host and device, which only the same ONNX Runtime on the same hardware may read.
     """
     with tempfile.TemporaryDirectory(prefix="passes-", dir=folder) as scratch:
-        graph, passes = prepare(onnx, spec, Path(scratch), calibration)
+        source, found = within_range(onnx, spec, Path(scratch), calibration)
+        graph, passes = prepare(source, spec, Path(scratch), calibration)
         session = create_session(graph, spec.backend, spec.threads)
         for source in sorted(graph.parent.glob(f"{graph.name}*")):  # external data is found by its name
             shutil.copy(source, folder / source.name)
-    return _built(session, spec, graph.name, folder, passes)
+    return _built(session, spec, graph.name, folder, passes, found)
 
 
-def _built(session: Any, spec: EngineSpec, file: str, folder: Path, passes: tuple[PassOutcome, ...]) -> BuiltEngine:
+def _built(
+    session: Any, spec: EngineSpec, file: str, folder: Path, passes: tuple[PassOutcome, ...], found: HalfRange | None
+) -> BuiltEngine:
     inputs, outputs = bindings_of(session.get_inputs()), bindings_of(session.get_outputs())
     decoder_io.check_decoder(inputs, outputs)
     decoder_io.check_precision(inputs, spec.graph_precision)
     files = tuple(sorted(path.name for path in folder.iterdir()))
-    return BuiltEngine(file, files, inputs, outputs, passes)
+    return BuiltEngine(file, files, inputs, outputs, passes, found)
 
 
 def prepare(
@@ -64,7 +70,8 @@ def prepare(
     """
     current, outcomes = run_passes(onnx, fusions(onnx) if spec.fuse else {}, spec, scratch)
     if spec.precision in ("int8", "int4"):
-        current = _quantise(onnx, current, spec, scratch / "quantize" / onnx.name, calibration)
+        current, kept = _quantise(onnx, current, spec, scratch / "quantize" / onnx.name, calibration)
+        outcomes += kept_products(kept)
     return current, outcomes
 
 
@@ -87,10 +94,12 @@ def fusions(onnx: Path) -> dict[str, Pass]:
     }
 
 
-def _quantise(onnx: Path, graph: Path, spec: EngineSpec, out: Path, calibration: np.ndarray | None) -> Path:
+def _quantise(
+    onnx: Path, graph: Path, spec: EngineSpec, out: Path, calibration: np.ndarray | None
+) -> tuple[Path, dict[str, float]]:
     import onnx_ir as ir
 
-    from trsp_deploy.tools.graphs import products, quantize
+    from trsp_deploy.tools.graphs import costs, products, quantize
     from trsp_deploy.tools.graphs.nodes import NoMatch
 
     out.parent.mkdir()
@@ -100,12 +109,13 @@ def _quantise(onnx: Path, graph: Path, spec: EngineSpec, out: Path, calibration:
     except NoMatch as problem:
         raise EngineUnavailable(f"{graph}: cannot be quantised: {problem}") from problem
     activations = {}
-    if spec.precision == "int8":
+    if spec.reads_text:
         activations = read_text(model, graph, onnx, spec, calibration, out.parent)
     products.pack_products(model, head)  # fewer kernels: 10% of an int8 step on two cores, 2 to 8% of an int4 one
+    kept = costs.chosen(model, head, activations, spec)
     if spec.precision == "int4":
-        model = quantize.quantize_int4(model, spec.block_size, head)
+        model = quantize.quantize_int4(model, spec.block_size, head, kept)
     else:
-        model = quantize.quantize_int8(model, spec.block_size, head, activations, out.parent)
+        model = quantize.quantize_int8(model, spec.block_size, head, activations, out.parent, kept)
     ir.save(model, out, external_data=f"{out.name}.data")
-    return out
+    return out, kept

@@ -20,13 +20,14 @@ from trsp_deploy.recipe import EngineSpec, ShapeProfile
 from trsp_deploy.tools.graphs import decoder_io
 from trsp_deploy.tools.packaged import home
 from trsp_deploy.tools.runners.calibration import read_text
-from trsp_deploy.tools.runners.manifest import BuiltEngine, PassOutcome
+from trsp_deploy.tools.runners.half_range import within_range
+from trsp_deploy.tools.runners.manifest import BuiltEngine, PassOutcome, kept_products
 from trsp_deploy.tools.runners.passes import Pass, run_passes
 from trsp_deploy.tools.runners.requirements import cuda_devices, load_package, one_line
 from trsp_deploy.tools.runners.trt_log import BUILD_LOG, logger, made, with_advice
 
 ENGINE = "model.engine"
-NUMPY_DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "INT32": "int32"}
+NUMPY_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "INT32": "int32"}
 FIX_CACHE = "fix-cache"
 
 
@@ -70,7 +71,8 @@ def build(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.ndarray | 
     trt = load_package(spec.backend)
     log = logger(trt)
     with tempfile.TemporaryDirectory(prefix="passes-", dir=folder) as scratch, log.into(folder / BUILD_LOG):
-        graph, outcomes = prepare(onnx, spec, Path(scratch), calibration)
+        source, found = within_range(onnx, spec, Path(scratch), calibration)
+        graph, outcomes = prepare(source, spec, Path(scratch), calibration)
         builder = made(log, "no builder", lambda: trt.Builder(log))
         # Without it 10 would choose precisions itself. The flag is another bit in 10 than in 11.
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -78,7 +80,7 @@ def build(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.ndarray | 
         inputs = _network_bindings([network.get_input(i) for i in range(network.num_inputs)])
         outputs = _network_bindings([network.get_output(i) for i in range(network.num_outputs)])
         decoder_io.check_decoder(inputs, outputs)
-        decoder_io.check_precision(inputs, spec.graph_precision)
+        decoder_io.check_precision(inputs, "bf16" if spec.precision == "bf16" else spec.graph_precision)
         config = _configure(trt, builder, spec)
         for profile in spec.profiles:
             config.add_optimization_profile(_optimisation_profile(builder, inputs, profile))
@@ -91,7 +93,7 @@ def build(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.ndarray | 
         if graph != onnx:
             for file in sorted(graph.parent.glob(f"{graph.name}*")):  # external data is found by its name
                 shutil.move(file, folder / file.name)
-    return BuiltEngine(ENGINE, (ENGINE,), inputs, outputs, outcomes)
+    return BuiltEngine(ENGINE, (ENGINE,), inputs, outputs, outcomes, found)
 
 
 def prepare(
@@ -110,7 +112,10 @@ def prepare(
             f"{onnx}: no cache of fixed length: {fixed.reason}; a spec without `cache_length` lets it grow"
         )
     if spec.precision in ("int8", "int4"):
-        current = _quantise(onnx, current, spec, scratch / "quantize" / onnx.name, calibration)
+        current, kept = _quantise(onnx, current, spec, scratch / "quantize" / onnx.name, calibration)
+        outcomes += kept_products(kept)
+    if spec.precision == "bf16":
+        current = _to_bf16(current, scratch / "bf16" / onnx.name)
     return current, outcomes
 
 
@@ -128,10 +133,30 @@ def passes(spec: EngineSpec) -> dict[str, Pass]:
     return found
 
 
-def _quantise(onnx: Path, graph: Path, spec: EngineSpec, out: Path, calibration: np.ndarray | None) -> Path:
+def _to_bf16(graph: Path, out: Path) -> Path:
+    """Let a proven fp16 graph compute in bf16; what it keeps in fp32 stays there."""
     import onnx_ir as ir
 
-    from trsp_deploy.tools.graphs import products
+    from trsp_deploy.tools.graphs import half
+    from trsp_deploy.tools.graphs.nodes import NoMatch
+
+    out.parent.mkdir()
+    model = ir.load(graph)
+    try:
+        half.infer_types(model)
+        half.to_bf16(model)
+        ir.save(model, out, external_data=f"{out.name}.data")
+    except NoMatch as problem:
+        raise EngineUnavailable(f"{graph}: cannot become bf16: {problem}") from problem
+    return out
+
+
+def _quantise(
+    onnx: Path, graph: Path, spec: EngineSpec, out: Path, calibration: np.ndarray | None
+) -> tuple[Path, dict[str, float]]:
+    import onnx_ir as ir
+
+    from trsp_deploy.tools.graphs import costs, products
     from trsp_deploy.tools.graphs.nodes import NoMatch
     from trsp_deploy.tools.graphs.qdq import quantize_products
 
@@ -145,9 +170,10 @@ def _quantise(onnx: Path, graph: Path, spec: EngineSpec, out: Path, calibration:
     except NoMatch as problem:
         raise EngineUnavailable(f"{onnx}: cannot be quantised: {problem}") from problem
     products.pack_products(model, head)
-    quantize_products(model, 8 if spec.precision == "int8" else 4, spec.block_size, head, activations)
+    kept = costs.chosen(model, head, activations, spec)
+    quantize_products(model, 8 if spec.precision == "int8" else 4, spec.block_size, head, activations, kept)
     ir.save(model, out, external_data=f"{out.name}.data")
-    return out
+    return out, kept
 
 
 def _parse(trt: ModuleType, network: Any, log: Any, graph: Path, onnx: Path) -> None:

@@ -1,0 +1,134 @@
+"""Read a text with an fp16 graph in fp32, and keep in fp32 what comes near the end of fp16's range."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from trsp_deploy.errors import EngineUnavailable
+from trsp_deploy.recipe import EngineSpec
+from trsp_deploy.tools.graphs import check, decoder_io
+from trsp_deploy.tools.graphs.fp16_range import METADATA, HalfRange
+from trsp_deploy.tools.runners.calibration import fitting, text_length
+from trsp_deploy.tools.runners.ort import OrtRunner, bindings_of, create_session, one_line_errors
+from trsp_deploy.tools.runners.requirements import one_line
+
+PADDING = 4  # one of so many tokens in front is left padding, in a second row: what stands there must be a number too
+
+
+def within_range(
+    onnx: Path, spec: EngineSpec, scratch: Path, calibration: np.ndarray | None
+) -> tuple[Path, HalfRange | None]:
+    """`guard_range` for an engine's build; graphs in fp32 have nothing to guard, and bf16 has range for everything."""
+    if spec.graph_precision != "fp16":
+        return onnx, None
+    folder = scratch / "fp16-range"
+    folder.mkdir()
+    try:
+        return guard_range(onnx, calibration, folder, spec.threads)
+    except EngineUnavailable:
+        if spec.precision != "bf16":
+            raise
+        return onnx, None
+
+
+def guard_range(
+    onnx: Path, calibration: np.ndarray | None, scratch: Path, threads: int | None = None
+) -> tuple[Path, HalfRange]:
+    """Returns a graph that stays within fp16's range, and what the text showed.
+
+    onnx: an fp16 decoder; stays as it is, and is itself what comes back where it has been through this before, or where
+    ONNX Runtime on the CPU cannot read it in fp32. calibration: (batch, sequence) tokens of real text, of which the
+    first row is read; None takes random ones. scratch: an empty folder, in which the new graph comes to lie.
+    Raises EngineUnavailable when the cache or the logits leave the range, or a weight has left it.
+    """
+    import onnx_ir as ir
+    from google.protobuf.message import DecodeError
+
+    from trsp_deploy.tools.graphs import half
+    from trsp_deploy.tools.graphs.nodes import NoMatch
+
+    out = scratch / onnx.name
+    wide = scratch / "fp32" / onnx.name
+    try:
+        model = ir.load(onnx)
+        if METADATA in model.metadata_props:
+            return onnx, HalfRange.model_validate_json(model.metadata_props[METADATA])
+        half.infer_types(model)
+        half.hide_within_range(model)
+        tokens, largest = _read(model, onnx, wide, calibration, threads)
+    except (NoMatch, EngineUnavailable, DecodeError, FileNotFoundError, ValidationError) as problem:
+        return onnx, HalfRange(tokens=0, largest=0, reason=one_line(problem))  # the backend says what it thinks of it
+    beyond = next((name for name, magnitude in largest.items() if not np.isfinite(magnitude)), None)
+    if beyond is not None:
+        raise EngineUnavailable(f"{onnx}: '{beyond}' is no number even in fp32; take precision fp32")
+    try:
+        kept = half.keep_wide(model, largest)
+    except NoMatch as problem:
+        raise EngineUnavailable(f"{onnx}: {problem}; take precision fp32, or bf16 with TensorRT") from problem
+    found = HalfRange(tokens=tokens, largest=max(largest.values()), kept=kept)
+    ir.save(model, out, external_data=f"{out.name}_data")
+    if kept:
+        found = found.model_copy(update={"error": _error(wide, out, threads)})
+    _write_record(out, found)
+    config = onnx.with_name("config.json")
+    if config.is_file():
+        shutil.copy(config, scratch)  # says how long a text may be
+    shutil.rmtree(wide.parent)
+    return out, found
+
+
+def _read(
+    model: Any, onnx: Path, wide: Path, calibration: np.ndarray | None, threads: int | None
+) -> tuple[int, dict[str, float]]:
+    """Tokens read, and the largest magnitude of every value that the model makes in fp16, computed in fp32.
+
+    model: an onnx_ir model; stays as it is. wide: where the graph goes that computes so.
+    """
+    import onnx_ir as ir
+
+    from trsp_deploy.tools.graphs import half
+
+    copy = model.clone()
+    half.widen(copy)
+    outputs = half.add_largest(copy, half.half_values(model))
+    wide.parent.mkdir()
+    ir.save(copy, wide, external_data=f"{wide.name}_data")
+    # Without optimisation weights stay fp16 until they are multiplied, and then only one at a time is fp32.
+    session = create_session(wide, "onnxruntime-cpu", threads, optimised=True)
+    inputs, made = bindings_of(session.get_inputs()), bindings_of(session.get_outputs())
+    decoder_io.check_decoder(inputs, made)
+    if calibration is None:
+        vocabulary = int(made["logits"][1][-1])
+        calibration = np.random.default_rng(0).integers(vocabulary, size=(1, text_length(onnx)))
+    ids = np.repeat(fitting(calibration, onnx)[:1], 2, axis=0)  # (2, sequence)
+    mask = np.ones_like(ids)
+    mask[0, : ids.shape[1] // PADDING] = 0
+    feeds = decoder_io.token_inputs(inputs, ids, mask, keep=1)
+    for name in decoder_io.cache_inputs(inputs):
+        dtype, shape = inputs[name]
+        feeds[name] = np.zeros(decoder_io.input_shape(name, shape, batch=2, sequence=0, past=0), dtype)
+    with one_line_errors(f"ONNX Runtime cannot read a text with {onnx}"):
+        found = session.run(list(outputs.values()), feeds)
+    return ids.shape[1], {name: float(value) for name, value in zip(outputs, found, strict=True)}
+
+
+def _error(wide: Path, out: Path, threads: int | None) -> float:
+    """How far the new graph's logits are from those in fp32, in their standard deviations."""
+    with OrtRunner(wide, threads=threads, optimised=True) as runner:
+        expected = check.sample_logits(runner, runner.vocabulary)
+    with OrtRunner(out, threads=threads) as runner:
+        return check.difference(expected, check.sample_logits(runner, runner.vocabulary))
+
+
+def _write_record(graph: Path, found: HalfRange) -> None:
+    """Into the graph itself, so that whoever builds from it reads no text again."""
+    import onnx_ir as ir
+
+    model = ir.load(graph)
+    model.metadata_props[METADATA] = found.model_dump_json()
+    ir.save(model, graph)  # the weights stay in their file
