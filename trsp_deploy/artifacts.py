@@ -167,10 +167,11 @@ def storage_errors(path: Path) -> Iterator[None]:
     except TrspError:
         raise
     except Exception as problem:
-        if "file too large" in str(problem).lower():
-            raise StorageError(f"{path}: a file may not be that large here (`ulimit -f`); {problem}") from problem
-        if "no space left" in str(problem).lower() or _free_bytes(path) < NOTHING_LEFT:
+        said = str(problem).lower()
+        if "no space left" in said or _free_bytes(path) < NOTHING_LEFT:
             raise _disk_full(path) from problem
+        if "file too large" in said or "unexpected pos" in said:  # torch's words for a write that came out short
+            raise StorageError(f"{path}: a file may not be that large here (`ulimit -f`); {problem}") from problem
         raise
 
 

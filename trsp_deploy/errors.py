@@ -143,6 +143,8 @@ def machine_reason(problem: BaseException) -> str | None:
             )
         if isinstance(cause, OSError) and cause.errno in REFUSALS:
             return f"{cause.filename or 'disk'}: {cause.strerror}{REFUSALS[cause.errno]}"
+        if "too many open files" in str(cause).lower():  # safetensors' words for it are no OSError
+            return f"{shown(str(cause))}{REFUSALS[errno.EMFILE]}"
         cause = cause.__cause__ or cause.__context__
     return None
 

@@ -41,6 +41,7 @@ def went_on(job: Job, starved: Done, whole: Job, record_property: Callable[[str,
 def test_full_disk(workspace, undisturbed, disk, record_property, size_kb):
     record_property("fault", "full disk")
     job = Job(workspace, disk / "run")
+    job.arguments.append("--ignore-disk")  # what is refused beforehand fills no disk
     remount(disk, f"size={size_kb}k")
     starved = job.finish()
     assert starved.is_one_line and starved.code == 1, starved.stderr

@@ -96,7 +96,7 @@ def prune(*more: str, model: str = "model", drop: str = "2", text: str = "text.t
         (prune("--recipe", "smolm2-135m"), ["did you mean 'smollm2-135m'"]),
         (prune("--recipe", "none.yaml"), ["none.yaml", "no such file"]),
         (prune("--plan", "plan.json"), ["plan.json", "holds a list, expected an object"]),
-        (prune("--plan", "nowhere.json"), ["nowhere.json", "cannot be read"]),
+        (prune("--plan", "nowhere.json"), ["nowhere.json", "no such file"]),
         (prune("--set", "device=cuda"), ["device 'cuda'", "no CUDA device"]),
         (["prune", "--drop", "25%"], ["--model is missing"]),
         (["prune", "--modle", "x"], ["--modle"]),

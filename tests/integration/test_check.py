@@ -200,7 +200,7 @@ def test_a_damaged_baseline_is_one_line(workspace: Path, baseline: Path, tmp_pat
         (["--quality-budget", "9%"], ["--quality-budget '9%'", "99%"]),
         (["--max-ppl-ratio", "1.2", "--quality-budget", "99%"], ["give it or your own"]),
         (["--min-speedup", "1.1", "--engine", "ort-cpu-fp16"], ["no engine 'ort-cpu-fp16'", "ort-cpu-fp32"]),
-        (["--min-speedup", "1.1", "--against", "nothing.json"], ["nothing.json", "cannot be read"]),
+        (["--min-speedup", "1.1", "--against", "nothing.json"], ["nothing.json", "no such file"]),
         (["--min-speedup", "1.1", "--against", "text.txt"], ["text.txt", "not valid JSON"]),
         (["--min-speedup", "1.1", "--set", "budget=3"], ["unknown key 'budget'", "budget_s"]),
     ],
