@@ -24,8 +24,10 @@ triton-demo: $(READY) .venv-triton/.ready ## the demo's run on a real tritonserv
 	$(BIN)/trsp-deploy triton-stop $(REPOSITORY); \
 	$(BIN)/trsp-deploy bench-server $(REPOSITORY) --server .venv-triton --run runs/smollm2-135m-drop8 --new-tokens 32 --replicates 5
 
+DEFAULT := not slow and not network and not faults
 test: $(READY) check ## style, types, import rule and the default tests, offline
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --numprocesses auto --dist loadfile -m '$(DEFAULT) and not alone'
+	$(BIN)/python -m pytest -q -m '$(DEFAULT) and alone'
 
 check: $(READY)
 	$(BIN)/ruff format --check --quiet .

@@ -25,7 +25,8 @@ from tokenizers import Tokenizer
 from benchmarks.pages import markdown, put_between_markers
 from trsp_deploy.artifacts import RunFolder, writing
 from trsp_deploy.errors import RunError, TrspError
-from trsp_deploy.pipeline import Pipeline, save_recipe
+from trsp_deploy.pipeline import Pipeline
+from trsp_deploy.pipeline.runs import save_recipe
 from trsp_deploy.recipe import Recipe, Strict
 from trsp_deploy.results import ROLES, Role, Served, ServedWindow
 from trsp_deploy.stages.serve_bench import LoadSettings, measure_served, started
@@ -127,8 +128,8 @@ def engines() -> Path:
     with RunFolder(HOME / "run") as run, quiet_libraries():
         job = Pipeline(run, recipe, None, lambda line: print(line, file=sys.stderr))
         save_recipe(run, recipe)
-        job.prune()
-        job.build()
+        job.pruning.prune()
+        job.engines.build()
     return HOME / "run"
 
 

@@ -90,13 +90,13 @@ def check_run(
     if before is not None:
         shapes = {name: getattr(before.settings, name) for name in ("batch_sizes", "prompt_tokens", "new_tokens")}
         settings = settings.model_copy(update=shapes)
-    job.check_engines()  # what does not compute what was trained has no speed worth checking
+    job.proof.check_engines()  # what does not compute what was trained has no speed worth checking
     # Quality first: it is quick where it is known, and may end the job with an error.
-    quality, choices = job.engine_quality(spec), job.engine_choices(spec)
+    quality, choices = job.proof.engine_quality(spec), job.proof.engine_choices(spec)
     if tolerances.min_accuracy_retained is not None and choices is None:
         raise RecipeError("check: --min-accuracy-retained needs tasks; give some with --task, such as --task piqa")
     comparison, goals = _measure(job, spec, tolerances, before, settings)
-    derived = bench.derive(*job.pair(spec), comparison)
+    derived = bench.derive(*job.engines.pair(spec), comparison)
     outcomes = [goal.outcome(comparison.replicates) for goal in goals] + _quality(quality, choices, tolerances)
     said = notes(derived) + ([] if baseline is None else other_versions(baseline))
     return Check(
@@ -124,7 +124,7 @@ def _measure(
         goals.append(most_speedup_lost("total", tolerances.max_speedup_loss, "--max-speedup-loss", before.speedup))
     if not goals:  # quality alone is judged; the speed-up is still worth a look
         settings = settings.model_copy(update={"budget_s": min(settings.budget_s, 30.0)})
-    dense, pruned = job.pair(spec)
+    dense, pruned = job.engines.pair(spec)
     return bench.compare_engines(dense, pruned, spec.name, settings, job.recipe.seed, goals), goals
 
 
@@ -156,7 +156,7 @@ def _quality(quality: dict[str, QualityReport], choices: ChoicesReport | None, t
 
 def runnable(job: Pipeline, engine: str | None) -> EngineSpec:
     """The engine to check: the one named, or the run's first that runs here. Raises RunError when there is none."""
-    outcomes = {outcome.spec.name: outcome for outcome in job.build()}
+    outcomes = {outcome.spec.name: outcome for outcome in job.engines.build()}
     if engine is not None and engine not in outcomes:
         raise RunError(f"{job.run.path}: has no engine '{engine}'; its recipe has {', '.join(outcomes)}")
     wanted = list(outcomes.values()) if engine is None else [outcomes[engine]]
@@ -170,11 +170,11 @@ def runnable(job: Pipeline, engine: str | None) -> EngineSpec:
 def make_baseline(job: Pipeline, engine: str | None, settings: BenchSettings, out: Path) -> Baseline:
     """Measure every engine of a run that runs here (or the one named), and write what later checks are held against."""
     first = runnable(job, engine)
-    others = [spec for spec in job.specs if spec != first and job.engine(spec).reason is None]
+    others = [spec for spec in job.engines.specs if spec != first and job.engines.engine(spec).reason is None]
     found = {}
     for spec in [first, *(others if engine is None else ())]:
-        comparison = bench.compare_engines(*job.pair(spec), spec.name, settings, job.recipe.seed)
-        found[spec.name] = engine_baseline(comparison, job.engine_quality(spec))
+        comparison = bench.compare_engines(*job.engines.pair(spec), spec.name, settings, job.recipe.seed)
+        found[spec.name] = engine_baseline(comparison, job.proof.engine_quality(spec))
     baseline = Baseline(schema_version=SCHEMA_VERSION, machine=this_machine(), engines=found, provenance=provenance())
     write_json(out, baseline)
     return baseline

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trsp_deploy.artifacts import RunFolder, link_tree, provenance, write_json, writing
-from trsp_deploy.pipeline import Pipeline, prune_and_build, save_recipe
+from trsp_deploy.pipeline import Pipeline, prune_and_build
+from trsp_deploy.pipeline.runs import save_recipe
 from trsp_deploy.results import Comparison
 from trsp_deploy.stages.report import write_report
 from trsp_deploy.tools.pages import sweep_page
@@ -31,11 +32,11 @@ def sweep(job: Pipeline, counts: tuple[int, ...], targets: Targets, say: Callabl
     job: its folder is the sweep's; its recipe serves every run, with another number of layers each.
     """
     root = job.run.path
-    plans = job.plans(counts)
+    plans = job.pruning.plans(counts)
     points: list[Point] = []
     runs: list[tuple[Report, dict[str, Comparison], Path]] = []
     for number, count in enumerate(counts, start=1):
-        say(f"[{number}/{len(counts)}] {count} of {job.num_layers()} layers")
+        say(f"[{number}/{len(counts)}] {count} of {job.inputs.num_layers()} layers")
         folder = root / f"drop-{count}"
         if number > 1:
             _adopt_dense(root / f"drop-{counts[0]}", folder)
@@ -43,7 +44,7 @@ def sweep(job: Pipeline, counts: tuple[int, ...], targets: Targets, say: Callabl
         points.append(_point(runs[-1][0], folder.relative_to(root), count))
         found = Sweep(
             model=job.recipe.model,
-            num_layers=job.num_layers(),
+            num_layers=job.inputs.num_layers(),
             points=tuple(points),
             targets=targets,
             choice=choose(points, targets),
@@ -62,7 +63,7 @@ def _run(
     with RunFolder(folder, lambda step, state: say(f"{folder.name}: {step}: {state}")) as run:
         one = Pipeline(run, recipe, plan, say)
         save_recipe(run, recipe)
-        return prune_and_build(one), one.bench()
+        return prune_and_build(one), one.proof.bench()
 
 
 def _adopt_dense(source: Path, target: Path) -> None:

@@ -60,6 +60,11 @@ def make_rows(wanted: list[Row], store: Store, options: argparse.Namespace) -> i
     for number, row in enumerate(missing):
         left = pace(store.lines.values()) * sum(map(estimate_s, missing[number:]))
         print(f"[{number + 1}/{len(missing)}] {row.title}; {hours(left)} left in all", flush=True)
+        twin = store.twin(row)
+        if twin is not None and not (options.redo_stale and store.stale(twin.row)):
+            store.reuse(row, twin)
+            print(f"    the same layers and training as '{twin.row.title}': its outcome is this row's", flush=True)
+            continue
         began = time.perf_counter()
         done = subprocess.run(_command(row, options.quick), env=_environment(), check=False).returncode == 0
         print(f"    {'done' if done else 'FAILED'} in {hours(time.perf_counter() - began)}", flush=True)

@@ -90,9 +90,11 @@ def state(found: Found) -> str:
     machines = sorted({f"{line.provenance.cpu} ({line.provenance.cores} cores)" for line in lines})
     torches = sorted({line.provenance.packages.get("torch", "?") for line in lines})
     stale = sum(found.store.stale(row) for row in wanted)
+    shared = sum(bool(line.same_as) for line in lines)
     return (
         f"{len(lines)} of {len(wanted)} rows measured on {', '.join(machines) or 'no machine yet'}, torch "
-        f"{', '.join(torches) or ABSENT}; {stale} of them by earlier code. Means over seeds with 95% t-intervals; "
+        f"{', '.join(torches) or ABSENT}; {stale} of them by earlier code; {shared} share "
+        "the outcome of a row that removes the same layers and trains alike. Means over seeds with 95% t-intervals; "
         "a single seed has none and says so."
     )
 

@@ -70,8 +70,13 @@ class Row(Strict):
     def key(self) -> str:
         """Hash of everything that decides the outcome."""
         values = self.model_dump(mode="json", exclude={"kind", "arm", "keep"})
-        text = json.dumps([self.work, VERSIONS[self.work], values], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return _hashed([self.work, VERSIONS[self.work], values])
+
+    def twin_key(self, dropped: tuple[int, ...]) -> str:
+        """Hash of what decides the outcome once the layers are known: rows that share it are one computation."""
+        chosen = {"kind", "arm", "keep", "plan", "windows", "selected"}
+        values = {**self.model_dump(mode="json", exclude=chosen), "dropped": list(dropped)}
+        return _hashed([self.work, VERSIONS[self.work], values])
 
     @property
     def steps(self) -> int:
@@ -105,6 +110,10 @@ class Row(Strict):
         """Of a zero-shot row, the row that makes the model it asks."""
         kind: Kind = "trained" if self.drop else "dense"
         return self.model_copy(update={"kind": kind, "tasks": (), "items": 0, "keep": True})
+
+
+def _hashed(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def recipe_of(row: Row) -> Recipe:

@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 import trsp_deploy
-from benchmarks.quality.rows import Outcome, Row, Work, recipe_of
+from benchmarks.quality.rows import Outcome, Row, Selected, Work, recipe_of
 from trsp_deploy.artifacts import Provenance, provenance, writing
 from trsp_deploy.errors import RunError
 from trsp_deploy.recipe import Strict
@@ -39,6 +39,7 @@ class Line(Strict):
     elapsed_s: float
     code: str  # digest of the code and the resolved settings that made it
     provenance: Provenance
+    same_as: str = ""  # key of the row whose outcome this is: the same layers removed, the same training
 
 
 class Store:
@@ -62,6 +63,38 @@ class Store:
             code=digest(row),
             provenance=provenance(),
         )
+        self._keep(line)
+
+    def reuse(self, row: Row, twin: Line) -> None:
+        """Keep a twin's outcome as the row's own; it counts as made by the code that made the twin."""
+        code = twin.code if self.stale(twin.row) else digest(row)
+        self._keep(twin.model_copy(update={"key": row.key, "row": row, "code": code, "same_as": twin.key}))
+
+    def twin(self, row: Row) -> Line | None:
+        """A finished row that removed the same layers and trained alike, whoever chose them; None without one."""
+        dropped = self.dropped(row)
+        if not dropped or row.kind == "selection":
+            return None
+        wanted = row.twin_key(dropped)
+        for line in self.lines.values():
+            if line.row.work == row.work and not line.same_as and line.key != row.key:
+                theirs = self.dropped(line.row)
+                if theirs and line.row.twin_key(theirs) == wanted:
+                    return line
+        return None
+
+    def dropped(self, row: Row) -> tuple[int, ...] | None:
+        """The layers that a row removes: the first of what its selection row chose; None while that is not there."""
+        chosen = row.selection()
+        line = self.get(chosen) if chosen else None
+        if line is None or not isinstance(line.outcome, Selected):
+            return None
+        plan = line.outcome.plan
+        if row.drop == len(plan["dropped"]):
+            return tuple(plan["dropped"])
+        return tuple(sorted(plan["settings"]["scores"]["order"][: row.drop]))
+
+    def _keep(self, line: Line) -> None:
         self.lines[line.key] = line
         with writing(self.path) as partial:
             partial.write_text("".join(f"{line.model_dump_json()}\n" for line in self.lines.values()), encoding="utf-8")

@@ -1,7 +1,7 @@
 """Which rows there are. To add a method, an arm or a budget, add a line here: rows in the file stay valid.
 
-A selection is a recipe's `plan`, an arm a selection and a recipe's `transfer`. `default` is whatever
-`recipes/smollm2-135m.yaml` says, with this table's texts and budgets.
+A selection is a recipe's `plan`, an arm a selection and a recipe's `transfer`. `default` is whatever the recipe of a
+budget's size says (`RECIPES`), with this table's texts and budgets.
 """
 
 from __future__ import annotations
@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from pydantic import Field
+
 from benchmarks.quality.rows import Kind, Row, Subject
 from trsp_deploy.recipe import Strict
 from trsp_deploy.tools.library import load_recipe_values
 
 RECIPE: dict[str, Any] = load_recipe_values("smollm2-135m")[0]
+RECIPES: dict[int, str] = {32: "smollm2-135m", 128: "smollm2-135m-131k", 512: "smollm2-135m-524k"}  # by steps
 BATCH_SIZE = 4  # windows a training step
 # What every arm has in common with the default one: loss and optimiser, so that equal tokens are equal training.
 SHARED: dict[str, Any] = {
@@ -40,7 +43,9 @@ class Arm(Strict):
     label: str  # for tables and plots
     selection: str
     transfer: dict[str, Any]
-    claim: bool = False  # one that the targets compare, or the strongest rival: every seed and budget, before others
+    at: dict[int, dict[str, Any]] = Field(default_factory=dict)  # another transfer at some budgets, by steps
+    every_seed: bool = False  # before the others of a budget; else the first seed alone
+    every_budget: bool = False  # else up to the zero-shot rows': larger budgets take longer than all the rest
 
 
 class Table(Strict):
@@ -73,7 +78,9 @@ SELECTORS: dict[str, Selector] = {
 PLAIN: dict[str, Any] = {"form": "none", "refit": "none"}
 SPAN: dict[str, Any] = {"form": "none", "refit": "span"}
 LAYERS: dict[str, Any] = {"form": "none", "refit": "layers"}
-DEFAULT: dict[str, Any] = RECIPE["transfer"]
+DEFAULTS: dict[int, dict[str, Any]] = {
+    steps: load_recipe_values(name)[0]["transfer"] for steps, name in RECIPES.items()
+}
 TRAIN: dict[str, Any] = {**SHARED, "form": "train", "refit": "none"}
 
 UNTRAINED: tuple[Arm, ...] = (
@@ -87,8 +94,30 @@ UNTRAINED: tuple[Arm, ...] = (
 )
 
 ARMS: tuple[Arm, ...] = (
-    Arm(name="default", label="TRSP, default", selection="default", transfer=DEFAULT, claim=True),
-    Arm(name="control", label="control: remove, then train", selection="default", transfer=TRAIN, claim=True),
+    Arm(
+        name="default",
+        label="TRSP, default",
+        selection="default",
+        transfer=RECIPE["transfer"],
+        at=DEFAULTS,
+        every_seed=True,
+        every_budget=True,
+    ),
+    Arm(
+        name="control",
+        label="control: remove, then train",
+        selection="default",
+        transfer=TRAIN,
+        every_seed=True,
+        every_budget=True,
+    ),
+    Arm(
+        name="refit-anneal",
+        label="TRSP, layers refitted, annealed",
+        selection="default",
+        transfer=SHARED | {"form": "anneal", "refit": "layers", "anneal_share": 0.1},
+        every_seed=True,
+    ),
     Arm(name="refit", label="refit, then train", selection="default", transfer=TRAIN | {"refit": "layers"}),
     Arm(
         name="anneal",
@@ -96,7 +125,7 @@ ARMS: tuple[Arm, ...] = (
         selection="default",
         transfer=SHARED | {"form": "anneal", "refit": "none"},
     ),
-    Arm(name="fold", label="fold, then train", selection="fold", transfer=TRAIN | {"refit": "span"}, claim=True),
+    Arm(name="fold", label="fold, then train", selection="fold", transfer=TRAIN | {"refit": "span"}, every_seed=True),
     Arm(
         name="fold-layers",
         label="fold's span, refit, then train",
@@ -131,7 +160,7 @@ FULL = Table(
     selections=("default", "sleb"),
     selection_seeds=(0, 1, 2, 3, 4),
     zero_shot_steps=128,
-    zero_shot_arms=("default", "sleb", "shortgpt", "uidl", "fold", "control"),
+    zero_shot_arms=("default", "refit-anneal", "sleb", "shortgpt", "uidl", "fold", "control"),
     tasks=("piqa", "arc-easy", "arc-challenge", "sciq", "copa"),
     items=200,
 )
@@ -152,7 +181,7 @@ QUICK = FULL.model_copy(
             for name, selector in SELECTORS.items()
         },
         "counts": (),
-        "arms": tuple(arm for arm in ARMS if arm.claim),
+        "arms": tuple(arm for arm in ARMS if arm.every_seed and arm.name != "refit-anneal"),
         "untrained": tuple(arm for arm in UNTRAINED if arm.name in ("default", "sleb", "uidl")),
         "steps": (4,),
         "seeds": (0,),
@@ -216,21 +245,21 @@ def pruned_row(table: Table, kind: Kind, arm: Arm, seed: int, drop: int, steps: 
     # A greedy search for the most layers holds those for fewer; the table's own number has a search of its own.
     shared = table.selectors[arm.selection].greedy and drop != table.drop
     chosen = selection_row(table, arm.selection, seed, max(table.counts) if shared else drop)
-    transfer = {**arm.transfer, "batch_size": BATCH_SIZE, **({"steps": steps} if steps else {})}
+    transfer = {**arm.at.get(steps, arm.transfer), "batch_size": BATCH_SIZE, **({"steps": steps} if steps else {})}
     keep = kind == "trained" and seed == 0 and steps == table.zero_shot_steps and arm.name in table.zero_shot_arms
     return chosen.model_copy(update={"kind": kind, "arm": arm.name, "drop": drop, "transfer": transfer, "keep": keep})
 
 
 def trained_arms(table: Table, steps: int) -> tuple[Arm, ...]:
-    """The arms of the claims, and up to the zero-shot rows' budget all others beside them."""
-    return tuple(arm for arm in table.arms if arm.claim or steps <= table.zero_shot_steps)
+    """The arms of a budget."""
+    return tuple(arm for arm in table.arms if arm.every_budget or steps <= table.zero_shot_steps)
 
 
 def trained_rows(table: Table, steps: int) -> list[Row]:
-    """One budget: the arms of the claims over all seeds, then the others and the dense model with the first."""
+    """One budget: the arms of every seed, then the others and the dense model with the first."""
     arms, first = trained_arms(table, steps), table.seeds[0]
-    pairs = [(arm, seed) for seed in table.seeds for arm in arms if arm.claim]
-    pairs += [(arm, first) for arm in arms if not arm.claim]
+    pairs = [(arm, seed) for seed in table.seeds for arm in arms if arm.every_seed]
+    pairs += [(arm, first) for arm in arms if not arm.every_seed]
     dense = {**TRAIN, "steps": steps, "batch_size": BATCH_SIZE}
     return [
         *(pruned_row(table, "trained", arm, seed, table.drop, steps) for arm, seed in pairs),

@@ -110,13 +110,10 @@ def plan_of(row: Row, store: Store) -> PruningPlan:
     chosen = row.selection()
     if chosen is None:
         return _empty_plan(row)
-    line = store.get(chosen)
-    if line is None or not isinstance(line.outcome, Selected):
+    line, dropped = store.get(chosen), store.dropped(row)
+    if line is None or not isinstance(line.outcome, Selected) or dropped is None:
         raise RunError(f"row '{row.title}': needs row '{chosen.title}' first")
     plan = PruningPlan.model_validate(line.outcome.plan)
-    if row.drop == len(plan.dropped):
-        return plan
-    dropped = tuple(sorted(plan.settings["scores"]["order"][: row.drop]))
     return plan.model_copy(update={"dropped": dropped, "kept": complement(dropped, plan.num_layers)})
 
 

@@ -78,6 +78,6 @@ def small_run(engine: str, folder: Path) -> Path:
     }
     with RunFolder(folder / "run") as run:
         job = Pipeline(run, read_recipe(values, "test"), None, lambda line: None)
-        job.prune()
-        job.build()
+        job.pruning.prune()
+        job.engines.build()
     return folder / "run"

@@ -20,6 +20,8 @@ from trsp_deploy.tools.bench_worker import PLANTED
 from trsp_deploy.tools.statistics import device_s, speedup
 from trsp_deploy.tools.worker import Worker
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture(scope="module")
 def onnx(exported: Made) -> Path:

@@ -19,6 +19,8 @@ import yaml
 from tests.tiny import english, save_tiny
 from trsp_deploy import cli
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parents[2]
 SETTINGS = [
     "calibration.context_length=32",

@@ -20,6 +20,8 @@ from trsp_deploy.cli import run
 from trsp_deploy.tools import device_memory
 from trsp_deploy.tools.memory import LIBRARIES_BYTES, MemoryEstimate
 
+pytestmark = pytest.mark.alone
+
 SMALL = LlamaConfig(
     vocab_size=2000,
     hidden_size=256,

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from tests.tiny import english, save_tiny
 from trsp_deploy import cli
 from trsp_deploy.artifacts import size_bytes
-from trsp_deploy.pipeline import load_recipe
+from trsp_deploy.pipeline.runs import load_recipe
 from trsp_deploy.recipe import read_recipe
 from trsp_deploy.tools.disk import plan_disk
 from trsp_deploy.tools.library import load_engine_spec

@@ -118,6 +118,28 @@ def test_rows_of_other_code_are_stale(tmp_path: Path, monkeypatch: pytest.Monkey
     assert all(lines.stale(row) for row in rows(QUICK))
 
 
+def test_rows_that_remove_the_same_layers_and_train_alike_are_computed_once(tmp_path: Path) -> None:
+    lines = Store(tmp_path / "quality.jsonl")
+    chosen = [row for row in rows(FULL) if row.kind == "selection" and row.seed == 0 and row.drop == FULL.drop]
+    selected = {row.arm: row for row in chosen}
+    for row in selected.values():
+        lines.add(row, outcome(row), 10.0)  # every selector chooses the first layers
+    trained = {row.arm: row for row in rows(FULL) if row.kind == "trained" and row.steps == 128 and row.seed == 0}
+    assert lines.twin(trained["uidl"]) is None, "nothing is trained yet"
+    lines.add(trained["control"], outcome(trained["control"]), 10.0)
+    twin = lines.twin(trained["uidl"])
+    assert twin is not None and twin.row == trained["control"]
+    assert lines.twin(trained["fold"]) is None, "another training"
+    lines.reuse(trained["uidl"], twin)
+    kept = Store(lines.path).get(trained["uidl"])
+    assert kept is not None and kept.outcome == twin.outcome and kept.same_as == twin.key
+    assert not lines.stale(trained["uidl"])
+    other = outcome(selected["uidl"])
+    assert isinstance(other, Selected)
+    lines.add(selected["uidl"], other.model_copy(update={"plan": {"dropped": list(range(1, 8)), "seed": 0}}), 10.0)
+    assert lines.twin(trained["uidl"]) is None, "other layers"
+
+
 def test_interval_over_seeds() -> None:
     assert over_seeds([]) is None
     single = over_seeds([math.log(1.5)])

@@ -138,7 +138,7 @@ def prune(
         return _show_memory(chosen, plan, as_json)
     with run_of(chosen, out, plan) as job:
         check_memory(job, plan, ignore_memory)
-        result = job.prune()
+        result = job.pruning.prune()
         _print_json(
             as_json,
             {**result.model_dump(mode="json", exclude={"lm_loss", "penalty"}), "run": str(job.run.path)},
@@ -151,7 +151,7 @@ def prune(
 def export(run: Run, sets: Sets = None, as_json: Json = False) -> None:
     """Export dense and pruned to ONNX."""
     with existing(run, None, None, sets) as job:
-        models = job.export()
+        models = job.engines.export()
         _print_json(
             as_json,
             {"onnx": [model.model_dump(mode="json") for model in models.values()]},
@@ -175,7 +175,7 @@ def build(
     if run is None or out is not None:
         raise RecipeError("build: give a run's folder, or --onnx FILE with --engine E and --out DIR")
     with existing(run, engine, None, sets) as job:
-        outcomes = job.build()
+        outcomes = job.engines.build()
         lines = []
         for outcome in outcomes:
             state = ("built" if outcome.manifests else "unavailable") + (
@@ -214,8 +214,8 @@ def bench(run: Run, engine: Engines = None, sets: Sets = None, as_json: Json = F
     with existing(run, engine, None, sets) as job:
         from trsp_deploy.tools.comparisons import sentence
 
-        job.check_engines()
-        found = {name: job.compared(name) for name in job.bench()}
+        job.proof.check_engines()
+        found = {name: job.proof.compared(name) for name in job.proof.bench()}
         lines = [sentence(name, comparison) for name, comparison in found.items()]
         plain = {name: comparison.model_dump(mode="json") for name, comparison in found.items()}
         _print_json(
@@ -226,7 +226,9 @@ def bench(run: Run, engine: Engines = None, sets: Sets = None, as_json: Json = F
 def evaluate(run: Run, evaluation: Evaluation = None, sets: Sets = None, as_json: Json = False) -> None:
     """Perplexity of dense and pruned on held-out text."""
     with existing(run, None, evaluation, sets) as job:
-        found = {name: {role: ppl.ppl for role, ppl in by_role.items()} for name, by_role in job.evaluate().items()}
+        found = {
+            name: {role: ppl.ppl for role, ppl in by_role.items()} for name, by_role in job.proof.evaluate().items()
+        }
         lines = [f"{name}: {ppl['dense']:.2f} dense, {ppl['pruned']:.2f} pruned" for name, ppl in found.items()]
         _print_json(as_json, {"perplexity": found}, "\n".join(lines))
 
@@ -307,7 +309,7 @@ def existing(
     sets: list[str] | None = None,
 ) -> Iterator[Pipeline]:
     """Enter the folder of a run that was begun, with its recipe and the options on top."""
-    from trsp_deploy.pipeline import load_recipe
+    from trsp_deploy.pipeline.runs import load_recipe
     from trsp_deploy.recipe import override, read_recipe
 
     values = override(_with_lists(load_recipe(run), engine, evaluation), sets or [])
@@ -320,7 +322,8 @@ def run_of(recipe: Recipe, out: Path | None, plan: Path | None) -> Iterator[Pipe
     """Enter the run folder and keep the resolved recipe in it."""
     say(f"{recipe.model}, dropping {recipe.drop} of the layers")
     from trsp_deploy.artifacts import RunFolder
-    from trsp_deploy.pipeline import Pipeline, default_folder, save_recipe
+    from trsp_deploy.pipeline import Pipeline
+    from trsp_deploy.pipeline.runs import default_folder, save_recipe
 
     with RunFolder(out or default_folder(recipe, say), _announce) as run:
         job = Pipeline(run, recipe, plan, say)
@@ -369,8 +372,8 @@ def check_disk(job: Pipeline, ignore: bool) -> None:
     if not job.run.main:
         return
     with contextlib.suppress(ModelError):  # of a model that cannot be used the pipeline says more
-        config, specs = model_config(job.recipe.model, say), job.buildable()
-        plan = plan_disk(job.run.path, job.recipe, config, specs, job.specs[0].graph_precision)
+        config, specs = model_config(job.recipe.model, say), job.engines.buildable()
+        plan = plan_disk(job.run.path, job.recipe, config, specs, job.engines.specs[0].graph_precision)
         say(plan.line())
         if not ignore:
             check_disk(plan, job.recipe, config, specs)

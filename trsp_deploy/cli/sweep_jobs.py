@@ -85,7 +85,7 @@ def sweep(
         from trsp_deploy.sweep import sweep as sweep_all
 
         check_memory(job, None, ignore_memory)
-        found = sweep_all(job, parse_drops(drop, job.num_layers()), targets, say)
+        found = sweep_all(job, parse_drops(drop, job.inputs.num_layers()), targets, say)
     print_sweep(found, folder, sys.stderr if as_json else sys.stdout)
     if as_json:
         print(json.dumps(found.model_dump(mode="json", exclude={"provenance"})))

@@ -1,0 +1,57 @@
+"""The main job: model -> plan -> pruned checkpoint -> ONNX -> engines -> measurements -> report.
+
+`prune_and_build` reads as the README's picture. Every part is a step of the run folder: what is finished and still
+matches its inputs is reused, so each command can ask for the part it wants and gets what that depends on.
+
+    inputs <- pruning <- engines <- proof <- reporting      a module each; each knows those on its left
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from trsp_deploy.artifacts import RunFolder
+from trsp_deploy.pipeline.engines import Engines
+from trsp_deploy.pipeline.inputs import Inputs
+from trsp_deploy.pipeline.proof import Proof
+from trsp_deploy.pipeline.pruning import Pruning
+from trsp_deploy.pipeline.reporting import make_report
+from trsp_deploy.recipe import Recipe
+from trsp_deploy.tools.processes import Processes
+from trsp_deploy.tools.report import Report
+from trsp_deploy.tools.training import pick_device
+
+
+class Pipeline:
+    """One run: its folder, its recipe, and its parts; what a part has worked out it keeps."""
+
+    def __init__(
+        self, run: RunFolder, recipe: Recipe, plan_file: Path | None = None, say: Callable[[str], None] = lambda _: None
+    ) -> None:
+        self.run = run
+        self.recipe = recipe
+        if "RANK" in os.environ:  # `accelerate launch`; joining costs an import that a single process can do without
+            run.from_main = Processes(pick_device(recipe)).from_main
+        self.inputs = Inputs(run, recipe, say)
+        self.pruning = Pruning(self.inputs, plan_file)
+        self.engines = Engines(self.inputs, self.pruning)
+        self.proof = Proof(self.inputs, self.pruning, self.engines)
+
+    def report(self) -> Report:
+        """Measure what is missing; write report.json, report.md, report.html and the manifest."""
+        return make_report(self.proof)
+
+
+def prune_and_build(job: Pipeline) -> Report:
+    """Run every stage that is not finished yet, and write the report."""
+    job.pruning.plan()
+    job.pruning.prune()
+    job.engines.export()
+    job.proof.check_onnx()
+    job.engines.build()
+    job.proof.check_engines()
+    job.proof.bench()
+    job.proof.evaluate()
+    return job.report()

@@ -1,0 +1,155 @@
+"""ONNX models and engines, of the dense model and of the pruned one."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from trsp_deploy.artifacts import size_bytes, writing
+from trsp_deploy.errors import EngineUnavailable
+from trsp_deploy.pipeline.inputs import Inputs
+from trsp_deploy.pipeline.pruning import Pruning
+from trsp_deploy.recipe import EngineSpec, Float
+from trsp_deploy.results import ROLES, OnnxModel, Role
+from trsp_deploy.stages import build, export
+from trsp_deploy.tools.library import load_engine_spec
+from trsp_deploy.tools.runners import EngineManifest, bound_to, check_can_build, check_can_run
+from trsp_deploy.tools.runners.requirements import package_version
+from trsp_deploy.tools.subjects import Subject, find_subject
+
+AUTO_ENGINES = {
+    "cpu": ("ort-cpu-fp32", "tensorrt-rtx-fp16"),
+    "cuda": ("ort-cuda-fp16", "tensorrt-fp16", "tensorrt-rtx-fp16"),
+}
+CALIBRATION_TOKENS = 512  # of text that an engine's choices are made on
+
+
+@dataclass(frozen=True)
+class EngineOutcome:
+    """How far one engine spec came on this machine."""
+
+    spec: EngineSpec
+    manifests: dict[Role, EngineManifest]  # empty when it could not be built
+    reason: str | None  # why it was not built or cannot run; None when it runs
+
+
+class Engines:
+    """Export and build, for every engine spec of the recipe."""
+
+    def __init__(self, inputs: Inputs, pruning: Pruning) -> None:
+        self.inputs = inputs
+        self.pruning = pruning
+        self.run = inputs.run
+        self.recipe = inputs.recipe
+        self.specs = self._specs()  # a wrong name is found before anything slow begins
+
+    def export(self) -> dict[tuple[Role, Float], OnnxModel]:
+        """Every ONNX model that an engine of the recipe can be built from here."""
+        precisions = dict.fromkeys(spec.graph_precision for spec in self.buildable())
+        return {(role, precision): self.onnx(role, precision) for precision in precisions for role in ROLES}
+
+    @functools.cache
+    def onnx(self, role: Role, precision: Float) -> OnnxModel:
+        """One exported model. The first engine's precision has the plain folder, `onnx/dense` and `onnx/pruned`."""
+        plain = precision == self.specs[0].graph_precision
+        folder = f"onnx/{role}" if plain else f"onnx/{role}-{precision}"
+        model = self.pruning.ready(role)
+
+        def work() -> OnnxModel:
+            with writing(self.run.path / folder) as partial:
+                external = export.export_onnx(model, precision, self.recipe.export, partial)
+                size = size_bytes(partial / export.FILE) + sum(size_bytes(partial / name) for name in external)
+            return OnnxModel(role=role, precision=precision, folder=folder, size_bytes=size, external_data=external)
+
+        return self.run.step(
+            f"export-{role}-{precision}",
+            work,
+            OnnxModel,
+            settings={
+                **self.recipe.export.model_dump(),
+                "exporter": export.chosen(self.recipe.export),
+                "precision": precision,
+            },
+            inputs={"model": model},
+            outputs=[folder],
+        )
+
+    def buildable(self) -> list[EngineSpec]:
+        """The recipe's engines that this machine can build."""
+        return [spec for spec in self.specs if why_not(check_can_build, spec) is None]
+
+    def build(self) -> list[EngineOutcome]:
+        """Every engine of the recipe that can be built here, dense and pruned."""
+        return [self.engine(spec) for spec in self.specs]
+
+    @functools.cache
+    def engine(self, spec: EngineSpec) -> EngineOutcome:
+        """Build one engine for both models; what cannot be built or run is an outcome with its reason."""
+        reason = why_not(check_can_build, spec)
+        if reason is not None:
+            self.inputs.say(f"{spec.name}: unavailable ({reason})")
+            return EngineOutcome(spec, {}, reason)
+        try:
+            manifests = {role: self._build(spec, role) for role in ROLES}
+        except EngineUnavailable as problem:
+            self.inputs.say(f"{spec.name}: unavailable ({problem})")
+            return EngineOutcome(spec, {}, str(problem))
+        return EngineOutcome(spec, manifests, why_not(check_can_run, spec))
+
+    def pair(self, spec: EngineSpec) -> tuple[Subject, Subject]:
+        """The two engines of one spec, to be measured."""
+        dense, pruned = (find_subject(self.path(spec, role), role, None) for role in ROLES)
+        return dense, pruned
+
+    def path(self, spec: EngineSpec, role: Role) -> Path:
+        """The engine's folder, there or not."""
+        return self.run.path / "engines" / spec.name / role
+
+    def _build(self, spec: EngineSpec, role: Role) -> EngineManifest:
+        model = self.onnx(role, spec.graph_precision)
+        folder = self.path(spec, role)
+        inputs: dict[str, Path | str] = {
+            "onnx": self.run.path / model.folder,
+            "backend": package_version(spec.backend),
+        }
+        if spec.backend == "tensorrt":  # another GPU or driver wants another engine
+            inputs["machine"] = bound_to(spec).model_dump_json()
+        if spec.reads_text:
+            inputs["calibration"] = self.inputs.calibration_texts().fingerprint
+        return self.run.step(
+            f"build-{spec.name}-{role}",
+            lambda: build.build_engine(
+                self.run.path / model.folder / export.FILE, spec, folder, self._calibration(spec)
+            ),
+            EngineManifest,
+            settings=spec,
+            inputs=inputs,
+            outputs=[folder.relative_to(self.run.path).as_posix()],
+        )
+
+    def _calibration(self, spec: EngineSpec) -> np.ndarray | None:
+        """(1, tokens) of calibration text for an engine that has choices to make; None for the others."""
+        if not spec.reads_text:
+            return None
+        train, _ = self.inputs.calibration_windows()
+        tokens: np.ndarray = train.flatten()[None, :CALIBRATION_TOKENS].numpy()
+        return tokens
+
+    def _specs(self) -> list[EngineSpec]:
+        names: list[str] = []
+        for name in self.recipe.engines:
+            names += AUTO_ENGINES["cuda" if torch.cuda.is_available() else "cpu"] if name == "auto" else [name]
+        return [load_engine_spec(name) for name in dict.fromkeys(names)]
+
+
+def why_not(check: Callable[[EngineSpec], None], spec: EngineSpec) -> str | None:
+    try:
+        check(spec)
+    except EngineUnavailable as problem:
+        return str(problem)
+    return None

@@ -1,0 +1,101 @@
+"""What a run starts from: the dense model as the folder `dense/`, and the texts as windows of its tokens."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig
+
+from trsp_deploy.artifacts import RunFolder, writing
+from trsp_deploy.decoder import load_tokenizer
+from trsp_deploy.recipe import Recipe, Strict
+from trsp_deploy.results import Role
+from trsp_deploy.tools.models import ModelSource, copy_model, resolve_model
+from trsp_deploy.tools.texts import Texts, documents_of, load_texts, split_windows, tokenize_windows
+
+
+class Done(Strict):
+    """Result of a step whose only result is its files."""
+
+
+class Inputs:
+    """Model and texts of a recipe; each is read once."""
+
+    def __init__(self, run: RunFolder, recipe: Recipe, say: Callable[[str], None]) -> None:
+        self.run = run
+        self.recipe = recipe
+        self.say = say
+
+    def path(self, role: Role) -> Path:
+        """The role's Hugging Face folder, there or not."""
+        return self.run.path / role
+
+    @functools.cache
+    def dense(self) -> ModelSource:
+        """The dense model, as the folder `dense/`."""
+        source = self._found_by_main(lambda: resolve_model(self.recipe.model, self.say))
+        self.run.step(
+            "dense",
+            lambda: self._copy_dense(source),
+            Done,
+            settings={"model": self.recipe.model},
+            inputs={"model": Path(source.path)},
+            outputs=["dense"],
+        )
+        return source
+
+    def _found_by_main(self, find: Callable[[], ModelSource]) -> ModelSource:
+        """What may have to be downloaded or unpacked is so once, by the main process."""
+        source: ModelSource = self.run.from_main(find() if self.run.main else None)
+        return source
+
+    def _copy_dense(self, source: ModelSource) -> Done:
+        with writing(self.path("dense")) as partial:
+            copy_model(Path(source.path), partial)
+        return Done()
+
+    @functools.cache
+    def num_layers(self) -> int:
+        """Of the dense model."""
+        self.dense()
+        count: int = AutoConfig.from_pretrained(self.path("dense"), local_files_only=True).num_hidden_layers
+        return count
+
+    @functools.cache
+    def tokenizer(self) -> Any:
+        """The dense model's."""
+        self.dense()
+        return load_tokenizer(self.path("dense"))
+
+    @functools.cache
+    def calibration_texts(self) -> Texts:
+        """What is trained and calibrated on."""
+        return load_texts(self.recipe.calibration.texts, "calibration")
+
+    @functools.cache
+    def calibration_windows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Windows to train on and windows held out, (windows, context_length) each."""
+        settings = self.recipe.calibration
+        wanted = settings.max_windows + settings.validation_windows
+        texts, source = self.calibration_texts(), f"--calibration {settings.texts}"
+        windows = tokenize_windows(texts, self.tokenizer(), settings.context_length, wanted, source)
+        return split_windows(windows, settings.validation_windows, self.recipe.seed)
+
+    @functools.cache
+    def evaluation_texts(self, name: str) -> Texts:
+        """What quality is measured on, by the recipe's name for it."""
+        return load_texts(self.recipe.evaluation[name], "evaluation")
+
+    @functools.cache
+    def evaluation_windows(self, name: str) -> tuple[torch.Tensor, np.ndarray | None]:
+        """(windows, context_length) token ids of an evaluation text, and which document each of them belongs to."""
+        settings = self.recipe.evaluate
+        texts = self.evaluation_texts(name)
+        limit = None if settings.max_tokens is None else max(1, settings.max_tokens // settings.context_length)
+        windows = tokenize_windows(texts, self.tokenizer(), settings.context_length, limit, f"--eval {name}")
+        return windows, documents_of(texts, self.tokenizer(), windows.numel())

@@ -1,0 +1,177 @@
+"""Which layers go (`plan.json`), and the checkpoint without them (`pruned/`)."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from trsp_deploy.artifacts import fingerprint, write_json, writing
+from trsp_deploy.decoder import check_prunable, load_model
+from trsp_deploy.pipeline.inputs import Done, Inputs
+from trsp_deploy.recipe import parse_drop
+from trsp_deploy.results import PrunedCheckpoint, Role
+from trsp_deploy.stages import selection, transfer
+from trsp_deploy.tools.checkpoints import Checkpoints
+from trsp_deploy.tools.plan import PruningPlan, read_plan
+from trsp_deploy.tools.quiet import quiet_libraries
+from trsp_deploy.tools.training import TRAINING_DTYPES, pick_device
+
+
+class Pruning:
+    """Selection, transfer and removal."""
+
+    def __init__(self, inputs: Inputs, plan_file: Path | None) -> None:
+        self.inputs = inputs
+        self.run = inputs.run
+        self.recipe = inputs.recipe
+        self._plan_file = plan_file
+
+    @functools.cache
+    def plan(self) -> PruningPlan:
+        """Which layers go, as `plan.json`: chosen, handed in, or edited by hand."""
+        path = self.run.path / "plan.json"
+        count = parse_drop(self.recipe.drop, self.inputs.num_layers())
+        if self._plan_file is not None:
+            return self._adopt(self._plan_file, path)
+        record = self.run.record("plan")
+        settings = self._plan_settings(count)
+        known = record if record is not None and record.settings == settings and path.is_file() else None
+        if known is not None and fingerprint(path) != known.outputs["plan.json"]:
+            edited = read_plan(path, self.inputs.num_layers())
+            self.inputs.say(f"plan.json was edited by hand: dropping {', '.join(map(str, edited.dropped))}")
+            return edited
+        inputs: dict[str, Path | str] = {
+            "model": self.inputs.path("dense"),
+            "calibration": self.inputs.calibration_texts().fingerprint,
+        }
+        checkpoints = self._checkpoints("plan", settings, inputs)
+        plan = self.run.step(
+            "plan",
+            lambda: self._select(count, path, checkpoints),
+            PruningPlan,
+            settings=settings,
+            inputs=inputs,
+            outputs=["plan.json"],
+            together=True,
+        )
+        if self.run.main:
+            checkpoints.remove()
+        return plan
+
+    def plans(self, counts: tuple[int, ...]) -> dict[int, Path]:
+        """A plan for each number of layers, as `plans/drop-K.json`, from one search; methods as the recipe says."""
+        folder = self.run.path / "plans"
+        settings = {**self._plan_settings(max(counts)), "counts": list(counts)}
+        inputs: dict[str, Path | str] = {
+            "model": self.inputs.path("dense"),
+            "calibration": self.inputs.calibration_texts().fingerprint,
+        }
+        self.inputs.num_layers()  # `dense/` has to be there
+        checkpoints = self._checkpoints("plans", settings, inputs)
+
+        def work() -> Done:
+            train, validation = self.inputs.calibration_windows()
+            with quiet_libraries(), writing(folder) as partial:
+                model = self._checked_model()
+                origin = self.inputs.calibration_texts().origin
+                found = selection.select_for_counts(model, train, validation, counts, self.recipe, origin, checkpoints)
+                for count, plan in found.items():
+                    write_json(partial / f"drop-{count}.json", plan)
+            return Done()
+
+        self.run.step("plans", work, Done, settings=settings, inputs=inputs, outputs=["plans"])
+        checkpoints.remove()
+        return {count: folder / f"drop-{count}.json" for count in counts}
+
+    @functools.cache
+    def prune(self) -> PrunedCheckpoint:
+        """Transfer and removal: the checkpoint `pruned/`."""
+        plan = self.plan()
+        chosen = {"seed", "device", "autocast", "weights", "calibration", "transfer"}
+        settings = self.recipe.model_dump(mode="json", include=chosen)
+        inputs: dict[str, Path | str] = {
+            "model": self.inputs.path("dense"),
+            "plan": self.run.path / "plan.json",
+            "calibration": self.inputs.calibration_texts().fingerprint,
+        }
+        checkpoints = self._checkpoints("prune", settings, inputs)
+        result = self.run.step(
+            "prune",
+            lambda: self._transfer(plan, checkpoints),
+            PrunedCheckpoint,
+            settings=settings,
+            inputs=inputs,
+            outputs=["pruned"],
+            together=True,
+        )
+        if not self.run.main:
+            raise SystemExit(0)  # the rest is the main process's work
+        checkpoints.remove()
+        return result
+
+    def ready(self, role: Role) -> Path:
+        """The role's Hugging Face folder, made when it is not there."""
+        if role == "dense":
+            self.inputs.dense()
+        else:
+            self.prune()
+        return self.inputs.path(role)
+
+    def _select(self, count: int, path: Path, checkpoints: Checkpoints) -> PruningPlan:
+        train, validation = self.inputs.calibration_windows()
+        with quiet_libraries():
+            plan = selection.select_layers(
+                self._checked_model(),
+                train,
+                validation,
+                count,
+                self.recipe,
+                self.inputs.calibration_texts().origin,
+                checkpoints,
+            )
+        if self.run.main:
+            write_json(path, plan)
+        return plan
+
+    def _transfer(self, plan: PruningPlan, checkpoints: Checkpoints) -> PrunedCheckpoint:
+        train, validation = self.inputs.calibration_windows()
+        path = self.inputs.path("pruned")
+        with quiet_libraries(), writing(path) if self.run.main else contextlib.nullcontext(path) as folder:
+            return transfer.transfer_and_remove(
+                self.inputs.path("dense"),
+                self.inputs.dense(),
+                plan,
+                train,
+                validation,
+                self.recipe,
+                folder,
+                checkpoints,
+            )
+
+    def _adopt(self, source: Path, path: Path) -> PruningPlan:
+        plan = read_plan(source, self.inputs.num_layers())
+        if source.resolve() != path.resolve() and self.run.main:
+            self.run.outdate_manifest()
+            write_json(path, plan)
+        return plan
+
+    def _checked_model(self) -> PreTrainedModel:
+        model = load_model(self.inputs.path("dense"), pick_device(self.recipe), TRAINING_DTYPES[self.recipe.weights])
+        check_prunable(model)
+        return model
+
+    def _checkpoints(self, step: str, settings: dict[str, Any], inputs: Mapping[str, Path | str]) -> Checkpoints:
+        """Where a killed training of this step goes on; only from what these very settings and inputs left."""
+        key = self.run.key(step, settings=settings, inputs=inputs)
+        return Checkpoints(self.run.path / "checkpoints" / step, key, self.recipe.checkpoint_s)
+
+    def _plan_settings(self, count: int) -> dict[str, Any]:
+        chosen = self.recipe.model_dump(
+            mode="json", include={"seed", "device", "weights", "autocast", "calibration", "plan"}
+        )
+        return {**chosen, "num_dropped": count}

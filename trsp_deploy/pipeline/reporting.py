@@ -1,0 +1,98 @@
+"""The report of a run: what its stages found, gathered."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import ValidationError
+
+from trsp_deploy.artifacts import fingerprint, provenance
+from trsp_deploy.pipeline.engines import EngineOutcome
+from trsp_deploy.pipeline.inputs import Inputs
+from trsp_deploy.pipeline.proof import Proof
+from trsp_deploy.results import Served
+from trsp_deploy.stages.report import write_report
+from trsp_deploy.tools.models import check_decoder_only
+from trsp_deploy.tools.report import (
+    SCHEMA_VERSION,
+    EngineFigures,
+    EngineReport,
+    Report,
+    model_report,
+    quality_report,
+    removal_report,
+    verdict,
+)
+from trsp_deploy.tools.runners.manifest import MANIFEST
+from trsp_deploy.tools.served import SERVED, derive
+
+
+def make_report(proof: Proof) -> Report:
+    """Write report.json, report.md and report.html, and the manifest of the run; measures what is not measured yet."""
+    run, inputs, pruning = proof.run, proof.inputs, proof.pruning
+    source, checkpoint = inputs.dense(), pruning.prune()
+    quality = {name: quality_report(ppl["dense"], ppl["pruned"]) for name, ppl in proof.evaluate().items()}
+    engines = [_engine_report(proof, outcome) for outcome in proof.engines.build()]
+    served = _served(inputs)
+    as_served = None if served is None else derive(served)
+    decoder = check_decoder_only(inputs.path("dense"))
+    report = Report(
+        schema_version=SCHEMA_VERSION,
+        verdict=verdict(engines, quality, as_served),
+        model=model_report(proof.recipe.model, source.origin, decoder, checkpoint),
+        removal=removal_report(checkpoint),
+        quality=quality,
+        engines=tuple(engines),
+        served=as_served,
+        parity=proof.check_onnx() + proof.check_engines(),
+        recipe=proof.recipe,
+        plan=pruning.plan(),
+        provenance=provenance(),
+    )
+    run.outdate_manifest()
+    write_report(report, proof.bench(), run.path, served=served)
+    run.write_manifest()
+    return report
+
+
+def _served(inputs: Inputs) -> Served | None:
+    """What `bench-server` measured of this run's engines as they are now."""
+    run, path = inputs.run.path, inputs.run.path / SERVED
+    if not path.is_file():
+        return None
+    try:
+        found = Served.model_validate_json(path.read_bytes())
+    except ValidationError:
+        inputs.say(f"{path}: is no measurement of this version; it is left out of the report")
+        return None
+    for role, sha256 in found.engines.items():
+        manifest = run / "engines" / found.engine / role / MANIFEST
+        if not manifest.is_file() or fingerprint(manifest) != sha256:
+            inputs.say(f"{path}: is of another {role} engine; `trsp-deploy bench-server` measures this one")
+            return None
+    return found
+
+
+def _engine_report(proof: Proof, outcome: EngineOutcome) -> EngineReport:
+    spec = outcome.spec
+    comparison = proof.bench().get(spec.name)
+    status: Literal["ran", "built", "unavailable"] = "ran"
+    if not outcome.manifests:
+        status = "unavailable"
+    elif comparison is None:
+        status = "built"
+    figures = {
+        role: EngineFigures(size_bytes=manifest.size_bytes, build_s=manifest.build_s)
+        for role, manifest in outcome.manifests.items()
+    }
+    return EngineReport(
+        name=spec.name,
+        backend=spec.backend,
+        precision=spec.precision,
+        status=status,
+        reason=outcome.reason,
+        comparison=None if comparison is None else proof.compared(spec.name),
+        quality={} if comparison is None else proof.engine_quality(spec),
+        choices=None if comparison is None else proof.engine_choices(spec),
+        **figures,
+    )

@@ -1,0 +1,46 @@
+"""The recipe of a run folder: where it lies, how it is kept and read again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import AutoConfig
+
+from trsp_deploy.artifacts import RunFolder, writing
+from trsp_deploy.errors import RunError
+from trsp_deploy.reading import read_yaml
+from trsp_deploy.recipe import Recipe, parse_drop
+from trsp_deploy.tools.models import resolve_model
+from trsp_deploy.tools.subjects import RUN_MARK
+
+
+def default_folder(recipe: Recipe, say: Callable[[str], None]) -> Path:
+    """`runs/<model>-drop<k>` for k layers: 25% and 8 of 32 are the same run. Resolves the model to count its layers."""
+    if "RANK" in os.environ:
+        raise RunError("--out is missing: several processes have to be told where they meet")
+    source = resolve_model(recipe.model, say)
+    layers = AutoConfig.from_pretrained(source.path, local_files_only=True).num_hidden_layers
+    return Path("runs") / f"{Path(recipe.model).name}-drop{parse_drop(recipe.drop, layers)}"
+
+
+def save_recipe(run: RunFolder, recipe: Recipe) -> None:
+    """Keep the resolved recipe in the run folder, for the commands that are given only the folder."""
+    path = run.path / RUN_MARK
+    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    if not run.main or (path.is_file() and path.read_bytes() == text.encode()):
+        return
+    run.outdate_manifest()
+    with writing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def load_recipe(run: Path) -> dict[str, Any]:
+    """The values of the recipe that a run folder was made with; raises RunError when it is no run folder."""
+    path = run / RUN_MARK
+    if not path.is_file():
+        raise RunError(f"{run}: no run of trsp-deploy ({RUN_MARK} is missing); make one with `trsp-deploy prune`")
+    return read_yaml(path, RunError)
