@@ -52,6 +52,7 @@ class Row(Strict):
     anonymous_bytes: int  # its highest, without pages of files
     libraries_bytes: int  # what the process held before it began
     stopped: bool = False  # it had more than the machine should give: the peak is a lower bound
+    failed: bool = False  # Optimum's, which cannot write every model above 2 GB: the peak is of what it did
 
 
 class Memory(Strict):
@@ -139,9 +140,10 @@ def run(job: str, precision: Float, quick: bool, limit_bytes: int) -> Row:
     said = process.stdout.read().splitlines()
     process.stdout.close()
     stopped = peak > limit_bytes
-    if process.returncode and not stopped:
+    failed = process.returncode != 0 and not stopped
+    if failed and job != "optimum":
         raise RunError(f"{job} in {precision} ended with {process.returncode}; what it said is above")
-    own = json.loads(said[-1]) if not stopped else {"peak_bytes": 0, "libraries_bytes": 0}
+    own = {"peak_bytes": 0, "libraries_bytes": 0} if stopped or failed else json.loads(said[-1])
     return Row(
         job=job,
         precision=precision,
@@ -149,6 +151,7 @@ def run(job: str, precision: Float, quick: bool, limit_bytes: int) -> Row:
         anonymous_bytes=anonymous,
         libraries_bytes=own["libraries_bytes"],
         stopped=stopped,
+        failed=failed,
     )
 
 
@@ -245,7 +248,7 @@ def page(found: Memory) -> str:
     """Markdown: every row, and what it was measured on."""
     body = []
     for row in found.rows:
-        more = "more than " if row.stopped else ""
+        more = "more than " if row.stopped else "failed after " if row.failed else ""
         met = "" if row.job == "optimum" else "met" if ratio(found, row) <= MOST else "**not met**"
         cells = (f"{row.peak_bytes / 1e9:.2f}", f"{row.anonymous_bytes / 1e9:.2f}", f"{ratio(found, row):.2f}")
         name = "plain Optimum" if row.job == "optimum" else row.job
