@@ -16,6 +16,7 @@ MODULES = (
     "recipe.py",
     "tools/generation.py",
     "tools/graphs/decoder_io.py",
+    "tools/graphs/fp16_range.py",
     "tools/runners/base.py",
     "tools/runners/manifest.py",
     "tools/runners/ort.py",
