@@ -80,13 +80,19 @@ def widen(model: ir.Model, narrow: ir.DataType = HALF) -> None:
 def add_largest(model: ir.Model, names: Iterator[str]) -> dict[str, str]:
     """Give the graph an output with the largest magnitude of each of these values; returns the outputs' names.
 
-    model: after `widen`; changed in place.
+    model: after `widen`; changed in place. Each is worked out right after its value, which need not be held until the
+    end when nodes run in the graph's order.
     """
     writer = Writer(model, "largest")
-    made = {value.name: value for node in model.graph for value in node.outputs}
+    made = {value.name: (node, value) for node in model.graph for value in node.outputs}
     found = {}
     for name in names:
-        magnitude = writer.one("ReduceMax", [writer.one("Abs", [made[name]])], {"keepdims": 0})
+        node, value = made[name]
+        magnitudes = writer.one("Abs", [value])
+        magnitude = writer.one("ReduceMax", [magnitudes], {"keepdims": 0})
+        new = [added for added in (magnitudes.producer(), magnitude.producer()) if added is not None]
+        model.graph.remove(new)
+        model.graph.insert_after(node, new)
         magnitude.type, magnitude.shape = ir.TensorType(WHOLE), ir.Shape([])
         model.graph.outputs.append(magnitude)
         found[name] = magnitude.name or ""

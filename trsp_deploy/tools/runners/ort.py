@@ -75,18 +75,27 @@ def open_engine(folder: Path, manifest: EngineManifest) -> OrtRunner:
 
 
 def create_session(
-    model: Path, backend: Backend, threads: int | None = None, *, optimised: bool = False, save_to: Path | None = None
+    model: Path,
+    backend: Backend,
+    threads: int | None = None,
+    *,
+    optimised: bool = False,
+    in_order: bool = False,
+    save_to: Path | None = None,
 ) -> Any:
     """An InferenceSession that really runs on the wanted provider.
 
     threads: intra-op threads; None takes every core that this process may use.
     optimised: the file was saved after optimisation, so none is done again.
+    in_order: nodes run in the order of the file, so that whoever wrote it decides what has to be held at a time.
     save_to: write the optimised graph there, with its weights beside it in `<name>.data`.
     Raises EngineUnavailable when the file is refused, or when ONNX Runtime falls back to the CPU.
     """
     ort = load_package(backend)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    if in_order:
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     # Errors come as exceptions; only a provider that does not load is explained in the log alone.
     options.log_severity_level = 3 if backend == "onnxruntime-cuda" else 4
     levels = ort.GraphOptimizationLevel
