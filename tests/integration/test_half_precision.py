@@ -132,7 +132,7 @@ def test_what_would_overflow_stays_in_fp32(change: object, tmp_path: Path, monke
         with open_engine(tmp_path / name) as runner:
             assert parity.check_parity(reference, runner, name, "dense", "fp16").max_error < 0.1
         text = describe(inspect_engine(tmp_path / name))
-        assert f"{len(names)} nodes in fp32, whose values pass 32752 on 256 tokens: /model/layers.1/" in text
+        assert f"{len(names)} nodes in fp32, whose values pass 32752 on 192 tokens: /model/layers.1/" in text
 
 
 def test_left_padding_is_no_nan_where_scores_are_low(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +152,7 @@ def test_an_ordinary_model_keeps_nothing(exported: Made, tmp_path: Path) -> None
     assert [outcome.name for outcome in manifest.passes if outcome.changed] == [
         *("fuse-attention", "fuse-rotary", "simplify-masks", "pack-projections", "cut-logits")
     ]
-    assert "no value of 64 tokens is beyond" in describe(inspect_engine(tmp_path / "engine"))
+    assert "no value of 48 tokens is beyond" in describe(inspect_engine(tmp_path / "engine"))
 
 
 def test_a_cache_beyond_the_range_is_refused(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_a_cache_beyond_the_range_is_refused(tmp_path: Path) -> None:
 def test_a_text_longer_than_the_model_has_positions_is_cut(exported: Made, tmp_path: Path) -> None:
     text = np.random.default_rng(0).integers(5, 300, size=(1, 500))
     manifest = build_engine(onnx_of(exported("opt", "fp16"), "fp16"), cpu_spec(), tmp_path / "engine", text)
-    assert manifest.half_range is not None and manifest.half_range.reason is None and manifest.half_range.tokens == 64
+    assert manifest.half_range is not None and manifest.half_range.reason is None and manifest.half_range.tokens == 48
 
 
 class TestTensorRtRtx:

@@ -88,9 +88,11 @@ def add_largest(model: ir.Model, names: Iterator[str]) -> dict[str, str]:
     found = {}
     for name in names:
         node, value = made[name]
-        magnitudes = writer.one("Abs", [value])
-        magnitude = writer.one("ReduceMax", [magnitudes], {"keepdims": 0})
-        new = [added for added in (magnitudes.producer(), magnitude.producer()) if added is not None]
+        before = len(model.graph)
+        highest = writer.one("ReduceMax", [value], {"keepdims": 0})
+        lowest = writer.one("ReduceMin", [value], {"keepdims": 0})  # Abs would be as large as the value again
+        magnitude = writer.one("Max", [highest, writer.one("Neg", [lowest])])
+        new = list(model.graph)[before:]
         model.graph.remove(new)
         model.graph.insert_after(node, new)
         magnitude.type, magnitude.shape = ir.TensorType(WHOLE), ir.Shape([])

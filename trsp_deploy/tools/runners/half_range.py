@@ -17,7 +17,7 @@ from trsp_deploy.tools.runners.calibration import fitting, text_length
 from trsp_deploy.tools.runners.ort import OrtRunner, bindings_of, create_session, one_line_errors
 from trsp_deploy.tools.runners.requirements import one_line
 
-PADDING = 4  # one of so many tokens in front is left padding, in a second row: what stands there must be a number too
+PADDING = 4  # one of so many tokens is left padding in front of the text: what stands there must be a number too
 
 
 def within_range(
@@ -106,16 +106,16 @@ def _read(
     if calibration is None:
         vocabulary = int(made["logits"][1][-1])
         calibration = np.random.default_rng(0).integers(vocabulary, size=(1, text_length(onnx)))
-    ids = np.repeat(fitting(calibration, onnx)[:1], 2, axis=0)  # (2, sequence)
+    ids = fitting(calibration, onnx)[:1]  # (1, sequence): a second row would be memory
     mask = np.ones_like(ids)
     mask[0, : ids.shape[1] // PADDING] = 0
     feeds = decoder_io.token_inputs(inputs, ids, mask, keep=1)
     for name in decoder_io.cache_inputs(inputs):
         dtype, shape = inputs[name]
-        feeds[name] = np.zeros(decoder_io.input_shape(name, shape, batch=2, sequence=0, past=0), dtype)
+        feeds[name] = np.zeros(decoder_io.input_shape(name, shape, batch=1, sequence=0, past=0), dtype)
     with one_line_errors(f"ONNX Runtime cannot read a text with {onnx}"):
         found = session.run(list(outputs.values()), feeds)
-    return ids.shape[1], {name: float(value) for name, value in zip(outputs, found, strict=True)}
+    return int(mask.sum()), {name: float(value) for name, value in zip(outputs, found, strict=True)}
 
 
 def _error(wide: Path, out: Path, threads: int | None) -> float:
