@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,8 @@ def load_yaml(text: str) -> Any:
     """What a YAML text says; raises ValueError for every text that says nothing that can be used."""
     if len(text) > LONGEST_YAML:
         raise ValueError(f"{len(text):,} characters, at most {LONGEST_YAML:,} are read")
+    if _open_brackets(text) > DEEPEST:  # PyYAML takes more than a minute for 3,000 of them before it gives up
+        raise ValueError("nested too deeply")
     try:
         return _bounded(yaml.load(text, _Loader))
     except (yaml.YAMLError, ArithmeticError, TypeError, LookupError, AttributeError) as problem:
@@ -91,6 +94,12 @@ def load_json(text: str) -> Any:
         return json.loads(text)
     except RecursionError as problem:
         raise ValueError("nested too deeply") from problem
+
+
+def _open_brackets(text: str) -> int:
+    """How many brackets are open at most, those in quotes and comments among them."""
+    steps = ((character in "[{") - (character in "]}") for character in text)
+    return max(accumulate(steps), default=0)
 
 
 class _Loader(yaml.SafeLoader):
