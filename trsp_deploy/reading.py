@@ -12,6 +12,7 @@ import yaml
 
 from trsp_deploy.errors import UserError
 
+LONGEST_INTEGER = 64  # bits
 LONGEST_YAML = 100_000  # characters; the longest recipe that ships has 2,000
 DEEPEST, MOST_VALUES = 40, 100_000  # of a YAML text
 
@@ -112,13 +113,16 @@ class _Loader(yaml.SafeLoader):
 
 
 def _bounded(value: Any) -> Any:
-    """The value again; aliases can make a few lines of YAML contain themselves, or more than fits into memory."""
+    """The value again; aliases can make a few lines of YAML contain themselves, or more than fits into memory, and
+    sexagesimal numbers (1:59:59) need no digits."""
     left, seen = [(value, 0)], 0
     while left:
         item, depth = left.pop()
         seen += 1
         if depth > DEEPEST or seen > MOST_VALUES:
             raise ValueError(f"nested deeper than {DEEPEST}, or more than {MOST_VALUES} values")
+        if isinstance(item, int) and item.bit_length() > LONGEST_INTEGER:  # Python would not even print it
+            raise ValueError(f"holds a number of more than {LONGEST_INTEGER} bits")
         inner = item.values() if isinstance(item, dict) else item if isinstance(item, list | tuple | set) else ()
         left += [(each, depth + 1) for each in inner]
     return value

@@ -405,7 +405,7 @@ def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not key.strip():
-            raise RecipeError(f"--set '{assignment}': expected key=value, such as transfer.steps=64")
+            raise RecipeError(f"--set {shown(assignment)}: expected key=value, such as transfer.steps=64")
         try:
             value = load_yaml(text)
         except ValueError as problem:

@@ -49,16 +49,13 @@ def test_a_name_with_a_nul_is_no_file() -> None:
         ("x" * (LONGEST_YAML + 1), "at most 100,000 are read"),
         ("[" * 5000, "nested too deeply"),
         ("&a [*a]", "nested deeper than 40"),
-        ("1:" + "59:" * 20_000 + "59", ""),
+        ("1:" + "59:" * 20_000 + "59", "more than 64 bits"),
     ],
     ids=["merges", "long", "deep", "itself", "sexagesimal"],
 )
 def test_yaml_is_read_within_bounds(text: str, words: str) -> None:
     began = time.perf_counter()
-    if words:
-        with pytest.raises(ValueError, match=words):
-            load_yaml(text)
-    else:
+    with pytest.raises(ValueError, match=words):
         load_yaml(text)
     assert time.perf_counter() - began < 5
 
