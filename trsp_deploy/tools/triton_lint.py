@@ -174,6 +174,9 @@ def _against_graph(config: Any, path: Path, error: Say) -> Iterator[Finding]:
     except Exception as problem:  # protobuf's own error, which is no OSError
         yield error(f"{path.parent.name}/{path.name}: not an ONNX file ({type(problem).__name__})")
         return
+    if any(isinstance(value.name, bytes) for value in (*graph.input, *graph.output)):  # protobuf's form of no UTF-8
+        yield error(f"{path.parent.name}/{path.name}: has a name that is not UTF-8")
+        return
     initialisers = {tensor.name for tensor in graph.initializer}
     inputs = {node.name: node for node in graph.input if node.name not in initialisers}
     outputs = {node.name: node for node in graph.output}

@@ -135,13 +135,16 @@ def _prepare_cuda(ort: ModuleType) -> str:
     return said.getvalue().partition("\n")[0]
 
 
+FOREIGN = (RuntimeError, UnicodeDecodeError)  # the second where its message names something that is not UTF-8
+
+
 @contextlib.contextmanager
 def one_line_errors(what: str) -> Iterator[None]:
     """Turn ONNX Runtime's exceptions, which share no base class, into EngineUnavailable; bugs go on as they are."""
     try:
         yield
     except Exception as problem:
-        if not (type(problem).__module__.startswith("onnxruntime") or isinstance(problem, RuntimeError)):
+        if not (type(problem).__module__.startswith("onnxruntime") or isinstance(problem, FOREIGN)):
             raise
         detail = one_line(problem).removeprefix("[ONNXRuntimeError] : ")
         raise EngineUnavailable(f"{what}: {detail}") from problem

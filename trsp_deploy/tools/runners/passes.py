@@ -14,6 +14,7 @@ from trsp_deploy.recipe import Backend, EngineSpec
 from trsp_deploy.tools.graphs import check
 from trsp_deploy.tools.runners.manifest import PassOutcome
 from trsp_deploy.tools.runners.ort import OrtRunner
+from trsp_deploy.tools.runners.requirements import one_line
 
 Pass = Callable[[Any], int]  # changes an onnx_ir model in place; returns in how many places, or raises NoMatch
 
@@ -55,15 +56,17 @@ def _try(
 
     from trsp_deploy.tools.graphs.nodes import NoMatch
 
-    model = ir.load(before)
     try:
+        model = ir.load(before)
         changed = work(model)
+        if not changed:
+            return PassOutcome(name=name, reason="there is nothing to change"), None
+        after.parent.mkdir()
+        ir.save(model, after, external_data=f"{after.name}.data")
     except NoMatch as problem:
         return PassOutcome(name=name, reason=str(problem)), None
-    if not changed:
-        return PassOutcome(name=name, reason="there is nothing to change"), None
-    after.parent.mkdir()
-    ir.save(model, after, external_data=f"{after.name}.data")
+    except ir.serde.SerdeError as problem:  # ONNX Runtime reads more than is valid
+        return PassOutcome(name=name, reason=f"onnx_ir: {one_line(problem)}"), None
     try:
         logits = _logits(after, spec)
     except EngineUnavailable as problem:  # the form fits and the kernel has limits of its own
