@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,16 @@ MICROSOFT = "com.microsoft"  # domain of ONNX Runtime's own operators
 
 class NoMatch(Exception):
     """The graph does not have the form that a pass knows; the message says where it differs."""
+
+
+def load(path: Path) -> ir.Model:
+    """A graph with its weights left in their files; raises NoMatch for a damaged file."""
+    try:
+        return ir.load(path)
+    except FileNotFoundError:
+        raise
+    except Exception as problem:  # whatever the parser stumbles over
+        raise NoMatch(f"onnx_ir cannot read it ({type(problem).__name__})") from problem
 
 
 def constant(value: ir.Value | None) -> np.ndarray | None:

@@ -47,21 +47,19 @@ def guard_range(
     Raises EngineUnavailable when the cache or the logits leave the range, or a weight has left it.
     """
     import onnx_ir as ir
-    from google.protobuf.message import DecodeError
-
     from trsp_deploy.tools.graphs import half
-    from trsp_deploy.tools.graphs.nodes import NoMatch
+    from trsp_deploy.tools.graphs.nodes import NoMatch, load
 
     out = scratch / onnx.name
     wide = scratch / "fp32" / onnx.name
     try:
-        model = ir.load(onnx)
+        model = load(onnx)
         if METADATA in model.metadata_props:
             return onnx, HalfRange.model_validate_json(model.metadata_props[METADATA])
         half.infer_types(model)
         half.hide_within_range(model)
         tokens, largest = _read(model, onnx, wide, calibration, threads)
-    except (NoMatch, EngineUnavailable, DecodeError, FileNotFoundError, ValidationError) as problem:
+    except (NoMatch, EngineUnavailable, FileNotFoundError, ValidationError) as problem:
         return onnx, HalfRange(tokens=0, largest=0, reason=one_line(problem))  # the backend says what it thinks of it
     beyond = next((name for name, magnitude in largest.items() if not np.isfinite(magnitude)), None)
     if beyond is not None:

@@ -54,10 +54,10 @@ def _try(
     """Run one pass; returns what it did and, when it is kept, the new graph's logits."""
     import onnx_ir as ir
 
-    from trsp_deploy.tools.graphs.nodes import NoMatch
+    from trsp_deploy.tools.graphs.nodes import NoMatch, load
 
     try:
-        model = ir.load(before)
+        model = load(before)
         changed = work(model)
         if not changed:
             return PassOutcome(name=name, reason="there is nothing to change"), None
