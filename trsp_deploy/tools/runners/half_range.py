@@ -47,6 +47,7 @@ def guard_range(
     Raises EngineUnavailable when the cache or the logits leave the range, or a weight has left it.
     """
     import onnx_ir as ir
+
     from trsp_deploy.tools.graphs import half
     from trsp_deploy.tools.graphs.nodes import NoMatch, load
 
