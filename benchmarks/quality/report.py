@@ -151,7 +151,7 @@ def short_table(found: Found) -> str:
     """The README's: the default, the control and the rivals that were measured most, by budget."""
     arms = {arm.name: arm for arm in found.table.arms}
     body = []
-    for name in ("default", "control", "fold", "sleb"):
+    for name in ("default", "refit-anneal", "control", "fold", "sleb"):
         for steps in (0, *found.table.steps):
             kind: Kind = "trained" if steps else "untrained"
             if not steps and name == "control":

@@ -114,7 +114,13 @@ class MemoryEstimate:
         )
 
     def export_bytes(self, precision: Float) -> int:
-        """Main memory of an export by Optimum's exporter, which never holds the weights."""
+        """Main memory of an export by Optimum's exporter, which never holds the weights.
+
+        Of an fp16 graph a text is read in fp32 afterwards: its file is mapped then, and one matrix at a time is fp32.
+        """
+        if precision == "fp16":
+            mapped = FLOAT_BYTES[precision] * self.counts.total
+            return EXPORT_LIBRARIES_BYTES + mapped + EXPORT_COPIES * FLOAT_BYTES["fp32"] * self._largest
         return EXPORT_LIBRARIES_BYTES + EXPORT_COPIES * FLOAT_BYTES[precision] * self._largest
 
     def _with_slack(self, moments: list[Moment]) -> tuple[Moment, ...]:
