@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -212,3 +213,10 @@ def test_a_bare_command_shows_its_help(capsys, arguments):
 def test_names_that_are_not_utf8_are_refused_at_once(fails):
     """Linux allows them; safetensors and tokenizers open none."""
     fails(["verify", os.fsdecode(b"run\xff")], "'run\\udcff': is not UTF-8")
+
+
+def test_too_few_addresses_for_the_libraries_are_refused_at_once(tmp_path):
+    command = [sys.executable, "-m", "trsp_deploy", "prune", "--model", "tiny", "--drop", "1", "--out", "starved"]
+    limit = f"ulimit -v 800000; exec {shlex.join(command)}"
+    done = subprocess.run(["bash", "-c", limit], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1 and "`ulimit -v` allows 0.8 GB of addresses" in done.stderr.splitlines()[-1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trsp_deploy.errors import ModelError, RecipeError, nearest
+from trsp_deploy.errors import DeviceMemoryError, ModelError, RecipeError, nearest
 
 if TYPE_CHECKING:
     from trsp_deploy.pipeline import Pipeline
     from trsp_deploy.recipe import Recipe
     from trsp_deploy.tools.memory import Stage
+
+LIBRARIES_BYTES = 1_100_000_000  # of addresses; 1.05e9 were seen with torch 2.13 for the CPU
 
 Model = Annotated[
     str | None, typer.Option("--model", help="A folder, a hub id, or a short name such as opt-6.7b.", metavar="M")
@@ -309,6 +312,7 @@ def existing(
     sets: list[str] | None = None,
 ) -> Iterator[Pipeline]:
     """Enter the folder of a run that was begun, with its recipe and the options on top."""
+    _check_address_space()
     from trsp_deploy.pipeline.runs import load_recipe
     from trsp_deploy.recipe import override, read_recipe
 
@@ -321,6 +325,7 @@ def existing(
 def run_of(recipe: Recipe, out: Path | None, plan: Path | None) -> Iterator[Pipeline]:
     """Enter the run folder and keep the resolved recipe in it."""
     say(f"{recipe.model}, dropping {recipe.drop} of the layers")
+    _check_address_space()
     from trsp_deploy.artifacts import RunFolder
     from trsp_deploy.pipeline import Pipeline
     from trsp_deploy.pipeline.runs import default_folder, save_recipe
@@ -329,6 +334,16 @@ def run_of(recipe: Recipe, out: Path | None, plan: Path | None) -> Iterator[Pipe
         job = Pipeline(run, recipe, plan, say)
         save_recipe(run, recipe)
         yield job
+
+
+def _check_address_space() -> None:
+    """Raise DeviceMemoryError where not even the libraries have room: OpenBLAS would try to load for ever."""
+    allowed, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if allowed != resource.RLIM_INFINITY and allowed < LIBRARIES_BYTES:
+        raise DeviceMemoryError(
+            f"`ulimit -v` allows {allowed / 1e9:.1f} GB of addresses, and the libraries alone take "
+            f"{LIBRARIES_BYTES / 1e9:.1f} GB: ulimit -v unlimited"
+        )
 
 
 def _show_memory(recipe: Recipe, plan_file: Path | None, as_json: bool) -> None:
