@@ -341,7 +341,7 @@ def _check_address_space() -> None:
     allowed, _ = resource.getrlimit(resource.RLIMIT_AS)
     if allowed != resource.RLIM_INFINITY and allowed < LIBRARIES_BYTES:
         raise DeviceMemoryError(
-            f"`ulimit -v` allows {allowed / 1e9:.1f} GB of addresses, and the libraries alone take "
+            f"too little memory: `ulimit -v` allows {allowed / 1e9:.1f} GB of addresses, and the libraries alone take "
             f"{LIBRARIES_BYTES / 1e9:.1f} GB: ulimit -v unlimited"
         )
 
