@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -25,6 +24,7 @@ from typing import get_args
 
 import psutil
 
+from benchmarks.kept import newest, results_path
 from benchmarks.pages import markdown, put_between_markers
 from trsp_deploy.artifacts import Provenance, provenance, writing
 from trsp_deploy.errors import RunError, TrspError
@@ -32,7 +32,6 @@ from trsp_deploy.recipe import FLOAT_BYTES, ExportSettings, Float, Strict
 from trsp_deploy.tools.quiet import quiet_libraries
 
 HOME = Path("runs/bench-memory")
-RESULTS = Path("benchmarks/results")
 PAGE = Path("docs/memory.md")
 JOBS = ("export", "export and parity", "optimum")
 POLL_S = 0.02
@@ -102,7 +101,7 @@ def measure(folder: Path, quick: bool, limit_gb: float | None) -> Memory:
             shutil.rmtree(folder / "out", ignore_errors=True)
     found = Memory(machine=provenance(), parameters=counts_of(config).total, rows=tuple(rows))
     if not quick:
-        with writing(results_path(found.machine.cpu)) as partial:
+        with writing(results_path("memory", found.machine.cpu)) as partial:
             partial.write_text(found.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return found
 
@@ -279,17 +278,9 @@ def page(found: Memory) -> str:
     )
 
 
-def results_path(cpu: str) -> Path:
-    """Where a machine's rows are."""
-    return RESULTS / f"memory-{re.sub(r'[^a-z0-9]+', '-', cpu.lower()).strip('-')}.json"
-
-
 def read() -> Memory:
     """The rows that are there, the newest; raises RunError when there are none."""
-    paths = sorted(RESULTS.glob("memory-*.json"), key=os.path.getmtime)
-    if not paths:
-        raise RunError(f"{RESULTS}: no memory-*.json; `make bench-memory` measures")
-    return Memory.model_validate_json(paths[-1].read_bytes())
+    return Memory.model_validate_json(newest("memory"))
 
 
 if __name__ == "__main__":

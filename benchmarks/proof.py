@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import json
 import math
-import re
 import signal
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from benchmarks.kept import results_path
 from benchmarks.pages import markdown, put_between_markers
 from trsp_deploy.artifacts import Provenance, provenance, writing
 from trsp_deploy.errors import TrspError
@@ -45,7 +45,6 @@ from trsp_deploy.tools.quiet import quiet_libraries
 from trsp_deploy.tools.statistics import Ratio, replicate_ratios
 
 HOME = Path("runs/bench-proof")
-RESULTS = Path("benchmarks/results")
 PAGE = Path("docs/proof.md")
 VOCABULARY = 4096
 SAME_S, PLANTED_S = 30.0, 59.0  # budgets
@@ -129,7 +128,7 @@ def run(counts: dict[Kind, int], trials: list[Trial], keep: bool) -> list[Trial]
             flush=True,
         )
         if keep:
-            with results_path(trial.machine.cpu).open("a", encoding="utf-8") as file:
+            with results_path("proof", trial.machine.cpu, "jsonl").open("a", encoding="utf-8") as file:
                 file.write(trial.model_dump_json() + "\n")
     return trials
 
@@ -208,14 +207,9 @@ def background_load() -> Iterator[None]:
 # -- what came of it ---------------------------------------------------------------------------------------------------
 
 
-def results_path(cpu: str) -> Path:
-    """One file a machine: intervals of different machines do not belong into one table."""
-    return RESULTS / f"proof-{re.sub(r'[^a-z0-9]+', '-', cpu.lower()).strip('-')}.jsonl"
-
-
 def read() -> list[Trial]:
     """The trials of this machine that are there."""
-    path = results_path(provenance().cpu)
+    path = results_path("proof", provenance().cpu, "jsonl")
     if not path.exists():
         return []
     return [Trial.model_validate_json(line) for line in path.read_text(encoding="utf-8").splitlines()]

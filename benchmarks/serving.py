@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import re
 import sys
 from pathlib import Path
 from typing import Literal
@@ -22,9 +20,10 @@ from typing import Literal
 import numpy as np
 from tokenizers import Tokenizer
 
+from benchmarks.kept import newest, results_path
 from benchmarks.pages import markdown, put_between_markers
 from trsp_deploy.artifacts import RunFolder, writing
-from trsp_deploy.errors import RunError, TrspError
+from trsp_deploy.errors import TrspError
 from trsp_deploy.pipeline import Pipeline
 from trsp_deploy.pipeline.runs import save_recipe
 from trsp_deploy.recipe import Recipe, Strict
@@ -47,7 +46,6 @@ from trsp_deploy.tools.triton_server import environment_of
 from trsp_deploy.tools.worker import Worker
 
 HOME = Path("runs/bench-serving")
-RESULTS = Path("benchmarks/results")
 PAGE = Path("docs/triton.md")
 ENGINE = "ort-cpu-fp32"
 NAME = "smollm2"
@@ -108,7 +106,7 @@ def measure(settings: LoadSettings) -> Serving:
     found = measure_served(repository, lambda: started(repository, environment), generator, settings, before=run_bare)
     result = Serving(served=found, bare_s={role: tuple(each) for role, each in bare.items()})
     if settings == FULL:
-        with writing(results_path(found.provenance.cpu)) as partial:
+        with writing(results_path("serving", found.provenance.cpu)) as partial:
             partial.write_text(result.model_dump_json() + "\n", encoding="utf-8")
     return result
 
@@ -219,17 +217,9 @@ def shown(ratio: Ratio) -> str:
     return f"{ratio.ratio:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
 
 
-def results_path(cpu: str) -> Path:
-    """Where a machine's samples are."""
-    return RESULTS / f"serving-{re.sub(r'[^a-z0-9]+', '-', cpu.lower()).strip('-')}.json"
-
-
 def read() -> Serving:
     """The samples that are there, the newest; raises RunError when there are none."""
-    paths = sorted(RESULTS.glob("serving-*.json"), key=os.path.getmtime)
-    if not paths:
-        raise RunError(f"{RESULTS}: no serving-*.json; `make bench-serving` measures")
-    return Serving.model_validate_json(paths[-1].read_bytes())
+    return Serving.model_validate_json(newest("serving"))
 
 
 if __name__ == "__main__":

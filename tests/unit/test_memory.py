@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, OPTConfig
 
-from benchmarks.memory import OPT_1B3, RESULTS, Memory
+from benchmarks.kept import RESULTS
+from benchmarks.memory import OPT_1B3, Memory
 from tests.tiny import FAMILIES, tiny_config
 from trsp_deploy.errors import DeviceMemoryError
 from trsp_deploy.recipe import Recipe, override, read_recipe
