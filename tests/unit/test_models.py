@@ -306,11 +306,26 @@ def test_pickles_on_the_hub_are_not_even_fetched(local_hub: type[Hub], tiny: Pat
     local_hub.files["pytorch_model.bin"] = pickled(tiny, tmp_path / "pytorch_model.bin")
     message = error_line("owner/tiny")
     assert "its weights are a pickle (pytorch_model.bin)" in message
-    assert "`trsp-deploy convert owner/tiny --out DIR`" in message
+    assert "`trsp-deploy convert owner/tiny`" in message and message.endswith("then this command again")
     assert "pytorch_model.bin" not in local_hub.asked
     out = convert("owner/tiny", tmp_path / "safe", silent)
     assert resolve_model(str(out), silent).kind == "folder"
     assert "its weights are a pickle" in error_line("owner/tiny"), "the cache has it now, and it is still a pickle"
+
+
+def test_a_conversion_is_found_by_the_models_name(local_hub: type[Hub], tiny: Path, tmp_path: Path) -> None:
+    local_hub.files = {path.name: path.read_bytes() for path in tiny.iterdir() if path.suffix != ".safetensors"}
+    local_hub.files["pytorch_model.bin"] = pickled(tiny, tmp_path / "pytorch_model.bin")
+    out = convert("owner/tiny", None, silent)
+    source = resolve_model("owner/tiny", silent)
+    assert (source.kind, source.path, source.licence) == ("hub", str(out), "mit")
+    assert source.origin == f"owner/tiny@{COMMIT}, its pickles as safetensors"
+    made = (out / "model.safetensors").stat().st_mtime_ns
+    assert convert("owner/tiny", None, silent) == out and (out / "model.safetensors").stat().st_mtime_ns == made
+    with pytest.raises(ModelError, match="is a folder; name one for its safetensors with --out DIR"):
+        convert(str(tiny), None, silent)
+    (out / "model.safetensors").unlink()
+    assert f"{out}: is not a complete Hugging Face model" in error_line("owner/tiny")
 
 
 def pickled(folder: Path, out: Path) -> bytes:

@@ -17,7 +17,10 @@ PublicKey = Annotated[
 ]
 Key = Annotated[Path, typer.Option("--key", help="Private elliptic-curve key (PEM).", metavar="FILE")]
 Model = Annotated[str, typer.Argument(help="A folder, a hub id or a short name.", metavar="MODEL")]
-Out = Annotated[Path, typer.Option("--out", help="Folder to write; not there yet.", metavar="DIR")]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", help="Folder to write; without it a hub model is found by its name.", metavar="DIR"),
+]
 Keep = Annotated[
     str | None,
     typer.Option("--keep", help="Parts that stay: dense, pruned, onnx, engines, engines/NAME, reports.", metavar="A,B"),
@@ -74,13 +77,14 @@ def sign(path: Folder, key: Key, as_json: Json = False) -> None:
         print(json.dumps({"signature": str(signature)}))
 
 
-def convert(model: Model, out: Out, as_json: Json = False) -> None:
+def convert(model: Model, out: Out = None, as_json: Json = False) -> None:
     """Write pickled weights as safetensors; what holds more than tensors is refused, and nothing in it runs."""
     from trsp_deploy.cli.jobs import say
     from trsp_deploy.tools.safe_copy import convert as converted
 
     folder = converted(model, out, say)
-    print(f"{folder}: safetensors; prune it with --model {folder}", file=sys.stderr if as_json else sys.stdout)
+    called = model if out is None else folder
+    print(f"{folder}: safetensors; prune it with --model {called}", file=sys.stderr if as_json else sys.stdout)
     if as_json:
         print(json.dumps({"model": str(folder)}))
 

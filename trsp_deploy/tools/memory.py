@@ -156,8 +156,10 @@ class MemoryEstimate:
         settings = recipe.transfer
         held = {"weights_bytes": self._weights_bytes(recipe), "teacher_bytes": self._teacher_bytes(recipe)}
         moments = [self._measuring(recipe, settings.batch_size, **held)]
-        if settings.refit != "none":
+        if settings.refit == "span":
             moments.append(self._fold("fold", recipe, settings.batch_size, self._spans(recipe), **held))
+        if settings.refit == "layers":
+            moments += [self._refit(recipe, **held), self._parting(recipe, **held)]
         if settings.form != "none":
             moments += self._training(recipe, held)
         if self.device == "cpu":  # on the way to the disk a shard is copied whole
@@ -168,7 +170,7 @@ class MemoryEstimate:
         """The highs of a step: when the forward pass is done, on the way back, and when the optimiser has its turn."""
         settings, gradients = recipe.transfer, self._gradients_bytes(recipe)
         step = self._rehearsed(recipe, settings.batch_size, transfer_step, settings, self._num_dropped(recipe))
-        held = {**held, "optimizer_bytes": self._optimizer_bytes(recipe)}
+        held = {**held, "optimizer_bytes": self._optimizer_bytes(recipe), "refit_bytes": self._moves_bytes(recipe)}
         # The loss works out the head's gradient while it has the logits, and adds to it slice by slice.
         head = 0 if settings.train == "layers" else 2 * self.counts.lm_head * self._width(recipe)
         slices = SLICES + (TEACHER_SLICES if settings.kl_weight else 0)
@@ -241,10 +243,19 @@ class MemoryEstimate:
         windows = recipe.calibration.max_windows * recipe.calibration.context_length  # tokens
         inner = sum(outputs for _, outputs, _ in self._linear)
         states = windows * (3 * self.config.hidden_size + inner) * self._width(recipe) if self.device == "cpu" else 0
-        both = 2 * sum(self.counts.layers) * self._width(recipe) if recipe.transfer.form == "anneal" else 0
         step = self._rehearsed(recipe, recipe.transfer.batch_size, measuring_step)
-        size = DOUBLE * equations + states + both
+        size = DOUBLE * equations + states + self._moves_bytes(recipe)
         return Moment(name="refit", activations_bytes=step.forward_bytes, refit_bytes=size, **held)
+
+    def _parting(self, recipe: Recipe, **held: int) -> Moment:
+        """Refitted, dense and the way between them, where annealing begins at the dense weights."""
+        return Moment(name="refitted weights beside the dense", refit_bytes=2 * self._moves_bytes(recipe), **held)
+
+    def _moves_bytes(self, recipe: Recipe) -> int:
+        """What annealing a refit holds: the way from the dense to the refitted weights, of every layer."""
+        if recipe.transfer.refit != "layers" or recipe.transfer.form != "anneal":
+            return 0
+        return sum(self.counts.layers) * self._width(recipe)
 
     def _spans(self, recipe: Recipe) -> int:
         """Runs of layers that go; before they are chosen, the most there can be."""

@@ -18,7 +18,7 @@ from trsp_deploy.errors import ModelError, nearest
 from trsp_deploy.reading import read_json, user_path
 from trsp_deploy.recipe import Strict
 from trsp_deploy.tools.hub import hub_errors, hub_problem
-from trsp_deploy.tools.packaged import ASSETS, dequantised_model
+from trsp_deploy.tools.packaged import ASSETS, dequantised_model, home
 
 SHORT_NAMES: dict[str, str] = {
     "opt-125m": "facebook/opt-125m",
@@ -216,6 +216,11 @@ def _from_hub(name: str, repo: str, progress: Callable[[str], None]) -> ModelSou
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    converted = converted_model(repo)
+    if converted is not None:
+        check_folder(converted)
+        origin = f"{repo}@{converted.name}, its pickles as safetensors"
+        return ModelSource(name=name, kind="hub", path=str(converted), origin=origin, licence=_licence(converted))
     try:
         # Of the one file: the snapshot holds less than the repository, and what it has to hold `_missing` knows.
         folder = Path(snapshot_download(repo, allow_patterns=["config.json"], local_files_only=True))
@@ -239,6 +244,19 @@ def _from_hub(name: str, repo: str, progress: Callable[[str], None]) -> ModelSou
     return ModelSource(
         name=name, kind="hub", path=str(folder), origin=f"{repo}@{folder.name}", licence=_licence(folder)
     )
+
+
+def conversions(repo: str) -> Path:
+    """Where `trsp-deploy convert` keeps safetensors of a hub model whose weights are pickles, a folder a commit."""
+    return home() / "models" / repo.replace("/", "--")
+
+
+def converted_model(repo: str) -> Path | None:
+    """The newest of a hub model's conversions, or None."""
+    folder = conversions(repo)
+    # What begins with a dot is being written.
+    made = [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
+    return max(made, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def _download(repo: str, progress: Callable[[str], None]) -> Path:
@@ -272,10 +290,16 @@ def _refuse_pickles(folder: Path, name: str) -> None:
 
 
 def _only_pickles(model: str, file: str) -> str:
+    hub = model in SHORT_NAMES or (HUB_ID.fullmatch(model) is not None and not user_path(model).is_dir())
+    remedy = "makes safetensors of it with torch's reader of plain tensors, then"
+    way = (
+        f"`trsp-deploy convert {model}` {remedy} this command again"
+        if hub
+        else f"`trsp-deploy convert {model} --out DIR` {remedy} --model DIR"
+    )
     return (
         f"model '{model}': its weights are a pickle ({file}), which can hold any code, and nothing is ever loaded from "
-        f"one; `trsp-deploy convert {model} --out DIR` makes safetensors of it with torch's reader of plain tensors, "
-        "then --model DIR"
+        f"one; {way}"
     )
 
 

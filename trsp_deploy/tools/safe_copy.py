@@ -24,18 +24,26 @@ from trsp_deploy.tools.models import (
     SHORT_NAMES,
     check_decoder_only,
     check_folder,
+    conversions,
 )
 
 
-def convert(name: str, out: Path, progress: Callable[[str], None]) -> Path:
-    """Write a model folder with safetensors in place of the pickles of another; returns `out`.
+def convert(name: str, out: Path | None, progress: Callable[[str], None]) -> Path:
+    """Write a model folder with safetensors in place of the pickles of another; returns it.
 
-    name: a folder, a short name or a hub id. out: must not be there yet.
+    name: a folder, a short name or a hub id. out: must not be there yet; None keeps a hub model where its name finds
+    it from then on, and what is there already is not made again.
     Raises ModelError when there is no such model, it has no pickles, or one holds more than tensors.
     """
-    if out.exists():
+    if out is not None and out.exists():
         raise ModelError(f"--out {out}: is there already; name a folder that is not")
+    if out is None and user_path(name).is_dir():
+        raise ModelError(f"model '{name}': is a folder; name one for its safetensors with --out DIR")
     folder = _source(name, progress)
+    if out is None:
+        out = conversions(SHORT_NAMES.get(name, name)) / folder.name  # the commit
+        if out.is_dir():
+            return out
     shards = sorted(path for path in folder.iterdir() if PYTORCH_BINS.fullmatch(path.name) and path.suffix == ".bin")
     if not shards:
         raise ModelError(f"model '{name}': has no pytorch_model.bin to convert")
