@@ -157,16 +157,23 @@ def max_positions(folder: Path) -> int:
 def decoder_size(folder: Path) -> DecoderSize:
     """Size of the model in a folder, from its config alone: no weights are read."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    # Falcon's newer architecture spreads its shared heads out before it caches them.
-    one_head = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
-    cache_heads = getattr(config, "num_key_value_heads", None) or (1 if one_head else heads)
     return DecoderSize(
         weights=count_weights(_skeleton(config)),
-        cache_per_token=2 * cache_heads * head_dim,
-        attention_width=heads * head_dim,
+        cache_per_token=cache_per_token(config),
+        attention_width=config.num_attention_heads * _head_dim(config),
     )
+
+
+def cache_per_token(config: Any) -> int:
+    """Numbers that one layer keeps of a token in the KV cache, keys and values together."""
+    # Falcon's newer architecture spreads its shared heads out before it caches them.
+    one_head = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
+    cache_heads = getattr(config, "num_key_value_heads", None) or (1 if one_head else config.num_attention_heads)
+    return int(2 * cache_heads * _head_dim(config))
+
+
+def _head_dim(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _skeleton(config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:

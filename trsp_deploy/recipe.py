@@ -22,6 +22,7 @@ Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]  # of an engine
 Float = Literal["fp32", "fp16"]  # of an exported graph: integers and bf16 come in when an engine is built from it
 FLOAT_BYTES: dict[Float, int] = {"fp32": 4, "fp16": 2}
 Form = Literal["anneal", "l2", "l1", "train", "none"]
+REFITTED: tuple[Form, ...] = ("anneal", "train", "none")  # forms that new weights in the layers' place go with
 Backend = Literal["onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"]
 
 Record = TypeVar("Record", bound=BaseModel)
@@ -69,6 +70,7 @@ class CalibrationSettings(Strict):
     context_length: Count = 2048  # tokens a window
     max_windows: Count = 128  # windows for training; the paper uses 128 x 2048
     validation_windows: Count = 8  # held out: verify the plan, and perplexity around the removal
+    self_generated: Share = 0.0  # of the windows that the transfer reads, written by the dense model itself
 
 
 class PlanSettings(Strict):
@@ -216,11 +218,11 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _refit_replaces_layers(self) -> Recipe:
         refit, form = self.transfer.refit, self.transfer.form
-        valid = {"none": get_args(Form), "span": ("train", "none"), "layers": ("anneal", "train", "none")}[refit]
-        if form not in valid:
+        if refit != "none" and form not in REFITTED:
             raise ValueError(
                 f"transfer.refit {refit} puts new weights in the place of the layers, so transfer.form must be "
-                f"{', '.join(valid[:-1])} or {valid[-1]}, got {form}; `--set transfer.refit=none` goes with every form"
+                f"{', '.join(REFITTED[:-1])} or {REFITTED[-1]}, got {form}; `--set transfer.refit=none` goes with "
+                "every form"
             )
         return self
 

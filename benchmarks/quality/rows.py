@@ -52,6 +52,7 @@ class Row(Strict):
     windows: int = 0  # calibration windows that the selection reads
     selected: int = 0  # layers of the selection that the first `drop` picks are taken of
     transfer: dict[str, Any] = Field(default_factory=dict)  # likewise; empty where nothing is removed or trained
+    self_generated: float = 0.0  # share of the windows that the transfer reads, written by the dense model
     tasks: tuple[str, ...] = ()  # zero-shot
     items: int = 0  # of each task
     keep: bool = False  # keep the checkpoint for zero-shot rows
@@ -69,14 +70,17 @@ class Row(Strict):
     @property
     def key(self) -> str:
         """Hash of everything that decides the outcome."""
-        values = self.model_dump(mode="json", exclude={"kind", "arm", "keep"})
-        return _hashed([self.work, VERSIONS[self.work], values])
+        return _hashed([self.work, VERSIONS[self.work], self._values("kind", "arm", "keep")])
 
     def twin_key(self, dropped: tuple[int, ...]) -> str:
         """Hash of what decides the outcome once the layers are known: rows that share it are one computation."""
-        chosen = {"kind", "arm", "keep", "plan", "windows", "selected"}
-        values = {**self.model_dump(mode="json", exclude=chosen), "dropped": list(dropped)}
-        return _hashed([self.work, VERSIONS[self.work], values])
+        values = self._values("kind", "arm", "keep", "plan", "windows", "selected")
+        return _hashed([self.work, VERSIONS[self.work], {**values, "dropped": list(dropped)}])
+
+    def _values(self, *without: str) -> dict[str, Any]:
+        # Rows from before there was such text are what they were.
+        none = () if self.self_generated else ("self_generated",)
+        return self.model_dump(mode="json", exclude={*without, *none})
 
     @property
     def steps(self) -> int:
@@ -103,7 +107,7 @@ class Row(Strict):
         """The row that chose this one's layers; None where none were chosen or this is it."""
         if not self.plan or self.kind == "selection":
             return None
-        cleared = {"transfer": {}, "tasks": (), "items": 0, "keep": False}
+        cleared = {"transfer": {}, "self_generated": 0.0, "tasks": (), "items": 0, "keep": False}
         return self.model_copy(update={"kind": "selection", "drop": self.selected, **cleared})
 
     def checkpoint(self) -> Row:
@@ -123,7 +127,11 @@ def recipe_of(row: Row) -> Recipe:
         "model": subject.model,
         "drop": str(row.drop or 1),
         "seed": row.seed,
-        "calibration": {"texts": subject.calibration, "context_length": subject.context_length},
+        "calibration": {
+            "texts": subject.calibration,
+            "context_length": subject.context_length,
+            "self_generated": row.self_generated,
+        },
         "plan": row.plan,
         "transfer": row.transfer,
         "evaluation": subject.tests,

@@ -16,10 +16,11 @@ from trsp_deploy.errors import RunError
 from trsp_deploy.recipe import Strict
 
 # Where each work's code begins, below trsp_deploy/; what it imports belongs to it. Its digest is kept with each row.
+TRAINING = ("stages/transfer.py", "tools/texts.py", "tools/self_calibration.py")
 CODE: dict[Work, tuple[str, ...]] = {
     "selection": ("stages/selection.py", "tools/texts.py"),
-    "losses": ("stages/selection.py", "stages/transfer.py", "stages/evaluate.py", "tools/texts.py"),
-    "zero-shot": ("stages/selection.py", "stages/transfer.py", "stages/zeroshot.py", "tools/texts.py"),
+    "losses": ("stages/selection.py", *TRAINING, "stages/evaluate.py"),
+    "zero-shot": ("stages/selection.py", *TRAINING, "stages/zeroshot.py"),
 }
 # Imported, but of no influence on a number. Of `recipe` only the values count, and those are in the digest themselves.
 NO_INFLUENCE = (

@@ -44,6 +44,7 @@ class Arm(Strict):
     selection: str
     transfer: dict[str, Any]
     at: dict[int, dict[str, Any]] = Field(default_factory=dict)  # another transfer at some budgets, by steps
+    self_generated: dict[int, float] = Field(default_factory=dict)  # share of the training text, by steps
     every_seed: bool = False  # before the others of a budget; else the first seed alone
     every_budget: bool = False  # else up to the zero-shot rows': larger budgets take longer than all the rest
 
@@ -78,8 +79,11 @@ SELECTORS: dict[str, Selector] = {
 PLAIN: dict[str, Any] = {"form": "none", "refit": "none"}
 SPAN: dict[str, Any] = {"form": "none", "refit": "span"}
 LAYERS: dict[str, Any] = {"form": "none", "refit": "layers"}
-DEFAULTS: dict[int, dict[str, Any]] = {
-    steps: load_recipe_values(name)[0]["transfer"] for steps, name in RECIPES.items()
+BY_BUDGET: dict[int, dict[str, Any]] = {steps: load_recipe_values(name)[0] for steps, name in RECIPES.items()}
+DEFAULTS: dict[int, dict[str, Any]] = {steps: values["transfer"] for steps, values in BY_BUDGET.items()}
+# Text that the dense model writes belongs to the default, and so to what it is compared with at equal text.
+WRITTEN: dict[int, float] = {
+    steps: values["calibration"].get("self_generated", 0.0) for steps, values in BY_BUDGET.items()
 }
 TRAIN: dict[str, Any] = {**SHARED, "form": "train", "refit": "none"}
 
@@ -100,6 +104,7 @@ ARMS: tuple[Arm, ...] = (
         selection="default",
         transfer=RECIPE["transfer"],
         at=DEFAULTS,
+        self_generated=WRITTEN,
         every_seed=True,
         every_budget=True,
     ),
@@ -108,8 +113,16 @@ ARMS: tuple[Arm, ...] = (
         label="control: remove, then train",
         selection="default",
         transfer=TRAIN,
+        self_generated=WRITTEN,
         every_seed=True,
         every_budget=True,
+    ),
+    Arm(
+        name="control-wiki",
+        label="control on Wikipedia alone",
+        selection="default",
+        transfer=TRAIN,
+        every_seed=True,
     ),
     Arm(
         name="refit-anneal",
@@ -247,7 +260,16 @@ def pruned_row(table: Table, kind: Kind, arm: Arm, seed: int, drop: int, steps: 
     chosen = selection_row(table, arm.selection, seed, max(table.counts) if shared else drop)
     transfer = {**arm.at.get(steps, arm.transfer), "batch_size": BATCH_SIZE, **({"steps": steps} if steps else {})}
     keep = kind == "trained" and seed == 0 and steps == table.zero_shot_steps and arm.name in table.zero_shot_arms
-    return chosen.model_copy(update={"kind": kind, "arm": arm.name, "drop": drop, "transfer": transfer, "keep": keep})
+    return chosen.model_copy(
+        update={
+            "kind": kind,
+            "arm": arm.name,
+            "drop": drop,
+            "transfer": transfer,
+            "self_generated": arm.self_generated.get(steps, 0.0),
+            "keep": keep,
+        }
+    )
 
 
 def trained_arms(table: Table, steps: int) -> tuple[Arm, ...]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from benchmarks.quality.rows import Accuracies, Losses, Outcome, Row, Selected, recipe_of
@@ -28,10 +29,12 @@ from trsp_deploy.tools.gates import LayerGates
 from trsp_deploy.tools.models import ModelSource, resolve_model
 from trsp_deploy.tools.plan import PruningPlan, complement
 from trsp_deploy.tools.quiet import quiet_libraries
+from trsp_deploy.tools.self_calibration import opening, write_windows
 from trsp_deploy.tools.texts import load_texts, tokenize_windows
 from trsp_deploy.tools.training import TRAINING_DTYPES, mean_loss, pick_device
 
 DECIMALS = 5  # of a loss in nats
+SELF_GENERATED = Path("runs/quality/self-generated")  # texts that the dense model wrote
 
 
 @dataclass(frozen=True)
@@ -145,16 +148,33 @@ def _make_model(row: Row, store: Store, out: Path) -> PrunedCheckpoint | None:
     recipe, calibration = recipe_of(row), _calibration(row)
     source = _source(row.subject.model)
     windows = row.steps * recipe.transfer.batch_size or row.subject.fit_windows
+    own = _self_generated(row, round(row.self_generated * windows))
     with writing(out) as partial:
         return transfer_and_remove(
             Path(source.path),
             source,
             plan_of(row, store),
-            calibration.train[:windows],
+            torch.cat([calibration.train[: windows - len(own)], own]),
             calibration.validation,
             recipe,
             partial,
         )
+
+
+def _self_generated(row: Row, count: int) -> torch.Tensor:
+    """Windows (count, context_length) that the dense model writes with the row's seed; written once for all arms."""
+    subject = row.subject
+    if not count:
+        return torch.empty(0, subject.context_length, dtype=torch.int64)
+    kept = SELF_GENERATED / f"{subject.model}-{count}x{subject.context_length}-seed{row.seed}.safetensors"
+    if not kept.is_file():
+        recipe, folder = recipe_of(row), Path(_source(subject.model).path)
+        model = load_model(folder, pick_device(recipe), TRAINING_DTYPES[recipe.weights])
+        begin = opening(model, load_tokenizer(folder))
+        windows = write_windows(model, begin, count, subject.context_length, row.seed)
+        with writing(kept) as partial:
+            save_file({"input_ids": windows}, partial)
+    return load_file(kept)["input_ids"]
 
 
 def _folder(row: Row, made: Path) -> Path:

@@ -91,6 +91,17 @@ def test_transfer_of_a_small_model(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("form", ["anneal", "none"])
+@pytest.mark.parametrize("refit", ["span", "layers"])
+def test_a_closed_form_fit(folder, refit, form):
+    settings = ["calibration.context_length=512", f"transfer.refit={refit}", f"transfer.form={form}"]
+    model = folder("small", SMALL)
+    peak = MemoryEstimate(SMALL, "cpu", fast_bf16=False).stages(recipe_for(model, settings))[1].peak.total_bytes
+    measured = measure(model, "transfer", settings, {})
+    assert measured <= peak <= 2 * measured  # annealing is counted for every layer, and moves those behind the cut
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "settings"),
     [("selection", []), ("transfer", []), ("transfer", [CHECKPOINTING]), ("transfer", ["transfer.train=all"])],

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from tests.tiny import english, save_tiny
 from trsp_deploy.cli import run
@@ -82,6 +83,20 @@ def test_annealed_refit_leaves_nothing_for_the_removal(prune):
     assert result["ppl_before_removal"] == pytest.approx(result["ppl_after_removal"], rel=1e-6)
 
 
+def test_the_dense_model_writes_a_part_of_the_training_text(prune, tmp_path):
+    plain, plan = prune()
+    assert not (tmp_path / "run" / "self-generated.safetensors").exists()
+    half = ["--set", "calibration.self_generated=0.5"]
+    result, same_plan = prune(*half)
+    file = tmp_path / "run" / "self-generated.safetensors"
+    assert load_file(file)["input_ids"].shape == (24, 32)
+    assert plan["picks"] == same_plan["picks"], "layers are chosen on the calibration text alone"
+    assert result["tokens"] == plain["tokens"] and result["ppl_after_removal"] != plain["ppl_after_removal"]
+    made = file.stat().st_mtime_ns
+    longer, _ = prune(*half, "--set", "transfer.steps=5")
+    assert longer["tokens"] > result["tokens"] and file.stat().st_mtime_ns == made, "written once"
+
+
 def test_any_selection_with_any_transfer(prune):
     result, plan = prune("--method", "sleb", "--then", "anneal")
     assert (plan["method"], result["form"]) == ("sleb", "anneal")
@@ -93,8 +108,8 @@ def test_unknown_method_and_senseless_pair(place, monkeypatch, capsys):
     command = ["prune", "--model", "model", "--drop", "2"]
     assert run([*command, "--method", "slep"]) == 1
     assert "--method 'slep': no such method; did you mean 'sleb'?" in capsys.readouterr().err
-    assert run([*command, "--method", "fold", "--then", "anneal"]) == 1
-    assert "transfer.form must be train or none, got anneal" in capsys.readouterr().err
+    assert run([*command, "--method", "fold", "--then", "l2"]) == 1
+    assert "transfer.form must be anneal, train or none, got l2" in capsys.readouterr().err
 
 
 def test_default_folder_names_model_and_count(place, monkeypatch, capsys):

@@ -22,6 +22,7 @@ from trsp_deploy.errors import ModelError, PlanError, RecipeError, TextError
 from trsp_deploy.tools.gates import LayerGates
 from trsp_deploy.tools.methods import METHODS
 from trsp_deploy.tools.methods.fold import (
+    RIDGE,
     fit_spans,
     fold_dropped_layers,
     output_projection,
@@ -266,6 +267,19 @@ def test_fold_beats_plain_removal_on_its_own_text(with_an_idle_span, windows, dr
         folded = mean_loss(model, windows, 16)
     model.load_state_dict(before)
     assert folded < plain
+
+
+def test_folding_runs_no_layer_behind_the_span():
+    ids, model, ran = tokens(64, 20, seed=5), tiny_model("llama"), []
+    wanted = tiny_model("llama")
+    (fit,) = fit_spans(wanted, [(2, 3)], ids, 16)
+    write_fold(fit, RIDGE)
+    for index, layer in enumerate(decoder_layers(model)):
+        layer.register_forward_pre_hook(lambda *_, index=index: ran.append(index))
+    fold_dropped_layers(model, [2, 3], ids, 16)
+    assert all(torch.equal(*pair) for pair in zip(model.parameters(), wanted.parameters(), strict=True))
+    look = 1  # for the projection, through all layers
+    assert ran.count(3) == look + len(ids) // 16 and ran.count(4) == look
 
 
 def plant_sink(model, index, size) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from trsp_deploy.artifacts import fingerprint, write_json, writing
@@ -19,6 +21,7 @@ from trsp_deploy.stages import selection, transfer
 from trsp_deploy.tools.checkpoints import Checkpoints
 from trsp_deploy.tools.plan import PruningPlan, read_plan
 from trsp_deploy.tools.quiet import quiet_libraries
+from trsp_deploy.tools.self_calibration import opening, write_windows
 from trsp_deploy.tools.training import TRAINING_DTYPES, pick_device
 
 
@@ -89,20 +92,49 @@ class Pruning:
         return {count: folder / f"drop-{count}.json" for count in counts}
 
     @functools.cache
+    def self_generated(self) -> Path | None:
+        """The windows that the dense model wrote itself, `self-generated.safetensors`; None where none are wanted."""
+        settings, transfer_settings = self.recipe.calibration, self.recipe.transfer
+        train, _ = self.inputs.calibration_windows()
+        count = round(settings.self_generated * len(train))
+        if not count or (transfer_settings.form == "none" and transfer_settings.refit == "none"):
+            return None
+        path = self.run.path / "self-generated.safetensors"
+        chosen = {"seed", "device", "weights"}
+        described = {**self.recipe.model_dump(mode="json", include=chosen), "windows": count}
+        described["context_length"] = settings.context_length
+        inputs = {"model": self.inputs.path("dense")}
+        checkpoints = self._checkpoints("self-generated", described, inputs)
+
+        def work() -> Done:
+            with quiet_libraries(), writing(path) as partial:
+                model = self._checked_model()
+                begin = opening(model, self.inputs.tokenizer())
+                windows = write_windows(model, begin, count, settings.context_length, self.recipe.seed, checkpoints)
+                save_file({"input_ids": windows}, partial)
+            return Done()
+
+        self.run.step("self-generated", work, Done, settings=described, inputs=inputs, outputs=[path.name])
+        if self.run.main:
+            checkpoints.remove()
+        return path
+
+    @functools.cache
     def prune(self) -> PrunedCheckpoint:
         """Transfer and removal: the checkpoint `pruned/`."""
-        plan = self.plan()
+        plan, own = self.plan(), self.self_generated()
         chosen = {"seed", "device", "autocast", "weights", "calibration", "transfer"}
         settings = self.recipe.model_dump(mode="json", include=chosen)
         inputs: dict[str, Path | str] = {
             "model": self.inputs.path("dense"),
             "plan": self.run.path / "plan.json",
             "calibration": self.inputs.calibration_texts().fingerprint,
+            **({} if own is None else {"self-generated": own}),
         }
         checkpoints = self._checkpoints("prune", settings, inputs)
         result = self.run.step(
             "prune",
-            lambda: self._transfer(plan, checkpoints),
+            lambda: self._transfer(plan, own, checkpoints),
             PrunedCheckpoint,
             settings=settings,
             inputs=inputs,
@@ -138,8 +170,11 @@ class Pruning:
             write_json(path, plan)
         return plan
 
-    def _transfer(self, plan: PruningPlan, checkpoints: Checkpoints) -> PrunedCheckpoint:
+    def _transfer(self, plan: PruningPlan, own: Path | None, checkpoints: Checkpoints) -> PrunedCheckpoint:
         train, validation = self.inputs.calibration_windows()
+        if own is not None:
+            written = load_file(own)["input_ids"]
+            train = torch.cat([train[: len(train) - len(written)], written])
         path = self.inputs.path("pruned")
         with quiet_libraries(), writing(path) if self.run.main else contextlib.nullcontext(path) as folder:
             return transfer.transfer_and_remove(

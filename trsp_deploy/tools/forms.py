@@ -59,7 +59,7 @@ class Form:
     def refit(self, windows: torch.Tensor, autocast: AbstractContextManager[None]) -> None:
         """Fit what is kept to what goes, as the settings ask for."""
         if self.settings.refit == "span":
-            fold_dropped_layers(self.model, self.doomed, windows, self.settings.batch_size)
+            fold_dropped_layers(self.model, self.doomed, windows, self.settings.batch_size, autocast=autocast)
         elif self.settings.refit == "layers":
             refit_kept_layers(self.model, self.doomed, windows, self.settings.batch_size, autocast)
 

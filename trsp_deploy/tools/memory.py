@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from trsp_deploy.decoder import count_weights, decoder_layers
+from trsp_deploy.decoder import cache_per_token, count_weights, decoder_layers
 from trsp_deploy.recipe import FLOAT_BYTES, Float, Recipe, Strict, parse_drop
 from trsp_deploy.tools.losses import SLICE_BYTES
 from trsp_deploy.tools.methods.fold import SHORTLIST
@@ -32,6 +32,7 @@ from trsp_deploy.tools.rehearsal import (
     rehearse,
     transfer_step,
 )
+from trsp_deploy.tools.self_calibration import batch_size as writing_batch_size
 from trsp_deploy.tools.training import TRAINING_DTYPES
 
 Stage = Literal["selection", "transfer"]
@@ -41,6 +42,7 @@ Stage = Literal["selection", "transfer"]
 SLACK_SHARE = {"cpu": 0.23, "cuda": 0.08}
 LIBRARIES_BYTES = 64_000_000  # kernels' scratch and what libraries set up at their first use; 40 MB were measured
 SLICES = 3  # of logits at a time: a slice's logits and probabilities, and the gradient of the one before
+WRITING_SCORES = 5  # logits, scores, and what softmax and sampling make of them
 TEACHER_SLICES = 2  # the dense model's logits and probabilities
 MOMENT_8BIT_BYTES = 1 + 4 / 256  # a parameter: 8 bits, and an fp32 scale for each 256 of them
 SHARD_BYTES = 5 * 10**9  # of transformers' save_pretrained
@@ -156,15 +158,34 @@ class MemoryEstimate:
         settings = recipe.transfer
         held = {"weights_bytes": self._weights_bytes(recipe), "teacher_bytes": self._teacher_bytes(recipe)}
         moments = [self._measuring(recipe, settings.batch_size, **held)]
+        if recipe.calibration.self_generated:
+            moments.append(self._writing(recipe))
         if settings.refit == "span":
             moments.append(self._fold("fold", recipe, settings.batch_size, self._spans(recipe), **held))
         if settings.refit == "layers":
-            moments += [self._refit(recipe, **held), self._parting(recipe, **held)]
+            moments.append(self._refit(recipe, **held))
+        if settings.refit != "none" and settings.form == "anneal":
+            copies = sum(self.counts.layers) * self._width(recipe) + self._moves_bytes(recipe)
+            moments.append(Moment(name="refitted weights beside the dense", refit_bytes=copies, **held))
         if settings.form != "none":
             moments += self._training(recipe, held)
         if self.device == "cpu":  # on the way to the disk a shard is copied whole
             moments.append(_moment("saving", 0, min(held["weights_bytes"], SHARD_BYTES), 0, **held))
         return moments
+
+    def _writing(self, recipe: Recipe) -> Moment:
+        """The dense model writes text: its KV cache, of one layer twice as it grows, and next-token distributions."""
+        length, layers = recipe.calibration.context_length, len(self.counts.layers)
+        windows = math.ceil(recipe.calibration.self_generated * recipe.calibration.max_windows)
+        batch = min(windows, writing_batch_size(length))
+        cache = (layers + 1) * batch * length * cache_per_token(self.config) * self._width(recipe)
+        scores = WRITING_SCORES * 4 * batch * self.config.vocab_size
+        return Moment(
+            name="text by the dense model",
+            weights_bytes=self._weights_bytes(recipe),
+            activations_bytes=cache,
+            loss_bytes=scores,
+        )
 
     def _training(self, recipe: Recipe, held: dict[str, int]) -> list[Moment]:
         """The highs of a step: when the forward pass is done, on the way back, and when the optimiser has its turn."""
@@ -247,15 +268,13 @@ class MemoryEstimate:
         size = DOUBLE * equations + states + self._moves_bytes(recipe)
         return Moment(name="refit", activations_bytes=step.forward_bytes, refit_bytes=size, **held)
 
-    def _parting(self, recipe: Recipe, **held: int) -> Moment:
-        """Refitted, dense and the way between them, where annealing begins at the dense weights."""
-        return Moment(name="refitted weights beside the dense", refit_bytes=2 * self._moves_bytes(recipe), **held)
-
     def _moves_bytes(self, recipe: Recipe) -> int:
-        """What annealing a refit holds: the way from the dense to the refitted weights, of every layer."""
-        if recipe.transfer.refit != "layers" or recipe.transfer.form != "anneal":
+        """What annealing a refit holds: the way from the dense to the refitted weights, of all that was refitted."""
+        settings = recipe.transfer
+        if settings.refit == "none" or settings.form != "anneal":
             return 0
-        return sum(self.counts.layers) * self._width(recipe)
+        folded = self._spans(recipe) * max(inputs * outputs for inputs, outputs, _ in self._linear)
+        return (sum(self.counts.layers) if settings.refit == "layers" else folded) * self._width(recipe)
 
     def _spans(self, recipe: Recipe) -> int:
         """Runs of layers that go; before they are chosen, the most there can be."""

@@ -126,18 +126,24 @@ def select_span_by_folded_loss(
 
 
 def fold_dropped_layers(
-    model: PreTrainedModel, dropped: Sequence[int], windows: torch.Tensor, batch_size: int, ridge: float = RIDGE
+    model: PreTrainedModel,
+    dropped: Sequence[int],
+    windows: torch.Tensor,
+    batch_size: int,
+    ridge: float = RIDGE,
+    autocast: contextlib.AbstractContextManager[None] | None = None,
 ) -> None:
     """Fold each run of consecutive `dropped` layers into the kept layer before it, in place; nothing is removed yet.
 
-    model: the dense model. windows: (windows, sequence) int64, one forward pass. Every run is fitted to the dense
+    model: the dense model. windows: (windows, sequence) int64, one forward pass as far as the last run, under
+    `autocast`; the equations are gathered and solved in fp64. Every run is fitted to the dense
     model's states, so several runs do not correct each other's error. Raises PlanError when layer 0 goes (nothing
     stands before it), TextError when the windows hold too few tokens, ModelError when the architecture cannot be
     folded.
     """
     if 0 in dropped:
         raise PlanError("layer 0 is dropped and cannot be folded: no kept layer stands before it")
-    for fit in fit_spans(model, runs(dropped), windows, batch_size):
+    for fit in fit_spans(model, runs(dropped), windows, batch_size, autocast):
         write_fold(fit, ridge)
 
 
@@ -173,7 +179,11 @@ def span_distances(model: PreTrainedModel, windows: torch.Tensor, num_dropped: i
 
 
 def fit_spans(
-    model: PreTrainedModel, spans: Sequence[tuple[int, int]], windows: torch.Tensor, batch_size: int
+    model: PreTrainedModel,
+    spans: Sequence[tuple[int, int]],
+    windows: torch.Tensor,
+    batch_size: int,
+    autocast: contextlib.AbstractContextManager[None] | None = None,
 ) -> list[SpanFit]:
     """Gather the normal equations of every span (first, last) in one pass over windows (windows, sequence).
 
@@ -188,7 +198,11 @@ def fit_spans(
     probe = windows[:2, :PROBE_TOKENS]
     fits = [_empty_fit(first - 1, last, output_projection(model, first - 1, probe), hidden) for first, last in spans]
     kept_out: dict[int, torch.Tensor] = {}
-    with last_inputs({fit.kept: fit.projection.module for fit in fits}) as entered:
+    # The projection was found in full precision: in less, what a layer adds is not to be told from what it rounds.
+    with (
+        last_inputs({fit.kept: fit.projection.module for fit in fits}) as entered,
+        autocast or contextlib.nullcontext(),
+    ):
 
         def visit(index: int, entering: torch.Tensor, leaving: torch.Tensor) -> None:
             for fit in fits:
@@ -197,7 +211,7 @@ def fit_spans(
                 elif index == fit.last:
                     fit.add(entered[fit.kept], kept_out[fit.kept], leaving)
 
-        visit_layers(model, windows, batch_size, visit, "fold: fit")
+        visit_layers(model, windows, batch_size, visit, "fold: fit", last=max(fit.last for fit in fits))
     return fits
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -23,21 +23,37 @@ Visitor = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 @torch.no_grad()
 def visit_layers(
-    model: PreTrainedModel, windows: torch.Tensor, batch_size: int, visit: Visitor, description: str
+    model: PreTrainedModel,
+    windows: torch.Tensor,
+    batch_size: int,
+    visit: Visitor,
+    description: str,
+    last: int | None = None,
 ) -> None:
     """Run `windows` (windows, sequence) through the model once and call `visit` at every layer of every batch.
 
     Layers come in the order in which they run: the last layer's call is the last of its batch. The LM head is not
-    computed, since no visitor sees its logits.
+    computed, since no visitor sees its logits, and neither are layers behind `last`, where it is given.
     """
     device = next(model.parameters()).device
     with contextlib.ExitStack() as hooks, Meter(description, len(windows)) as meter:
         for index, layer in enumerate(decoder_layers(model)):
             hook = layer.register_forward_hook(functools.partial(_show, visit, index), with_kwargs=True)
             hooks.callback(hook.remove)
+        if last is not None:  # hooks run in their order: after the visitor's
+            hooks.callback(decoder_layers(model)[last].register_forward_hook(_stop).remove)
         for part in windows.split(batch_size):
-            model.base_model(input_ids=part.to(device), use_cache=False)
+            with contextlib.suppress(_Stopped):
+                model.base_model(input_ids=part.to(device), use_cache=False)
             meter.advance(by=len(part))
+
+
+class _Stopped(Exception):
+    """No layer further on is looked at."""
+
+
+def _stop(layer: nn.Module, args: tuple[Any, ...], output: Any) -> NoReturn:
+    raise _Stopped
 
 
 def _show(
