@@ -44,7 +44,7 @@ class Arm(Strict):
     selection: str
     transfer: dict[str, Any]
     at: dict[int, dict[str, Any]] = Field(default_factory=dict)  # another transfer at some budgets, by steps
-    self_generated: dict[int, float] = Field(default_factory=dict)  # share of the training text, by steps
+    self_generated: float = 0.0  # share of the training text
     every_seed: bool = False  # before the others of a budget; else the first seed alone
     every_budget: bool = False  # else up to the zero-shot rows': larger budgets take longer than all the rest
 
@@ -79,11 +79,8 @@ SELECTORS: dict[str, Selector] = {
 PLAIN: dict[str, Any] = {"form": "none", "refit": "none"}
 SPAN: dict[str, Any] = {"form": "none", "refit": "span"}
 LAYERS: dict[str, Any] = {"form": "none", "refit": "layers"}
-BY_BUDGET: dict[int, dict[str, Any]] = {steps: load_recipe_values(name)[0] for steps, name in RECIPES.items()}
-DEFAULTS: dict[int, dict[str, Any]] = {steps: values["transfer"] for steps, values in BY_BUDGET.items()}
-# Text that the dense model writes belongs to the default, and so to what it is compared with at equal text.
-WRITTEN: dict[int, float] = {
-    steps: values["calibration"].get("self_generated", 0.0) for steps, values in BY_BUDGET.items()
+DEFAULTS: dict[int, dict[str, Any]] = {
+    steps: load_recipe_values(name)[0]["transfer"] for steps, name in RECIPES.items()
 }
 TRAIN: dict[str, Any] = {**SHARED, "form": "train", "refit": "none"}
 
@@ -104,7 +101,6 @@ ARMS: tuple[Arm, ...] = (
         selection="default",
         transfer=RECIPE["transfer"],
         at=DEFAULTS,
-        self_generated=WRITTEN,
         every_seed=True,
         every_budget=True,
     ),
@@ -113,16 +109,8 @@ ARMS: tuple[Arm, ...] = (
         label="control: remove, then train",
         selection="default",
         transfer=TRAIN,
-        self_generated=WRITTEN,
         every_seed=True,
         every_budget=True,
-    ),
-    Arm(
-        name="control-wiki",
-        label="control on Wikipedia alone",
-        selection="default",
-        transfer=TRAIN,
-        every_seed=True,
     ),
     Arm(
         name="refit-anneal",
@@ -130,6 +118,21 @@ ARMS: tuple[Arm, ...] = (
         selection="default",
         transfer=SHARED | {"form": "anneal", "refit": "layers", "anneal_share": 0.1},
         every_seed=True,
+    ),
+    Arm(
+        name="own-text",
+        label="TRSP, default, a quarter of the text its own",
+        selection="default",
+        transfer=RECIPE["transfer"],
+        at=DEFAULTS,
+        self_generated=0.25,
+    ),
+    Arm(
+        name="own-text-control",
+        label="control, a quarter of the text the dense model's",
+        selection="default",
+        transfer=TRAIN,
+        self_generated=0.25,
     ),
     Arm(name="refit", label="refit, then train", selection="default", transfer=TRAIN | {"refit": "layers"}),
     Arm(
@@ -173,7 +176,7 @@ FULL = Table(
     selections=("default", "sleb"),
     selection_seeds=(0, 1, 2, 3, 4),
     zero_shot_steps=128,
-    zero_shot_arms=("default", "refit-anneal", "sleb", "shortgpt", "uidl", "fold", "control"),
+    zero_shot_arms=("default", "own-text", "refit-anneal", "sleb", "shortgpt", "uidl", "fold", "control"),
     tasks=("piqa", "arc-easy", "arc-challenge", "sciq", "copa"),
     items=200,
 )
@@ -266,7 +269,7 @@ def pruned_row(table: Table, kind: Kind, arm: Arm, seed: int, drop: int, steps: 
             "arm": arm.name,
             "drop": drop,
             "transfer": transfer,
-            "self_generated": arm.self_generated.get(steps, 0.0),
+            "self_generated": arm.self_generated,
             "keep": keep,
         }
     )
