@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
@@ -12,13 +11,14 @@ RESULTS = Path("benchmarks/results")
 
 
 def results_path(bench: str, cpu: str, ending: str = "json") -> Path:
-    """A bench's file for the machine with this processor."""
-    return RESULTS / f"{bench}-{re.sub(r'[^a-z0-9]+', '-', cpu.lower()).strip('-')}.{ending}"
+    """A bench's file for the machine with this processor: engines-amd-epyc.json for "AMD EPYC"."""
+    name = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", cpu.lower())).strip("-")
+    return RESULTS / f"{bench}-{name}.{ending}"
 
 
-def newest(bench: str) -> bytes:
-    """What the newest of a bench's files holds; raises RunError when there are none."""
-    paths = sorted(RESULTS.glob(f"{bench}-*.json"), key=os.path.getmtime)
+def every_machine(bench: str) -> list[bytes]:
+    """What a bench's files hold, by machine's name; raises RunError when there are none."""
+    paths = sorted(RESULTS.glob(f"{bench}-*.json"))
     if not paths:
         raise RunError(f"{RESULTS}: no {bench}-*.json; `make bench-{bench}` measures")
-    return paths[-1].read_bytes()
+    return [path.read_bytes() for path in paths]

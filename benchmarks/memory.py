@@ -24,7 +24,7 @@ from typing import get_args
 
 import psutil
 
-from benchmarks.kept import newest, results_path
+from benchmarks.kept import every_machine, results_path
 from benchmarks.pages import markdown, put_between_markers
 from trsp_deploy.artifacts import Provenance, provenance, writing
 from trsp_deploy.errors import RunError, TrspError
@@ -76,12 +76,12 @@ def main() -> int:
         work(options.worker, options.precision, folder, folder / "out")
         return 0
     try:
-        found = read() if options.report else measure(folder, options.quick, options.limit_gb)
+        found = read()[-1] if options.report else measure(folder, options.quick, options.limit_gb)
     except TrspError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return problem.exit_code
     if not options.quick:
-        put_between_markers(PAGE, page(found), "memory")
+        put_between_markers(PAGE, "\n\n".join(map(page, read())), "memory")
     print(page(found))
     print(json.dumps(verdict(found)))
     return 0
@@ -278,9 +278,9 @@ def page(found: Memory) -> str:
     )
 
 
-def read() -> Memory:
-    """The rows that are there, the newest; raises RunError when there are none."""
-    return Memory.model_validate_json(newest("memory"))
+def read() -> list[Memory]:
+    """What is there, by machine; raises RunError when there is nothing."""
+    return [Memory.model_validate_json(each) for each in every_machine("memory")]
 
 
 if __name__ == "__main__":

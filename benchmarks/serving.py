@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 from tokenizers import Tokenizer
 
-from benchmarks.kept import newest, results_path
+from benchmarks.kept import every_machine, results_path
 from benchmarks.pages import markdown, put_between_markers
 from trsp_deploy.artifacts import RunFolder, writing
 from trsp_deploy.errors import TrspError
@@ -74,12 +74,12 @@ def main() -> int:
     parser.add_argument("--report", action="store_true", help="measure nothing")
     options = parser.parse_args()
     try:
-        found = read() if options.report else measure(QUICK if options.quick else FULL)
+        found = read()[-1] if options.report else measure(QUICK if options.quick else FULL)
     except TrspError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return problem.exit_code
     if not options.quick:
-        put_between_markers(PAGE, page(found), "serving")
+        put_between_markers(PAGE, "\n\n".join(map(page, read())), "serving")
     print(page(found))
     print(json.dumps(verdict(found)))
     return 0
@@ -217,9 +217,9 @@ def shown(ratio: Ratio) -> str:
     return f"{ratio.ratio:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
 
 
-def read() -> Serving:
-    """The samples that are there, the newest; raises RunError when there are none."""
-    return Serving.model_validate_json(newest("serving"))
+def read() -> list[Serving]:
+    """What is there, by machine; raises RunError when there is nothing."""
+    return [Serving.model_validate_json(each) for each in every_machine("serving")]
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,10 +24,11 @@ from pydantic import ValidationError
 
 from benchmarks.engines import subjects
 from benchmarks.engines.peers import negative_log_likelihood
+from benchmarks.kept import RESULTS, every_machine, results_path
 from benchmarks.pages import markdown, put_between_markers
 from trsp_deploy.artifacts import Provenance, provenance, writing
 from trsp_deploy.decoder import decoder_size
-from trsp_deploy.errors import EngineUnavailable, RunError, TrspError
+from trsp_deploy.errors import EngineUnavailable, TrspError
 from trsp_deploy.recipe import Case, Strict
 from trsp_deploy.tools.limits import decode_bytes, speed_limit
 from trsp_deploy.tools.packaged import find_asset
@@ -37,7 +37,6 @@ from trsp_deploy.tools.runners import open_engine
 from trsp_deploy.tools.statistics import paired_ratio
 from trsp_deploy.tools.worker import Worker
 
-RESULTS = Path("benchmarks/results")  # engines-CPU.json, one of each machine
 DOC, README = Path("docs/engines.md"), Path("README.md")
 PRECISIONS = ("fp32", "int8", "int4")
 PROMPT, NEW_TOKENS, ROUNDS = 128, 128, 5
@@ -80,9 +79,7 @@ def main() -> int:
     options = _parse()
     try:
         if options.report:
-            machines = [Found.model_validate_json(path.read_bytes()) for path in sorted(RESULTS.glob("engines-*.json"))]
-            if not machines:
-                raise RunError(f"{RESULTS}: no engines-*.json; `make bench-engines` writes one")
+            machines = [Found.model_validate_json(each) for each in every_machine("engines")]
             put_between_markers(DOC, "\n\n".join(map(markdown_text, machines)), "engines")
             put_between_markers(README, "\n\n".join(map(short_text, machines)), "engines")
             found = machines[-1]
@@ -115,7 +112,7 @@ def run(options: argparse.Namespace) -> Found:
         bandwidth_bytes_per_s=measure_rates("cpu").bytes_per_s,
     )
     if not options.quick:
-        with writing(results_path(found.machine.cpu)) as partial:
+        with writing(results_path("engines", found.machine.cpu)) as partial:
             partial.write_text(found.model_dump_json() + "\n", encoding="utf-8")
     return found
 
@@ -305,12 +302,6 @@ def text(found: Found) -> str:
     lines = [f"{name:24}{''.join(f'{cell:>11}' for cell in cells)}" for name, *cells in (list(HEAD), *rows(found))]
     lines += [f"{label:24} not measured: {reason}" for label, reason in found.absent.items()]
     return "\n".join([*lines, f"memory bandwidth {found.bandwidth_bytes_per_s / 1e9:.1f} GB/s"])
-
-
-def results_path(cpu: str) -> Path:
-    """The file of a machine's results: engines-amd-epyc.json for "AMD EPYC"."""
-    name = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", cpu.lower())).strip("-")
-    return RESULTS / f"engines-{name}.json"
 
 
 def markdown_text(found: Found) -> str:
