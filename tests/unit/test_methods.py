@@ -18,7 +18,7 @@ from trsp_deploy.decoder import (
     remove_layers,
     with_layer_output,
 )
-from trsp_deploy.errors import ModelError, PlanError, RecipeError, TextError
+from trsp_deploy.errors import ModelError, RecipeError, TextError
 from trsp_deploy.tools.gates import LayerGates
 from trsp_deploy.tools.methods import METHODS
 from trsp_deploy.tools.methods.fold import (
@@ -357,8 +357,12 @@ def test_fold_never_starts_at_layer_0():
     model = tiny_model("llama")
     make_idle(model, [0])
     assert METHODS["fold"].select(model, tokens(8), 1, 8).dropped != (0,)
-    with pytest.raises(PlanError, match="layer 0 is dropped and cannot be folded"):
-        fold_dropped_layers(model, [0, 1], tokens(8), 8)
+    before = weights(model)
+    fold_dropped_layers(model, [0, 1], tokens(8), 8)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    fold_dropped_layers(model, [0, 1, 4], tokens(8), 8)
+    changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
+    assert changed == {"model.layers.3.mlp.down_proj.weight"}, "what stands behind a kept layer is folded"
 
 
 def gemma2():

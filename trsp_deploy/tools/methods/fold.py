@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from trsp_deploy.decoder import decoder_layers
-from trsp_deploy.errors import ModelError, PlanError, TextError
+from trsp_deploy.errors import ModelError, TextError
 from trsp_deploy.tools.gates import LayerGates
 from trsp_deploy.tools.layer_modules import add_to_weights, last_writer, layer_calls
 from trsp_deploy.tools.methods.base import Selection, checked_finite, checked_num_layers
@@ -137,13 +137,14 @@ def fold_dropped_layers(
 
     model: the dense model. windows: (windows, sequence) int64, one forward pass as far as the last run, under
     `autocast`; the equations are gathered and solved in fp64. Every run is fitted to the dense
-    model's states, so several runs do not correct each other's error. Raises PlanError when layer 0 goes (nothing
-    stands before it), TextError when the windows hold too few tokens, ModelError when the architecture cannot be
-    folded.
+    model's states, so several runs do not correct each other's error. A run from layer 0 on has nothing
+    before it and is not folded: it goes as in a plain removal. Raises TextError when the windows hold too few tokens,
+    ModelError when the architecture cannot be folded.
     """
-    if 0 in dropped:
-        raise PlanError("layer 0 is dropped and cannot be folded: no kept layer stands before it")
-    for fit in fit_spans(model, runs(dropped), windows, batch_size, autocast):
+    behind_a_layer = [run for run in runs(dropped) if run[0] > 0]
+    if not behind_a_layer:
+        return
+    for fit in fit_spans(model, behind_a_layer, windows, batch_size, autocast):
         write_fold(fit, ridge)
 
 
