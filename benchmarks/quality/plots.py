@@ -21,6 +21,9 @@ from trsp_deploy.artifacts import writing
 STYLES: dict[str, tuple[str, str]] = {
     "default": ("#D55E00", "o"),
     "control": ("#000000", "s"),
+    "refit-anneal": ("#882255", "p"),
+    "own-text": ("#0072B2", "^"),
+    "own-text-control": ("#56B4E9", "X"),
     "anneal": ("#E69F00", "v"),
     "fold": ("#009E73", "D"),
     "refit": ("#CC79A7", "P"),
@@ -31,7 +34,7 @@ STYLES: dict[str, tuple[str, str]] = {
     "uidl": ("#999999", "<"),
     "dense-trained": ("#999999", "h"),
 }
-UNNAMED = ("#882255", "*")  # an arm that is new to the table
+UNNAMED = ("#332288", "*")  # an arm that is new to the table
 FINE_TICKS = (0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2, 2.2, 2.5, 3)
 COARSE_TICKS = (0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15, 20)
 CEILING = 20.0  # a line that leaves the plot there belongs to a model that is broken
