@@ -202,12 +202,11 @@ def compare(model: Path, precision: Float, graph: Path) -> None:
     """The pipeline's parity check, on random tokens."""
     import numpy as np
 
-    from trsp_deploy.stages.parity import check_parity, make_reference
-    from trsp_deploy.tools.runners.ort import OrtRunner
+    from trsp_deploy.stages.parity import check_parity, make_reference, open_graph
 
     tokens = np.random.default_rng(0).integers(5, 50_000, sum(PROMPTS)).tolist()
     reference = make_reference(model, [tokens[: PROMPTS[0]], tokens[PROMPTS[0] :]])
-    with OrtRunner(graph) as runner:
+    with open_graph(graph) as runner:
         check_parity(reference, runner, "onnx", "dense", precision)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
+from accelerate import cpu_offload, init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -62,6 +62,20 @@ def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype | str = "au
     )
     # Dropout stays off everywhere, in training too: gates at 1 must give the dense logits exactly.
     return model.to(device).eval()
+
+
+def load_widened(folder: Path) -> PreTrainedModel:
+    """Load a model whose forward pass is fp32's to the bit and whose weights take the memory that they are stored in.
+
+    The stored weights stay as they are, pages of the file where transformers maps it; each is made fp32 for the module
+    that reads it, and given up after it. Constants that are not stored are made in fp32. Only forward passes work: the
+    parameters have no values in between.
+    """
+    stored = load_model(folder)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    return cpu_offload(model.eval(), "cpu", offload_buffers=True, state_dict=stored.state_dict())
 
 
 def stored_dtype(folder: Path) -> torch.dtype:

@@ -14,6 +14,7 @@ from trsp_deploy.decoder import (
     decoder_layers,
     decoder_size,
     load_model,
+    load_widened,
     next_token_loss,
     remove_layers,
 )
@@ -95,6 +96,16 @@ def check_cached_generation(model) -> None:
     cached = torch.stack(out.logits, dim=1)  # (1, 5, vocabulary)
     uncached = model(input_ids=out.sequences[:, :-1], use_cache=False).logits[:, -5:]
     assert (cached - uncached).abs().max() < 1e-4 * uncached.std()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_widened_weights_compute_what_loading_in_fp32_computes(family, tmp_path):
+    family_model(family).to(torch.float16).save_pretrained(tmp_path)
+    expected = logits(load_model(tmp_path, dtype=torch.float32))
+    model = load_widened(tmp_path)
+    assert torch.equal(logits(model), expected)
+    assert torch.equal(logits(model), expected)  # the weights are given up and read anew
+    assert all(weight.is_meta for weight in model.parameters())
 
 
 @pytest.mark.parametrize("family", PATTERNS)

@@ -20,7 +20,6 @@ from trsp_deploy.tools.comparisons import ComparisonReport
 from trsp_deploy.tools.quiet import quiet_libraries
 from trsp_deploy.tools.report import ChoicesReport, QualityReport, choices_report, quality_report
 from trsp_deploy.tools.runners import Runner, open_engine
-from trsp_deploy.tools.runners.ort import OrtRunner
 
 PARITY_PROMPTS = (40, 23)  # tokens; unequal, so that left padding is part of the check
 
@@ -93,8 +92,9 @@ class Proof:
         self, subject: str, role: Role, precision: Precision, folder: Path, open_it: Callable[[Path], Runner]
     ) -> Parity:
         def work() -> Parity:
+            reference = self._reference(role)  # before the engine is opened: never both in memory
             with open_it(folder) as runner:
-                return parity.check_parity(self._reference(role), runner, subject, role, precision)
+                return parity.check_parity(reference, runner, subject, role, precision)
 
         return self.run.step(
             f"parity-{subject}-{role}-{precision}",
@@ -109,7 +109,7 @@ class Proof:
         )
 
     def _open_onnx(self, folder: Path) -> Runner:
-        return OrtRunner(folder / export.FILE)
+        return parity.open_graph(folder / export.FILE)
 
     @functools.cache
     def _reference(self, role: Role) -> parity.Reference:

@@ -10,7 +10,7 @@ in fp32 (normalisations, rotary embeddings) can no longer be told apart.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -23,6 +23,7 @@ from trsp_deploy.tools.graphs.nodes import NoMatch, Writer
 HIDDEN, HIDES = -1e4, -6e4
 HALF, WHOLE, BRAIN = ir.DataType.FLOAT16, ir.DataType.FLOAT, ir.DataType.BFLOAT16
 CONSTANTS = ("Constant", "ConstantOfShape")
+MOVES = ("Gather", "Transpose")  # copy numbers, whatever their type
 GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 
@@ -61,19 +62,29 @@ def _hides(tensor: ir.TensorProtocol) -> bool:
 def widen(model: ir.Model, narrow: ir.DataType = HALF) -> None:
     """Compute in fp32 what is fp16: the same names, the weights cast where they are read, so that none is kept twice.
 
-    model: after `infer_types`; changed in place. narrow: fp16 or bf16.
+    Where a weight is only looked up or turned, what comes of it is cast: a tied embedding in fp32 would be held from the
+    first node to the last. model: after `infer_types`; changed in place. narrow: fp16 or bf16.
     """
     writer = Writer(model, "widened")
+    moved: list[ir.Value] = []
     for value in model.graph.inputs:
         if value.dtype == narrow:
             value.type = ir.TensorType(WHOLE)
     for value in [value for value in model.graph.initializers.values() if value.dtype == narrow]:
-        _cast(writer, value, WHOLE)
+        moves = [use.node for use in value.uses() if use.node.op_type in MOVES and use.idx == 0]
+        moved += [node.outputs[0] for node in moves]
+        if len(moves) < len(value.uses()):
+            _cast(writer, value, WHOLE, kept=moves)
     for node in list(model.graph):
         _retype(node, narrow, WHOLE)
         for value in node.outputs:
-            if value.dtype == narrow:
+            if value.dtype == narrow and value not in moved:
                 value.type = ir.TensorType(WHOLE)
+    for value in moved:
+        name = value.name
+        cast = _cast(writer, value, WHOLE)
+        if cast.name != name:
+            cast.name, value.name = name, cast.name
     model.graph.sort()
 
 
@@ -187,9 +198,9 @@ def _retype(node: ir.Node, old: ir.DataType, new: ir.DataType) -> None:
         node.attributes["value"] = ir.AttrTensor("value", ir.tensor(value.as_tensor().numpy().astype(new.numpy())))
 
 
-def _cast(writer: Writer, value: ir.Value, dtype: ir.DataType) -> None:
-    """Let whoever reads a value, the graph's outputs among them, read it in another type."""
-    uses = list(value.uses())
+def _cast(writer: Writer, value: ir.Value, dtype: ir.DataType, kept: Sequence[ir.Node] = ()) -> ir.Value:
+    """Let whoever reads a value, the graph's outputs among them and `kept` not, read it in another type."""
+    uses = [use for use in value.uses() if use.node not in kept]
     cast = writer.one("Cast", [value], {"to": dtype})
     cast.type, cast.shape = ir.TensorType(dtype), value.shape
     for use in uses:
@@ -198,3 +209,4 @@ def _cast(writer: Writer, value: ir.Value, dtype: ir.DataType) -> None:
         outputs = writer.graph.outputs
         outputs[outputs.index(value)] = cast
         cast.name, value.name = value.name, cast.name
+    return cast

@@ -97,9 +97,9 @@ def _read(
     outputs = half.add_largest(copy, half.half_values(model))
     wide.parent.mkdir()
     ir.save(copy, wide, external_data=f"{wide.name}_data")
-    # Without optimisation weights stay fp16 until they are multiplied, and then only one at a time is fp32. In another
-    # order every value is held to the end, for its magnitude is an output: 4.2 GB, not 0.9, beside 0.4 GB of weights.
-    session = create_session(wide, "onnxruntime-cpu", threads, optimised=True, in_order=True)
+    # In another order every value is held to the end, for its magnitude is an output: 4.2 GB, not 0.9, beside 0.4 GB
+    # of weights.
+    session = create_session(wide, "onnxruntime-cpu", threads, lean=True)
     inputs, made = bindings_of(session.get_inputs()), bindings_of(session.get_outputs())
     decoder_io.check_decoder(inputs, made)
     if calibration is None:
@@ -119,7 +119,7 @@ def _read(
 
 def _error(wide: Path, out: Path, threads: int | None) -> float:
     """How far the new graph's logits are from those in fp32, in their standard deviations."""
-    with OrtRunner(wide, threads=threads, optimised=True) as runner:
+    with OrtRunner(wide, threads=threads, lean=True) as runner:
         expected = check.sample_logits(runner, runner.vocabulary)
     with OrtRunner(out, threads=threads) as runner:
         return check.difference(expected, check.sample_logits(runner, runner.vocabulary))

@@ -80,26 +80,29 @@ def create_session(
     threads: int | None = None,
     *,
     optimised: bool = False,
-    in_order: bool = False,
+    lean: bool = False,
     save_to: Path | None = None,
 ) -> Any:
     """An InferenceSession that really runs on the wanted provider.
 
     threads: intra-op threads; None takes every core that this process may use.
     optimised: the file was saved after optimisation, so none is done again.
-    in_order: nodes run in the order of the file, so that whoever wrote it decides what has to be held at a time.
+    lean: hold as little as can be, at the price of time: nothing is folded (on the CPU fp16 weights stay fp16 until
+        they are multiplied, and only one at a time is fp32), nodes run in the order of the file, so that whoever wrote
+        it decides what has to be held at a time, and what is freed goes back to the system.
     save_to: write the optimised graph there, with its weights beside it in `<name>.data`.
     Raises EngineUnavailable when the file is refused, or when ONNX Runtime falls back to the CPU.
     """
     ort = load_package(backend)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
-    if in_order:
+    if lean:
         options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+        options.enable_cpu_mem_arena = False
     # Errors come as exceptions; only a provider that does not load is explained in the log alone.
     options.log_severity_level = 3 if backend == "onnxruntime-cuda" else 4
     levels = ort.GraphOptimizationLevel
-    options.graph_optimization_level = levels.ORT_DISABLE_ALL if optimised else levels.ORT_ENABLE_ALL
+    options.graph_optimization_level = levels.ORT_DISABLE_ALL if optimised or lean else levels.ORT_ENABLE_ALL
     if save_to is not None:
         # EXTENDED is the highest level whose result other machines may run, and above it there are only layouts for
         # convolutions. Measured on 8-layer Llama and OPT: the saved graph opened without optimisation gives the live
@@ -166,6 +169,7 @@ class OrtRunner(Runner):
     model: the ONNX file. backend: "onnxruntime-cpu" or "onnxruntime-cuda".
     threads: intra-op threads; None takes every core that this process may use.
     optimised: the file is a built CPU engine, whose graph needs no optimisation any more.
+    lean: hold as little memory as can be, at the price of time.
     reserve: tokens that the cache has room for from the start, where the graph writes it in place; it grows as needed.
     """
 
@@ -176,12 +180,14 @@ class OrtRunner(Runner):
         backend: Backend = "onnxruntime-cpu",
         threads: int | None = None,
         optimised: bool = False,
+        lean: bool = False,
         reserve: int = 0,
     ) -> None:
         self.model = model
         self.backend = backend
         self.threads = threads
         self.optimised = optimised
+        self.lean = lean
         self.reserve = reserve
         self._session: Any = None
         self._inputs: decoder_io.Bindings = {}
@@ -196,7 +202,7 @@ class OrtRunner(Runner):
         self._attention_mask: np.ndarray | None = None  # (batch, past)
 
     def __enter__(self) -> Self:
-        self._session = create_session(self.model, self.backend, self.threads, optimised=self.optimised)
+        self._session = create_session(self.model, self.backend, self.threads, optimised=self.optimised, lean=self.lean)
         self._inputs = bindings_of(self._session.get_inputs())
         self._in_place = decoder_io.IN_PLACE in self._session.get_modelmeta().custom_metadata_map
         self._outputs = bindings_of(self._session.get_outputs())
