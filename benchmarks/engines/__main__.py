@@ -185,6 +185,7 @@ def _contenders(peers: Path) -> dict[str, Callable[[], Worker]]:
 
     found = {f"ours {p}": _ours("dense", p) for p in PRECISIONS}
     found |= {f"pruned {p}": _ours("pruned", p) for p in PRECISIONS}
+    found["ours fp32, small pages"] = _small_pages
     found["optimum fp32"] = lambda: _peer(Path(sys.executable), "optimum", subjects.onnx("dense"))
     found["genai fp32"] = lambda: _peer(peers, "genai", subjects.genai("dense", "fp32", peers))
     found["genai int4"] = lambda: _peer(peers, "genai", subjects.genai("dense", "int4", peers))
@@ -201,6 +202,11 @@ def _pair(name: str) -> dict[str, Callable[[], Worker]]:
 
 def _ours(name: str, precision: str) -> Callable[[], Worker]:
     return lambda: Worker(subjects.engine(name, precision))
+
+
+def _small_pages() -> Worker:
+    engine = subjects.engine("dense", "fp32")
+    return Worker(engine, [sys.executable, "-m", "benchmarks.engines.small_pages", str(engine)])
 
 
 def _peer(python: Path, kind: str, path: Path) -> Worker:

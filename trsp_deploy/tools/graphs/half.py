@@ -10,7 +10,7 @@ in fp32 (normalisations, rotary embeddings) can no longer be told apart.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -62,8 +62,8 @@ def _hides(tensor: ir.TensorProtocol) -> bool:
 def widen(model: ir.Model, narrow: ir.DataType = HALF) -> None:
     """Compute in fp32 what is fp16: the same names, the weights cast where they are read, so that none is kept twice.
 
-    Where a weight is only looked up or turned, what comes of it is cast: a tied embedding in fp32 would be held from the
-    first node to the last. model: after `infer_types`; changed in place. narrow: fp16 or bf16.
+    Where a weight is only looked up or turned, what comes of it is cast: a tied embedding in fp32 would be held from
+    the first node to the last. model: after `infer_types`; changed in place. narrow: fp16 or bf16.
     """
     writer = Writer(model, "widened")
     moved: list[ir.Value] = []
@@ -88,7 +88,7 @@ def widen(model: ir.Model, narrow: ir.DataType = HALF) -> None:
     model.graph.sort()
 
 
-def add_largest(model: ir.Model, names: Iterator[str]) -> dict[str, str]:
+def add_largest(model: ir.Model, names: Iterable[str]) -> dict[str, str]:
     """Give the graph an output with the largest magnitude of each of these values; returns the outputs' names.
 
     model: after `widen`; changed in place. Each is worked out right after its value, which need not be held until the

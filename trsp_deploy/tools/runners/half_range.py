@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +53,19 @@ def guard_range(
     from trsp_deploy.tools.graphs.nodes import NoMatch, load
 
     out = scratch / onnx.name
-    wide = scratch / "fp32" / onnx.name
+    fp32 = scratch / "fp32"  # graphs that compute in fp32
+    fp32.mkdir()
     try:
         model = load(onnx)
         if METADATA in model.metadata_props:
             return onnx, HalfRange.model_validate_json(model.metadata_props[METADATA])
         half.infer_types(model)
         half.hide_within_range(model)
-        tokens, largest = _read(model, onnx, wide, calibration, threads)
+        wide = model.clone()
+        half.widen(wide)
+        tokens, largest = _read(
+            wide, half.half_values(model), onnx, fp32 / f"largest-{onnx.name}", calibration, threads
+        )
     except (NoMatch, EngineUnavailable, FileNotFoundError, ValidationError) as problem:
         return onnx, HalfRange(tokens=0, largest=0, reason=one_line(problem))  # the backend says what it thinks of it
     beyond = next((name for name, magnitude in largest.items() if not np.isfinite(magnitude)), None)
@@ -72,36 +78,38 @@ def guard_range(
     found = HalfRange(tokens=tokens, largest=max(largest.values()), kept=kept)
     ir.save(model, out, external_data=f"{out.name}_data")
     if kept:
-        found = found.model_copy(update={"error": _error(wide, out, threads)})
+        ir.save(wide, fp32 / onnx.name, external_data=f"{onnx.name}_data")
+        found = found.model_copy(update={"error": _error(fp32 / onnx.name, out, threads)})
     _write_record(out, found)
     config = onnx.with_name("config.json")
     if config.is_file():
         shutil.copy(config, scratch)  # says how long a text may be
-    shutil.rmtree(wide.parent)
+    shutil.rmtree(fp32)
     return out, found
 
 
 def _read(
-    model: Any, onnx: Path, wide: Path, calibration: np.ndarray | None, threads: int | None
+    wide: Any, names: Iterable[str], onnx: Path, scratch: Path, calibration: np.ndarray | None, threads: int | None
 ) -> tuple[int, dict[str, float]]:
-    """Tokens read, and the largest magnitude of every value that the model makes in fp16, computed in fp32.
+    """Tokens read, and the largest magnitude of each of these values, computed in fp32.
 
-    model: an onnx_ir model; stays as it is. wide: where the graph goes that computes so.
+    wide: the onnx_ir model of `onnx` after `half.widen`; stays as it is. scratch: where a graph goes that tells them.
     """
     import onnx_ir as ir
 
     from trsp_deploy.tools.graphs import half
 
-    copy = model.clone()
-    half.widen(copy)
-    outputs = half.add_largest(copy, half.half_values(model))
-    wide.parent.mkdir()
-    ir.save(copy, wide, external_data=f"{wide.name}_data")
+    copy = wide.clone()
+    outputs = half.add_largest(copy, names)
+    # The cache would be held to the end; the logits tell the vocabulary.
+    told = {*outputs.values(), "logits"}
+    copy.graph.outputs[:] = [value for value in copy.graph.outputs if value.name in told]
+    ir.save(copy, scratch, external_data=f"{scratch.name}_data")
     # In another order every value is held to the end, for its magnitude is an output: 4.2 GB, not 0.9, beside 0.4 GB
     # of weights.
-    session = create_session(wide, "onnxruntime-cpu", threads, lean=True)
+    session = create_session(scratch, "onnxruntime-cpu", threads, lean=True)
     inputs, made = bindings_of(session.get_inputs()), bindings_of(session.get_outputs())
-    decoder_io.check_decoder(inputs, made)
+    decoder_io.check_decoder(inputs, {value.name: ("", ()) for value in wide.graph.outputs})
     if calibration is None:
         vocabulary = int(made["logits"][1][-1])
         calibration = np.random.default_rng(0).integers(vocabulary, size=(1, text_length(onnx)))

@@ -23,6 +23,7 @@ from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.recipe import Backend, EngineSpec
 from trsp_deploy.tools.graphs import decoder_io
 from trsp_deploy.tools.runners.base import Runner
+from trsp_deploy.tools.runners.huge_pages import in_huge_pages
 from trsp_deploy.tools.runners.manifest import EngineManifest
 from trsp_deploy.tools.runners.requirements import PACKAGES, cuda_devices, load_package, one_line
 
@@ -202,7 +203,11 @@ class OrtRunner(Runner):
         self._attention_mask: np.ndarray | None = None  # (batch, past)
 
     def __enter__(self) -> Self:
-        self._session = create_session(self.model, self.backend, self.threads, optimised=self.optimised, lean=self.lean)
+        on_cpu = self.backend == "onnxruntime-cpu"
+        with in_huge_pages() if on_cpu and not self.lean else contextlib.nullcontext():
+            self._session = create_session(
+                self.model, self.backend, self.threads, optimised=self.optimised, lean=self.lean
+            )
         self._inputs = bindings_of(self._session.get_inputs())
         self._in_place = decoder_io.IN_PLACE in self._session.get_modelmeta().custom_metadata_map
         self._outputs = bindings_of(self._session.get_outputs())

@@ -18,6 +18,7 @@ MODULES = (
     "tools/graphs/decoder_io.py",
     "tools/graphs/fp16_range.py",
     "tools/runners/base.py",
+    "tools/runners/huge_pages.py",
     "tools/runners/manifest.py",
     "tools/runners/ort.py",
     "tools/runners/requirements.py",
