@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo triton-demo test test-slow test-transformers5 test-triton test-network check format gpu quality quality-report bench-train bench-engines bench-proof bench-serving bench-memory faults coverage release docs clean
+.PHONY: demo triton-demo test test-slow test-docs test-transformers5 test-triton test-network check format gpu quality quality-report bench-train bench-engines bench-proof bench-serving bench-memory faults coverage release docs clean
 
 demo: $(READY) ## prune a real model, build its engines and judge them: 12 to 15 minutes on 2 cores
 	$(BIN)/trsp-deploy fetch smollm2-135m exl-wiki wiki-demo c4-demo
@@ -38,6 +38,9 @@ check: $(READY)
 
 test-slow: $(READY) ## minutes and gigabytes
 	$(BIN)/python -m pytest -q -m slow
+
+test-docs: $(READY) ## every command line of the docs, run on tiny models: three minutes
+	$(BIN)/python -m pytest -q -m slow tests/integration/test_docs_commands.py
 
 test-transformers5: .venv-transformers5/.ready ## export, parity and pruning where Optimum cannot be: about 5 minutes
 	.venv-transformers5/bin/pip check

@@ -10,82 +10,33 @@ import re
 import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import yaml
 from typer.exceptions import TyperException
-from typer.main import get_command
 
+from tests import doc_lines
+from tests.doc_lines import GENERATED, PAGES, ROOT, ROOT_COMMAND, Line, lines_of
 from trsp_deploy.cli import reference
-from trsp_deploy.cli.app import app
 from trsp_deploy.errors import TrspError
 from trsp_deploy.recipe import METHODS, EngineSpec, Recipe, override, read_bench_settings, read_recipe
 from trsp_deploy.tools.library import load_engine_spec, load_recipe_values
 from trsp_deploy.tools.models import SHORT_NAMES
 from trsp_deploy.tools.packaged import ASSETS
 
-ROOT = Path(__file__).parents[2]
-PAGES = [
-    *(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")),
-    *sorted((ROOT / "docs").rglob("*.md")),
-    *sorted((ROOT / ".github").rglob("*.md")),
-]
 # Comments and error messages name commands too.
 SOURCES = [
     *sorted(path for folder in ("recipes", "engines") for path in (ROOT / folder).glob("*.yaml")),
     *sorted((ROOT / "trsp_deploy").rglob("*.py")),
     *(ROOT / name for name in ("Makefile", "action.yml", "Dockerfile")),
 ]
-ROOT_COMMAND: Any = get_command(app)
 PLACEHOLDER = re.compile(r"[A-Z][A-Z_]*|\$.*|\{.*\}|…|\.\.\.")
 NUMBER_TYPES = (int, float)
 
 
-class Line(NamedTuple):
-    """A command line as it was found. `whole`: it stands in a block, so that nothing may be missing in it."""
-
-    place: str
-    text: str
-    whole: bool
-
-
 def test_pages_are_there() -> None:
     assert all(page.is_file() for page in PAGES)
-
-
-def lines_of(path: Path) -> Iterator[Line]:
-    """Command lines of blocks and of inline code."""
-    text = path.read_text(encoding="utf-8")
-    place = str(path.relative_to(ROOT))
-    blocks, rest = _blocks(text) if path.suffix == ".md" else ("", text)
-    for line in re.sub(r"\\\n\s*", " ", blocks).splitlines():
-        command = re.search(r"(?:^|[\s;(])(?:trsp-deploy|-m trsp_deploy) +(.*)", line.strip())
-        if command and not line.strip().startswith("#"):
-            said = re.split(r"\s+(?:#|\|\||[|;>])", f" {command[1]}")[0]
-            yield Line(place, " ".join(said.split()), whole=True)
-    names = [*ROOT_COMMAND.commands]
-    for code in re.findall(r"`([^`\n]+(?:\n[^`\n]+)?)`", rest):
-        words = " ".join(code.split())
-        if words.startswith("trsp-deploy "):
-            yield Line(place, words.removeprefix("trsp-deploy "), whole=False)
-        elif path.suffix == ".md" and words.split()[0] in names and len(words.split()) > 1:
-            yield Line(place, words, whole=False)
-
-
-def _blocks(markdown: str) -> tuple[str, str]:
-    """The text of fenced and indented blocks, and all the rest."""
-    blocks: list[str] = []
-    rest: list[str] = []
-    fenced = False
-    for line in markdown.splitlines():
-        if line.lstrip().startswith("```"):
-            fenced = not fenced
-        elif fenced or line.startswith("    "):
-            blocks.append(line)
-        else:
-            rest.append(line)
-    return "\n".join(blocks), "\n".join(rest)
 
 
 def parse(text: str, whole: bool = True) -> str | None:
@@ -161,7 +112,6 @@ def _check_model(name: str) -> None:
         raise KeyError(name)
 
 
-GENERATED = ROOT / "docs" / "cli.md"  # its usage lines are no commands; held against the code as a whole below
 FOUND = [line for path in (*PAGES, *SOURCES) if path != GENERATED for line in lines_of(path)]
 
 
@@ -207,7 +157,7 @@ def test_a_wrong_command_is_found(text: str, complaint: str) -> None:
 
 
 def test_where_commands_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    monkeypatch.setattr(doc_lines, "ROOT", tmp_path)
     page = tmp_path / "page.md"
     page.write_text(
         "Say `doctor --json`, `triton-lint`\nand `trsp-deploy\ncheck RUN`.\n\n"
