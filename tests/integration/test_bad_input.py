@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.tiny import english, save_tiny, tiny_tokenizer
 from trsp_deploy.cli import run
@@ -117,6 +118,13 @@ def test_each_mistake_has_its_line(fails, arguments, words):
 def test_unknown_engine_is_found_before_anything_slow(fails, place):
     command = ["prune-and-build", "--model", "model", "--drop", "2", "--engine", "ort-cpu-fp3", "--out", "never"]
     fails(command, "engine 'ort-cpu-fp3'", "did you mean 'ort-cpu-fp32'")
+    assert not (place / "never" / "dense").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("command", ["prune", "prune-and-build"])
+def test_a_device_that_is_not_here_is_found_before_anything_is_fetched(fails, place, command):
+    fails([command, "--model", "opt-6.7b", "--drop", "2", "--set", "device=cuda", "--out", "never"], "device 'cuda'")
     assert not (place / "never" / "dense").exists()
 
 

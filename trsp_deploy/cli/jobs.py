@@ -364,10 +364,13 @@ def check_memory(job: Pipeline, plan_file: Path | None, ignore: bool) -> None:
     """Refuse what cannot fit before anything slow begins; stages whose result is there are not asked about."""
     from trsp_deploy.tools.device_memory import check_memory, launched_as_several, model_config
     from trsp_deploy.tools.plan import read_plan
+    from trsp_deploy.tools.training import pick_device
 
     plan = plan_file or job.run.path / "plan.json"
     stages: dict[Stage, bool] = {"selection": plan.is_file(), "transfer": (job.run.path / "pruned").is_dir()}
     missing = [stage for stage, done in stages.items() if not done]
+    if missing:
+        pick_device(job.recipe)  # before a model is fetched for a device that is not here
     if ignore or not missing or launched_as_several():
         return
     with contextlib.suppress(ModelError):  # of a model that cannot be used the pipeline says more
