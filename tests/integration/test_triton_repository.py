@@ -106,7 +106,7 @@ def test_warmup_is_a_length_and_text() -> None:
     ("options", "words"),
     [
         (["nowhere"], ["nowhere", "no run of trsp-deploy"]),
-        (["run", "--name", "../x"], ["--name '../x'", "letters"]),
+        (["run", "--name", "../x"], ["--name '../x'", "letters, digits, dots"]),
         (["run", "--engine", "ort"], ["no engine 'ort'"]),
     ],
 )
@@ -335,7 +335,7 @@ def test_a_server_that_runs_can_be_loaded(server: TritonServer, repository: Path
     ("options", "words"),
     [
         (["--concurrency", "0"], ["--concurrency '0'", "such as 1,8"]),
-        (["--url", "localhost"], ["--url 'localhost'", "HTTP_PORT"]),
+        (["--url", "localhost"], ["--url 'localhost'", "expected HOST:HTTP_PORT:GRPC_PORT"]),
         (["--url", "127.0.0.1:1:2"], ["127.0.0.1:1: no Triton server answers"]),
         (["--prompt-tokens", "255", "--new-tokens", "8"], ["'pruned' takes 256 tokens"]),
     ],

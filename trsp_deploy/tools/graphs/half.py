@@ -24,6 +24,7 @@ HIDDEN, HIDES = -1e4, -6e4
 HALF, WHOLE, BRAIN = ir.DataType.FLOAT16, ir.DataType.FLOAT, ir.DataType.BFLOAT16
 CONSTANTS = ("Constant", "ConstantOfShape")
 MOVES = ("Gather", "Transpose")  # copy numbers, whatever their type
+SMALL = 1 << 20  # bytes of a weight that may be held
 GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 
@@ -166,13 +167,17 @@ def to_bf16(model: ir.Model) -> None:
     """Let everything that is fp16 be bf16.
 
     model: after `infer_types`; changed in place. Weights that were bf16 once become what they were: fp16 has more bits,
-    and the range of all but the smallest. Saving raises NoMatch where a weight was beyond its range.
+    and the range of all but the smallest. Raises NoMatch where a weight was beyond its range; of a large one, which is
+    read when it is written, saving does.
     """
     for value in [*model.graph.inputs, *model.graph.initializers.values()]:
         tensor = value.const_value
         if tensor is not None and tensor.dtype == HALF:
-            shape = ir.Shape(tensor.shape.numpy())
-            value.const_value = ir.LazyTensor(functools.partial(_in_bf16, tensor), BRAIN, shape, name=value.name)
+            convert = functools.partial(_in_bf16, tensor)
+            large = tensor.nbytes > SMALL
+            value.const_value = (
+                ir.LazyTensor(convert, BRAIN, ir.Shape(tensor.shape.numpy()), name=value.name) if large else convert()
+            )
         if value.dtype == HALF:
             value.type = ir.TensorType(BRAIN)
     for node in model.graph:

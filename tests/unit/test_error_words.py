@@ -1,0 +1,283 @@
+"""The words of errors that no other test meets on its way; the last test looks for one whose words nobody checks."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import itertools
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from tests.made_run import made_run
+from tests.tiny import save_tiny
+from trsp_deploy import checks, cli, errors
+from trsp_deploy.artifacts import storage_errors
+from trsp_deploy.recipe import BenchSettings, parse_drops
+from trsp_deploy.stages import zeroshot
+from trsp_deploy.stages.bench import compare_engines
+from trsp_deploy.tools.graphs.rotation import engine_rotation
+from trsp_deploy.tools.load import prompts_of
+from trsp_deploy.tools.models import check_decoder_only
+from trsp_deploy.tools.runners import trt, trt_build
+from trsp_deploy.tools.runners.manifest import check_files, read_manifest
+from trsp_deploy.tools.runners.requirements import load_package
+from trsp_deploy.tools.runners.running_batch import OneText, RunningBatch
+from trsp_deploy.tools.safe_copy import convert
+from trsp_deploy.tools.subjects import find_subject
+from trsp_deploy.tools.texts import load_texts
+
+ROOT = Path(__file__).parents[2]
+ANYTHING: Any = None
+
+
+def says(words: str, call: Callable[[], object], kind: type[errors.TrspError] = errors.TrspError) -> None:
+    """Assert that a call ends in an error with these words."""
+    with pytest.raises(kind, match=re.escape(words)):
+        call()
+
+
+def silent(_: str) -> None:
+    """Progress that nobody reads."""
+
+
+# -- recipes and the command line --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("drops", "words"),
+    [("2..4:0", "a step of 0 leads nowhere"), ("0.001%..50%:0.001%", "is 50000 points, at most 1000 can be asked for")],
+)
+def test_a_range_that_is_none(drops: str, words: str) -> None:
+    says(words, lambda: parse_drops(drops, 10), errors.RecipeError)
+
+
+def test_two_ways_to_limit_quality(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["check", "run", "--quality-budget", "99%", "--max-ppl-ratio", "1.1"]) == 1
+    assert "sets the limits of perplexity and accuracy; give it or your own" in capsys.readouterr().err
+
+
+def test_limits_that_need_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(**limits: float) -> object:
+        return checks.check_run(ANYTHING, checks.Tolerances(**limits), None, None, BenchSettings())
+
+    says("need --against BASELINE.json", lambda: check(max_speedup_loss=0.03), errors.RecipeError)
+    monkeypatch.setattr(checks, "runnable", lambda job, engine: SimpleNamespace(name="e"))
+    proof = SimpleNamespace(check_engines=tuple, engine_quality=lambda spec: {}, engine_choices=lambda spec: None)
+    job: Any = SimpleNamespace(proof=proof)
+    limits = checks.Tolerances(min_accuracy_retained=0.9)
+    says("needs tasks; give some with --task", lambda: checks.check_run(job, limits, None, None, BenchSettings()))
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_may_not_grow(tmp_path: Path) -> None:
+    def write() -> None:
+        with storage_errors(tmp_path):
+            raise RuntimeError("unexpected pos 64 vs 128")  # torch's words under `ulimit -f`
+
+    says("a file may not be that large here (`ulimit -f`)", write, errors.StorageError)
+
+
+def test_texts_without_text(tmp_path: Path) -> None:
+    (tmp_path / "blank.txt").write_text("\n \n\n")
+    says("holds no text", lambda: load_texts(str(tmp_path / "blank.txt"), "calibration"), errors.TextError)
+
+
+def test_a_config_that_describes_no_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    says("has no model_type, so it does not describe", lambda: check_decoder_only(tmp_path), errors.ModelError)
+
+
+def test_weights_that_cannot_be_converted(tmp_path: Path) -> None:
+    model = save_tiny("opt", tmp_path / "model")
+    says("has no pytorch_model.bin to convert", lambda: convert(str(model), tmp_path / "a", silent), errors.ModelError)
+    (model / "model.safetensors").unlink()
+    torch.save([torch.zeros(1)], model / "pytorch_model.bin")
+    says("is no mapping of names to tensors", lambda: convert(str(model), tmp_path / "b", silent), errors.ModelError)
+    assert not (tmp_path / "b").exists()
+
+
+def test_an_engine_whose_files_are_elsewhere(tmp_path: Path) -> None:
+    engine = made_run(tmp_path / "run") / "engines/ort-cpu-fp32/dense"
+    manifest = read_manifest(engine)
+    weights = engine / "model.onnx.data"
+    weights.rename(tmp_path / "weights")
+    says("model.onnx.data is missing; ", lambda: check_files(engine, manifest), errors.EngineUnavailable)
+    weights.symlink_to(tmp_path / "weights")
+    says("is a link out of its folder", lambda: check_files(engine, manifest), errors.EngineUnavailable)
+
+
+# -- graphs ------------------------------------------------------------------------------------------------------------
+
+
+def graph_of(nodes: list[Any], tensors: dict[str, np.ndarray], output: str, path: Path) -> Path:
+    """A graph of these nodes and weights, which computes nothing."""
+    made = helper.make_graph(
+        nodes,
+        "made",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 4])],
+        [helper.make_tensor_value_info(output, TensorProto.FLOAT, ["n", 4])],
+        [numpy_helper.from_array(array, name) for name, array in tensors.items()],
+    )
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)]), path)
+    return path
+
+
+def test_an_onnx_file_that_is_no_decoder(tmp_path: Path) -> None:
+    path = graph_of([helper.make_node("Relu", ["x"], ["y"])], {}, "y", tmp_path / "model.onnx")
+    says("has no output `logits`, so it is no decoder", lambda: find_subject(path, "dense", None), errors.RunError)
+
+
+@pytest.mark.parametrize(
+    ("tables", "words"),
+    [
+        ([0.1, 0.2], "its layers turn keys in 2 ways"),
+        ([None], "its keys are not turned by one angle a place"),
+    ],
+)
+def test_keys_that_cannot_be_moved(tables: list[float | None], words: str, tmp_path: Path) -> None:
+    tensors, nodes = {}, []
+    for index, angle in enumerate(tables):
+        turns = np.random.default_rng(0).uniform(0, 6, 8) if angle is None else angle * np.arange(8)
+        tensors |= {f"cos{index}": np.cos(turns)[:, None], f"sin{index}": np.sin(turns)[:, None]}
+        inputs = ["x", *[""] * 6, f"cos{index}", f"sin{index}"]
+        nodes.append(helper.make_node("GroupQueryAttention", inputs, [f"y{index}"], do_rotary=1))
+    path = graph_of(
+        nodes, {name: table.astype(np.float32) for name, table in tensors.items()}, "y0", tmp_path / "m.onnx"
+    )
+    says(words, lambda: engine_rotation(path), errors.EngineUnavailable)
+
+
+def test_a_weight_that_fp16_has_lost(tmp_path: Path) -> None:
+    weight = np.array([1, np.inf, 3, 4], dtype=np.float16)
+    path = graph_of([helper.make_node("Cast", ["w"], ["y"], to=1)], {"w": weight}, "y", tmp_path / "model.onnx")
+    assert ir.load(path).graph.initializers["w"].dtype == ir.DataType.FLOAT16
+    says("cannot become bf16: ", lambda: trt_build._to_bf16(path, tmp_path / "out/m.onnx"), errors.EngineUnavailable)
+
+
+# -- what runs ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_package_that_is_there_and_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> Any:
+        raise ImportError("libonnx.so: cannot open shared object file")
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    says("does not load (libonnx.so", lambda: load_package("onnxruntime-cpu"), errors.EngineUnavailable)
+    monkeypatch.setattr(importlib, "import_module", lambda name: SimpleNamespace())
+    says("is damaged; reinstall it: ", lambda: load_package("onnxruntime-cpu"), errors.EngineUnavailable)
+
+
+def test_a_torch_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    says("and cannot use this GPU; pytorch.org", trt._check_torch, errors.EngineUnavailable)
+
+
+def test_a_tensorrt_graph_with_inputs_of_its_own() -> None:
+    runner: Any = object.__new__(trt.TrtRunner)
+    runner.engine, runner._inputs = Path("engine"), {}
+    runner._context = SimpleNamespace(infer_shapes=lambda: ["temperature"])
+    runner._select_profile = lambda shapes: None
+    says("inputs that no decoder should have: temperature", lambda: runner._bind({}, 1, 0), errors.EngineUnavailable)
+
+
+def test_engines_of_two_devices() -> None:
+    cpu, gpu = (SimpleNamespace(path=Path(device), device=device) for device in ("cpu", "cuda"))
+    words = "cpu runs on cpu, cuda on cuda: not a comparison"
+    says(words, lambda: compare_engines(cpu, gpu, "x", BenchSettings(), 0), errors.RunError)  # type: ignore[arg-type]
+
+
+def test_a_batch_and_its_limits() -> None:
+    growing: Any = SimpleNamespace(in_place=False, model="m", twin=lambda: None)
+    says("so texts cannot join a batch", lambda: RunningBatch(growing, 2, 8), errors.EngineUnavailable)
+    batch = RunningBatch(growing, 1, 8)
+    says("a prompt of 8 tokens; valid: 1 to 7", lambda: batch.join([1] * 8), errors.EngineUnavailable)
+    batch._texts[1] = SimpleNamespace(row=0, tokens=8)  # type: ignore[assignment]
+    says("the batch is full: 1 texts", lambda: batch.join([1]), errors.EngineUnavailable)
+    says("a text has reached 8 tokens", lambda: batch.step({1: 5}), errors.EngineUnavailable)
+
+
+def test_one_text_and_its_limits() -> None:
+    runner: Any = SimpleNamespace(prefill=lambda *_, last_only: np.zeros((1, 1, 4)))
+    text = OneText(runner, 4)
+    says("a prompt of 0 tokens; valid: 1 to 3", lambda: text.join([]), errors.EngineUnavailable)
+    text.join([1, 2, 3])
+    says("the batch is full: 1 text", lambda: text.join([1]), errors.EngineUnavailable)
+    text._length = 4
+    says("a text has reached 4 tokens", lambda: text.step({0: 1}), errors.EngineUnavailable)
+
+
+def test_prompts_that_a_tokenizer_cannot_make() -> None:
+    stubborn: Any = SimpleNamespace(encode=lambda text: SimpleNamespace(ids=[0] * 5, offsets=[(0, 1)] * 5))
+    says("this tokenizer makes no such text of common words", lambda: prompts_of(stubborn, 3, 1), errors.RunError)
+
+
+def test_zero_shot_tasks_without_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    says("zero-shot tasks need lm-eval: run `pip install", zeroshot._check_lm_eval, errors.UserError)
+
+
+def test_tasks_that_an_engine_does_not_answer() -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'trsp_deploy[eval]'")
+    from trsp_deploy.tools.engine_lm import EngineLM
+
+    engine = EngineLM(ANYTHING, ANYTHING, 1)
+    says("asks for generated text; engines answer", lambda: engine.generate_until([]))
+    says("asks for whole texts' likelihoods; engines", lambda: engine.loglikelihood_rolling([]))
+
+
+# -- all of them -------------------------------------------------------------------------------------------------------
+
+KINDS = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, errors.TrspError)}
+
+
+def raised() -> list[tuple[str, list[str]]]:
+    """Place of every error that the code raises, and the pieces of its own words, between its values."""
+    found = []
+    for path in sorted((ROOT / "trsp_deploy").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            call = node.exc if isinstance(node, ast.Raise) else None
+            if isinstance(call, ast.Call) and getattr(call.func, "id", "") in KINDS and call.args:
+                found.append((f"{path.relative_to(ROOT)}:{node.lineno}", pieces_of(call.args[0])))
+    return [(place, pieces) for place, pieces in found if pairs(pieces)]
+
+
+def pieces_of(message: ast.expr) -> list[str]:
+    """The strings that a message is put together of."""
+    if isinstance(message, ast.JoinedStr):
+        return [piece for part in message.values for piece in pieces_of(part)]
+    return [message.value] if isinstance(message, ast.Constant) and isinstance(message.value, str) else []
+
+
+def pairs(pieces: list[str]) -> list[str]:
+    """Two words on end, long enough to be told from others."""
+    words = [[word for word in (each.strip(".,;:") for each in piece.split()) if word] for piece in pieces]
+    return [" ".join(pair) for piece in words for pair in itertools.pairwise(piece) if len(" ".join(pair)) > 7]
+
+
+def checked(pieces: list[str], tests: str) -> bool:
+    """Whether a test has two words on end of an error's."""
+    return any(pair in tests for pair in pairs(pieces))
+
+
+def test_every_errors_words_are_in_a_test() -> None:
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "tests").rglob("*.py")))
+    found = raised()
+    assert len(found) > 200
+    assert not [place for place, pieces in found if not checked(pieces, tests)]
+
+
+def test_words_that_nobody_checks_are_found() -> None:
+    assert not checked(["is of no", " kind that was ever"], "some other words, and a kind of magic")
+    assert checked(["is of no", " kind that was ever"], "match='a kind that was'")
