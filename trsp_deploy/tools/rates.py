@@ -10,6 +10,7 @@ import torch
 
 from trsp_deploy.recipe import Float
 from trsp_deploy.results import Rates
+from trsp_deploy.tools.runners.huge_pages import in_huge_pages
 
 ROUNDS = 7
 READ_BYTES = {"cpu": 512 << 20, "cuda": 2 << 30}
@@ -23,7 +24,8 @@ def measure_rates(device: str) -> Rates:
 
     fp32 on a GPU is without TF32, as the engines are; fp16 is not measured on a CPU, where engines compute in fp32.
     """
-    elements = torch.ones(READ_BYTES[device] // 4, device=device)
+    with in_huge_pages():  # as a CPU engine's weights are
+        elements = torch.ones(READ_BYTES[device] // 4, device=device)
     read_s = _best(elements.sum, device)
     del elements
     products: dict[Float, float] = {}
