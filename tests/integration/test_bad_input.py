@@ -88,7 +88,7 @@ def prune(*more: str, model: str = "model", drop: str = "2", text: str = "text.t
         (prune(model="garbled"), ["garbled", "config.json"]),
         (prune(model="bert"), ["BertForMaskedLM", "not a decoder-only causal language model"]),
         (prune(model="opt-6.7"), ["opt-6.7", "did you mean 'opt-6.7b'"]),
-        (prune(model="opt-6.7b"), ["facebook/opt-6.7b", "--model FOLDER"]),
+        (prune("--set", "device=cpu", model="opt-6.7b"), ["facebook/opt-6.7b", "--model FOLDER"]),
         (prune(model="smollm2-135m"), ["smollm2-135m", "trsp-deploy fetch smollm2-135m"]),
         (prune("--set", "transfer.step=3"), ["unknown key 'transfer.step'", "did you mean 'steps'"]),
         (prune("--set", "transfer.steps=-1"), ["transfer.steps", "greater than or equal to 1", "-1"]),
