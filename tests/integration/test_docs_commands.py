@@ -6,8 +6,6 @@ it. What cannot run on a machine without network, GPU and server is named with t
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import re
 import shlex
@@ -18,9 +16,8 @@ import pytest
 import yaml
 
 from tests.doc_lines import GENERATED, PAGES, ROOT, lines_of
-from tests.integration.test_pipeline import QUICK
+from tests.integration.test_pipeline import QUICK, trsp_deploy
 from tests.tiny import english, save_tiny
-from trsp_deploy import cli
 from trsp_deploy.tools.packaged import find_asset
 
 pytestmark = pytest.mark.slow
@@ -62,7 +59,8 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows = [json.dumps({"text": english()[at : at + 2000]}) for at in range(start, start + 60_000, 2000)]
         (folder / name).write_text("\n".join(rows))
     (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
-    assert call(folder, *heavy(["prune-and-build", "--recipe", "recipe.yaml", "--out", "RUN"]))[0] == 0
+    command = heavy(["prune-and-build", "--recipe", "recipe.yaml", "--out", "RUN"])
+    assert trsp_deploy(*command, cwd=folder).returncode == 0
     (folder / "runs").mkdir(exist_ok=True)
     (folder / "runs" / "NAME").symlink_to(folder / "RUN")
     return folder
@@ -70,7 +68,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # What a page takes for granted that no other does.
 BEFORE: dict[str, Callable[[Path], object]] = {
-    "docs/ci.md": lambda folder: call(folder, "baseline", "RUN", "--out", "baseline.json"),
+    "docs/ci.md": lambda folder: trsp_deploy("baseline", "RUN", "--out", "baseline.json", cwd=folder),
     "docs/own-model.md": lambda folder: (folder / "mine.yaml").write_text(yaml.safe_dump(RECIPE)),
 }
 
@@ -86,11 +84,12 @@ def test_the_commands_of_a_page_run(page: str, reader: Path, monkeypatch: pytest
         if name in ELSEWHERE:
             continue
         words = [WITHOUT_GPU.get(word, word) for word in words]
-        code, out, err = call(reader, *(heavy(words) if name in HEAVY else words))
-        assert code in {0, *VERDICTS.get(name, ())}, f"{page}: trsp-deploy {text}: exit code {code}\n{err}"
+        done = trsp_deploy(*(heavy(words) if name in HEAVY else words), cwd=reader)
+        said = f"{page}: trsp-deploy {text}: exit code {done.returncode}\n{done.stderr}"
+        assert done.returncode in {0, *VERDICTS.get(name, ())}, said
         redirected = re.search(rf"trsp-deploy {re.escape(text)} > (\S+)", (ROOT / page).read_text(encoding="utf-8"))
         if redirected:
-            (reader / redirected[1]).write_text(out)
+            (reader / redirected[1]).write_text(done.stdout)
 
 
 def heavy(words: list[str]) -> list[str]:
@@ -100,14 +99,6 @@ def heavy(words: list[str]) -> list[str]:
         settings += ["engines=[ort-cpu-fp32]"]
         settings += [value for option, value in TEXTS.items() if option not in words]
     return [*words, *(part for pair in settings for part in ("--set", pair))]
-
-
-def call(folder: Path, *words: str) -> tuple[int, str, str]:
-    """Exit code and what was printed of a command line, in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = cli.run(list(words))
-    return code, out.getvalue(), err.getvalue()
 
 
 def test_what_runs_elsewhere_is_there() -> None:
