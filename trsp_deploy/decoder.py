@@ -20,6 +20,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from trsp_deploy.errors import ModelError
+from trsp_deploy.model_code import trusted
 from trsp_deploy.recipe import Strict
 
 # Lists in a config that have nothing to do with layers, whatever their length.
@@ -58,7 +59,7 @@ def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype | str = "au
     """Load a causal language model from a local folder in eval mode; "auto" keeps the stored dtype."""
     # By name, although models without are refused before: a pickle that appears in the folder later is not loaded.
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
+        folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=trusted(folder)
     )
     # Dropout stays off everywhere, in training too: gates at 1 must give the dense logits exactly.
     return model.to(device).eval()
@@ -72,20 +73,30 @@ def load_widened(folder: Path) -> PreTrainedModel:
     parameters have no values in between.
     """
     stored = load_model(folder)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        model = build_model(load_config(folder), dtype=torch.float32)
     return cpu_offload(model.eval(), "cpu", offload_buffers=True, state_dict=stored.state_dict())
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """The dtype that a model folder's weights are stored in, as its config says; fp32 where it does not say."""
-    return AutoConfig.from_pretrained(folder, local_files_only=True).dtype or torch.float32
+    return load_config(folder).dtype or torch.float32
+
+
+def load_config(folder: Path) -> Any:
+    """Load transformers' config of the model in a folder."""
+    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted(folder))
+
+
+def build_model(config: Any, **settings: Any) -> PreTrainedModel:
+    """The model that a config describes, by code of its own where that was asked for; with no weights read."""
+    own = bool(config.name_or_path) and trusted(Path(config.name_or_path))
+    return AutoModelForCausalLM.from_config(config, trust_remote_code=own, **settings)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer that lies beside a model."""
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted(folder))
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -163,14 +174,14 @@ def count_config(config: Any) -> WeightCounts:
 
 def max_positions(folder: Path) -> int:
     """Tokens that the model in a folder was made for, from its config."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = load_config(folder)
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
     return next((int(getattr(config, name)) for name in names if getattr(config, name, None)), 2048)
 
 
 def decoder_size(folder: Path) -> DecoderSize:
     """Size of the model in a folder, from its config alone: no weights are read."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = load_config(folder)
     return DecoderSize(
         weights=count_weights(_skeleton(config)),
         cache_per_token=cache_per_token(config),
@@ -194,7 +205,7 @@ def _skeleton(config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """A model of that config in eval mode: weights without storage, on "meta", but with its attributes and buffers."""
     with init_empty_weights():
         # Eager attention knows everything that a config can ask for; GPT-2's faster one leaves its scaling out.
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager").eval()
+        model = build_model(config, dtype=dtype, attn_implementation="eager").eval()
     model.tie_weights()  # each weight was put on "meta" by itself
     return model
 
@@ -290,8 +301,9 @@ def _reloaded_skeleton(model: PreTrainedModel, kept: Sequence[int]) -> PreTraine
     try:
         _cut_config(config, kept, len(decoder_layers(model)))
         # Through JSON, as a reload: some configs recompute their patterns from a number and drop what is the default.
-        config = type(config).from_dict(json.loads(config.to_json_string()))
-        return _skeleton(config, model.dtype)
+        reloaded = type(config).from_dict(json.loads(config.to_json_string()))
+        reloaded.name_or_path = config.name_or_path  # where code of its own lies
+        return _skeleton(reloaded, model.dtype)
     except (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError) as problem:
         raise ModelError(f"its config cannot describe what is left ({' '.join(str(problem).split())})") from problem
 
@@ -353,12 +365,15 @@ def _changed_numbers(dense: nn.ModuleList, cut: nn.ModuleList, kept: Sequence[in
 
 
 def _attributes(layer: nn.Module) -> dict[tuple[str, str], Any]:
-    """(module's path, attribute) -> value, for what is neither tensor nor module; a module's class is one of them."""
+    """(module's path, attribute) -> value, for what is neither tensor nor module; a module's class is one of them.
+
+    Without transformers' own mark of what it has initialised, which is on loaded models and not on built ones.
+    """
     return {
         (path, name): value
         for path, module in layer.named_modules()
         for name, value in [*vars(module).items(), ("class", type(module).__name__)]
-        if value is None or isinstance(value, (bool, int, float, str))
+        if name != "_is_hf_initialized" and (value is None or isinstance(value, (bool, int, float, str)))
     }
 
 

@@ -185,14 +185,25 @@ def test_interrupt_says_that_work_is_kept(monkeypatch, capsys):
     assert "finished steps are kept" in capsys.readouterr().err
 
 
-def test_help_is_instant_and_loads_nothing_heavy():
+@pytest.mark.parametrize(
+    ("command", "shows"),
+    [
+        ("--help", "prune-and-build"),
+        ("recipes ls", "opt-6.7b"),
+        ("recipes show opt-6.7b", "transfer:"),
+        ("engines ls", "ort-cpu-fp32"),
+        ("fetch", "smollm2-135m"),
+    ],
+)
+def test_what_only_lists_is_instant_and_loads_nothing_heavy(command, shows):
     script = (
-        "import sys, time\nbegan = time.perf_counter()\nfrom trsp_deploy.cli import run\nassert run(['--help']) == 0\n"
+        "import sys, time\nbegan = time.perf_counter()\nfrom trsp_deploy.cli import run\n"
+        f"assert run({command.split()!r}) == 0\n"
         "loaded = {'torch', 'transformers', 'onnxruntime', 'numpy'} & set(sys.modules)\n"
         "assert not loaded, loaded\nprint(time.perf_counter() - began)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert "prune-and-build" in done.stdout
+    assert shows in done.stdout
     assert float(done.stdout.splitlines()[-1]) < 2  # 0.15 s on an idle machine
 
 

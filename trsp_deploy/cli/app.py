@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from typing import Annotated
+
 import typer
 from typer.exceptions import Exit, TyperException
 
 from trsp_deploy.cli import catalogue, check_jobs, engine_jobs, jobs, serving_jobs, sweep_jobs, triton_jobs, trust_jobs
 from trsp_deploy.errors import UserError
+from trsp_deploy.model_code import FINGERPRINT, TRUST
 from trsp_deploy.reading import is_utf8
 
 ABORTED = 130  # what the framework makes of Ctrl-C
@@ -26,6 +31,39 @@ triton_jobs.register(app)
 serving_jobs.register(app)
 trust_jobs.register(app)
 catalogue.register(app)
+
+
+@app.callback()
+def asked_for(
+    trust_remote_code: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--trust-remote-code",
+            metavar="FINGERPRINT",
+            envvar=TRUST,
+            help="Run the Python files of this fingerprint that a model brings, with your rights. A model that brings "
+            "code is refused with its fingerprint otherwise.",
+        ),
+    ] = None,
+) -> None:
+    """What holds for every command."""
+    fingerprints = " ".join(trust_remote_code or ()).split()
+    for fingerprint in fingerprints:
+        if not FINGERPRINT.fullmatch(fingerprint):
+            raise UserError(
+                f"--trust-remote-code {fingerprint!r}: expected the 32 hexadecimal digits that the refusal of a model "
+                "with code of its own shows"
+            )
+    if fingerprints:
+        from trsp_deploy.tools.packaged import home
+
+        os.environ[TRUST] = " ".join(fingerprints)  # for this process and those that it starts
+        os.environ.setdefault("HF_MODULES_CACHE", str(home() / "model-code" / "-".join(sorted(fingerprints))))
+        print(
+            f"warning: Python files that a model brings will run if their fingerprint is {' or '.join(fingerprints)}: "
+            "they can read and change your files, use your keys and reach the network",
+            file=sys.stderr,
+        )
 
 
 def call(arguments: list[str]) -> int:

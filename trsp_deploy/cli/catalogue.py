@@ -10,6 +10,12 @@ from typing import Annotated
 import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON line instead of a table.")]
+STATE_STYLES = {
+    "ok": "green",
+    "warning": "yellow",
+    "missing": "yellow",
+    "conflict": "bold red",
+}  # of a doctor's finding
 Name = Annotated[str, typer.Argument(help="A name from `ls`, or a YAML file.")]
 
 
@@ -74,7 +80,7 @@ def doctor(as_json: Json = False) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from trsp_deploy.cli.tables import STATE_STYLES, console
+    from trsp_deploy.cli.terminal import console
 
     table = Table("", "what", "found", box=None, pad_edge=False, header_style="bold")
     for finding in findings:
@@ -117,7 +123,7 @@ def _progress(line: str) -> None:
 
 
 def _show(columns: tuple[str, ...], rows: Sequence[Sequence[str]], as_json: bool) -> None:
-    from trsp_deploy.cli.tables import console, plain_table
+    from trsp_deploy.cli.terminal import console, plain_table
 
     if as_json:
         print(json.dumps([dict(zip(columns, row, strict=True)) for row in rows]))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from trsp_deploy.tools.library import engine_names, load_engine_spec, load_recip
 from trsp_deploy.tools.models import SHORT_NAMES
 
 PROGRAM = "trsp-deploy"
+SHELL = ("install_completion", "show_completion", "help")  # said in the header
 HEADER = """# Command line
 
 Written by `python -m trsp_deploy.cli.reference docs` out of the code; a test compares. `--help` on any command
@@ -44,7 +45,10 @@ parity check (exit code 4) says whether an fp16 engine holds.
 
 def command_page() -> str:
     """cli.md: every command with its arguments and options."""
-    return "\n".join([HEADER, *(_section(name, command) for name, command in commands())])
+    root: Any = get_command(app)
+    options = [option for option in root.params if option.name not in SHELL]
+    before = ["## Before any command", "", f"    {PROGRAM} [OPTIONS] COMMAND", "", *_parameters([], options)]
+    return "\n".join([HEADER, *before, *(_section(name, command) for name, command in commands())])
 
 
 def catalogue_page() -> str:
@@ -98,13 +102,15 @@ def _section(name: str, command: Any) -> str:
     more = ["[OPTIONS]"] if len(options) > len(needed) else []
     usage = " ".join([PROGRAM, name, *(_usage(argument) for argument in arguments), *needed, *more])
     lines = [f"## {name}", "", command.help, "", f"    {usage}", ""]
+    return "\n".join([*lines, *_parameters(arguments, options)])
+
+
+def _parameters(arguments: Sequence[Any], options: Sequence[Any]) -> list[str]:
+    """Lines of their table; none for a command that has none."""
     rows = [(_placeholder(argument), argument) for argument in arguments]
     rows += [(_spelled(option), option) for option in options]
-    if rows:
-        lines += ["| | | default |", "|---|---|---|"]
-        lines += [f"| `{shown}` | {_cell(parameter.help)} | {_default(parameter)} |" for shown, parameter in rows]
-        lines.append("")
-    return "\n".join(lines)
+    table = [f"| `{shown}` | {_cell(parameter.help)} | {_default(parameter)} |" for shown, parameter in rows]
+    return ["| | | default |", "|---|---|---|", *table, ""] if table else []
 
 
 def _usage(argument: Any) -> str:

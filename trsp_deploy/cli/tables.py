@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from trsp_deploy.cli.terminal import console, plain_table
 from trsp_deploy.tools.comparisons import ComparisonReport, notes, sentence
 from trsp_deploy.tools.device_memory import MemoryPlan
 from trsp_deploy.tools.pages.sweep_page import columns, row
@@ -25,8 +24,6 @@ from trsp_deploy.tools.report import (
 from trsp_deploy.tools.served import SERVED_COLUMNS, ServedReport, served_notes, served_rows, served_sentence
 from trsp_deploy.tools.sweeps import Sweep, answer
 
-STATE_STYLES = {"ok": "green", "warning": "yellow", "missing": "yellow", "conflict": "bold red"}
-PIPED_WIDTH = 120
 MEMORY_LABELS = {
     "weights_bytes": "weights",
     "gradients_bytes": "gradients",
@@ -37,11 +34,6 @@ MEMORY_LABELS = {
     "refit_bytes": "normal equations (fold, refit)",
     "slack_bytes": "allocator and libraries",
 }
-
-
-def console(file: TextIO) -> Console:
-    """A console on a stream; piped output gets a fixed width instead of a terminal's."""
-    return Console(file=file, highlight=False, width=None if file.isatty() else PIPED_WIDTH)
 
 
 def print_report(report: Report, run: Path, file: TextIO) -> None:
@@ -119,11 +111,3 @@ def print_memory(plan: MemoryPlan, file: TextIO) -> None:
     out.print(f"{plan.model}, {plan.weights} weights; {plan.device} memory available: {there}", soft_wrap=True)
     exports = ", ".join(f"{size / 1e9:.2f} GB in {precision}" for precision, size in plan.export_bytes.items())
     out.print(f"export, in main memory: {exports}", soft_wrap=True)
-
-
-def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Rows under headings, without lines."""
-    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
-    for cells in rows:
-        table.add_row(*(Text(cell) for cell in cells))  # Text: a `[gpu]` in a pip command is no markup
-    return table

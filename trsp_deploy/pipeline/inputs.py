@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig
 
 from trsp_deploy.artifacts import RunFolder, writing
-from trsp_deploy.decoder import load_tokenizer
+from trsp_deploy.decoder import load_config, load_tokenizer
 from trsp_deploy.recipe import Recipe, Strict
 from trsp_deploy.results import Role
 from trsp_deploy.tools.models import ModelSource, copy_model, resolve_model
@@ -63,7 +62,7 @@ class Inputs:
     def num_layers(self) -> int:
         """Of the dense model."""
         self.dense()
-        count: int = AutoConfig.from_pretrained(self.path("dense"), local_files_only=True).num_hidden_layers
+        count: int = load_config(self.path("dense")).num_hidden_layers
         return count
 
     @functools.cache

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import AutoConfig
 
 from trsp_deploy.artifacts import RunFolder, writing
+from trsp_deploy.decoder import load_config
 from trsp_deploy.errors import RunError
 from trsp_deploy.reading import read_yaml
 from trsp_deploy.recipe import Recipe, parse_drop
@@ -23,7 +23,7 @@ def default_folder(recipe: Recipe, say: Callable[[str], None]) -> Path:
     if "RANK" in os.environ:
         raise RunError("--out is missing: several processes have to be told where they meet")
     source = resolve_model(recipe.model, say)
-    layers = AutoConfig.from_pretrained(source.path, local_files_only=True).num_hidden_layers
+    layers = load_config(Path(source.path)).num_hidden_layers
     return Path("runs") / f"{Path(recipe.model).name}-drop{parse_drop(recipe.drop, layers)}"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from trsp_deploy.errors import EngineUnavailable, ModelError
+from trsp_deploy.model_code import copy_code
 from trsp_deploy.recipe import ExportSettings, Float
 from trsp_deploy.tools.exporters import dynamo, optimum
 from trsp_deploy.tools.quiet import quiet_libraries
@@ -35,6 +36,7 @@ def export_onnx(
             optimum.export(model, precision, settings.opset or optimum.OPSET, settings.slim, out / FILE)
         else:
             dynamo.export(model, precision, _opset(settings, dynamo.OPSET), out / FILE)
+        copy_code(model, out)  # the config beside the graph names it
         if precision == "fp16":
             _guard(out, calibration)
     return tuple(sorted(path.name for path in out.glob(f"{FILE}_data*")))

@@ -28,6 +28,7 @@ from trsp_deploy.decoder import (
     remove_layers,
     stored_dtype,
 )
+from trsp_deploy.model_code import copy_code
 from trsp_deploy.recipe import Recipe
 from trsp_deploy.results import PrunedCheckpoint
 from trsp_deploy.tools.checkpoints import Checkpoints, put_back, training_state
@@ -104,6 +105,7 @@ def transfer_and_remove(
         )
         model.to("cpu", stored_dtype(dense)).save_pretrained(out)
         load_tokenizer(dense).save_pretrained(out)
+        copy_code(dense, out)
         write_model_card(out, source, plan, recipe, result)
     finished = processes.from_main(result)
     assert finished is not None  # the main process has made it

@@ -14,8 +14,10 @@ from typing import Any, Literal
 
 import torch
 
+from trsp_deploy.decoder import load_config
 from trsp_deploy.errors import DeviceMemoryError, ModelError, TrspError
-from trsp_deploy.reading import user_path
+from trsp_deploy.model_code import CODE, CONFIGS
+from trsp_deploy.reading import read_json, user_path
 from trsp_deploy.recipe import FLOAT_BYTES, Float, Recipe, Strict, override, read_recipe
 from trsp_deploy.tools.hub import hub_errors, hub_problem
 from trsp_deploy.tools.memory import MemoryEstimate, Stage, StageMemory
@@ -62,8 +64,6 @@ def model_config(name: str, progress: Callable[[str], None]) -> Any:
 
     Raises ModelError as `resolve_model` does.
     """
-    from transformers import AutoConfig
-
     folder = user_path(name)
     if not (folder / "config.json").is_file():
         packaged = dequantised_model(name, progress) if name in ASSETS and name in SHORT_NAMES else None
@@ -74,14 +74,17 @@ def model_config(name: str, progress: Callable[[str], None]) -> Any:
         else:
             folder = Path(resolve_model(name, progress).path)
     check_decoder_only(folder)
-    return AutoConfig.from_pretrained(folder, local_files_only=True)
+    return load_config(folder)
 
 
 def _config_from_hub(name: str, repo: str) -> Path:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, snapshot_download
 
     try:
-        return Path(hf_hub_download(repo, "config.json")).parent
+        folder = Path(hf_hub_download(repo, "config.json")).parent
+        if read_json(folder / "config.json", ModelError).get("auto_map"):
+            folder = Path(snapshot_download(repo, allow_patterns=[*CONFIGS, CODE]))
+        return folder
     except hub_errors() as problem:
         raise ModelError(
             f"model '{name}': config.json of {repo} is not in the Hugging Face cache, and {hub_problem(problem)}; "

@@ -17,10 +17,9 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from trsp_deploy.decoder import cache_per_token, count_weights, decoder_layers
+from trsp_deploy.decoder import build_model, cache_per_token, count_weights, decoder_layers
 from trsp_deploy.recipe import FLOAT_BYTES, Float, Recipe, Strict, parse_drop
 from trsp_deploy.tools.losses import SLICE_BYTES
 from trsp_deploy.tools.methods.fold import SHORTLIST
@@ -102,7 +101,7 @@ class MemoryEstimate:
         self.fast_bf16 = fast_bf16
         self.dropped = dropped
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config)
+            skeleton = build_model(config)
         self.counts = count_weights(skeleton)
         self._largest = max(weight.numel() for weight in skeleton.parameters())
         self._buffers_bytes = sum(buffer.nbytes for buffer in skeleton.buffers())

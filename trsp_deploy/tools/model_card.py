@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from trsp_deploy import __version__
+from trsp_deploy.model_code import model_code
 from trsp_deploy.recipe import Recipe
 from trsp_deploy.results import PrunedCheckpoint
 from trsp_deploy.tools.models import SHORT_NAMES, ModelSource
@@ -24,6 +25,11 @@ NOT_CARRIED = re.compile(
 )
 LEGAL_FILES = re.compile(r"(?i)(LICEN[CS]E|NOTICE|USE_POLICY|COPYING)(\.\w+)?")
 
+PLAIN = "It loads with plain `transformers`; no code of trsp_deploy is needed."
+CUSTOM = """Its architecture is code of the base model's, which lies beside the weights:
+{files}.
+It runs with your rights when transformers is told `trust_remote_code=True`, as it has to be: read it first."""
+
 TEXT = """---
 {metadata}
 ---
@@ -32,7 +38,7 @@ TEXT = """---
 
 {base} with {dropped_count} of its {num_layers} transformer layers removed by TRSP
 ([arXiv 2505.18232](https://arxiv.org/abs/2505.18232)), made with trsp_deploy {version}.
-It loads with plain `transformers`; no code of trsp_deploy is needed.
+{loading}
 
 | | dense | pruned |
 |---|---|---|
@@ -61,6 +67,7 @@ def write_model_card(
     for file in sorted(Path(source.path).glob("*")):
         if file.is_file() and LEGAL_FILES.fullmatch(file.name):
             shutil.copyfile(file, folder / file.name)
+    code = model_code(folder)
     tags = [tag for tag in carried.get("tags") or () if isinstance(tag, str) and not NOT_CARRIED.fullmatch(tag)]
     metadata = ModelCardData(
         base_model=hub_id,
@@ -68,13 +75,14 @@ def write_model_card(
         library_name="transformers",
         license=source.licence.lower() if source.licence else None,
         pipeline_tag="text-generation",
-        tags=list(dict.fromkeys([*tags, *TAGS])),
+        tags=list(dict.fromkeys([*tags, *TAGS, *(["custom_code"] if code else [])])),
         **{key: carried[key] for key in CARRIED if carried.get(key)},
     )
     card = TEXT.format(
         metadata=metadata.to_yaml(),
         name=f"{base.rpartition('/')[2]}-trsp-{len(plan.dropped)}of{plan.num_layers}",
         base=base,
+        loading=CUSTOM.format(files=", ".join(f"`{file}`" for file in code.files)) if code else PLAIN,
         version=__version__,
         dropped=", ".join(map(str, plan.dropped)),
         dropped_count=len(plan.dropped),

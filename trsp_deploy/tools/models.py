@@ -1,7 +1,7 @@
 """From what a user calls a model (folder, short name, hub id) to a local Hugging Face folder.
 
-Nothing here runs code that came with a model: trust_remote_code stays off, a model that names code of its own is
-refused, and so are pickled weights, which can hold any code (`safe_copy` makes safetensors of them).
+A model that names code of its own is refused unless the user asked for that code (`model_code`), and so are pickled
+weights, which can hold any code (`safe_copy` makes safetensors of them).
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from trsp_deploy.artifacts import storage_errors
 from trsp_deploy.errors import ModelError, nearest
+from trsp_deploy.model_code import CODE, copy_code, model_code, refuse_unless_trusted
 from trsp_deploy.reading import read_json, user_path
 from trsp_deploy.recipe import Strict
 from trsp_deploy.tools.hub import hub_errors, hub_problem
@@ -72,7 +73,7 @@ SHORT_NAMES: dict[str, str] = {
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 SAFETENSORS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
-# Code, and what only code of others can read: no model folder of the toolkit's holds any.
+# Code, and what only code of others can read: a run's model folders hold none but the code that the user asked for.
 UNSAFE_FILES = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|pickle|h5|msgpack|npy|py|pyc|so)(\.index\.json)?", re.IGNORECASE)
 PYTORCH_BINS = re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?")
 COMPANIONS = re.compile(
@@ -114,15 +115,20 @@ def resolve_model(name: str, progress: Callable[[str], None]) -> ModelSource:
     else:
         raise ModelError(_not_found(name, folder))
     check_decoder_only(Path(source.path))
+    code = model_code(Path(source.path))
+    if code is not None:
+        progress(f"running the model's own code: {', '.join(code.files)} ({code.fingerprint})")
     return source
 
 
 def copy_model(folder: Path, out: Path) -> None:
     """Make `out` a Hugging Face folder with the files of another, sharing their blocks where the file system can.
 
-    A model need not lie on the disk twice; files are never changed in place. Pickles and code stay behind.
+    A model need not lie on the disk twice; files are never changed in place. Pickles stay behind, and so does code but
+    what the configs name.
     """
     out.mkdir()
+    copy_code(folder, out)
     for file in sorted(path for path in folder.iterdir() if path.is_file()):
         if UNSAFE_FILES.fullmatch(file.name):
             continue
@@ -135,9 +141,9 @@ def copy_model(folder: Path, out: Path) -> None:
 def check_decoder_only(folder: Path) -> str:
     """Return the model's class, such as "OPTForCausalLM".
 
-    Raises ModelError when config.json cannot be read, when it or the tokenizer names code that comes with the model,
-    when transformers does not know the architecture, when it is an encoder or encoder-decoder model, and when the
-    weights are quantised.
+    Raises ModelError when config.json cannot be read, when it or the tokenizer names code that comes with the model and
+    the user did not ask for, when neither transformers nor that code knows the architecture, when it is an encoder or
+    encoder-decoder model, and when the weights are quantised.
     """
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -146,16 +152,23 @@ def check_decoder_only(folder: Path) -> str:
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     )
 
+    from trsp_deploy.decoder import load_config
+
     path = folder / "config.json"
     values = read_json(path, ModelError)
-    _check_no_code(folder)
+    refuse_unless_trusted(folder)
     model_type = values.get("model_type")
     if not isinstance(model_type, str):
         raise ModelError(f"{path}: has no model_type, so it does not describe a transformers model")
-    if model_type not in CONFIG_MAPPING_NAMES:
+    if "quantization_config" in values:
+        raise ModelError(f"{folder}: holds quantised weights; pruning trains them, so give the unquantised model")
+    own = values.get("auto_map") or {}
+    if model_type not in CONFIG_MAPPING_NAMES and "AutoConfig" not in own:
         raise ModelError(f"{path}: model_type '{model_type}' is not known to transformers {transformers.__version__}")
+    if "AutoModelForCausalLM" in own:
+        return _check_own_code(folder, path)
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = load_config(folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         raise ModelError(f"{path}: transformers cannot read it ({_first_line(problem)})") from problem
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
@@ -165,33 +178,23 @@ def check_decoder_only(folder: Path) -> str:
     known = {name for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in _as_tuple(names)}
     if causal is None or encoder or config.is_encoder_decoder or architecture not in known:
         raise ModelError(f"{folder}: is {architecture}, not a decoder-only causal language model")
-    if "quantization_config" in values:
-        raise ModelError(f"{folder}: holds quantised weights; pruning trains them, so give the unquantised model")
     return architecture
 
 
-def _check_no_code(folder: Path) -> None:
-    """Raise ModelError, with what would run, when a config asks for code that comes with the model."""
-    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
-        path = folder / name
-        auto_map = read_json(path, ModelError).get("auto_map") if path.is_file() else None
-        if not auto_map:
-            continue
-        entries = auto_map.items() if isinstance(auto_map, dict) else [("auto_map", auto_map)]
-        would = ", ".join(f"{kind} as {_code(value)}" for kind, value in entries)
-        raise ModelError(
-            f"{path}: its auto_map would run code that comes with the model ({would}), with your rights; that is never "
-            "done (trust_remote_code stays off); where transformers has the architecture too, take `auto_map` out of "
-            "the file and give --model FOLDER"
-        )
+def _check_own_code(folder: Path, path: Path) -> str:
+    """Return the class of a model whose code the user asked for, having built it once without weights."""
+    import torch
 
+    from trsp_deploy.decoder import build_model, load_config
 
-def _code(value: Any) -> str:
-    """An auto_map's value, such as "modeling_x.XForCausalLM" or a pair of those, as file and class."""
-    parts = [str(part) for part in (value if isinstance(value, list) else [value]) if part]
-    repo, _, rest = parts[0].rpartition("--") if parts else ("", "", "?")
-    module, _, name = rest.rpartition(".")
-    return f"{name} of {f'{repo}/' if repo else ''}{module}.py"
+    try:
+        with torch.device("meta"):
+            model = build_model(load_config(folder))
+    except Exception as problem:  # whatever that code does
+        raise ModelError(f"{path}: the model's own code failed ({_first_line(problem)})") from problem
+    if model.config.is_encoder_decoder:
+        raise ModelError(f"{folder}: is {type(model).__name__}, not a decoder-only causal language model")
+    return type(model).__name__
 
 
 def _packaged(name: str, progress: Callable[[str], None]) -> ModelSource | None:
@@ -225,7 +228,7 @@ def _from_hub(name: str, repo: str, progress: Callable[[str], None]) -> ModelSou
         # Of the one file: the snapshot holds less than the repository, and what it has to hold `_missing` knows.
         folder = Path(snapshot_download(repo, allow_patterns=["config.json"], local_files_only=True))
         _refuse_pickles(folder, name)
-        cached = _missing(folder) is None
+        cached = _missing(folder) is None and _has_its_code(folder)
     except LocalEntryNotFoundError:
         cached = False
     if not cached:
@@ -268,7 +271,7 @@ def _download(repo: str, progress: Callable[[str], None]) -> Path:
     weights = [file for file in sizes if SAFETENSORS.fullmatch(file)]
     if not weights and (pickles := [file for file in sizes if PYTORCH_BINS.fullmatch(file)]):
         raise ModelError(_only_pickles(repo, pickles[0]))
-    files = weights + [file for file in sizes if COMPANIONS.fullmatch(file)]
+    files = weights + [file for file in sizes if COMPANIONS.fullmatch(file) or Path(file).match(CODE)]
     progress(f"downloading {repo} from the Hugging Face hub ({sum(sizes[file] for file in files) / 1e9:.2f} GB)")
     # By branch, not by info.sha: only then does the cache note what `main` is and answer without a network.
     return Path(snapshot_download(repo, allow_patterns=files))
@@ -324,6 +327,14 @@ def _missing(folder: Path) -> str | None:
     if not any((folder / file).is_file() for file in TOKENIZER_FILES):
         return f"no tokenizer ({', '.join(TOKENIZER_FILES[:2])} or the like)"
     return None
+
+
+def _has_its_code(folder: Path) -> bool:
+    try:
+        model_code(folder)
+    except ModelError:
+        return False
+    return True
 
 
 def _readable(path: Path) -> bool:

@@ -22,12 +22,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import Conv1D
 
-from trsp_deploy.decoder import decoder_layers
+from trsp_deploy.decoder import build_model, decoder_layers
 from trsp_deploy.recipe import Strict, TransferSettings
 from trsp_deploy.tools.gates import GateForm, LayerGates
 from trsp_deploy.tools.parameters import choose_trained, recomputed_layers
@@ -117,11 +117,10 @@ def _last_hidden(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tenso
 
 
 def _without_data(config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    make = AutoModelForCausalLM.from_config
     try:
-        return make(copy.deepcopy(config), dtype=dtype, attn_implementation=FUSED).eval()
+        return build_model(copy.deepcopy(config), dtype=dtype, attn_implementation=FUSED).eval()
     except (ValueError, KeyError):  # an architecture with attention code of its own: it is counted as it is
-        return make(copy.deepcopy(config), dtype=dtype).eval()
+        return build_model(copy.deepcopy(config), dtype=dtype).eval()
 
 
 class LiveBytes(TorchDispatchMode):

@@ -15,6 +15,7 @@ from typing import Any
 
 from trsp_deploy.artifacts import storage_errors, writing
 from trsp_deploy.errors import ModelError
+from trsp_deploy.model_code import CODE, copy_code
 from trsp_deploy.reading import user_path
 from trsp_deploy.tools.hub import hub_errors, hub_problem
 from trsp_deploy.tools.models import (
@@ -53,6 +54,7 @@ def convert(name: str, out: Path | None, progress: Callable[[str], None]) -> Pat
         for file in folder.iterdir():
             if COMPANIONS.fullmatch(file.name):
                 shutil.copyfile(file, partial / file.name)
+        copy_code(folder, partial)
         weights: dict[str, Any] = {}
         for shard in shards:
             progress(f"reading {shard.name}")
@@ -73,7 +75,7 @@ def _source(name: str, progress: Callable[[str], None]) -> Path:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     progress(f"fetching {repo}")
-    patterns = ["pytorch_model*.bin*", "*.json", "*.txt", "*.model", "*.jinja", "README.md"]
+    patterns = ["pytorch_model*.bin*", "*.json", "*.txt", "*.model", "*.jinja", "README.md", CODE]
     try:
         with storage_errors(Path(HF_HUB_CACHE)):
             return Path(snapshot_download(repo, allow_patterns=patterns))

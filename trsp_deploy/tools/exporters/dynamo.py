@@ -14,6 +14,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
+from trsp_deploy.decoder import load_model
 from trsp_deploy.errors import ModelError
 from trsp_deploy.recipe import Float
 from trsp_deploy.tools.graphs.decoder_io import PAST, PRESENT
@@ -32,12 +33,8 @@ def export(model: Path, precision: Float, opset: int, out: Path) -> None:
     opset: 20 or more. Raises ModelError when torch cannot trace the model.
     """
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
-    from transformers import AutoModelForCausalLM
 
-    network = AutoModelForCausalLM.from_pretrained(
-        model, dtype=DTYPES[precision], local_files_only=True, use_safetensors=True
-    )
-    network = network.eval().requires_grad_(False)
+    network = load_model(model, dtype=DTYPES[precision]).requires_grad_(False)
     network.config.use_cache = True
     heads = _cache_heads(network)
     step = _Step(network)

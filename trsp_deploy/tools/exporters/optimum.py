@@ -46,8 +46,9 @@ def export(model: Path, precision: Float, opset: int, slim: bool, out: Path) -> 
     try:
         _trace(network, opset, out)
     except (ValueError, KeyError, NotImplementedError) as problem:
-        reason = " ".join(str(problem).split())[:300]
-        raise ModelError(f"{model}: Optimum cannot export it to ONNX ({reason})") from problem
+        reason = " ".join(str(problem).split())[:200]
+        other = "`--set export.exporter=dynamo` traces it with torch alone"
+        raise ModelError(f"{model}: Optimum cannot export it to ONNX ({reason}); {other}") from problem
     read = open_weights(model, network)
     traced = ir.load(out)
     weights = network.state_dict().keys() & {value.name for value in traced.graph.inputs}

@@ -17,8 +17,9 @@ from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
+from trsp_deploy.decoder import build_model, load_config, load_model
 from trsp_deploy.errors import ModelError
 
 Read = Callable[[str], torch.Tensor]
@@ -28,9 +29,8 @@ def build_skeleton(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The folder's model in eval mode with one number, repeated, for each weight; its buffers are real."""
     from transformers.modeling_utils import no_init_weights  # elsewhere in transformers 5, which this is not for
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with no_init_weights(), init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        model = build_model(load_config(folder), dtype=dtype)
     model.config.dtype = dtype
     model.tie_weights()  # again: an empty weight that is assigned is copied
     if (folder / "generation_config.json").is_file():
@@ -82,10 +82,7 @@ def open_weights(folder: Path, model: PreTrainedModel) -> Read:
     for name, names in _aliases(model).items():
         key = next((key for key in _keys(names, model.base_model_prefix) if key in files), None)
         if key is None:
-            loaded = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=model.dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
-            )
-            return loaded.state_dict().__getitem__
+            return load_model(folder, dtype=model.dtype).state_dict().__getitem__
         places[name] = files[key], key
     state = model.state_dict()
 
