@@ -25,6 +25,7 @@ from trsp_deploy.decoder import decoder_layers
 from trsp_deploy.recipe import Recipe
 from trsp_deploy.tools.checkpoints import Checkpoints
 from trsp_deploy.tools.gates import LayerGates
+from trsp_deploy.tools.heap import kept_heap
 from trsp_deploy.tools.losses import TokenLosses
 from trsp_deploy.tools.methods import METHODS
 from trsp_deploy.tools.methods.base import Selection
@@ -55,6 +56,7 @@ def select_layers(
     return select_for_counts(model, train, validation, (num_dropped,), recipe, calibration, checkpoints)[num_dropped]
 
 
+@kept_heap()
 def select_for_counts(
     model: PreTrainedModel,
     train: torch.Tensor,

@@ -34,6 +34,7 @@ from trsp_deploy.results import PrunedCheckpoint
 from trsp_deploy.tools.checkpoints import Checkpoints, put_back, training_state
 from trsp_deploy.tools.forms import FORMS, Form
 from trsp_deploy.tools.gates import LayerGates
+from trsp_deploy.tools.heap import kept_heap
 from trsp_deploy.tools.losses import TokenLosses
 from trsp_deploy.tools.model_card import write_model_card
 from trsp_deploy.tools.models import ModelSource
@@ -52,6 +53,7 @@ from trsp_deploy.tools.teacher import DenseStates
 from trsp_deploy.tools.training import TRAINING_DTYPES, autocast, batch_order, learning_rate, mean_loss, pick_device
 
 
+@kept_heap()
 def transfer_and_remove(
     dense: Path,
     source: ModelSource,

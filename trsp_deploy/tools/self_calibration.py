@@ -21,6 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from trsp_deploy.errors import RecipeError
 from trsp_deploy.tools.checkpoints import Checkpoints
+from trsp_deploy.tools.heap import kept_heap
 from trsp_deploy.tools.progress import Meter
 
 TEMPERATURE = 0.8  # at 1 a small model soon writes what no text says (docs/log.md)
@@ -48,6 +49,7 @@ def opening(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
     return [first]
 
 
+@kept_heap()
 def write_windows(
     model: PreTrainedModel,
     begin: Sequence[int],

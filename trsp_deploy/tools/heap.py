@@ -1,0 +1,48 @@
+"""Main memory that stays with the process while it computes the same shapes again and again.
+
+glibc takes whatever is larger than some MB from the kernel and gives it back when it is freed, so that every step of a
+training begins by having hundreds of MB zeroed, page by page. Kept, the next step finds it. The field's other way is
+another allocator under the process (jemalloc, tcmalloc, with LD_PRELOAD), which only whoever starts it can choose.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Iterator
+
+# mallopt(3)
+M_TRIM_THRESHOLD = -1
+M_MMAP_MAX = -4
+NEVER = -1
+# What glibc comes to by itself, whose own rule is off once these are set.
+USUAL_TRIM_THRESHOLD = 64 << 20  # bytes
+USUAL_MMAP_MAX = 65536
+
+_depth = 0
+
+
+@contextlib.contextmanager
+def kept_heap() -> Iterator[None]:
+    """Keep what is freed inside for what is allocated next, and give it back at the end; of the whole process.
+
+    Without glibc nothing changes. The most that the process holds stays the same but for what lies between.
+    """
+    global _depth
+    _depth += 1
+    _set(M_MMAP_MAX, 0)
+    _set(M_TRIM_THRESHOLD, NEVER)
+    try:
+        yield
+    finally:
+        _depth -= 1
+        if not _depth:
+            _set(M_MMAP_MAX, USUAL_MMAP_MAX)
+            _set(M_TRIM_THRESHOLD, USUAL_TRIM_THRESHOLD)
+            with contextlib.suppress(OSError, AttributeError):
+                ctypes.CDLL(None).malloc_trim(0)
+
+
+def _set(parameter: int, value: int) -> None:
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(parameter, value)
