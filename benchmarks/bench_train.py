@@ -187,7 +187,7 @@ def stage_2(options: argparse.Namespace) -> dict[str, Any]:
     from trsp_deploy.tools.gates import LayerGates
     from trsp_deploy.tools.heap import kept_heap
     from trsp_deploy.tools.losses import TokenLosses
-    from trsp_deploy.tools.parameters import choose_trained
+    from trsp_deploy.tools.parameters import choose_trained, recomputed_layers
     from trsp_deploy.tools.processes import Processes
     from trsp_deploy.tools.training import TRAINING_DTYPES
 
@@ -203,7 +203,11 @@ def stage_2(options: argparse.Namespace) -> dict[str, Any]:
     processes = Processes(job.device)
     training = Training(TokenLosses(model), job.windows, job.recipe, processes, None)
     job.reset_peak()
-    with kept_heap(), LayerGates(model, "branch") as gates:
+    with (
+        kept_heap(),
+        recomputed_layers(model, job.recipe.transfer.gradient_checkpointing),
+        LayerGates(model, "branch") as gates,
+    ):
         doomed = range(len(gates.open) // 2, len(gates.open) // 2 + len(gates.open) // 4)
         training.run(Timed(model, gates, doomed, job.recipe.transfer, processes))
         job.mark()

@@ -103,7 +103,8 @@ class TransferSettings(Strict):
     warmup_share: Share = 0.03
     anneal_share: Share = 0.25  # share of the steps in which the gates go from 1 to 0
     train: Literal["all", "layers"] = "layers"  # `layers` leaves embeddings and LM head as they are
-    gradient_checkpointing: bool = False  # compute each layer again in the backward pass: less memory, more time
+    # What a backward pass computes again: selective, what is cheap; true, each layer (less memory, more time).
+    gradient_checkpointing: bool | Literal["selective"] = "selective"
     lora_rank: Count | None = None  # train adapters of this rank, merged before saving; None trains the weights
     optimizer: Literal["adamw", "adamw-8bit"] = "adamw"  # adamw-8bit keeps its two moments in 8 bits
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import resource
 import subprocess
@@ -41,10 +42,11 @@ print(resident() - before)
 """
 
 
-def measured(how: str) -> tuple[int, int, int]:
+def measured(how: str, **settings: str) -> tuple[int, int, int]:
     """Page faults of ten tensors, of ten more after an inner block has ended, and bytes held at the end."""
     command = [sys.executable, "-c", FRESH.replace("{size}", str(SIZE)), how]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    environment = {name: value for name, value in os.environ.items() if "MALLOC" not in name and "GLIBC" not in name}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment | settings)
     first, second, held = map(int, done.stdout.split())
     return first, second, held
 
@@ -57,3 +59,8 @@ def test_what_was_freed_is_used_again_and_given_back_at_the_end() -> None:
         pytest.skip("this allocator gets its memory back without the kernel's pages")
     assert first < plain / 10 and second < plain / 10
     assert held < SIZE / 2
+
+
+def test_an_allocator_that_the_user_has_set_stays_as_it_is() -> None:
+    first, _, _ = measured("kept", MALLOC_MMAP_THRESHOLD_="1048576")
+    assert first > 10 * SIZE // resource.getpagesize() // 20

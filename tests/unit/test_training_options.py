@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
 
@@ -16,6 +14,7 @@ from trsp_deploy.tools import losses
 from trsp_deploy.tools.gates import LayerGates
 from trsp_deploy.tools.losses import TokenLosses
 from trsp_deploy.tools.parameters import add_adapters, clip_gradients, make_optimizer, merge_adapters, recomputed_layers
+from trsp_deploy.tools.rehearsal import LiveBytes
 from trsp_deploy.tools.teacher import DenseStates
 
 needs_peft = pytest.mark.skipif(
@@ -115,12 +114,13 @@ def test_selection_computes_no_weight_gradients():
     assert products and not weights & set(products)  # what a weight's gradient would look like
 
 
+@pytest.mark.parametrize("checkpointing", ["selective", True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_recomputed_layers_have_the_same_gradients(family):
+def test_recomputed_layers_have_the_same_gradients(family, checkpointing):
     model, found = tiny_model(family), []
-    for recompute in (False, True):
+    for what in (False, checkpointing):
         model.zero_grad()
-        with recomputed_layers(model) if recompute else contextlib.nullcontext(), LayerGates(model) as gates:
+        with recomputed_layers(model, what), LayerGates(model) as gates:
             gates.watched.add(2)
             loss = TokenLosses(model)(tokens()).total + gates.changes[2].square().mean()
             loss.backward()
@@ -131,22 +131,22 @@ def test_recomputed_layers_have_the_same_gradients(family):
 
 
 def test_recomputed_layers_keep_less_for_backward():
-    def kept(recompute):
-        model, sizes = tiny_model("llama"), []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.nbytes), t)[1], lambda t: t):
-            if recompute:
-                with recomputed_layers(model):
-                    TokenLosses(model)(tokens())
-            else:
-                TokenLosses(model)(tokens())
-        return sum(sizes)
+    def kept(checkpointing):
+        model = tiny_model("llama")
+        known = [*model.parameters(), *model.buffers()]
+        with LiveBytes(known) as live, recomputed_layers(model, checkpointing):
+            loss = TokenLosses(model)(tokens(batch=4, length=64)).total
+        assert loss.requires_grad
+        return live.now
 
-    assert kept(True) < 0.4 * kept(False)
+    everything = kept(False)
+    assert kept(True) < 0.4 * everything and kept("selective") < 0.7 * everything
 
 
-def test_gradient_checkpointing_changes_no_result(dense, tmp_path):
-    plain = transfer(dense, tmp_path / "plain", form="l2")
-    saving = transfer(dense, tmp_path / "saving", form="l2", gradient_checkpointing=True)
+@pytest.mark.parametrize("checkpointing", ["selective", True])
+def test_gradient_checkpointing_changes_no_result(dense, tmp_path, checkpointing):
+    plain = transfer(dense, tmp_path / "plain", form="l2", gradient_checkpointing=False)
+    saving = transfer(dense, tmp_path / "saving", form="l2", gradient_checkpointing=checkpointing)
     assert plain == saving and same_weights(tmp_path / "plain", tmp_path / "saving")
 
 

@@ -53,7 +53,6 @@ from trsp_deploy.tools.teacher import DenseStates
 from trsp_deploy.tools.training import TRAINING_DTYPES, autocast, batch_order, learning_rate, mean_loss, pick_device
 
 
-@kept_heap()
 def transfer_and_remove(
     dense: Path,
     source: ModelSource,
@@ -77,16 +76,18 @@ def transfer_and_remove(
     parameters_dense = count_weights(model).total
     choose_trained(model, settings)
     losses = TokenLosses(model, settings.ce_weight, settings.kl_weight)
-    ppl_dense = _perplexity(losses, validation, recipe)
-    training = Training(losses, train, recipe, processes, checkpoints)
-    recomputing = recomputed_layers(model) if settings.gradient_checkpointing else contextlib.nullcontext()
-    with recomputing, LayerGates(model, "branch") as gates:
-        form = FORMS[settings.form](model, gates, plan.dropped, settings, processes)
-        form.prepare(train, autocast(recipe, device))
-        adapted = _adapters(model, recipe)
-        training.run(form)
-        form.finish()
-        ppl_before = _perplexity(losses, validation, recipe)
+    # Whoever computes each layer twice is short of memory, and a kept heap has gaps.
+    heap = contextlib.nullcontext() if settings.gradient_checkpointing is True else kept_heap()
+    with heap:
+        ppl_dense = _perplexity(losses, validation, recipe)
+        training = Training(losses, train, recipe, processes, checkpoints)
+        with recomputed_layers(model, settings.gradient_checkpointing), LayerGates(model, "branch") as gates:
+            form = FORMS[settings.form](model, gates, plan.dropped, settings, processes)
+            form.prepare(train, autocast(recipe, device))
+            adapted = _adapters(model, recipe)
+            training.run(form)
+            form.finish()
+            ppl_before = _perplexity(losses, validation, recipe)
     model = _whole(model, adapted, dense, recipe, processes)
     result: PrunedCheckpoint | None = None
     if processes.main:

@@ -183,7 +183,7 @@ def _changes(recipe: Recipe, stage: Stage) -> list[list[str]]:
         return smaller + half + plain
     lora = ["transfer.lora_rank=16"] + (["transfer.train=layers"] if transfer.train == "all" else [])
     return [
-        *([] if transfer.gradient_checkpointing else [["transfer.gradient_checkpointing=true"]]),
+        *([] if transfer.gradient_checkpointing is True else [["transfer.gradient_checkpointing=true"]]),
         *smaller,
         *([["transfer.optimizer=adamw-8bit"]] if transfer.optimizer == "adamw" else []),
         *half,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 from collections.abc import Iterator
 
 # mallopt(3)
@@ -26,9 +27,12 @@ _depth = 0
 def kept_heap() -> Iterator[None]:
     """Keep what is freed inside for what is allocated next, and give it back at the end; of the whole process.
 
-    Without glibc nothing changes. The most that the process holds stays the same but for what lies between.
+    Without glibc nothing changes, nor where the user has set its allocator (MALLOC_..._ and GLIBC_TUNABLES).
     """
     global _depth
+    if any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+        yield
+        return
     _depth += 1
     _set(M_MMAP_MAX, 0)
     _set(M_TRIM_THRESHOLD, NEVER)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -19,6 +19,19 @@ from trsp_deploy.errors import RecipeError
 from trsp_deploy.recipe import TransferSettings
 
 MAX_NORM = 1.0  # of the gradient
+# What costs more to compute again than to keep.
+_aten = torch.ops.aten
+PRODUCTS = (
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten.bmm.default,
+    _aten.baddbmm.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+)
+SELECTIVE = functools.partial(create_selective_checkpoint_contexts, list(PRODUCTS))
 
 
 def choose_trained(model: PreTrainedModel, settings: TransferSettings) -> None:
@@ -89,14 +102,18 @@ def merge_adapters(adapted: Any) -> None:
 
 
 @contextlib.contextmanager
-def recomputed_layers(model: PreTrainedModel) -> Iterator[None]:
-    """Within the block, backward computes each layer again instead of keeping what its forward worked out.
+def recomputed_layers(model: PreTrainedModel, checkpointing: bool | Literal["selective"]) -> Iterator[None]:
+    """Within the block, backward computes again what it needs of each layer's forward instead of finding it kept.
 
+    checkpointing: True keeps nothing but a layer's input. "selective" keeps the results of matrix products and
+    attention as well, so that only what is cheap is made again: norms, and what acts on single numbers. False keeps
+    everything.
     Enter it before the gates, so that they stay outside: what they hold on to is what the layer really returned.
     """
-    layers = list(decoder_layers(model))
+    layers = list(decoder_layers(model)) if checkpointing else []
+    contexts = SELECTIVE if checkpointing == "selective" else noop_context_fn
     for layer in layers:
-        layer.forward = functools.partial(_recomputed, layer.forward)
+        layer.forward = functools.partial(_recomputed, layer.forward, contexts)
     try:
         yield
     finally:
@@ -104,7 +121,7 @@ def recomputed_layers(model: PreTrainedModel) -> Iterator[None]:
             vars(layer).pop("forward", None)
 
 
-def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
+def _recomputed(forward: Any, contexts: Any, *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts, **kwargs)

@@ -87,8 +87,7 @@ def transfer_step(
 ) -> torch.Tensor:
     """Stage 2, its gates' forms included; which layers are doomed makes no difference, so the last ones are."""
     choose_trained(model, settings)
-    if settings.gradient_checkpointing:
-        attached.enter_context(recomputed_layers(model))
+    attached.enter_context(recomputed_layers(model, settings.gradient_checkpointing))
     gates = attached.enter_context(LayerGates(model, "branch"))
     gates.values.requires_grad_(False)
     layers = decoder_layers(model)
