@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -242,14 +243,17 @@ def test_engine_of_another_version_is_refused(export: Export, tmp_path: Path) ->
         ({"gpu": "sm86", "others": "same-compute-capability"}, {"gpu": "sm89"}, "capability sm86, here is sm89"),
         ({"gpu": "sm80", "others": "ampere-plus"}, {"gpu": "sm75"}, "capability sm80, here is sm75"),
         ({"gpu": "sm89", "driver": "570.1"}, {"gpu": "sm89", "driver": "580.2"}, "driver 570.1, here is 580.2"),
+        ({"exact_int8": True}, {}, "for a processor with VNNI; on this one, without, its int8 products would overflow"),
+        ({"exact_int8": True}, {"exact_int8": True}, None),
+        ({}, {"exact_int8": True}, None),
         ({"gpu": "sm80", "others": "ampere-plus"}, {"gpu": "sm90"}, None),
         ({"gpu": "sm89", "driver": "580.2"}, {"gpu": "sm89", "driver": "580.2"}, None),
         ({"gpu": "sm89", "driver": "580.2"}, {}, None),  # no GPU here: opening says so
     ],
 )
 def test_engine_of_another_machine_is_refused(
-    built: dict[str, str],
-    here: dict[str, str],
+    built: dict[str, Any],
+    here: dict[str, Any],
     words: str | None,
     export: Export,
     tmp_path: Path,

@@ -10,22 +10,25 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from onnx import TensorProto, numpy_helper
 
 from tests.exported import Made
 from tests.families import FAMILIES
 from tests.tiny import VOCABULARY
 from trsp_deploy.decoder import decoder_layers, load_model
-from trsp_deploy.errors import EngineSpecError
+from trsp_deploy.errors import EngineSpecError, EngineUnavailable
 from trsp_deploy.recipe import EngineSpec, ExportSettings
 from trsp_deploy.stages import parity
 from trsp_deploy.stages.build import build_engine
 from trsp_deploy.stages.export import export_onnx
+from trsp_deploy.tools import runners
 from trsp_deploy.tools.graphs import products
 from trsp_deploy.tools.inspection import describe, inspect_engine
 from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.quiet import quiet_libraries
 from trsp_deploy.tools.runners import open_engine, ort, ort_build, read_manifest
 from trsp_deploy.tools.runners.ort import OrtRunner
+from trsp_deploy.tools.runners.requirements import adds_int8_exactly
 
 PROMPTS = [[5, 9, 200, 17], [30, 31, 7, 8, 90, 12, 55, 60, 61]]
 # Model -> which passes find nothing to do.
@@ -116,6 +119,27 @@ def test_int8_engine_keeps_what_one_scale_would_spoil(
     careful = built(source, tmp_path / "blocks", "ort-cpu-int8")
     assert operators(careful).count("MatMulNBits") == 6 * 4 + 1
     assert agreement(source, careful, "int8") < agreement(source, engine, "int8")
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_an_int8_engine_is_made_for_what_the_processor_can_add(
+    exact: bool, exported: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = adds_int8_exactly()
+    for module in (ort_build, runners):
+        monkeypatch.setattr(module, "adds_int8_exactly", lambda: exact)
+    source = exported("llama")
+    engine = built(source, tmp_path / "int8", "ort-cpu-int8")
+    whole = onnx.load(engine / "model.onnx")
+    weights = [numpy_helper.to_array(each) for each in whole.graph.initializer if each.data_type == TensorProto.INT8]
+    assert weights and max(np.abs(each).max() for each in weights) == (127 if exact else 64)
+    assert read_manifest(engine).bound.exact_int8 is exact
+    if exact and not here:
+        monkeypatch.undo()
+        with pytest.raises(EngineUnavailable, match="its int8 products would overflow; build it again"):
+            open_engine(engine)
+    else:
+        assert 1e-3 < agreement(source, engine, "int8") < 0.5
 
 
 @pytest.mark.parametrize("family", ["opt", "gpt2"])  # Gemm in the graph, with and without a transposed weight

@@ -43,11 +43,13 @@ def quantize_int8(
     activations: Mapping[str, Activations],
     scratch: Path,
     kept: Collection[str] = (),
+    reduced: bool = False,
 ) -> ir.Model:
     """Return the model with 8-bit weights.
 
     model: after `open_products` (products.py), which names the `head`. activations: what each product reads.
-    scratch: a folder for the graph in between. kept: products that stay in floats.
+    scratch: a folder for the graph in between. kept: products that stay in floats. reduced: weights of 7 bits, whose
+    products with 8-bit activations can be added in pairs within 16 bits.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -61,6 +63,7 @@ def quantize_int8(
             op_types_to_quantize=["MatMul"],
             per_channel=True,
             weight_type=QuantType.QInt8,
+            reduce_range=reduced,
             nodes_to_exclude=[*blocks, *kept, head],
             use_external_data_format=True,
             extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},  # its shape inference ends at fused nodes

@@ -16,6 +16,7 @@ from trsp_deploy.tools.runners.manifest import Bound, BuiltEngine, EngineManifes
 from trsp_deploy.tools.runners.requirements import (
     PACKAGES,
     Package,
+    adds_int8_exactly,
     cuda_devices,
     driver_version,
     package_version,
@@ -93,7 +94,9 @@ def check_can_run(spec: EngineSpec) -> None:
 
 def bound_to(spec: EngineSpec) -> Bound:
     """What an engine that is built here is bound to: TensorRT compiles for the GPU and driver at hand, TensorRT-RTX for
-    the capabilities that its spec names, ONNX Runtime for none."""
+    the capabilities that its spec names, ONNX Runtime for none; int8 on a CPU is made for what that can add up."""
+    if spec.backend == "onnxruntime-cpu" and spec.precision == "int8":
+        return Bound(exact_int8=adds_int8_exactly())
     if spec.backend != "tensorrt":
         return Bound()
     try:

@@ -55,6 +55,7 @@ class Bound(Strict):
     gpu: str | None = None  # compute capability of the GPU that it was compiled on, such as "sm89"
     driver: str | None = None  # version of the NVIDIA driver
     others: Literal["none", "ampere-plus", "same-compute-capability"] = "none"  # GPUs beside that one
+    exact_int8: bool = False  # to a processor that adds int8 products without overflow (`adds_int8_exactly`)
 
     def misfit(self, here: Bound) -> str | None:
         """What differs where `here` was asked of this machine; None where the engine may run."""
@@ -62,6 +63,8 @@ class Bound(Strict):
             return f"for a GPU of compute capability {self.gpu}, here is {here.gpu}"
         if self.driver is not None and here.driver is not None and self.driver != here.driver:
             return f"under NVIDIA driver {self.driver}, here is {here.driver}"
+        if self.exact_int8 and not here.exact_int8:
+            return "for a processor with VNNI; on this one, without, its int8 products would overflow"
         return None
 
     def _serves(self, gpu: str) -> bool:

@@ -18,6 +18,7 @@ from trsp_deploy.tools.runners.half_range import within_range
 from trsp_deploy.tools.runners.manifest import BuiltEngine, PassOutcome, kept_products
 from trsp_deploy.tools.runners.ort import bindings_of, create_session
 from trsp_deploy.tools.runners.passes import Pass, run_passes
+from trsp_deploy.tools.runners.requirements import adds_int8_exactly
 
 ENGINE = "model.onnx"
 
@@ -116,6 +117,7 @@ def _quantise(
     if spec.precision == "int4":
         model = quantize.quantize_int4(model, spec.block_size, head, kept)
     else:
-        model = quantize.quantize_int8(model, spec.block_size, head, activations, out.parent, kept)
+        reduced = not adds_int8_exactly()
+        model = quantize.quantize_int8(model, spec.block_size, head, activations, out.parent, kept, reduced)
     ir.save(model, out, external_data=f"{out.name}.data")
     return out, kept

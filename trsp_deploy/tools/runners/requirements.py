@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import importlib
 import importlib.metadata
+import platform
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 from trsp_deploy.errors import EngineUnavailable
@@ -66,6 +68,21 @@ def _reinstall(package: Package) -> str:
 def package_version(backend: Backend) -> str:
     """Version of a backend's package; raises EngineUnavailable when it does not import."""
     return str(load_package(backend).__version__)
+
+
+def adds_int8_exactly() -> bool:
+    """Whether the CPU's int8 products have the sums that they should.
+
+    On x86 without VNNI ONNX Runtime adds neighbouring products of a u8 and an s8 in 16 bits (`vpmaddubsw`), where 2 x
+    255 x 127 overflows; weights of 7 bits do not (its documentation: "When to use reduce-range").
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    except OSError:
+        return False
+    return bool(flags & {"avx512_vnni", "avx_vnni"})
 
 
 def cuda_devices() -> list[CudaDevice]:

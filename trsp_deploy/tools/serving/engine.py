@@ -9,7 +9,7 @@ from pathlib import Path
 from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.tools.runners.base import Runner
 from trsp_deploy.tools.runners.manifest import Bound, EngineManifest, check_manifest, read_manifest
-from trsp_deploy.tools.runners.requirements import cuda_devices, driver_version, package_version
+from trsp_deploy.tools.runners.requirements import adds_int8_exactly, cuda_devices, driver_version, package_version
 from trsp_deploy.tools.runners.running_batch import OneText, Rotation, RunningBatch
 from trsp_deploy.tools.serving.loop import Batch
 
@@ -39,7 +39,7 @@ def batches(spec: EngineSpec) -> bool:
 
 def _here(spec: EngineSpec) -> Bound:
     if spec.backend != "tensorrt":
-        return Bound()
+        return Bound(exact_int8=adds_int8_exactly())
     return Bound(gpu=cuda_devices()[0].compute_capability, driver=driver_version(), others=spec.hardware_compatibility)
 
 
