@@ -80,11 +80,13 @@ def test_the_commands_of_a_page_run(page: str, reader: Path, monkeypatch: pytest
     monkeypatch.setenv("RUN", "RUN")
     BEFORE.get(page, lambda folder: None)(reader)
     for text in DOCUMENTED[page]:
-        name, *_ = words = shlex.split(re.sub(r"\$(\w+)", r"\1", text))
+        words = shlex.split(re.sub(r"\$(\w+)", r"\1", text))
+        before, words = ([words[0], "0" * 32], words[2:]) if words[0] == "--trust-remote-code" else ([], words)
+        name = words[0]
         if name in ELSEWHERE:
             continue
         words = [WITHOUT_GPU.get(word, word) for word in words]
-        done = trsp_deploy(*(heavy(words) if name in HEAVY else words), cwd=reader)
+        done = trsp_deploy(*before, *(heavy(words) if name in HEAVY else words), cwd=reader)
         said = f"{page}: trsp-deploy {text}: exit code {done.returncode}\n{done.stderr}"
         assert done.returncode in {0, *VERDICTS.get(name, ())}, said
         redirected = re.search(rf"trsp-deploy {re.escape(text)} > (\S+)", (ROOT / page).read_text(encoding="utf-8"))
