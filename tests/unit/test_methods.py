@@ -60,7 +60,7 @@ def make_idle(model, indices) -> None:
                 parameter.data.zero_()
 
 
-def train(model, windows, steps=150):
+def train(model, windows, steps=300):
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=3e-3)
     batch = batches(windows, 8, seed=0)
