@@ -10,13 +10,10 @@ from typing import Annotated
 import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON line instead of a table.")]
-STATE_STYLES = {
-    "ok": "green",
-    "warning": "yellow",
-    "missing": "yellow",
-    "conflict": "bold red",
-}  # of a doctor's finding
 Name = Annotated[str, typer.Argument(help="A name from `ls`, or a YAML file.")]
+
+# Of what `doctor` finds.
+STATE_STYLES = {"ok": "green", "warning": "yellow", "missing": "yellow", "conflict": "bold red"}
 
 
 def register(app: typer.Typer) -> None:
