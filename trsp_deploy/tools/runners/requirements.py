@@ -74,7 +74,7 @@ def adds_int8_exactly() -> bool:
     """Whether the CPU's int8 products have the sums that they should.
 
     On x86 without VNNI ONNX Runtime adds neighbouring products of a u8 and an s8 in 16 bits (`vpmaddubsw`), where 2 x
-    255 x 127 overflows; weights of 7 bits do not (its documentation: "When to use reduce-range").
+    255 x 127 overflows; weights of 7 bits do not (microsoft/onnxruntime#12088 describes it).
     """
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return True
