@@ -8,11 +8,12 @@ import torch
 from tests.tiny import english, save_tiny, tiny_model, tiny_tokenizer
 from trsp_deploy.decoder import decoder_layers, load_model, next_token_loss, stored_dtype
 from trsp_deploy.recipe import read_recipe
-from trsp_deploy.stages.selection import GatePicking, runs_text, select_layers
+from trsp_deploy.stages.selection import runs_text, select_layers
 from trsp_deploy.stages.transfer import transfer_and_remove
 from trsp_deploy.tools.models import ModelSource
 from trsp_deploy.tools.plan import PruningPlan
 from trsp_deploy.tools.training import batches, learning_rate, mean_loss
+from trsp_deploy.tools.trials import Trials
 
 IDLE = [1, 4]  # layers that add nothing
 
@@ -181,13 +182,14 @@ def test_learning_rate_warms_up_and_ends_near_zero():
 
 def test_the_trials_of_a_pick_halve_the_candidates_and_double_the_windows(with_idle_layers, windows, monkeypatch):
     read: dict[int, int] = {}
-    plain = GatePicking._loss_without
+    plain = Trials.losses
 
-    def counting(self, layers, part):
-        read[layers[-1]] = read.get(layers[-1], 0) + len(part)
-        return plain(self, layers, part)
+    def counting(self, trials, part, *args):
+        for layers in trials:
+            read[layers[-1]] = read.get(layers[-1], 0) + len(part)
+        return plain(self, trials, part, *args)
 
-    monkeypatch.setattr(GatePicking, "_loss_without", counting)
+    monkeypatch.setattr(Trials, "losses", counting)
     chosen = recipe(plan={"steps": 1, "candidates": 6, "trial_windows": 2})
     plan = select_layers(with_idle_layers, windows[:16], windows[16:20], 1, chosen, "manual")
     assert sorted(read.values()) == [2, 2, 2, 6, 6, 6]
@@ -197,10 +199,10 @@ def test_the_trials_of_a_pick_halve_the_candidates_and_double_the_windows(with_i
 def test_a_span_that_no_greedy_pick_would_open_is_found(windows, monkeypatch):
     """Layers 2 and 3 undo each other: each alone is dear, both together are free."""
 
-    def loss(self, layers, part):
+    def loss(layers):
         return 0.0 if set(layers) == {2, 3} else sum(5.0 if layer in (2, 3) else 1.0 for layer in layers)
 
-    monkeypatch.setattr(GatePicking, "_loss_without", loss)
+    monkeypatch.setattr(Trials, "losses", lambda self, trials, *_: {layers: loss(layers) for layers in trials})
     greedy, both = (
         select_layers(
             tiny_model("llama"),

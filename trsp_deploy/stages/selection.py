@@ -34,6 +34,7 @@ from trsp_deploy.tools.plan import Pick, PruningPlan, complement
 from trsp_deploy.tools.processes import Processes
 from trsp_deploy.tools.progress import Meter
 from trsp_deploy.tools.training import autocast, batch_order, mean_loss, pick_device
+from trsp_deploy.tools.trials import Layers, Trials
 
 LAST_TRIALS = 3  # candidates that are not halved any further
 
@@ -94,7 +95,7 @@ def select_for_counts(
 
 
 # By count: the layers, settings for the plan's record, picks.
-Chosen = dict[int, tuple[tuple[int, ...], dict[str, Any], tuple[Pick, ...]]]
+Chosen = dict[int, tuple[Layers, dict[str, Any], tuple[Pick, ...]]]
 
 
 def _by_gates(
@@ -164,6 +165,7 @@ class GatePicking:
         self._processes = Processes(self._device)
         self._gates = LayerGates(model, recipe.plan.gate)
         self._losses = TokenLosses(model)
+        self._trials = Trials(self._losses, self._gates)
         self._module = self._processes.wrap(self._losses)
         self._picks: list[Pick] = []
         self._start_round()
@@ -179,7 +181,7 @@ class GatePicking:
         with autocast(self._recipe, self._device):
             return mean_loss(self._losses, self._validation, self._settings.batch_size)
 
-    def run(self, counts: Sequence[int]) -> tuple[tuple[Pick, ...], dict[int, dict[tuple[int, ...], float]]]:
+    def run(self, counts: Sequence[int]) -> tuple[tuple[Pick, ...], dict[int, dict[Layers, float]]]:
         """Pick layers until the largest of `counts` are closed; then try, for each count, spans against the picks.
 
         A greedy search cannot see that a span is cheap until most of it is gone. Returns the picks, and for each count
@@ -202,11 +204,11 @@ class GatePicking:
                 self._save_if_due()
             return tuple(self._picks), {count: self._finals(count, meter) for count in counts}
 
-    def _finals(self, count: int, meter: Meter) -> dict[tuple[int, ...], float]:
+    def _finals(self, count: int, meter: Meter) -> dict[Layers, float]:
         picked, spans = tuple(sorted(pick.layer for pick in self._picks[:count])), self._spans(count)
         return self._try(list(dict.fromkeys([picked, *spans])), meter) if spans else {picked: math.nan}
 
-    def _spans(self, num_dropped: int) -> list[tuple[int, ...]]:
+    def _spans(self, num_dropped: int) -> list[Layers]:
         """Every span of consecutive layers behind layer 0."""
         if not self._settings.spans or num_dropped == 1:
             return []
@@ -240,36 +242,38 @@ class GatePicking:
         )
         self._start_round()
 
-    def _try(self, trials: list[tuple[int, ...]], meter: Meter) -> dict[tuple[int, ...], float]:
+    def _try(self, trials: list[Layers], meter: Meter) -> dict[Layers, float]:
         """Loss without the layers of each trial, all other gates at 1.
 
         Successive halving (Jamieson and Talwalkar 2016): all trials read `trial_windows` windows, the better half as
         many more as cost the same again, and so on, so that most windows go to those that are hard to tell apart.
         Returned are mean losses in nats over what each has read, of the last two or three: the others read less.
         """
-        closed, learned = set(self._gates.closed), self._gates.values.detach().clone()
+        learned = self._gates.values.detach().clone()
         self._gates.reset()
         rows = next(batch_order(len(self._windows), len(self._windows), self._recipe.seed + len(self._picks)))
         total, read, count = dict.fromkeys(trials, 0.0), 0, self._settings.trial_windows
         while True:
             part = self._windows[rows[read : read + count]]
             read, count = read + len(part), 2 * count
-            for trial in trials if len(part) else ():
-                total[trial] += len(part) * self._loss_without(trial, part)
-                meter.advance(f"picked {len(self._picks)}, without layers {runs_text(trial)} {total[trial] / read:.3f}")
+            if len(part):
+                for trial, loss in self._losses_without(trials, part, meter).items():
+                    total[trial] += len(part) * loss
             trials = sorted(trials, key=total.__getitem__)
             if len(trials) <= LAST_TRIALS:
                 break
             trials = trials[: math.ceil(len(trials) / 2)]
-        self._gates.closed = closed
         with torch.no_grad():
             self._gates.values.copy_(learned)
         return {trial: total[trial] / read for trial in trials}
 
-    def _loss_without(self, layers: tuple[int, ...], windows: torch.Tensor) -> float:
-        self._gates.closed = set(layers)
+    def _losses_without(self, trials: list[Layers], windows: torch.Tensor, meter: Meter) -> dict[Layers, float]:
+        def report(trial: Layers, loss: float, read: int) -> None:
+            if read == len(windows):
+                meter.advance(f"picked {len(self._picks)}, without layers {runs_text(trial)} {loss:.3f}")
+
         with autocast(self._recipe, self._device):
-            return mean_loss(self._losses, windows, self._settings.batch_size)
+            return self._trials.losses(trials, windows, self._settings.batch_size, report)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 

@@ -26,6 +26,8 @@ class LayerGates:
     values: (num_layers,) float32 parameter, all 1 at the start.
     closed: layers that are skipped altogether, as if removed; they cost no time.
     changes: layer -> f(h) - h of the last forward, for the layers in `watched`; (batch, sequence, hidden).
+    entering: layer -> what entered it in the last forward that reached it, for the layers that are its keys.
+    start: where a forward begins, at 0 or at a closed layer in `entering`: the layers before are passed over.
     """
 
     def __init__(self, model: PreTrainedModel, form: GateForm = "branch") -> None:
@@ -36,6 +38,8 @@ class LayerGates:
         self.closed: set[int] = set()
         self.watched: set[int] = set()
         self.changes: dict[int, torch.Tensor] = {}
+        self.entering: dict[int, torch.Tensor | None] = {}
+        self.start = 0
         self._returned: dict[int, torch.Tensor | tuple[Any, ...]] = {}
         self._before: list[Any] = []  # what stood in front of each layer's forward already; None: nothing
 
@@ -68,7 +72,12 @@ class LayerGates:
 
     def _forward(self, index: int, forward: Any, *args: Any, **kwargs: Any) -> Any:
         hidden = layer_input(args, kwargs)  # (batch, sequence, hidden)
-        if index in self.closed and index in self._returned:
+        passed_over, kept = index < self.start, self.entering.get(index)
+        if index == self.start and kept is not None:
+            hidden = kept
+        elif index in self.entering and not passed_over:
+            self.entering[index] = hidden
+        if (index in self.closed or passed_over) and index in self._returned:
             return with_layer_output(self._returned[index], hidden)
         output = forward(*args, **kwargs)
         # What a layer returns beside the hidden states, with the tensors left out, so that a closed layer
