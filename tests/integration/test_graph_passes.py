@@ -21,12 +21,11 @@ from trsp_deploy.recipe import EngineSpec, ExportSettings
 from trsp_deploy.stages import parity
 from trsp_deploy.stages.build import build_engine
 from trsp_deploy.stages.export import export_onnx
-from trsp_deploy.tools import runners
 from trsp_deploy.tools.graphs import products
 from trsp_deploy.tools.inspection import describe, inspect_engine
 from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.quiet import quiet_libraries
-from trsp_deploy.tools.runners import open_engine, ort, ort_build, read_manifest
+from trsp_deploy.tools.runners import manifest, open_engine, ort, ort_build, read_manifest
 from trsp_deploy.tools.runners.ort import OrtRunner
 from trsp_deploy.tools.runners.requirements import adds_int8_exactly
 
@@ -126,7 +125,7 @@ def test_an_int8_engine_is_made_for_what_the_processor_can_add(
     exact: bool, exported: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = adds_int8_exactly()
-    for module in (ort_build, runners):
+    for module in (ort_build, manifest):
         monkeypatch.setattr(module, "adds_int8_exactly", lambda: exact)
     source = exported("llama")
     engine = built(source, tmp_path / "int8", "ort-cpu-int8")

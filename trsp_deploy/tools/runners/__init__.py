@@ -12,15 +12,8 @@ from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.recipe import Backend, EngineSpec
 from trsp_deploy.tools.runners import ort, ort_build, trt, trt_build
 from trsp_deploy.tools.runners.base import Runner
-from trsp_deploy.tools.runners.manifest import Bound, BuiltEngine, EngineManifest, check_manifest, read_manifest
-from trsp_deploy.tools.runners.requirements import (
-    PACKAGES,
-    Package,
-    adds_int8_exactly,
-    cuda_devices,
-    driver_version,
-    package_version,
-)
+from trsp_deploy.tools.runners.manifest import BuiltEngine, EngineManifest, bound_to, check_manifest, read_manifest
+from trsp_deploy.tools.runners.requirements import PACKAGES, Package, package_version
 
 __all__ = [
     "BACKENDS",
@@ -90,20 +83,6 @@ def check_can_build(spec: EngineSpec) -> None:
 def check_can_run(spec: EngineSpec) -> None:
     """Raise EngineUnavailable, with the reason and the command that helps, unless this machine can run such engines."""
     BACKENDS[spec.backend].check_run(spec)
-
-
-def bound_to(spec: EngineSpec) -> Bound:
-    """What an engine that is built here is bound to: TensorRT compiles for the GPU and driver at hand, TensorRT-RTX for
-    the capabilities that its spec names, ONNX Runtime for none; int8 on a CPU is made for what that can add up."""
-    if spec.backend == "onnxruntime-cpu" and spec.precision == "int8":
-        return Bound(exact_int8=adds_int8_exactly())
-    if spec.backend != "tensorrt":
-        return Bound()
-    try:
-        gpu = cuda_devices()[0].compute_capability
-    except EngineUnavailable:
-        return Bound()  # building and running say so themselves
-    return Bound(gpu=gpu, driver=driver_version(), others=spec.hardware_compatibility)
 
 
 def device_of(spec: EngineSpec) -> str:

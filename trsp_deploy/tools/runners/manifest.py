@@ -14,6 +14,7 @@ from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.recipe import EngineSpec, RelativePath, Strict
 from trsp_deploy.tools.graphs.decoder_io import Bindings
 from trsp_deploy.tools.graphs.fp16_range import HalfRange
+from trsp_deploy.tools.runners.requirements import adds_int8_exactly, cuda_devices, driver_version
 
 MANIFEST = "manifest.json"
 
@@ -71,6 +72,20 @@ class Bound(Strict):
         if self.others == "ampere-plus":
             return int(gpu.removeprefix("sm")) >= 80
         return gpu == self.gpu
+
+
+def bound_to(spec: EngineSpec) -> Bound:
+    """What an engine that is built here is bound to: TensorRT compiles for the GPU and driver at hand, TensorRT-RTX for
+    the capabilities that its spec names, ONNX Runtime for none; int8 on a CPU is made for what that can add up."""
+    if spec.backend == "onnxruntime-cpu" and spec.precision == "int8":
+        return Bound(exact_int8=adds_int8_exactly())
+    if spec.backend != "tensorrt":
+        return Bound()
+    try:
+        gpu = cuda_devices()[0].compute_capability
+    except EngineUnavailable:
+        return Bound()  # building and running say so themselves
+    return Bound(gpu=gpu, driver=driver_version(), others=spec.hardware_compatibility)
 
 
 class EngineManifest(Sealed):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.tools.runners.base import Runner
-from trsp_deploy.tools.runners.manifest import Bound, EngineManifest, check_manifest, read_manifest
-from trsp_deploy.tools.runners.requirements import adds_int8_exactly, cuda_devices, driver_version, package_version
+from trsp_deploy.tools.runners.manifest import EngineManifest, bound_to, check_manifest, read_manifest
+from trsp_deploy.tools.runners.requirements import package_version
 from trsp_deploy.tools.runners.running_batch import OneText, Rotation, RunningBatch
 from trsp_deploy.tools.serving.loop import Batch
 
@@ -21,7 +21,7 @@ def open_batch(folder: Path, max_batch: int, max_length: int, rotation: Rotation
     rotation: of the graph's keys, as `tools/graphs/rotation.py` reads it.
     """
     manifest = read_manifest(folder)
-    check_manifest(folder, manifest, package_version(manifest.spec.backend), _here(manifest.spec))
+    check_manifest(folder, manifest, package_version(manifest.spec.backend), bound_to(manifest.spec))
     with _runner(folder, manifest) as runner:
         if batches(manifest.spec):
             from trsp_deploy.tools.runners.ort import OrtRunner
@@ -35,12 +35,6 @@ def open_batch(folder: Path, max_batch: int, max_length: int, rotation: Rotation
 def batches(spec: EngineSpec) -> bool:
     """Whether texts can come and go in one batch of such an engine."""
     return spec.backend == "onnxruntime-cpu"
-
-
-def _here(spec: EngineSpec) -> Bound:
-    if spec.backend != "tensorrt":
-        return Bound(exact_int8=adds_int8_exactly())
-    return Bound(gpu=cuda_devices()[0].compute_capability, driver=driver_version(), others=spec.hardware_compatibility)
 
 
 def _runner(folder: Path, manifest: EngineManifest) -> Runner:
