@@ -48,7 +48,7 @@ test-transformers5: .venv-transformers5/.ready ## export, parity and pruning whe
 		tests/integration/test_own_code.py \
 		tests/unit/test_every_family.py tests/unit/test_decoder.py tests/unit/test_methods.py tests/unit/test_gates.py \
 		tests/unit/test_selection_and_transfer.py tests/unit/test_refit.py tests/unit/test_self_calibration.py \
-		tests/unit/test_losses.py tests/unit/test_models.py
+		tests/unit/test_losses.py tests/unit/test_trials.py tests/unit/test_models.py
 
 test-triton: $(READY) .venv-triton/.ready ## the model repository on a real tritonserver: a minute
 	$(BIN)/python -m pytest -q tests/integration/test_triton_repository.py tests/integration/test_triton_step.py
