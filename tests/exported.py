@@ -24,6 +24,9 @@ MODELS: dict[str, tuple[str, dict[str, int]]] = {
     "llama": ("llama", HEADS),
     "llama-wide": ("llama", WIDE),
     "mistral-sliding": ("mistral-sliding", HEADS),
+    # Wider than any text of the other tests, and narrower than its own longest.
+    "mistral-wide-window": ("mistral-sliding", {**HEADS, "sliding_window": 400, "max_position_embeddings": 1024}),
+    "smollm3": ("smollm3", {**HEADS, "use_sliding_window": False}),  # layers without rotary embedding between others
     "qwen2": ("qwen2", HEADS),
     "qwen3": ("qwen3", HEADS),
     "phi3": ("phi3", HEADS),

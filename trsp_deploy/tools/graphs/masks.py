@@ -13,20 +13,20 @@ import onnx_ir as ir
 from trsp_deploy.tools.graphs.nodes import MICROSOFT, NoMatch, Part, Writer
 
 MASK = 10  # input of GroupQueryAttention
-LENGTHS = ((9, 9), (9, 300), (1, 9), (1, 300))  # new and all tokens; 300 is beyond the windows of tiny test models
+LENGTHS = ((9, 9), (9, 300), (1, 9), (1, 300))  # new and all tokens, beside the longest text
 PADDING = 3
 HIDDEN = -1e4  # a score that hides: fp16 graphs use -65504
 
 
-def simplify_masks(model: ir.Model) -> int:
+def simplify_masks(model: ir.Model, longest: int) -> int:
     """Replace the plain masks of fused attention nodes and return how many different ones there were.
 
-    model: a decoder after `fuse_attention`; changed in place. Raises NoMatch, with the model unchanged, when no mask is
-    plain.
+    model: a decoder after `fuse_attention`; changed in place. longest: tokens of its longest text, for a window shows
+    behind its own length alone. Raises NoMatch, with the model unchanged, when no mask is plain.
     """
     nodes = [node for node in model.graph if node.op_type == "GroupQueryAttention" and node.domain == MICROSOFT]
     masks = dict.fromkeys(node.inputs[MASK] for node in nodes if len(node.inputs) > MASK)
-    plain = [mask for mask in masks if mask is not None and is_plain(model, mask)]
+    plain = [mask for mask in masks if mask is not None and is_plain(model, mask, longest)]
     if not plain:
         raise NoMatch("no mask hides padding alone")
     writer = Writer(model, "mask")
@@ -38,24 +38,26 @@ def simplify_masks(model: ir.Model) -> int:
     return len(plain)
 
 
-def is_plain(model: ir.Model, mask: ir.Value) -> bool:
-    """Whether a mask adds 0 where a token is there and not later, and hides the rest."""
+def is_plain(model: ir.Model, mask: ir.Value, longest: int) -> bool:
+    """Whether a mask adds 0 where a token is there and not later, and hides the rest, in texts up to `longest`."""
     try:
-        return window(model, mask) is None
+        return window(model, mask, longest) is None
     except NoMatch:
         return False
 
 
-def window(model: ir.Model, mask: ir.Value) -> int | None:
+def window(model: ir.Model, mask: ir.Value, longest: int) -> int | None:
     """How many tokens, itself among them, each token sees at most; None where it sees all that came before.
 
+    longest: tokens of the longest text; a window that is wider hides nothing.
     Raises NoMatch when the mask does anything but add 0 to the scores of those and hide padding and the rest.
     """
     part = Part(model, mask, ["input_ids", "attention_mask", "position_ids"])
-    new, total = 1, LENGTHS[-1][1]
+    lengths = dict.fromkeys((*LENGTHS, (1, max(longest, LENGTHS[-1][1]))))
+    new, total = list(lengths)[-1]
     seen = int((_added(part, new, total)[-1] > HIDDEN).sum())
     size = None if seen == total else seen
-    for new, total in LENGTHS:
+    for new, total in lengths:
         there, _ = example(new, total)
         own, place = np.arange(total - new, total)[:, None], np.arange(total)[None, :]
         visible = (place <= own) & ((place > own - size) if size else True)  # (new, total)

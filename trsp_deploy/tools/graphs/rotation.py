@@ -11,7 +11,7 @@ from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.tools.runners.running_batch import Rotation
 
-COS, SIN = 7, 8  # inputs of com.microsoft.GroupQueryAttention
+PAST_KEY, COS, SIN = 3, 7, 8  # inputs of com.microsoft.GroupQueryAttention
 
 
 def engine_rotation(path: Path) -> Rotation | None:
@@ -21,21 +21,24 @@ def engine_rotation(path: Path) -> Rotation | None:
     """
     graph = onnx.load(path, load_external_data=False).graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
-    found: set[tuple[str, str, bool]] = set()
+    found: dict[tuple[str, str, bool], list[str]] = {}  # tables and kind -> caches of the layers that use them
     for node in graph.node:
         attributes = {attribute.name: attribute.i for attribute in node.attribute}
         if node.op_type == "GroupQueryAttention" and attributes.get("do_rotary"):
-            found.add((node.input[COS], node.input[SIN], bool(attributes.get("rotary_interleaved"))))
+            kind = (node.input[COS], node.input[SIN], bool(attributes.get("rotary_interleaved")))
+            found.setdefault(kind, []).append(node.input[PAST_KEY])
     if not found:
         return None
-    tables = [
-        (_table(tensors[cos], path.parent), _table(tensors[sin], path.parent), interleaved)
-        for cos, sin, interleaved in sorted(found)
-    ]
-    rotations = {Rotation(angles=_angles(cos, sin, path), interleaved=turned) for cos, sin, turned in tables}
-    if len(rotations) > 1:
-        raise EngineUnavailable(f"{path}: its layers turn keys in {len(rotations)} ways")
-    return rotations.pop()
+    turns = {
+        (_angles(_table(tensors[cos], path.parent), _table(tensors[sin], path.parent), path), interleaved)
+        for cos, sin, interleaved in found
+    }
+    if len(turns) > 1:
+        raise EngineUnavailable(f"{path}: its layers turn keys in {len(turns)} ways")
+    angles, interleaved = turns.pop()
+    # Some models have layers that turn no keys (SmolLM3).
+    caches = tuple(name for names in found.values() for name in names)
+    return Rotation(angles=angles, interleaved=interleaved, caches=caches)
 
 
 def _table(tensor: onnx.TensorProto, folder: Path) -> np.ndarray:

@@ -41,7 +41,7 @@ def fix_cache(model: ir.Model, length: int) -> int:
         cut_shapes(writer, lengths, attention)
     writer.finish()
     found = find_layers(model)  # again: equal masks are one now
-    windows = {attention.mask: _window(model, attention) for attention in found}
+    windows = {attention.mask: _window(model, attention, length) for attention in found}
     _use_positions(model, writer)
     indices = ir.Value(name=WRITE_INDICES, shape=ir.Shape(["batch"]), type=ir.TensorType(ir.DataType.INT64))
     model.graph.inputs.append(indices)
@@ -57,11 +57,11 @@ def fix_cache(model: ir.Model, length: int) -> int:
     return len(found)
 
 
-def _window(model: ir.Model, attention: Attention) -> int | None:
+def _window(model: ir.Model, attention: Attention, length: int) -> int | None:
     """Tokens that a layer's window holds; None where it sees all."""
     if attention.mask is None:
         raise NoMatch(f"{attention.past_key.name}: no mask is added to the scores")
-    return masks.window(model, attention.mask)
+    return masks.window(model, attention.mask, length)
 
 
 class Visible:

@@ -88,7 +88,7 @@ def fusions(onnx: Path) -> dict[str, Pass]:
     return {
         "fuse-attention": fuse_attention,
         "fuse-rotary": lambda model: fuse_rotary(model, max_positions(onnx)),
-        "simplify-masks": simplify_masks,
+        "simplify-masks": lambda model: simplify_masks(model, max_positions(onnx)),
         "pack-projections": pack_projections,
         "fuse-norms": fuse_norms,
         "cut-logits": cut_logits,

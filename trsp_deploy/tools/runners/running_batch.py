@@ -37,6 +37,7 @@ class Rotation(Strict):
 
     angles: tuple[float, ...]  # radians a place, one for each pair of a head's first dimensions
     interleaved: bool  # whether a pair is two neighbours, or one of each half
+    caches: tuple[str, ...]  # names of the caches whose keys are turned; those of other layers stay what they are
 
     def turned(self, keys: np.ndarray, places: int) -> np.ndarray:
         """Keys (heads, tokens, head_dim) as they would be so many places further on."""
@@ -68,11 +69,11 @@ class RunningBatch:
 
     runner: entered, on the CPU. max_batch: texts at once. max_length: tokens of one text, new ones among them.
     rotation: of the graph's keys by their place in the cache; None where it does not turn them so.
-    Raises EngineUnavailable where the engine's cache is not written in place: such an engine serves one text at a time.
+    Raises EngineUnavailable where the engine's cache is not written in place: `OneText` is for such an engine.
     """
 
     def __init__(self, runner: OrtRunner, max_batch: int, max_length: int, rotation: Rotation | None = None) -> None:
-        if max_batch > 1 and not runner.in_place:
+        if not runner.in_place:
             raise EngineUnavailable(f"{runner.model}: its cache is not written in place, so texts cannot join a batch")
         self._reader = runner  # reads prompts, one at a time
         self._decoder = runner.twin()  # the same session with the shared cache
@@ -191,7 +192,7 @@ class RunningBatch:
 
     def _moved(self, name: str, values: np.ndarray, places: int) -> np.ndarray:
         """Part of a cache (heads, tokens, head_dim) as it has to be so many places further on."""
-        if self._rotation is None or not name.endswith(".key"):
+        if self._rotation is None or name not in self._rotation.caches:
             return values
         return self._rotation.turned(values, places)
 
