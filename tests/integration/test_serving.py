@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models
 
+from tests.exported import Made
 from tests.tiny import save_tiny, tiny_tokenizer
 from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.recipe import ExportSettings
@@ -23,9 +24,9 @@ from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.runners import open_engine
 from trsp_deploy.tools.runners.running_batch import SETTLED, OneText, Rotation, RunningBatch
 from trsp_deploy.tools.serving.engine import open_batch
-from trsp_deploy.tools.serving.loop import Answer, ServingLoop, Ticket
+from trsp_deploy.tools.serving.loop import JOINS, Answer, ServingLoop, Ticket
 from trsp_deploy.tools.serving.requests import GenerationRequest, RequestError, parse
-from trsp_deploy.tools.serving.text import TextStream
+from trsp_deploy.tools.serving.text import TextStream, read_tokenizer
 from trsp_deploy.tools.serving.vendor import vendor
 
 FAMILIES = ["llama", "opt"]
@@ -148,6 +149,36 @@ def test_one_text_at_a_time_on_any_runner(engine: Path) -> None:
             assert tokens == alone(engine, prompt, 6)
 
 
+def test_layers_that_turn_no_keys_keep_theirs(exported: Made, tmp_path: Path) -> None:
+    """SmolLM3 has layers without rotary embedding: a text that joins behind a longer one is the text alone."""
+    build_engine(exported("smollm3") / "onnx" / FILE, load_engine_spec("ort-cpu-fp32"), tmp_path / "engine")
+    rotation = engine_rotation(tmp_path / "engine" / "model.onnx")
+    assert rotation is not None and len(rotation.caches) == 3
+    prompt = [5, 9, 200, 17]
+    with open_engine(tmp_path / "engine") as runner:
+        runner.prefill(np.array([prompt]), np.ones((1, 4), dtype=np.int64))
+        expected = runner.decode(np.array([[7]]))[0, -1]
+    with opened(tmp_path / "engine", 2, 64) as batch:
+        other, _ = batch.join(list(range(3, 33)))
+        text, _ = batch.join(prompt)
+        np.testing.assert_allclose(batch.step({other: 8, text: 7})[text], expected, atol=1e-4)
+
+
+def test_an_engine_whose_cache_grows_serves_one_text_at_a_time(tmp_path: Path) -> None:
+    model = save_tiny("llama", tmp_path / "model", hidden_size=64)
+    (tmp_path / "onnx").mkdir()
+    export_onnx(model, "fp32", ExportSettings(), tmp_path / "onnx")
+    spec = load_engine_spec("ort-cpu-fp32").model_copy(update={"fuse": False})
+    build_engine(tmp_path / "onnx" / FILE, spec, tmp_path / "engine")
+    with open_batch(tmp_path / "engine", 8, MAX_LENGTH) as batch:
+        assert isinstance(batch, OneText)
+        row, logits = batch.join([5, 6, 7])
+        tokens = [int(logits.argmax())]
+        for _ in range(5):
+            tokens.append(int(batch.step({row: tokens[-1]})[row].argmax()))
+    assert tokens == alone(tmp_path / "engine", [5, 6, 7], 6)
+
+
 # -- text --------------------------------------------------------------------------------------------------------------
 
 
@@ -170,6 +201,51 @@ def test_nothing_of_a_stop_string_is_shown(tokenizer: Tokenizer, stop: list[str]
         if stream.stopped:
             break
     assert stream.stopped and shown == "An EN, an ENgine, the "
+
+
+def byte_fallback() -> Tokenizer:
+    """As Llama 2's and Mistral's: what is no word is one token a byte, and a run of bytes is text as a whole or not."""
+    words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁end", "▁the"]
+    tokenizer = Tokenizer(
+        models.BPE({word: n for n, word in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True)
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("prompt", ["", "안녕", "🙂"])
+@pytest.mark.parametrize("text", ["😀😁😂🤣😃😄", "안녕하세요여러분", "naïve"])
+def test_characters_of_many_tokens_are_never_torn(prompt: str, text: str) -> None:
+    tokenizer = byte_fallback()
+    tokens = [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
+    before = [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in prompt.encode()]
+    stream = TextStream(tokenizer, [tokenizer.token_to_id("▁the"), *before])
+    pieces = [stream.add(token) for token in [*tokens, tokenizer.token_to_id("▁end")]]
+    assert "".join(pieces) + stream.end() == f"{text} end"
+
+
+def test_the_first_stop_string_of_the_text_ends_it(tokenizer: Tokenizer) -> None:
+    stream = TextStream(tokenizer, [], ["\n", "."])
+    shown = ""
+    for token in tokenizer.encode("Paris.\nAnd").ids:
+        shown += stream.add(token)
+        if stream.stopped:
+            break
+    assert shown == "Paris" and stream.stopped
+    stream = TextStream(tokenizer, [], ["later", "first"])
+    stream._held = "the first and later"  # both in one piece
+    assert stream._show("") == "the "
+
+
+def test_limits_that_training_left_in_a_tokenizer_are_not_for_prompts(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    limited = Tokenizer.from_str(tokenizer.to_str())
+    limited.enable_truncation(2)
+    limited.enable_padding(length=50)
+    limited.save(str(tmp_path / "tokenizer.json"))
+    text = "a prompt of several tokens"
+    assert read_tokenizer(tmp_path / "tokenizer.json").encode(text).ids == tokenizer.encode(text).ids
 
 
 # -- requests ----------------------------------------------------------------------------------------------------------
@@ -219,7 +295,7 @@ class Client:
 @pytest.mark.parametrize("interleaved", [True, False])
 def test_turning_a_key_is_what_a_later_place_gives(interleaved: bool) -> None:
     generator = np.random.default_rng(0)
-    rotation = Rotation(angles=(1.0, 0.1, 0.01), interleaved=interleaved)
+    rotation = Rotation(angles=(1.0, 0.1, 0.01), interleaved=interleaved, caches=())
     keys = generator.normal(size=(2, 5, 8)).astype(np.float32)  # of 8 dimensions the first 6 are turned
     further = rotation.turned(rotation.turned(keys, 30), 12)
     np.testing.assert_allclose(further, rotation.turned(keys, 42), atol=1e-5)
@@ -282,6 +358,63 @@ def test_what_the_engine_cannot_hold_is_an_error_and_the_loop_goes_on(loop: Serv
     fine = Client(text_input="x", max_tokens=1)
     loop.submit(fine.ticket)
     assert fine.wait()[-1].error is None
+
+
+def test_an_error_that_nobody_thought_of_ends_one_request_alone(
+    loop: ServingLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = ServingLoop._advance
+
+    def odd(self, row, running, logits):  # type: ignore[no-untyped-def]
+        if running.ticket.request.text_input == "odd" and len(running.tokens) == 3:
+            raise ZeroDivisionError("by zero\nat all")
+        plain(self, row, running, logits)
+
+    monkeypatch.setattr(ServingLoop, "_advance", odd)
+    bad, good = (Client(text_input=text, max_tokens=8, ignore_eos=True) for text in ("odd", "even"))
+    for client in (bad, good):
+        loop.submit(client.ticket)
+    assert bad.wait()[-1].error == "ZeroDivisionError: by zero at all"
+    assert good.wait()[-1].finish == "length"
+    monkeypatch.setattr(ServingLoop, "_join", lambda self, ticket: [][0])
+    lost = Client(text_input="x", max_tokens=1)
+    loop.submit(lost.ticket)
+    assert lost.wait()[-1].error == "IndexError: list index out of range"
+
+
+def test_a_special_token_can_be_a_stop_string(loop: ServingLoop, tokenizer: Tokenizer, engine: Path) -> None:
+    number, token = next((n, t) for n, t in tokenizer.get_added_tokens_decoder().items() if t.special)
+    forced = Client(text_input="x", max_tokens=20, ignore_eos=True, stop=(token.content,))
+    plain = loop._batch.step
+
+    def step(tokens):  # type: ignore[no-untyped-def]
+        found = plain(tokens)
+        for logits in found.values():
+            logits[number] = 1e9
+        return found
+
+    loop._batch.step = step  # type: ignore[method-assign]
+    loop.submit(forced.ticket)
+    last = forced.wait()[-1]
+    assert last.finish == "stop" and last.tokens == 1
+
+
+def test_who_is_answered_already_does_not_wait_for_all_who_come(engine: Path, tokenizer: Tokenizer) -> None:
+    """Requests of one token leave at once: they must not keep a running text from its next one."""
+    order: list[str] = []
+    with opened(engine, 2, MAX_LENGTH) as batch:
+        join, step = batch.join, batch.step
+        batch.join = lambda prompt: (order.append("join"), join(prompt))[1]  # type: ignore[method-assign]
+        batch.step = lambda tokens: (order.append("step"), step(tokens))[1]  # type: ignore[method-assign]
+        loop = ServingLoop(batch, tokenizer, (), MAX_LENGTH)
+        clients = [Client(text_input="x", max_tokens=30)] + [Client(text_input="y", max_tokens=1) for _ in range(40)]
+        for client in clients:
+            loop.submit(client.ticket)
+        for client in clients:
+            client.wait()
+        loop.stop()
+    longest = max(len(run) for run in "".join(name[0] for name in order).split("s"))
+    assert longest <= JOINS
 
 
 def test_stopping_answers_everyone(engine: Path, tokenizer: Tokenizer) -> None:

@@ -196,7 +196,9 @@ def test_the_linter_knows_states(repository: Path, tmp_path: Path) -> None:
 @needs_schema
 def test_what_cannot_be_a_step_is_refused_in_one_line(run: Path, tmp_path: Path) -> None:
     done = trsp_deploy("triton", str(run), "--step", "--max-length", "65", "--out", "no", cwd=tmp_path)
-    assert done.code == 1 and "--max-length 65: the model has 64 positions" in done.stderr.splitlines()[-1]
+    assert (
+        done.code == 1 and "--max-length 65: the model and its engines take 64 tokens" in done.stderr.splitlines()[-1]
+    )
     engine = tmp_path / "run" / "engines" / "tensorrt-fp16" / "pruned"
     engine.mkdir(parents=True)
     (tmp_path / "run" / RUN_MARK).touch()

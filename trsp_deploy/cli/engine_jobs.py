@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from trsp_deploy.cli.numbers import finite
+from trsp_deploy.cli.options import finite
 
 Engine = Annotated[Path, typer.Argument(help="An engine folder, such as runs/NAME/engines/ort-cpu-fp32/pruned.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON line instead of text.")]
@@ -57,19 +57,28 @@ def generate(
 
     runner = open_engine(engine)  # refuses an engine that is not the one that was built, before anything slow
     from trsp_deploy.decoder import load_tokenizer
-    from trsp_deploy.tools.generation import Sampling
+    from trsp_deploy.tools.generation import Sampling, end_tokens
     from trsp_deploy.tools.generation import generate as continued
     from trsp_deploy.tools.quiet import quiet_libraries
 
+    folder = tokenizer or tokenizer_folder(engine)
     with quiet_libraries():
-        words = load_tokenizer(tokenizer or tokenizer_folder(engine))
-    end = () if words.eos_token_id is None else (int(words.eos_token_id),)
+        words = load_tokenizer(folder)
+    end = end_tokens(folder) or (() if words.eos_token_id is None else (int(words.eos_token_id),))
     sampling = Sampling(
         max_new_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, end=end
     )
     with runner:
-        found = continued(runner, [words(text)["input_ids"] for text in prompt], sampling)
-    texts = [words.decode(ids, skip_special_tokens=True) for ids in found]
+        prompts = [words(text)["input_ids"] for text in prompt]
+        found = continued(runner, prompts, sampling)
+    # With the prompt and without: by itself the first token's space is lost to some tokenizers.
+    wholes = [
+        words.decode([*before, *new], skip_special_tokens=True) for before, new in zip(prompts, found, strict=True)
+    ]
+    texts = [
+        whole[len(words.decode(before, skip_special_tokens=True)) :]
+        for before, whole in zip(prompts, wholes, strict=True)
+    ]
     if as_json:
         print(json.dumps({"texts": texts, "tokens": found}))
         return

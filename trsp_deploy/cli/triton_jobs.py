@@ -62,7 +62,6 @@ def triton(
     as_json: Json = False,
 ) -> None:
     """Write a Triton model repository that generates text with a run's engine."""
-    from trsp_deploy.decoder import max_positions
     from trsp_deploy.stages.triton_repository import write_repository
     from trsp_deploy.tools.subjects import find_engine
 
@@ -70,8 +69,7 @@ def triton(
     engines = {role: find_engine(run, role, engine) for role in roles}
     base = name or f"{run.resolve().name}-pruned"
     names: dict[Role, str] = {"pruned": base, "dense": f"{base}-dense"}
-    length = max_length or max_positions(run / "pruned")
-    made = write_repository(engines, run / "pruned", names, out, max_batch, length, step=step)
+    made = write_repository(engines, run / "pruned", names, out, max_batch, max_length, step=step)
     lines = [f"{out / model.name}: {model.limits}" for model in made.models]
     lines.append(f"the server's Python needs: {' '.join(made.packages)}")
     print("\n".join(lines), file=sys.stderr if as_json else sys.stdout)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from trsp_deploy.artifacts import fingerprint, provenance
 from trsp_deploy.errors import RunError
@@ -22,6 +21,7 @@ from trsp_deploy.tools.progress import Meter
 from trsp_deploy.tools.repository import read_repository
 from trsp_deploy.tools.runners.manifest import MANIFEST as ENGINE_MANIFEST
 from trsp_deploy.tools.served import tokens_per_s
+from trsp_deploy.tools.serving.text import read_tokenizer
 from trsp_deploy.tools.telemetry import Recorder
 
 PROMPTS = 16
@@ -121,7 +121,7 @@ class Load:
                     f"--prompt-tokens {settings.prompt_tokens} and --new-tokens {settings.new_tokens}: "
                     f"'{model.name}' takes {model.max_length} tokens in all"
                 )
-        tokenizer = Tokenizer.from_file(str(repository / models[0].name / "1" / "tokenizer.json"))
+        tokenizer = read_tokenizer(repository / models[0].name / "1" / "tokenizer.json")
         self.prompts = prompts_of(tokenizer, settings.prompt_tokens, PROMPTS)
         self._generator = generator
         self._new_tokens = settings.new_tokens

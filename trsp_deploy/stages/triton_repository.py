@@ -6,11 +6,14 @@ import json
 import re
 from pathlib import Path
 
+import onnx
+
 from trsp_deploy.artifacts import MANIFEST, files_below, fingerprint, link_tree, provenance, write_json, writing
 from trsp_deploy.decoder import max_positions
 from trsp_deploy.errors import ModelError, RunError
-from trsp_deploy.reading import read_json
 from trsp_deploy.results import Role
+from trsp_deploy.tools.generation import end_tokens
+from trsp_deploy.tools.graphs.decoder_io import IN_PLACE
 from trsp_deploy.tools.graphs.rotation import engine_rotation
 from trsp_deploy.tools.repository import RepositoryManifest, ServedModel
 from trsp_deploy.tools.runners import device_of, read_manifest
@@ -31,20 +34,25 @@ def write_repository(
     names: dict[Role, str],
     out: Path,
     max_batch: int,
-    max_length: int,
+    max_length: int | None = None,
     *,
     step: bool = False,
 ) -> RepositoryManifest:
     """Write a repository with a model for each role; what is there under the same names is replaced.
 
     engines: engine folders. model_folder: has the tokenizer. names: of the models in the repository.
+    max_length: tokens of one text; None is as many as model and engines take.
     step: the bare engines too, as `<name>_step`.
-    Raises RunError for a name that Triton does not take or an engine that cannot be served so.
+    Raises RunError for a name that Triton does not take, an engine that cannot be served so, or too long texts.
     """
-    if step:
-        _check_steps(engines, model_folder, max_length)
     for engine in engines.values():
+        if step:
+            check_can_step(engine)
         check_files(engine, read_manifest(engine))
+    longest = _longest_text(engines, model_folder)
+    if max_length is not None and max_length > longest:
+        raise RunError(f"--max-length {max_length}: the model and its engines take {longest} tokens")
+    max_length = max_length or longest
     models = []
     for role, engine in engines.items():
         name = names[role]
@@ -57,9 +65,12 @@ def write_repository(
     package = {"onnxruntime-cpu": "onnxruntime", "onnxruntime-cuda": "onnxruntime-gpu"}.get(
         first.spec.backend, first.spec.backend
     )
+    packages = [f"{package}=={first.backend_version}", "tokenizers", "pydantic>=2.12", "pyyaml", "numpy"]
+    if first.spec.backend.startswith("tensorrt"):  # its runner has torch's memory and streams
+        packages.append("torch")
     manifest = RepositoryManifest(
         models=tuple(models),
-        packages=(f"{package}=={first.backend_version}", "tokenizers", "pydantic>=2.12", "pyyaml", "numpy"),
+        packages=tuple(packages),
         gpu=first.bound.gpu,
         container=CONTAINER,
         provenance=provenance(),
@@ -67,20 +78,31 @@ def write_repository(
     write_json(out / MANIFEST, manifest)
     limits = [f"`{model.name}`: {model.limits}" for model in models]
     with writing(out / "README.md") as partial:
-        text = readme([model.name for model in models], manifest.packages, manifest.gpu, limits)
+        on_gpu = device_of(first.spec) == "cuda"
+        text = readme([model.name for model in models], manifest.packages, on_gpu, manifest.gpu, limits)
         if step:
             text += step_readme(models[0].name, models[1].name, max_length, first.backend_version)
         partial.write_text(text, encoding="utf-8")
     return manifest
 
 
-def _check_steps(engines: dict[Role, Path], model_folder: Path, max_length: int) -> None:
-    """Before anything is written."""
-    positions = max_positions(model_folder)
-    if max_length > positions:
-        raise RunError(f"--max-length {max_length}: the model has {positions} positions; with --step at most those")
+def _longest_text(engines: dict[Role, Path], model_folder: Path) -> int:
+    """Tokens that a text may have, its prompt among them: the model's positions, and what engines were built for."""
+    limits = [max_positions(model_folder)]
     for engine in engines.values():
-        check_can_step(engine)
+        spec = read_manifest(engine).spec
+        pasts = [profile.past.max + 1 for profile in spec.profiles if profile.past is not None]
+        limits += [spec.cache_length] if spec.cache_length is not None else pasts and [max(pasts)]
+    return min(limits)
+
+
+def _joins(engine: Path) -> bool:
+    """Whether texts can join others in an engine: where its cache is written in place."""
+    manifest = read_manifest(engine)
+    if not batches(manifest.spec):
+        return False
+    properties = onnx.load(engine / manifest.file, load_external_data=False).metadata_props
+    return any(each.key == IN_PLACE for each in properties)
 
 
 def _write_step(engine: Path, role: Role, name: str, out: Path, sequences: int, max_length: int) -> ServedModel:
@@ -103,8 +125,9 @@ def _write_model(
     engine: Path, role: Role, model_folder: Path, name: str, out: Path, max_batch: int, max_length: int
 ) -> ServedModel:
     spec = read_manifest(engine).spec
-    max_batch = max_batch if batches(spec) else 1
-    rotation = engine_rotation(engine / read_manifest(engine).file) if batches(spec) else None
+    joins = _joins(engine)
+    max_batch = max_batch if joins else 1
+    rotation = engine_rotation(engine / read_manifest(engine).file) if joins else None
     tokenizer = model_folder / "tokenizer.json"
     if not tokenizer.is_file():
         raise ModelError(f"{model_folder}: has no tokenizer.json, so a server cannot read text")
@@ -137,14 +160,3 @@ def _write_model(
 
 def _fingerprints(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): fingerprint(path) for path in files_below(folder)}
-
-
-def end_tokens(model_folder: Path) -> list[int]:
-    """Tokens that end a text: of the generation config where there is one, else of the model's."""
-    for file in ("generation_config.json", "config.json"):
-        path = model_folder / file
-        if path.is_file():
-            found = read_json(path, ModelError).get("eos_token_id")
-            if found is not None:
-                return [found] if isinstance(found, int) else list(found)
-    return []

@@ -6,10 +6,12 @@ texts = generate(runner, [[5, 9], [7, 3, 1]], Sampling(max_new_tokens=32, end=(2
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
-from trsp_deploy.errors import RecipeError
+from trsp_deploy.errors import ModelError, RecipeError
+from trsp_deploy.reading import read_json
 from trsp_deploy.recipe import Count, NonNegative, Positive, Strict
 from trsp_deploy.tools.runners.base import Runner
 
@@ -23,6 +25,17 @@ class Sampling(Strict):
     top_p: Positive = 1.0  # smallest set of most likely tokens that hold this probability
     seed: int = 0
     end: tuple[int, ...] = ()  # tokens after which a text is over
+
+
+def end_tokens(model_folder: Path) -> tuple[int, ...]:
+    """Tokens that end a text: of the generation config where there is one, else of the model's."""
+    for file in ("generation_config.json", "config.json"):
+        path = model_folder / file
+        if path.is_file():
+            found = read_json(path, ModelError).get("eos_token_id")
+            if found is not None:
+                return (found,) if isinstance(found, int) else tuple(found)
+    return ()
 
 
 def generate(runner: Runner, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
@@ -78,11 +91,11 @@ def choose(logits: np.ndarray, sampling: Sampling, random: np.random.Generator) 
     ranked = np.take_along_axis(scores, order, axis=-1)
     shares = np.exp(ranked - ranked[:, :1])
     shares /= shares.sum(axis=-1, keepdims=True)
+    if sampling.top_k:  # first, as transformers: top_p is a share of what is left
+        shares[:, sampling.top_k :] = 0.0
+        shares /= shares.sum(axis=-1, keepdims=True)
     before = shares.cumsum(axis=-1) - shares  # what more likely tokens hold: below top_p for all that may be chosen
-    allowed = before < sampling.top_p
-    if sampling.top_k:
-        allowed[:, sampling.top_k :] = False
-    shares = np.where(allowed, shares, 0.0)
+    shares = np.where(before < sampling.top_p, shares, 0.0)
     shares /= shares.sum(axis=-1, keepdims=True)
     # Inverse transform: the first rank whose cumulated share exceeds a uniform draw.
     picked = (shares.cumsum(axis=-1) > random.random((len(shares), 1))).argmax(axis=-1)

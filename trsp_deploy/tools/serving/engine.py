@@ -27,13 +27,14 @@ def open_batch(folder: Path, max_batch: int, max_length: int, rotation: Rotation
             from trsp_deploy.tools.runners.ort import OrtRunner
 
             assert isinstance(runner, OrtRunner)
-            yield RunningBatch(runner, max_batch, max_length, rotation)
-        else:
-            yield OneText(runner, max_length)
+            if runner.in_place:
+                yield RunningBatch(runner, max_batch, max_length, rotation)
+                return
+        yield OneText(runner, max_length)
 
 
 def batches(spec: EngineSpec) -> bool:
-    """Whether texts can come and go in one batch of such an engine."""
+    """Whether texts can come and go in one batch of such an engine, where its graph writes the cache in place."""
     return spec.backend == "onnxruntime-cpu"
 
 

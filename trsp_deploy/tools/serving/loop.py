@@ -23,6 +23,7 @@ from trsp_deploy.tools.generation import Sampling, choose, penalised
 from trsp_deploy.tools.serving.requests import GenerationRequest, RequestError
 from trsp_deploy.tools.serving.text import TextStream
 
+JOINS = 8  # prompts read between two steps, so that those who are answered already do not wait for all who come
 Finish = Literal["length", "end", "stop", "cancelled", "error"]
 
 
@@ -67,6 +68,7 @@ class _Running:
     stream: TextStream
     sampling: Sampling
     random: np.random.Generator
+    stop_tokens: frozenset[int]  # stop strings that are one special token each, and so never show in the text
     tokens: list[int] = field(default_factory=list)
     text: str = ""  # not sent yet
 
@@ -82,7 +84,11 @@ class ServingLoop:
         self._tokenizer = tokenizer
         self._end_tokens = end_tokens
         self._max_length = max_length
-        self._waiting: queue.Queue[Ticket | None] = queue.Queue()  # None: stop
+        self._special = {
+            token.content: number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special
+        }
+        self._waiting: queue.Queue[Ticket | None] = queue.Queue()  # None: look up
+        self._stopping = threading.Event()
         self._running: dict[int, _Running] = {}
         self._thread = threading.Thread(target=self._serve, name="trsp-deploy-serving", daemon=True)
         self._thread.start()
@@ -93,13 +99,13 @@ class ServingLoop:
 
     def stop(self) -> None:
         """End the thread; who is not finished gets an error."""
+        self._stopping.set()
         self._waiting.put(None)
         self._thread.join()
 
     def _serve(self) -> None:
-        while True:
-            if not self._admit():
-                break
+        while not self._stopping.is_set():
+            self._admit()
             for row in [row for row, running in self._running.items() if running.ticket.cancelled()]:
                 self._finish(row, "cancelled")
             if self._running:
@@ -111,23 +117,25 @@ class ServingLoop:
             if ticket is not None:
                 ticket.send(Answer("", 0, "error", "the server is stopping"))
 
-    def _admit(self) -> bool:
-        """Let in who waits while there is room; with nobody running, wait for someone. False: stop."""
-        while not self._batch.full:
+    def _admit(self) -> None:
+        """Let in who waits while there is room; with nobody running, wait for someone."""
+        for _ in range(JOINS):
+            if self._batch.full:
+                return
             try:
                 ticket = self._waiting.get(block=not self._running)
             except queue.Empty:
-                return True
+                return
             if ticket is None:
-                return False
+                return
             if ticket.cancelled():
                 ticket.send(Answer("", 0, "cancelled"))
                 continue
+            # Whatever goes wrong is one client's: a thread that ends would leave all of them waiting for ever.
             try:
                 self._join(ticket)
-            except TrspError as problem:
-                ticket.send(Answer("", 0, "error", str(problem)))
-        return True
+            except Exception as problem:
+                ticket.send(Answer("", 0, "error", _line(problem)))
 
     def _join(self, ticket: Ticket) -> None:
         request = ticket.request
@@ -139,34 +147,44 @@ class ServingLoop:
             raise RequestError(f"input 'text_input': {len(prompt)} tokens, at most {self._max_length - 1}")
         if request.max_tokens > room:
             raise RequestError(f"input 'max_tokens': {request.max_tokens}; after this prompt at most {room} fit")
-        row, logits = self._batch.join(prompt)
         running = _Running(
             ticket,
             prompt,
             TextStream(self._tokenizer, prompt, request.stop),
             request.sampling(self._end_tokens),
             np.random.default_rng(request.seed),
+            frozenset(self._special[word] for word in request.stop if word in self._special),
             text="" if request.exclude_input_in_output else request.text_input,
         )
+        row, logits = self._batch.join(prompt)
         self._running[row] = running
         self._take(row, logits)
 
     def _step(self) -> None:
         try:
             logits = self._batch.step({row: running.tokens[-1] for row, running in self._running.items()})
-        except TrspError as problem:  # the engine stopped: nobody's text can go on
+        except Exception as problem:  # the engine stopped: nobody's text can go on
             for row in list(self._running):
-                self._finish(row, "error", str(problem))
+                self._finish(row, "error", _line(problem))
             return
         for row in list(self._running):
             self._take(row, logits[row])
 
     def _take(self, row: int, logits: np.ndarray) -> None:
-        """Choose a text's next token and send what that shows."""
-        running = self._running[row]
+        """Choose a text's next token and send what that shows; what goes wrong ends this text alone."""
+        try:
+            self._advance(row, self._running[row], logits)
+        except Exception as problem:
+            if row in self._running:
+                self._finish(row, "error", _line(problem))
+
+    def _advance(self, row: int, running: _Running, logits: np.ndarray) -> None:
         request, sampling = running.ticket.request, running.sampling
         scores = penalised(logits, running.prompt + running.tokens, request.repetition_penalty)
         token = int(choose(scores[None], sampling, running.random)[0])
+        if token in running.stop_tokens:
+            self._finish(row, "stop")
+            return
         if token in sampling.end:
             self._finish(row, "end")
             return
@@ -183,5 +201,12 @@ class ServingLoop:
     def _finish(self, row: int, finish: Finish, error: str | None = None) -> None:
         running = self._running.pop(row)
         self._batch.leave(row)
-        text = running.text if running.stream.stopped else running.text + running.stream.end()
+        done = running.stream.stopped or finish == "error"
+        text = running.text if done else running.text + running.stream.end()
         running.ticket.send(Answer(text, len(running.tokens), finish, error))
+
+
+def _line(problem: Exception) -> str:
+    """One line for a client; of what is no error of ours with its kind."""
+    text = " ".join(str(problem).split())
+    return text if isinstance(problem, TrspError) else f"{type(problem).__name__}: {text}"

@@ -11,11 +11,12 @@ from trsp_deploy.tools.triton_config import IDLE_S
 CONTAINER = "nvcr.io/nvidia/tritonserver:25.02-py3"
 
 
-def readme(names: Sequence[str], packages: Sequence[str], gpu: str | None, limits: Sequence[str]) -> str:
-    """Markdown. names: of the models. packages: that the server's Python needs. limits: a line for each model."""
+def readme(names: Sequence[str], packages: Sequence[str], on_gpu: bool, gpu: str | None, limits: Sequence[str]) -> str:
+    """Markdown. names: of the models. packages: that the server's Python needs. on_gpu: whether the engines are for
+    one, and gpu: for which alone. limits: a line for each model."""
     name = names[0]
     install = f"pip install {' '.join(repr(package) for package in packages)}"
-    device = "--gpus 1 " if gpu else ""
+    device = "--gpus 1 " if on_gpu else ""
     where = f"Its engines run on GPUs of compute capability {gpu} alone.\n" if gpu else ""
     listed = "\n".join(f"- {line}" for line in limits)
     return f"""# Model repository for Triton Inference Server

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from tokenizers import Tokenizer
 
 CONTEXT = 5  # tokens before those that are being decoded: a token's text depends on its neighbours
+LONGEST_CONTEXT = 64  # where fewer would begin within a character
 INCOMPLETE = "�"  # what bytes decode to that are no whole character yet
+
+
+def read_tokenizer(file: Path) -> Tokenizer:
+    """Load a tokenizer.json; a limit or a padding that training left in it is not for prompts."""
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 class TextStream:
@@ -22,8 +32,9 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
-        self._tokens = list(prompt[-CONTEXT:])
-        self._first, self._read = 0, len(self._tokens)  # decoded from, and decoded before
+        self._tokens = list(prompt[-LONGEST_CONTEXT:])
+        self._read = len(self._tokens)  # decoded before
+        self._first = self._beginning(self._read - CONTEXT)  # decoded from
         self._stop = tuple(stop)
         self._held = ""  # shown only once it can be no part of a stop string
         self.stopped = False
@@ -46,18 +57,26 @@ class TextStream:
         before = self._decode(self._tokens[self._first : self._read])
         return self._decode(self._tokens[self._first :])[len(before) :]
 
+    def _beginning(self, first: int) -> int:
+        """The last token up to `first` that begins a character: one byte of another makes its whole run unreadable."""
+        earliest = max(0, first - LONGEST_CONTEXT)
+        for place in range(max(0, first), earliest - 1, -1):
+            if not self._decode(self._tokens[place : self._read]).startswith(INCOMPLETE):
+                return place
+        return max(0, first)
+
     def _decode(self, tokens: list[int]) -> str:
         text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
         return text
 
     def _show(self, text: str) -> str:
-        self._first, self._read = max(self._first, self._read - CONTEXT), len(self._tokens)
+        before, self._read = self._read, len(self._tokens)
+        self._first = max(self._first, self._beginning(before - CONTEXT))
         self._held += text
-        for word in self._stop:
-            before, found, _ = self._held.partition(word)
-            if found:
-                self.stopped, self._held = True, ""
-                return before
+        places = [place for word in self._stop if (place := self._held.find(word)) >= 0]
+        if places:
+            shown, self.stopped, self._held = self._held[: min(places)], True, ""
+            return shown
         keep = max((_overlap(self._held, word) for word in self._stop), default=0)
         shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return shown

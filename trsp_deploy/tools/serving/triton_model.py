@@ -25,6 +25,7 @@ from trsp_deploy.tools.runners.running_batch import Rotation  # noqa: E402
 from trsp_deploy.tools.serving.engine import open_batch  # noqa: E402
 from trsp_deploy.tools.serving.loop import Answer, ServingLoop, Ticket  # noqa: E402
 from trsp_deploy.tools.serving.requests import GenerationRequest, RequestError, parse  # noqa: E402
+from trsp_deploy.tools.serving.text import read_tokenizer  # noqa: E402
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
@@ -34,8 +35,6 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Open the engine and start the loop; raises TritonModelException with one line."""
-        from tokenizers import Tokenizer
-
         settings = json.loads((HERE / "serving.json").read_text(encoding="utf-8"))
         try:
             rotation = None if settings["rotation"] is None else Rotation.model_validate(settings["rotation"])
@@ -43,7 +42,7 @@ class TritonPythonModel:
             batch = self._opened.__enter__()
         except TrspError as problem:
             raise pb_utils.TritonModelException(str(problem)) from problem
-        tokenizer = Tokenizer.from_file(str(HERE / "tokenizer.json"))
+        tokenizer = read_tokenizer(HERE / "tokenizer.json")
         self._outbox = Outbox()
         self._loop = ServingLoop(batch, tokenizer, tuple(settings["end_tokens"]), settings["max_length"])
 
