@@ -202,6 +202,8 @@ def writing(target: Path) -> Iterator[Path]:
             with storage_errors(target):  # before the next lines make room again: how full the disk is explains much
                 yield partial
                 _sync(partial)
+            if target.is_dir() and not partial.is_dir():
+                raise RunError(f"{target}: is a folder; it is not replaced by a file")
             # A folder cannot replace a folder in one rename, so the old one steps aside first.
             if target.is_dir():
                 target.replace(former)
@@ -346,6 +348,11 @@ class RunFolder:
             return StepRecord.model_validate_json((self.path / _record_file(step)).read_bytes())
         except (OSError, ValidationError):
             return None
+
+    def forget(self, step: str) -> None:
+        """Drop a step's record, so that it is done again whatever its key says."""
+        if self.main:
+            (self.path / _record_file(step)).unlink(missing_ok=True)
 
     def write_manifest(self) -> RunManifest:
         """Write down the SHA-256 of every file that the steps left; what no longer is what a step made stays out."""

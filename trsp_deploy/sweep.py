@@ -14,9 +14,8 @@ from pathlib import Path
 
 from trsp_deploy.artifacts import RunFolder, link_tree, provenance, write_json, writing
 from trsp_deploy.pipeline import Pipeline, prune_and_build
+from trsp_deploy.pipeline.reporting import write_pages
 from trsp_deploy.pipeline.runs import save_recipe
-from trsp_deploy.results import Comparison
-from trsp_deploy.stages.report import write_report
 from trsp_deploy.tools.pages import sweep_page
 from trsp_deploy.tools.report import EngineReport, QualityReport, Report
 from trsp_deploy.tools.sweeps import Point, Sweep, Targets, choose
@@ -34,14 +33,14 @@ def sweep(job: Pipeline, counts: tuple[int, ...], targets: Targets, say: Callabl
     root = job.run.path
     plans = job.pruning.plans(counts)
     points: list[Point] = []
-    runs: list[tuple[Report, dict[str, Comparison], Path]] = []
+    runs: list[tuple[Pipeline, Report]] = []
     for number, count in enumerate(counts, start=1):
         say(f"[{number}/{len(counts)}] {count} of {job.inputs.num_layers()} layers")
         folder = root / f"drop-{count}"
         if number > 1:
             _adopt_dense(root / f"drop-{counts[0]}", folder)
-        runs.append((*_run(job, folder, count, plans[count], say), folder))
-        points.append(_point(runs[-1][0], folder.relative_to(root), count))
+        runs.append(_run(job, folder, count, plans[count], say))
+        points.append(_point(runs[-1][1], folder.relative_to(root), count))
         found = Sweep(
             model=job.recipe.model,
             num_layers=job.inputs.num_layers(),
@@ -51,19 +50,18 @@ def sweep(job: Pipeline, counts: tuple[int, ...], targets: Targets, say: Callabl
             provenance=provenance(),
         )
         _write(found, root)
-    for report, comparisons, folder in runs:  # again, with the curve that is now whole
-        write_report(report, comparisons, folder, found)
+    for one, report in runs:  # again, with the curve that is now whole
+        with one.run:
+            write_pages(one.proof, report, found)
     return found
 
 
-def _run(
-    job: Pipeline, folder: Path, count: int, plan: Path, say: Callable[[str], None]
-) -> tuple[Report, dict[str, Comparison]]:
+def _run(job: Pipeline, folder: Path, count: int, plan: Path, say: Callable[[str], None]) -> tuple[Pipeline, Report]:
     recipe = job.recipe.model_copy(update={"drop": str(count)})
     with RunFolder(folder, lambda step, state: say(f"{folder.name}: {step}: {state}")) as run:
         one = Pipeline(run, recipe, plan, say)
         save_recipe(run, recipe)
-        return prune_and_build(one), one.proof.bench()
+        return one, prune_and_build(one)
 
 
 def _adopt_dense(source: Path, target: Path) -> None:
@@ -97,8 +95,8 @@ def _point(report: Report, folder: Path, count: int) -> Point:
 
 
 def _quality(report: Report, engine: EngineReport | None) -> dict[str, QualityReport]:
-    """Through the engine where one ran."""
-    return report.quality if engine is None or not engine.quality else engine.quality
+    """Through the engine where it read every text."""
+    return engine.quality if engine is not None and engine.quality.keys() == report.quality.keys() else report.quality
 
 
 def _write(found: Sweep, root: Path) -> None:

@@ -306,3 +306,11 @@ def test_plan_handed_in_is_applied(workspace, report, tmp_path):
     done = trsp_deploy("prune", *options, *settings, "--out", str(tmp_path / "run"), "--json", cwd=workspace)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["dropped"] == [2]
+    again = trsp_deploy("export", str(tmp_path / "run"), cwd=workspace)  # later commands know the run alone
+    assert again.returncode == 0, again.stderr
+    assert not {"plan", "prune"} & steps(again.stderr, "started")
+    assert json.loads((tmp_path / "run" / "plan.json").read_text())["dropped"] == [2]
+    plan["dropped"], plan["kept"] = [3], [0, 1, 2, 4, 5]
+    (tmp_path / "mine.json").write_text(json.dumps(plan))
+    other = trsp_deploy("prune", *options, *settings, "--out", str(tmp_path / "run"), "--json", cwd=workspace)
+    assert json.loads(other.stdout)["dropped"] == [3] and {"plan", "prune"} <= steps(other.stderr, "started")

@@ -176,6 +176,21 @@ def test_folder_is_replaced_whole(tmp_path):
     assert size_bytes(tmp_path / "model") == 3
 
 
+def test_a_file_never_takes_a_folders_place(tmp_path):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "precious.txt").write_text("x")
+    with pytest.raises(RunError, match="kept: is a folder"):
+        write_json(tmp_path / "kept", {"a": 1})
+    assert [path.name for path in tmp_path.rglob("*")] == ["kept", "precious.txt"]
+
+
+def test_a_forgotten_step_is_done_again(job):
+    job()
+    job.run.forget("double")
+    assert job() == Made(number=2)
+    job.run.forget("never done")
+
+
 def test_old_folder_comes_back_when_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
     with writing(tmp_path / "model") as partial:
         partial.mkdir()

@@ -39,12 +39,12 @@ class Pruning:
         """Which layers go, as `plan.json`: chosen, handed in, or edited by hand."""
         path = self.run.path / "plan.json"
         count = parse_drop(self.recipe.drop, self.inputs.num_layers())
-        if self._plan_file is not None:
-            return self._adopt(self._plan_file, path)
-        record = self.run.record("plan")
-        settings = self._plan_settings(count)
+        settings, record = self._plan_settings(count), self.run.record("plan")
+        given = None if self._plan_file is None else read_plan(self._plan_file, self.inputs.num_layers())
+        if given is not None and (record is None or record.result != given.model_dump(mode="json")):
+            self.run.forget("plan")
         known = record if record is not None and record.settings == settings and path.is_file() else None
-        if known is not None and fingerprint(path) != known.outputs["plan.json"]:
+        if given is None and known is not None and fingerprint(path) != known.outputs["plan.json"]:
             edited = read_plan(path, self.inputs.num_layers())
             self.inputs.say(f"plan.json was edited by hand: dropping {', '.join(map(str, edited.dropped))}")
             return edited
@@ -55,7 +55,7 @@ class Pruning:
         checkpoints = self._checkpoints("plan", settings, inputs)
         plan = self.run.step(
             "plan",
-            lambda: self._select(count, path, checkpoints),
+            lambda: self._write(given or self._select(count, checkpoints), path),
             PruningPlan,
             settings=settings,
             inputs=inputs,
@@ -143,6 +143,7 @@ class Pruning:
         )
         if not self.run.main:
             raise SystemExit(0)  # the rest is the main process's work
+        self.run.from_main = lambda value: value  # nobody is left to tell
         checkpoints.remove()
         return result
 
@@ -154,10 +155,10 @@ class Pruning:
             self.prune()
         return self.inputs.path(role)
 
-    def _select(self, count: int, path: Path, checkpoints: Checkpoints) -> PruningPlan:
+    def _select(self, count: int, checkpoints: Checkpoints) -> PruningPlan:
         train, validation = self.inputs.calibration_windows()
         with quiet_libraries():
-            plan = selection.select_layers(
+            return selection.select_layers(
                 self._checked_model(),
                 train,
                 validation,
@@ -166,6 +167,8 @@ class Pruning:
                 self.inputs.calibration_texts().origin,
                 checkpoints,
             )
+
+    def _write(self, plan: PruningPlan, path: Path) -> PruningPlan:
         if self.run.main:
             write_json(path, plan)
         return plan
@@ -187,13 +190,6 @@ class Pruning:
                 folder,
                 checkpoints,
             )
-
-    def _adopt(self, source: Path, path: Path) -> PruningPlan:
-        plan = read_plan(source, self.inputs.num_layers())
-        if source.resolve() != path.resolve() and self.run.main:
-            self.run.outdate_manifest()
-            write_json(path, plan)
-        return plan
 
     def _checked_model(self) -> PreTrainedModel:
         model = load_model(self.inputs.path("dense"), pick_device(self.recipe), TRAINING_DTYPES[self.recipe.weights])

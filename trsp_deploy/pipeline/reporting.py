@@ -25,15 +25,17 @@ from trsp_deploy.tools.report import (
 )
 from trsp_deploy.tools.runners.manifest import MANIFEST
 from trsp_deploy.tools.served import SERVED, derive
+from trsp_deploy.tools.sweeps import Sweep
 
 
 def make_report(proof: Proof) -> Report:
     """Write report.json, report.md and report.html, and the manifest of the run; measures what is not measured yet."""
-    run, inputs, pruning = proof.run, proof.inputs, proof.pruning
+    inputs, pruning = proof.inputs, proof.pruning
     source, checkpoint = inputs.dense(), pruning.prune()
+    parity = proof.check_onnx() + proof.check_engines()  # before anything is timed
     quality = {name: quality_report(ppl["dense"], ppl["pruned"]) for name, ppl in proof.evaluate().items()}
     engines = [_engine_report(proof, outcome) for outcome in proof.engines.build()]
-    served = _served(inputs)
+    served = served_of(inputs)
     as_served = None if served is None else derive(served)
     decoder = check_decoder_only(inputs.path("dense"))
     report = Report(
@@ -44,18 +46,24 @@ def make_report(proof: Proof) -> Report:
         quality=quality,
         engines=tuple(engines),
         served=as_served,
-        parity=proof.check_onnx() + proof.check_engines(),
+        parity=parity,
         recipe=proof.recipe,
         plan=pruning.plan(),
         provenance=provenance(),
     )
-    run.outdate_manifest()
-    write_report(report, proof.bench(), run.path, served=served)
-    run.write_manifest()
+    write_pages(proof, report)
     return report
 
 
-def _served(inputs: Inputs) -> Served | None:
+def write_pages(proof: Proof, report: Report, curve: Sweep | None = None) -> None:
+    """Write a report, with the curve of the sweep that it is a point of, and the run's manifest anew."""
+    run = proof.run
+    run.outdate_manifest()
+    write_report(report, proof.bench(), run.path, curve, served=served_of(proof.inputs))
+    run.write_manifest()
+
+
+def served_of(inputs: Inputs) -> Served | None:
     """What `bench-server` measured of this run's engines as they are now."""
     run, path = inputs.run.path, inputs.run.path / SERVED
     if not path.is_file():
@@ -90,7 +98,7 @@ def _engine_report(proof: Proof, outcome: EngineOutcome) -> EngineReport:
         backend=spec.backend,
         precision=spec.precision,
         status=status,
-        reason=outcome.reason,
+        reason=outcome.reason or proof.failed.get(spec.name),
         comparison=None if comparison is None else proof.compared(spec.name),
         quality={} if comparison is None else proof.engine_quality(spec),
         choices=None if comparison is None else proof.engine_choices(spec),
