@@ -93,8 +93,7 @@ def check_run(
     job.proof.check_engines()  # what does not compute what was trained has no speed worth checking
     # Quality first: it is quick where it is known, and may end the job with an error.
     quality, choices = job.proof.engine_quality(spec), job.proof.engine_choices(spec)
-    if tolerances.min_accuracy_retained is not None and choices is None:
-        raise RecipeError("check: --min-accuracy-retained needs tasks; give some with --task, such as --task piqa")
+    _check_judgeable(job, spec, tolerances, quality, choices)
     comparison, goals = _measure(job, spec, tolerances, before, settings)
     derived = bench.derive(*job.engines.pair(spec), comparison)
     outcomes = [goal.outcome(comparison.replicates) for goal in goals] + _quality(quality, choices, tolerances)
@@ -110,6 +109,28 @@ def check_run(
         tolerances=tolerances,
         provenance=provenance(),
     )
+
+
+def _check_judgeable(
+    job: Pipeline,
+    spec: EngineSpec,
+    tolerances: Tolerances,
+    quality: dict[str, QualityReport],
+    choices: ChoicesReport | None,
+) -> None:
+    """Raise when something required has no figure: what was not measured has not passed."""
+    if spec.name in job.proof.failed:
+        raise RunError(f"check: {spec.name} {job.proof.failed[spec.name]}")
+    texts, tasks = job.recipe.evaluation, job.recipe.evaluate.tasks
+    if tolerances.max_ppl_ratio is not None:
+        if not texts:
+            raise RecipeError("check: --max-ppl-ratio needs texts, and the run's recipe has none under `evaluation`")
+        if missing := [name for name in texts if name not in quality]:
+            raise RunError(f"check: {spec.name} has no perplexity on {', '.join(missing)} for --max-ppl-ratio to judge")
+    if tolerances.min_accuracy_retained is not None and choices is None:
+        if not tasks:
+            raise RecipeError("check: --min-accuracy-retained needs tasks; give some with --task, such as --task piqa")
+        raise RunError(f"check: {spec.name} has no accuracy on {', '.join(tasks)} for --min-accuracy-retained to judge")
 
 
 def _measure(

@@ -65,6 +65,19 @@ def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype | str = "au
     return model.to(device).eval()
 
 
+def make_storable(model: PreTrainedModel) -> None:
+    """Let save_pretrained take a model whose generation config it only warned of when it loaded it.
+
+    Values for sampling without `do_sample` are such; they mean that it samples.
+    """
+    settings = model.generation_config
+    if settings is not None:
+        try:
+            settings.validate(strict=True)
+        except ValueError:
+            settings.do_sample = True
+
+
 def load_widened(folder: Path) -> PreTrainedModel:
     """Load a model whose forward pass is fp32's to the bit and whose weights take the memory that they are stored in.
 
@@ -172,11 +185,16 @@ def count_config(config: Any) -> WeightCounts:
     return count_weights(_skeleton(config))
 
 
-def max_positions(folder: Path) -> int:
-    """Tokens that the model in a folder was made for, from its config."""
+def known_positions(folder: Path) -> int | None:
+    """Tokens that the model in a folder was made for, where its config says."""
     config = load_config(folder)
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-    return next((int(getattr(config, name)) for name in names if getattr(config, name, None)), 2048)
+    return next((int(getattr(config, name)) for name in names if getattr(config, name, None)), None)
+
+
+def max_positions(folder: Path) -> int:
+    """The same; 2,048 where its config does not say."""
+    return known_positions(folder) or 2048
 
 
 def decoder_size(folder: Path) -> DecoderSize:

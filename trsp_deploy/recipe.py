@@ -201,7 +201,7 @@ class Recipe(Strict):
     plan: PlanSettings = PlanSettings()
     transfer: TransferSettings = TransferSettings()
     export: ExportSettings = ExportSettings()
-    engines: tuple[Text, ...] = ("auto",)
+    engines: tuple[Text, ...] = Field(default=("auto",), min_length=1)
     bench: BenchSettings = BenchSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
 
@@ -308,9 +308,13 @@ class EngineSpec(Strict):
         tensorrt = self.backend.startswith("tensorrt")
         if tensorrt and not self.profiles:
             raise ValueError(f"backend {self.backend} needs at least one entry under `profiles`")
-        for name in ("profiles", "cache_length", "weight_streaming_gib"):
+        for name in ("profiles", "cache_length", "workspace_gib", "weight_streaming_gib"):
             if not tensorrt and getattr(self, name):
                 raise ValueError(f"backend {self.backend} takes no `{name}`")
+        if self.compute_capabilities and self.backend != "tensorrt-rtx":
+            raise ValueError(f"`compute_capabilities` is for backend tensorrt-rtx, got {self.backend}")
+        if not self.cuda_graphs and self.cache_length is None:
+            raise ValueError("`cuda_graphs` is for TensorRT backends with `cache_length`")
         if self.hardware_compatibility != "none" and self.backend != "tensorrt":
             raise ValueError(f"`hardware_compatibility` is for backend tensorrt, got {self.backend}")
         if self.precision in ("int8", "int4") and self.backend == "onnxruntime-cuda":
@@ -371,8 +375,10 @@ def parse_drops(drops: str, num_layers: int) -> tuple[int, ...]:
             raise RecipeError(f"--drop '{drops}': expected a range such as 5%..50%, 2..12, or 10%..40%:10%")
         return tuple(sorted({parse_drop(each, num_layers) for each in drops.split(",")}))
     first, kind, last, kind_of_last, step, kind_of_step = ranged.groups()
-    if kind != kind_of_last or (step is not None and kind_of_step != kind) or float(first) > float(last):
+    if kind != kind_of_last or float(first) > float(last):
         raise RecipeError(f"--drop '{drops}': begins with {first}{kind} and ends with {last}{kind_of_last}")
+    if step is not None and kind_of_step != kind:
+        raise RecipeError(f"--drop '{drops}': the step {step}{kind_of_step} is of another kind than {first}{kind}")
     width = float(step) if step is not None else (5.0 if kind else 1.0)
     if width <= 0:
         raise RecipeError(f"--drop '{drops}': a step of 0 leads nowhere")
@@ -416,7 +422,9 @@ def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
         *parents, last = key.strip().split(".")
         target = result
         for parent in parents:
-            child = target.setdefault(parent, {})
+            if target.get(parent) is None:  # not there, or a group whose lines are all comments
+                target[parent] = {}
+            child = target[parent]
             if not isinstance(child, dict):
                 raise RecipeError(f"--set '{assignment}': '{parent}' is a value, not a group of settings")
             target = child

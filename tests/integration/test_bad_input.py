@@ -128,6 +128,27 @@ def test_a_device_that_is_not_here_is_found_before_anything_is_fetched(fails, pl
     assert not (place / "never" / "dense").exists()
 
 
+def test_texts_longer_than_the_model_are_found_before_anything_slow(fails):
+    options = ["--model", "model", "--calibration", "text.txt", "--eval", "t=text.txt"]
+    fails(
+        [
+            "prune-and-build",
+            *options,
+            "--set",
+            "calibration.context_length=512",
+            "--set",
+            "evaluate.context_length=300",
+        ],
+        "calibration.context_length 512: model has 256 positions; "
+        "--set calibration.context_length=256 --set evaluate.context_length=256",
+    )
+
+
+def test_a_sweep_is_one_processs_work(fails, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    fails(["sweep", "--model", "model"], "sweep: is one process's work")
+
+
 def test_eval_without_a_name(fails):
     command = ["prune-and-build", "--model", "model", "--eval", "text.txt", "--out", "never"]
     fails(command, "--eval 'text.txt'", "NAME=TEXTS")

@@ -6,9 +6,11 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 from xml.etree import ElementTree
@@ -17,7 +19,10 @@ import pytest
 import yaml
 
 from tests.tiny import english, save_tiny
-from trsp_deploy import cli
+from trsp_deploy import checks, cli
+from trsp_deploy.errors import EngineUnavailable, UserError
+from trsp_deploy.pipeline.proof import Proof
+from trsp_deploy.stages.bench import find_pair
 
 pytestmark = pytest.mark.alone
 
@@ -192,6 +197,9 @@ def test_a_damaged_baseline_is_one_line(workspace: Path, baseline: Path, tmp_pat
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        (["--min-speedup", "1.1", "--junit", "."], ["--junit", "is a folder"]),
+        (["--min-speedup", "1.1", "--out", ""], ["--out", "is a folder"]),
+        (["--min-speedup", "1.1", "--against", "baseline.json", "--set", "prompt_tokens=[8]"], ["--set prompt_tokens"]),
         ([], ["nothing is required", "--min-speedup"]),
         (["--min-speedup", "fast"], ["--min-speedup 'fast'", "1.2"]),
         (["--min-speedup", "prefil=1.2"], ["--min-speedup 'prefil=1.2'", "prefill=1.2"]),
@@ -210,6 +218,48 @@ def test_bad_input_is_one_line(workspace: Path, options: list[str], words: list[
     assert done.code == 1 and done.stdout == ""
     line = done.stderr.splitlines()[-1]
     assert line.startswith("error: ") and all(word in line for word in words), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "tasks", "limit", "line"),
+    [
+        (
+            {"manual": "text.txt"},
+            (),
+            {"max_ppl_ratio": 1.3},
+            "e has no perplexity on manual for --max-ppl-ratio to judge",
+        ),
+        ({}, (), {"max_ppl_ratio": 1.3}, "--max-ppl-ratio needs texts"),
+        ({}, ("piqa",), {"min_accuracy_retained": 0.9}, "e has no accuracy on piqa for --min-accuracy-retained"),
+        ({}, (), {"min_accuracy_retained": 0.9}, "--min-accuracy-retained needs tasks"),
+    ],
+)
+def test_what_was_not_measured_does_not_pass(
+    evaluation: dict[str, str], tasks: tuple[str, ...], limit: dict[str, float], line: str
+) -> None:
+    recipe = SimpleNamespace(evaluation=evaluation, evaluate=SimpleNamespace(tasks=tasks))
+    job: Any = SimpleNamespace(recipe=recipe, proof=SimpleNamespace(failed={}))
+    with pytest.raises(UserError, match=line):
+        checks._check_judgeable(job, SimpleNamespace(name="e"), checks.Tolerances(**limit), {}, None)  # type: ignore[arg-type]
+
+
+def test_an_engine_that_fails_leaves_the_others_their_figures() -> None:
+    outcomes = [SimpleNamespace(spec=SimpleNamespace(name=name), reason=None) for name in ("a", "b", "c")]
+    said: list[str] = []
+    proof: Any = Proof(
+        SimpleNamespace(run=None, recipe=None, say=said.append),  # type: ignore[arg-type]
+        None,  # type: ignore[arg-type]
+        SimpleNamespace(build=lambda: outcomes),  # type: ignore[arg-type]
+    )
+
+    def measure(spec: Any) -> int:
+        if spec.name == "b":
+            raise EngineUnavailable("no profile covers a prompt of 9")
+        return len(spec.name)
+
+    assert proof._of_each("cannot be timed", measure) == {"a": 1, "c": 1}
+    assert said == ["b: cannot be timed: no profile covers a prompt of 9"]
+    assert proof._of_each("cannot be timed", measure) == {"a": 1, "c": 1} and len(said) == 1, "not asked again"
 
 
 # -- compare -----------------------------------------------------------------------------------------------------------
@@ -231,6 +281,16 @@ def test_compare_takes_engine_folders_and_judges(workspace: Path, baseline: Path
     done = trsp_deploy("compare", *folders, "--min-speedup", "1", "--budget", "12", cwd=workspace)
     assert done.code == 2, done.said
     assert "NOT THERE" in done.stdout and "at least 1 wanted: fail" in done.stdout
+
+
+def test_of_one_run_both_engines_are_the_same(workspace: Path, baseline: Path, tmp_path: Path) -> None:
+    """A run that was killed between the two halves of an engine has another one that is whole."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").touch()
+    shutil.copytree(workspace / "run" / "engines" / "ort-cpu-fp32", tmp_path / "run" / "engines" / "b")
+    shutil.copytree(tmp_path / "run" / "engines" / "b" / "dense", tmp_path / "run" / "engines" / "a" / "dense")
+    dense, pruned = find_pair(tmp_path / "run", tmp_path / "run", None)
+    assert (dense.path.parent.name, pruned.path.parent.name) == ("b", "b")
 
 
 @pytest.mark.parametrize(
@@ -296,8 +356,8 @@ def run_action(action: Any, workspace: Path, tmp_path: Path, **inputs: str) -> t
 @pytest.mark.parametrize(
     ("inputs", "code", "verdict"),
     [
-        ({"min-speedup": "50 decode=1.01"}, 2, "fail"),
-        ({"min-speedup": "1.05", "budget": "1"}, 3, "inconclusive"),
+        ({"min-speedup": "0.5\ndecode=50\n", "junit": ""}, 2, "fail"),
+        ({"min-speedup": "1.05", "budget": "1", "out": ""}, 3, "inconclusive"),
         pytest.param(
             {"min-speedup": "1.05", "budget": "1", "inconclusive-passes": "true"},
             0,

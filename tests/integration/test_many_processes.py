@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.tiny import english, save_tiny
 from trsp_deploy.errors import RecipeError
+from trsp_deploy.pipeline import _check_shares
+from trsp_deploy.recipe import read_recipe
 from trsp_deploy.tools.processes import Processes
 
 LAUNCH = {
@@ -92,6 +94,13 @@ def test_batches_that_do_not_divide_are_refused():
     processes.count = 2
     with pytest.raises(RecipeError, match=r"transfer.batch_size 3 with 2 processes; valid: a multiple of 2"):
         processes.share(torch.arange(3), "transfer.batch_size")
+
+
+def test_batches_are_looked_at_before_anything_is_fetched():
+    chosen = read_recipe({"model": "m", "plan": {"batch_size": 1}, "transfer": {"batch_size": 6}}, "test")
+    with pytest.raises(RecipeError, match=r"plan.batch_size 1 with 4 processes; .* --set plan.batch_size=4"):
+        _check_shares(chosen, 4)
+    _check_shares(chosen.model_copy(update={"plan": chosen.plan.model_copy(update={"method": "sleb"})}), 3)
 
 
 def test_first_version_of_fsdp_is_refused(monkeypatch):

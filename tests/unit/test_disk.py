@@ -12,6 +12,7 @@ import pytest
 from transformers import GPT2Config, LlamaConfig, OPTConfig
 
 from trsp_deploy.cli import jobs
+from trsp_deploy.decoder import WeightCounts
 from trsp_deploy.errors import StorageError
 from trsp_deploy.recipe import EngineSpec, Recipe, read_recipe
 from trsp_deploy.tools import disk
@@ -102,6 +103,17 @@ def test_hard_links_cost_nothing(tmp_path: Path) -> None:
     here = LlamaConfig.from_dict(SMOLLM2.to_dict())
     here._name_or_path = str(tmp_path)
     assert plan_disk(tmp_path / "run", recipe(), here, SPECS).stages[0].kept_bytes == 0
+
+
+def test_a_checkpoint_holds_what_moves_under_adapters() -> None:
+    counts = WeightCounts(total=1000, layers=(300, 300), lm_head=200, embeddings=200)
+
+    def size(**transfer: object) -> int:
+        return disk._checkpoint(read_recipe({"model": "m", "weights": "bf16", "transfer": transfer}, "test"), counts)
+
+    assert size(lora_rank=8, form="train", refit="layers") == 0
+    assert size(lora_rank=8, form="anneal", refit="layers") == 2 * 2 * (600 + 600)  # weights, and what was rounded off
+    assert size(form="anneal", refit="layers") - size(form="anneal", refit="none") == 2 * 2 * 600
 
 
 def test_too_small_a_disk_is_one_line_with_what_would_fit(tmp_path: Path) -> None:

@@ -128,6 +128,18 @@ def activations(estimate: MemoryEstimate, name: str, *settings: str) -> int:
     return next(moment.activations_bytes for moment in moments if moment.name == name)
 
 
+def test_slebs_trials_hold_what_enters_each_layer():
+    tokens = 2 * 64
+    sizes = {
+        method: MemoryEstimate(LLAMA, "cpu", False)
+        .stages(recipe("device=cpu", f"plan.method={method}", "plan.batch_size=2", "calibration.context_length=64"))[0]
+        .moments[0]
+        .activations_bytes
+        for method in ("shortgpt", "sleb")
+    }
+    assert sizes["sleb"] - sizes["shortgpt"] == 32 * tokens * 4096 * 4
+
+
 def test_checkpointing_keeps_one_state_a_layer():
     estimate = MemoryEstimate(tiny_config("llama"), "cpu", fast_bf16=False)
     length = "calibration.context_length=128"

@@ -89,6 +89,10 @@ def test_override_errors(assignment: str, words: str) -> None:
     assert words in message and f"--set '{assignment}'" in message
 
 
+def test_a_group_without_lines_can_be_set_in() -> None:
+    assert override({"calibration": None}, ["calibration.texts=x"]) == {"calibration": {"texts": "x"}}
+
+
 def test_override_of_an_unknown_key_is_found_on_reading() -> None:
     message = recipe_error(override({"model": "m"}, ["plan.stpes=2"]), "--set")
     assert "unknown key 'plan.stpes'; did you mean 'steps'?" in message

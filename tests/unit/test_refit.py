@@ -16,7 +16,7 @@ from trsp_deploy.tools.forms import FORMS
 from trsp_deploy.tools.gates import LayerGates
 from trsp_deploy.tools.layer_modules import Group, layer_calls, linear_groups
 from trsp_deploy.tools.processes import Processes
-from trsp_deploy.tools.refit import Equations, choose_solution, refit_kept_layers
+from trsp_deploy.tools.refit import Equations, Streams, choose_solution, refit_kept_layers
 
 FAMILIES = ["llama", "gpt2", "gpt_neox", "opt"]
 
@@ -135,6 +135,36 @@ def test_equations_that_do_not_carry_over_to_held_out_text_change_nothing():
     solution = choose_solution(fit, held_out)
     assert solution is not None
     assert torch.allclose(solution.float(), torch.ones(4, 3), atol=0.05)
+
+
+def test_what_bf16_cannot_add_is_kept_back_until_it_can(monkeypatch):
+    """A hundredth of the way is less than the last bit of most weights."""
+    model = tiny_model("llama").to(torch.bfloat16)
+    weight = decoder_layers(model)[1].mlp.up_proj.weight
+    before = weight.detach().clone()
+    settings = TransferSettings(form="anneal", refit="layers", steps=400, anneal_share=0.5)
+
+    def refit(self, windows, autocast):
+        with torch.no_grad():
+            weight.mul_(1.03)
+
+    monkeypatch.setattr(FORMS["anneal"], "refit", refit)
+    with LayerGates(model) as gates:
+        form = FORMS["anneal"](model, gates, [2], settings, Processes("cpu"))
+        form.prepare(tokens(4, 8), contextlib.nullcontext())
+        assert torch.equal(weight, before)
+        wanted = before.float() * 1.03
+        for step in range(settings.steps):
+            form.before_step(step)
+        form.finish()
+    assert len(form.moved()) == 1, "what was kept back goes into checkpoints"
+    undone = (weight.float() - wanted).norm() / (before.float() - wanted).norm()
+    assert undone < 0.1, "0.95 without"
+
+
+def test_no_states_are_held_beside_the_streams():
+    streams = Streams(tiny_model("gpt2"), tokens(4, 8).split(2), contextlib.nullcontext())
+    assert all(call.hidden.numel() == 0 for call in streams._calls)
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])

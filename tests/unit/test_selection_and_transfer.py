@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 
 from tests.tiny import english, save_tiny, tiny_model, tiny_tokenizer
 from trsp_deploy.decoder import decoder_layers, load_model, next_token_loss, stored_dtype
 from trsp_deploy.recipe import read_recipe
-from trsp_deploy.stages.selection import runs_text, select_layers
+from trsp_deploy.stages.selection import runs_text, select_for_counts, select_layers
 from trsp_deploy.stages.transfer import transfer_and_remove
 from trsp_deploy.tools.models import ModelSource
 from trsp_deploy.tools.plan import PruningPlan
@@ -148,6 +151,15 @@ def test_checkpoint_is_complete(dense, tmp_path, windows):
     )
 
 
+def test_a_model_with_sampling_values_and_no_do_sample_is_saved(dense, tmp_path, windows):
+    """transformers loads it with a warning, and would refuse to save it after all the training."""
+    shutil.copytree(dense, tmp_path / "dense")
+    (tmp_path / "dense" / "generation_config.json").write_text('{"temperature": 0.9, "top_p": 0.6}')
+    run_transfer(tmp_path / "dense", tmp_path / "out", windows, form="none")
+    kept = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert kept["temperature"] == 0.9 and kept["do_sample"] is True
+
+
 def test_stored_dtype_is_kept(tmp_path, windows):
     folder = save_tiny("llama", tmp_path / "half", dtype=torch.float16)
     load_model(folder).half().save_pretrained(folder)
@@ -218,6 +230,13 @@ def test_a_span_that_no_greedy_pick_would_open_is_found(windows, monkeypatch):
     assert both.dropped == (2, 3)
     assert next(iter(both.settings["finals"])) == "2-3"
     assert tuple(sorted(pick.layer for pick in both.picks)) == greedy.dropped
+
+
+def test_a_search_for_several_numbers_of_layers_gives_what_each_search_gives(windows):
+    chosen = recipe(plan={"steps": 1, "candidates": 3})
+    several = select_for_counts(tiny_model("llama"), windows[:16], windows[16:20], (2, 3), chosen, "manual")
+    alone = select_layers(tiny_model("llama"), windows[:16], windows[16:20], 2, chosen, "manual")
+    assert several[2] == alone and "finals" in alone.settings
 
 
 def test_layers_as_text():

@@ -90,6 +90,12 @@ def test_texts_begin_as_the_chat_does_or_else_the_model():
     assert write_windows(model, user, 2, 3, seed=0).tolist() == [user[:3]] * 2, "a beginning as long as the window"
 
 
+def test_a_template_that_begins_with_the_users_words_leaves_the_models_first_token():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}"
+    assert opening(tiny_model("llama"), tokenizer) == BOS
+
+
 def test_a_model_with_nothing_to_begin_with_is_refused():
     model = tiny_model("llama")
     model.config.bos_token_id = None

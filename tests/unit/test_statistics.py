@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from tests.samples import made_up, made_up_report
+from trsp_deploy.errors import TextError
 from trsp_deploy.results import TURNS, Perplexity, TaskScore, Telemetry, ZeroShot
 from trsp_deploy.tools import comparisons, goals
 from trsp_deploy.tools.limits import SpeedLimit
@@ -141,6 +143,19 @@ def scores(*correct: str) -> ZeroShot:
     return ZeroShot(role="dense", tasks=tuple(tasks))
 
 
+def test_one_shape_that_misses_fails_whatever_is_open_at_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shape 0 is open, shape 1 misses 1.2 for certain although its interval begins later."""
+    found = [Ratio(ratio=1.15, low=1.05, high=1.25), Ratio(ratio=1.10, low=1.09, high=1.11)]
+    monkeypatch.setattr(goals, "speedup", lambda replicates, case, phase: SimpleNamespace(found=found[case]))
+    goal, replicates = goals.least_speedup("total", 1.2, "x", cases=2), made_up().replicates
+    assert goal.outcome(replicates).word == "fail" and goal.outcome(replicates).found == found[1]
+    assert goal.settled(replicates)
+    found[1] = Ratio(ratio=1.3, low=1.29, high=1.31)
+    assert goal.outcome(replicates).word == "inconclusive" and not goal.settled(replicates)
+    found[0] = Ratio(ratio=1.4, low=1.38, high=1.42)
+    assert goal.outcome(replicates).found == found[1] and goal.settled(replicates)
+
+
 def test_choices_are_compared_item_by_item() -> None:
     found = paired_accuracy(scores("1110001111").tasks[0], scores("0000011111").tasks[0])
     assert (found.items, found.lost, found.gained) == (10, 3, 1)
@@ -161,6 +176,13 @@ def by_documents(losses: list[float], tokens: int = 10) -> Perplexity:
     return Perplexity(
         text="t", role="dense", origin="", context_length=11, nll=(float(np.mean(losses)),), documents=documents
     )
+
+
+def test_a_ratio_of_few_items_has_an_interval_and_of_none_right_no_ratio() -> None:
+    kept = retained_accuracy(scores("1100000000"), scores("1000000000"))
+    assert kept.ratio == 0.5 and np.isfinite([kept.low, kept.high]).all()
+    with pytest.raises(TextError, match="has no item right"):
+        retained_accuracy(scores("00"), scores("10"))
 
 
 def test_perplexity_is_paired_by_documents() -> None:

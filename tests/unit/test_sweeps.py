@@ -36,7 +36,7 @@ POINTS = [point(2, 1.1, 1.05), point(4, 1.2, 1.2), point(6, 1.35, 1.5), point(8,
     [
         ({"min_speedup": 1.25}, 6, ["fast enough: 1.35x of 1.25x end to end", "4 gives 1.20x"]),
         ({"min_speedup": 1.05}, 2, ["the smallest cut that was tried"]),
-        ({"max_ppl_ratio": 1.3}, 4, ["the most that quality allows", "6 would cost 1.50x"]),
+        ({"max_ppl_ratio": 1.3}, 4, ["the most that quality allows", "of at most 1.3x; 6 would cost 1.50x"]),
         ({"max_ppl_ratio": 9}, 8, ["more was not tried"]),
         ({"min_speedup": 1.15, "max_ppl_ratio": 1.3}, 4, ["2 gives 1.10x"]),
         ({"min_speedup": 1.25, "max_ppl_ratio": 1.3}, None, ["speed needs at least 6", "1.3x allows 4"]),
@@ -51,9 +51,15 @@ def test_the_choice_and_the_limit_that_bound(targets: dict[str, float], count: i
     assert found.num_dropped == count and all(word in found.reason for word in words), found.reason
 
 
+def test_a_smaller_cut_that_was_refused_for_its_quality_is_named_with_it() -> None:
+    found = choose([point(2, 1.3, 1.6), point(4, 1.4, 1.2)], Targets(min_speedup=1.2, max_ppl_ratio=1.3))
+    assert found.num_dropped == 4 and "2 costs 1.60x perplexity" in found.reason
+
+
 def test_a_point_without_an_engine_is_never_fast() -> None:
     unmeasured = POINTS[3].model_copy(update={"comparison": None, "size_bytes": None})
-    assert choose([unmeasured], Targets(min_speedup=1.01)).num_dropped is None
+    refused = choose([unmeasured], Targets(min_speedup=1.01))
+    assert refused.num_dropped is None and "no engine ran here, so no speed is known" in refused.reason
     assert choose([unmeasured], Targets(max_ppl_ratio=3)).num_dropped == 8
 
 

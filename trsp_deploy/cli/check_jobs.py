@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trsp_deploy.cli.jobs import Tasks
-from trsp_deploy.cli.numbers import finite
+from trsp_deploy.cli.options import file_to_write, finite
 from trsp_deploy.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -67,15 +67,21 @@ MinAccuracy = Annotated[
 Against = Annotated[
     Path | None, typer.Option("--against", help="A file that `trsp-deploy baseline` made.", metavar="BASELINE.json")
 ]
-Out = Annotated[Path | None, typer.Option("--out", help="Write the result, with raw samples, there.", metavar="FILE")]
-BaselineOut = Annotated[Path, typer.Option("--out", help="The file to write.", metavar="FILE")]
-Junit = Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML there.", metavar="FILE")]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", help="Write the result, with raw samples, there.", callback=file_to_write, metavar="FILE"),
+]
+BaselineOut = Annotated[Path, typer.Option("--out", help="The file to write.", callback=file_to_write, metavar="FILE")]
+Junit = Annotated[
+    Path | None, typer.Option("--junit", help="Write JUnit XML there.", callback=file_to_write, metavar="FILE")
+]
 Sets = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override one key of the measurement: prompt_tokens=[128,1024].", metavar="KEY=VALUE"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="End stdout with one JSON line; all else goes to stderr.")]
 
+SHAPES = ("batch_sizes", "prompt_tokens", "new_tokens")
 PHASE_NAMES: dict[str, Phase] = {"end-to-end": "total", "total": "total", "prefill": "prefill", "decode": "decode"}
 
 
@@ -172,6 +178,8 @@ def check(
     from trsp_deploy.cli.jobs import existing, task_sets
     from trsp_deploy.tools.verdicts import EXIT_CODES
 
+    if against is not None:
+        _no_shapes(sets or [])
     kept = None if min_accuracy_retained is None else _kept("--min-accuracy-retained", min_accuracy_retained)
     wanted_texts, wanted_tasks = max_ppl_ratio, kept
     if quality_budget is not None:
@@ -228,6 +236,16 @@ def _settings(values: dict[str, Any], budget: float | None, sets: list[str] | No
     if budget is not None:
         chosen["budget_s"] = budget
     return read_bench_settings(chosen, "--set" if sets else "the run's recipe")
+
+
+def _no_shapes(sets: list[str]) -> None:
+    """A baseline says at which shapes to measure."""
+    named = {assignment.partition("=")[0].strip() for assignment in sets} & set(SHAPES)
+    if named:
+        raise RecipeError(
+            f"check: --set {min(named)} does not go with --against: the baseline's own shapes are measured; "
+            "make a baseline with that --set"
+        )
 
 
 def _speedups(texts: list[str] | None) -> dict[Phase, float]:

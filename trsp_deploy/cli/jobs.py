@@ -265,12 +265,12 @@ def recipe_from_options(
     for key, value in (("model", model), ("drop", drop), ("seed", seed)):
         if value is not None:
             values[key] = value
+    options = {f"{group}.{key}": value for group, of in _method_settings(method).items() for key, value in of.items()}
     if calibration is not None:
-        values.setdefault("calibration", {})["texts"] = calibration
-    for group, settings in _method_settings(method).items():
-        values[group] = {**(values.get(group) or {}), **settings}
+        options["calibration.texts"] = calibration
     if then is not None:
-        values["transfer"] = {**(values.get("transfer") or {}), "form": then}
+        options["transfer.form"] = then
+    values = override(values, [f"{key}={json.dumps(value)}" for key, value in options.items()])
     values = _with_lists(values, engine, evaluation)
     return read_recipe(override(values, sets or []), f"{source} with the options given" if sets else source)
 

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from trsp_deploy.cli.jobs import Json
-from trsp_deploy.cli.numbers import finite
+from trsp_deploy.cli.options import file_to_write, finite
 from trsp_deploy.errors import RecipeError
 
 Repository = Annotated[Path, typer.Argument(help="A model repository, ours or not.", metavar="REPO")]
@@ -49,7 +49,9 @@ Address = Annotated[
         metavar="URL",
     ),
 ]
-Out = Annotated[Path | None, typer.Option("--out", help="Write the raw samples there.", metavar="FILE")]
+Out = Annotated[
+    Path | None, typer.Option("--out", help="Write the raw samples there.", callback=file_to_write, metavar="FILE")
+]
 
 
 def register(app: typer.Typer) -> None:

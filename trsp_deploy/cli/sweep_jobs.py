@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ from trsp_deploy.cli.jobs import (
     Sets,
     Then,
 )
-from trsp_deploy.cli.numbers import finite
+from trsp_deploy.cli.options import finite
 from trsp_deploy.errors import RecipeError
 
 Drops = Annotated[
@@ -76,6 +77,8 @@ def sweep(
     from trsp_deploy.recipe import parse_drops
     from trsp_deploy.tools.sweeps import Targets
 
+    if "RANK" in os.environ:
+        raise RecipeError("sweep: is one process's work; `accelerate launch` a `prune` of the cut that it chose")
     parse_drops(drop, num_layers=10**6)  # what cannot be a range is said before anything slow
     first = drop.split("..")[0].split(",")[0]
     chosen = recipe_from_options(model, first, recipe, engine, calibration, evaluation, seed, sets, method, then)

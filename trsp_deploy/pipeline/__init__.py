@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trsp_deploy.artifacts import RunFolder
+from trsp_deploy.errors import RecipeError
 from trsp_deploy.pipeline.engines import Engines
 from trsp_deploy.pipeline.inputs import Inputs
 from trsp_deploy.pipeline.proof import Proof
@@ -33,7 +34,9 @@ class Pipeline:
         self.run = run
         self.recipe = recipe
         if "RANK" in os.environ:  # `accelerate launch`; joining costs an import that a single process can do without
-            run.from_main = Processes(pick_device(recipe)).from_main
+            processes = Processes(pick_device(recipe))
+            run.from_main = processes.from_main
+            _check_shares(recipe, processes.count)
         self.inputs = Inputs(run, recipe, say)
         self.pruning = Pruning(self.inputs, plan_file)
         self.engines = Engines(self.inputs, self.pruning)
@@ -44,8 +47,21 @@ class Pipeline:
         return make_report(self.proof)
 
 
+def _check_shares(recipe: Recipe, count: int) -> None:
+    """Raise RecipeError where a batch cannot be divided among processes, before anything is fetched."""
+    sizes = {"plan.batch_size": recipe.plan.batch_size} if recipe.plan.method == "trsp" else {}
+    if recipe.transfer.form != "none":
+        sizes["transfer.batch_size"] = recipe.transfer.batch_size
+    uneven = {name: size for name, size in sizes.items() if size % count}
+    if uneven:
+        name, size = next(iter(uneven.items()))
+        more = " ".join(f"--set {each}={count * -(-size // count)}" for each, size in uneven.items())
+        raise RecipeError(f"{name} {size} with {count} processes; valid: a multiple of {count}, such as {more}")
+
+
 def prune_and_build(job: Pipeline) -> Report:
     """Run every stage that is not finished yet, and write the report."""
+    job.inputs.check_lengths()
     job.pruning.plan()
     job.pruning.prune()
     job.engines.export()

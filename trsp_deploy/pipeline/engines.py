@@ -19,6 +19,7 @@ from trsp_deploy.results import ROLES, OnnxModel, Role
 from trsp_deploy.stages import build, export
 from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.runners import EngineManifest, bound_to, check_can_build, check_can_run
+from trsp_deploy.tools.runners.manifest import Bound
 from trsp_deploy.tools.runners.requirements import package_version
 from trsp_deploy.tools.subjects import Subject, find_subject
 
@@ -122,8 +123,8 @@ class Engines:
             "onnx": self.run.path / model.folder,
             "backend": package_version(spec.backend),
         }
-        if spec.backend == "tensorrt":  # another GPU or driver wants another engine
-            inputs["machine"] = bound_to(spec).model_dump_json()
+        if (bound := bound_to(spec)) != Bound():  # another machine wants another engine
+            inputs["machine"] = bound.model_dump_json()
         if spec.reads_text:
             inputs["calibration"] = self.inputs.calibration_texts().fingerprint
         return self.run.step(

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from trsp_deploy.artifacts import RunFolder, writing
-from trsp_deploy.decoder import load_config, load_tokenizer
+from trsp_deploy.decoder import known_positions, load_config, load_tokenizer
+from trsp_deploy.errors import RecipeError
 from trsp_deploy.recipe import Recipe, Strict
 from trsp_deploy.results import Role
 from trsp_deploy.tools.models import ModelSource, copy_model, resolve_model
@@ -48,6 +49,23 @@ class Inputs:
         )
         return source
 
+    def check_lengths(self) -> None:
+        """Raise RecipeError where a text would be longer than the model was made for, with all that has to change."""
+        wanted = {"calibration.context_length": self.recipe.calibration.context_length}
+        if self.recipe.evaluation:
+            wanted["evaluate.context_length"] = self.recipe.evaluate.context_length
+        self._check(wanted)
+
+    def _check(self, wanted: dict[str, int]) -> None:
+        self.dense()
+        positions = known_positions(self.path("dense"))
+        longer = [name for name, length in wanted.items() if positions is not None and length > positions]
+        if longer:
+            raise RecipeError(
+                f"{longer[0]} {wanted[longer[0]]}: {self.recipe.model} has {positions} positions; "
+                + " ".join(f"--set {name}={positions}" for name in longer)
+            )
+
     def _found_by_main(self, find: Callable[[], ModelSource]) -> ModelSource:
         """What may have to be downloaded or unpacked is so once, by the main process."""
         source: ModelSource = self.run.from_main(find() if self.run.main else None)
@@ -80,6 +98,7 @@ class Inputs:
     def calibration_windows(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Windows to train on and windows held out, (windows, context_length) each."""
         settings = self.recipe.calibration
+        self._check({"calibration.context_length": settings.context_length})
         wanted = settings.max_windows + settings.validation_windows
         texts, source = self.calibration_texts(), f"--calibration {settings.texts}"
         windows = tokenize_windows(texts, self.tokenizer(), settings.context_length, wanted, source)
@@ -94,6 +113,7 @@ class Inputs:
     def evaluation_windows(self, name: str) -> tuple[torch.Tensor, np.ndarray | None]:
         """(windows, context_length) token ids of an evaluation text, and which document each of them belongs to."""
         settings = self.recipe.evaluate
+        self._check({"evaluate.context_length": settings.context_length})
         texts = self.evaluation_texts(name)
         limit = None if settings.max_tokens is None else max(1, settings.max_tokens // settings.context_length)
         windows = tokenize_windows(texts, self.tokenizer(), settings.context_length, limit, f"--eval {name}")

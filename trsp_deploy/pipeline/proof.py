@@ -6,7 +6,7 @@ import functools
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from trsp_deploy.artifacts import provenance
 from trsp_deploy.errors import EngineUnavailable
@@ -21,6 +21,7 @@ from trsp_deploy.tools.quiet import quiet_libraries
 from trsp_deploy.tools.report import ChoicesReport, QualityReport, choices_report, quality_report
 from trsp_deploy.tools.runners import Runner, open_engine
 
+Measured = TypeVar("Measured")
 PARITY_PROMPTS = (40, 23)  # tokens; unequal, so that left padding is part of the check
 
 
@@ -33,6 +34,7 @@ class Proof:
         self.engines = engines
         self.run = inputs.run
         self.recipe = inputs.recipe
+        self.failed: dict[str, str] = {}  # engine that was to run here -> what it does not do, and why
 
     @functools.cache
     def check_onnx(self) -> tuple[Parity, ...]:
@@ -45,17 +47,20 @@ class Proof:
     @functools.cache
     def check_engines(self) -> tuple[Parity, ...]:
         """PyTorch against every engine that runs here; raises ParityError."""
-        specs = [outcome.spec for outcome in self.engines.build() if outcome.reason is None]
-        return tuple(
-            self._parity(spec.name, role, spec.precision, self.engines.path(spec, role), open_engine)
-            for spec in specs
-            for role in ROLES
-        )
+
+        def both(spec: EngineSpec) -> list[Parity]:
+            return [
+                self._parity(spec.name, role, spec.precision, self.engines.path(spec, role), open_engine)
+                for role in ROLES
+            ]
+
+        found = self._of_each("cannot be checked against PyTorch", both)
+        return tuple(parity for pair in found.values() for parity in pair)
 
     @functools.cache
     def bench(self) -> dict[str, Comparison]:
         """Latency of dense and pruned on every engine that runs here, by engine name."""
-        return {o.spec.name: self._measure(o.spec) for o in self.engines.build() if o.reason is None}
+        return self._of_each("cannot be timed", self._measure)
 
     @functools.cache
     def compared(self, name: str) -> ComparisonReport:
@@ -83,10 +88,31 @@ class Proof:
 
     @functools.cache
     def engine_choices(self, spec: EngineSpec) -> ChoicesReport | None:
-        """Choice tasks through an engine that runs here; None where the recipe asks for none."""
+        """Choice tasks through an engine that runs here; None where the recipe asks for none, or it cannot."""
         if not self.recipe.evaluate.tasks:
             return None
-        return choices_report(*(self._engine_zero_shot(spec, role) for role in ROLES))
+        try:
+            return choices_report(*(self._engine_zero_shot(spec, role) for role in ROLES))
+        except EngineUnavailable as problem:  # such as items that are longer than its profiles
+            self.inputs.say(f"{spec.name}: its accuracy is not measured ({problem})")
+            return None
+
+    def _of_each(self, lack: str, measure: Callable[[EngineSpec], Measured]) -> dict[str, Measured]:
+        """A measurement of every engine that runs here; one that fails at it leaves the others theirs.
+
+        lack: what is said of such an engine.
+        """
+        found: dict[str, Measured] = {}
+        for outcome in self.engines.build():
+            name = outcome.spec.name
+            if outcome.reason is not None or name in self.failed:
+                continue
+            try:
+                found[name] = measure(outcome.spec)
+            except EngineUnavailable as problem:  # such as shapes beyond its profiles, or a GPU that is full
+                self.failed[name] = f"{lack}: {problem}"
+                self.inputs.say(f"{name}: {self.failed[name]}")
+        return found
 
     def _parity(
         self, subject: str, role: Role, precision: Precision, folder: Path, open_it: Callable[[Path], Runner]

@@ -14,7 +14,7 @@ from trsp_deploy.tools.goals import Goal, settled_all
 from trsp_deploy.tools.limits import SpeedLimit, speed_limit
 from trsp_deploy.tools.measuring import measure
 from trsp_deploy.tools.rates import measure_rates
-from trsp_deploy.tools.subjects import Subject, find_subject
+from trsp_deploy.tools.subjects import RUN_MARK, Subject, find_subject, whole_engine
 
 
 def compare_engines(
@@ -39,6 +39,7 @@ def compare_engines(
         seed,
         rates=measure_rates(dense.device),
         decided=decided if goals else None,
+        device=dense.device,
     )
 
 
@@ -61,8 +62,13 @@ def limits(dense: Subject, pruned: Subject, case: Case, rates: Rates | None) -> 
 
 
 def find_pair(dense: Path, pruned: Path, engine: str | None) -> tuple[Subject, Subject]:
-    """What two paths stand for; raises RunError, of an engine that cannot run here too: there is nothing else to do."""
+    """What two paths stand for; raises RunError, of an engine that cannot run here too: there is nothing else to do.
+
+    Of one run folder both are the same engine's.
+    """
     try:
+        if engine is None and dense == pruned and (dense / RUN_MARK).is_file():
+            engine = whole_engine(dense)
         return find_subject(dense, "dense", engine), find_subject(pruned, "pruned", engine)
     except EngineUnavailable as problem:
         raise RunError(str(problem)) from problem

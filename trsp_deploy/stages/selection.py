@@ -206,7 +206,7 @@ class GatePicking:
 
     def _finals(self, count: int, meter: Meter) -> dict[Layers, float]:
         picked, spans = tuple(sorted(pick.layer for pick in self._picks[:count])), self._spans(count)
-        return self._try(list(dict.fromkeys([picked, *spans])), meter) if spans else {picked: math.nan}
+        return self._try(list(dict.fromkeys([picked, *spans])), count, meter) if spans else {picked: math.nan}
 
     def _spans(self, num_dropped: int) -> list[Layers]:
         """Every span of consecutive layers behind layer 0."""
@@ -234,7 +234,10 @@ class GatePicking:
         smallest = sorted(gates.open, key=lambda index: abs(gates.values[index].item()))[: self._settings.candidates]
         # With one candidate there is nothing to choose between and the gate alone has decided.
         gone = tuple(pick.layer for pick in self._picks)
-        losses = {trial[-1]: loss for trial, loss in self._try([(*gone, layer) for layer in smallest], meter).items()}
+        losses = {
+            trial[-1]: loss
+            for trial, loss in self._try([(*gone, layer) for layer in smallest], len(gone), meter).items()
+        }
         layer = min(losses, key=losses.__getitem__)
         gates.closed.add(layer)
         self._picks.append(
@@ -242,16 +245,18 @@ class GatePicking:
         )
         self._start_round()
 
-    def _try(self, trials: list[Layers], meter: Meter) -> dict[Layers, float]:
+    def _try(self, trials: list[Layers], turn: int, meter: Meter) -> dict[Layers, float]:
         """Loss without the layers of each trial, all other gates at 1.
 
         Successive halving (Jamieson and Talwalkar 2016): all trials read `trial_windows` windows, the better half as
         many more as cost the same again, and so on, so that most windows go to those that are hard to tell apart.
         Returned are mean losses in nats over what each has read, of the last two or three: the others read less.
+        turn: decides the windows' order, by itself, so that one search for several numbers of layers and one for each
+        give the same.
         """
         learned = self._gates.values.detach().clone()
         self._gates.reset()
-        rows = next(batch_order(len(self._windows), len(self._windows), self._recipe.seed + len(self._picks)))
+        rows = next(batch_order(len(self._windows), len(self._windows), self._recipe.seed + turn))
         total, read, count = dict.fromkeys(trials, 0.0), 0, self._settings.trial_windows
         while True:
             part = self._windows[rows[read : read + count]]

@@ -25,6 +25,7 @@ from trsp_deploy.decoder import (
     decoder_layers,
     load_model,
     load_tokenizer,
+    make_storable,
     remove_layers,
     stored_dtype,
 )
@@ -106,6 +107,7 @@ def transfer_and_remove(
             ppl_before_removal=ppl_before,
             ppl_after_removal=_perplexity(model, validation, recipe),
         )
+        make_storable(model)
         model.to("cpu", stored_dtype(dense)).save_pretrained(out)
         load_tokenizer(dense).save_pretrained(out)
         copy_code(dense, out)

@@ -114,7 +114,10 @@ def _items(name: str) -> Path | None:
 def _is_stock(name: str) -> bool:
     from lm_eval.tasks import TaskManager
 
-    return name in TaskManager().all_tasks
+    known = TaskManager()
+    if name in known.all_tasks and name not in known.all_subtasks:
+        raise UserError(f"zero-shot task '{name}': is a group of lm-eval's; name its tasks, each with its own --task")
+    return name in known.all_subtasks
 
 
 def _check_lm_eval() -> None:

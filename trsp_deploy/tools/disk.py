@@ -186,12 +186,16 @@ def _engine(spec: EngineSpec, counts: WeightCounts) -> int:
 def _checkpoint(recipe: Recipe, dense: WeightCounts) -> int:
     """Two of a training's checkpoints, the old one and the new one before it takes its place."""
     settings = recipe.transfer
-    if settings.form == "none" or settings.lora_rank is not None:  # adapters are small
+    if settings.form == "none":
         return 0
-    trained = dense.total if settings.train == "all" else sum(dense.layers)
     width = TRAINING_DTYPES[recipe.weights].itemsize
+    moves = settings.form == "anneal" and settings.refit != "none"
+    kept_back = sum(dense.layers) if moves and width < 4 else 0  # of weights that move in less than fp32
+    if settings.lora_rank is not None:  # adapters are small, and what moves under them is not
+        return 2 * width * ((sum(dense.layers) if moves else 0) + kept_back)
+    trained = dense.total if settings.train == "all" else sum(dense.layers)
     moment = MOMENT_8BIT_BYTES if settings.optimizer == "adamw-8bit" else width
-    return round(2 * trained * (width + 2 * moment))
+    return round(2 * (trained * (width + 2 * moment) + width * kept_back))
 
 
 def _shares_blocks(source: Path, run: Path) -> bool:

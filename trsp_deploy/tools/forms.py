@@ -91,7 +91,8 @@ class Anneal(Form):
     model and ends, at gate 0, as it would have gone on from the refit.
     """
 
-    _moves: tuple[tuple[torch.nn.Parameter, torch.Tensor], ...] = ()  # weights, and refitted minus dense ones
+    # Weights, refitted minus dense ones, and what rounding has kept from a weight of less than fp32 so far.
+    _moves: tuple[tuple[torch.nn.Parameter, torch.Tensor, torch.Tensor | None], ...] = ()
 
     def prepare(self, windows: torch.Tensor, autocast: AbstractContextManager[None]) -> None:
         """Work out the refit and put the dense weights back."""
@@ -105,7 +106,11 @@ class Anneal(Form):
         dense = [(weight, weight.detach().clone()) for weight in decoder_layers(self.model).parameters()]
         self.refit(windows, autocast)
         moves = [(weight, weight.detach() - before) for weight, before in dense]
-        self._moves = tuple((weight, move) for weight, move in moves if move.count_nonzero())
+        self._moves = tuple(
+            (weight, move, None if weight.dtype == torch.float32 else torch.zeros_like(move))
+            for weight, move in moves
+            if move.count_nonzero()
+        )
         with torch.no_grad():
             for weight, before in dense:
                 weight.copy_(before)
@@ -132,11 +137,18 @@ class Anneal(Form):
 
     @torch.no_grad()
     def _move(self) -> None:
-        for weight, move in self._moves:
-            weight.add_(move, alpha=1 / (self._steps + 1))
+        for weight, move, kept_back in self._moves:
+            if kept_back is None:
+                weight.add_(move, alpha=1 / (self._steps + 1))
+                continue
+            # A small part of a weight is less than its last bit: added as it is, most of the way would never be gone.
+            wanted = weight.float() + move.float() / (self._steps + 1) + kept_back.float()
+            weight.copy_(wanted)
+            kept_back.copy_(wanted - weight.float())
 
     def moved(self) -> list[torch.Tensor]:
-        return [weight.detach() for weight, _ in self._moves if not weight.requires_grad]
+        weights = [weight.detach() for weight, _, _ in self._moves if not weight.requires_grad]
+        return weights + [kept_back for _, _, kept_back in self._moves if kept_back is not None]
 
     def _close(self) -> None:
         self.gates.closed.update(self.doomed)  # a gate at 0 is the layer removed: no need to compute it

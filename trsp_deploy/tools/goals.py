@@ -19,18 +19,32 @@ Logs = dict[Phase, tuple[float, ...]]  # one a replicate
 
 @dataclass(frozen=True)
 class Goal:
-    """A requirement on one ratio of a comparison."""
+    """A requirement on one ratio of a comparison, at every shape that is measured."""
 
     requirement: Requirement
-    ratio: Callable[[Sequence[Replicate]], Ratio]
+    ratios: Callable[[Sequence[Replicate]], list[Ratio]]  # one a shape
 
     def outcome(self, replicates: Sequence[Replicate]) -> Outcome:
-        """What the samples say so far."""
-        return judge(self.requirement, self.ratio(replicates), len(replicates))
+        """What the samples say so far: of a shape that misses it, else of one that is open, else of the tightest."""
+        return min((self._judge(ratio, replicates) for ratio in self.ratios(replicates)), key=_leniency)
 
     def settled(self, replicates: Sequence[Replicate]) -> bool:
-        """Whether more of them would change nothing."""
-        return settled(self.requirement, self.ratio(replicates), len(replicates))
+        """Whether more of them would change nothing: one shape misses it for certain, or all are certain."""
+        words = [
+            self._judge(ratio, replicates).word if settled(self.requirement, ratio, len(replicates)) else None
+            for ratio in self.ratios(replicates)
+        ]
+        return "fail" in words or None not in words
+
+    def _judge(self, ratio: Ratio, replicates: Sequence[Replicate]) -> Outcome:
+        return judge(self.requirement, ratio, len(replicates))
+
+
+def _leniency(outcome: Outcome) -> tuple[int, float]:
+    """Smallest for the shape that is worst off."""
+    found = outcome.found
+    margin = found.low if outcome.requirement.sense == "at least" else -found.high
+    return ("fail", "inconclusive", "pass").index(outcome.word), margin
 
 
 def settled_all(goals: Sequence[Goal], replicates: Sequence[Replicate]) -> bool:
@@ -39,39 +53,36 @@ def settled_all(goals: Sequence[Goal], replicates: Sequence[Replicate]) -> bool:
 
 
 def least_speedup(phase: Phase, bound: float, source: str, cases: int) -> Goal:
-    """Speed-up of a phase, at the shape where it is smallest."""
+    """Speed-up of a phase."""
 
-    def smallest(replicates: Sequence[Replicate]) -> Ratio:
-        found = [speedup(replicates, case, phase).found for case in range(cases)]
-        return min(found, key=lambda ratio: ratio.low)
+    def ratios(replicates: Sequence[Replicate]) -> list[Ratio]:
+        return [speedup(replicates, case, phase).found for case in range(cases)]
 
     name = f"speed-up, {PHASE_TITLES[phase]}"
-    return Goal(Requirement(name=name, source=source, sense="at least", bound=bound), smallest)
+    return Goal(Requirement(name=name, source=source, sense="at least", bound=bound), ratios)
 
 
 def most_latency(phase: Phase, share: float, source: str, before: Sequence[Logs]) -> Goal:
-    """Pruned latency over the baseline's, at the shape where it has grown most; `before` has a baseline's log seconds
-    for each shape. Only on the machine that the baseline was made on."""
+    """Pruned latency over the baseline's; `before` has a baseline's log seconds for each shape. Only on the machine
+    that the baseline was made on."""
 
-    def largest(replicates: Sequence[Replicate]) -> Ratio:
-        found = [
+    def ratios(replicates: Sequence[Replicate]) -> list[Ratio]:
+        return [
             change(logs[phase], replicate_logs(replicates, "pruned", case, phase)) for case, logs in enumerate(before)
         ]
-        return max(found, key=lambda ratio: ratio.high)
 
     name = f"latency over the baseline's, {PHASE_TITLES[phase]}"
-    return Goal(Requirement(name=name, source=source, sense="at most", bound=1 + share), largest)
+    return Goal(Requirement(name=name, source=source, sense="at most", bound=1 + share), ratios)
 
 
 def most_speedup_lost(phase: Phase, share: float, source: str, before: Sequence[Logs]) -> Goal:
-    """Speed-up over the baseline's, at the shape where most of it is gone.
+    """Speed-up over the baseline's.
 
     before: a baseline's log ratios for each shape. They carry over to other machines, for dense is measured on each.
     """
 
-    def smallest(replicates: Sequence[Replicate]) -> Ratio:
-        found = [change(logs[phase], replicate_ratios(replicates, case, phase)[0]) for case, logs in enumerate(before)]
-        return min(found, key=lambda ratio: ratio.low)
+    def ratios(replicates: Sequence[Replicate]) -> list[Ratio]:
+        return [change(logs[phase], replicate_ratios(replicates, case, phase)[0]) for case, logs in enumerate(before)]
 
     name = f"speed-up over the baseline's, {PHASE_TITLES[phase]}"
-    return Goal(Requirement(name=name, source=source, sense="at least", bound=1 - share), smallest)
+    return Goal(Requirement(name=name, source=source, sense="at least", bound=1 - share), ratios)

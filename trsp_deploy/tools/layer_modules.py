@@ -31,6 +31,13 @@ class LayerCall:
         """The states that the layer was called with, (batch, sequence, hidden)."""
         return layer_input(self.args, self.kwargs)
 
+    def without_states(self) -> LayerCall:
+        """The same call for other states of its shape, which `run` then needs; its own are given up."""
+        none = self.hidden.new_empty(0)
+        if self.args:
+            return LayerCall((none, *self.args[1:]), self.kwargs)
+        return LayerCall(self.args, {**self.kwargs, "hidden_states": none})
+
     def run(self, layer: nn.Module, hidden: torch.Tensor | None = None) -> torch.Tensor:
         """The layer's output (batch, sequence, hidden) for the call's own states, or for others of the same shape."""
         args, kwargs = self.args, self.kwargs

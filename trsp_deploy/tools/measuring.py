@@ -53,6 +53,7 @@ def measure(
     rates: Rates | None = None,
     decided: Decided | None = None,
     environment: Mapping[Subject, Mapping[str, str]] | None = None,
+    device: str = "cpu",
 ) -> Comparison:
     """Compare built engines; raises EngineUnavailable when one cannot run.
 
@@ -60,12 +61,13 @@ def measure(
     vocabulary: prompts are random token ids below it; speed does not depend on them.
     decided: asked after every replicate; without it the precision alone decides.
     environment: variables for a subject's processes.
+    device: "cpu" or "cuda", where the engines run: its memory says whether all of them can be there at once.
     """
-    everyone = _with_control(subjects, settings)
+    everyone = _with_control(subjects, settings, device)
     starts: dict[Subject, Start] = {
         subject: _start(path, (environment or {}).get(subject, {})) for subject, path in everyone.items()
     }
-    together = _fit_together(list(everyone.values()))
+    together = _fit_together(list(everyone.values()), device)
     generator = np.random.default_rng(seed)
     work = [(case, _prompt(case, vocabulary, generator)) for case in settings.cases]
     replicates: list[Replicate] = []
@@ -134,16 +136,16 @@ class _Schedule:
         return all(each.found.half_width <= self._settings.precision for each in found.values())
 
 
-def _with_control(subjects: Mapping[Subject, Path], settings: BenchSettings) -> dict[Subject, Path]:
+def _with_control(subjects: Mapping[Subject, Path], settings: BenchSettings, device: str) -> dict[Subject, Path]:
     found: dict[Subject, Path] = dict(subjects)
-    if settings.control and _fit_together([subjects["dense"], *subjects.values()]):
+    if settings.control and _fit_together([subjects["dense"], *subjects.values()], device):
         found = {"dense": subjects["dense"], "again": subjects["dense"], "pruned": subjects["pruned"]}
     return found
 
 
-def _fit_together(engines: Sequence[Path]) -> bool:
-    """Whether all of them can be in memory at once."""
-    free = gpu_memory_free()
+def _fit_together(engines: Sequence[Path], device: str) -> bool:
+    """Whether all of them can be in the device's memory at once."""
+    free = gpu_memory_free() if device == "cuda" else None
     available = psutil.virtual_memory().available if free is None else free
     return ROOM * sum(size_bytes(engine.parent if engine.is_file() else engine) for engine in engines) <= available
 

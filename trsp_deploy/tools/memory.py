@@ -141,6 +141,11 @@ class MemoryEstimate:
             loss = self._loss_bytes(recipe, plan.batch_size)
             moments.append(_moment("gate update, forward", step.kept_bytes, step.forward_bytes, loss, **held))
             moments.append(_moment("gate update, backward", step.backward_bytes, 0, 0, **held))
+        if plan.method == "sleb":  # of TRSP's own trials the gates' update takes more
+            tokens = plan.batch_size * recipe.calibration.context_length
+            entering = len(self.counts.layers) * tokens * self.config.hidden_size * self._width(recipe)
+            trial = moments.pop()
+            moments.append(trial.model_copy(update={"activations_bytes": trial.activations_bytes + entering}))
         if plan.method == "fold":
             moments.append(self._fold("trial folds", recipe, plan.batch_size, SHORTLIST, **held))
         return moments
@@ -273,7 +278,8 @@ class MemoryEstimate:
         if settings.refit == "none" or settings.form != "anneal":
             return 0
         folded = self._spans(recipe) * max(inputs * outputs for inputs, outputs, _ in self._linear)
-        return (sum(self.counts.layers) if settings.refit == "layers" else folded) * self._width(recipe)
+        held = 1 if self._width(recipe) == FLOAT_BYTES["fp32"] else 2  # what rounding keeps back, too
+        return held * (sum(self.counts.layers) if settings.refit == "layers" else folded) * self._width(recipe)
 
     def _spans(self, recipe: Recipe) -> int:
         """Runs of layers that go; before they are chosen, the most there can be."""

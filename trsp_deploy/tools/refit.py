@@ -103,7 +103,7 @@ class Streams:
         self._layers = decoder_layers(model)
         self._device = next(model.parameters()).device
         self._autocast = autocast
-        self._calls = layer_calls(model, batches[0])
+        self._calls = [call.without_states() for call in layer_calls(model, batches[0])]
         self._groups = [
             linear_groups(layer, call)
             for layer, call in zip(self._layers, layer_calls(model, batches[0][:, :PROBE_TOKENS]), strict=True)

@@ -38,7 +38,8 @@ def opening(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
         turn = tokenizer.apply_chat_template([{"role": "user", "content": PLACE}], tokenize=False)
         assert isinstance(turn, str)
         tokens: list[int] = tokenizer(turn.partition(PLACE)[0], add_special_tokens=False)["input_ids"]
-        return tokens
+        if tokens:  # some templates begin with the user's words
+            return tokens
     first = model.config.bos_token_id
     if not isinstance(first, int):
         raise RecipeError(

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
+from trsp_deploy.errors import TextError
 from trsp_deploy.recipe import Strict
 from trsp_deploy.results import PHASES, Block, Comparison, Perplexity, Phase, Replicate, Subject, TaskScore, ZeroShot
 
@@ -233,14 +234,20 @@ def paired_accuracy(dense: TaskScore, pruned: TaskScore) -> PairedAccuracy:
 
 
 def retained_accuracy(dense: ZeroShot, pruned: ZeroShot) -> Ratio:
-    """Mean accuracy over the tasks, pruned / dense, with a bootstrap over items, paired, within each task."""
+    """Mean accuracy over the tasks, pruned / dense, with a bootstrap over items, paired, within each task.
+
+    Raises TextError when dense has none.
+    """
+    if not dense.mean_accuracy:
+        raise TextError("zero-shot: the dense model has no item right to retain; ask more with evaluate.task_items")
     generator = np.random.default_rng(0)
     middle = pruned.mean_accuracy / dense.mean_accuracy
     means = np.zeros((2, RESAMPLES))
     for before, after in zip(dense.tasks, pruned.tasks, strict=True):
         picks = generator.integers(before.items, size=(RESAMPLES, before.items))
         means += [np.array(score.correct)[picks].mean(axis=1) for score in (before, after)]
-    low, high = np.percentile(means[1] / means[0], [2.5, 97.5])
+    some = means[0] > 0  # a resample without one right item says nothing of a ratio
+    low, high = np.percentile(means[1, some] / means[0, some], [2.5, 97.5])
     return Ratio(ratio=middle, low=float(low), high=float(high))
 
 

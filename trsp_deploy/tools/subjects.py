@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from trsp_deploy.decoder import DecoderSize, decoder_size
 from trsp_deploy.errors import EngineUnavailable, RunError, nearest
 from trsp_deploy.recipe import EngineSpec
-from trsp_deploy.results import Role
+from trsp_deploy.results import ROLES, Role
 from trsp_deploy.tools.runners import check_can_run, device_of, read_manifest
 
 RUN_MARK = "recipe.yaml"
@@ -81,16 +82,30 @@ def find_engine(run: Path, role: Role, name: str | None) -> Path:
     """Folder of a run's engine, the one named or the first that runs here; raises RunError when there is none."""
     if not (run / RUN_MARK).is_file():
         raise RunError(f"{run}: no run of trsp-deploy ({RUN_MARK} is missing)")
-    built = {path.name: path / role for path in sorted((run / "engines").glob("*")) if (path / role).is_dir()}
-    if name is not None:
-        if name not in built:
-            raise RunError(f"{run}: has no engine '{name}'{nearest(name, built)}; built: {', '.join(built) or 'none'}")
-        return built[name]
+    built = _built(run, (role,))
+    if name is None:
+        return run / "engines" / _first_that_runs(run, role, built) / role
+    if name not in built:
+        raise RunError(f"{run}: has no engine '{name}'{nearest(name, built)}; built: {', '.join(built) or 'none'}")
+    return run / "engines" / name / role
+
+
+def whole_engine(run: Path) -> str:
+    """Name of the first of a run's engines that is there for both models and runs here; RunError when there is none."""
+    return _first_that_runs(run, "dense", _built(run, ROLES))
+
+
+def _built(run: Path, roles: Sequence[Role]) -> list[str]:
+    folders = sorted((run / "engines").glob("*"))
+    return [folder.name for folder in folders if all((folder / role).is_dir() for role in roles)]
+
+
+def _first_that_runs(run: Path, role: Role, engines: Sequence[str]) -> str:
     reasons = []
-    for engine, folder in built.items():
+    for engine in engines:
         try:
-            check_can_run(read_manifest(folder).spec)
-            return folder
+            check_can_run(read_manifest(run / "engines" / engine / role).spec)
+            return engine
         except EngineUnavailable as problem:
             reasons.append(f"{engine}: {problem}")
     raise RunError(f"{run}: no engine that runs here ({'; '.join(reasons) or 'none was built'})")

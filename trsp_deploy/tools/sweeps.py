@@ -83,9 +83,7 @@ def choose(points: Sequence[Point], targets: Targets) -> Choice:
         taken = good[-1]
         after = [point for point in points if point.num_dropped > taken.num_dropped]
         bound = f"perplexity {taken.worst_ppl_ratio:.2f}x of at most {targets.max_ppl_ratio:g}x"
-        more = (
-            f"; {after[0].num_dropped} would cost {after[0].worst_ppl_ratio:.2f}x" if after else "; more was not tried"
-        )
+        more = f"{after[0].num_dropped} would cost {after[0].worst_ppl_ratio:.2f}x" if after else "more was not tried"
         return _chosen(taken, f"the most that quality allows: {bound}; {more}")
     return Choice(num_dropped=None, folder=None, reason=_why_none(points, fast, good, targets, wishes))
 
@@ -127,14 +125,19 @@ def _why_no_less(before: Sequence[Point], wishes: Sequence[Wish], taken: Point) 
         return f"the smallest cut that was tried is fast enough: {found}"
     nearest = before[-1]
     missed = [f"{nearest.num_dropped} gives {says(nearest)}" for _, keeps, says in wishes if not keeps(nearest)]
-    return f"the smallest cut that is fast enough: {found}" + (f"; {' and '.join(missed)}" if missed else "")
+    if not missed:  # fast enough already, and refused for its quality: a larger cut may come out better
+        missed = [f"{nearest.num_dropped} costs {nearest.worst_ppl_ratio:.2f}x perplexity"]
+        return f"the smallest cut that is fast and good enough: {found}; {missed[0]}"
+    return f"the smallest cut that is fast enough: {found}; {' and '.join(missed)}"
 
 
 def _why_none(
     points: Sequence[Point], fast: Sequence[Point], good: Sequence[Point], targets: Targets, wishes: Sequence[Wish]
 ) -> str:
     parts = []
-    if wishes and not fast:
+    if wishes and all(point.comparison is None for point in points):
+        parts.append("no engine ran here, so no speed is known")
+    elif wishes and not fast:
         last = points[-1]
         best = ", ".join(f"{says(last)} of {wanted}" for wanted, _, says in wishes)
         parts.append(f"the largest cut, {last.num_dropped}, is not fast enough: {best}")
