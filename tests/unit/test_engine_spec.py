@@ -13,7 +13,7 @@ from trsp_deploy.errors import EngineSpecError, EngineUnavailable
 from trsp_deploy.recipe import Backend, EngineSpec, Range, ShapeProfile, read_engine_spec
 from trsp_deploy.tools.graphs import decoder_io
 from trsp_deploy.tools.library import engine_names, load_engine_spec
-from trsp_deploy.tools.runners import BACKENDS, check_can_build, check_can_run, ort, requirements, trt, trt_build
+from trsp_deploy.tools.runners import BACKENDS, check_can_build, check_can_run, ort, requirements, trt
 from trsp_deploy.tools.runners.manifest import spec_sha256
 from trsp_deploy.tools.runners.requirements import load_package
 
@@ -192,11 +192,6 @@ def test_compute_capabilities_are_checked_before_the_build() -> None:
     check_can_build(spec("tensorrt-rtx", compute_capabilities=["sm89", "SM120"]))
     with pytest.raises(EngineSpecError, match="no compute capability 'sm88'; did you mean 'sm8"):
         check_can_build(spec("tensorrt-rtx", compute_capabilities=["sm88"]))
-
-
-def test_compute_capabilities_are_for_rtx_only() -> None:
-    with pytest.raises(EngineSpecError, match="`compute_capabilities` is for tensorrt-rtx"):
-        trt_build.compute_capabilities(types.ModuleType("tensorrt"), spec("tensorrt", compute_capabilities=["sm89"]))
 
 
 def test_profile_covers_shapes() -> None:

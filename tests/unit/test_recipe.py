@@ -148,6 +148,12 @@ def test_parse_drop_takes_the_smallest_share_that_its_error_names() -> None:
             ["'profiles.0.past'", "needs min <= opt <= max, got 0, 9, 8"],
         ),
         ({"precison": "fp16"}, ["unknown key 'precison'", "did you mean 'precision'?"]),
+        ({"compute_capabilities": ["sm89"]}, ["`compute_capabilities` is for backend tensorrt-rtx, got tensorrt"]),
+        ({"cuda_graphs": False}, ["`cuda_graphs` is for TensorRT backends with `cache_length`"]),
+        (
+            {"backend": "onnxruntime-cpu", "profiles": [], "workspace_gib": 2},
+            ["backend onnxruntime-cpu takes no `workspace_gib`"],
+        ),
     ],
 )
 def test_engine_spec_errors(changes: dict, words: list[str]) -> None:

@@ -47,10 +47,6 @@ def compute_capabilities(trt: ModuleType, spec: EngineSpec) -> list[Any]:
     wanted = spec.compute_capabilities
     if not wanted:
         return []
-    if not hasattr(trt, "ComputeCapability"):
-        raise EngineSpecError(
-            f"engine {spec.name}: `compute_capabilities` is for tensorrt-rtx; {spec.backend} builds for this GPU only"
-        )
     known = {name.lower(): value for name, value in trt.ComputeCapability.__members__.items() if name.startswith("SM")}
     for name in wanted:
         if name.lower() not in known:
