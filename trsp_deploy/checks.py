@@ -124,13 +124,13 @@ def _check_judgeable(
     texts, tasks = job.recipe.evaluation, job.recipe.evaluate.tasks
     if tolerances.max_ppl_ratio is not None:
         if not texts:
-            raise RecipeError("check: --max-ppl-ratio needs texts, and the run's recipe has none under `evaluation`")
+            raise RecipeError("check: a limit of perplexity needs texts, and the run's recipe has none (`evaluation`)")
         if missing := [name for name in texts if name not in quality]:
-            raise RunError(f"check: {spec.name} has no perplexity on {', '.join(missing)} for --max-ppl-ratio to judge")
+            raise RunError(f"check: {spec.name} has no perplexity on {', '.join(missing)}, and it is to be judged")
     if tolerances.min_accuracy_retained is not None and choices is None:
         if not tasks:
             raise RecipeError("check: --min-accuracy-retained needs tasks; give some with --task, such as --task piqa")
-        raise RunError(f"check: {spec.name} has no accuracy on {', '.join(tasks)} for --min-accuracy-retained to judge")
+        raise RunError(f"check: {spec.name} has no accuracy on {', '.join(tasks)}, and it is to be judged")
 
 
 def _measure(

@@ -40,7 +40,7 @@ def sweep(job: Pipeline, counts: tuple[int, ...], targets: Targets, say: Callabl
         if number > 1:
             _adopt_dense(root / f"drop-{counts[0]}", folder)
         runs.append(_run(job, folder, count, plans[count], say))
-        points.append(_point(runs[-1][1], folder.relative_to(root), count))
+        points.append(_point(runs[-1][1], folder.relative_to(root), count, _measured(runs[0][1])))
         found = Sweep(
             model=job.recipe.model,
             num_layers=job.inputs.num_layers(),
@@ -79,8 +79,13 @@ def _adopt_dense(source: Path, target: Path) -> None:
         link_tree(record, there)
 
 
-def _point(report: Report, folder: Path, count: int) -> Point:
-    engine = next((engine for engine in report.engines if engine.comparison is not None), None)
+def _measured(report: Report) -> str | None:
+    """The first engine that ran: all points are of the same one."""
+    return next((engine.name for engine in report.engines if engine.comparison is not None), None)
+
+
+def _point(report: Report, folder: Path, count: int, name: str | None) -> Point:
+    engine = next((each for each in report.engines if each.name == name and each.comparison is not None), None)
     return Point(
         num_dropped=count,
         dropped=report.plan.dropped,

@@ -227,10 +227,10 @@ def test_bad_input_is_one_line(workspace: Path, options: list[str], words: list[
             {"manual": "text.txt"},
             (),
             {"max_ppl_ratio": 1.3},
-            "e has no perplexity on manual for --max-ppl-ratio to judge",
+            "e has no perplexity on manual, and it is to be judged",
         ),
-        ({}, (), {"max_ppl_ratio": 1.3}, "--max-ppl-ratio needs texts"),
-        ({}, ("piqa",), {"min_accuracy_retained": 0.9}, "e has no accuracy on piqa for --min-accuracy-retained"),
+        ({}, (), {"max_ppl_ratio": 1.3}, "a limit of perplexity needs texts"),
+        ({}, ("piqa",), {"min_accuracy_retained": 0.9}, "e has no accuracy on piqa, and it is to be judged"),
         ({}, (), {"min_accuracy_retained": 0.9}, "--min-accuracy-retained needs tasks"),
     ],
 )

@@ -382,6 +382,17 @@ def test_an_error_that_nobody_thought_of_ends_one_request_alone(
     assert lost.wait()[-1].error == "IndexError: list index out of range"
 
 
+def test_a_client_that_cannot_be_asked_is_gone_and_the_loop_goes_on(loop: ServingLoop) -> None:
+    lost, good = Client(text_input="x", max_tokens=150, ignore_eos=True), Client(text_input="y", max_tokens=3)
+
+    def broken() -> bool:
+        raise RuntimeError("no shared memory")
+
+    loop.submit(Ticket(lost.ticket.request, lost.answers.put, broken))
+    loop.submit(good.ticket)
+    assert lost.wait()[-1].finish == "cancelled" and good.wait()[-1].error is None
+
+
 def test_a_special_token_can_be_a_stop_string(loop: ServingLoop, tokenizer: Tokenizer, engine: Path) -> None:
     number, token = next((n, t) for n, t in tokenizer.get_added_tokens_decoder().items() if t.special)
     forced = Client(text_input="x", max_tokens=20, ignore_eos=True, stop=(token.content,))

@@ -72,8 +72,11 @@ def test_limits_that_need_something_else(monkeypatch: pytest.MonkeyPatch) -> Non
 
     says("need --against BASELINE.json", lambda: check(max_speedup_loss=0.03), errors.RecipeError)
     monkeypatch.setattr(checks, "runnable", lambda job, engine: SimpleNamespace(name="e"))
-    proof = SimpleNamespace(check_engines=tuple, engine_quality=lambda spec: {}, engine_choices=lambda spec: None)
-    job: Any = SimpleNamespace(proof=proof)
+    proof = SimpleNamespace(
+        check_engines=tuple, engine_quality=lambda spec: {}, engine_choices=lambda spec: None, failed={}
+    )
+    recipe = SimpleNamespace(evaluation={}, evaluate=SimpleNamespace(tasks=()))
+    job: Any = SimpleNamespace(proof=proof, recipe=recipe)
     limits = checks.Tolerances(min_accuracy_retained=0.9)
     says("needs tasks; give some with --task", lambda: checks.check_run(job, limits, None, None, BenchSettings()))
 
@@ -201,7 +204,7 @@ def test_engines_of_two_devices() -> None:
 def test_a_batch_and_its_limits() -> None:
     growing: Any = SimpleNamespace(in_place=False, model="m", twin=lambda: None)
     says("so texts cannot join a batch", lambda: RunningBatch(growing, 2, 8), errors.EngineUnavailable)
-    batch = RunningBatch(growing, 1, 8)
+    batch = RunningBatch(SimpleNamespace(**vars(growing) | {"in_place": True}), 1, 8)  # type: ignore[arg-type]
     says("a prompt of 8 tokens; valid: 1 to 7", lambda: batch.join([1] * 8), errors.EngineUnavailable)
     batch._texts[1] = SimpleNamespace(row=0, tokens=8)  # type: ignore[assignment]
     says("the batch is full: 1 texts", lambda: batch.join([1]), errors.EngineUnavailable)

@@ -51,6 +51,10 @@ def test_the_choice_and_the_limit_that_bound(targets: dict[str, float], count: i
     assert found.num_dropped == count and all(word in found.reason for word in words), found.reason
 
 
+def test_without_a_wish_for_speed_nothing_is_said_of_it() -> None:
+    assert choose(POINTS, Targets(max_ppl_ratio=1.01)).reason.startswith("the smallest cut, 2, costs 1.05x")
+
+
 def test_a_smaller_cut_that_was_refused_for_its_quality_is_named_with_it() -> None:
     found = choose([point(2, 1.3, 1.6), point(4, 1.4, 1.2)], Targets(min_speedup=1.2, max_ppl_ratio=1.3))
     assert found.num_dropped == 4 and "2 costs 1.60x perplexity" in found.reason

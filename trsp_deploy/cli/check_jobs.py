@@ -193,8 +193,9 @@ def check(
         min_accuracy_retained=wanted_tasks,
     )
     with existing(run, sets=task_sets(task)) as job:
-        if quality_budget is not None and job.recipe.evaluate.tasks:
-            tolerances = tolerances.model_copy(update={"min_accuracy_retained": share})
+        if quality_budget is not None and job.recipe.evaluate.tasks:  # of what the run has to be judged on
+            texts = wanted_texts if job.recipe.evaluation else None
+            tolerances = tolerances.model_copy(update={"min_accuracy_retained": share, "max_ppl_ratio": texts})
         settings = _settings(job.recipe.bench.model_dump(), budget, sets)
         found = check_run(job, tolerances, against, engine, settings)
     _publish(found, out, junit, as_json)

@@ -72,12 +72,10 @@ def generate(
         prompts = [words(text)["input_ids"] for text in prompt]
         found = continued(runner, prompts, sampling)
     # With the prompt and without: by itself the first token's space is lost to some tokenizers.
-    wholes = [
-        words.decode([*before, *new], skip_special_tokens=True) for before, new in zip(prompts, found, strict=True)
-    ]
+    plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     texts = [
-        whole[len(words.decode(before, skip_special_tokens=True)) :]
-        for before, whole in zip(prompts, wholes, strict=True)
+        words.decode([*before, *new], **plain)[len(words.decode(before, **plain)) :]
+        for before, new in zip(prompts, found, strict=True)
     ]
     if as_json:
         print(json.dumps({"texts": texts, "tokens": found}))

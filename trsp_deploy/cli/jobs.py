@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trsp_deploy.errors import DeviceMemoryError, ModelError, RecipeError, nearest
+from trsp_deploy.errors import DeviceMemoryError, ModelError, RecipeError, RunError, nearest
 
 if TYPE_CHECKING:
     from trsp_deploy.pipeline import Pipeline
@@ -221,8 +221,13 @@ def bench(run: Run, engine: Engines = None, sets: Sets = None, as_json: Json = F
         found = {name: job.proof.compared(name) for name in job.proof.bench()}
         lines = [sentence(name, comparison) for name, comparison in found.items()]
         plain = {name: comparison.model_dump(mode="json") for name, comparison in found.items()}
+        failed = [f"{name} {reason}" for name, reason in job.proof.failed.items()]
+        if failed and not found:
+            raise RunError(f"{run}: {'; '.join(failed)}")
         _print_json(
-            as_json, {"comparisons": plain}, "\n".join(lines) or "no engine of this run can run on this machine"
+            as_json,
+            {"comparisons": plain, "failed": job.proof.failed},
+            "\n".join([*lines, *failed]) or "no engine of this run can run on this machine",
         )
 
 
@@ -270,7 +275,7 @@ def recipe_from_options(
         options["calibration.texts"] = calibration
     if then is not None:
         options["transfer.form"] = then
-    values = override(values, [f"{key}={json.dumps(value)}" for key, value in options.items()])
+    values = override(values, [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in options.items()])
     values = _with_lists(values, engine, evaluation)
     return read_recipe(override(values, sets or []), f"{source} with the options given" if sets else source)
 
@@ -300,6 +305,9 @@ def _with_lists(values: dict[str, Any], engine: list[str] | None, evaluation: li
         for name, equals, texts in pairs:
             if not (name and equals and texts):
                 raise RecipeError(f"--eval '{name}{equals}{texts}': expected NAME=TEXTS, such as wiki=wiki-demo")
+        names = [name for name, _, _ in pairs]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise RecipeError(f"--eval '{twice}=...': given twice; each text needs a name of its own")
         values["evaluation"] = {name: texts for name, _, texts in pairs}
     return values
 

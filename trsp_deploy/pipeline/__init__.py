@@ -36,7 +36,8 @@ class Pipeline:
         if "RANK" in os.environ:  # `accelerate launch`; joining costs an import that a single process can do without
             processes = Processes(pick_device(recipe))
             run.from_main = processes.from_main
-            _check_shares(recipe, processes.count)
+            if run.main:
+                _check_shares(recipe, processes.count, plan_file is not None or run.record("plan") is not None)
         self.inputs = Inputs(run, recipe, say)
         self.pruning = Pruning(self.inputs, plan_file)
         self.engines = Engines(self.inputs, self.pruning)
@@ -47,9 +48,12 @@ class Pipeline:
         return make_report(self.proof)
 
 
-def _check_shares(recipe: Recipe, count: int) -> None:
-    """Raise RecipeError where a batch cannot be divided among processes, before anything is fetched."""
-    sizes = {"plan.batch_size": recipe.plan.batch_size} if recipe.plan.method == "trsp" else {}
+def _check_shares(recipe: Recipe, count: int, planned: bool = False) -> None:
+    """Raise RecipeError where a batch cannot be divided among processes, before anything is fetched.
+
+    planned: whether there is a plan already, so that no gates are trained.
+    """
+    sizes = {"plan.batch_size": recipe.plan.batch_size} if recipe.plan.method == "trsp" and not planned else {}
     if recipe.transfer.form != "none":
         sizes["transfer.batch_size"] = recipe.transfer.batch_size
     uneven = {name: size for name, size in sizes.items() if size % count}

@@ -20,6 +20,7 @@ from trsp_deploy.stages import build, export
 from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.runners import EngineManifest, bound_to, check_can_build, check_can_run
 from trsp_deploy.tools.runners.manifest import Bound
+from trsp_deploy.tools.runners.passes import VERSION as PASSES
 from trsp_deploy.tools.runners.requirements import package_version
 from trsp_deploy.tools.subjects import Subject, find_subject
 
@@ -122,6 +123,7 @@ class Engines:
         inputs: dict[str, Path | str] = {
             "onnx": self.run.path / model.folder,
             "backend": package_version(spec.backend),
+            "passes": PASSES,
         }
         if (bound := bound_to(spec)) != Bound():  # another machine wants another engine
             inputs["machine"] = bound.model_dump_json()

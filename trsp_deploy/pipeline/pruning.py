@@ -95,6 +95,8 @@ class Pruning:
     def self_generated(self) -> Path | None:
         """The windows that the dense model wrote itself, `self-generated.safetensors`; None where none are wanted."""
         settings, transfer_settings = self.recipe.calibration, self.recipe.transfer
+        if not settings.self_generated:
+            return None
         train, _ = self.inputs.calibration_windows()
         count = round(settings.self_generated * len(train))
         if not count or (transfer_settings.form == "none" and transfer_settings.refit == "none"):

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from trsp_deploy.artifacts import provenance, writing
 
 # Raise when what a state holds, or what a step does with it, changes.
-FORMAT = 2
+FORMAT = 3
 
 State = dict[str, Any]  # tensors, numbers, text, and lists and dicts of these: all that a safe load gives back
 

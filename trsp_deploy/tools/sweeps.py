@@ -141,7 +141,7 @@ def _why_none(
         last = points[-1]
         best = ", ".join(f"{says(last)} of {wanted}" for wanted, _, says in wishes)
         parts.append(f"the largest cut, {last.num_dropped}, is not fast enough: {best}")
-    elif fast:
+    elif wishes and fast:
         parts.append(f"speed needs at least {fast[0].num_dropped} layers gone")
     if targets.max_ppl_ratio is not None:
         if good:

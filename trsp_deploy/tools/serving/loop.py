@@ -24,6 +24,8 @@ from trsp_deploy.tools.serving.requests import GenerationRequest, RequestError
 from trsp_deploy.tools.serving.text import TextStream
 
 JOINS = 8  # prompts read between two steps, so that those who are answered already do not wait for all who come
+# Whatever may go wrong with one request; a panic of the tokenizers' Rust is no Exception.
+ANYTHING = BaseException
 Finish = Literal["length", "end", "stop", "cancelled", "error"]
 
 
@@ -106,7 +108,7 @@ class ServingLoop:
     def _serve(self) -> None:
         while not self._stopping.is_set():
             self._admit()
-            for row in [row for row, running in self._running.items() if running.ticket.cancelled()]:
+            for row in [row for row, running in self._running.items() if _cancelled(running.ticket)]:
                 self._finish(row, "cancelled")
             if self._running:
                 self._step()
@@ -128,13 +130,13 @@ class ServingLoop:
                 return
             if ticket is None:
                 return
-            if ticket.cancelled():
+            if _cancelled(ticket):
                 ticket.send(Answer("", 0, "cancelled"))
                 continue
             # Whatever goes wrong is one client's: a thread that ends would leave all of them waiting for ever.
             try:
                 self._join(ticket)
-            except Exception as problem:
+            except ANYTHING as problem:
                 ticket.send(Answer("", 0, "error", _line(problem)))
 
     def _join(self, ticket: Ticket) -> None:
@@ -163,7 +165,7 @@ class ServingLoop:
     def _step(self) -> None:
         try:
             logits = self._batch.step({row: running.tokens[-1] for row, running in self._running.items()})
-        except Exception as problem:  # the engine stopped: nobody's text can go on
+        except ANYTHING as problem:  # the engine stopped: nobody's text can go on
             for row in list(self._running):
                 self._finish(row, "error", _line(problem))
             return
@@ -174,7 +176,7 @@ class ServingLoop:
         """Choose a text's next token and send what that shows; what goes wrong ends this text alone."""
         try:
             self._advance(row, self._running[row], logits)
-        except Exception as problem:
+        except ANYTHING as problem:
             if row in self._running:
                 self._finish(row, "error", _line(problem))
 
@@ -200,13 +202,25 @@ class ServingLoop:
 
     def _finish(self, row: int, finish: Finish, error: str | None = None) -> None:
         running = self._running.pop(row)
-        self._batch.leave(row)
-        done = running.stream.stopped or finish == "error"
-        text = running.text if done else running.text + running.stream.end()
+        text = running.text
+        try:
+            self._batch.leave(row)
+            if not running.stream.stopped and finish != "error":
+                text += running.stream.end()
+        except ANYTHING as problem:
+            finish, error = "error", error or _line(problem)
         running.ticket.send(Answer(text, len(running.tokens), finish, error))
 
 
-def _line(problem: Exception) -> str:
+def _cancelled(ticket: Ticket) -> bool:
+    """Whether a client is gone; so is one that cannot be asked."""
+    try:
+        return ticket.cancelled()
+    except ANYTHING:
+        return True
+
+
+def _line(problem: BaseException) -> str:
     """One line for a client; of what is no error of ours with its kind."""
     text = " ".join(str(problem).split())
     return text if isinstance(problem, TrspError) else f"{type(problem).__name__}: {text}"
