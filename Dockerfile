@@ -1,6 +1,7 @@
 # GPU machines: TensorRT from NVIDIA's image, this package from its wheel.
 #
 #   docker build -t trsp-deploy .
+#   docker run --gpus all -v "$PWD/runs:/data/runs" -v trsp-models:/models trsp-deploy convert opt-6.7b   # OPT alone
 #   docker run --gpus all -v "$PWD/runs:/data/runs" -v trsp-models:/models trsp-deploy \
 #       prune-and-build --model opt-6.7b --drop 25%
 FROM python:3.12-slim AS wheel

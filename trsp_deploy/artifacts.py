@@ -104,6 +104,9 @@ class StepRecord(Sealed):
     provenance: Provenance
 
 
+SIGNATURE = ".sig"  # behind a manifest's name
+
+
 class RunManifest(Strict):
     """`MANIFEST.json` of a finished run: every file that the toolkit made in it."""
 
@@ -113,10 +116,10 @@ class RunManifest(Strict):
 
 
 def fingerprint(path: Path) -> str:
-    """SHA-256 over a file, or over the sorted names and contents of a folder's files."""
+    """SHA-256 over a file, or over the sorted names and contents of a folder's files; signatures are about them."""
     if path.is_dir():
         digest = hashlib.sha256()
-        for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        for file in sorted(p for p in path.rglob("*") if p.is_file() and not p.name.endswith(SIGNATURE)):
             digest.update(f"{file.relative_to(path).as_posix()} {fingerprint(file)}\n".encode())
         return digest.hexdigest()
     stat = path.stat()

@@ -144,6 +144,28 @@ def test_texts_longer_than_the_model_are_found_before_anything_slow(fails):
     )
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--eval", "t=missing.txt", "--set", "evaluate.context_length=64"], "missing.txt"),
+        (["--eval", "t=short.txt", "--set", "evaluate.context_length=64"], "short.txt"),
+        (["--eval", "t=text.txt", "--set", "evaluate.context_length=64", "--task", "nothing"], "zero-shot task"),
+        (["--eval", "t=text.txt", "--eval", "t=short.txt"], "--eval 't=...': given twice"),
+    ],
+)
+def test_what_is_judged_on_is_looked_at_before_the_work(fails, tmp_path, options, words):
+    out = tmp_path / "run"
+    fails(
+        ["prune-and-build", "--model", "model", "--calibration", "text.txt", *QUICK, *options, "--out", str(out)], words
+    )
+    assert not (out / "plan.json").exists()
+
+
+def test_a_name_that_the_hub_does_not_take(fails):
+    fails(["prune", "--model", "owner/two--dashes", "--calibration", "text.txt"], "owner/two--dashes")
+    fails(["prune", "--model", "model", *QUICK, "--calibration", "me/two--dashes:train"], "me/two--dashes")
+
+
 def test_a_sweep_is_one_processs_work(fails, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     fails(["sweep", "--model", "model"], "sweep: is one process's work")

@@ -22,6 +22,7 @@ from trsp_deploy.recipe import Recipe
 from trsp_deploy.results import PrunedCheckpoint
 from trsp_deploy.tools.model_card import write_model_card
 from trsp_deploy.tools.models import ModelSource
+from trsp_deploy.tools.report import removal_report
 
 TOKEN = "hf_" + "pLaNtEd" * 5
 BASE_CARD = """---
@@ -41,6 +42,7 @@ class Hub(BaseHTTPRequestHandler):
 
     address: ClassVar[str] = ""
     status: ClassVar[int] = 200
+    private: ClassVar[bool] = True
     created: ClassVar[list[dict[str, object]]] = []
     files: ClassVar[dict[str, bytes]] = {}
     tokens: ClassVar[set[str | None]] = set()
@@ -73,6 +75,9 @@ class Hub(BaseHTTPRequestHandler):
         else:
             self.answer({"warnings": [], "errors": []})
 
+    def do_GET(self) -> None:
+        self.answer({"id": "me/tiny", "private": self.private})
+
     def do_PUT(self) -> None:
         self.objects[self.path.rpartition("/")[2]] = self.rfile.read(int(self.headers["Content-Length"]))
         self.answer({})
@@ -103,7 +108,7 @@ class Hub(BaseHTTPRequestHandler):
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    Hub.address, Hub.status = f"http://127.0.0.1:{server.server_port}", 200
+    Hub.address, Hub.status, Hub.private = f"http://127.0.0.1:{server.server_port}", 200, True
     for record in (Hub.created, Hub.files, Hub.tokens, Hub.objects):
         record.clear()
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", Hub.address)
@@ -150,9 +155,10 @@ def run(tmp_path: Path) -> Path:
         return result
 
     with RunFolder(folder) as made:
-        made.step("prune", prune, PrunedCheckpoint, settings={}, inputs={}, outputs=["pruned"])
-    write_json(folder / "plan.json", plan)
-    write_json(folder / "report.json", report)
+        write_json(folder / "plan.json", plan)
+        inputs = {"plan": folder / "plan.json"}
+        made.step("prune", prune, PrunedCheckpoint, settings={}, inputs=inputs, outputs=["pruned"])
+    write_json(folder / "report.json", report.model_copy(update={"removal": removal_report(result)}))
     return folder
 
 
@@ -178,6 +184,8 @@ def test_a_push_uploads_the_checkpoint_and_what_was_measured(
     assert created.items() >= {"name": "tiny", "organization": "me", "private": True}.items()
     assert set(hub.files) == {"LICENSE", "README.md", "model.safetensors", "plan.json"}
     assert hub.files["model.safetensors"] == WEIGHTS
+    plan = json.loads(hub.files["plan.json"])
+    assert plan["calibration"] == "train.txt" and str(run.parent) not in hub.files["plan.json"].decode()
     card = ModelCard(hub.files["README.md"].decode())
     assert "| text | 10.00 | 15.00 | 1.50x (1.40 to 1.60) | 1,000 |" in card.text
     assert card.data.eval_results is not None and card.data.eval_results[0].metric_value == 15.0
@@ -185,6 +193,26 @@ def test_a_push_uploads_the_checkpoint_and_what_was_measured(
     assert f"Bearer {TOKEN}" in hub.tokens
     assert TOKEN not in printed.out + printed.err
     assert all(TOKEN.encode() not in path.read_bytes() for path in run.rglob("*") if path.is_file())
+
+
+def test_figures_of_another_checkpoint_stay_at_home(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = json.loads((run / "report.json").read_text())
+    report["removal"]["after_ppl"] = 99.0
+    (run / "report.json").write_text(json.dumps(report))
+    assert cli.run(["push", str(run), "me/tiny", "--dry-run"]) == 0
+    assert "## Measured" not in capsys.readouterr().out
+
+
+def test_a_card_names_the_method_that_chose(run: Path, tmp_path: Path) -> None:
+    report = made_up_report(made_up())
+    result = PrunedCheckpoint.model_validate(RunFolder(run).record("prune").result)  # type: ignore[union-attr]
+    source = ModelSource(name="tiny", kind="folder", path=str(tmp_path), origin="tiny", licence=None)
+    (tmp_path / "README.md").write_text("---\ntitle: My model: v2\n---\n")  # no YAML
+    (tmp_path / "out").mkdir()
+    chosen = report.plan.model_copy(update={"method": "sleb"})
+    write_model_card(tmp_path / "out", source, chosen, Recipe(model="tiny"), result)
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert "removed by sleb (SLEB, arXiv 2402.09025" in card.text and "trsp" not in card.data.to_dict()["tags"]
 
 
 def test_a_dry_run_asks_no_hub(run: Path, hub: type[Hub], capsys: pytest.CaptureFixture[str]) -> None:
@@ -205,7 +233,12 @@ def test_what_is_not_pushed(run: Path, hub: type[Hub], capsys: pytest.CaptureFix
     assert "hf auth login" in line(str(run), "me/tiny")
     hub.status = 503
     assert "nothing was committed" in line(str(run), "me/tiny")
-    hub.status = 200
+    hub.status, hub.private = 200, False
+    assert "is there already, and public" in line(str(run), "me/tiny", "--private")
+    plan = (run / "plan.json").read_text()
+    (run / "plan.json").write_text(plan + " ")
+    assert "is not the plan that made" in line(str(run), "me/tiny")
+    (run / "plan.json").write_text(plan)
     (run / "pruned" / "more.py").write_text("import os")
     assert "is not what its step made" in line(str(run), "me/tiny")
     assert not hub.files

@@ -13,7 +13,7 @@ from trsp_deploy.errors import TextError
 from trsp_deploy.results import TURNS, Perplexity, TaskScore, Telemetry, ZeroShot
 from trsp_deploy.tools import comparisons, goals
 from trsp_deploy.tools.limits import SpeedLimit
-from trsp_deploy.tools.report import budget_text, verdict
+from trsp_deploy.tools.report import budget_text, choices_report, engine_rows, verdict
 from trsp_deploy.tools.statistics import (
     Ratio,
     change,
@@ -251,6 +251,16 @@ def test_the_report_says_plainly_that_a_budget_is_not_kept() -> None:
     assert budget_text({"a": text}).startswith("99.0% not kept, 99.9% not kept (worst text 1.50x")
     close = text.model_copy(update={"ratio": 1.0, "ratio_low": 0.999, "ratio_high": 1.005})
     assert budget_text({"a": close}).startswith("99.0% kept, 99.9% not decided")
+
+
+def test_accuracy_is_on_the_pages_and_a_run_without_texts_says_nothing_of_them() -> None:
+    report = made_up_report(made_up())
+    choices = choices_report(scores("1110", "1011"), scores("0110", "1010"))
+    engines = tuple(each.model_copy(update={"choices": choices}) for each in report.engines)
+    rows = engine_rows(report.model_copy(update={"engines": engines}))
+    assert any(row[2] == "accuracy, t0" and row[3] == "75.0%" and "1 of 4 lost" in row[5] for row in rows)
+    assert any(row[2] == "accuracy retained" for row in rows)
+    assert "Perplexity" not in verdict(list(report.engines), {})
 
 
 def test_verdict_without_an_engine_claims_nothing() -> None:

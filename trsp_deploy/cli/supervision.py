@@ -59,10 +59,11 @@ def supervised(work: Callable[[], int]) -> int:
         return work()
     adopt_orphans()
     code = _end_of(child, awaited)
+    if code < 0:
+        _kill_descendants()
     if _heard or code < 0:
         _give_back(terminal)
     if code < 0:
-        _kill_descendants()
         if _heard:
             raise KeyboardInterrupt
         name = signal.Signals(-code).name
@@ -125,9 +126,17 @@ def _terminal() -> list[Any] | None:
         return None
 
 
+def _in_background() -> bool:
+    """Whether a shell runs this beside something else: who sets a terminal from there is stopped until it is back."""
+    try:
+        return os.tcgetpgrp(0) != os.getpgrp()
+    except OSError:  # stdin is not the terminal that controls this process
+        return False
+
+
 def _give_back(terminal: list[Any] | None) -> None:
     """Echo and cursor as they were: a progress bar hides the cursor."""
-    if terminal is not None:
+    if terminal is not None and not _in_background():
         termios.tcsetattr(0, termios.TCSANOW, terminal)
     if os.isatty(2):
         os.write(2, SHOW_CURSOR)

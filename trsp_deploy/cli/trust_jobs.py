@@ -121,9 +121,9 @@ def push(run: Run, repo: Repo, private: Private = False, dry_run: DryPush = Fals
     stream = sys.stderr if as_json else sys.stdout
     if dry_run:
         print(plan.card, file=stream)
-    what = f"{len(plan.files) + 1} files, {plan.size_bytes / 1e6:,.1f} MB"
+    what = f"{len(plan.files) + 2} files, {plan.size_bytes / 1e6:,.1f} MB"
     url = None if dry_run else pushed(plan, private)
     print(f"{repo}: would upload {what}" if dry_run else f"{url}: {what}", file=stream)
     if as_json:
-        names = sorted([*plan.files, "README.md"])
+        names = sorted([*plan.files, "README.md", "plan.json"])
         print(json.dumps({"repo": repo, "files": names, "size_bytes": plan.size_bytes, "commit": url}))

@@ -20,6 +20,7 @@ from trsp_deploy.pipeline.proof import Proof
 from trsp_deploy.pipeline.pruning import Pruning
 from trsp_deploy.pipeline.reporting import make_report
 from trsp_deploy.recipe import Recipe
+from trsp_deploy.stages import zeroshot
 from trsp_deploy.tools.processes import Processes
 from trsp_deploy.tools.report import Report
 from trsp_deploy.tools.training import pick_device
@@ -65,7 +66,8 @@ def _check_shares(recipe: Recipe, count: int, planned: bool = False) -> None:
 
 def prune_and_build(job: Pipeline) -> Report:
     """Run every stage that is not finished yet, and write the report."""
-    job.inputs.check_lengths()
+    job.inputs.check()
+    zeroshot.check_tasks(job.recipe.evaluate.tasks)
     job.pruning.plan()
     job.pruning.prune()
     job.engines.export()

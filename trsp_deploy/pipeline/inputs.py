@@ -49,12 +49,18 @@ class Inputs:
         )
         return source
 
-    def check_lengths(self) -> None:
-        """Raise RecipeError where a text would be longer than the model was made for, with all that has to change."""
+    def check(self) -> None:
+        """Read every text, and raise before the work what would otherwise be raised after it.
+
+        RecipeError where windows are longer than the model was made for, with all that has to change; TextError.
+        """
         wanted = {"calibration.context_length": self.recipe.calibration.context_length}
         if self.recipe.evaluation:
             wanted["evaluate.context_length"] = self.recipe.evaluate.context_length
         self._check(wanted)
+        self.calibration_windows()
+        for name in self.recipe.evaluation:
+            self.evaluation_windows(name)
 
     def _check(self, wanted: dict[str, int]) -> None:
         self.dense()

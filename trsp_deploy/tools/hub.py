@@ -11,16 +11,29 @@ def hub_errors() -> tuple[type[Exception], ...]:
 
     requests' errors are OSErrors; httpx's, which huggingface_hub uses since 1.0, share a base class of their own.
     """
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
 
     library = (base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError" and issubclass(base, Exception))
-    return (HfHubHTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError, OSError, *library)
+    return (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, LocalEntryNotFoundError, OSError, *library)
 
 
 def hub_problem(problem: Exception) -> str:
     """Say in a few words why the Hugging Face hub did not deliver."""
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
 
+    if isinstance(problem, HFValidationError):
+        return "the hub has no such names (no `--`, `..` or `.git`, at most 96 characters)"
     if isinstance(problem, OfflineModeIsEnabled):
         return "the hub may not be asked: HF_HUB_OFFLINE is set"
     if isinstance(problem, GatedRepoError):

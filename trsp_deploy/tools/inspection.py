@@ -43,7 +43,7 @@ def inspect_engine(folder: Path) -> Inspection:
         manifest=manifest,
         operators=dict(Counter(layer.kind for layer in build.layers).most_common()),
         build=build,
-        trtexec=trtexec(manifest.spec, manifest.inputs),
+        trtexec=trtexec(manifest.spec, manifest.inputs, _graph_of(manifest)),
     )
 
 
@@ -54,10 +54,14 @@ def _graph_operators(path: Path) -> dict[str, int]:
     return dict(Counter(node.op_type for node in graph.node).most_common())
 
 
-def trtexec(spec: EngineSpec, inputs: decoder_io.Bindings) -> str:
-    """The trtexec command line that builds the spec's engine from model.onnx: one --profile for each of its own."""
+def _graph_of(manifest: EngineManifest) -> str:
+    return next((name for name in manifest.beside if name.endswith(".onnx")), "model.onnx")
+
+
+def trtexec(spec: EngineSpec, inputs: decoder_io.Bindings, graph: str = "model.onnx") -> str:
+    """The trtexec command line that builds the spec's engine from `graph`: one --profile for each of its own."""
     program = "tensorrt_rtx" if spec.backend == "tensorrt-rtx" else "trtexec"
-    parts = [program, "--onnx=model.onnx", "--saveEngine=model.engine", "--stronglyTyped"]
+    parts = [program, f"--onnx={graph}", "--saveEngine=model.engine", "--stronglyTyped"]
     parts.append("--profilingVerbosity=detailed")
     if spec.workspace_gib is not None:
         parts.append(f"--memPoolSize=workspace:{round(spec.workspace_gib * 1024)}M")

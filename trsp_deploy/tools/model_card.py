@@ -7,16 +7,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from trsp_deploy import __version__
 from trsp_deploy.model_code import model_code
 from trsp_deploy.recipe import Recipe
 from trsp_deploy.results import PrunedCheckpoint
+from trsp_deploy.tools.methods import METHODS
 from trsp_deploy.tools.models import SHORT_NAMES, ModelSource
 from trsp_deploy.tools.plan import PruningPlan
 
-TAGS = ("trsp", "depth-pruning", "trsp_deploy")
+TAGS = ("depth-pruning", "trsp_deploy")
+TRSP = "TRSP ([arXiv 2505.18232](https://arxiv.org/abs/2505.18232))"
 # What the base's card says that holds for the pruned model as well, beside its licence and tags.
 CARRIED = ("language", "license_name", "license_link", "datasets")
 # Tags of other formats, and of services that run the base itself.
@@ -36,8 +39,7 @@ TEXT = """---
 
 # {name}
 
-{base} with {dropped_count} of its {num_layers} transformer layers removed by TRSP
-([arXiv 2505.18232](https://arxiv.org/abs/2505.18232)), made with trsp_deploy {version}.
+{base} with {dropped_count} of its {num_layers} transformer layers removed by {by}, made with trsp_deploy {version}.
 {loading}
 
 | | dense | pruned |
@@ -68,6 +70,7 @@ def write_model_card(
         if file.is_file() and LEGAL_FILES.fullmatch(file.name):
             shutil.copyfile(file, folder / file.name)
     code = model_code(folder)
+    own_tags = ("trsp", *TAGS) if plan.method == "trsp" else TAGS
     tags = [tag for tag in carried.get("tags") or () if isinstance(tag, str) and not NOT_CARRIED.fullmatch(tag)]
     metadata = ModelCardData(
         base_model=hub_id,
@@ -75,13 +78,14 @@ def write_model_card(
         library_name="transformers",
         license=source.licence.lower() if source.licence else None,
         pipeline_tag="text-generation",
-        tags=list(dict.fromkeys([*tags, *TAGS, *(["custom_code"] if code else [])])),
+        tags=list(dict.fromkeys([*tags, *own_tags, *(["custom_code"] if code else [])])),
         **{key: carried[key] for key in CARRIED if carried.get(key)},
     )
     card = TEXT.format(
         metadata=metadata.to_yaml(),
         name=f"{base.rpartition('/')[2]}-trsp-{len(plan.dropped)}of{plan.num_layers}",
         base=base,
+        by=f"{plan.method} ({METHODS[plan.method].source})" if plan.method in METHODS else TRSP,
         loading=CUSTOM.format(files=", ".join(f"`{file}`" for file in code.files)) if code else PLAIN,
         version=__version__,
         dropped=", ".join(map(str, plan.dropped)),
@@ -96,7 +100,7 @@ def write_model_card(
         ppl_after=result.ppl_after_removal,
         method=plan.method,
         seed=plan.seed,
-        calibration=_shown(plan.calibration),
+        calibration=shown_name(plan.calibration),
         form=recipe.transfer.form,
         tokens=result.tokens,
         learning_rate=recipe.transfer.learning_rate,
@@ -108,11 +112,11 @@ def _base_card(folder: Path) -> dict[str, Any]:
     """Metadata of the base's model card; empty where it has none that can be read."""
     try:
         data: dict[str, Any] = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict()
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, yaml.YAMLError):
         return {}
     return data
 
 
-def _shown(origin: str) -> str:
-    """Where a text came from; of a file on this machine its name alone."""
+def shown_name(origin: str) -> str:
+    """Where a text or a model came from; of a place on this machine its name alone."""
     return Path(origin).name if Path(origin).is_absolute() else origin

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+import yaml
+
 from trsp_deploy.artifacts import storage_errors
 from trsp_deploy.errors import ModelError, nearest
 from trsp_deploy.model_code import CODE, copy_code, model_code, refuse_unless_trusted
@@ -217,7 +219,7 @@ def _packaged(name: str, progress: Callable[[str], None]) -> ModelSource | None:
 def _from_hub(name: str, repo: str, progress: Callable[[str], None]) -> ModelSource:
     from huggingface_hub import snapshot_download
     from huggingface_hub.constants import HF_HUB_CACHE
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     converted = converted_model(repo)
     if converted is not None:
@@ -229,7 +231,7 @@ def _from_hub(name: str, repo: str, progress: Callable[[str], None]) -> ModelSou
         folder = Path(snapshot_download(repo, allow_patterns=["config.json"], local_files_only=True))
         _refuse_pickles(folder, name)
         cached = _missing(folder) is None and _has_its_code(folder)
-    except LocalEntryNotFoundError:
+    except (LocalEntryNotFoundError, HFValidationError):
         cached = False
     if not cached:
         try:
@@ -354,7 +356,7 @@ def _licence(folder: Path) -> str | None:
 
     try:
         licence = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.license
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, yaml.YAMLError):
         return None
     return licence if isinstance(licence, str) else None
 

@@ -9,6 +9,7 @@ huggingface_hub's own (`hf auth login` or HF_TOKEN): it is neither asked for her
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ from pydantic import ValidationError
 from trsp_deploy.artifacts import RunFolder, files_below, fingerprint, leaves
 from trsp_deploy.errors import RunError, UserError
 from trsp_deploy.recipe import Strict
+from trsp_deploy.results import PrunedCheckpoint
 from trsp_deploy.tools.hub import hub_errors, hub_problem
+from trsp_deploy.tools.model_card import shown_name
 from trsp_deploy.tools.models import HUB_ID
-from trsp_deploy.tools.report import Report
+from trsp_deploy.tools.plan import PruningPlan
+from trsp_deploy.tools.report import Report, removal_report
 
-CARD = "README.md"
+CARD, PLAN = "README.md", "plan.json"
 
 
 class Push(Strict):
@@ -30,12 +34,14 @@ class Push(Strict):
     repo: str
     files: dict[str, str]  # name in the repository -> file here
     card: str
+    plan: str  # without what it says of this machine
     message: str
 
     @property
     def size_bytes(self) -> int:
         """To upload."""
-        return sum(Path(path).stat().st_size for path in self.files.values()) + len(self.card.encode())
+        made = len(self.card.encode()) + len(self.plan.encode())
+        return sum(Path(path).stat().st_size for path in self.files.values()) + made
 
 
 def plan_push(run: Path, repo: str) -> Push:
@@ -48,13 +54,15 @@ def plan_push(run: Path, repo: str) -> Push:
     files = {file.relative_to(pruned).as_posix(): file for file in files_below(pruned)}
     if any(leaves(run, file) for file in files.values()) or fingerprint(pruned) != record.outputs.get("pruned"):
         raise RunError(f"{pruned}: is not what its step made (`trsp-deploy verify {run}`); nothing is pushed")
-    files["plan.json"] = run / "plan.json"
+    if fingerprint(run / PLAN) != record.inputs.get("plan"):
+        raise RunError(f"{run / PLAN}: is not the plan that made {pruned}; `trsp-deploy prune` makes it again")
     card = (pruned / CARD).read_text(encoding="utf-8")
-    report = _report(run, tuple(record.result.get("dropped", ())))
+    report = _report(run, PrunedCheckpoint.model_validate(record.result))
     return Push(
         repo=repo,
         files={name: str(path) for name, path in files.items() if name != CARD},
         card=card if report is None else _with_figures(card, report, repo),
+        plan=_shown_plan(run / PLAN),
         message="Pruned with trsp_deploy",
     )
 
@@ -67,10 +75,12 @@ def push(plan: Push, private: bool = False) -> str:
     from huggingface_hub import CommitOperationAdd, HfApi
 
     operations = [CommitOperationAdd(name, path) for name, path in sorted(plan.files.items())]
-    operations.append(CommitOperationAdd(CARD, plan.card.encode()))
+    operations += [CommitOperationAdd(CARD, plan.card.encode()), CommitOperationAdd(PLAN, plan.plan.encode())]
     api = HfApi()
     try:
         api.create_repo(plan.repo, private=private, exist_ok=True)
+        if private and not api.repo_info(plan.repo).private:  # of one that was there the hub changes nothing
+            raise UserError(f"push to '{plan.repo}': it is there already, and public; nothing was committed")
         done = api.create_commit(plan.repo, operations, commit_message=plan.message)
     except hub_errors() as problem:
         status = getattr(getattr(problem, "response", None), "status_code", 0)
@@ -79,13 +89,20 @@ def push(plan: Push, private: bool = False) -> str:
     return str(done.commit_url)
 
 
-def _report(run: Path, dropped: tuple[int, ...]) -> Report | None:
-    """What the run measured of the checkpoint without those layers; None before there is a report of it."""
+def _shown_plan(file: Path) -> str:
+    plan = PruningPlan.model_validate_json(file.read_bytes())
+    shown = plan.model_copy(update={"model": shown_name(plan.model), "calibration": shown_name(plan.calibration)})
+    return json.dumps(shown.model_dump(mode="json"), indent=2) + "\n"
+
+
+def _report(run: Path, checkpoint: PrunedCheckpoint) -> Report | None:
+    """What the run measured of this very checkpoint; None before there is a report of it."""
     try:
         report = Report.model_validate_json((run / "report.json").read_bytes())
     except (OSError, ValidationError):
         return None
-    return report if report.model.dropped_layers == dropped else None
+    same = report.model.dropped_layers == checkpoint.dropped and report.removal == removal_report(checkpoint)
+    return report if same else None
 
 
 def _with_figures(card: str, report: Report, repo: str) -> str:

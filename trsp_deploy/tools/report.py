@@ -166,7 +166,7 @@ def choice_rows(found: ChoicesReport) -> list[tuple[str, str, str, str]]:
     """Task, dense, pruned, and what was lost and gained."""
     rows = [
         (
-            name,
+            f"accuracy, {name}",
             f"{task.dense:.1%}",
             f"{task.pruned:.1%}",
             f"{task.lost} of {task.items} lost, {task.gained} gained (p {task.p_value:.2g})",
@@ -174,7 +174,7 @@ def choice_rows(found: ChoicesReport) -> list[tuple[str, str, str, str]]:
         for name, task in found.tasks.items()
     ]
     kept = found.retained
-    return [*rows, ("retained, mean of tasks", "", "", f"{kept.ratio:.1%} ({kept.low:.1%} to {kept.high:.1%})")]
+    return [*rows, ("accuracy retained", "", "", f"{kept.ratio:.1%} ({kept.low:.1%} to {kept.high:.1%})")]
 
 
 def verdict(engines: list[EngineReport], quality: dict[str, QualityReport], served: ServedReport | None = None) -> str:
@@ -184,8 +184,10 @@ def verdict(engines: list[EngineReport], quality: dict[str, QualityReport], serv
         sentences = ["NOT MEASURED: no engine could run on this machine, so no acceleration is claimed."]
     if served is not None:
         sentences.append(served_sentence(served))
-    cost = ", ".join(f"{text.ratio:.2f}x on {name}" for name, text in quality.items())
-    return " ".join([*sentences, f"Perplexity: {cost}."])
+    if quality:
+        cost = ", ".join(f"{text.ratio:.2f}x on {name}" for name, text in quality.items())
+        sentences.append(f"Perplexity: {cost}.")
+    return " ".join(sentences)
 
 
 def model_rows(report: Report) -> list[tuple[str, str]]:
@@ -277,6 +279,8 @@ def engine_rows(report: Report) -> list[tuple[str, ...]]:
         for name, text in engine.quality.items():
             interval = f"{text.ratio:.2f}x ({text.ratio_low:.2f} to {text.ratio_high:.2f})"
             rows.append(("", "", f"ppl on {name}", f"{text.dense_ppl:.2f}", f"{text.pruned_ppl:.2f}", interval, "", ""))
+        if engine.choices is not None:
+            rows += [("", "", *row, "", "") for row in choice_rows(engine.choices)]
     return rows
 
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from trsp_deploy.artifacts import writing
+from trsp_deploy.artifacts import SIGNATURE, writing
 from trsp_deploy.errors import RunError
-from trsp_deploy.tools.verification import SIGNATURE, manifest_of, verify
+from trsp_deploy.tools.verification import manifest_of, verify
 
 INSTALL = "pip install 'trsp_deploy[signing]'"
 

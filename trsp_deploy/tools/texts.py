@@ -243,7 +243,6 @@ def _instruction(row: dict[str, str]) -> str:
 
 def _from_hub(dataset: HubDataset, role: Role, where: str) -> tuple[list[str], str]:
     import datasets
-    from huggingface_hub.errors import HfHubHTTPError
 
     calibrating = role == "calibration"
     split = dataset.calibration if calibrating else dataset.evaluation
@@ -253,10 +252,11 @@ def _from_hub(dataset: HubDataset, role: Role, where: str) -> tuple[list[str], s
         # The repository's own list of splits does not fit one file of it.
         options |= {"data_files": {"train": file}, "verification_mode": "no_checks"}
     unreachable = None if Path(dataset.repo).is_dir() else _unreachable(dataset.repo)
+    lost = tuple(error for error in hub_errors() if error is not OSError)  # a connection, half-way
     try:
         with _quiet(cache_only=unreachable is not None):
             rows = datasets.load_dataset(dataset.repo, dataset.config, split=split, **options)
-    except (ConnectionError, HfHubHTTPError, FileNotFoundError, datasets.exceptions.DatasetsError) as problem:
+    except (ConnectionError, FileNotFoundError, datasets.exceptions.DatasetsError, *lost) as problem:
         reason = unreachable or _first_line(problem)
         raise TextError(
             f"{where}: dataset {dataset.repo} is not in the cache {datasets.config.HF_DATASETS_CACHE}, and {reason}; "

@@ -17,7 +17,7 @@ from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from trsp_deploy.artifacts import MANIFEST, RunFolder, RunManifest, files_below, fingerprint, leaves
+from trsp_deploy.artifacts import MANIFEST, SIGNATURE, RunFolder, RunManifest, files_below, fingerprint, leaves
 from trsp_deploy.errors import RunError
 from trsp_deploy.reading import read_json
 from trsp_deploy.recipe import Strict
@@ -30,11 +30,10 @@ Record = TypeVar("Record", bound=BaseModel)
 State = Literal["missing", "changed", "unknown", "outside", "unreadable"]
 Kind = Literal["run", "engine", "repository"]
 
-SIGNATURE = ".sig"  # behind a manifest's name
 # What lies beside the artefacts, is written anew by whoever works there, and is read as data by nobody.
 BESIDE: dict[Kind, tuple[str, ...]] = {
-    "run": (".lock", "checkpoints/*", "engines/*/*-failed.log"),
-    "engine": ("build.log", "trtexec.sh", "model.onnx", "model.onnx.data"),  # a TensorRT engine's graph and log
+    "run": (".lock", "checkpoints/*", "engines/*/*-failed.log", f"engines/*/*/{ENGINE_MANIFEST}{SIGNATURE}"),
+    "engine": ("build.log",),
     "repository": ("README.md",),
 }
 
@@ -73,7 +72,7 @@ def verify(path: Path) -> Verification:
     kind = kind_of(path)
     if kind == "engine":
         manifest = _read(path / ENGINE_MANIFEST, EngineManifest)
-        return _held_against(path, "engine", ENGINE_MANIFEST, manifest.files)
+        return _held_against(path, "engine", ENGINE_MANIFEST, {**manifest.files, **manifest.beside})
     if kind == "repository":
         models = _read(path / MANIFEST, RepositoryManifest).models
         files = {f"{model.name}/{file}": sha256 for model in models for file, sha256 in model.files.items()}

@@ -27,7 +27,7 @@ from trsp_deploy.tools.report import (
     server_notes,
 )
 from trsp_deploy.tools.served import SERVED_COLUMNS, served_rows, served_sentence
-from trsp_deploy.tools.statistics import replicate_ratios
+from trsp_deploy.tools.statistics import FEWEST_REPLICATES, replicate_ratios
 from trsp_deploy.tools.sweeps import Sweep, answer
 
 TEMPLATE = "report.html.jinja"
@@ -39,6 +39,12 @@ OPENINGS: dict[Claim, str] = {
     "INCONCLUSIVE": "Not decided: {name} generates {ratio:.2f} times as fast, but the interval of a phase, "
     "{low:.2f} to {high:.2f} end to end, leaves no difference possible.",
 }
+
+
+FEW = (
+    "Not decided: {name} generates {ratio:.2f} times as fast ({low:.2f} to {high:.2f}), in {replicates} replicates; "
+    "{fewest} are the fewest that decide."
+)
 
 
 def render(
@@ -94,8 +100,11 @@ def _sentences(report: Report, measured: list[EngineReport]) -> list[str]:
     for engine in measured:
         assert engine.comparison is not None
         ratio = engine.comparison.of("total").speedup
-        opening = OPENINGS[engine.comparison.claim]
-        lines.append(opening.format(name=engine.name, ratio=ratio.ratio, low=ratio.low, high=ratio.high))
+        few = engine.comparison.replicates < FEWEST_REPLICATES
+        opening = FEW if few else OPENINGS[engine.comparison.claim]
+        figures = {"ratio": ratio.ratio, "low": ratio.low, "high": ratio.high}
+        counts = {"replicates": engine.comparison.replicates, "fewest": FEWEST_REPLICATES}
+        lines.append(opening.format(name=engine.name, **figures, **counts))
         above = [phase.title for phase in engine.comparison.phases if phase.above_limit]
         if above:
             lines.append(f"Above what the hardware allows, so distrust it: {'; '.join(above)}.")

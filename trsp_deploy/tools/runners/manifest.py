@@ -98,7 +98,9 @@ class EngineManifest(Sealed):
     backend_version: str
     bound: Bound = Bound()
     file: RelativePath
-    files: dict[RelativePath, str]  # name -> SHA-256; logs are not among them
+    files: dict[RelativePath, str]  # that running needs: name -> SHA-256
+    # For other programs, such as trtexec's command and graph; logs are not among them.
+    beside: dict[RelativePath, str] = Field(default_factory=dict)
     size_bytes: int
     build_s: float
     built_on: Provenance
