@@ -37,8 +37,7 @@ class Pipeline:
         if "RANK" in os.environ:  # `accelerate launch`; joining costs an import that a single process can do without
             processes = Processes(pick_device(recipe))
             run.from_main = processes.from_main
-            if run.main:
-                _check_shares(recipe, processes.count, plan_file is not None or run.record("plan") is not None)
+            _check_shares(recipe, processes.count, plan_file is not None or run.record("plan") is not None)
         self.inputs = Inputs(run, recipe, say)
         self.pruning = Pruning(self.inputs, plan_file)
         self.engines = Engines(self.inputs, self.pruning)
