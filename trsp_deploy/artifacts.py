@@ -105,6 +105,7 @@ class StepRecord(Sealed):
 
 
 SIGNATURE = ".sig"  # behind a manifest's name
+SIGNED = f"manifest.json{SIGNATURE}"  # in an engine's folder; it may come, go and change with the engine as it was
 
 
 class RunManifest(Strict):
@@ -116,10 +117,10 @@ class RunManifest(Strict):
 
 
 def fingerprint(path: Path) -> str:
-    """SHA-256 over a file, or over the sorted names and contents of a folder's files; signatures are about them."""
+    """SHA-256 over a file, or over the sorted names and contents of a folder's files, but not its own signature."""
     if path.is_dir():
         digest = hashlib.sha256()
-        for file in sorted(p for p in path.rglob("*") if p.is_file() and not p.name.endswith(SIGNATURE)):
+        for file in sorted(p for p in path.rglob("*") if p.is_file() and p != path / SIGNED):
             digest.update(f"{file.relative_to(path).as_posix()} {fingerprint(file)}\n".encode())
         return digest.hexdigest()
     stat = path.stat()
@@ -366,7 +367,8 @@ class RunFolder:
             made.add(self.path / "records" / f"{record.step}.json")
             for output in record.outputs:
                 if self._output_matches(record, output):
-                    made.update(files_below(self.path / output))
+                    folder = self.path / output
+                    made.update(file for file in files_below(folder) if file != folder / SIGNED)
         names = {path.relative_to(self.path).as_posix(): path for path in made if not leaves(self.path, path)}
         manifest = RunManifest(
             schema_version=MANIFEST_SCHEMA,

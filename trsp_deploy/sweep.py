@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trsp_deploy.artifacts import RunFolder, link_tree, provenance, write_json, writing
-from trsp_deploy.pipeline import Pipeline, prune_and_build
+from trsp_deploy.pipeline import Pipeline, check_before_work, prune_and_build
 from trsp_deploy.pipeline.reporting import write_pages
 from trsp_deploy.pipeline.runs import save_recipe
 from trsp_deploy.tools.pages import sweep_page
@@ -31,6 +31,7 @@ def sweep(job: Pipeline, counts: tuple[int, ...], targets: Targets, say: Callabl
     job: its folder is the sweep's; its recipe serves every run, with another number of layers each.
     """
     root = job.run.path
+    check_before_work(job)
     plans = job.pruning.plans(counts)
     points: list[Point] = []
     runs: list[tuple[Pipeline, Report]] = []
@@ -67,16 +68,14 @@ def _run(job: Pipeline, folder: Path, count: int, plan: Path, say: Callable[[str
 def _adopt_dense(source: Path, target: Path) -> None:
     """Link what was made of the dense model into another run; the run's own records say whether it still holds."""
     for record in sorted((source / "records").glob("*.json")):
-        there = target / "records" / record.name
-        if there.exists() or not any(fnmatch.fnmatch(record.stem, step) for step in DENSE_STEPS):
+        if not any(fnmatch.fnmatch(record.stem, step) for step in DENSE_STEPS):
             continue
-        done = RunFolder(source).record(record.stem)
-        if done is None:
+        done, there = RunFolder(source).record(record.stem), RunFolder(target).record(record.stem)
+        if done is None or (there is not None and there.key == done.key):
             continue
         for output in done.outputs:
-            if not (target / output).exists():
-                link_tree(source / output, target / output, copied=EXTERNAL_DATA)
-        link_tree(record, there)
+            link_tree(source / output, target / output, copied=EXTERNAL_DATA)
+        link_tree(record, target / "records" / record.name)
 
 
 def _measured(report: Report) -> str | None:

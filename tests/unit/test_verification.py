@@ -89,6 +89,20 @@ def test_what_lies_beside_is_nobodys(run: Path) -> None:
     assert verify(run).whole
 
 
+def test_a_signature_may_come_change_and_go(run: Path) -> None:
+    engine = next((run / "engines").glob("*/*"))
+    before = fingerprint(engine)
+    for content in (b"one", b"another"):
+        (engine / "manifest.json.sig").write_bytes(content)
+        with RunFolder(run) as folder:
+            folder.write_manifest()
+        assert fingerprint(engine) == before and verify(run).whole
+    (engine / "manifest.json.sig").unlink()
+    assert verify(run).whole
+    (engine / "more.sig").write_bytes(b"no signature of it")
+    assert not verify(run).whole and fingerprint(engine) != before
+
+
 def test_an_unfinished_run_is_held_against_its_records(tmp_path: Path) -> None:
     run = made_run(tmp_path / "run", finished=False)
     assert verify(run).whole and verify(run).against == "records" and verify(run).checked == len(OUTPUTS) + 1

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trsp_deploy.artifacts import RunFolder
-from trsp_deploy.errors import RecipeError
+from trsp_deploy.errors import RecipeError, TrspError
 from trsp_deploy.pipeline.engines import Engines
 from trsp_deploy.pipeline.inputs import Inputs
 from trsp_deploy.pipeline.proof import Proof
@@ -63,10 +63,30 @@ def _check_shares(recipe: Recipe, count: int, planned: bool = False) -> None:
         raise RecipeError(f"{name} {size} with {count} processes; valid: a multiple of {count}, such as {more}")
 
 
+def check_before_work(job: Pipeline) -> None:
+    """Raise what would otherwise be raised after hours: texts and tasks that are not there, windows too long.
+
+    What the model is judged on is the main process's matter; the others hear of it. Tasks that were answered are not
+    asked for again.
+    """
+    job.inputs.check_lengths()
+    job.inputs.calibration_windows()
+    problem: TrspError | None = None
+    if job.run.main:
+        try:
+            job.inputs.read_evaluation()
+            if not any(step.startswith("zero-shot-") for step in job.run.recorded()):
+                zeroshot.check_tasks(job.recipe.evaluate.tasks)
+        except TrspError as found:
+            problem = found
+    problem = job.run.from_main(problem)
+    if problem is not None:
+        raise problem
+
+
 def prune_and_build(job: Pipeline) -> Report:
     """Run every stage that is not finished yet, and write the report."""
-    job.inputs.check()
-    zeroshot.check_tasks(job.recipe.evaluate.tasks)
+    check_before_work(job)
     job.pruning.plan()
     job.pruning.prune()
     job.engines.export()

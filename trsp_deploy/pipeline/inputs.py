@@ -49,16 +49,15 @@ class Inputs:
         )
         return source
 
-    def check(self) -> None:
-        """Read every text, and raise before the work what would otherwise be raised after it.
-
-        RecipeError where windows are longer than the model was made for, with all that has to change; TextError.
-        """
+    def check_lengths(self) -> None:
+        """Raise RecipeError where windows are longer than the model was made for, with all that has to change."""
         wanted = {"calibration.context_length": self.recipe.calibration.context_length}
         if self.recipe.evaluation:
             wanted["evaluate.context_length"] = self.recipe.evaluate.context_length
         self._check(wanted)
-        self.calibration_windows()
+
+    def read_evaluation(self) -> None:
+        """Read every text that the model is judged on; raises TextError."""
         for name in self.recipe.evaluation:
             self.evaluation_windows(name)
 

@@ -83,9 +83,9 @@ def write_model_card(
     )
     card = TEXT.format(
         metadata=metadata.to_yaml(),
-        name=f"{base.rpartition('/')[2]}-trsp-{len(plan.dropped)}of{plan.num_layers}",
+        name=f"{base.rpartition('/')[2]}-{plan.method}-{len(plan.dropped)}of{plan.num_layers}",
         base=base,
-        by=f"{plan.method} ({METHODS[plan.method].source})" if plan.method in METHODS else TRSP,
+        by=_by(plan.method),
         loading=CUSTOM.format(files=", ".join(f"`{file}`" for file in code.files)) if code else PLAIN,
         version=__version__,
         dropped=", ".join(map(str, plan.dropped)),
@@ -106,6 +106,13 @@ def write_model_card(
         learning_rate=recipe.transfer.learning_rate,
     )
     ModelCard(card).save(folder / "README.md")
+
+
+def _by(method: str) -> str:
+    """A method with its source; of a plan made by hand its own words."""
+    if method == "trsp":
+        return TRSP
+    return f"{method} ({METHODS[method].source})" if method in METHODS else method
 
 
 def _base_card(folder: Path) -> dict[str, Any]:

@@ -54,10 +54,10 @@ def plan_push(run: Path, repo: str) -> Push:
     files = {file.relative_to(pruned).as_posix(): file for file in files_below(pruned)}
     if any(leaves(run, file) for file in files.values()) or fingerprint(pruned) != record.outputs.get("pruned"):
         raise RunError(f"{pruned}: is not what its step made (`trsp-deploy verify {run}`); nothing is pushed")
-    if fingerprint(run / PLAN) != record.inputs.get("plan"):
+    if not (run / PLAN).is_file() or fingerprint(run / PLAN) != record.inputs.get("plan"):
         raise RunError(f"{run / PLAN}: is not the plan that made {pruned}; `trsp-deploy prune` makes it again")
     card = (pruned / CARD).read_text(encoding="utf-8")
-    report = _report(run, PrunedCheckpoint.model_validate(record.result))
+    report = _report(run, record.result)
     return Push(
         repo=repo,
         files={name: str(path) for name, path in files.items() if name != CARD},
@@ -91,13 +91,16 @@ def push(plan: Push, private: bool = False) -> str:
 
 def _shown_plan(file: Path) -> str:
     plan = PruningPlan.model_validate_json(file.read_bytes())
-    shown = plan.model_copy(update={"model": shown_name(plan.model), "calibration": shown_name(plan.calibration)})
+    of_the_hub = HUB_ID.fullmatch(plan.model) is not None and not Path(plan.model).exists()
+    model = plan.model if of_the_hub else Path(plan.model).name
+    shown = plan.model_copy(update={"model": model, "calibration": shown_name(plan.calibration)})
     return json.dumps(shown.model_dump(mode="json"), indent=2) + "\n"
 
 
-def _report(run: Path, checkpoint: PrunedCheckpoint) -> Report | None:
-    """What the run measured of this very checkpoint; None before there is a report of it."""
+def _report(run: Path, made: dict[str, Any]) -> Report | None:
+    """What the run measured of this very checkpoint, its step's result; None before there is a report of it."""
     try:
+        checkpoint = PrunedCheckpoint.model_validate(made)
         report = Report.model_validate_json((run / "report.json").read_bytes())
     except (OSError, ValidationError):
         return None

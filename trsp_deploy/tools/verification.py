@@ -72,6 +72,10 @@ def verify(path: Path) -> Verification:
     kind = kind_of(path)
     if kind == "engine":
         manifest = _read(path / ENGINE_MANIFEST, EngineManifest)
+        if manifest.spec.backend.startswith("tensorrt") and not manifest.beside:
+            raise RunError(
+                f"{path}: was built by an earlier version, which kept no SHA-256 of its graph; build it again"
+            )
         return _held_against(path, "engine", ENGINE_MANIFEST, {**manifest.files, **manifest.beside})
     if kind == "repository":
         models = _read(path / MANIFEST, RepositoryManifest).models
