@@ -258,9 +258,10 @@ def selection_row(table: Table, name: str, seed: int, drop: int | None = None) -
 
 def pruned_row(table: Table, kind: Kind, arm: Arm, seed: int, drop: int, steps: int = 0) -> Row:
     """One arm at one number of layers, budget (0: no training) and seed."""
-    # A greedy search for the most layers holds those for fewer; the table's own number has a search of its own.
-    shared = table.selectors[arm.selection].greedy and drop != table.drop
-    chosen = selection_row(table, arm.selection, seed, max(table.counts) if shared else drop)
+    # A greedy search holds those for fewer layers: the table's own number is searched anyway, the most only beyond it.
+    greedy = table.selectors[arm.selection].greedy
+    searched = (table.drop if drop <= table.drop else max(table.counts)) if greedy else drop
+    chosen = selection_row(table, arm.selection, seed, searched)
     transfer = {**arm.at.get(steps, arm.transfer), "batch_size": BATCH_SIZE, **({"steps": steps} if steps else {})}
     keep = kind == "trained" and seed == 0 and steps == table.zero_shot_steps and arm.name in table.zero_shot_arms
     return chosen.model_copy(
