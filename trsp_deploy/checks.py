@@ -34,6 +34,8 @@ from trsp_deploy.tools.report import ChoicesReport, QualityReport
 from trsp_deploy.tools.statistics import Ratio
 from trsp_deploy.tools.verdicts import Outcome, Requirement, Word, judge, worst
 
+SHAPES = ("batch_sizes", "prompt_tokens", "new_tokens")  # settings of a measurement that a baseline decides
+
 
 class Tolerances(Strict):
     """What a check requires; None and empty ask for nothing."""
@@ -88,7 +90,7 @@ def check_run(
     spec = runnable(job, engine)
     before = None if baseline is None or against is None else engine_of(baseline, spec.name, against)
     if before is not None:
-        shapes = {name: getattr(before.settings, name) for name in ("batch_sizes", "prompt_tokens", "new_tokens")}
+        shapes = {name: getattr(before.settings, name) for name in SHAPES}
         settings = settings.model_copy(update=shapes)
     job.proof.check_engines()  # what does not compute what was trained has no speed worth checking
     # Quality first: it is quick where it is known, and may end the job with an error.

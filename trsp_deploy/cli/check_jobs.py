@@ -81,7 +81,6 @@ Sets = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="End stdout with one JSON line; all else goes to stderr.")]
 
-SHAPES = ("batch_sizes", "prompt_tokens", "new_tokens")
 PHASE_NAMES: dict[str, Phase] = {"end-to-end": "total", "total": "total", "prefill": "prefill", "decode": "decode"}
 
 
@@ -241,6 +240,8 @@ def _settings(values: dict[str, Any], budget: float | None, sets: list[str] | No
 
 def _no_shapes(sets: list[str]) -> None:
     """A baseline says at which shapes to measure."""
+    from trsp_deploy.checks import SHAPES
+
     named = {assignment.partition("=")[0].strip() for assignment in sets} & set(SHAPES)
     if named:
         raise RecipeError(
