@@ -121,9 +121,10 @@ def test_a_backward_pass_counts_as_two_forward_ones(table: Table) -> None:
 
 def test_a_greedy_search_serves_fewer_layers(table: Table, made: tuple[Store, Path]) -> None:
     row, _ = find(table, made[0], "curve", "sleb", 1)
+    own, _ = find(table, made[0], "untrained", "sleb", table.drop)
     most, _ = find(table, made[0], "curve", "sleb", 3)
-    assert row.selection() == most.selection()
-    chosen = made[0].lines[most.selection().key].outcome  # type: ignore[union-attr]
+    assert row.selection() == own.selection() != most.selection(), "the table's own search, not the longest"
+    chosen = made[0].lines[own.selection().key].outcome  # type: ignore[union-attr]
     assert isinstance(chosen, Selected)
     plan = plan_of(row, made[0])
     assert plan.dropped == (chosen.plan["settings"]["scores"]["order"][0],) and len(plan.kept) == 5
