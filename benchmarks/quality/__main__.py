@@ -16,6 +16,7 @@ from benchmarks.quality.store import Store, code_digest
 from benchmarks.quality.table import FULL, QUICK, Table, rows
 from trsp_deploy.artifacts import RunFolder
 from trsp_deploy.errors import RunError, TrspError
+from trsp_deploy.tools.prctl import end_with_parent
 
 RESULTS = Path("benchmarks/results/quality.jsonl")
 SCRATCH = Path("runs/quality")  # lock, checkpoints that zero-shot rows ask, and the quick table's results
@@ -80,6 +81,7 @@ def make_row(table: Table, key: str, store: Store) -> int:
     """Make one row in this process and keep it."""
     from benchmarks.quality.work import compute
 
+    end_with_parent()  # or it would go on beside the next one
     row = next((row for row in rows(table) if row.key == key), None)
     if row is None:
         raise RunError(f"row '{key}': not in the table; the keys are in `--list`")

@@ -22,6 +22,7 @@ STYLES: dict[str, tuple[str, str]] = {
     "default": ("#D55E00", "o"),
     "control": ("#000000", "s"),
     "refit-anneal": ("#882255", "p"),
+    "layers": ("#D55E00", "o"),
     "own-text": ("#0072B2", "^"),
     "own-text-control": ("#56B4E9", "X"),
     "anneal": ("#E69F00", "v"),
@@ -102,7 +103,7 @@ def _line(panel: Any, arm: Arm, points: Mapping[float, Interval | None]) -> None
     if not known:
         return
     colour, marker = STYLES.get(arm.name, UNNAMED)
-    default = arm.name == "default"
+    default = arm.name in ("default", "layers")
     means = [found.mean for _, found in known]
     low = [found.mean - (found.low or found.mean) for _, found in known]
     high = [(found.high or found.mean) - found.mean for _, found in known]

@@ -21,6 +21,7 @@ from trsp_deploy.errors import TrspError
 
 DOC, README, IMAGES = Path("docs/quality.md"), Path("README.md"), Path("docs/img")
 ABSENT = "–"  # not measured yet
+ELSEWHERE = "† Made on another processor than the default, or on several: one multiplies in bf16, the other in fp32."
 
 
 def main() -> int:
@@ -46,7 +47,7 @@ def summary(found: Found) -> dict[str, object]:
     values = figures(found)
     return {
         "bench": "quality",
-        "figures": values,
+        "figures": {name: None if value is None else round(value, 4) for name, value in values.items()},
         "targets": {name: target.bound for name, target in TARGETS.items()},
         "met": {name: target.met(values[name]) for name, target in TARGETS.items()},
     }
@@ -111,13 +112,22 @@ def targets_table(found: Found) -> str:
 
 def losses_table(found: Found, kind: Kind, arms: Sequence[Arm], steps: int) -> str:
     """Arms by texts; the best mean of a text is bold."""
-    entries = [(arm.label, [found.ratio(kind, arm.name, text, steps) for text in found.texts]) for arm in arms]
+    first = found.processors(kind, arms[0].name, steps)
+    elsewhere = [arm for arm in arms if found.processors(kind, arm.name, steps) - first]
+    entries = [
+        (
+            f"{arm.label} †" if arm in elsewhere else arm.label,
+            [found.ratio(kind, arm.name, t, steps) for t in found.texts],
+        )
+        for arm in arms
+    ]
     best = [min((i.mean for _, cells in entries if (i := cells[n])), default=None) for n in range(len(found.texts))]
     if steps:
         trained = [found.ratio("dense-trained", "dense-trained", text, steps) for text in found.texts]
         entries.append(("*dense, trained on the same tokens*", trained))
     body = [[label, *(_cell(cell, best[n]) for n, cell in enumerate(cells))] for label, cells in entries]
-    return markdown(["", *found.texts], body)
+    table = markdown(["", *found.texts], body)
+    return f"{table}\n\n{ELSEWHERE}" if elsewhere and first else table
 
 
 def selections_table(found: Found) -> str:
@@ -137,29 +147,32 @@ def selections_table(found: Found) -> str:
 def zero_shot_table(found: Found) -> str:
     """Accuracy by task; `retained` is the mean over the dense model's."""
     labels = {"dense": "dense", **{arm.name: arm.label for arm in found.table.arms}}
-    body = []
+    first = found.processors("zero-shot", found.table.zero_shot_arms[0], found.table.zero_shot_steps)
+    body, elsewhere = [], False
     for name in ("dense", *found.table.zero_shot_arms):
         outcome, retained = found.accuracies(name), found.retained(name)
+        if name != "dense" and found.processors("zero-shot", name, found.table.zero_shot_steps) - first:
+            labels[name], elsewhere = f"{labels[name]} †", True
         if outcome is not None:
             cells = [f"{task.accuracy:.3f}" for task in outcome.score.tasks]
             share = ABSENT if retained is None else f"{retained:.1%}"
             body.append([labels[name], *cells, f"{outcome.score.mean_accuracy:.3f}", share])
-    return markdown(["", *found.table.tasks, "mean", "retained"], body)
+    table = markdown(["", *found.table.tasks, "mean", "retained"], body)
+    return f"{table}\n\n{ELSEWHERE}" if elsewhere and first else table
 
 
 def short_table(found: Found) -> str:
     """The README's: the default, the control and the rivals that were measured most, by budget."""
     arms = {arm.name: arm for arm in found.table.arms}
     body = []
+    untrained = {arm.name: arm for arm in found.table.untrained}
+    shown = [(untrained[name], "untrained", 0) for name in ("layers", "fold", "sleb") if name in untrained]
     for name in ("default", "refit-anneal", "control", "fold", "sleb"):
-        for steps in (0, *found.table.steps):
-            kind: Kind = "trained" if steps else "untrained"
-            if not steps and name == "control":
-                continue
-            cells = [found.ratio(kind, name, text, steps) for text in found.texts]
-            label = arms[name].label if steps else f"{arms[name].label.partition(',')[0]}, untrained"
-            if any(cells):
-                body.append([label, _tokens(found, steps) if steps else "0", *map(_cell, cells)])
+        shown += [(arms[name], "trained", steps) for steps in found.table.steps if name in arms]
+    for arm, kind, steps in shown:
+        cells = [found.ratio(kind, arm.name, text, steps) for text in found.texts]
+        if any(cells):
+            body.append([arm.label, _tokens(found, steps) if steps else "0", *map(_cell, cells)])
     return markdown(["perplexity over dense", "tokens", *found.texts], body)
 
 

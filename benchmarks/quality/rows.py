@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, FiniteFloat
 
 from trsp_deploy.recipe import Recipe, Strict, read_recipe
 from trsp_deploy.results import Role, ZeroShot
@@ -145,8 +145,8 @@ class Selected(Strict):
 
     of: Literal["selection"] = "selection"
     plan: dict[str, Any]  # a PruningPlan
-    dense_loss: float  # nats on the validation windows
-    removal_loss: float  # the same without the layers
+    dense_loss: FiniteFloat  # nats on the validation windows
+    removal_loss: FiniteFloat  # the same without the layers
     window_passes: float  # forward passes of one window through all layers; a backward pass counts as 2 more
     select_s: float
 
@@ -155,7 +155,7 @@ class Losses(Strict):
     """Outcome of removing and training: raw losses on each text, and the library's record of the checkpoint."""
 
     of: Literal["losses"] = "losses"
-    nll: dict[str, tuple[float, ...]]  # text -> nats a token, one number a window
+    nll: dict[str, tuple[FiniteFloat, ...]]  # text -> nats a token, one number a window
     checkpoint: dict[str, Any]  # a PrunedCheckpoint; empty for the dense model
     transfer_s: float
 

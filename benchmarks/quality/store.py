@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 import trsp_deploy
-from benchmarks.quality.rows import Outcome, Row, Selected, Work, recipe_of
+from benchmarks.quality.rows import Losses, Outcome, Row, Selected, Work, recipe_of
 from trsp_deploy.artifacts import Provenance, provenance, writing
 from trsp_deploy.errors import RunError
 from trsp_deploy.recipe import Strict
@@ -48,11 +48,7 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.lines: dict[str, Line] = {}
-        if path.is_file():
-            for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-                line = _read(text, f"{path}: line {number}")
-                self.lines[line.key] = line
+        self.lines = _read_lines(path)
 
     def add(self, row: Row, outcome: Outcome, elapsed_s: float) -> None:
         """Keep a row's outcome, in place of an earlier one; the file is replaced as a whole."""
@@ -79,7 +75,7 @@ class Store:
         wanted = row.twin_key(dropped)
         for line in self.lines.values():
             if line.row.work == row.work and not line.same_as and line.key != row.key:
-                theirs = self.dropped(line.row)
+                theirs = self.removed(line)
                 if theirs and line.row.twin_key(theirs) == wanted:
                     return line
         return None
@@ -95,8 +91,15 @@ class Store:
             return tuple(plan["dropped"])
         return tuple(sorted(plan["settings"]["scores"]["order"][: row.drop]))
 
+    def removed(self, line: Line) -> tuple[int, ...] | None:
+        """The layers that a finished row did remove, which may not be those that its selection row chooses today."""
+        if isinstance(line.outcome, Losses):
+            return tuple(line.outcome.checkpoint.get("dropped", ()))
+        return self.dropped(line.row)
+
     def _keep(self, line: Line) -> None:
-        self.lines[line.key] = line
+        # What others have finished since this process read the file stays in it.
+        self.lines = _read_lines(self.path) | {line.key: line}
         with writing(self.path) as partial:
             partial.write_text("".join(f"{line.model_dump_json()}\n" for line in self.lines.values()), encoding="utf-8")
 
@@ -108,9 +111,12 @@ class Store:
         return self.lines.get(row.key)
 
     def stale(self, row: Row) -> bool:
-        """Whether the row was made by other code than there is now."""
+        """Whether the row was made by other code than there is now, or without other layers than are chosen now."""
         line = self.get(row)
-        return line is not None and line.code != digest(row)
+        if line is None:
+            return False
+        chosen = self.dropped(row)
+        return line.code != digest(row) or (chosen is not None and self.removed(line) != chosen)
 
 
 def digest(row: Row) -> str:
@@ -146,6 +152,13 @@ def _meaning(tree: ast.Module) -> str:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node, clean=False):
             node.body = node.body[1:]
     return ast.dump(tree)
+
+
+def _read_lines(path: Path) -> dict[str, Line]:
+    """Finished rows by key; none where there is no file."""
+    texts = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = [_read(text, f"{path}: line {number}") for number, text in enumerate(texts, start=1)]
+    return {line.key: line for line in lines}
 
 
 def _read(text: str, where: str) -> Line:

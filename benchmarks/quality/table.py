@@ -85,7 +85,8 @@ DEFAULTS: dict[int, dict[str, Any]] = {
 TRAIN: dict[str, Any] = {**SHARED, "form": "train", "refit": "none"}
 
 UNTRAINED: tuple[Arm, ...] = (
-    Arm(name="default", label="TRSP's gates, layers refitted", selection="default", transfer=LAYERS),
+    # Not what the recipes do before their training, which is a fold: the best that is known without any training.
+    Arm(name="layers", label="TRSP's gates, layers refitted", selection="default", transfer=LAYERS),
     Arm(name="sleb", label="SLEB", selection="sleb", transfer=PLAIN),
     Arm(name="trsp", label="TRSP's gates, layers only removed", selection="default", transfer=PLAIN),
     Arm(name="shortgpt", label="ShortGPT", selection="shortgpt", transfer=PLAIN),
@@ -198,7 +199,7 @@ QUICK = FULL.model_copy(
         },
         "counts": (),
         "arms": tuple(arm for arm in ARMS if arm.every_seed and arm.name != "refit-anneal"),
-        "untrained": tuple(arm for arm in UNTRAINED if arm.name in ("default", "sleb", "uidl")),
+        "untrained": tuple(arm for arm in UNTRAINED if arm.name in ("layers", "sleb", "uidl")),
         "steps": (4,),
         "seeds": (0,),
         "selection_seeds": (0,),

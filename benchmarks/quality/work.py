@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from benchmarks.quality.rows import Accuracies, Losses, Outcome, Row, Selected, recipe_of
-from benchmarks.quality.store import Store
+from benchmarks.quality.store import Store, code_digest, digest
 from trsp_deploy.artifacts import writing
 from trsp_deploy.decoder import decoder_layers, layer_input, load_model, load_tokenizer
 from trsp_deploy.errors import RunError
@@ -79,7 +79,7 @@ def _select(row: Row, store: Store, checkpoints: Path) -> Selected:
 
 
 def _losses(row: Row, store: Store, checkpoints: Path) -> Losses:
-    kept = checkpoints / row.key
+    kept = _checkpoint(row, store, checkpoints)
     with tempfile.TemporaryDirectory(prefix="trsp-quality-") as scratch:
         folder = kept if row.keep else Path(scratch) / "model"
         began = time.perf_counter()
@@ -94,11 +94,17 @@ def _losses(row: Row, store: Store, checkpoints: Path) -> Losses:
 
 def _answers(row: Row, store: Store, checkpoints: Path) -> Accuracies:
     made = row.checkpoint()
-    folder = checkpoints / made.key
+    folder = _checkpoint(made, store, checkpoints)
     if not folder.is_dir():  # never made here, or deleted: it is made again
         _make_model(made, store, folder)
     score = evaluate_zero_shot(_folder(made, folder), row.tasks, row.items, row.role, recipe_of(row))
     return Accuracies(score=score)
+
+
+def _checkpoint(row: Row, store: Store, checkpoints: Path) -> Path:
+    """Where a row's model is kept: under another name for other code, settings or layers."""
+    layers = "-".join(map(str, store.dropped(row) or ()))
+    return checkpoints / "-".join(part for part in (row.key, digest(row), layers) if part)
 
 
 MAKERS: dict[str, Callable[[Row, Store, Path], Outcome]] = {
@@ -166,9 +172,11 @@ def _self_generated(row: Row, count: int) -> torch.Tensor:
     subject = row.subject
     if not count:
         return torch.empty(0, subject.context_length, dtype=torch.int64)
-    kept = SELF_GENERATED / f"{subject.model}-{count}x{subject.context_length}-seed{row.seed}.safetensors"
+    recipe, folder = recipe_of(row), Path(_source(subject.model).path)
+    made_by = f"{recipe.weights}-{code_digest('losses')}"
+    name = f"{Path(subject.model).name}-{count}x{subject.context_length}-seed{row.seed}-{made_by}"
+    kept = SELF_GENERATED / f"{name}.safetensors"
     if not kept.is_file():
-        recipe, folder = recipe_of(row), Path(_source(subject.model).path)
         model = load_model(folder, pick_device(recipe), TRAINING_DTYPES[recipe.weights])
         begin = opening(model, load_tokenizer(folder))
         windows = write_windows(model, begin, count, subject.context_length, row.seed)

@@ -12,7 +12,7 @@ import torch
 from benchmarks.quality import __main__ as bench
 from benchmarks.quality import work
 from benchmarks.quality.rows import Accuracies, Losses, Outcome, Row, Selected, Subject
-from benchmarks.quality.store import Store
+from benchmarks.quality.store import Store, digest
 from benchmarks.quality.table import FULL, Table, labelled_rows, rows
 from benchmarks.quality.work import compute, plan_of
 from tests.tiny import english, save_tiny
@@ -152,10 +152,12 @@ def test_zero_shot_asks_the_kept_checkpoint_or_makes_it_again(
     assert isinstance(compute(default, store, checkpoints), Accuracies)
     compute(default, store, tmp_path / "gone")
     compute(next(row for row in rows(table) if (row.kind, row.arm) == ("zero-shot", "dense")), store, checkpoints)
-    key = default.checkpoint().key
-    assert asked == [checkpoints / key, tmp_path / "gone" / key, Path(table.subject.model)]
+    made_for = default.checkpoint()
+    name = "-".join([made_for.key, digest(made_for), *map(str, store.dropped(made_for) or ())])
+    assert asked == [checkpoints / name, tmp_path / "gone" / name, Path(table.subject.model)]
     kept = {row.key for row in rows(table) if row.keep}
-    assert {path.name for path in checkpoints.iterdir()} == kept, "other checkpoints are not kept"
+    found = [path.name.split("-")[0] for path in checkpoints.iterdir()]
+    assert sorted(found) == sorted(kept), "other checkpoints are not kept, and each once"
 
 
 def test_an_interrupted_row_leaves_nothing_and_the_rest_goes_on(

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from benchmarks.pages import put_between_markers
 from benchmarks.quality import report, store
@@ -15,27 +16,29 @@ from benchmarks.quality.estimates import estimate_s, pace
 from benchmarks.quality.figures import TARGETS, Found, figures, over_seeds
 from benchmarks.quality.rows import Accuracies, Losses, Outcome, Row, Selected, recipe_of
 from benchmarks.quality.store import CODE, Store, code_digest
-from benchmarks.quality.table import FULL, QUICK, Table, labelled_rows, rows
+from benchmarks.quality.table import FULL, QUICK, Table, labelled_rows, rows, trained_arms
 from trsp_deploy.errors import RunError
 from trsp_deploy.results import TaskScore, ZeroShot
 
 DENSE = {"wiki": 3.0, "c4": 4.0, "alpaca": 2.5}  # nats
 START, END = "<!-- quality:start -->", "<!-- quality:end -->"
-COST = {"default": 0.2, "control": 0.22, "sleb": 0.6}  # nats that an arm loses, others 0.5
+COST = {"default": 0.2, "layers": 0.2, "control": 0.22, "sleb": 0.6}  # nats that an arm loses, others 0.5
 
 
 def outcome(row: Row) -> Outcome:
     """A made-up outcome: a seed adds a hundredth of its number."""
     if row.work == "selection":
-        plan = {"dropped": list(range(row.drop)), "seed": row.seed}
-        passes = 280.0 if row.arm == "default" else 3024.0
+        layers = list(range(row.drop))
+        plan = {"dropped": layers, "seed": row.seed, "settings": {"scores": {"order": layers}}}
+        passes = 280.0 if row.plan == FULL.selectors["default"].plan else 3024.0
         return Selected(plan=plan, dense_loss=3.0, removal_loss=4 + row.seed / 100, window_passes=passes, select_s=1.0)
     if row.work == "zero-shot":
         right = {"dense": 8, "default": 7}.get(row.arm, 6)
         score = [TaskScore(task=name, metric="acc", correct=(True,) * right + (False,) * 2) for name in row.tasks]
         return Accuracies(score=ZeroShot(role=row.role, tasks=tuple(score)))
     cost = COST.get(row.arm, 0.5) + row.seed / 100 if row.drop else 0.0
-    return Losses(nll={text: (nll + cost,) * 2 for text, nll in DENSE.items()}, checkpoint={}, transfer_s=1.0)
+    checkpoint = {"dropped": list(range(row.drop))} if row.drop else {}
+    return Losses(nll={text: (nll + cost,) * 2 for text, nll in DENSE.items()}, checkpoint=checkpoint, transfer_s=1.0)
 
 
 def filled(path: Path, table: Table) -> Store:
@@ -116,6 +119,43 @@ def test_rows_of_other_code_are_stale(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not any(lines.stale(row) for row in rows(QUICK))
     monkeypatch.setattr(store, "code_digest", lambda work: "other")
     assert all(lines.stale(row) for row in rows(QUICK))
+
+
+def test_a_row_without_other_layers_than_are_chosen_now_is_stale(tmp_path: Path) -> None:
+    lines = filled(tmp_path / "quality.jsonl", QUICK)
+    row = next(row for row in rows(QUICK) if row.kind == "untrained" and row.arm == "layers")
+    chosen = row.selection()
+    assert chosen is not None and not lines.stale(row)
+    other = outcome(chosen)
+    assert isinstance(other, Selected)
+    lines.add(chosen, other.model_copy(update={"plan": {"dropped": list(range(1, 1 + row.drop)), "seed": 0}}), 10.0)
+    assert lines.stale(row)
+
+
+def test_two_writers_keep_each_others_rows(tmp_path: Path) -> None:
+    one, other = Store(tmp_path / "quality.jsonl"), Store(tmp_path / "quality.jsonl")
+    first, second = rows(QUICK)[:2]
+    one.add(first, outcome(first), 10.0)
+    other.add(second, outcome(second), 10.0)
+    assert set(Store(one.path).lines) == {first.key, second.key}
+
+
+def test_what_is_no_number_is_no_outcome() -> None:
+    with pytest.raises(ValidationError, match="finite"):
+        Losses(nll={"wiki": (math.nan,)}, checkpoint={}, transfer_s=1.0)
+
+
+def test_rows_of_another_processor_are_marked(tmp_path: Path) -> None:
+    lines = filled(tmp_path / "quality.jsonl", QUICK)
+    arms = trained_arms(QUICK, QUICK.steps[0])
+    assert "†" not in report.losses_table(Found(QUICK, lines), "trained", arms, QUICK.steps[0])
+    row = next(row for row in rows(QUICK) if (row.kind, row.arm) == ("trained", "control"))
+    line = lines.lines[row.key]
+    elsewhere = line.provenance.model_copy(update={"cpu": "another"})
+    lines.lines[row.key] = line.model_copy(update={"provenance": elsewhere})
+    table = report.losses_table(Found(QUICK, lines), "trained", arms, QUICK.steps[0])
+    assert [text for text in table.splitlines() if "†" in text][0].startswith("| control: remove, then train † |")
+    assert report.ELSEWHERE in table
 
 
 def test_rows_that_remove_the_same_layers_and_train_alike_are_computed_once(tmp_path: Path) -> None:
