@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from benchmarks.engines import subjects
 from benchmarks.engines.peers import negative_log_likelihood
@@ -72,6 +72,7 @@ class Found(Strict):
     absent: dict[str, str]  # contender -> why it took no part
     perplexity: dict[str, float]
     bandwidths: tuple[float, ...]  # bytes/s that the machine read in each round of the first race
+    peers: dict[str, str] = Field(default_factory=dict)  # versions in the peers' environment
 
     @property
     def bandwidth(self) -> float:
@@ -116,6 +117,7 @@ def run(options: argparse.Namespace) -> Found:
         absent=absent,
         perplexity=_perplexities(options.peers),
         bandwidths=tuple(bandwidths),
+        peers=subjects.peer_versions(options.peers),
     )
     if not options.quick:
         with writing(results_path("engines", found.machine.cpu)) as partial:
@@ -126,7 +128,7 @@ def run(options: argparse.Namespace) -> Found:
 def figures(found: Found) -> dict[str, float | None]:
     """One number for each target; None where something that it needs was not there."""
     values = ratios(found.samples, found.bandwidths, found.perplexity)
-    return {name: None if value is None else round(value.ratio, 3) for name, value in values.items()}
+    return {name: None if value is None else value.ratio for name, value in values.items()}
 
 
 def ratios(samples: Samples, bandwidths: Sequence[float], perplexities: dict[str, float]) -> dict[str, Ratio | None]:
@@ -182,7 +184,7 @@ def verdict(values: dict[str, float | None]) -> dict[str, Any]:
 
     return {
         "bench": "engines",
-        "figures": values,
+        "figures": {name: None if value is None else round(value, 3) for name, value in values.items()},
         "targets": {name: bound for name, (bound, _, _) in TARGETS.items()},
         "met": {name: met(name, value) for name, value in values.items()},
     }
@@ -276,15 +278,20 @@ def _race(
 
 
 def _lengths_and_batches(rounds: int, new_tokens: int) -> Samples:
-    """Ours at a long past and in a batch, beside batch 1 at a short past, in the same rounds."""
+    """Ours at a long past and in a batch, beside batch 1 at a short past, in the same rounds.
+
+    One process has all shapes, so that its peak is no one shape's. A first round, which nothing is kept of, warms it.
+    """
     samples: Samples = {}
     for precision in PRECISIONS:
         shapes = {f"batch {BATCH}": _prompt(BATCH, PROMPT), "batch 1": _prompt(1, PROMPT)}
         shapes |= {f"past {LONG_PROMPT}": _prompt(1, LONG_PROMPT)} if precision == "fp32" else {}
         with Worker(subjects.engine("dense", precision)) as worker:
-            for _ in range(rounds):
-                for label, prompt in shapes.items():
-                    samples.setdefault(f"ours {precision}, {label}", []).append(worker.block(prompt, new_tokens))
+            for number in range(rounds + 1):
+                for label in shapes if number % 2 else reversed(shapes):
+                    block = worker.block(shapes[label], new_tokens)
+                    kept = samples.setdefault(f"ours {precision}, {label}", [])
+                    kept += [{**block, "peak_rss_bytes": None}] if number else []
     return samples
 
 
@@ -328,10 +335,16 @@ def rows(found: Found) -> list[list[str]]:
 def _cells(label: str, blocks: list[dict[str, Any]], perplexity: dict[str, float]) -> list[str]:
     token_s = _median(np.median(block["decode_s"]) for block in blocks)
     texts = BATCH if label.endswith(f"batch {BATCH}") else 1
-    peak = max(block["peak_rss_bytes"] for block in blocks) / 1e6
+    peaks = [block["peak_rss_bytes"] for block in blocks if block["peak_rss_bytes"]]
     prompt_ms = 1e3 * _median(block["prefill_s"] for block in blocks)
     lost = f"{perplexity[label]:.2f}" if label in perplexity else ""
-    return [f"{prompt_ms:.1f}", f"{1e3 * token_s:.2f}", f"{texts / token_s:.1f}", f"{peak:.0f}", lost]
+    return [
+        f"{prompt_ms:.1f}",
+        f"{1e3 * token_s:.2f}",
+        f"{texts / token_s:.1f}",
+        f"{max(peaks) / 1e6:.0f}" if peaks else "",
+        lost,
+    ]
 
 
 def text(found: Found) -> str:
@@ -350,11 +363,15 @@ def markdown_text(found: Found) -> str:
         for name, (bound, sense, meaning) in TARGETS.items()
     ]
     machine = found.machine
-    packages = ", ".join(f"{name} {machine.packages[name]}" for name in ("onnxruntime", "torch"))
+    # onnxruntime-gpu goes by another name; of the others there is none where their environment is not.
+    versions = {**machine.packages, **{f"peers' {name}": version for name, version in found.peers.items()}}
+    told = ("onnxruntime", "onnxruntime-gpu", "torch", "peers' onnxruntime-genai", "peers' llama-cpp-python")
+    packages = ", ".join(f"{name} {versions[name]}" for name in told if name in versions)
     return "\n\n".join(
         [
             f"**{machine.cpu}**, {machine.cores} cores. SmolLM2-135M unless named otherwise, prompt {PROMPT}, "
-            f"{NEW_TOKENS} new tokens, medians of {len(found.samples['ours fp32'])} rounds in turn; "
+            f"{NEW_TOKENS} new tokens ({LONG_NEW} where a batch or a past is named), "
+            f"medians of {len(found.samples['ours fp32'])} rounds in turn; "
             f"{found.bandwidth / 1e9:.0f} GB/s, {packages}. "
             "Perplexity: 8 windows of 512 tokens of wiki-demo.",
             markdown(HEAD, rows(found)),

@@ -75,7 +75,8 @@ def optimum(path: Path) -> Peer:
         for _ in range(new_tokens + 1):
             positions = (mask.cumsum(-1) - 1)[:, -ids.shape[1] :]
             out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
-            cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
+            # numpy's: torch would wake threads of its own beside ONNX Runtime's.
+            cache, ids = out.past_key_values, torch.from_numpy(out.logits[:, -1:].numpy().argmax(-1))
             mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
             yield
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from trsp_deploy.artifacts import writing
+from benchmarks.code import code_digest
+from trsp_deploy.artifacts import provenance, writing
 from trsp_deploy.decoder import decoder_layers, load_model, load_tokenizer, remove_layers
 from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.recipe import ExportSettings
@@ -23,11 +27,14 @@ from trsp_deploy.tools.texts import load_texts, tokenize_windows
 HOME = Path("runs/bench-engines")
 DROPPED = tuple(range(12, 19))  # 7 of SmolLM2-135M's 30 layers; speed does not depend on which
 PEERS = Path(__file__).with_name("peers.py")
+EXPORT = ("stages/export.py", "decoder.py")  # where the code of a graph begins, below trsp_deploy/
+PEER_PACKAGES = ("onnxruntime-genai", "onnxruntime", "llama-cpp-python", "transformers")
+BUILD = ("stages/build.py", "tools/texts.py")  # and that of an engine
 
 
-def once(name: str, make: Callable[[Path], object]) -> Path:
-    """The file or folder HOME/name, made when it is not there."""
-    path = HOME / name
+def once(name: str, make: Callable[[Path], object], made_by: str = "") -> Path:
+    """The file or folder HOME/name, made when it is not there; made_by: what else decides what is in it."""
+    path = HOME / (f"{name}-{hashlib.sha256(made_by.encode()).hexdigest()[:12]}" if made_by else name)
     if not path.exists():
         print(f"making {path}", file=sys.stderr, flush=True)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,14 +71,21 @@ def _random_gpt2(out: Path) -> None:
 
 def onnx(name: str) -> Path:
     """Folder of a model's ONNX graph as Optimum exports it, slimmed."""
-    return once(f"onnx/{name}", lambda out: export_onnx(model(name), "fp32", ExportSettings(), out))
+    return once(f"onnx/{name}", lambda out: export_onnx(model(name), "fp32", ExportSettings(), out), _exporter())
+
+
+def _exporter() -> str:
+    packages = provenance().packages
+    return f"{code_digest(*EXPORT)} {[packages.get(name) for name in ('torch', 'transformers', 'optimum-onnx')]}"
 
 
 def engine(name: str, precision: str) -> Path:
     """Folder of a model's ONNX Runtime engine."""
     spec = load_engine_spec(f"ort-cpu-{precision}")
     text = windows(512, 1) if name in ("dense", "pruned") else None
-    return once(f"engines/{name}-{precision}", lambda out: build_engine(onnx(name) / FILE, spec, out, text))
+    # Of other code, of another spec or for another ONNX Runtime it is another engine.
+    made_by = f"{_exporter()} {code_digest(*BUILD)} {spec.model_dump_json()} {provenance().packages['onnxruntime']}"
+    return once(f"engines/{name}-{precision}", lambda out: build_engine(onnx(name) / FILE, spec, out, text), made_by)
 
 
 def genai(name: str, precision: str, python: Path) -> Path:
@@ -82,11 +96,28 @@ def genai(name: str, precision: str, python: Path) -> Path:
         command = [*builder, "-m", str(model(name)), "-i", str(model(name)), "-o", str(out), "-c", str(HOME / "cache")]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise EngineUnavailable(f"onnxruntime-genai's builder: {done.stderr.strip().splitlines()[-1]}")
+            said = done.stderr.strip().splitlines() or [f"it ended with {done.returncode} and said nothing"]
+            raise EngineUnavailable(f"onnxruntime-genai's builder: {said[-1]}")
 
     if not python.exists():
         raise EngineUnavailable(f"onnxruntime-genai is not installed in {python.parent.parent}")
-    return once(f"genai/{name}-{precision}", make)
+    return once(f"genai/{name}-{precision}", make, str(peer_versions(python)))
+
+
+@functools.cache
+def peer_versions(python: Path) -> dict[str, str]:
+    """Versions of the other engines in their environment; empty where there is none."""
+    code = (
+        "import importlib.metadata as m, json; "
+        f"there = {{d.metadata['Name'].lower(): d.version for d in m.distributions()}}; "
+        f"print(json.dumps({{n: there[n] for n in {list(PEER_PACKAGES)} if n in there}}))"
+    )
+    if not python.exists():
+        return {}
+    versions: dict[str, str] = json.loads(
+        subprocess.run([str(python), "-c", code], capture_output=True, check=True).stdout
+    )
+    return versions
 
 
 def windows(tokens: int, count: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.quality.estimates import estimate_s, hours, pace
 from benchmarks.quality.rows import Row
-from benchmarks.quality.store import Store, code_digest
+from benchmarks.quality.store import Store, work_digest
 from benchmarks.quality.table import FULL, QUICK, Table, rows
 from trsp_deploy.artifacts import RunFolder
 from trsp_deploy.errors import RunError, TrspError
@@ -85,7 +85,7 @@ def make_row(table: Table, key: str, store: Store) -> int:
     row = next((row for row in rows(table) if row.key == key), None)
     if row is None:
         raise RunError(f"row '{key}': not in the table; the keys are in `--list`")
-    code_digest(row.work)  # of the code as it is loaded now, not as it is when the row is done
+    work_digest(row.work)  # of the code as it is loaded now, not as it is when the row is done
     began = time.perf_counter()
     outcome = compute(row, store, SCRATCH / "checkpoints")
     store.add(row, outcome, time.perf_counter() - began)

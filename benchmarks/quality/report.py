@@ -166,7 +166,9 @@ def short_table(found: Found) -> str:
     arms = {arm.name: arm for arm in found.table.arms}
     body = []
     untrained = {arm.name: arm for arm in found.table.untrained}
-    shown = [(untrained[name], "untrained", 0) for name in ("layers", "fold", "sleb") if name in untrained]
+    shown: list[tuple[Arm, Kind, int]] = [
+        (untrained[name], "untrained", 0) for name in ("layers", "fold", "sleb") if name in untrained
+    ]
     for name in ("default", "refit-anneal", "control", "fold", "sleb"):
         shown += [(arms[name], "trained", steps) for steps in found.table.steps if name in arms]
     for arm, kind, steps in shown:

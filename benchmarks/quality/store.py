@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ast
-import functools
 import hashlib
 from pathlib import Path
 
 from pydantic import ValidationError
 
-import trsp_deploy
+from benchmarks.code import code_digest
 from benchmarks.quality.rows import Losses, Outcome, Row, Selected, Work, recipe_of
 from trsp_deploy.artifacts import Provenance, provenance, writing
 from trsp_deploy.errors import RunError
@@ -23,9 +21,8 @@ CODE: dict[Work, tuple[str, ...]] = {
     "zero-shot": ("stages/selection.py", *TRAINING, "stages/zeroshot.py"),
 }
 # Imported, but of no influence on a number. Of `recipe` only the values count, and those are in the digest themselves.
-NO_INFLUENCE = (
-    *("errors", "artifacts", "results", "recipe", "assets", "packaged"),
-    *("models", "model_card", "progress", "quiet"),
+NO_INFLUENCE = frozenset(
+    {"errors", "artifacts", "results", "recipe", "assets", "packaged", "models", "model_card", "progress", "quiet"}
 )
 # What of a resolved recipe decides a row; the rest of it (engines, bench, ...) does not.
 DECIDES = {"calibration", "plan", "transfer", "evaluate", "weights", "autocast", "device", "seed"}
@@ -122,36 +119,12 @@ class Store:
 def digest(row: Row) -> str:
     """Hash of the code that makes a row and of the settings that it resolves to, defaults among them."""
     settings = recipe_of(row).model_dump_json(include=DECIDES)
-    return hashlib.sha256(f"{code_digest(row.work)} {settings}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{work_digest(row.work)} {settings}".encode()).hexdigest()[:16]
 
 
-@functools.cache
-def code_digest(work: Work) -> str:
-    """Hash of the code that this work runs, without comments, docstrings and layout."""
-    package = Path(trsp_deploy.__file__).parent
-    trees: dict[Path, ast.Module] = {}
-    waiting = [package / name for name in CODE[work]]
-    while waiting:
-        path = waiting.pop()
-        if path not in trees and path.stem not in NO_INFLUENCE:
-            trees[path] = ast.parse(path.read_text(encoding="utf-8"))
-            waiting += _imported(trees[path], package)
-    meaning = "".join(_meaning(trees[path]) for path in sorted(trees))
-    return hashlib.sha256(meaning.encode()).hexdigest()[:16]
-
-
-def _imported(tree: ast.Module, package: Path) -> list[Path]:
-    """The package's own modules that a module imports from, wherever in it."""
-    names = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
-    own = [package.joinpath(*name.split(".")[1:]) for name in names if name.startswith("trsp_deploy.")]
-    return [path / "__init__.py" if path.is_dir() else path.with_suffix(".py") for path in own]
-
-
-def _meaning(tree: ast.Module) -> str:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node, clean=False):
-            node.body = node.body[1:]
-    return ast.dump(tree)
+def work_digest(work: Work) -> str:
+    """Hash of the code that this work runs."""
+    return code_digest(*CODE[work], without=NO_INFLUENCE)
 
 
 def _read_lines(path: Path) -> dict[str, Line]:

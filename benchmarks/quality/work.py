@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from benchmarks.quality.rows import Accuracies, Losses, Outcome, Row, Selected, recipe_of
-from benchmarks.quality.store import Store, code_digest, digest
+from benchmarks.quality.store import Store, digest, work_digest
 from trsp_deploy.artifacts import writing
 from trsp_deploy.decoder import decoder_layers, layer_input, load_model, load_tokenizer
 from trsp_deploy.errors import RunError
@@ -173,7 +173,7 @@ def _self_generated(row: Row, count: int) -> torch.Tensor:
     if not count:
         return torch.empty(0, subject.context_length, dtype=torch.int64)
     recipe, folder = recipe_of(row), Path(_source(subject.model).path)
-    made_by = f"{recipe.weights}-{code_digest('losses')}"
+    made_by = f"{recipe.weights}-{work_digest('losses')}"
     name = f"{Path(subject.model).name}-{count}x{subject.context_length}-seed{row.seed}-{made_by}"
     kept = SELF_GENERATED / f"{name}.safetensors"
     if not kept.is_file():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from benchmarks.engines import __main__ as bench
+from benchmarks.engines import subjects
 from benchmarks.engines.peers import negative_log_likelihood
 from trsp_deploy.decoder import DecoderSize, WeightCounts
 
@@ -66,6 +68,25 @@ def test_what_is_not_measured_is_not_met(samples: dict[str, list[dict[str, Any]]
     for name in ("gpt2_decode_to_optimum", "int4_perplexity_to_genai", "batch_int8"):
         assert found["figures"][name] is None and found["met"][name] is False
     assert found["met"]["fp32_decode_to_genai"] is found["met"]["late_to_early"] is True
+
+
+def test_a_verdict_is_not_taken_of_what_is_rounded() -> None:
+    found = bench.verdict(dict.fromkeys(bench.TARGETS, 0.9999))
+    assert found["figures"]["fp32_decode_to_genai"] == 1.0 and found["met"]["fp32_decode_to_genai"] is False
+
+
+def test_an_engine_of_another_spec_or_other_code_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subjects, "HOME", tmp_path)
+    monkeypatch.setattr(subjects, "windows", lambda *_: None)
+    made: list[str] = []
+    monkeypatch.setattr(subjects, "export_onnx", lambda model, precision, settings, out: out.mkdir())
+    monkeypatch.setattr(subjects, "model", Path)
+    monkeypatch.setattr(subjects, "build_engine", lambda onnx, spec, out, text: (made.append(spec.name), out.mkdir()))
+    first = subjects.engine("gpt2", "fp32")
+    assert subjects.engine("gpt2", "fp32") == first and len(made) == 1
+    assert subjects.engine("gpt2", "int8") != first
+    monkeypatch.setattr(subjects, "code_digest", lambda *starts: "other")
+    assert subjects.engine("gpt2", "fp32") != first and len(made) == 3
 
 
 def test_likelihood_is_that_of_the_next_token() -> None:

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from benchmarks import code
 from benchmarks.pages import put_between_markers
 from benchmarks.quality import report, store
 from benchmarks.quality.estimates import estimate_s, pace
 from benchmarks.quality.figures import TARGETS, Found, figures, over_seeds
 from benchmarks.quality.rows import Accuracies, Losses, Outcome, Row, Selected, recipe_of
-from benchmarks.quality.store import CODE, Store, code_digest
+from benchmarks.quality.store import CODE, Store, work_digest
 from benchmarks.quality.table import FULL, QUICK, Table, labelled_rows, rows, trained_arms
 from trsp_deploy.errors import RunError
 from trsp_deploy.results import TaskScore, ZeroShot
@@ -107,17 +108,17 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
 
 def test_digest_sees_code_and_not_its_comments() -> None:
     def meaning(source: str) -> str:
-        return store._meaning(ast.parse(source))
+        return code.meaning(ast.parse(source))
 
     assert meaning("def f():\n    '''Doc.'''\n    return 1  # why\n") == meaning("def f():\n\n    return 1")
     assert meaning("x = 1") != meaning("x = 2")
-    assert len({code_digest(work) for work in CODE}) == 3
+    assert len({work_digest(work) for work in CODE}) == 3
 
 
 def test_rows_of_other_code_are_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = filled(tmp_path / "quality.jsonl", QUICK)
     assert not any(lines.stale(row) for row in rows(QUICK))
-    monkeypatch.setattr(store, "code_digest", lambda work: "other")
+    monkeypatch.setattr(store, "work_digest", lambda work: "other")
     assert all(lines.stale(row) for row in rows(QUICK))
 
 
@@ -154,7 +155,7 @@ def test_rows_of_another_processor_are_marked(tmp_path: Path) -> None:
     elsewhere = line.provenance.model_copy(update={"cpu": "another"})
     lines.lines[row.key] = line.model_copy(update={"provenance": elsewhere})
     table = report.losses_table(Found(QUICK, lines), "trained", arms, QUICK.steps[0])
-    assert [text for text in table.splitlines() if "†" in text][0].startswith("| control: remove, then train † |")
+    assert next(text for text in table.splitlines() if "†" in text).startswith("| control: remove, then train † |")
     assert report.ELSEWHERE in table
 
 
