@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo triton-demo test test-slow test-docs test-transformers5 test-triton test-network check format gpu quality quality-report bench-train bench-engines bench-proof bench-serving bench-memory faults coverage release docs clean
+.PHONY: demo triton-demo test test-breadth test-slow test-docs test-transformers5 test-triton test-network check format gpu quality quality-report bench-train bench-engines bench-proof bench-serving bench-memory faults coverage release docs clean
 
 demo: $(READY) ## prune a real model, build its engines and judge them: 12 to 19 minutes on 2 cores
 	$(BIN)/trsp-deploy fetch smollm2-135m exl-wiki wiki-demo c4-demo
@@ -17,17 +17,20 @@ triton-demo: $(READY) .venv-triton/.ready ## the demo's run on a real tritonserv
 	$(BIN)/trsp-deploy prune-and-build --model smollm2-135m --drop 25%
 	$(BIN)/trsp-deploy triton runs/smollm2-135m-drop8 --name smollm2-trsp --dense --out $(REPOSITORY)
 	$(BIN)/trsp-deploy triton-lint $(REPOSITORY)
-	trap '$(BIN)/trsp-deploy triton-stop $(REPOSITORY)' EXIT; set -e; \
+	trap '$(BIN)/trsp-deploy triton-stop $(REPOSITORY)' EXIT; trap 'exit 130' INT; trap 'exit 143' TERM; set -e; \
 	$(BIN)/trsp-deploy triton-start $(REPOSITORY) --server .venv-triton --port 18000; \
 	curl -sN 127.0.0.1:18000/v2/models/smollm2-trsp/generate_stream \
 	    -d '{"text_input": "The capital of France is", "max_tokens": 16, "stream": true}'; \
 	$(BIN)/trsp-deploy triton-stop $(REPOSITORY); \
 	$(BIN)/trsp-deploy bench-server $(REPOSITORY) --server .venv-triton --run runs/smollm2-135m-drop8 --new-tokens 32 --replicates 5
 
-DEFAULT := not slow and not network and not faults
+DEFAULT := not breadth and not slow and not network and not faults
 test: $(READY) check ## style, types, import rule and the default tests, offline
 	$(BIN)/python -m pytest -q --numprocesses auto --dist loadfile -m '$(DEFAULT) and not alone'
 	$(BIN)/python -m pytest -q -m '$(DEFAULT) and alone'
+
+test-breadth: $(READY) ## engines of more families, precisions and compilers than the default tests build: about 10 minutes
+	$(BIN)/python -m pytest -q --numprocesses auto --dist loadfile -m breadth
 
 check: $(READY)
 	$(BIN)/ruff format --check --quiet .

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("environment", type=Path, help="virtual environment with the wheel in it")
     parser.add_argument("--extras", default="", help="comma-separated: what the wheel was installed with")
     parser.add_argument("--out", type=Path, default=Path("dist"))
-    parser.add_argument("--require-audit", action="store_true", help="fail where no service could be asked")
+    parser.add_argument("--require-audit", action="store_true", help="fail where a package is not audited")
     options = parser.parse_args(arguments)
     try:
         bom = bill_of_materials(options.environment, __version__)
@@ -54,6 +54,7 @@ def wrong(bom: dict[str, Any], extras: str, found: Audit, require_audit: bool) -
         *filter(None, map(refused, bom["components"])),
         *found.vulnerable,
         *(["vulnerabilities were not audited"] if require_audit and found.service is None else []),
+        *(f"{name}: {found.service} was asked and did not audit it" for name in found.not_audited if require_audit),
     ]
 
 

@@ -69,7 +69,8 @@ def _ask(service: str, pins: Sequence[str]) -> tuple[list[dict[str, Any]], str]:
         command = [sys.executable, "-m", "pip_audit", "--vulnerability-service", service, *options, *files]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if not answered.is_file():
-            return [], done.stderr.strip().splitlines()[-1].partition(" (Caused by")[0][:200]
+            said = done.stderr.strip().splitlines() or [f"pip-audit ended with {done.returncode} and said nothing"]
+            return [], said[-1].partition(" (Caused by")[0][:200]
         entries: list[dict[str, Any]] = json.loads(answered.read_text(encoding="utf-8"))["dependencies"]
         return entries, ""
 

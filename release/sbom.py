@@ -48,7 +48,8 @@ def bill_of_materials(environment: Path, version: str) -> dict[str, Any]:
         text=True,
     )
     if done.returncode:
-        raise RunError(f"{environment}: no bill of materials: {done.stderr.strip().splitlines()[-1]}")
+        said = done.stderr.strip().splitlines() or [f"cyclonedx-py ended with {done.returncode} and said nothing"]
+        raise RunError(f"{environment}: no bill of materials: {said[-1]}")
     bom: dict[str, Any] = json.loads(done.stdout)
     bom["metadata"]["component"]["version"] = version
     for component in bom["components"]:

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import trsp_deploy
-from release.__main__ import main
+from release.__main__ import main, wrong
 from release.audit import CANARY, Audit, audit
 from release.licences import ACCEPTED, ALLOWED, page, refused, stated
 from release.sbom import bill_of_materials, declared, invalid, missing
@@ -29,6 +29,12 @@ NOWHERE = "http://127.0.0.1:9"  # the port of `discard`: refused at once
 def bom() -> dict[str, Any]:
     """Of the environment that the tests run in: what `make release` installs, and the developers' tools."""
     return bill_of_materials(Path(sys.executable), trsp_deploy.__version__)
+
+
+def as_validated(bom: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Making it and holding it against the schema takes half a minute: one test does both."""
+    monkeypatch.setattr("release.__main__.bill_of_materials", lambda *_: bom)
+    monkeypatch.setattr("release.__main__.invalid", lambda _: None)
 
 
 def installation(requirement: str, seen: set[str]) -> set[str]:
@@ -99,7 +105,9 @@ def test_a_dependency_that_is_not_installed_is_named(bom):
         ([sys.executable, "--extras", "cpu,tpu"], "--extras tpu: no such"),
     ],
 )
-def test_a_mistake_has_its_line(arguments, said, monkeypatch, tmp_path, capsys):
+def test_a_mistake_has_its_line(arguments, said, bom, monkeypatch, tmp_path, capsys):
+    if arguments[0] == sys.executable:
+        as_validated(bom, monkeypatch)
     monkeypatch.setattr("release.__main__.audit", lambda _: Audit("none", "", 0, [], []))
     assert main([*arguments, "--out", str(tmp_path)]) == 1
     printed = capsys.readouterr()
@@ -205,6 +213,14 @@ def test_vulnerabilities_are_named_with_what_fixes_them(service):
     assert ("torch", "2.13.0") in service.asked  # the release that the local version was built from
 
 
+def test_a_package_that_was_not_audited_stops_a_release_that_wants_it():
+    found = Audit("osv", "", 1, ["tensorrt-rtx"], [])
+    line = "tensorrt-rtx: osv was asked and did not audit it"
+    packages = of(("jinja2", "3.1.6"))
+    assert line in wrong(packages, "", found, require_audit=True)
+    assert line not in wrong(packages, "", found, require_audit=False)
+
+
 def test_a_service_that_knows_of_nothing_has_not_audited(service):
     service.known.clear()
     found = audit(of(("jinja2", "3.1.6")), ["osv"])
@@ -213,7 +229,8 @@ def test_a_service_that_knows_of_nothing_has_not_audited(service):
     assert service.asked == [tuple(CANARY.split("=="))]
 
 
-def test_without_a_service_the_release_says_so_in_one_line(monkeypatch, tmp_path, capsys):
+def test_without_a_service_the_release_says_so_in_one_line(bom, monkeypatch, tmp_path, capsys):
+    as_validated(bom, monkeypatch)
     for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, NOWHERE)
     arguments = [sys.executable, "--extras", ",".join(EXTRAS), "--out", str(tmp_path), "--require-audit"]
