@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
 
+from tests.breadth import by_default
 from trsp_deploy.errors import EngineUnavailable, RunError
 from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.stages.build import build_engine, onnx_sha256
@@ -344,7 +345,7 @@ class TestTensorRtRtx:
     def installed(self) -> None:
         pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'trsp_deploy[rtx]'")
 
-    @pytest.mark.parametrize("name", ARCHITECTURES)
+    @pytest.mark.parametrize("name", by_default(["llama"], ARCHITECTURES))
     def test_builds_in_fp16(self, name: str, export: Export, tmp_path: Path) -> None:
         spec = load_engine_spec("tensorrt-rtx-fp16")
         manifest = build_engine(export(name, "fp16"), spec, tmp_path / "engine")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.breadth import BREADTH, by_default
 from tests.tiny import FAMILIES, save_tiny
 from trsp_deploy.decoder import decoder_layers, load_model, load_tokenizer, remove_layers
 from trsp_deploy.errors import ParityError
@@ -33,7 +34,7 @@ def save_cut(family: str, folder):
     return folder / "cut"
 
 
-@pytest.mark.parametrize("role", ["dense", "pruned"])
+@pytest.mark.parametrize("role", by_default(["pruned"], ["dense", "pruned"]))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_onnx_agrees_with_pytorch(family, role, tmp_path):
     folder = save_tiny(family, tmp_path / "model") if role == "dense" else save_cut(family, tmp_path)
@@ -45,10 +46,7 @@ def test_onnx_agrees_with_pytorch(family, role, tmp_path):
     assert found.tokens_equal == found.tokens_compared == 17 + 9 + 2 * parity.NEW_TOKENS
 
 
-# One with rotary and one with learned positions by default; the others compile as long.
-@pytest.mark.parametrize(
-    "family", [f if f in ("llama", "opt") else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
-)
+@pytest.mark.parametrize("family", by_default(["opt"], FAMILIES))
 def test_half_precision_agrees_too_and_rtx_builds_it(family, tmp_path):
     folder = save_cut(family, tmp_path)
     export_onnx(folder, "fp16", ExportSettings(), tmp_path / "onnx")
@@ -59,6 +57,7 @@ def test_half_precision_agrees_too_and_rtx_builds_it(family, tmp_path):
     assert len([name for name in manifest.inputs if name.endswith(".key")]) == 4
 
 
+@BREADTH
 def test_rtx_builds_the_dense_model(tmp_path):
     export_onnx(save_tiny("opt", tmp_path / "model"), "fp16", ExportSettings(), tmp_path / "onnx")
     manifest = rtx_engine(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 
+from tests.breadth import by_default
 from tests.exported import Made
 from tests.families import FAMILIES
 from tests.tiny import VOCABULARY
@@ -63,7 +65,7 @@ def agreement(source: Path, engine: Path, precision: str = "fp32") -> float:
         return parity.check_parity(reference, runner, engine.name, "dense", precision).max_error  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("family", CASES)
+@pytest.mark.parametrize("family", by_default(["llama", "mistral-wide-window", "opt"], CASES))
 def test_passes_keep_the_logits(family: str, exported: Made, tmp_path: Path) -> None:
     engine = built(exported(family), tmp_path / "engine")
     passes = {outcome.name: outcome for outcome in read_manifest(engine).passes}
@@ -158,8 +160,11 @@ def test_an_int8_engine_is_made_for_what_the_processor_can_add(
         assert 1e-3 < agreement(source, engine, "int8") < 0.5
 
 
-@pytest.mark.parametrize("family", ["opt", "gpt2"])  # Gemm in the graph, with and without a transposed weight
-@pytest.mark.parametrize("precision", ["int8", "int4"])
+# Gemm in the graph, with and without a transposed weight.
+@pytest.mark.parametrize(
+    ("precision", "family"),
+    by_default([("int4", "opt")], itertools.product(("int8", "int4"), ("opt", "gpt2"))),
+)
 def test_every_weight_is_quantised(family: str, precision: str, exported: Made, tmp_path: Path) -> None:
     source = exported(family)
     engine = built(source, tmp_path / precision, f"ort-cpu-{precision}")
@@ -223,7 +228,7 @@ def test_positions_beyond_the_rotary_table_are_an_error(exported: Made, tmp_path
         runner.prefill(ids, np.ones_like(ids))
 
 
-@pytest.mark.parametrize("precision", ["int4", "int8"])
+@pytest.mark.parametrize("precision", by_default(["int4"], ["int4", "int8"]))
 def test_the_costliest_products_keep_more_bits(precision: str, exported: Made, tmp_path: Path) -> None:
     model = load_model(exported("llama") / "model")
     with torch.no_grad():  # one weight a block far above the others leaves those nothing but 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
+from tests.breadth import by_default
 from tests.exported import Made, onnx_of
 from tests.tiny import LAYERS, save_tiny
 from trsp_deploy.decoder import decoder_layers, load_model
@@ -110,7 +112,7 @@ def rtx_spec(precision: Precision, static: bool = True) -> EngineSpec:
     return EngineSpec.model_validate({**values, "cache_length": 128 if static else None})
 
 
-@pytest.mark.parametrize("change", [beyond_in_the_mlp, beyond_in_the_residual_stream])
+@pytest.mark.parametrize("change", by_default([beyond_in_the_mlp], [beyond_in_the_mlp, beyond_in_the_residual_stream]))
 def test_what_would_overflow_stays_in_fp32(change: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = changed(tmp_path / "model", "llama", change)
     plain = exported_as_it_is(model, tmp_path / "plain", monkeypatch)
@@ -173,7 +175,7 @@ class TestTensorRtRtx:
     def installed(self) -> None:
         pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'trsp_deploy[rtx]'")
 
-    @pytest.mark.parametrize("precision", ["fp16", "int8"])
+    @pytest.mark.parametrize("precision", by_default([], ["fp16", "int8"]))
     def test_compiles_what_stays_in_fp32(self, precision: Precision, tmp_path: Path) -> None:
         model = changed(tmp_path / "model", "llama", beyond_in_the_mlp, **WIDE)
         export.export_onnx(model, "fp16", ExportSettings(), tmp_path / "onnx")
@@ -187,8 +189,10 @@ class TestTensorRtRtx:
             reference = parity.make_reference(model, PROMPTS)
             assert parity.check_parity(reference, runner, "compiled", "dense", precision).max_error < 0.5
 
-    @pytest.mark.parametrize("static", [True, False], ids=["fixed", "growing"])
-    @pytest.mark.parametrize("name", ["llama-wide", "opt-wide"])
+    @pytest.mark.parametrize(
+        ("name", "static"),
+        by_default([("opt-wide", False)], itertools.product(("llama-wide", "opt-wide"), (True, False))),
+    )
     def test_compiles_bf16(self, name: str, static: bool, exported: Made, tmp_path: Path) -> None:
         source = exported(name, "fp16")
         manifest = build_engine(onnx_of(source, "fp16"), rtx_spec("bf16", static), tmp_path / "engine")

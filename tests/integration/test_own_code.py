@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.breadth import BREADTH
 from tests.tiny import english, save_tiny, tokens
 from trsp_deploy import cli
 from trsp_deploy.errors import ModelError
@@ -160,6 +161,7 @@ def test_asked_for_it_goes_all_the_way_and_is_never_run_else(workspace: Path, re
     (workspace / "mine/activation_mine.py").write_text(CODE["activation_mine.py"])
 
 
+@BREADTH
 def test_a_known_architecture_with_code_of_its_own(workspace: Path) -> None:
     folder = Path(shutil.copytree(workspace / "mine", workspace / "known", dirs_exist_ok=True))
     config = json.loads((folder / "config.json").read_text())

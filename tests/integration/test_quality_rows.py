@@ -20,6 +20,9 @@ from trsp_deploy.decoder import load_model
 from trsp_deploy.errors import RunError
 from trsp_deploy.results import TaskScore, ZeroShot
 
+# One of each way to train: the others differ in the layers or in settings that tests of the library try.
+ARMS = ("default", "control", "refit-anneal", "own-text", "anneal")
+
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Table:
@@ -40,6 +43,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Table:
     )
     changes = {
         "subject": subject,
+        "arms": tuple(arm for arm in FULL.arms if arm.name in ARMS),
         "selectors": {name: s.model_copy(update={"windows": 8}) for name, s in FULL.selectors.items()},
         "drop": 2,
         "counts": (1, 3),
@@ -47,6 +51,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Table:
         "seeds": (0,),
         "selection_seeds": (0,),
         "zero_shot_steps": 2,
+        "zero_shot_arms": ("default", "own-text", "control"),
         "items": 2,
     }
     return FULL.model_copy(update=changes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
+from tests.breadth import BREADTH, by_default
 from tests.exported import Made, onnx_of
 from tests.families import DROPPED
 from tests.tiny import LAYERS
@@ -35,13 +37,15 @@ def fixed(graph: Path, out: Path, length: int = LENGTH) -> Path:
     return out
 
 
+FP32 = ("llama", "mistral-sliding", "qwen2", "qwen3", "phi3", "opt", "opt-350m", "gpt2", "gpt-neox-parallel")
+
+
 @pytest.mark.parametrize(
     ("name", "precision"),
-    [
-        *((name, "fp32") for name in ("llama", "mistral-sliding", "qwen2", "qwen3", "phi3", "opt", "opt-350m", "gpt2")),
-        ("gpt-neox-parallel", "fp32"),
-        *((name, "fp16") for name in ("llama", "opt")),
-    ],
+    by_default(
+        [("llama", "fp32"), ("mistral-sliding", "fp32"), ("opt", "fp16")],
+        [*((name, "fp32") for name in FP32), *((name, "fp16") for name in ("llama", "opt"))],
+    ),
 )
 def test_logits_are_pytorchs(name: str, precision: Precision, exported: Made, tmp_path: Path) -> None:
     source = exported(name, precision)
@@ -139,9 +143,13 @@ class TestTensorRtRtx:
     def installed(self) -> None:
         pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'trsp_deploy[rtx]'")
 
-    @pytest.mark.parametrize("dropped", [(), DROPPED], ids=["dense", "pruned"])
-    @pytest.mark.parametrize("name", ["llama-wide", "opt-wide"])
-    @pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
+    @pytest.mark.parametrize(
+        ("precision", "name", "dropped"),
+        by_default(
+            [("fp16", "llama-wide", DROPPED)],
+            itertools.product(("fp16", "int8", "int4"), ("llama-wide", "opt-wide"), ((), DROPPED)),
+        ),
+    )
     def test_attention_is_fused_and_the_cache_stays(
         self, name: str, precision: Precision, dropped: tuple[int, ...], exported: Made, tmp_path: Path
     ) -> None:
@@ -171,9 +179,7 @@ class TestTensorRtRtx:
         assert f"{layers} of them fused attention, {2 * layers} parts of the cache written in place" in text
         assert "MB of weights" in text and "write_indices" in text
 
-    @pytest.mark.parametrize(
-        "precision", ["int8", *(pytest.param(each, marks=pytest.mark.slow) for each in ("fp16", "int4"))]
-    )
+    @pytest.mark.parametrize("precision", [pytest.param(each, marks=BREADTH) for each in ("fp16", "int8", "int4")])
     def test_a_cache_that_grows_builds_too(self, precision: Precision, exported: Made, tmp_path: Path) -> None:
         source = exported("llama-wide", "fp16", DROPPED)
         spec = load_engine_spec("tensorrt-rtx-fp16")
@@ -188,6 +194,7 @@ class TestTensorRtRtx:
         with pytest.raises(EngineUnavailable, match=r"no cache of fixed length: .*; a spec without `cache_length`"):
             build_engine(graph, static_spec(), tmp_path / "engine")
 
+    @BREADTH
     def test_what_the_compiler_refuses_comes_with_advice(self, exported: Made, tmp_path: Path) -> None:
         with pytest.raises(EngineUnavailable, match=r"dedicated kernel.*take precision fp16, or leave `cache_length`"):
             build_engine(onnx_of(exported("llama-wide")), static_spec("fp32"), tmp_path / "engine")
