@@ -8,7 +8,9 @@ so that drift of the machine hits both. Stage 2 runs its `anneal` form with ever
 that would go are annealed all the while: the most that a step of it ever costs. Tokens a second are of the steps'
 median; memory is the peak of the training alone, on a GPU what torch allocated, on a CPU the resident set.
 
-Prints a table and ends with one JSON line; raw samples go to benchmarks/results/train-DEVICE.json (not with --quick).
+Both see one GPU, for with several Trainer would share each batch out among them. Prints a table and ends with one JSON
+line. Raw samples go to benchmarks/results/train-<cpu or cuda>-<processor>.json, unless options decide that are not the
+defaults: of those there is the table alone.
 """
 
 from __future__ import annotations
@@ -22,19 +24,24 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.kept import results_path
+from trsp_deploy.artifacts import provenance, writing
+from trsp_deploy.tools.prctl import end_with_parent
+
 TARGETS = {"speed_ratio": 1.0, "memory_ratio": 0.8}  # at least, at most
-RESULTS = Path("benchmarks/results")
 WARMUP_STEPS = 2
 ENGINES = ("stage 2", "Trainer")
 
 
 def main() -> int:
     """Measure blocks in turn and report."""
-    options = parse()
+    options = parse(sys.argv[1:])
     if options.worker:
+        end_with_parent()
         print(json.dumps(WORKERS[options.worker](options)))
         return 0
     samples: dict[str, list[dict[str, Any]]] = {engine: [] for engine in ENGINES}
@@ -42,8 +49,10 @@ def main() -> int:
         for engine in ENGINES if pair % 2 == 0 else reversed(ENGINES):
             samples[engine].append(block(engine, sys.argv[1:]))
             print(f"{engine}: {row(samples[engine][-1:], options)}", file=sys.stderr)
-    if not options.quick:
+    if decisive(options) == decisive(parse([])):
         keep(samples, options)
+    else:
+        print("not kept: options other than the defaults", file=sys.stderr)
     for engine in ENGINES:
         print(f"{engine:8}  {row(samples[engine], options)}")
     print(json.dumps(verdict(samples, options)))
@@ -52,13 +61,19 @@ def main() -> int:
 
 def keep(samples: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -> None:
     """Write the raw samples down, with what they were measured on."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    raw = {"options": vars(options), "machine": machine(), "samples": samples}
-    device = samples[ENGINES[0]][0]["device"]
-    (RESULTS / f"train-{device}.json").write_text(json.dumps(raw, indent=1) + "\n")
+    device, here = samples[ENGINES[0]][0]["device"], machine()
+    processor = here["gpus"][0] if device == "cuda" else here["cpu"]
+    raw = {"options": decisive(options), "machine": here, "samples": samples}
+    with writing(results_path(f"train-{device}", processor)) as partial:
+        partial.write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
 
 
-def parse() -> argparse.Namespace:
+def decisive(options: argparse.Namespace) -> dict[str, Any]:
+    """The options that decide samples; both clocks are in each, and --quick is another number of steps."""
+    return {name: value for name, value in vars(options).items() if name not in ("clock", "quick", "worker")}
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
     """The options; what a worker needs of them is handed on to it."""
     parser = argparse.ArgumentParser(prog="bench_train", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", default="smollm2-135m", help="a folder or a short name")
@@ -70,18 +85,23 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--quick", action="store_true", help="3 steps, 1 pair: shows that it works")
     parser.add_argument("--worker", choices=ENGINES, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.quick:
         options.steps, options.pairs = 3, 1
     return options
 
 
 def block(engine: str, arguments: list[str]) -> dict[str, Any]:
-    """One block in a fresh process."""
+    """One block in a fresh process that sees one GPU."""
     command = [sys.executable, "-m", "benchmarks.bench_train", *arguments, "--worker", engine]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=one_gpu(os.environ))
     sample: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return sample
+
+
+def one_gpu(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment whose only visible GPU is the first of those that were."""
+    return {**environment, "CUDA_VISIBLE_DEVICES": environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
 
 
 def tokens_per_s(samples: list[dict[str, Any]], options: argparse.Namespace) -> float:
@@ -98,15 +118,15 @@ def peak_bytes(samples: list[dict[str, Any]]) -> float:
 def row(samples: list[dict[str, Any]], options: argparse.Namespace) -> str:
     """One line of the table."""
     speed, memory = tokens_per_s(samples, options), peak_bytes(samples)
-    return f"{speed:8.1f} tokens/s   peak {memory / 1e9:.2f} GB   last loss {samples[-1]['loss']:.3f}"
+    return f"{speed:8.1f} tokens/s   peak {memory / 1e9:.2f} GB   mean loss {samples[-1]['mean_loss']:.3f}"
 
 
 def verdict(samples: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -> dict[str, Any]:
     """The line for scripts: figures, targets and whether they are met, under the same keys."""
     ours, theirs = (samples[engine] for engine in ENGINES)
     figures = {
-        "speed_ratio": round(tokens_per_s(ours, options) / tokens_per_s(theirs, options), 3),
-        "memory_ratio": round(peak_bytes(ours) / peak_bytes(theirs), 3),
+        "speed_ratio": tokens_per_s(ours, options) / tokens_per_s(theirs, options),
+        "memory_ratio": peak_bytes(ours) / peak_bytes(theirs),
     }
     met = {
         "speed_ratio": figures["speed_ratio"] >= TARGETS["speed_ratio"],
@@ -117,7 +137,7 @@ def verdict(samples: dict[str, list[dict[str, Any]]], options: argparse.Namespac
 
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
-    from trsp_deploy.artifacts import provenance
+    import torch  # noqa: F401  # without it provenance knows of no GPU
 
     return {**provenance().model_dump(mode="json"), "omp_num_threads": os.environ.get("OMP_NUM_THREADS")}
 
@@ -161,15 +181,15 @@ class Job:
         else:
             Path("/proc/self/clear_refs").write_text("5")
 
-    def sample(self, loss: float) -> dict[str, Any]:
-        """The block's raw samples."""
+    def sample(self, mean_loss: float) -> dict[str, Any]:
+        """The block's raw samples; the loss is the mean over all steps, warm-up included."""
         pairs = list(itertools.pairwise(self._marks))[WARMUP_STEPS:]
         return {
             "device": self.device,
             "wall_s": [end[0] - start[0] for start, end in pairs],
             "cpu_s": [end[1] - start[1] for start, end in pairs],
             "peak_bytes": self._torch.cuda.max_memory_allocated() if self.device == "cuda" else peak_resident_bytes(),
-            "loss": loss,
+            "mean_loss": mean_loss,
         }
 
 
@@ -211,7 +231,7 @@ def stage_2(options: argparse.Namespace) -> dict[str, Any]:
         doomed = range(len(gates.open) // 2, len(gates.open) // 2 + len(gates.open) // 4)
         training.run(Timed(model, gates, doomed, job.recipe.transfer, processes))
         job.mark()
-    return job.sample(training.lm_losses[-1]) | {"layers": len(decoder_layers(model))}
+    return job.sample(statistics.fmean(training.lm_losses)) | {"layers": len(decoder_layers(model))}
 
 
 def trainer(options: argparse.Namespace) -> dict[str, Any]:

@@ -5,12 +5,15 @@
     python -m benchmarks.faults --report     # the table and docs/faults.md from what is there
 
 Each test notes what it tried (`record_property`). Its last outcome is a line of benchmarks/results/faults.jsonl as soon
-as it has ended: a run that is stopped loses nothing.
+as it has ended: a run that is stopped loses nothing. Lines of tests that are no longer there go, and tests that have
+none, or were skipped, are counted and named.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import sys
@@ -22,7 +25,7 @@ import pytest
 
 from benchmarks.pages import markdown, put_between_markers
 from trsp_deploy.artifacts import Provenance, provenance, writing
-from trsp_deploy.errors import TrspError
+from trsp_deploy.errors import RunError, TrspError
 from trsp_deploy.recipe import Strict
 
 TESTS = Path("tests/faults")
@@ -47,6 +50,7 @@ KINDS: dict[str, str] = {
 }
 TARGETS: dict[str, tuple[float, Literal["at least", "at most"], str]] = {
     "failed": (0, "at most", "tests that failed"),
+    "tests_without_an_outcome": (0, "at most", "tests that never ran, or were skipped"),
     "kills": (40, "at least", "moments at which a run was killed"),
     "finished_steps_redone": (0, "at most", "finished steps that a rerun did again, after any fault"),
     "ctrl_c_longest_s": (2.0, "at most", "Ctrl-C: seconds until no process was left, the longest"),
@@ -54,6 +58,7 @@ TARGETS: dict[str, tuple[float, Literal["at least", "at most"], str]] = {
     "bad_inputs": (10_000, "at least", "generated bad inputs"),
     "garbled_files": (3_000, "at least", "garbled files read"),
 }
+NAMED = 10  # tests without an outcome; of more the rest is a number
 
 
 class Tried(Strict):
@@ -65,9 +70,10 @@ class Tried(Strict):
     noted: dict[str, str]
     machine: Provenance
 
-    def number(self, name: str) -> float:
-        """A number that it noted; 0 where it did not."""
-        return float(self.noted.get(name, 0))
+
+def numbers(tests: Sequence[Tried], name: str) -> list[float]:
+    """A number of every test that noted it."""
+    return [float(tried.noted[name]) for tried in tests if name in tried.noted]
 
 
 def main() -> int:
@@ -78,30 +84,64 @@ def main() -> int:
     options = parser.parse_args()
     try:
         found = read()
-        code = 0 if options.report else run(options.k, found)
-        tests = list(found.values())
-        put_between_markers(PAGE, table(tests), "faults")
+        keeper = Keeper(found)
+        code = collect(keeper) if options.report else run(options.k, keeper)
+        tests, missing = list(found.values()), keeper.missing()
+        put_between_markers(PAGE, table(tests, missing), "faults")
     except TrspError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return problem.exit_code
-    print(table(tests))
-    print(json.dumps(verdict(tests)))
+    print(table(tests, missing))
+    print(json.dumps(verdict(tests, missing)))
     return code
 
 
-def run(expression: str, found: dict[str, Tried]) -> int:
-    """pytest's exit code; every test that it runs is in `found`, and in the file, as soon as it has ended."""
+def run(expression: str, keeper: Keeper) -> int:
+    """pytest's exit code; the keeper has every test that it runs, and so has the file, as soon as it has ended."""
     os.environ["HYPOTHESIS_PROFILE"] = "faults"
     arguments = ["-q", "-m", "", str(TESTS), *(["-k", expression] if expression else [])]
-    return int(pytest.main(arguments, plugins=[Keeper(found)]))
+    return int(pytest.main(arguments, plugins=[keeper]))
+
+
+def collect(keeper: Keeper) -> int:
+    """Tell the keeper which tests there are and run none; 0. Raises RunError when pytest cannot read them."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        code = pytest.main(["-q", "--collect-only", "-m", "", str(TESTS)], plugins=[keeper])
+    if code != pytest.ExitCode.OK:
+        raise RunError(f"{TESTS}: pytest cannot read the tests; `pytest --collect-only -m '' {TESTS}` says why")
+    return 0
 
 
 class Keeper:
-    """pytest's plugin that writes down each test once it is torn down."""
+    """pytest's plugin that writes down each test once it is torn down, and forgets tests that are no longer there."""
 
     def __init__(self, found: dict[str, Tried]) -> None:
         self._found = found
         self._phases: list[pytest.TestReport] = []
+        self._collected: list[str] = []
+        self._unread: set[str] = set()  # files that failed or were skipped as a whole: their tests are not known
+
+    def missing(self) -> list[str]:
+        """The tests that never ran, or were skipped when they last did."""
+        tried = {name for name, test in self._found.items() if test.outcome != "skipped"}
+        unread = [f"{file}::*" for file in sorted(self._unread)]
+        return [name for name in self._collected if name not in tried] + unread
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """One file, read or not."""
+        if report.outcome != "passed":
+            self._unread.add(Path(report.nodeid).stem)
+
+    @pytest.hookimpl(tryfirst=True)  # before -k takes some of them away
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Every test that there is."""
+        self._collected = [name_of(item.nodeid) for item in items]
+        there = set(self._collected)
+        gone = [name for name in self._found if name not in there and name.partition("::")[0] not in self._unread]
+        for name in gone:
+            del self._found[name]
+        if gone:
+            keep(self._found)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """One phase of a test: its setup, the call or the teardown."""
@@ -110,9 +150,8 @@ class Keeper:
             return
         phases, self._phases = self._phases, []
         outcomes = {phase.outcome for phase in phases}
-        file, _, name = report.nodeid.partition("::")
         tried = Tried(
-            test=f"{Path(file).stem}::{name}",
+            test=name_of(report.nodeid),
             outcome="failed" if "failed" in outcomes else "skipped" if "skipped" in outcomes else "passed",
             elapsed_s=sum(phase.duration for phase in phases),
             noted={name: str(value) for name, value in report.user_properties},
@@ -120,6 +159,12 @@ class Keeper:
         )
         self._found[tried.test] = tried
         keep(self._found)
+
+
+def name_of(nodeid: str) -> str:
+    """A test's name in the file, such as test_killed::test_killed_run_goes_on[prune-0.5]."""
+    file, _, name = nodeid.partition("::")
+    return f"{Path(file).stem}::{name}"
 
 
 def read() -> dict[str, Tried]:
@@ -143,30 +188,33 @@ def of(tests: Sequence[Tried], *kinds: str) -> list[Tried]:
 
 def tries(tests: Sequence[Tried]) -> int:
     """A test is one try where it does not say how many."""
-    return sum(int(tried.number("tried")) or 1 for tried in tests)
+    return sum(int(tried.noted.get("tried", 1)) for tried in tests)
 
 
-def figures(tests: list[Tried]) -> dict[str, float | None]:
-    """One number for each target; None where nothing of the kind was tried."""
+def figures(tests: list[Tried], missing: Sequence[str]) -> dict[str, float | None]:
+    """One number for each target; None where nothing of the kind was tried, or no test noted what it asks for."""
 
     def total(count: Callable[[list[Tried]], float], *kinds: str) -> float | None:
         found = of(tests, *kinds)
         return count(found) if found else None
 
+    redone = numbers(of(tests, *KINDS), "redone")
+    seconds = numbers(of(tests, "Ctrl-C"), "seconds")
     return {
         "failed": sum(tried.outcome == "failed" for tried in tests) if tests else None,
+        "tests_without_an_outcome": len(missing),
         "kills": total(tries, "kill -9"),
-        "finished_steps_redone": total(lambda found: sum(int(tried.number("redone")) for tried in found), *KINDS),
-        "ctrl_c_longest_s": total(lambda found: max(tried.number("seconds") for tried in found), "Ctrl-C"),
+        "finished_steps_redone": sum(redone) if redone else None,
+        "ctrl_c_longest_s": max(seconds, default=None),
         "damages": total(tries, "flip", "truncate", "swap"),
         "bad_inputs": total(tries, "generated bad input"),
         "garbled_files": total(tries, "garbled files"),
     }
 
 
-def verdict(tests: list[Tried]) -> dict[str, Any]:
+def verdict(tests: list[Tried], missing: Sequence[str]) -> dict[str, Any]:
     """The line for scripts; what is not measured is not met."""
-    values = figures(tests)
+    values = figures(tests, missing)
 
     def met(name: str) -> bool:
         value, (bound, sense, _) = values[name], TARGETS[name]
@@ -180,15 +228,14 @@ def verdict(tests: list[Tried]) -> dict[str, Any]:
     }
 
 
-def table(tests: list[Tried]) -> str:
-    """Every kind of fault with its counts, and the targets."""
+def table(tests: list[Tried], missing: Sequence[str]) -> str:
+    """Every kind of fault with its counts, and the targets; `missing`: tests without an outcome."""
     rows = []
     for kind, title in KINDS.items():
         found = of(tests, kind)
-        if found:
-            held = [tried for tried in found if tried.outcome == "passed"]
-            rows.append([title, f"{tries(found):,}", f"{tries(held):,}", remark(found)])
-    outcome = verdict(tests)
+        held = [tried for tried in found if tried.outcome == "passed"]
+        rows.append([title, f"{tries(found):,}", f"{tries(held):,}", remark(found) if found else "not tried"])
+    outcome = verdict(tests, missing)
     goals = []
     for name, (bound, sense, meaning) in TARGETS.items():
         value = outcome["figures"][name]
@@ -196,9 +243,12 @@ def table(tests: list[Tried]) -> str:
         goals.append([meaning, f"{sense} {bound:,g}", "–" if value is None else f"{value:,g}", state])
     parts = [markdown(["fault", "tried", "held", ""], rows)]
     parts.append(markdown(["figure", "target", "measured", ""], goals))
+    if missing:
+        rest = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
+        parts.append(f"Without an outcome: {', '.join(f'`{name}`' for name in missing[:NAMED])}{rest}.")
     if tests:
-        machine = tests[-1].machine
-        parts.append(f"On {machine.cpu}, {machine.cores} cores.")
+        machines = {f"{tried.machine.cpu}, {tried.machine.cores} cores" for tried in tests}
+        parts.append(f"On {'; '.join(sorted(machines))}.")
     return "\n\n".join(parts)
 
 
@@ -208,17 +258,17 @@ def remark(tests: list[Tried]) -> str:
     places = {tried.noted["place"] for tried in tests if "place" in tried.noted}
     if places:
         said.append(f"{len(places)} places")
-    if any("finished" in tried.noted for tried in tests):
-        finished, redone = (sum(int(tried.number(name)) for tried in tests) for name in ("finished", "redone"))
-        said.append(f"{finished} finished steps, {redone} done again")
-    if any("seconds" in tried.noted for tried in tests):
-        said.append(f"longest {max(tried.number('seconds') for tried in tests):.2f} s")
+    finished, redone, seconds, refused = (numbers(tests, name) for name in ("finished", "redone", "seconds", "refused"))
+    if finished:
+        said.append(f"{sum(finished):g} finished steps" + (f", {sum(redone):g} done again" if redone else ""))
+    if seconds:
+        said.append(f"longest {max(seconds):.2f} s")
     if any("enough" in tried.noted for tried in tests):
         said.append(f"{sum(tried.noted.get('enough') == 'True' for tried in tests)} were enough")
         signals = sum(tried.noted.get("killed_by_signal") == "True" for tried in tests)
         said += [f"{signals} ended by a signal out of native code"] if signals else []
-    if any("refused" in tried.noted for tried in tests):
-        said.append(f"{sum(int(tried.number('refused')) for tried in tests):,} refused in a line")
+    if refused:
+        said.append(f"{sum(refused):,.0f} refused in a line")
     return "; ".join(said)
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
+from trsp_deploy.artifacts import provenance
 from trsp_deploy.errors import RunError
 
 RESULTS = Path("benchmarks/results")
+Found = TypeVar("Found")  # what a bench found on one machine
 
 
 def results_path(bench: str, cpu: str, ending: str = "json") -> Path:
@@ -16,9 +20,17 @@ def results_path(bench: str, cpu: str, ending: str = "json") -> Path:
     return RESULTS / f"{bench}-{name}.{ending}"
 
 
-def every_machine(bench: str) -> list[bytes]:
+def every_machine(bench: str, ending: str = "json") -> list[bytes]:
     """What a bench's files hold, by machine's name; raises RunError when there are none."""
-    paths = sorted(RESULTS.glob(f"{bench}-*.json"))
+    paths = sorted(RESULTS.glob(f"{bench}-*.{ending}"))
     if not paths:
-        raise RunError(f"{RESULTS}: no {bench}-*.json; `make bench-{bench}` measures")
+        raise RunError(f"{RESULTS}: no {bench}-*.{ending}; `make bench-{bench}` measures")
     return [path.read_bytes() for path in paths]
+
+
+def judged(
+    found: Sequence[Found], cpu_of: Callable[[Found], str], met_by: Callable[[Found], Mapping[str, bool]]
+) -> Found:
+    """What a report judges: this machine's where there is some, else of all machines the one that meets the least."""
+    here = [each for each in found if cpu_of(each) == provenance().cpu]
+    return min(here or found, key=lambda each: sum(met_by(each).values()))

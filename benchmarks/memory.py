@@ -8,27 +8,32 @@ A random OPT-1.3B, stored in fp16 in several shards as the hub has it, made once
 export alone, our export with the parity check after it, and `optimum.exporters.onnx.main_export` with its defaults. A
 row's peak is its process's high-water mark, or what it and its children hold together where that is more. Pages of
 mapped files count, although the system can take them back; what is left without them stands beside it. A row that
-would not fit the machine is stopped and says so. Prints a table and ends with one JSON line.
+would not fit the machine is stopped and says so: its peak is a lower bound, so it has no figure and meets nothing.
+Prints a table and ends with one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import psutil
 
-from benchmarks.kept import every_machine, results_path
+from benchmarks.kept import every_machine, judged, results_path
 from benchmarks.pages import markdown, put_between_markers
 from trsp_deploy.artifacts import Provenance, provenance, writing
 from trsp_deploy.errors import RunError, TrspError
 from trsp_deploy.recipe import FLOAT_BYTES, ExportSettings, Float, Strict
+from trsp_deploy.tools.prctl import end_with_parent
 from trsp_deploy.tools.quiet import quiet_libraries
 
 HOME = Path("runs/bench-memory")
@@ -73,10 +78,14 @@ def main() -> int:
     options = parser.parse_args()
     folder = HOME / ("quick" if options.quick else "opt-1.3b")
     if options.worker:
+        end_with_parent()
         work(options.worker, options.precision, folder, folder / "out")
         return 0
     try:
-        found = read()[-1] if options.report else measure(folder, options.quick, options.limit_gb)
+        if options.report:
+            found = judged(read(), lambda each: each.machine.cpu, met)
+        else:
+            found = measure(folder, options.quick, options.limit_gb)
     except TrspError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return problem.exit_code
@@ -124,34 +133,58 @@ def make(folder: Path, quick: bool) -> object:
 def run(job: str, precision: Float, quick: bool, limit_bytes: int) -> Row:
     """One job in a fresh process that is watched from here; raises RunError when it fails."""
     command = [sys.executable, "-m", "benchmarks.memory", "--worker", job, "--precision", precision]
-    process = subprocess.Popen([*command, *(["--quick"] if quick else [])], stdout=subprocess.PIPE, text=True)
-    tree, peak, anonymous = psutil.Process(process.pid), 0, 0
-    while process.poll() is None:
-        held, without_files = resident(tree)
-        peak, anonymous = max(peak, held), max(anonymous, without_files)
-        if held > limit_bytes:
-            process.kill()
-        try:
-            process.wait(POLL_S)
-        except subprocess.TimeoutExpired:
-            continue
-    assert process.stdout is not None
-    said = process.stdout.read().splitlines()
-    process.stdout.close()
-    stopped = peak > limit_bytes
-    failed = process.returncode != 0 and not stopped
+    seen = watch([*command, *(["--quick"] if quick else [])], limit_bytes)
+    failed = seen.code != 0 and not seen.stopped
     if failed and job != "optimum":
-        raise RunError(f"{job} in {precision} ended with {process.returncode}; what it said is above")
-    own = {"peak_bytes": 0, "libraries_bytes": 0} if stopped or failed else json.loads(said[-1])
+        raise RunError(f"{job} in {precision} ended with {seen.code}; what it said is above")
+    own = {"peak_bytes": 0, "libraries_bytes": 0} if seen.stopped or failed else json.loads(seen.said.splitlines()[-1])
     return Row(
         job=job,
         precision=precision,
-        peak_bytes=max(peak, own["peak_bytes"]),
-        anonymous_bytes=anonymous,
+        peak_bytes=max(seen.peak_bytes, own["peak_bytes"]),
+        anonymous_bytes=seen.anonymous_bytes,
         libraries_bytes=own["libraries_bytes"],
-        stopped=stopped,
+        stopped=seen.stopped,
         failed=failed,
     )
+
+
+class Watched(NamedTuple):
+    """What a process and its children held at most, and how it ended."""
+
+    peak_bytes: int
+    anonymous_bytes: int
+    stopped: bool
+    code: int
+    said: str  # on stdout
+
+
+def watch(command: Sequence[str], limit_bytes: int) -> Watched:
+    """Run a command to its end, or until it and its children hold more than the limit; then all of them are killed."""
+    peak = anonymous = 0
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as said:  # a pipe would be full after 64 KB
+        process = subprocess.Popen(command, stdout=said)
+        tree = psutil.Process(process.pid)
+        try:
+            while process.poll() is None:
+                held, without_files = resident(tree)
+                peak, anonymous = max(peak, held), max(anonymous, without_files)
+                if held > limit_bytes:
+                    kill(tree)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(POLL_S)
+        finally:
+            kill(tree)
+            process.wait()
+        said.seek(0)
+        return Watched(peak, anonymous, peak > limit_bytes, process.returncode, said.read())
+
+
+def kill(process: psutil.Process) -> None:
+    """Kill a process and its children."""
+    for each in (process, *_children(process)):
+        with contextlib.suppress(psutil.Error):  # it has ended
+            each.kill()
 
 
 def resident(process: psutil.Process) -> tuple[int, int]:
@@ -220,10 +253,10 @@ def status(field: str) -> int:
 # -- the report --------------------------------------------------------------------------------------------------------
 
 
-def figures(found: Memory) -> dict[str, float]:
-    """Peaks over the weights in the export's precision, of the rows that have a target."""
-    ratios = {f"{row.precision}_{row.job.replace(' ', '_')}": ratio(found, row) for row in found.rows}
-    return {name: round(ratios[name], 3) for name in TARGETS}
+def figures(found: Memory) -> dict[str, float | None]:
+    """Peaks over the weights in the export's precision, of the rows that have a target; None where it was stopped."""
+    rows = {f"{row.precision}_{row.job.replace(' ', '_')}": row for row in found.rows if not row.stopped}
+    return {name: ratio(found, rows[name]) if name in rows else None for name in TARGETS}
 
 
 def ratio(found: Memory, row: Row) -> float:
@@ -231,14 +264,20 @@ def ratio(found: Memory, row: Row) -> float:
     return row.peak_bytes / (found.parameters * FLOAT_BYTES[row.precision])
 
 
+def met(found: Memory) -> dict[str, bool]:
+    """Which targets are met; what was not measured to its end is not."""
+    values = figures(found)
+    return {name: (value := values[name]) is not None and value <= bound for name, bound in TARGETS.items()}
+
+
 def verdict(found: Memory) -> dict[str, object]:
     """The JSON line."""
-    values = figures(found)
     return {
         "bench": "memory",
-        "figures": values,
+        "machine": found.machine.cpu,
+        "figures": figures(found),
         "targets": TARGETS,
-        "met": {name: values[name] <= bound for name, bound in TARGETS.items()},
+        "met": met(found),
     }
 
 
@@ -247,12 +286,12 @@ def page(found: Memory) -> str:
     body = []
     for row in found.rows:
         more = "more than " if row.stopped else "failed after " if row.failed else ""
-        met = "" if row.job == "optimum" else "met" if ratio(found, row) <= MOST else "**not met**"
+        state = "stopped, **not met**" if row.stopped else "met" if ratio(found, row) <= MOST else "**not met**"
         cells = (f"{row.peak_bytes / 1e9:.2f}", f"{row.anonymous_bytes / 1e9:.2f}", f"{ratio(found, row):.2f}")
         name = "plain Optimum" if row.job == "optimum" else row.job
         weights = f"{found.parameters * FLOAT_BYTES[row.precision] / 1e9:.2f}"
-        target = "" if row.job == "optimum" else f"at most {MOST:g}"
-        body.append((name, row.precision, weights, *(more + cell for cell in cells), target, met))
+        target = ("", "") if row.job == "optimum" else (f"at most {MOST:g}", state)
+        body.append((name, row.precision, weights, *(more + cell for cell in cells), *target))
     libraries = max(row.libraries_bytes for row in found.rows)
     packages = found.machine.packages
     return "\n\n".join(

@@ -11,9 +11,12 @@ import time
 
 import numpy as np
 
+from trsp_deploy.tools.prctl import end_with_parent
+
 
 def main() -> None:
     """Bursts and pauses of 0.1 to 2 s."""
+    end_with_parent()
     matrix = np.ones((512, 512), dtype=np.float32)
     while True:
         until = time.perf_counter() + random.uniform(0.1, 2)

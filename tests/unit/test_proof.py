@@ -1,40 +1,192 @@
-"""The bench of the comparison itself: figures, targets and the table from trials."""
+"""The bench of the comparison itself: answers from samples, figures, targets, and the table of every machine."""
 
 from __future__ import annotations
 
-from benchmarks.proof import COUNTS, TARGETS, Kind, Trial, figures, table, verdict
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from benchmarks import kept, proof
+from benchmarks.proof import COUNTS, RIGHT, TARGETS, Kind, Trial, comparison_digest, figures, page, table, terms_of
+from tests.made_run import SPEC, made_run
+from tests.samples import made_up
 from trsp_deploy.artifacts import provenance
-from trsp_deploy.tools.statistics import Ratio
+from trsp_deploy.results import PHASES
+
+RIGHT_LOG: dict[Kind, float] = {"same": 0.0, "same, loaded": 0.0, "slower": -0.05, "faster": 0.18}
+WRONG_LOG: dict[Kind, float] = {"same": 0.1, "same, loaded": -0.1, "slower": 0.05, "faster": 0.0}
+ROOT = Path(__file__).parents[2]
 
 
-def trial(kind: Kind, number: int, right: bool, elapsed_s: float = 20.0) -> Trial:
-    ratio = Ratio(ratio=1.0, low=0.98, high=1.02)
+def trial(kind: Kind, number: int, right: bool, elapsed_s: float = 20.0, cpu: str = provenance().cpu) -> Trial:
+    log = (RIGHT_LOG if right else WRONG_LOG)[kind]
     return Trial(
         kind=kind,
         number=number,
-        machine=provenance(),
-        answer="x" if right else "y",
-        right=right,
+        machine=provenance().model_copy(update={"cpu": cpu}),
         elapsed_s=elapsed_s,
-        replicates={},
-        control={},
-        found={"prefill": ratio, "decode": ratio, "total": ratio},
+        replicates=dict.fromkeys(PHASES, (log,) * 6),
+        control=dict.fromkeys(PHASES, (0.0,) * 6),
         load=1.0,
+        terms=terms_of(kind),
+        code=comparison_digest(),
     )
+
+
+def by_earlier_code(made: Trial) -> Trial:
+    return made.model_copy(update={"code": "another"})
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where trials are kept; not there yet."""
+    monkeypatch.setattr(kept, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(proof, "PAGE", tmp_path / "proof.md")
+    monkeypatch.setattr(proof, "HOME", tmp_path / "home")
+    (tmp_path / "proof.md").write_text("<!-- proof:start -->\nold\n<!-- proof:end -->\n")
+    return tmp_path / "results"
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Kind, int]]:
+    """The trials that a run makes, without measuring."""
+    asked: list[tuple[Kind, int]] = []
+
+    def make(kind: Kind, number: int, engine: Path) -> Trial:
+        asked.append((kind, number))
+        return trial(kind, number, right=True)
+
+    monkeypatch.setattr(proof, "make", make)
+    monkeypatch.setattr(proof, "small_engine", lambda: Path("engine"))
+    return asked
 
 
 def test_targets_are_judged_and_what_is_missing_is_not_met() -> None:
     every = [trial(kind, n, right=True) for kind, count in COUNTS.items() for n in range(count)]
-    good = verdict(every)
+    good = proof.verdict(every)
     assert all(good["met"].values()) and good["figures"]["same_wrong_share"] == 0
     assert set(good["figures"]) == set(good["targets"]) == set(good["met"]) == set(TARGETS)
     wrong = [trial("same", 0, right=False), *every[1:20], trial("slower", 0, True, elapsed_s=61)]
-    found = verdict(wrong)
+    found = proof.verdict(wrong)
     assert found["figures"]["same_wrong_share"] == 0.05 and found["met"]["same_wrong_share"]
     assert not found["met"]["slower_longest_s"] and not found["met"]["faster_confirmed_share"]
-    assert figures([])["slower_found_share"] is None and not any(verdict([])["met"].values())
+    assert figures([])["slower_found_share"] is None and not any(proof.verdict([])["met"].values())
+
+
+def test_targets_are_judged_before_they_are_rounded() -> None:
+    assert not proof.met([trial("slower", 0, right=True, elapsed_s=60.04)])["slower_longest_s"]
+    assert "60.04" in table([trial("slower", 0, right=True, elapsed_s=60.04)])
 
 
 def test_the_table_counts_answers() -> None:
     text = table([trial("slower", 0, True), trial("slower", 1, False)])
-    assert "| slower | 2 | x 1, y 1 | 1 |" in text and "**not met**" in text and "not measured" in text
+    assert "| slower | 2 | fail 1, pass 1 | 1 |" in text and "**not met**" in text and "not measured" in text
+
+
+@pytest.mark.parametrize("kind", COUNTS)
+def test_answers_come_from_the_samples(kind: Kind) -> None:
+    right = trial(kind, 0, right=True)
+    assert right.right and right.answer == RIGHT[kind]
+    assert not trial(kind, 0, right=False).right
+    few = right.model_dump() | {"replicates": {phase: logs[:4] for phase, logs in right.replicates.items()}}
+    assert Trial.model_validate(few).answer.upper() == "INCONCLUSIVE"  # four replicates decide nothing
+
+
+def test_a_trial_is_kept_with_what_made_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    comparison = made_up(speedup=1.2)
+    monkeypatch.setattr(proof, "measure", lambda *_, **__: comparison)
+    new = proof.make("faster", 3, Path("engine"))
+    assert new.right and new.load == 1.0 and new.found["total"].ratio == pytest.approx(1.2, rel=0.02)
+    read = Trial.model_validate_json(new.model_dump_json())
+    assert read == new and not read.stale and not read.foreign
+
+
+def test_trials_of_other_code_settings_and_packages_are_known() -> None:
+    new = trial("slower", 0, right=True)
+    assert not new.stale and not new.foreign
+    longer = terms_of("slower").settings.model_copy(update={"budget_s": 120.0})
+    for update in ({"code": "another"}, {"terms": terms_of("slower").model_copy(update={"settings": longer})}):
+        assert new.model_copy(update=update).stale
+    for update in ({"cores": 999}, {"packages": {**new.machine.packages, "onnxruntime": "1.0"}}):
+        machine = new.machine.model_copy(update=update)
+        assert new.model_copy(update={"machine": machine}).foreign
+    assert "2 trials, 1 of them made by earlier code" in page([new, by_earlier_code(new)])
+
+
+def test_trials_of_earlier_code_are_made_again_only_when_asked(results: Path, made, capsys) -> None:
+    old = [by_earlier_code(trial("same", 0, right=True)), trial("slower", 0, right=True)]
+    counts: dict[Kind, int] = {"same": 1, "slower": 2}
+    found = proof.run(counts, old, keep=True)
+    assert made == [("slower", 1)] and len(found) == 3
+    assert "1 trials are of other code" in capsys.readouterr().out
+    assert proof.read_here() == found  # in a folder that was not there
+    again = proof.run(counts, found, keep=True, redo=True)
+    assert made == [("slower", 1), ("same", 0)] and proof.read_here() == again
+    assert not any(each.stale for each in again) and len(again) == 3
+
+
+def test_a_report_has_every_machine_and_judges_this_one(results: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["proof", "--report"])
+    assert proof.main() == 1  # nothing is there: the page stays as it was
+    assert "old" in proof.PAGE.read_text()
+    results.mkdir()
+
+    def write(cpu: str, right: bool) -> None:
+        path = kept.results_path("proof", cpu, "jsonl")
+        path.write_text(f"{trial('slower', 0, right, cpu=cpu).model_dump_json()}\n")
+
+    write("A", right=False)
+    write("Z", right=True)
+    capsys.readouterr()
+    assert proof.main() == 0
+    assert all(f"\n{cpu}, " in proof.PAGE.read_text() for cpu in "AZ")
+    assert '"machine": "A"' in capsys.readouterr().out  # the worst: none is of this machine
+    write(provenance().cpu, right=True)
+    assert proof.main() == 0
+    assert f'"machine": "{provenance().cpu}"' in capsys.readouterr().out
+
+
+def test_the_committed_trials_are_read() -> None:
+    for path in (ROOT / kept.RESULTS).glob("proof-*.jsonl"):
+        trials = [Trial.model_validate_json(line) for line in path.read_text().splitlines()]
+        assert len({(each.kind, each.number) for each in trials}) == len(trials) == sum(COUNTS.values())
+        assert all(each.right for each in trials if each.number == 0)
+
+
+def test_an_engine_of_another_onnx_runtime_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = made_run(tmp_path / "run") / "engines/ort-cpu-fp32/dense"
+    monkeypatch.setattr(proof, "package_version", lambda backend: "1")
+    assert proof.fits(engine, SPEC)
+    assert not proof.fits(engine, SPEC.model_copy(update={"threads": 7}))
+    assert not proof.fits(tmp_path / "nowhere", SPEC)
+    (engine / "model.onnx").write_text("damaged")
+    assert not proof.fits(engine, SPEC)
+    monkeypatch.setattr(proof, "package_version", lambda backend: "2")
+    assert not proof.fits(made_run(tmp_path / "again") / "engines/ort-cpu-fp32/dense", SPEC)
+
+
+def test_the_neighbour_ends_with_a_bench_that_is_killed() -> None:
+    program = (
+        "import subprocess, sys, time\n"
+        "print(subprocess.Popen([sys.executable, '-m', 'benchmarks.proof_load']).pid, flush=True)\n"
+        "time.sleep(100)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=ROOT) as bench:
+        assert bench.stdout is not None
+        neighbour = psutil.Process(int(bench.stdout.readline()))
+        try:
+            while neighbour.cpu_times().user < 1:  # its imports take less: it is at work
+                time.sleep(0.05)
+        finally:
+            os.kill(bench.pid, signal.SIGKILL)
+        try:
+            assert neighbour.wait(10) is None or not neighbour.is_running()
+        finally:
+            if neighbour.is_running():
+                neighbour.kill()

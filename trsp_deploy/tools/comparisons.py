@@ -85,7 +85,7 @@ def compare(comparison: Comparison, limit_of: LimitOf | None = None) -> Comparis
     )
     replicates = comparison.replicates
     return ComparisonReport(
-        claim=_claim([phase.speedup for phase in phases], len(comparison.replicates)),
+        claim=claim([phase.speedup for phase in phases], len(comparison.replicates)),
         phases=phases,
         load_s={role: statistics.median(r.load_s[role] for r in replicates) for role in ROLES},
         peak_rss_bytes={role: max(r.peak_rss_bytes[role] for r in replicates) for role in ROLES},
@@ -141,7 +141,8 @@ def _device_speedup(comparison: Comparison, case: int, phase: Phase) -> float | 
     return None if dense is None or pruned is None else dense / pruned
 
 
-def _claim(found: Sequence[Ratio], replicates: int) -> Claim:
+def claim(found: Sequence[Ratio], replicates: int) -> Claim:
+    """What the speed-ups of all phases say together; nothing where there are too few replicates."""
     if replicates < FEWEST_REPLICATES:
         return "INCONCLUSIVE"
     if all(ratio.low > 1 for ratio in found):

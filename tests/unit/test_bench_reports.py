@@ -1,0 +1,50 @@
+"""What benches share: a file a machine, whose figures a report judges, and coverage's target."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import coverage, kept, serving
+from trsp_deploy.artifacts import provenance
+from trsp_deploy.errors import RunError
+
+ROOT = Path(__file__).parents[2]
+
+
+def judged(*machines: tuple[str, int]) -> str:
+    """The judged one of machines with so many targets met of three."""
+    met = {cpu: {str(number): number < count for number in range(3)} for cpu, count in machines}
+    return kept.judged([cpu for cpu, _ in machines], lambda cpu: cpu, lambda cpu: met[cpu])
+
+
+def test_a_report_judges_this_machine_else_the_worst() -> None:
+    here = provenance().cpu
+    assert judged(("A", 2), ("B", 1), ("C", 3)) == "B"
+    assert judged(("A", 0), (here, 3), ("Z", 1)) == here
+
+
+def test_files_of_every_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept, "RESULTS", tmp_path)
+    with pytest.raises(RunError, match=r"no proof-\*\.jsonl; `make bench-proof` measures"):
+        kept.every_machine("proof", "jsonl")
+    for cpu in ("Intel(R) Xeon(R) Processor", "AMD EPYC"):
+        kept.results_path("proof", cpu, "jsonl").write_text(cpu)
+    kept.results_path("proof", "other").write_text("")
+    assert kept.every_machine("proof", "jsonl") == [b"AMD EPYC", b"Intel(R) Xeon(R) Processor"]
+
+
+def test_coverage_is_judged_before_it_is_rounded() -> None:
+    assert coverage.verdict(89.96)["met"] == {"lines_percent": False}
+    assert coverage.verdict(90.0)["met"] == {"lines_percent": True}
+
+
+def test_served_figures_are_judged_before_they_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = serving.Serving.model_validate_json((ROOT / kept.RESULTS / "serving-amd-epyc.json").read_bytes())
+    monkeypatch.setattr(
+        serving, "figures", lambda found: {"throughput_8_over_1": 2.9996, "time_per_token_overhead": 0.1004}
+    )
+    assert serving.met(found) == {"throughput_8_over_1": False, "time_per_token_overhead": False}
+    assert serving.verdict(found)["machine"] == "AMD EPYC"
+    assert "| 0.100 | **not met** |" in serving.page(found)

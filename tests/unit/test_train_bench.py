@@ -1,0 +1,74 @@
+"""Stage 2 against Trainer: on one GPU, judged before rounding, and kept only where the options are the defaults."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import bench_train, kept
+from benchmarks.bench_train import ENGINES, one_gpu, parse, verdict
+
+
+def sample(step_s: float, peak_bytes: int) -> dict[str, Any]:
+    return {
+        "device": "cpu",
+        "wall_s": [step_s] * 3,
+        "cpu_s": [step_s] * 3,
+        "peak_bytes": peak_bytes,
+        "mean_loss": 3.0,
+    }
+
+
+def test_targets_are_judged_before_they_are_rounded() -> None:
+    samples = {"stage 2": [sample(1.0004, 8003)], "Trainer": [sample(1.0, 10_000)]}
+    found = verdict(samples, parse([]))
+    assert found["met"] == {"speed_ratio": False, "memory_ratio": False}
+    assert all(
+        found["met"] != {} and 0 < abs(found["figures"][name] - found["targets"][name]) < 5e-4 for name in found["met"]
+    )
+
+
+def test_both_see_the_first_visible_gpu() -> None:
+    assert one_gpu({"A": "b"}) == {"A": "b", "CUDA_VISIBLE_DEVICES": "0"}
+    assert one_gpu({"CUDA_VISIBLE_DEVICES": "3,1"})["CUDA_VISIBLE_DEVICES"] == "3"
+    assert one_gpu({"CUDA_VISIBLE_DEVICES": ""})["CUDA_VISIBLE_DEVICES"] == ""  # none
+
+
+def test_blocks_run_with_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, str] = {}
+
+    def run(command: list[str], *, env: dict[str, str], **_: object) -> Any:
+        seen.update(env)
+        return type("Done", (), {"stdout": "noise\n{}"})()
+
+    monkeypatch.setattr(bench_train.subprocess, "run", run)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    assert bench_train.block("Trainer", []) == {} and seen["CUDA_VISIBLE_DEVICES"] == "2"
+
+
+def test_only_the_defaults_are_kept_each_processor_in_its_file(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(kept, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(bench_train, "block", lambda engine, arguments: sample(1.0, 100))
+    monkeypatch.setattr(bench_train, "machine", lambda: {"cpu": "AMD EPYC", "gpus": []})
+    for options in (["--quick"], ["--steps", "4"], ["--model", str(tmp_path / "secret" / "model")]):
+        monkeypatch.setattr(sys, "argv", ["bench_train", *options])
+        assert bench_train.main() == 0 and "not kept" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+    monkeypatch.setattr(sys, "argv", ["bench_train", "--clock", "cpu"])  # the samples have both clocks
+    assert bench_train.main() == 0
+    (path,) = (tmp_path / "results").iterdir()
+    assert path.name == "train-cpu-amd-epyc.json"
+    kept_as = json.loads(path.read_text())
+    assert set(kept_as["samples"]) == set(ENGINES) and kept_as["options"]["steps"] == parse([]).steps
+
+
+def test_a_worker_ends_with_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    monkeypatch.setattr(bench_train, "end_with_parent", lambda: called.append("end_with_parent"))
+    monkeypatch.setitem(bench_train.WORKERS, "Trainer", lambda options: called.append("work"))
+    monkeypatch.setattr(sys, "argv", ["bench_train", "--worker", "Trainer"])
+    assert bench_train.main() == 0 and called == ["end_with_parent", "work"]
