@@ -109,7 +109,7 @@ def peer_versions(python: Path) -> dict[str, str]:
     """Versions of the other engines in their environment; empty where there is none."""
     code = (
         "import importlib.metadata as m, json; "
-        f"there = {{d.metadata['Name'].lower(): d.version for d in m.distributions()}}; "
+        f"there = {{d.metadata['Name'].lower().replace('_', '-'): d.version for d in m.distributions()}}; "
         f"print(json.dumps({{n: there[n] for n in {list(PEER_PACKAGES)} if n in there}}))"
     )
     if not python.exists():

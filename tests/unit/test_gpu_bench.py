@@ -13,25 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import gpu
-from benchmarks.gpu import (
-    ENGINES,
-    FULL,
-    TINY,
-    Line,
-    Sample,
-    Shape,
-    TorchRunner,
-    beyond_memory,
-    figures,
-    key_of,
-    lacking,
-    measure,
-    shapes,
-    text,
-    verdict,
-    with_profiles,
-)
+from benchmarks.gpu import __main__ as bench_command
+from benchmarks.gpu import contenders
+from benchmarks.gpu import found as kept
+from benchmarks.gpu.__main__ import measure
+from benchmarks.gpu.contenders import ENGINES, beyond_memory, random_opt, with_profiles
+from benchmarks.gpu.found import Line, Sample, figures, key_of, lacking, text, verdict
+from benchmarks.gpu.plan import FULL, SETTLING, TINY, Shape, shapes
+from benchmarks.gpu.torch_runner import TorchRunner
 from trsp_deploy.artifacts import provenance
 from trsp_deploy.decoder import DecoderSize, WeightCounts
 from trsp_deploy.errors import EngineSpecError, EngineUnavailable
@@ -162,12 +151,12 @@ def test_the_drawn_model_gives_its_memory_back(monkeypatch: pytest.MonkeyPatch, 
     gc.collect()
     before, alive = models(), []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive.append(models()))
-    gpu._random_opt(tmp_path / "model", 2, TINY, "cpu")
+    random_opt(tmp_path / "model", 2, TINY, "cpu")
     assert alive == [before]
 
 
 def test_no_copy_of_the_weights_stays_longer_than_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    build, opened = gpu.build_engine, gpu.open_engine
+    build, opened = contenders.build_engine, contenders.open_engine
     there: dict[str, list[str]] = {}
 
     def seen(at: str, folder: Path) -> None:
@@ -181,8 +170,8 @@ def test_no_copy_of_the_weights_stays_longer_than_needed(monkeypatch: pytest.Mon
         seen("run", folder.parent)
         return opened(folder)
 
-    monkeypatch.setattr(gpu, "build_engine", building)
-    monkeypatch.setattr(gpu, "open_engine", opening)
+    monkeypatch.setattr(contenders, "build_engine", building)
+    monkeypatch.setattr(contenders, "open_engine", opening)
     assert all(sample.seconds for sample in measure("ort-cpu-fp32", 2, TINY, "cpu").samples)
     assert there == {"build": ["onnx"], "run": ["engine"]}
 
@@ -192,7 +181,7 @@ def test_no_copy_of_the_weights_stays_longer_than_needed(monkeypatch: pytest.Mon
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return gpu._random_opt(tmp_path_factory.mktemp("gpu-bench") / "model", 2, TINY, "cpu")
+    return random_opt(tmp_path_factory.mktemp("gpu-bench") / "model", 2, TINY, "cpu")
 
 
 @pytest.fixture
@@ -280,7 +269,7 @@ def test_profiles_cover_every_shape_of_the_plan(name: str) -> None:
     for shape in shapes(FULL):
         assert covered(shape.batch, shape.past, 0), shape
         if shape.phase == "decode":
-            assert all(covered(shape.batch, 1, shape.past + step) for step in range(gpu.SETTLING + FULL.steps)), shape
+            assert all(covered(shape.batch, 1, shape.past + step) for step in range(SETTLING + FULL.steps)), shape
     assert spec.cache_length == (FULL.positions if fixed else None)
     assert spec.profiles != load_engine_spec(name).profiles and spec.name == name
 
@@ -315,15 +304,15 @@ def test_a_key_holds_all_that_a_line_depends_on(monkeypatch: pytest.MonkeyPatch)
     for changed in ({"cpu": "another"}, {"gpus": ("another",)}, {"trsp_deploy": "9"}, {"packages": {"torch": "9"}}):
         with monkeypatch.context() as patched:
             here = provenance().model_copy(update=changed)
-            patched.setattr(gpu, "provenance", lambda here=here: here)
+            patched.setattr(kept, "provenance", lambda here=here: here)
             keys.append(key_of(name, 24, FULL))
     for constant in ("PASSES", "VERSION"):
         with monkeypatch.context() as patched:
-            patched.setattr(gpu, constant, "another")
+            patched.setattr(kept, constant, "another")
             keys.append(key_of(name, 24, FULL))
     with monkeypatch.context() as patched:
         spec = load_engine_spec(name).model_copy(update={"fuse": False})
-        patched.setattr(gpu, "load_engine_spec", lambda name: spec)
+        patched.setattr(kept, "load_engine_spec", lambda name: spec)
         keys.append(key_of(name, 24, FULL))
     assert len(set(keys)) == len(keys)
     assert key_of(name, 24, FULL) == keys[0]
@@ -337,10 +326,10 @@ class Bench:
         self.measured: list[tuple[str, int]] = []
         self.samples: dict[tuple[str, int], Sample] = {}
         self.reasons: dict[tuple[str, int], str] = {}
-        monkeypatch.setattr(gpu, "RESULTS", self.results)
-        monkeypatch.setattr(gpu, "CONTENDERS", ("torch-eager", "ort-cuda-fp16"))
-        monkeypatch.setattr(gpu, "_absent", lambda names: {})
-        monkeypatch.setattr(gpu, "_in_a_process", self._measure)
+        monkeypatch.setattr(kept, "RESULTS", self.results)
+        monkeypatch.setattr(bench_command, "CONTENDERS", ("torch-eager", "ort-cuda-fp16"))
+        monkeypatch.setattr(bench_command, "absent", lambda names: {})
+        monkeypatch.setattr(bench_command, "_in_a_process", self._measure)
         monkeypatch.setattr(sys, "argv", ["gpu"])
 
     def _measure(self, contender: str, layers: int, tiny: bool) -> Line | str:
@@ -355,7 +344,7 @@ class Bench:
     def run(self) -> list[tuple[str, int]]:
         """What one call measures."""
         self.measured = []
-        assert gpu.main() == 0
+        assert bench_command.main() == 0
         return self.measured
 
 
@@ -383,7 +372,7 @@ def test_lines_of_another_version_are_neither_taken_nor_reported(
 ) -> None:
     bench.run()
     before = bench.results.read_bytes()
-    monkeypatch.setattr(gpu, "PASSES", "another")
+    monkeypatch.setattr(kept, "PASSES", "another")
     bench.reasons[ALL[3]] = "crashed"
     capsys.readouterr()
     assert bench.run() == ALL
@@ -413,10 +402,10 @@ def test_a_process_ends_with_the_bench(monkeypatch: pytest.MonkeyPatch) -> None:
     def asked() -> None:
         raise Asked
 
-    monkeypatch.setattr(gpu, "end_with_parent", asked)
-    monkeypatch.setattr(gpu, "measure", lambda *given: pytest.fail("measured before"))
+    monkeypatch.setattr(bench_command, "end_with_parent", asked)
+    monkeypatch.setattr(bench_command, "measure", lambda *given: pytest.fail("measured before"))
     with pytest.raises(Asked):
-        gpu._work("torch-eager", 2, TINY, "cpu")
+        bench_command._work("torch-eager", 2, TINY, "cpu")
 
 
 def test_a_process_says_why_it_has_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -424,6 +413,8 @@ def test_a_process_says_why_it_has_no_line(monkeypatch: pytest.MonkeyPatch) -> N
         return lambda command, **settings: subprocess.CompletedProcess(command, 1, stdout=said)
 
     monkeypatch.setattr(subprocess, "run", ended("TensorRT cannot read it\n"))
-    assert gpu._in_a_process("tensorrt-fp16", 2, tiny=False) == "TensorRT cannot read it"
+    assert bench_command._in_a_process("tensorrt-fp16", 2, tiny=False) == "TensorRT cannot read it"
     monkeypatch.setattr(subprocess, "run", ended(""))
-    assert gpu._in_a_process("tensorrt-fp16", 2, tiny=False) == "its process ended with 1; the reason is above"
+    assert (
+        bench_command._in_a_process("tensorrt-fp16", 2, tiny=False) == "its process ended with 1; the reason is above"
+    )

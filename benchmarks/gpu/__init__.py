@@ -1,0 +1,1 @@
+"""The bench for a machine with a GPU: `python -m benchmarks.gpu`."""
