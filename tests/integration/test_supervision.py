@@ -39,12 +39,9 @@ SWALLOWED = """ready()
             time.sleep(60)
         except KeyboardInterrupt:
             pass"""
-SERVER = (
-    """server = subprocess.Popen(["sleep", "60"], start_new_session=True)
+SERVER = """server = subprocess.Popen(["sleep", "600"], start_new_session=True)
     Path("server").write_text(str(server.pid))
     """
-    + NATIVE
-)
 KEPT = "error: interrupted; finished steps are kept, and the same command goes on from there"
 
 
@@ -113,11 +110,12 @@ def test_background_jobs_do_not_hear_the_key(tmp_path):
     assert subprocess.run(program(body), cwd=tmp_path, **ignored).returncode == 0
 
 
-def test_servers_that_were_started_are_gone_too(tmp_path):
-    process, _ = start(tmp_path, SERVER)
+@pytest.mark.parametrize("then", [NATIVE, "ready(); time.sleep(60)"], ids=["killed", "interrupted"])
+def test_servers_that_were_started_are_gone_too(tmp_path, then):
+    process, _ = start(tmp_path, SERVER + then)
     server = int((tmp_path / "server").read_text())
     os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=60)
+    process.communicate(timeout=30)
     assert gone(server)
 
 

@@ -59,7 +59,7 @@ def supervised(work: Callable[[], int]) -> int:
         return work()
     adopt_orphans()
     code = _end_of(child, awaited)
-    if code < 0:
+    if code < 0 or (_heard and code):  # who was interrupted need not have come to stop what it had started
         _kill_descendants()
     if _heard or code < 0:
         _give_back(terminal)
