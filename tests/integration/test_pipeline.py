@@ -302,7 +302,8 @@ def test_plan_handed_in_is_applied(workspace, report, tmp_path):
     plan["dropped"], plan["kept"] = [2], [0, 1, 3, 4, 5]
     (tmp_path / "mine.json").write_text(json.dumps(plan))
     options = ["--model", "tiny-llama", "--calibration", "train.txt", "--plan", str(tmp_path / "mine.json")]
-    settings = [option for pair in [*QUICK, "transfer.form=none"] for option in ("--set", pair)]
+    changes = [*QUICK, "transfer.form=none", "engines=[ort-cpu-fp32]"]
+    settings = [option for pair in changes for option in ("--set", pair)]
     done = trsp_deploy("prune", *options, *settings, "--out", str(tmp_path / "run"), "--json", cwd=workspace)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["dropped"] == [2]
