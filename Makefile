@@ -75,7 +75,7 @@ bench-train: $(READY) ## stage 2 against Hugging Face's Trainer on the same batc
 	$(BIN)/python -m benchmarks.bench_train $(if $(QUICK),--quick) $(ARGS)
 
 bench-engines: $(READY) .venv-peers/.ready ## ours against Optimum, onnxruntime-genai and llama.cpp; QUICK=1: a few minutes
-	$(BIN)/trsp-deploy fetch smollm2-135m wiki-demo
+	$(BIN)/trsp-deploy fetch smollm2-135m exl-wiki wiki-demo
 	$(BIN)/python -m benchmarks.engines $(if $(QUICK),--quick) $(ARGS)
 
 bench-proof: $(READY) ## can a comparison be believed? trials of known truth, under two hours, resumable; QUICK=1: ten minutes

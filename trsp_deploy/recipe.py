@@ -287,6 +287,8 @@ class EngineSpec(Strict):
     threads: Count | None = None  # ONNX Runtime CPU: intra-op threads; None = every core of this machine
     fuse: bool = True  # graph passes before the engine is made (tools/graphs); false leaves the graph be
     block_size: Literal[16, 32, 64, 128] = 32  # int8, int4: weights that share a scale
+    head_bits: Literal[4, 8] = 8  # int4 on ONNX Runtime: of the LM head's weights
+    zero_points: bool = True  # int4 on ONNX Runtime: each block has its own; false is quicker without VNNI
     # int4, int8: products whose weights get 8 bits in the one and stay in floats in the other; so many of those whose
     # rounding costs most on the calibration text, or names of the graph's nodes.
     keep_high_precision: Annotated[int, Field(ge=0)] | tuple[str, ...] = 0
@@ -301,7 +303,7 @@ class EngineSpec(Strict):
     @property
     def reads_text(self) -> bool:
         """Whether a calibration text decides something in its build."""
-        return self.precision == "int8" or self.graph_precision == "fp16" or bool(self.keep_high_precision)
+        return self.precision in ("int8", "int4") or self.graph_precision == "fp16"
 
     @model_validator(mode="after")
     def _fits_the_backend(self) -> EngineSpec:
@@ -321,6 +323,11 @@ class EngineSpec(Strict):
             raise ValueError(f"precision {self.precision} is not for backend {self.backend}")
         if self.keep_high_precision and self.precision not in ("int8", "int4"):
             raise ValueError(f"`keep_high_precision` is for precision int8 and int4, got {self.precision}")
+        for name, default in (("head_bits", 8), ("zero_points", True)):
+            if getattr(self, name) != default and (tensorrt or self.precision != "int4"):
+                raise ValueError(
+                    f"`{name}` is for precision int4 on ONNX Runtime, got {self.precision}, {self.backend}"
+                )
         if self.precision == "bf16" and not tensorrt:
             raise ValueError(
                 f"precision bf16 is not for backend {self.backend}, as ONNX Runtime has no bf16 products on a CPU, "

@@ -30,7 +30,8 @@ from trsp_deploy.artifacts import Provenance, provenance, writing
 from trsp_deploy.decoder import decoder_size
 from trsp_deploy.errors import EngineUnavailable, TrspError
 from trsp_deploy.recipe import Case, Strict
-from trsp_deploy.tools.limits import decode_bytes, speed_limit
+from trsp_deploy.tools.library import load_engine_spec
+from trsp_deploy.tools.limits import decode_bytes, speed_limit, stored, stored_by
 from trsp_deploy.tools.packaged import find_asset
 from trsp_deploy.tools.rates import measure_rates
 from trsp_deploy.tools.runners import open_engine
@@ -156,12 +157,12 @@ def ratios(samples: Samples, bandwidths: Sequence[float], perplexities: dict[str
     def kept(precision: str) -> Ratio | None:
         dense, pruned = (decoder_size(subjects.model(name)) for name in ("dense", "pruned"))
         case = Case(batch_size=1, prompt_tokens=PROMPT, new_tokens=NEW_TOKENS)
-        limit = speed_limit(dense, pruned, precision, case)  # type: ignore[arg-type]
+        limit = speed_limit(dense, pruned, stored_by(load_engine_spec(f"ort-cpu-{precision}")), case)
         found = ratio(f"ours {precision}", f"pruned {precision}")
         return None if found is None else _scaled(found, 1 / limit.decode)
 
     genai4, ours4 = perplexities.get("genai int4"), perplexities.get("ours int4")
-    read = decode_bytes(decoder_size(subjects.model("dense")), "fp32", 1, PROMPT + NEW_TOKENS // 2)
+    read = decode_bytes(decoder_size(subjects.model("dense")), stored("fp32"), 1, PROMPT + NEW_TOKENS // 2)
     lost = None if genai4 is None or ours4 is None else ours4 / genai4
     values = {
         "fp32_decode_to_genai": ratio("genai fp32", "ours fp32"),

@@ -82,7 +82,7 @@ def _exporter() -> str:
 def engine(name: str, precision: str) -> Path:
     """Folder of a model's ONNX Runtime engine."""
     spec = load_engine_spec(f"ort-cpu-{precision}")
-    text = windows(512, 1) if name in ("dense", "pruned") else None
+    text = calibration() if name in ("dense", "pruned") else None
     # Of other code, of another spec or for another ONNX Runtime it is another engine.
     made_by = f"{_exporter()} {code_digest(*BUILD)} {spec.model_dump_json()} {provenance().packages['onnxruntime']}"
     return once(f"engines/{name}-{precision}", lambda out: build_engine(onnx(name) / FILE, spec, out, text), made_by)
@@ -118,6 +118,12 @@ def peer_versions(python: Path) -> dict[str, str]:
         subprocess.run([str(python), "-c", code], capture_output=True, check=True).stdout
     )
     return versions
+
+
+def calibration() -> np.ndarray:
+    """Tokens (8, 512) of exl-wiki: what is judged on wiki-demo is not tuned to it."""
+    texts = load_texts("exl-wiki", "calibration")
+    return tokenize_windows(texts, load_tokenizer(model("dense")), 512, 8, "exl-wiki").numpy()
 
 
 def windows(tokens: int, count: int) -> np.ndarray:

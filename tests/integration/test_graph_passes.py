@@ -124,6 +124,10 @@ def test_int4_engine(exported: Made, tmp_path: Path) -> None:
     assert "MatMul" not in found and "GatherBlockQuantized" in found
     assert 1e-3 < agreement(source, engine, "int4") < 2
     assert read_manifest(engine).size_bytes < read_manifest(built(source, tmp_path / "fp32")).size_bytes / 3
+    careful = built(source, tmp_path / "accurate", "ort-cpu-int4-accurate")
+    assert operators(careful) == found
+    assert agreement(source, careful, "int4") < agreement(source, engine, "int4")
+    assert read_manifest(careful).size_bytes > read_manifest(engine).size_bytes
 
 
 def test_int8_engine_keeps_what_one_scale_would_spoil(

@@ -11,7 +11,8 @@ from trsp_deploy.errors import EngineUnavailable, ParityError
 from trsp_deploy.recipe import Case
 from trsp_deploy.results import Perplexity, Rates
 from trsp_deploy.stages import parity
-from trsp_deploy.tools.limits import decode_bytes, prefill_operations, speed_limit
+from trsp_deploy.tools.library import load_engine_spec
+from trsp_deploy.tools.limits import decode_bytes, prefill_operations, speed_limit, stored, stored_by
 from trsp_deploy.tools.statistics import perplexity_ratio
 from trsp_deploy.tools.worker import Worker
 
@@ -37,9 +38,9 @@ def shape(batch: int = 1, prompt: int = 128, new: int = 1) -> Case:
 
 
 def test_limit_of_opt_6_7b_is_the_published_bound():
-    limit = speed_limit(opt_6_7b(32), opt_6_7b(24), "fp16", shape(prompt=1))
+    limit = speed_limit(opt_6_7b(32), opt_6_7b(24), stored("fp16"), shape(prompt=1))
     assert limit.decode == pytest.approx(1.320, abs=0.001)
-    long_past = speed_limit(opt_6_7b(32), opt_6_7b(24), "fp16", shape(batch=64, prompt=100_000))
+    long_past = speed_limit(opt_6_7b(32), opt_6_7b(24), stored("fp16"), shape(batch=64, prompt=100_000))
     assert long_past.decode == pytest.approx(32 / 24, abs=0.001)  # the cache dominates
 
 
@@ -47,20 +48,31 @@ def test_measured_rates_tell_which_resource_binds():
     dense, pruned = opt_6_7b(32), opt_6_7b(24)
     slow_memory = Rates(bytes_per_s=1e9, operations_per_s={"fp16": 1e15})
     slow_products = Rates(bytes_per_s=1e15, operations_per_s={"fp16": 1e9})
-    by_bytes = speed_limit(dense, pruned, "fp16", shape(new=100), rates=slow_memory)
+    by_bytes = speed_limit(dense, pruned, stored("fp16"), shape(new=100), rates=slow_memory)
     assert by_bytes.prefill == pytest.approx(by_bytes.decode, rel=0.01) == pytest.approx(by_bytes.total, rel=0.01)
-    by_operations = speed_limit(dense, pruned, "fp16", shape(new=100), rates=slow_products, logits=1)
+    by_operations = speed_limit(dense, pruned, stored("fp16"), shape(new=100), rates=slow_products, logits=1)
     assert by_operations.prefill > by_operations.decode, "the LM head multiplies for one position of the prompt"
     assert by_operations.decode < by_operations.total < by_operations.prefill
-    unknown = speed_limit(dense, pruned, "int8", shape(), rates=slow_memory)
+    unknown = speed_limit(dense, pruned, stored("int8"), shape(), rates=slow_memory)
     assert unknown.total == max(unknown.prefill, unknown.decode)
+
+
+def test_a_head_of_4_bits_raises_what_layers_can_gain():
+    dense, pruned = opt_6_7b(32), opt_6_7b(24)
+    narrow, wide = (stored_by(load_engine_spec(f"ort-cpu-int4{name}")) for name in ("", "-accurate"))
+    assert (narrow.layers, narrow.head) == (0.625, 0.625) and wide.layers == pytest.approx(0.5703, abs=1e-4)
+    assert wide.head == 1.125 and narrow.cached == wide.cached == 4
+    by_head = [speed_limit(dense, pruned, kept, shape()).decode for kept in (narrow, wide)]
+    assert by_head[0] > by_head[1]
+    static = load_engine_spec("tensorrt-int4")
+    assert stored_by(static).cached == 2 and stored_by(static).head == 1.125
 
 
 def test_bytes_and_operations():
     size = DecoderSize(
         weights=WeightCounts(total=30, layers=(10, 10), lm_head=5, embeddings=5), cache_per_token=4, attention_width=3
     )
-    assert decode_bytes(size, "fp16", batch=2, past=7) == 2 * (20 + 5 + 2 * 7 * 4 * 2)
+    assert decode_bytes(size, stored("fp16"), batch=2, past=7) == 2 * (20 + 5 + 2 * 7 * 4 * 2)
     assert prefill_operations(size, batch=1, prompt=10) == 2 * 10 * (25 + 2 * 2 * 10 * 3)
 
 

@@ -28,7 +28,7 @@ AUTO_ENGINES = {
     "cpu": ("ort-cpu-fp32", "tensorrt-rtx-fp16"),
     "cuda": ("ort-cuda-fp16", "tensorrt-fp16", "tensorrt-rtx-fp16"),
 }
-CALIBRATION_TOKENS = 512  # of text that an engine's choices are made on
+CALIBRATION_TEXTS, CALIBRATION_TOKENS = 8, 512  # of the text that an engine's choices are made on
 
 
 @dataclass(frozen=True)
@@ -144,10 +144,12 @@ class Engines:
         )
 
     def _calibration(self) -> np.ndarray:
-        """(1, tokens) of calibration text, for a graph or an engine that has choices to make."""
+        """(texts, tokens) of calibration text, for a graph or an engine that has choices to make."""
         train, _ = self.inputs.calibration_windows()
-        tokens: np.ndarray = train.flatten()[None, :CALIBRATION_TOKENS].numpy()
-        return tokens
+        tokens: np.ndarray = train.flatten().numpy()
+        length = min(len(tokens), CALIBRATION_TOKENS)
+        texts = min(len(tokens) // length, CALIBRATION_TEXTS)
+        return tokens[: texts * length].reshape(texts, length)
 
     def _specs(self) -> list[EngineSpec]:
         names: list[str] = []

@@ -11,7 +11,7 @@ from trsp_deploy.results import Comparison, Rates, Replicate
 from trsp_deploy.results import Subject as Name
 from trsp_deploy.tools.comparisons import ComparisonReport, compare
 from trsp_deploy.tools.goals import Goal, settled_all
-from trsp_deploy.tools.limits import SpeedLimit, speed_limit
+from trsp_deploy.tools.limits import SpeedLimit, speed_limit, stored_by
 from trsp_deploy.tools.measuring import measure
 from trsp_deploy.tools.rates import measure_rates
 from trsp_deploy.tools.subjects import RUN_MARK, Subject, find_subject, whole_engine
@@ -54,11 +54,8 @@ def derive(dense: Subject, pruned: Subject, comparison: Comparison) -> Compariso
 def limits(dense: Subject, pruned: Subject, case: Case, rates: Rates | None) -> SpeedLimit:
     """How much quicker pruned can be at one shape."""
     assert dense.size is not None and pruned.size is not None and pruned.spec is not None
-    spec = pruned.spec
     logits = 1 if dense.cuts_logits and pruned.cuts_logits else case.prompt_tokens
-    return speed_limit(
-        dense.size, pruned.size, spec.precision, case, rates=rates, logits=logits, cached=spec.graph_precision
-    )
+    return speed_limit(dense.size, pruned.size, stored_by(pruned.spec), case, rates=rates, logits=logits)
 
 
 def find_pair(dense: Path, pruned: Path, engine: str | None) -> tuple[Subject, Subject]:

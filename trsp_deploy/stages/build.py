@@ -27,7 +27,8 @@ def build_engine(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.nda
     """Build `spec`'s engine from an ONNX file into `folder`, whole or not at all.
 
     onnx: a decoder's model.onnx; external data stands beside it under names that begin with the file's own.
-    calibration: (batch, sequence) int64 tokens of real text, by which an int8 engine chooses what stays in blocks.
+    calibration: (texts, sequence) int64 tokens of real text, by which an int8 engine chooses what stays in blocks and
+    an int4 engine rounds.
     folder: replaced if it exists. Holds the engine, manifest.json and, for TensorRT, build.log and trtexec.sh.
     Raises EngineUnavailable with the reason when this machine cannot build it or the backend refuses the graph
     (TensorRT's log is then kept as `<folder>-failed.log`), EngineSpecError when the spec itself is at fault, RunError

@@ -20,7 +20,7 @@ from trsp_deploy.decoder import WeightCounts, count_config
 from trsp_deploy.errors import StorageError
 from trsp_deploy.recipe import FLOAT_BYTES, EngineSpec, Float, Recipe, Strict, parse_drop
 from trsp_deploy.results import ROLES, Role
-from trsp_deploy.tools.limits import WEIGHT_BYTES
+from trsp_deploy.tools.limits import stored_by
 from trsp_deploy.tools.memory import MOMENT_8BIT_BYTES
 from trsp_deploy.tools.training import TRAINING_DTYPES
 
@@ -166,7 +166,7 @@ def _graph(counts: WeightCounts, precision: Float) -> int:
 
 def _engine(spec: EngineSpec, counts: WeightCounts) -> int:
     """Both what runs and, of TensorRT, the graph that it was compiled from and the log."""
-    layers, head = WEIGHT_BYTES[spec.precision]
+    _, layers, head, _ = stored_by(spec)
     width = FLOAT_BYTES[spec.graph_precision]
     if spec.precision in ("fp32", "fp16", "bf16"):
         # A tied head is stored a second time, the way its product wants it.

@@ -7,12 +7,13 @@ machine's measured rates (tools/rates.py); where it is the same for dense and pr
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from trsp_deploy.decoder import DecoderSize
-from trsp_deploy.recipe import Case, Float, Precision, Strict
+from trsp_deploy.recipe import FLOAT_BYTES, Case, EngineSpec, Float, Precision, Strict
 from trsp_deploy.results import Rates
 
-# Bytes a weight of the layers and of the LM head, scales and zero points among them; heads keep 8 bits
-# (tools/graphs/quantize.py).
+# Bytes a weight of the layers and of the LM head, scales and zero points among them (tools/graphs/quantize.py).
 WEIGHT_BYTES: dict[Precision, tuple[float, float]] = {
     "fp32": (4, 4),
     "fp16": (2, 2),
@@ -20,7 +21,30 @@ WEIGHT_BYTES: dict[Precision, tuple[float, float]] = {
     "int8": (1.03, 1.125),
     "int4": (0.57, 1.125),
 }
-CACHE_BYTES: dict[Float, int] = {"fp32": 4, "fp16": 2}
+
+
+class Stored(NamedTuple):
+    """How an engine keeps its numbers: bytes of one, scales and zero points among them."""
+
+    precision: Precision
+    layers: float  # a weight of theirs
+    head: float  # a weight of the LM head
+    cached: float  # a key or a value
+
+
+def stored(precision: Precision) -> Stored:
+    """What a precision alone says: a cache as wide as floats are, and in fp32 beside integers."""
+    cached: Float = "fp16" if precision in ("fp16", "bf16") else "fp32"
+    return Stored(precision, *WEIGHT_BYTES[precision], FLOAT_BYTES[cached])
+
+
+def stored_by(spec: EngineSpec) -> Stored:
+    """What an engine's spec says."""
+    layers, head = WEIGHT_BYTES[spec.precision]
+    if spec.precision == "int4" and not spec.backend.startswith("tensorrt"):
+        layers = (4 + (32 + 4 * spec.zero_points) / spec.block_size) / 8  # a block has a scale of 32 bits
+        head = layers if spec.head_bits == 4 else head
+    return Stored(spec.precision, layers, head, FLOAT_BYTES[spec.graph_precision])
 
 
 class SpeedLimit(Strict):
@@ -42,15 +66,10 @@ class Work(Strict):
         return max(self.read_bytes / rates.bytes_per_s, self.operations / rates.operations_per_s[precision])
 
 
-def decode_bytes(size: DecoderSize, precision: Precision, batch: int, past: int, cached: Float | None = None) -> float:
-    """Bytes that one decode step must read: layers, LM head, and the KV cache of `past` tokens a sequence.
-
-    cached: precision of the cache; None is fp16 in an fp16 engine, as wide in a bf16 one, else fp32.
-    """
+def decode_bytes(size: DecoderSize, kept: Stored, batch: int, past: int) -> float:
+    """Bytes that one decode step must read: layers, LM head, and the KV cache of `past` tokens a sequence."""
     cache = batch * past * size.cache_per_token * len(size.weights.layers)
-    layers, head = WEIGHT_BYTES[precision]
-    width = CACHE_BYTES[cached or ("fp16" if precision in ("fp16", "bf16") else "fp32")]
-    return layers * sum(size.weights.layers) + head * size.weights.lm_head + width * cache
+    return kept.layers * sum(size.weights.layers) + kept.head * size.weights.lm_head + kept.cached * cache
 
 
 def prefill_operations(size: DecoderSize, batch: int, prompt: int, logits: int | None = None) -> int:
@@ -63,22 +82,20 @@ def prefill_operations(size: DecoderSize, batch: int, prompt: int, logits: int |
     return 2 * batch * (prompt * (sum(size.weights.layers) + attention) + head)
 
 
-def prefill_work(
-    size: DecoderSize, precision: Precision, case: Case, logits: int | None = None, cached: Float | None = None
-) -> Work:
+def prefill_work(size: DecoderSize, kept: Stored, case: Case, logits: int | None = None) -> Work:
     """Of reading the prompt: the weights once, and the cache written."""
     return Work(
-        read_bytes=decode_bytes(size, precision, case.batch_size, case.prompt_tokens, cached),
+        read_bytes=decode_bytes(size, kept, case.batch_size, case.prompt_tokens),
         operations=prefill_operations(size, case.batch_size, case.prompt_tokens, logits),
     )
 
 
-def decode_work(size: DecoderSize, precision: Precision, case: Case, cached: Float | None = None) -> Work:
+def decode_work(size: DecoderSize, kept: Stored, case: Case) -> Work:
     """Of the median new token."""
     past = case.prompt_tokens + case.new_tokens // 2
     attention = len(size.weights.layers) * 2 * past * size.attention_width
     return Work(
-        read_bytes=decode_bytes(size, precision, case.batch_size, past, cached),
+        read_bytes=decode_bytes(size, kept, case.batch_size, past),
         operations=2 * case.batch_size * (sum(size.weights.layers) + size.weights.lm_head + attention),
     )
 
@@ -86,25 +103,24 @@ def decode_work(size: DecoderSize, precision: Precision, case: Case, cached: Flo
 def speed_limit(
     dense: DecoderSize,
     pruned: DecoderSize,
-    precision: Precision,
+    kept: Stored,
     case: Case,
     *,
     rates: Rates | None = None,
     logits: int | None = None,
-    cached: Float | None = None,
 ) -> SpeedLimit:
-    """The limits of every phase at one shape; `logits` and `cached` as above.
+    """The limits of every phase at one shape; `logits` as above.
 
     rates: this machine's, to know whether bytes or operations bind a phase. Without them, or for a precision whose
     products they do not tell, decoding counts as bound by bytes, prefill by operations, and both together by the
     larger of the two limits.
     """
-    prefill = [prefill_work(size, precision, case, logits, cached) for size in (dense, pruned)]
-    decode = [decode_work(size, precision, case, cached) for size in (dense, pruned)]
-    if rates is None or precision not in rates.operations_per_s:
+    prefill = [prefill_work(size, kept, case, logits) for size in (dense, pruned)]
+    decode = [decode_work(size, kept, case) for size in (dense, pruned)]
+    if rates is None or kept.precision not in rates.operations_per_s:
         by_operations = prefill[0].operations / prefill[1].operations
         by_bytes = decode[0].read_bytes / decode[1].read_bytes
         return SpeedLimit(prefill=by_operations, decode=by_bytes, total=max(by_operations, by_bytes))
-    read, step = ([work.seconds(rates, precision) for work in phase] for phase in (prefill, decode))
+    read, step = ([work.seconds(rates, kept.precision) for work in phase] for phase in (prefill, decode))
     total = [first + case.new_tokens * each for first, each in zip(read, step, strict=True)]
     return SpeedLimit(prefill=read[0] / read[1], decode=step[0] / step[1], total=total[0] / total[1])

@@ -12,12 +12,16 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Silence progress bars, warnings and log lines below the level of errors, and send stray prints to stderr."""
+    """Silence progress bars, warnings and log lines below the level of errors, and send stray prints to stderr.
+
+    What a library makes of the root logger when it is imported within is undone.
+    """
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    before = logging.root.manager.disable
+    root, before = logging.root, logging.root.manager.disable
+    handlers, level = list(root.handlers), root.level
     logging.disable(logging.WARNING)  # Optimum warns through the root logger, so no logger of its own could be set
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
@@ -25,3 +29,5 @@ def quiet_libraries() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+        root.handlers[:] = handlers
+        root.setLevel(level)

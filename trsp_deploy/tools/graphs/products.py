@@ -11,23 +11,48 @@ import onnx_ir as ir
 from trsp_deploy.tools.graphs.decoder_io import LOGITS_POSITIONS
 from trsp_deploy.tools.graphs.logits import lm_head
 from trsp_deploy.tools.graphs.nodes import NoMatch, Writer, constant, made_by
+from trsp_deploy.tools.graphs.rounding import parts
 
 SIGNAL = 21.0  # decibels of the median token; below it a product is not quantised with one scale a tensor
 
 
 @dataclass(frozen=True)
 class Activations:
-    """What one product reads, over a calibration text."""
+    """What one product reads, over one or more calibration texts."""
 
     lowest: float
     highest: float
     decibels: float  # signal over noise of the median token when all of it has one 8-bit scale
-    power: np.ndarray  # (features,) mean square of each: by how much an error of its weights counts
+    moments: tuple[np.ndarray, ...]  # of each of rounding.parts: (part, part), summed over tokens of one size
+
+    @classmethod
+    def of(cls, found: np.ndarray, *, symmetric: bool) -> Activations:
+        """What stands in (..., features); symmetric: the 8-bit scale has no zero point."""
+        tokens = found.reshape(-1, found.shape[-1]).astype(np.float32)
+        decibels = signal_to_noise(found, symmetric=symmetric)
+        # A massive token weighs as much as any other: its own product is as large, and errors are seen beside that.
+        tokens /= np.sqrt(np.square(tokens).mean(axis=1, keepdims=True)) + np.finfo(np.float32).tiny
+        moments = tuple(tokens[:, part].T @ tokens[:, part] for part in parts(tokens.shape[1]))
+        return cls(float(found.min()), float(found.max()), decibels, moments)
 
     @property
     def quantisable(self) -> bool:
         """Whether enough is left of it."""
         return self.decibels >= SIGNAL
+
+    def joined(self, other: Activations) -> Activations:
+        """What both read: a product is quantisable where it is in every text."""
+        return Activations(
+            min(self.lowest, other.lowest),
+            max(self.highest, other.highest),
+            min(self.decibels, other.decibels),
+            tuple(one + two for one, two in zip(self.moments, other.moments, strict=True)),
+        )
+
+    @property
+    def power(self) -> np.ndarray:
+        """(features,) sum of squares of each: by how much an error of its weights counts."""
+        return np.concatenate([np.diag(part) for part in self.moments])
 
 
 def open_products(model: ir.Model) -> str:
@@ -107,7 +132,8 @@ def measure_activations(
 ) -> dict[str, Activations]:
     """What every product with a weight reads while ONNX Runtime's CPU provider reads a text; by the product's name.
 
-    past: an empty cache by input name. ids: (batch, sequence) int64 tokens of real text. scratch: a folder.
+    past: an empty cache of one row by input name. ids: (texts, sequence) int64 tokens of real text, read one text after
+    the other: what their products read would else be in memory at once. scratch: a folder.
     symmetric: the 8-bit scale has no zero point.
     """
     import onnxruntime
@@ -120,20 +146,18 @@ def measure_activations(
     ir.save(model, path, external_data=f"{path.name}.data")
     del model.graph.outputs[len(outputs) :]
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    mask = np.ones_like(ids)
-    feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": mask.cumsum(axis=1) - 1, **past}
-    feeds[LOGITS_POSITIONS] = np.array([0])
-    found = session.run(
-        [value.name for value in inputs], {value.name: feeds[value.name] for value in session.get_inputs()}
-    )
-    measured = {value.name: _measure(array, symmetric) for value, array in zip(inputs, found, strict=True)}
+    measured: dict[str | None, Activations] = {}
+    for text in ids:
+        mask = np.ones_like(text[None])
+        feeds = {"input_ids": text[None], "attention_mask": mask, "position_ids": mask.cumsum(axis=1) - 1, **past}
+        feeds[LOGITS_POSITIONS] = np.array([0])
+        found = session.run(
+            [value.name for value in inputs], {value.name: feeds[value.name] for value in session.get_inputs()}
+        )
+        for value, array in zip(inputs, found, strict=True):
+            of_text = Activations.of(array, symmetric=symmetric)
+            measured[value.name] = measured[value.name].joined(of_text) if value.name in measured else of_text
     return {name: measured[value.name] for name, value in products.items() if value is not None}
-
-
-def _measure(found: np.ndarray, symmetric: bool) -> Activations:
-    tokens = found.reshape(-1, found.shape[-1]).astype(np.float32)
-    decibels = signal_to_noise(found, symmetric=symmetric)
-    return Activations(float(found.min()), float(found.max()), decibels, np.square(tokens).mean(axis=0))
 
 
 def signal_to_noise(activations: np.ndarray, *, symmetric: bool = False) -> float:

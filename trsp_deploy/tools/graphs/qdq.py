@@ -19,8 +19,9 @@ import onnx_ir as ir
 
 from trsp_deploy.tools.graphs.nodes import Writer, constant
 from trsp_deploy.tools.graphs.products import Activations, weight_of
+from trsp_deploy.tools.graphs.rounding import round_weight
+from trsp_deploy.tools.progress import Meter
 
-SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)  # of a block's largest weight: tried as the largest number
 SMALLEST = 2.0**-14  # of a scale: fp16's smallest normal number; a column of zeros has one too
 
 
@@ -40,17 +41,18 @@ def quantize_products(
     """
     writer = Writer(model, "qdq")
     products = [node for node in model.graph if weight_of(node) is not None and (bits == 4 or node.name not in kept)]
-    for node in products:
-        weight = constant(node.inputs[1])
-        assert weight is not None
-        block = _block(len(weight), block_size) if bits == 4 and node.name not in (head, *kept) else None
-        found = activations.get(node.name or "")
-        power = None if found is None else found.power
-        node.replace_input_with(
-            1, _by_output(writer, weight) if block is None else _in_blocks(writer, weight, block, power)
-        )
-        if bits == 8 and node.name != head and found is not None and found.quantisable:
-            node.replace_input_with(0, _rounded(writer, node.inputs[0], found, weight.dtype))
+    with Meter(f"rounding to {bits} bits", len(products)) as meter:
+        for node in products:
+            weight = constant(node.inputs[1])
+            assert weight is not None
+            block = _block(len(weight), block_size) if bits == 4 and node.name not in (head, *kept) else None
+            found = activations.get(node.name or "")
+            node.replace_input_with(
+                1, _by_output(writer, weight) if block is None else _in_blocks(writer, weight, block, found)
+            )
+            if bits == 8 and node.name != head and found is not None and found.quantisable:
+                node.replace_input_with(0, _rounded(writer, node.inputs[0], found, weight.dtype))
+            meter.advance(node.name or "")
     writer.finish()
     return len(products)
 
@@ -68,24 +70,11 @@ def _by_output(writer: Writer, weight: np.ndarray) -> ir.Value:
     return writer.one("DequantizeLinear", inputs, {"axis": 1})
 
 
-def _in_blocks(writer: Writer, weight: np.ndarray, block_size: int, power: np.ndarray | None) -> ir.Value:
-    """(in, out) in 4 bits with a scale for each block of inputs of each output.
-
-    Of a few scales the one with the least error in the product is taken, each input counting by its `power` (in,).
-    """
-    blocks = weight.astype(np.float32).reshape(-1, block_size, weight.shape[1])
-    importance = np.ones(len(weight), np.float32) if power is None else power + SMALLEST * power.mean()
-    importance = importance.reshape(-1, block_size, 1)
-    largest = np.abs(blocks).max(axis=1)
-    scale, least = np.empty((0,)), np.full(largest.shape, np.inf)
-    for share in SHARES:
-        candidate = _scale(largest * share, 7, weight.dtype)  # (blocks, out)
-        steps = candidate.astype(np.float32)[:, None]
-        error = (importance * np.square(np.rint(blocks / steps).clip(-8, 7) * steps - blocks)).sum(axis=1)
-        scale = candidate if not scale.size else np.where(error < least, candidate, scale)
-        least = np.minimum(error, least)
-    whole = np.rint(blocks / scale.astype(np.float32)[:, None]).clip(-8, 7).reshape(weight.shape)
-    inputs = [writer.constant(whole.astype(ml_dtypes.int4), "weight"), writer.constant(scale, "scale")]
+def _in_blocks(writer: Writer, weight: np.ndarray, block_size: int, found: Activations | None) -> ir.Value:
+    """(in, out) in 4 bits with a scale for each block of inputs of each output, rounded by what the product reads."""
+    rounded = round_weight(weight, block_size, None if found is None else found.moments, symmetric=True)
+    whole = rounded.codes.astype(np.int8) - np.int8(8)
+    inputs = [writer.constant(whole.astype(ml_dtypes.int4), "weight"), writer.constant(rounded.scales, "scale")]
     return writer.one("DequantizeLinear", inputs, {"axis": 0, "block_size": block_size})
 
 

@@ -13,6 +13,7 @@ from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.tools.runners.ort import OrtRunner
 
 TOKENS = 256  # of a text that is made up
+INT4_TEXTS = 8  # to round weights to 4 bits by; more gain little (docs/log.md). Everything else is seen in one
 POSITION_KEYS = ("max_position_embeddings", "n_positions", "n_ctx")  # in config.json, by family
 
 
@@ -29,16 +30,18 @@ def read_text(
     """What every product reads (graphs/products.py: Activations), by the product's name.
 
     model: an onnx_ir model after `open_products`, of the file `graph`. exported: the file as it was exported, with its
-    config.json. calibration: (batch, sequence) tokens of real text; None takes random ones, as massive activations
-    depend on the model more than on the text. symmetric: 8-bit scales have no zero point.
+    config.json. calibration: (texts, sequence) tokens of real text, of which as many rows are read as the precision
+    needs; None takes random ones, as what a product reads depends on the model more than on the text.
+    symmetric: 8-bit scales have no zero point.
     """
     from trsp_deploy.tools.graphs.products import measure_activations
 
+    texts = INT4_TEXTS if spec.precision == "int4" else 1
     with OrtRunner(graph, threads=spec.threads) as runner:
         if calibration is None:
-            calibration = np.random.default_rng(0).integers(runner.vocabulary, size=(1, text_length(exported)))
-        calibration = fitting(calibration, exported)
-        past = runner.empty_cache(len(calibration))
+            calibration = np.random.default_rng(0).integers(runner.vocabulary, size=(texts, text_length(exported)))
+        calibration = fitting(calibration[:texts], exported)
+        past = runner.empty_cache(1)
     return measure_activations(model, past, calibration, scratch, symmetric=symmetric)
 
 

@@ -16,7 +16,7 @@ from trsp_deploy.tools.runners.manifest import PassOutcome
 from trsp_deploy.tools.runners.ort import OrtRunner
 from trsp_deploy.tools.runners.requirements import one_line
 
-VERSION = "2"  # raise when what the passes make of a graph changes: engines are then built anew
+VERSION = "3"  # raise when what the passes make of a graph changes: engines are then built anew
 Pass = Callable[[Any], int]  # changes an onnx_ir model in place; returns in how many places, or raises NoMatch
 
 

@@ -1,0 +1,110 @@
+"""Weights in 4 bits: less lost on a text than by rounding to the nearest, in bytes that ONNX Runtime reads as meant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+from trsp_deploy.tools.graphs import quantize, rounding
+from trsp_deploy.tools.graphs.products import Activations
+from trsp_deploy.tools.graphs.rounding import Rounded, round_weight
+
+
+def numbers(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def together(tokens: int, inputs: int, rank: int = 8) -> np.ndarray:
+    """(tokens, inputs) of which a few directions carry most."""
+    return numbers(tokens, rank) @ numbers(rank, inputs, seed=1) + 0.1 * numbers(tokens, inputs, seed=2)
+
+
+def value_of(rounded: Rounded, block_size: int) -> np.ndarray:
+    scales, zeros = (
+        np.repeat(each, block_size, axis=0)[: len(rounded.codes)] for each in (rounded.scales, rounded.zeros)
+    )
+    return (rounded.codes.astype(np.float32) - zeros) * scales
+
+
+def lost(weight: np.ndarray, rounded: Rounded, block_size: int, read: np.ndarray) -> float:
+    wanted = read @ weight
+    return float(np.square(read @ value_of(rounded, block_size) - wanted).sum() / np.square(wanted).sum())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("together_at_most", [1024, 64])
+def test_what_one_input_loses_the_others_make_up_for(
+    symmetric: bool, together_at_most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounding, "MOST_TOGETHER", together_at_most)
+    weight, read = numbers(128, 48, seed=3), together(512, 128)
+    moments = Activations.of(read[:400], symmetric=False).moments
+    assert [len(part) for part in moments] == ([128] if together_at_most > 128 else [64, 64])
+    nearest = round_weight(weight, 32, None, symmetric=symmetric)
+    learned = round_weight(weight, 32, moments, symmetric=symmetric)
+    assert lost(weight, learned, 32, read[400:]) < 0.5 * lost(weight, nearest, 32, read[400:])
+    if symmetric:
+        assert (learned.zeros == 8).all()
+
+
+def test_without_a_text_every_weight_goes_to_its_nearest_number() -> None:
+    weight = numbers(64, 16)
+    rounded = round_weight(weight, 16, None, symmetric=False)
+    inside = (rounded.codes > 0) & (rounded.codes < 15)  # the others may lie beyond the range, which is narrowed
+    steps = np.repeat(rounded.scales, 16, axis=0)
+    assert inside.mean() > 0.5
+    assert (np.abs(value_of(rounded, 16) - weight)[inside] <= 0.5001 * steps[inside]).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_zeros_and_inputs_that_nothing_reads(dtype: type) -> None:
+    weight = np.zeros((32, 4), dtype)
+    weight[16:] = numbers(16, 4)
+    read = together(64, 32)
+    read[:, 20] = 0
+    rounded = round_weight(weight, 16, Activations.of(read, symmetric=False).moments, symmetric=True)
+    assert rounded.scales.dtype == dtype and np.isfinite(rounded.scales).all() and (rounded.scales > 0).all()
+    assert (value_of(rounded, 16)[:16] == 0).all()
+    assert lost(weight.astype(np.float32), rounded, 16, read) < 0.02
+
+
+def test_a_massive_token_counts_as_any_other() -> None:
+    read = together(100, 32)
+    massive = read.copy()
+    massive[0] *= 1000
+    plain, with_massive = (Activations.of(each, symmetric=False) for each in (read, massive))
+    np.testing.assert_allclose(with_massive.moments[0], plain.moments[0], rtol=1e-3, atol=1e-3)
+    assert with_massive.decibels < plain.decibels
+
+
+def test_texts_read_one_after_the_other_are_one_text() -> None:
+    read = together(90, 32)
+    whole, *parts = (Activations.of(each, symmetric=False) for each in (read, read[:30], read[30:]))
+    joined = parts[0].joined(parts[1])
+    np.testing.assert_allclose(joined.moments[0], whole.moments[0], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(joined.power, np.diag(whole.moments[0]), rtol=1e-4)
+    assert (joined.lowest, joined.highest) == (whole.lowest, whole.highest)
+    assert joined.decibels == min(part.decibels for part in parts)
+
+
+@pytest.mark.parametrize("zero_points", [True, False])
+@pytest.mark.parametrize("inputs", [64, 96, 100])  # an even number of blocks, an odd one, and a block that is shorter
+def test_onnx_runtime_reads_the_bytes_as_they_are_meant(inputs: int, zero_points: bool, tmp_path: Path) -> None:
+    weight, read = numbers(inputs, 24), numbers(5, inputs, seed=4)
+    x = ir.Value(name="x", shape=ir.Shape([5, inputs]), type=ir.TensorType(ir.DataType.FLOAT))
+    constant = ir.Value(
+        name="w", shape=ir.Shape(weight.shape), type=ir.TensorType(ir.DataType.FLOAT), const_value=ir.tensor(weight)
+    )
+    product = ir.node("MatMul", [x, constant], name="product")
+    product.outputs[0].name, product.outputs[0].type = "y", ir.TensorType(ir.DataType.FLOAT)
+    graph = ir.Graph([x], product.outputs, nodes=[product], initializers=[constant], opset_imports={"": 21}, name="g")
+    quantised = quantize.quantize_int4(ir.Model(graph, ir_version=10), 32, "none", {}, zero_points=zero_points)
+    ir.save(quantised, tmp_path / "int4.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "int4.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(["y"], {"x": read})
+    wanted = read @ value_of(round_weight(weight, 32, None, symmetric=not zero_points), 32)
+    assert np.abs(found - wanted).max() < 0.02 * np.abs(wanted).max()  # it rounds activations to 8 bits
