@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo triton-demo test test-breadth test-slow test-docs test-transformers5 test-triton test-network check format gpu quality quality-report bench-train bench-engines bench-proof bench-serving bench-memory faults coverage release docs clean
+.PHONY: demo triton-demo test test-breadth test-slow test-docs test-transformers5 test-triton test-network check format gpu quality quality-report bench-train bench-engines bench-sweep bench-proof bench-serving bench-memory faults coverage release docs clean
 
 demo: $(READY) ## prune a real model, build its engines and judge them: 12 to 19 minutes on 2 cores
 	$(BIN)/trsp-deploy fetch smollm2-135m exl-wiki wiki-demo c4-demo
@@ -77,6 +77,10 @@ bench-train: $(READY) ## stage 2 against Hugging Face's Trainer on the same batc
 bench-engines: $(READY) .venv-peers/.ready ## ours against Optimum, onnxruntime-genai and llama.cpp; QUICK=1: a few minutes
 	$(BIN)/trsp-deploy fetch smollm2-135m exl-wiki wiki-demo
 	$(BIN)/python -m benchmarks.engines $(if $(QUICK),--quick) $(ARGS)
+
+bench-sweep: $(READY) ## speed, memory and perplexity for 3, 6, 9 and 12 of 30 layers less, resumable: an hour
+	$(BIN)/trsp-deploy fetch smollm2-135m exl-wiki wiki-demo c4-demo
+	$(BIN)/python -m benchmarks.sweep $(ARGS)
 
 bench-proof: $(READY) ## can a comparison be believed? trials of known truth, under two hours, resumable; QUICK=1: ten minutes
 	$(BIN)/python -m benchmarks.proof $(if $(QUICK),--quick) $(ARGS)

@@ -1,0 +1,69 @@
+"""`make bench-sweep`: what it says of a sweep that was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import sweep as bench
+from tests.samples import made_up
+from tests.unit.test_sweeps import point
+from trsp_deploy.artifacts import provenance
+from trsp_deploy.tools.sweeps import Point, Sweep, Targets, choose
+
+
+def limited(found: Point, limit: float | None) -> Point:
+    assert found.comparison is not None
+    phases = tuple(phase.model_copy(update={"limit": limit}) for phase in found.comparison.phases)
+    return found.model_copy(update={"comparison": found.comparison.model_copy(update={"phases": phases})})
+
+
+@pytest.fixture
+def found() -> bench.Found:
+    unmeasured = point(9, 1.4, 2.0).model_copy(update={"comparison": None, "size_bytes": None})
+    points = (limited(point(3, 1.1, 1.2), 1.11), limited(point(6, 1.2, 1.5), 1.3), unmeasured)
+    sweep = Sweep(
+        model="tiny",
+        num_layers=30,
+        points=points,
+        targets=Targets(),
+        choice=choose(points, Targets()),
+        provenance=provenance().model_copy(update={"cpu": "Some CPU"}),
+    )
+    return bench.Found(sweep=sweep, comparisons={3: made_up(speedup=1.1)})
+
+
+def test_speed_is_judged_by_its_limit(found: bench.Found) -> None:
+    judged = bench.verdict(found)
+    assert judged["bench"] == "sweep" and judged["figures"].keys() == judged["targets"].keys() == judged["met"].keys()
+    assert judged["figures"]["drop_3_speedup_over_limit"] == pytest.approx(1.1 / 1.11, abs=2e-3)
+    assert list(judged["met"].values()) == [True, False, False], "what has no limit or did not run is not met"
+
+
+def test_the_page_and_the_plot_are_written_from_what_is_kept(
+    found: bench.Found, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/choosing-a-drop.md").write_text("before\n<!-- sweep:start -->\n<!-- sweep:end -->\nafter\n")
+    (tmp_path / "benchmarks/results").mkdir(parents=True)
+    (tmp_path / "benchmarks/results/sweep-some-cpu.json").write_text(found.model_dump_json())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["sweep", "--report"])
+    assert bench.main() == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert json.loads(lines[-1]) == bench.verdict(found)
+    page = (tmp_path / "docs/choosing-a-drop.md").read_text()
+    assert "| 3 of 30 |" in page and "not run" in page and page.startswith("before") and page.endswith("after\n")
+    assert (tmp_path / "docs/img/sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_sweep_that_fails_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["sweep", "--out", "sweep"])
+    monkeypatch.setattr(bench, "COUNTS", (0,))
+    assert bench.main() == 1
+    assert "sweep --recipe smollm2-135m --drop 0" in (last := capfd.readouterr().err.splitlines()[-1]) and "ended" in last
