@@ -10,7 +10,8 @@ import onnxruntime
 import pytest
 
 from trsp_deploy.tools.graphs import quantize, rounding
-from trsp_deploy.tools.graphs.products import Activations
+from trsp_deploy.tools.graphs.nodes import NoMatch
+from trsp_deploy.tools.graphs.products import Activations, check_finite
 from trsp_deploy.tools.graphs.rounding import Rounded, round_weight
 
 
@@ -108,3 +109,10 @@ def test_onnx_runtime_reads_the_bytes_as_they_are_meant(inputs: int, zero_points
     (found,) = session.run(["y"], {"x": read})
     wanted = read @ value_of(round_weight(weight, 32, None, symmetric=not zero_points), 32)
     assert np.abs(found - wanted).max() < 0.02 * np.abs(wanted).max()  # it rounds activations to 8 bits
+
+
+def test_what_reads_no_numbers_is_refused() -> None:
+    broken = together(10, 32)
+    broken[3, 4] = np.inf
+    with np.errstate(invalid="ignore"), pytest.raises(NoMatch, match="'down' reads numbers beyond the range of fp32"):
+        check_finite({"down": Activations.of(broken, symmetric=False)}, "fp32")

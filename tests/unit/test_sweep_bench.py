@@ -66,4 +66,6 @@ def test_a_sweep_that_fails_is_one_line(
     monkeypatch.setattr("sys.argv", ["sweep", "--out", "sweep"])
     monkeypatch.setattr(bench, "COUNTS", (0,))
     assert bench.main() == 1
-    assert "sweep --recipe smollm2-135m --drop 0" in (last := capfd.readouterr().err.splitlines()[-1]) and "ended" in last
+    assert (
+        "sweep --recipe smollm2-135m --drop 0" in (last := capfd.readouterr().err.splitlines()[-1]) and "ended" in last
+    )

@@ -88,26 +88,19 @@ def _round_block(
 
 def _grid(block: np.ndarray, power: np.ndarray, dtype: np.dtype, symmetric: bool) -> tuple[np.ndarray, np.ndarray]:
     """Scales and zero points (out,) for a block of inputs (block, out), the best of SHARES for each output."""
-    if symmetric:
-        lowest = highest = np.abs(block).max(axis=0)
-        steps = LEVELS // 2 - 1
-    else:
-        lowest, highest = -np.minimum(block.min(axis=0), 0), np.maximum(block.max(axis=0), 0)
-        steps = LEVELS - 1
-    smallest = np.finfo(dtype).smallest_normal  # a block of zeros has a scale too
-    best = None
+    below, above = -np.minimum(block.min(axis=0), 0), np.maximum(block.max(axis=0), 0)
+    step = np.maximum(below, above) / (LEVELS // 2 - 1) if symmetric else (below + above) / (LEVELS - 1)
+    scales, zeros, lost = [], [], []
     for share in SHARES:
-        scale = np.maximum((highest if symmetric else lowest + highest) * share / steps, smallest).astype(dtype)
+        scale = np.maximum(share * step, np.finfo(dtype).smallest_normal).astype(dtype)  # a block of zeros has one too
         wide = scale.astype(np.float32)
-        zero = np.full(scale.shape, LEVELS // 2, np.uint8) if symmetric else np.rint(lowest * share / wide)
+        zero = np.full(scale.shape, LEVELS // 2) if symmetric else np.rint(share * below / wide)
         zero = zero.clip(0, LEVELS - 1).astype(np.uint8)
-        lost = (power * np.square((_codes(block, wide, zero) - zero) * wide - block)).sum(axis=0)
-        if best is None:
-            best = scale, zero, lost
-        else:
-            best = tuple(np.where(lost < best[2], *pair) for pair in zip((scale, zero, lost), best, strict=True))
-    assert best is not None
-    return best[0], best[1]
+        scales.append(scale)
+        zeros.append(zero)
+        lost.append((power * np.square((_codes(block, wide, zero) - zero) * wide - block)).sum(axis=0))
+    best = np.argmin(lost, axis=0)[None]
+    return np.take_along_axis(np.stack(scales), best, 0)[0], np.take_along_axis(np.stack(zeros), best, 0)[0]
 
 
 def _codes(weights: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> np.ndarray:
