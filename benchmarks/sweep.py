@@ -155,7 +155,8 @@ def draw(every: list[Found], path: Path) -> None:
         panel.set_title(f"SmolLM2-135M-Instruct, {ENGINE}, {found.sweep.provenance.cpu}", fontsize=11)
         panel.set_xlabel("times as fast, end to end")
         panel.set_ylabel("perplexity, times dense")
-        panel.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, 0.92))
+        panel.margins(y=0.1)
+        panel.legend(frameon=False, loc="lower right")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     with writing(path) as partial:

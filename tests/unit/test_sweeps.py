@@ -34,13 +34,13 @@ POINTS = [point(2, 1.1, 1.05), point(4, 1.2, 1.2), point(6, 1.35, 1.5), point(8,
 @pytest.mark.parametrize(
     ("targets", "count", "words"),
     [
-        ({"min_speedup": 1.25}, 6, ["fast enough: 1.35x of 1.25x end to end", "4 gives 1.20x"]),
+        ({"min_speedup": 1.25}, 6, ["fast enough: 1.35x (1.35 to 1.35) of 1.25x end to end", "4 gives 1.20x"]),
         ({"min_speedup": 1.05}, 2, ["the smallest cut that was tried"]),
         ({"max_ppl_ratio": 1.3}, 4, ["the most that quality allows", "of at most 1.3x; 6 would cost 1.50x"]),
         ({"max_ppl_ratio": 9}, 8, ["more was not tried"]),
         ({"min_speedup": 1.15, "max_ppl_ratio": 1.3}, 4, ["2 gives 1.10x"]),
         ({"min_speedup": 1.25, "max_ppl_ratio": 1.3}, None, ["speed needs at least 6", "1.3x allows 4"]),
-        ({"min_speedup": 2}, None, ["the largest cut, 8, is not fast enough: 1.50x of 2x"]),
+        ({"min_speedup": 2}, None, ["the largest cut, 8, is not fast enough: 1.50x (1.50 to 1.50) of 2x"]),
         ({"max_ppl_ratio": 1.01}, None, ["the smallest cut, 2, costs 1.05x"]),
         ({"max_latency_s": 0.0084}, 4, ["8.3 ms of 8.4 ms a token", "2 gives 9.1 ms"]),
         ({}, None, ["no target was given"]),
@@ -49,6 +49,15 @@ POINTS = [point(2, 1.1, 1.05), point(4, 1.2, 1.2), point(6, 1.35, 1.5), point(8,
 def test_the_choice_and_the_limit_that_bound(targets: dict[str, float], count: int | None, words: list[str]) -> None:
     found = choose(POINTS, Targets(**targets))
     assert found.num_dropped == count and all(word in found.reason for word in words), found.reason
+
+
+def test_a_speed_up_counts_for_no_more_than_its_limit() -> None:
+    drifted = point(2, 1.3, 1.05)
+    assert drifted.comparison is not None
+    phases = tuple(phase.model_copy(update={"limit": 1.1}) for phase in drifted.comparison.phases)
+    drifted = drifted.model_copy(update={"comparison": drifted.comparison.model_copy(update={"phases": phases})})
+    found = choose([drifted, point(6, 1.35, 1.5)], Targets(min_speedup=1.2))
+    assert found.num_dropped == 6 and "2 gives 1.30x (1.30 to 1.30, and the limit is 1.10x)" in found.reason
 
 
 def test_without_a_wish_for_speed_nothing_is_said_of_it() -> None:
