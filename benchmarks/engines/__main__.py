@@ -64,6 +64,7 @@ TARGETS: dict[str, tuple[float, str, str]] = {
     "pruned_int4": (0.95, "at least", "7 of 30 layers less, int4: measured speed-up over its limit"),
 }
 Samples = dict[str, list[dict[str, Any]]]  # contender -> one block a round
+Weights = dict[str, tuple[float, float]]  # precision -> bytes a weight of our layers, and of our LM head
 
 
 class Found(Strict):
@@ -75,6 +76,7 @@ class Found(Strict):
     perplexity: dict[str, float]
     bandwidths: tuple[float, ...]  # bytes/s that the machine read in each round of the first race
     peers: dict[str, str] = Field(default_factory=dict)  # versions in the peers' environment
+    weights: Weights = Field(default_factory=dict)  # where it is empty, what limits.stored says
     vnni: bool = True  # whether integer products are quick and exact: processors of one name differ in it
 
     @property
@@ -126,6 +128,7 @@ def run(options: argparse.Namespace) -> Found:
         perplexity=_perplexities(options.peers),
         bandwidths=tuple(bandwidths),
         peers=subjects.peer_versions(options.peers),
+        weights={precision: stored_by(load_engine_spec(f"ort-cpu-{precision}"))[1:3] for precision in PRECISIONS},
         vnni=adds_int8_exactly(),
     )
     if not options.quick:
@@ -136,11 +139,13 @@ def run(options: argparse.Namespace) -> Found:
 
 def figures(found: Found) -> dict[str, float | None]:
     """One number for each target; None where something that it needs was not there."""
-    values = ratios(found.samples, found.bandwidths, found.perplexity)
+    values = ratios(found.samples, found.bandwidths, found.perplexity, found.weights)
     return {name: None if value is None else value.ratio for name, value in values.items()}
 
 
-def ratios(samples: Samples, bandwidths: Sequence[float], perplexities: dict[str, float]) -> dict[str, Ratio | None]:
+def ratios(
+    samples: Samples, bandwidths: Sequence[float], perplexities: dict[str, float], weights: Weights
+) -> dict[str, Ratio | None]:
     """What each target is held against; None where something that it needs was not there."""
 
     def times(label: str, part: str = "decode_s") -> list[float]:
@@ -157,7 +162,9 @@ def ratios(samples: Samples, bandwidths: Sequence[float], perplexities: dict[str
     def kept(precision: str) -> Ratio | None:
         dense, pruned = (decoder_size(subjects.model(name)) for name in ("dense", "pruned"))
         case = Case(batch_size=1, prompt_tokens=PROMPT, new_tokens=NEW_TOKENS)
-        limit = speed_limit(dense, pruned, stored_by(load_engine_spec(f"ort-cpu-{precision}")), case)
+        how = stored(precision)  # type: ignore[arg-type]
+        layers, head = weights.get(precision, how[1:3])
+        limit = speed_limit(dense, pruned, how._replace(layers=layers, head=head), case)
         found = ratio(f"ours {precision}", f"pruned {precision}")
         return None if found is None else _scaled(found, 1 / limit.decode)
 
@@ -367,7 +374,7 @@ def text(found: Found) -> str:
 
 def markdown_text(found: Found) -> str:
     """The table for a page, and every target with what was measured."""
-    values = ratios(found.samples, found.bandwidths, found.perplexity)
+    values = ratios(found.samples, found.bandwidths, found.perplexity, found.weights)
     met = verdict(figures(found))["met"]
     targets = [
         [meaning, f"{sense} {bound:g}", _with_interval(values[name]), _said(met[name])]

@@ -48,7 +48,7 @@ def samples(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[dict[str, Any]]]:
 
 
 def test_figures(samples: dict[str, list[dict[str, Any]]]) -> None:
-    ratios = bench.ratios(samples, [11_000 * 4 / 9e-3] * 3, {"ours int4": 30.0, "genai int4": 33.0})
+    ratios = bench.ratios(samples, [11_000 * 4 / 9e-3] * 3, {"ours int4": 30.0, "genai int4": 33.0}, {"fp32": (4, 4)})
     found = {name: value.ratio for name, value in ratios.items() if value is not None}
     assert found["fp32_decode_to_genai"] == pytest.approx(1.2)
     assert found["fp32_decode_to_optimum"] == pytest.approx(2.0)
@@ -62,7 +62,7 @@ def test_figures(samples: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def test_what_is_not_measured_is_not_met(samples: dict[str, list[dict[str, Any]]]) -> None:
-    ratios = bench.ratios(samples, [1e9], {})
+    ratios = bench.ratios(samples, [1e9], {}, {})
     found = bench.verdict({name: None if value is None else value.ratio for name, value in ratios.items()})
     assert found["figures"].keys() == found["targets"].keys() == found["met"].keys()
     for name in ("gpt2_decode_to_optimum", "int4_perplexity_to_genai", "batch_int8"):
