@@ -53,8 +53,8 @@ def collapses() -> bool:
 def test_what_is_allocated_inside_moves_and_keeps_its_bytes():
     with in_huge_pages():
         memory = region()
-        assert huge_bytes(memory) == 0
-    assert huge_bytes(memory) >= LENGTH - 2 * SIZE  # its ends need not lie on a boundary
+        before = huge_bytes(memory)  # of a neighbour that the kernel joined it to: an earlier test's
+    assert huge_bytes(memory) >= before + LENGTH - 2 * SIZE  # its ends need not lie on a boundary
     assert memory[:] == PATTERN
 
 
@@ -62,9 +62,10 @@ def test_what_is_allocated_inside_moves_and_keeps_its_bytes():
 def test_what_was_there_before_stays():
     memory = region()
     guard = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ)  # so that nothing new joins its region
+    before = huge_bytes(memory)
     with in_huge_pages():
         pass
-    assert huge_bytes(memory) == 0
+    assert huge_bytes(memory) == before
     guard.close()
 
 
