@@ -53,7 +53,7 @@ def main() -> int:
         if not options.report:
             measured = measure(options.out)
             with writing(results_path("sweep", measured.sweep.provenance.cpu)) as partial:
-                partial.write_text(measured.model_dump_json(indent=1) + "\n", encoding="utf-8")
+                partial.write_text(measured.model_dump_json() + "\n", encoding="utf-8")
         every = [Found.model_validate_json(text) for text in every_machine("sweep")]
         put_between_markers(PAGE, "\n\n".join(text(found) for found in every), "sweep")
         draw(every, PLOT)

@@ -23,6 +23,7 @@ from trsp_deploy.tools.report import (
     Report,
     verdict,
 )
+from trsp_deploy.tools.sweeps import Point
 
 NEW_TOKENS = 4
 NEW_TOKENS_SERVED = 16
@@ -175,4 +176,22 @@ def made_up_report(comparison: Comparison, model: str = "tiny") -> Report:
             calibration="made up",
         ),
         provenance=provenance(),
+    )
+
+
+def made_up_point(count: int, speed: float, ppl: float, limit: float | None = None) -> Point:
+    """One number of layers of a sweep. limit: of every phase's speed-up."""
+    found = compare(made_up(speedup=speed, noise=1e-6))
+    phases = tuple(phase.model_copy(update={"limit": limit}) for phase in found.phases)
+    quality = made_up_report(made_up()).quality["text"]
+    return Point(
+        num_dropped=count,
+        dropped=tuple(range(count)),
+        folder=f"drop-{count}",
+        engine="ort-cpu-fp32",
+        parameters_dropped_share=count / 10,
+        quality={"text": quality.model_copy(update={"ratio": ppl, "ratio_low": ppl - 0.1, "ratio_high": ppl + 0.1})},
+        comparison=found.model_copy(update={"phases": phases}),
+        size_bytes=10**8,
+        dense_size_bytes=2 * 10**8,
     )

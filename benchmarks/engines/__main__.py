@@ -15,7 +15,7 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,9 @@ from benchmarks.pages import markdown, put_between_markers
 from trsp_deploy.artifacts import Provenance, provenance, writing
 from trsp_deploy.decoder import decoder_size
 from trsp_deploy.errors import EngineUnavailable, TrspError
-from trsp_deploy.recipe import Case, Strict
+from trsp_deploy.recipe import Case, Precision, Strict
 from trsp_deploy.tools.library import load_engine_spec
-from trsp_deploy.tools.limits import decode_bytes, speed_limit, stored, stored_by
+from trsp_deploy.tools.limits import Stored, decode_bytes, speed_limit, stored, stored_by
 from trsp_deploy.tools.packaged import find_asset
 from trsp_deploy.tools.rates import measure_rates
 from trsp_deploy.tools.runners import open_engine
@@ -40,7 +40,7 @@ from trsp_deploy.tools.statistics import Ratio, paired_ratio
 from trsp_deploy.tools.worker import Worker
 
 DOC, README = Path("docs/engines.md"), Path("README.md")
-PRECISIONS = ("fp32", "int8", "int4")
+PRECISIONS: tuple[Precision, ...] = ("fp32", "int8", "int4")
 PROMPT, NEW_TOKENS, ROUNDS = 128, 128, 11
 WARM_TOKENS = 4
 LONG_PROMPT, LONG_NEW, CONTEXT = 1900, 32, 2048
@@ -64,7 +64,6 @@ TARGETS: dict[str, tuple[float, str, str]] = {
     "pruned_int4": (0.95, "at least", "7 of 30 layers less, int4: measured speed-up over its limit"),
 }
 Samples = dict[str, list[dict[str, Any]]]  # contender -> one block a round
-Weights = dict[str, tuple[float, float]]  # precision -> bytes a weight of our layers, and of our LM head
 
 
 class Found(Strict):
@@ -76,7 +75,7 @@ class Found(Strict):
     perplexity: dict[str, float]
     bandwidths: tuple[float, ...]  # bytes/s that the machine read in each round of the first race
     peers: dict[str, str] = Field(default_factory=dict)  # versions in the peers' environment
-    weights: Weights = Field(default_factory=dict)  # where it is empty, what limits.stored says
+    stored: dict[Precision, Stored] = Field(default_factory=dict)  # our engines; else as `limits.stored` says
     vnni: bool = True  # whether integer products are quick and exact: processors of one name differ in it
 
     @property
@@ -128,7 +127,7 @@ def run(options: argparse.Namespace) -> Found:
         perplexity=_perplexities(options.peers),
         bandwidths=tuple(bandwidths),
         peers=subjects.peer_versions(options.peers),
-        weights={precision: stored_by(load_engine_spec(f"ort-cpu-{precision}"))[1:3] for precision in PRECISIONS},
+        stored={precision: stored_by(load_engine_spec(f"ort-cpu-{precision}")) for precision in PRECISIONS},
         vnni=adds_int8_exactly(),
     )
     if not options.quick:
@@ -139,12 +138,12 @@ def run(options: argparse.Namespace) -> Found:
 
 def figures(found: Found) -> dict[str, float | None]:
     """One number for each target; None where something that it needs was not there."""
-    values = ratios(found.samples, found.bandwidths, found.perplexity, found.weights)
+    values = ratios(found.samples, found.bandwidths, found.perplexity, found.stored)
     return {name: None if value is None else value.ratio for name, value in values.items()}
 
 
 def ratios(
-    samples: Samples, bandwidths: Sequence[float], perplexities: dict[str, float], weights: Weights
+    samples: Samples, bandwidths: Sequence[float], perplexities: dict[str, float], ours: Mapping[Precision, Stored]
 ) -> dict[str, Ratio | None]:
     """What each target is held against; None where something that it needs was not there."""
 
@@ -159,12 +158,10 @@ def ratios(
         found = ratio(f"ours {precision}, batch 1", f"ours {precision}, batch {BATCH}")
         return None if found is None else _scaled(found, BATCH)
 
-    def kept(precision: str) -> Ratio | None:
+    def kept(precision: Precision) -> Ratio | None:
         dense, pruned = (decoder_size(subjects.model(name)) for name in ("dense", "pruned"))
         case = Case(batch_size=1, prompt_tokens=PROMPT, new_tokens=NEW_TOKENS)
-        how = stored(precision)  # type: ignore[arg-type]
-        layers, head = weights.get(precision, how[1:3])
-        limit = speed_limit(dense, pruned, how._replace(layers=layers, head=head), case)
+        limit = speed_limit(dense, pruned, ours.get(precision, stored(precision)), case)
         found = ratio(f"ours {precision}", f"pruned {precision}")
         return None if found is None else _scaled(found, 1 / limit.decode)
 
@@ -374,7 +371,7 @@ def text(found: Found) -> str:
 
 def markdown_text(found: Found) -> str:
     """The table for a page, and every target with what was measured."""
-    values = ratios(found.samples, found.bandwidths, found.perplexity, found.weights)
+    values = ratios(found.samples, found.bandwidths, found.perplexity, found.stored)
     met = verdict(figures(found))["met"]
     targets = [
         [meaning, f"{sense} {bound:g}", _with_interval(values[name]), _said(met[name])]

@@ -22,6 +22,7 @@ from trsp_deploy.stages.export import FILE, export_onnx
 from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.models import resolve_model
 from trsp_deploy.tools.quiet import quiet_libraries
+from trsp_deploy.tools.runners.calibration import INT4_TEXTS
 from trsp_deploy.tools.texts import load_texts, tokenize_windows
 
 HOME = Path("runs/bench-engines")
@@ -122,13 +123,11 @@ def peer_versions(python: Path) -> dict[str, str]:
 
 def calibration() -> np.ndarray:
     """Tokens (8, 512) of exl-wiki: what is judged on wiki-demo is not tuned to it."""
-    texts = load_texts("exl-wiki", "calibration")
-    return tokenize_windows(texts, load_tokenizer(model("dense")), 512, 8, "exl-wiki").numpy()
+    return windows(512, INT4_TEXTS, "exl-wiki")
 
 
-def windows(tokens: int, count: int) -> np.ndarray:
-    """(count, tokens) of wiki-demo."""
-    texts = load_texts("wiki-demo", "evaluation")
-    found = tokenize_windows(texts, load_tokenizer(model("dense")), tokens, count, "wiki-demo")
+def windows(tokens: int, count: int, name: str = "wiki-demo") -> np.ndarray:
+    """(count, tokens) of a text."""
+    found = tokenize_windows(load_texts(name, "evaluation"), load_tokenizer(model("dense")), tokens, count, name)
     array: np.ndarray = found.numpy()
     return array

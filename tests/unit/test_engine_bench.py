@@ -12,6 +12,7 @@ from benchmarks.engines import __main__ as bench
 from benchmarks.engines import subjects
 from benchmarks.engines.peers import negative_log_likelihood
 from trsp_deploy.decoder import DecoderSize, WeightCounts
+from trsp_deploy.tools.limits import stored
 
 TOKEN_MS = {
     "ours fp32": 10.0,
@@ -48,7 +49,9 @@ def samples(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[dict[str, Any]]]:
 
 
 def test_figures(samples: dict[str, list[dict[str, Any]]]) -> None:
-    ratios = bench.ratios(samples, [11_000 * 4 / 9e-3] * 3, {"ours int4": 30.0, "genai int4": 33.0}, {"fp32": (4, 4)})
+    ratios = bench.ratios(
+        samples, [11_000 * 4 / 9e-3] * 3, {"ours int4": 30.0, "genai int4": 33.0}, {"fp32": stored("fp32")}
+    )
     found = {name: value.ratio for name, value in ratios.items() if value is not None}
     assert found["fp32_decode_to_genai"] == pytest.approx(1.2)
     assert found["fp32_decode_to_optimum"] == pytest.approx(2.0)

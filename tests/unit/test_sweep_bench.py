@@ -8,22 +8,15 @@ from pathlib import Path
 import pytest
 
 from benchmarks import sweep as bench
-from tests.samples import made_up
-from tests.unit.test_sweeps import point
+from tests.samples import made_up, made_up_point
 from trsp_deploy.artifacts import provenance
-from trsp_deploy.tools.sweeps import Point, Sweep, Targets, choose
-
-
-def limited(found: Point, limit: float | None) -> Point:
-    assert found.comparison is not None
-    phases = tuple(phase.model_copy(update={"limit": limit}) for phase in found.comparison.phases)
-    return found.model_copy(update={"comparison": found.comparison.model_copy(update={"phases": phases})})
+from trsp_deploy.tools.sweeps import Sweep, Targets, choose
 
 
 @pytest.fixture
 def found() -> bench.Found:
-    unmeasured = point(9, 1.4, 2.0).model_copy(update={"comparison": None, "size_bytes": None})
-    points = (limited(point(3, 1.1, 1.2), 1.11), limited(point(6, 1.2, 1.5), 1.3), unmeasured)
+    unmeasured = made_up_point(9, 1.4, 2.0).model_copy(update={"comparison": None, "size_bytes": None})
+    points = (made_up_point(3, 1.1, 1.2, limit=1.11), made_up_point(6, 1.2, 1.5, limit=1.3), unmeasured)
     sweep = Sweep(
         model="tiny",
         num_layers=30,

@@ -4,31 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from tests.samples import made_up, made_up_report
+from tests.samples import made_up_point
 from trsp_deploy.artifacts import provenance
 from trsp_deploy.errors import RecipeError
 from trsp_deploy.recipe import parse_drops
-from trsp_deploy.tools.comparisons import compare
 from trsp_deploy.tools.pages import sweep_page
-from trsp_deploy.tools.sweeps import Point, Sweep, Targets, choose
+from trsp_deploy.tools.sweeps import Sweep, Targets, choose
 
-
-def point(count: int, speed: float, ppl: float) -> Point:
-    quality = made_up_report(made_up()).quality["text"]
-    return Point(
-        num_dropped=count,
-        dropped=tuple(range(count)),
-        folder=f"drop-{count}",
-        engine="ort-cpu-fp32",
-        parameters_dropped_share=count / 10,
-        quality={"text": quality.model_copy(update={"ratio": ppl, "ratio_low": ppl - 0.1, "ratio_high": ppl + 0.1})},
-        comparison=compare(made_up(speedup=speed, noise=1e-6)),
-        size_bytes=10**8,
-        dense_size_bytes=2 * 10**8,
-    )
-
-
-POINTS = [point(2, 1.1, 1.05), point(4, 1.2, 1.2), point(6, 1.35, 1.5), point(8, 1.5, 2.5)]
+POINTS = [
+    made_up_point(2, 1.1, 1.05),
+    made_up_point(4, 1.2, 1.2),
+    made_up_point(6, 1.35, 1.5),
+    made_up_point(8, 1.5, 2.5),
+]
 
 
 @pytest.mark.parametrize(
@@ -52,11 +40,8 @@ def test_the_choice_and_the_limit_that_bound(targets: dict[str, float], count: i
 
 
 def test_a_speed_up_counts_for_no_more_than_its_limit() -> None:
-    drifted = point(2, 1.3, 1.05)
-    assert drifted.comparison is not None
-    phases = tuple(phase.model_copy(update={"limit": 1.1}) for phase in drifted.comparison.phases)
-    drifted = drifted.model_copy(update={"comparison": drifted.comparison.model_copy(update={"phases": phases})})
-    found = choose([drifted, point(6, 1.35, 1.5)], Targets(min_speedup=1.2))
+    drifted = made_up_point(2, 1.3, 1.05, limit=1.1)
+    found = choose([drifted, made_up_point(6, 1.35, 1.5)], Targets(min_speedup=1.2))
     assert found.num_dropped == 6 and "2 gives 1.30x (1.30 to 1.30, and the limit is 1.10x)" in found.reason
 
 
@@ -65,7 +50,9 @@ def test_without_a_wish_for_speed_nothing_is_said_of_it() -> None:
 
 
 def test_a_smaller_cut_that_was_refused_for_its_quality_is_named_with_it() -> None:
-    found = choose([point(2, 1.3, 1.6), point(4, 1.4, 1.2)], Targets(min_speedup=1.2, max_ppl_ratio=1.3))
+    found = choose(
+        [made_up_point(2, 1.3, 1.6), made_up_point(4, 1.4, 1.2)], Targets(min_speedup=1.2, max_ppl_ratio=1.3)
+    )
     assert found.num_dropped == 4 and "2 costs 1.60x perplexity" in found.reason
 
 

@@ -19,6 +19,7 @@ from trsp_deploy.results import ROLES, OnnxModel, Role
 from trsp_deploy.stages import build, export
 from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.runners import EngineManifest, bound_to, check_can_build, check_can_run
+from trsp_deploy.tools.runners.calibration import INT4_TEXTS
 from trsp_deploy.tools.runners.manifest import Bound
 from trsp_deploy.tools.runners.passes import VERSION as PASSES
 from trsp_deploy.tools.runners.requirements import package_version
@@ -28,7 +29,7 @@ AUTO_ENGINES = {
     "cpu": ("ort-cpu-fp32", "tensorrt-rtx-fp16"),
     "cuda": ("ort-cuda-fp16", "tensorrt-fp16", "tensorrt-rtx-fp16"),
 }
-CALIBRATION_TEXTS, CALIBRATION_TOKENS = 8, 512  # of the text that an engine's choices are made on
+CALIBRATION_TOKENS = 512  # of each text that an engine's choices are made on
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ class Engines:
         train, _ = self.inputs.calibration_windows()
         tokens: np.ndarray = train.flatten().numpy()
         length = min(len(tokens), CALIBRATION_TOKENS)
-        texts = min(len(tokens) // length, CALIBRATION_TEXTS)
+        texts = min(len(tokens) // length, INT4_TEXTS)  # who needs fewer reads fewer
         return tokens[: texts * length].reshape(texts, length)
 
     def _specs(self) -> list[EngineSpec]:

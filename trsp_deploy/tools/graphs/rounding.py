@@ -4,8 +4,8 @@ GPTQ (Frantar et al. 2023, arXiv 2210.17323, algorithm 1): inputs are rounded on
 loses is made up for by those that are not rounded yet, as far as the text has them go together. A block's scale is the
 one of a few that loses least, each input counting by its power.
 
-Every token counts alike, whatever its size (`measure_activations` scales them): the few massive ones of an attention
-sink would else decide everything, and GPTQ then loses more than rounding to the nearest (docs/log.md).
+Every token counts alike, whatever its size (`Activations.of` scales them): the few massive ones of an attention sink
+would else decide everything, and GPTQ then gains little or loses (docs/log.md).
 """
 
 from __future__ import annotations

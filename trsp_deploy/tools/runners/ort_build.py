@@ -65,9 +65,9 @@ def prepare(
 ) -> tuple[Path, tuple[PassOutcome, ...]]:
     """Run the spec's passes over a decoder's graph; returns the graph that came out and what each pass did.
 
-    onnx: stays as it is. scratch: an empty folder for the graphs in between. calibration: (batch, sequence) tokens of
-    real text, for int8 and int4; None takes random ones. A pass that does not fit the graph, or
-    after which the logits differ, is left out and says why: the engine is then slower, and right.
+    onnx: stays as it is. scratch: an empty folder for the graphs in between. calibration: (texts, sequence) tokens of
+    real text, for int8 and int4; None takes random ones. A pass that does not fit the graph, or after which the logits
+    differ, is left out and says why: the engine is then slower, and right.
     """
     current, outcomes = run_passes(onnx, fusions(onnx) if spec.fuse else {}, spec, scratch)
     if spec.precision in ("int8", "int4"):
@@ -114,9 +114,14 @@ def _quantise(
     products.pack_products(model, head)  # fewer kernels: 10% of an int8 step on two cores, 2 to 8% of an int4 one
     kept = costs.chosen(model, head, activations, spec)
     if spec.precision == "int4":
-        bits, zeros = spec.head_bits, spec.zero_points
         model = quantize.quantize_int4(
-            model, spec.block_size, head, activations, kept, head_bits=bits, zero_points=zeros
+            model,
+            spec.block_size,
+            head,
+            activations,
+            kept,
+            head_bits=spec.head_bits,
+            zero_points=spec.zero_points,
         )
     else:
         reduced = not adds_int8_exactly()

@@ -97,7 +97,7 @@ def prepare(
 ) -> tuple[Path, tuple[PassOutcome, ...]]:
     """The graph that TensorRT reads, and what each pass did.
 
-    onnx: stays as it is. scratch: an empty folder for the graphs in between. calibration: (batch, sequence) tokens of
+    onnx: stays as it is. scratch: an empty folder for the graphs in between. calibration: (texts, sequence) tokens of
     real text, for int8 and int4; None takes random ones. ONNX Runtime on the CPU proves the passes and reads the text.
     Raises EngineUnavailable when the spec wants a cache of fixed length and the graph does not fit.
     """
