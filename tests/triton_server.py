@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import urllib.error
 import urllib.request
@@ -64,6 +65,10 @@ class TritonServer:
     def grpc(self) -> str:
         """Address."""
         return f"127.0.0.1:{self.server.grpc}"
+
+    def crashed(self) -> bool:
+        """Whether Triton's own code ended it: the model's runs in a process of its own."""
+        return re.search(r"^Signal \((6|11)\) received", Path(self.server.log).read_text(), re.MULTILINE) is not None
 
     def metric(self, name: str, **labels: str) -> float:
         """One of the server's metrics."""

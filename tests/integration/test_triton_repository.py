@@ -30,6 +30,9 @@ from trsp_deploy.tools.triton_config import SCHEMA, parse_config, warmup_file
 
 needs_schema = pytest.mark.skipif(find_asset(SCHEMA) is None, reason=f"needs: trsp-deploy fetch {SCHEMA}")
 needs_server = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+# Until release 25.04 Triton's gRPC handler may abort when a stream is cancelled just as it ends (its pull request
+# 8078); the 24.10 that nvidia-pytriton holds did so once in CI.
+GRPC_RACE_TRIALS = 3
 PROMPTS = [english()[start : start + 30] for start in range(0, 20_000, 1_000)]
 
 
@@ -220,7 +223,21 @@ def test_200_bad_requests_get_a_line_each_and_the_server_goes_on(server: TritonS
 
 @needs_schema
 @needs_server
-def test_1000_requests_30_percent_cancelled_leave_memory_flat_and_texts_right(server: TritonServer, run: Path) -> None:
+def test_1000_requests_30_percent_cancelled_leave_memory_flat_and_texts_right(
+    repository: Path, run: Path, tmp_path: Path
+) -> None:
+    alone = Path(shutil.copytree(repository, tmp_path / "repository"))
+    for trial in range(GRPC_RACE_TRIALS):
+        with TritonServer(alone) as server:  # one of its own: the other tests' must outlive it
+            try:
+                ask_and_cancel(server, run)
+                break
+            except AssertionError:
+                if not server.crashed() or trial == GRPC_RACE_TRIALS - 1:
+                    raise
+
+
+def ask_and_cancel(server: TritonServer, run: Path) -> None:
     asked = {"prompts": PROMPTS, "max_tokens": 16}
 
     def ask(count: int, seed: int) -> dict[str, Any]:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from trsp_deploy.tools.triton_config import IDLE_S
 
-# A container whose Python backend knows cancelled requests. Any later one will do for an ONNX Runtime engine, whose
-# package is installed into it. Not tried: no Docker was at hand.
-CONTAINER = "nvcr.io/nvidia/tritonserver:25.02-py3"
+# Until 25.04 a cancelled gRPC stream may bring the server down (Triton's pull request 8078), and NVIDIA's security
+# bulletin 5816 asks for 26.02. Any later one will do for an ONNX Runtime engine, whose package is installed into it.
+# Not tried: no Docker was at hand.
+CONTAINER = "nvcr.io/nvidia/tritonserver:26.02-py3"
 
 
 def readme(names: Sequence[str], packages: Sequence[str], on_gpu: bool, gpu: str | None, limits: Sequence[str]) -> str:
