@@ -349,7 +349,10 @@ NUMBER = r"[0-9]{1,9}(?:\.[0-9]{1,9})?"
 MOST_POINTS = 1000  # in a range of drops
 
 
-def parse_drop(drop: str, num_layers: int) -> int:
+UNREAD = 10**9  # layers of a model that was not read yet: more than any count, so that only a share can drop them all
+
+
+def parse_drop(drop: str, num_layers: int = UNREAD) -> int:
     """Turn `25%` or `8` into a number of layers, rounding half up.
 
     Raises RecipeError when it is neither, when it drops nothing, or leaves no layer.
@@ -362,6 +365,9 @@ def parse_drop(drop: str, num_layers: int) -> int:
         count = int(text)
     else:
         raise RecipeError(f"--drop '{drop}': give a share such as 25% or a count of layers such as 8")
+    if num_layers == UNREAD and not 1 <= count < num_layers:
+        what = "no layer" if count < 1 else "every layer"
+        raise RecipeError(f"--drop '{drop}' drops {what}: at least 1 must go and at least 1 must stay")
     if not 1 <= count < num_layers:
         raise RecipeError(
             f"--drop '{drop}' is {count} of the model's {num_layers} layers: "
@@ -371,7 +377,7 @@ def parse_drop(drop: str, num_layers: int) -> int:
     return count
 
 
-def parse_drops(drops: str, num_layers: int) -> tuple[int, ...]:
+def parse_drops(drops: str, num_layers: int = UNREAD) -> tuple[int, ...]:
     """Turn a range (`5%..50%`, `2..12:2`; steps of 5% or 1) or a list (`10%,4,25%`) into numbers of layers, ascending.
 
     Raises RecipeError as `parse_drop` does, and when a range has no beginning, no end, or they are of two kinds.

@@ -10,8 +10,6 @@ import pytest
 from tests.integration.test_check import trsp_deploy
 from tests.tiny import english, save_tiny
 
-pytestmark = pytest.mark.alone
-
 SETTINGS = [
     "calibration.context_length=32",
     "calibration.max_windows=8",

@@ -26,6 +26,7 @@ from trsp_deploy.recipe import BenchSettings, parse_drops
 from trsp_deploy.stages import zeroshot
 from trsp_deploy.stages.bench import compare_engines
 from trsp_deploy.tools.graphs.rotation import engine_rotation
+from trsp_deploy.tools.inspection import tokenizer_folder
 from trsp_deploy.tools.load import prompts_of
 from trsp_deploy.tools.models import check_decoder_only
 from trsp_deploy.tools.runners import trt, trt_build
@@ -59,6 +60,15 @@ def silent(_: str) -> None:
 )
 def test_a_range_that_is_none(drops: str, words: str) -> None:
     says(words, lambda: parse_drops(drops, 10), errors.RecipeError)
+
+
+@pytest.mark.parametrize(("drops", "what"), [("0%", "no layer"), ("0..3", "no layer"), ("100%", "every layer")])
+def test_a_range_that_no_model_has(drops: str, what: str) -> None:
+    says(f" drops {what}: at least 1 must go and at least 1 must stay", lambda: parse_drops(drops), errors.RecipeError)
+
+
+def test_an_engine_outside_a_run_has_no_tokenizer() -> None:
+    says("/engine: is in no run's engines", lambda: tokenizer_folder(Path("/engine")), errors.ModelError)
 
 
 def test_two_ways_to_limit_quality(capsys: pytest.CaptureFixture[str]) -> None:

@@ -79,7 +79,7 @@ def sweep(
 
     if "RANK" in os.environ:
         raise RecipeError("sweep: is one process's work; `accelerate launch` a `prune` of the cut that it chose")
-    parse_drops(drop, num_layers=10**6)  # what cannot be a range is said before anything slow
+    parse_drops(drop)  # what cannot be a range is said before anything slow
     first = drop.split("..")[0].split(",")[0]
     chosen = recipe_from_options(model, first, recipe, engine, calibration, evaluation, seed, sets, method, then)
     targets = Targets(min_speedup=target_speedup, max_latency_s=max_latency_s, max_ppl_ratio=max_ppl_ratio)

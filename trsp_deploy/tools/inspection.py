@@ -164,7 +164,11 @@ def _binding(name: str, bindings: decoder_io.Bindings) -> str:
 def tokenizer_folder(engine: Path) -> Path:
     """The Hugging Face folder of an engine in a run: RUN/engines/NAME/ROLE -> RUN/ROLE; raises ModelError elsewhere."""
     role = engine.resolve()
-    folder = role.parents[2] / role.name if len(role.parents) > 2 else role
+    if [parent.name for parent in role.parents][1:2] != ["engines"]:
+        raise ModelError(
+            f"{engine}: is in no run's engines, so its tokenizer is not known; give its folder with --tokenizer"
+        )
+    folder = role.parents[2] / role.name
     if not (folder / "tokenizer_config.json").is_file():
         raise ModelError(f"{engine}: no tokenizer in {folder}; give its folder with --tokenizer")
     return folder
