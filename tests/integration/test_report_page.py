@@ -54,6 +54,28 @@ def test_page_markdown_and_record_say_the_same(page: Path) -> None:
     assert shown in page.read_text() and shown in markdown.render(report)
 
 
+@pytest.mark.parametrize(
+    ("speedup", "limit", "words"),
+    [
+        (1.25, 1.30, "end to end, of 1.30x possible"),
+        (1.299, 1.296, "end to end, of 1.30x possible"),  # both are shown as 1.30
+        (1.33, 1.30, "end to end; 1.30x possible, the rest is noise"),
+        (1.33, None, "end to end"),
+    ],
+)
+def test_a_speedup_above_its_limit_is_said_to_be_noise(speedup: float, limit: float | None, words: str) -> None:
+    made = made_up(speedup=1.25, noise=0.01)
+    report = made_up_report(made)
+    engine, *others = report.engines
+    assert engine.comparison is not None
+    total = engine.comparison.of("total")
+    found = total.model_copy(update={"limit": limit, "speedup": total.speedup.model_copy(update={"ratio": speedup})})
+    phases = tuple(found if phase is total else phase for phase in engine.comparison.phases)
+    comparison = engine.comparison.model_copy(update={"phases": phases})
+    changed = report.model_copy(update={"engines": (engine.model_copy(update={"comparison": comparison}), *others)})
+    assert f"<span>{words}</span>" in html.render(changed, {"ort-cpu-fp32": made})
+
+
 def test_names_from_outside_are_text(tmp_path: Path) -> None:
     made = made_up()
     report = made_up_report(made, model="<script>alert(1)</script>")

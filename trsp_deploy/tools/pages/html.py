@@ -136,12 +136,21 @@ def _cards(report: Report, measured: list[EngineReport]) -> list[tuple[str, str]
         assert engine.comparison is not None and engine.dense is not None and engine.pruned is not None
         for phase, what in (("total", "end to end"), ("decode", "each new token"), ("prefill", "reading the prompt")):
             found = engine.comparison.of(phase)  # type: ignore[arg-type]
-            limit = "" if found.limit is None else f", of {found.limit:.2f}x possible"
-            cards.append((f"{found.speedup.ratio:.2f}x", f"{what}{limit}"))
+            cards.append((f"{found.speedup.ratio:.2f}x", what + _possible(found.speedup.ratio, found.limit)))
         share = 1 - engine.pruned.size_bytes / engine.dense.size_bytes
         cards.append((f"{share:.0%}", f"smaller: {engine.pruned.size_bytes / 1e6:.0f} MB"))
     cards += [(f"{text.ratio:.2f}x", f"perplexity on {name}") for name, text in report.quality.items()]
     return cards
+
+
+def _possible(speedup: float, limit: float | None) -> str:
+    """What stands behind a speed-up: its limit, and where it lies above that, whose work the rest is."""
+    if limit is None:
+        return ""
+    shown = f"{limit:.2f}x possible"
+    return (
+        f", of {shown}" if speedup <= limit or f"{speedup:.2f}x possible" == shown else f"; {shown}, the rest is noise"
+    )
 
 
 def _engine(engine: EngineReport, raw: Comparison) -> dict[str, Any]:
