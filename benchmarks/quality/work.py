@@ -25,6 +25,7 @@ from trsp_deploy.stages.evaluate import evaluate_perplexity
 from trsp_deploy.stages.selection import select_layers
 from trsp_deploy.stages.transfer import transfer_and_remove
 from trsp_deploy.stages.zeroshot import evaluate_zero_shot
+from trsp_deploy.tools.checkpoints import Checkpoints
 from trsp_deploy.tools.gates import LayerGates
 from trsp_deploy.tools.models import ModelSource, resolve_model
 from trsp_deploy.tools.plan import PruningPlan, complement
@@ -35,6 +36,7 @@ from trsp_deploy.tools.training import TRAINING_DTYPES, mean_loss, pick_device
 
 DECIMALS = 5  # of a loss in nats
 SELF_GENERATED = Path("runs/quality/self-generated")  # texts that the dense model wrote
+TRAINING = Path("runs/quality/training")  # what a killed row's training goes on from
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def _answers(row: Row, store: Store, checkpoints: Path) -> Accuracies:
 
 
 def _checkpoint(row: Row, store: Store, checkpoints: Path) -> Path:
-    """Where a row's model is kept: under another name for other code, settings or layers."""
+    """Where a row's model, or its training, is kept: under another name for other code, settings or layers."""
     layers = "-".join(map(str, store.dropped(row) or ()))
     return checkpoints / "-".join(part for part in (row.key, digest(row), layers) if part)
 
@@ -155,8 +157,10 @@ def _make_model(row: Row, store: Store, out: Path) -> PrunedCheckpoint | None:
     source = _source(row.subject.model)
     windows = row.steps * recipe.transfer.batch_size or row.subject.fit_windows
     own = _self_generated(row, round(row.self_generated * windows))
+    folder = _checkpoint(row, store, TRAINING)
+    checkpoints = Checkpoints(folder, folder.name, recipe.checkpoint_s)
     with writing(out) as partial:
-        return transfer_and_remove(
+        made = transfer_and_remove(
             Path(source.path),
             source,
             plan_of(row, store),
@@ -164,7 +168,10 @@ def _make_model(row: Row, store: Store, out: Path) -> PrunedCheckpoint | None:
             calibration.validation,
             recipe,
             partial,
+            checkpoints,
         )
+    checkpoints.remove()
+    return made
 
 
 def _self_generated(row: Row, count: int) -> torch.Tensor:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.quality import __main__ as bench
 from benchmarks.quality import work
-from benchmarks.quality.rows import Accuracies, Losses, Outcome, Row, Selected, Subject
+from benchmarks.quality.rows import Accuracies, Losses, Outcome, Row, Selected, Subject, recipe_of
 from benchmarks.quality.store import Store, digest
 from benchmarks.quality.table import FULL, Table, labelled_rows, rows
 from benchmarks.quality.work import compute, plan_of
@@ -19,6 +20,7 @@ from tests.tiny import english, save_tiny
 from trsp_deploy.decoder import load_model
 from trsp_deploy.errors import RunError
 from trsp_deploy.results import TaskScore, ZeroShot
+from trsp_deploy.stages.transfer import Training
 
 # One of each way to train: the others differ in the layers or in settings that tests of the library try.
 ARMS = ("default", "control", "refit-anneal", "own-text", "anneal")
@@ -163,6 +165,30 @@ def test_zero_shot_asks_the_kept_checkpoint_or_makes_it_again(
     kept = {row.key for row in rows(table) if row.keep}
     found = [path.name.split("-")[0] for path in checkpoints.iterdir()]
     assert sorted(found) == sorted(kept), "other checkpoints are not kept, and each once"
+
+
+def test_a_row_killed_while_it_trains_goes_on(
+    table: Table, made: tuple[Store, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row, whole = find(table, made[0], "trained", "control", 2)
+    step, steps = Training._step, []
+
+    def killed_at_the_second(self: Training, *rest: Any) -> None:
+        steps.append(rest[-1])
+        if len(steps) == 2:
+            raise KeyboardInterrupt
+        step(self, *rest)
+
+    monkeypatch.setattr(work, "TRAINING", tmp_path / "training")
+    monkeypatch.setattr(work, "recipe_of", lambda row: recipe_of(row).model_copy(update={"checkpoint_s": 0.0}))
+    monkeypatch.setattr(Training, "_step", killed_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        compute(row, made[0], tmp_path / "checkpoints")
+    found = compute(row, made[0], tmp_path / "checkpoints")
+    assert steps == [0, 1, 1], "the first step is not made again"
+    assert isinstance(found, Losses) and isinstance(whole, Losses)
+    assert found.nll == whole.nll and found.checkpoint == whole.checkpoint
+    assert not (tmp_path / "training").exists()
 
 
 def test_an_interrupted_row_leaves_nothing_and_the_rest_goes_on(
