@@ -117,7 +117,7 @@ def llama(path: Path) -> Peer:
         for _ in range(new_tokens + 1):
             model.eval(tokens)
             logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits(model.ctx), shape=(model.n_vocab(),))
-            tokens = [int(logits.argmax())]
+            tokens = [int(np.argmax(logits))]
             yield
 
     return steps

@@ -166,7 +166,7 @@ def signal_to_noise(activations: np.ndarray, *, symmetric: bool = False) -> floa
     The median over tokens, not the mean: the few massive ones are all signal, and what they leave of the rest counts.
     """
     tokens = activations.reshape(-1, activations.shape[-1]).astype(np.float64)
-    lowest, highest = min(tokens.min(), 0.0), max(tokens.max(), 0.0)
+    lowest, highest = min(np.min(tokens), 0.0), max(np.max(tokens), 0.0)
     step = max(-lowest, highest) / 127 if symmetric else (highest - lowest) / 255
     step = step or 1.0
     noise = np.square(np.round(tokens / step) * step - tokens).sum(axis=1)
