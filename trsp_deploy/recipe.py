@@ -365,10 +365,10 @@ def parse_drop(drop: str, num_layers: int = UNREAD) -> int:
         count = int(text)
     else:
         raise RecipeError(f"--drop '{drop}': give a share such as 25% or a count of layers such as 8")
-    if num_layers == UNREAD and not 1 <= count < num_layers:
-        what = "no layer" if count < 1 else "every layer"
-        raise RecipeError(f"--drop '{drop}' drops {what}: at least 1 must go and at least 1 must stay")
     if not 1 <= count < num_layers:
+        if num_layers == UNREAD:
+            what = "no layer" if count < 1 else "every layer"
+            raise RecipeError(f"--drop '{drop}' drops {what}: at least 1 must go and at least 1 must stay")
         raise RecipeError(
             f"--drop '{drop}' is {count} of the model's {num_layers} layers: "
             f"at least 1 must go and at least 1 must stay (1 to {num_layers - 1}, "

@@ -30,8 +30,8 @@ from trsp_deploy.tools.triton_config import SCHEMA, parse_config, warmup_file
 
 needs_schema = pytest.mark.skipif(find_asset(SCHEMA) is None, reason=f"needs: trsp-deploy fetch {SCHEMA}")
 needs_server = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-# Until release 25.04 Triton's gRPC handler may abort when a stream is cancelled just as it ends (its pull request
-# 8078); the 24.10 that nvidia-pytriton holds did so once in CI.
+# Until release 25.04 Triton's gRPC handler may end the server when a stream is cancelled just as it ends (its pull
+# request 8078). Of the 24.10 that nvidia-pytriton holds a server was lost here in CI once, and can be made to abort.
 GRPC_RACE_TRIALS = 3
 PROMPTS = [english()[start : start + 30] for start in range(0, 20_000, 1_000)]
 
@@ -232,7 +232,7 @@ def test_1000_requests_30_percent_cancelled_leave_memory_flat_and_texts_right(
             try:
                 ask_and_cancel(server, run)
                 break
-            except AssertionError:
+            except (AssertionError, psutil.Error):
                 if not server.crashed() or trial == GRPC_RACE_TRIALS - 1:
                     raise
 

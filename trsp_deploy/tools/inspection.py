@@ -164,7 +164,7 @@ def _binding(name: str, bindings: decoder_io.Bindings) -> str:
 def tokenizer_folder(engine: Path) -> Path:
     """The Hugging Face folder of an engine in a run: RUN/engines/NAME/ROLE -> RUN/ROLE; raises ModelError elsewhere."""
     role = engine.resolve()
-    if [parent.name for parent in role.parents][1:2] != ["engines"]:
+    if role.parent.parent.name != "engines":
         raise ModelError(
             f"{engine}: is in no run's engines, so its tokenizer is not known; give its folder with --tokenizer"
         )

@@ -147,10 +147,8 @@ def _possible(speedup: float, limit: float | None) -> str:
     """What stands behind a speed-up: its limit, and where it lies above that, whose work the rest is."""
     if limit is None:
         return ""
-    shown = f"{limit:.2f}x possible"
-    return (
-        f", of {shown}" if speedup <= limit or f"{speedup:.2f}x possible" == shown else f"; {shown}, the rest is noise"
-    )
+    above = round(speedup, 2) > round(limit, 2)  # as they are shown
+    return f"; {limit:.2f}x possible, the rest is noise" if above else f", of {limit:.2f}x possible"
 
 
 def _engine(engine: EngineReport, raw: Comparison) -> dict[str, Any]:
