@@ -29,7 +29,7 @@ test: $(READY) check ## style, types, import rule and the default tests, offline
 	$(BIN)/python -m pytest -q --numprocesses auto --dist loadfile -m '$(DEFAULT) and not alone'
 	$(BIN)/python -m pytest -q -m '$(DEFAULT) and alone'
 
-test-breadth: $(READY) ## engines of more families, precisions and compilers than the default tests build: about 10 minutes
+test-breadth: $(READY) ## whole jobs, and engines of more families, precisions and compilers than the default tests build: a quarter of an hour
 	$(BIN)/python -m pytest -q --numprocesses auto --dist loadfile -m breadth
 
 check: $(READY)
@@ -42,8 +42,8 @@ check: $(READY)
 test-slow: $(READY) ## minutes and gigabytes
 	$(BIN)/python -m pytest -q -m slow
 
-test-docs: $(READY) ## every command line of the docs, run on tiny models: three minutes
-	$(BIN)/python -m pytest -q -m slow tests/integration/test_docs_commands.py
+test-docs: $(READY) ## every command line and the CI workflow of the docs, run on tiny models: five minutes
+	$(BIN)/python -m pytest -q -m slow tests/integration/test_docs_commands.py tests/integration/test_check.py
 
 test-transformers5: .venv-transformers5/.ready ## export, parity and pruning where Optimum cannot be: about 5 minutes
 	.venv-transformers5/bin/pip check

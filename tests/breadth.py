@@ -1,4 +1,4 @@
-"""Parameters of which the default tests take some, and `make test-breadth` the others."""
+"""What `make test-breadth` adds to the default tests: other parameters, and whole jobs of which they try the parts."""
 
 from __future__ import annotations
 

@@ -5,10 +5,12 @@ Fixture `exported`: family -> folder with `model/` (Hugging Face) and `onnx/` (f
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from tests.families import FAMILIES
 from tests.tiny import random_model
@@ -46,9 +48,16 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Made:
     import torch
     import transformers
 
-    folder = tmp_path_factory.mktemp("exported")
+    # One folder for all processes of `--numprocesses`: whoever comes second waits, and finds what is made.
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "exported"
+    folder.mkdir(exist_ok=True)
 
     def made(name: str, precision: Float = "fp32", dropped: Sequence[int] = ()) -> Path:
+        with FileLock(folder / f"{name}.lock"):
+            return make(name, precision, dropped)
+
+    def make(name: str, precision: Float, dropped: Sequence[int]) -> Path:
         family, changes = MODELS[name]
         source = folder / "-".join([name, *map(str, dropped)])
         if not source.exists():

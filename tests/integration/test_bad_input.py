@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.breadth import BREADTH
 from tests.tiny import english, save_tiny, tiny_tokenizer
 from trsp_deploy.cli import run
 
@@ -203,6 +204,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(mount)], check=True)
 
 
+@BREADTH
 def test_full_disk_is_one_line_and_the_rerun_goes_on(fails, small_disk, capsys):
     command = [*prune()[:-1], str(small_disk / "run")]
     fails(command, "the disk is full", "finished steps are kept")

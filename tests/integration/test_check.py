@@ -387,6 +387,7 @@ def documented_steps() -> tuple[dict[str, Any], dict[str, Any]]:
     return build, check
 
 
+@pytest.mark.slow  # run by `make test-docs`
 def test_the_documented_workflow_runs(action: Any, workspace: Path, baseline: Path, tmp_path: Path) -> None:
     build, check = documented_steps()
     recipe = (workspace / "run" / "recipe.yaml").read_text()

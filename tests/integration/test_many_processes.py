@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.breadth import BREADTH
 from tests.tiny import english, save_tiny
 from trsp_deploy.errors import RecipeError
 from trsp_deploy.pipeline import _check_shares
@@ -65,7 +66,7 @@ def prune(workspace: Path, out: str, launch: list[str], sets: list[str]) -> subp
     )
 
 
-@pytest.mark.parametrize("launch", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+@pytest.mark.parametrize("launch", [pytest.param("ddp", marks=pytest.mark.slow), pytest.param("fsdp", marks=BREADTH)])
 def test_two_processes_do_what_one_does(workspace, launch):
     alone = prune(workspace, "alone", [], TRANSFER[launch])
     done = prune(workspace, launch, LAUNCH[launch], TRANSFER[launch])

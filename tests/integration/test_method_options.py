@@ -29,17 +29,8 @@ def prune(place, monkeypatch, capsys, tmp_path):
 
     def go(*options: str) -> tuple[dict, dict]:
         settings = [option for pair in QUICK for option in ("--set", pair)]
-        command = [
-            "prune",
-            "--model",
-            "model",
-            "--drop",
-            "2",
-            "--calibration",
-            "text.txt",
-            "--out",
-            str(tmp_path / "run"),
-        ]
+        command = ["prune", "--model", "model", "--drop", "2", "--calibration", "text.txt", "--ignore-memory"]
+        command += ["--out", str(tmp_path / "run")]
         assert run([*command, *settings, *options, "--json"]) == 0
         result = json.loads(capsys.readouterr().out)
         return result, json.loads((tmp_path / "run" / "plan.json").read_text())

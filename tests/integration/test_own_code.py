@@ -116,19 +116,28 @@ def refused(workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     return say
 
 
-def test_asked_for_it_goes_all_the_way_and_is_never_run_else(workspace: Path, refused: Callable[..., str]) -> None:
-    mark, job = workspace / "it-ran", ("prune", "--model", "mine", *RUN, "--out", "run", *SETTINGS)
+JOB = ("prune", "--model", "mine", *RUN, "--out", "run", *SETTINGS)
+
+
+def test_it_is_refused_with_what_would_let_it_run(workspace: Path, refused: Callable[..., str]) -> None:
     code = model_code(workspace / "mine")
     assert code is not None and code.files == tuple(sorted(CODE))
-
-    said = refused(*job)
+    said = refused(*JOB)
     assert "AutoModelForCausalLM as MineForCausalLM of modeling_mine.py" in said
     assert (
         "trust_remote_code stays off unless you name the code: read activation_mine.py, configuration_mine.py" in said
     )
     assert f"trsp-deploy --trust-remote-code {code.fingerprint} COMMAND" in said
+    # Consent is to a code, not to a model's name.
+    said = refused("--trust-remote-code", "0" * 32, *JOB)
+    assert f"(you asked for {'0' * 32}, which is other code)" in said
 
-    said = call(workspace, "--trust-remote-code", code.fingerprint, *job)
+
+@BREADTH
+def test_asked_for_it_goes_all_the_way_and_is_never_run_else(workspace: Path, refused: Callable[..., str]) -> None:
+    mark, code = workspace / "it-ran", model_code(workspace / "mine")
+    assert code is not None
+    said = call(workspace, "--trust-remote-code", code.fingerprint, *JOB)
     assert mark.exists()
     assert f"warning: Python files that a model brings will run if their fingerprint is {code.fingerprint}" in said
     assert "they can read and change your files, use your keys and reach the network" in said
@@ -156,7 +165,7 @@ def test_asked_for_it_goes_all_the_way_and_is_never_run_else(workspace: Path, re
     # Consent is to that code, not to the model's name.
     mark.unlink()
     (workspace / "mine/activation_mine.py").write_text(CODE["activation_mine.py"] + "\nevil = True\n")
-    said = refused("--trust-remote-code", code.fingerprint, *job)
+    said = refused("--trust-remote-code", code.fingerprint, *JOB)
     assert f"(you asked for {code.fingerprint}, which is other code)" in said
     (workspace / "mine/activation_mine.py").write_text(CODE["activation_mine.py"])
 

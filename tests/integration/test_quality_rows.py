@@ -16,11 +16,14 @@ from benchmarks.quality.rows import Accuracies, Losses, Outcome, Row, Selected, 
 from benchmarks.quality.store import Store, digest
 from benchmarks.quality.table import FULL, Table, labelled_rows, rows
 from benchmarks.quality.work import compute, plan_of
+from tests.breadth import BREADTH
 from tests.tiny import english, save_tiny
 from trsp_deploy.decoder import load_model
 from trsp_deploy.errors import RunError
 from trsp_deploy.results import TaskScore, ZeroShot
 from trsp_deploy.stages.transfer import Training
+
+pytestmark = BREADTH
 
 # One of each way to train: the others differ in the layers or in settings that tests of the library try.
 ARMS = ("default", "control", "refit-anneal", "own-text", "anneal")

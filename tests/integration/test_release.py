@@ -20,6 +20,7 @@ from release.__main__ import main, wrong
 from release.audit import CANARY, Audit, audit
 from release.licences import ACCEPTED, ALLOWED, page, refused, stated
 from release.sbom import bill_of_materials, declared, invalid, missing
+from tests.breadth import BREADTH
 
 EXTRAS = ("optimum", "cpu")
 NOWHERE = "http://127.0.0.1:9"  # the port of `discard`: refused at once
@@ -73,6 +74,7 @@ def expression(text: str, package: str = "somebody") -> dict[str, Any]:
     return component({"expression": text}, name=package)
 
 
+@BREADTH
 def test_bill_of_materials_is_valid_and_is_of_this_version(bom):
     assert invalid(bom) is None
     root = bom["metadata"]["component"]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.breadth import BREADTH
 from tests.integration.test_check import trsp_deploy
 from tests.tiny import english, save_tiny
 
@@ -41,6 +42,7 @@ def sweep(workspace: Path, *options: str):  # type: ignore[no-untyped-def]
     return trsp_deploy("sweep", "--model", "tiny", *texts, *settings, "--out", "sweep", *options, cwd=workspace)
 
 
+@BREADTH
 def test_a_sweep_is_one_search_and_a_run_each_and_goes_on(workspace: Path) -> None:
     done = sweep(workspace, "--drop", "1..2", "--max-ppl-ratio", "1000", "--json")
     assert done.code == 0, done.said

@@ -8,7 +8,9 @@ import torch
 from tests.tiny import save_tiny, tiny_model
 from tests.training import TRAIN, recipe, same_weights, transfer, windows
 from trsp_deploy.stages.selection import select_layers
+from trsp_deploy.tools import forms, teacher
 from trsp_deploy.tools.checkpoints import Checkpoints
+from trsp_deploy.tools.progress import Meter
 
 
 class Killed(Exception):
@@ -58,6 +60,19 @@ def test_transfer_goes_on_where_it_was_killed(dense, tmp_path, settings):
             transfer(dense, tmp_path / "out", KilledAfter(tmp_path / "checkpoint", saves), **settings)
     resumed = transfer(dense, tmp_path / "out", KilledAfter(tmp_path / "checkpoint", 99), **settings)
     assert resumed == whole
+    assert same_weights(tmp_path / "whole", tmp_path / "out")
+
+
+def test_what_a_checkpoint_holds_is_not_worked_out_again(dense, tmp_path, monkeypatch):
+    settings = {"form": "train", "refit": "span", "kl_weight": 1.0, "steps": 6}  # of 4 windows; there are 32
+    whole = transfer(dense, tmp_path / "whole", **settings)
+    with pytest.raises(Killed):
+        transfer(dense, tmp_path / "out", KilledAfter(tmp_path / "checkpoint", 4), **settings)
+    read = []
+    monkeypatch.setattr(forms.FORMS["train"], "refit", lambda *_: pytest.fail("the checkpoint has the folded weights"))
+    monkeypatch.setattr(teacher, "Meter", lambda _, count: read.append(count) or Meter(_, count))
+    assert transfer(dense, tmp_path / "out", Checkpoints(tmp_path / "checkpoint", "key", 99), **settings) == whole
+    assert read == [8], "the windows of the two steps that were left"
     assert same_weights(tmp_path / "whole", tmp_path / "out")
 
 

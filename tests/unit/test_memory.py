@@ -14,6 +14,7 @@ from transformers import LlamaConfig, OPTConfig
 
 from benchmarks.kept import RESULTS
 from benchmarks.memory import OPT_1B3, Memory
+from tests.breadth import by_default
 from tests.tiny import FAMILIES, tiny_config
 from trsp_deploy.errors import DeviceMemoryError
 from trsp_deploy.recipe import Recipe, override, read_recipe
@@ -110,7 +111,7 @@ def test_an_export_needs_what_the_bench_measured(measured):
         assert peak <= estimate.export_bytes(precision) < 1.15 * peak
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", by_default(["llama", "opt"], FAMILIES))
 def test_every_family_can_be_counted_and_grows_with_the_batch(family):
     estimate = MemoryEstimate(tiny_config(family), "cpu", fast_bf16=False)
     small, large = (

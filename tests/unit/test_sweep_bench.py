@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import sweep as bench
+from tests.breadth import BREADTH
 from tests.samples import made_up, made_up_point
 from trsp_deploy.artifacts import provenance
 from trsp_deploy.tools.sweeps import Sweep, Targets, choose
@@ -52,6 +53,7 @@ def test_the_page_and_the_plot_are_written_from_what_is_kept(
     assert (tmp_path / "docs/img/sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
+@BREADTH
 def test_a_sweep_that_fails_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

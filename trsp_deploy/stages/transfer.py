@@ -84,7 +84,7 @@ def transfer_and_remove(
         training = Training(losses, train, recipe, processes, checkpoints)
         with recomputed_layers(model, settings.gradient_checkpointing), LayerGates(model, "branch") as gates:
             form = FORMS[settings.form](model, gates, plan.dropped, settings, processes)
-            form.prepare(train, autocast(recipe, device))
+            form.prepare(train, autocast(recipe, device), training.resumed)
             adapted = _adapters(model, recipe)
             training.run(form)
             form.finish()
@@ -163,11 +163,18 @@ class Training:
         self._checkpoints = checkpoints
         self._device = pick_device(recipe)
         self._rows = self._rows_by_step()
+        self._state = None if checkpoints is None else checkpoints.load()
         self._dense: DenseStates | None = None
-        if self._settings.kl_weight and self._rows:
-            wanted = torch.cat(self._rows).unique()
+        left = self._rows if self._state is None else self._rows[len(self._state["lm_losses"]) :]
+        if self._settings.kl_weight and left:
+            order = torch.tensor(list(dict.fromkeys(torch.cat(self._rows).tolist())))  # each once, the first use counts
             with autocast(recipe, self._device):
-                self._dense = DenseStates(losses, windows, wanted, self._settings.batch_size)
+                self._dense = DenseStates(losses, windows, order, self._settings.batch_size, torch.cat(left))
+
+    @property
+    def resumed(self) -> bool:
+        """Whether `run` goes on from a checkpoint."""
+        return self._state is not None
 
     def _rows_by_step(self) -> list[torch.Tensor]:
         """Indices of the windows that this process trains on, step by step: all known beforehand."""
@@ -227,7 +234,7 @@ class Training:
             )
 
     def _restore(self, form: Form, optimizer: torch.optim.Optimizer) -> None:
-        state = None if self._checkpoints is None else self._checkpoints.load()
+        state, self._state = self._state, None  # three times the weights, of no use once they are put back
         if state is None:
             return
         put_back(state, self._losses.model, optimizer, self._processes.sharded)

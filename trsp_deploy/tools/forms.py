@@ -1,7 +1,7 @@
 """The forms of stage 2: what happens to the doomed layers before, during and after the training.
 
 form = FORMS[settings.form](model, gates, doomed, settings)
-form.prepare(windows)
+form.prepare(windows, autocast)
 for step in ...:
     form.before_step(step)
     loss = losses(batch).total + settings.weight * form.penalty()
@@ -45,14 +45,15 @@ class Form:
         self.settings = settings
         self.processes = processes
 
-    def prepare(self, windows: torch.Tensor, autocast: AbstractContextManager[None]) -> None:
+    def prepare(self, windows: torch.Tensor, autocast: AbstractContextManager[None], resumed: bool = False) -> None:
         """Once, on the dense model, before anything trains; windows: (windows, sequence) int64.
 
-        autocast: what the training runs in.
-
-        A killed run comes through here again before its weights are put back, so the result must not vary.
+        autocast: what the training runs in. resumed: whether a checkpoint's weights are put back afterwards. What they
+        do not hold is worked out again then, so the result must not vary.
         """
-        self.refit(windows, autocast)
+        # Without adapters every weight of the layers trains, so the checkpoint holds whatever the refit wrote.
+        if not resumed or self.settings.lora_rank is not None:
+            self.refit(windows, autocast)
         if self.settings.refit != "none" or self.closes_first:
             self.gates.closed.update(self.doomed)
 
@@ -94,8 +95,8 @@ class Anneal(Form):
     # Weights, refitted minus dense ones, and what rounding has kept from a weight of less than fp32 so far.
     _moves: tuple[tuple[torch.nn.Parameter, torch.Tensor, torch.Tensor | None], ...] = ()
 
-    def prepare(self, windows: torch.Tensor, autocast: AbstractContextManager[None]) -> None:
-        """Work out the refit and put the dense weights back."""
+    def prepare(self, windows: torch.Tensor, autocast: AbstractContextManager[None], resumed: bool = False) -> None:
+        """Work out the refit and put the dense weights back; a resumed training needs the moves too."""
         if self.settings.refit == "none":
             return
         if self.processes.sharded:
@@ -160,8 +161,8 @@ class L2(Form):
     Small is not zero, so the removal costs a jump in perplexity, which is measured and reported.
     """
 
-    def prepare(self, windows: torch.Tensor, autocast: AbstractContextManager[None]) -> None:
-        super().prepare(windows, autocast)
+    def prepare(self, windows: torch.Tensor, autocast: AbstractContextManager[None], resumed: bool = False) -> None:
+        super().prepare(windows, autocast, resumed)
         self.gates.watched.update(self.doomed)
 
     def penalty(self) -> torch.Tensor:

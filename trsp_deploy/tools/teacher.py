@@ -15,22 +15,32 @@ from trsp_deploy.tools.progress import Meter
 class DenseStates:
     """States of the windows that this process will train on, in bf16 and in main memory, by window."""
 
-    def __init__(self, losses: TokenLosses, windows: torch.Tensor, wanted: torch.Tensor, batch_size: int) -> None:
+    def __init__(
+        self,
+        losses: TokenLosses,
+        windows: torch.Tensor,
+        order: torch.Tensor,
+        batch_size: int,
+        wanted: torch.Tensor | None = None,
+    ) -> None:
         """losses: of the dense model, before anything is done to it; call it under the training's own autocast.
 
-        windows: (windows, sequence) int64; wanted: (n,) int64, indices of windows, each of them once.
+        windows: (windows, sequence) int64. order: (n,) int64, indices of windows, each of them once, which are read
+        `batch_size` at a time. wanted: (m,) int64, those whose states are asked for (all): whole batches without any
+        are left out, so that a state does not depend, to its last bit, on what else is wanted.
         """
-        shape = (len(wanted), windows.shape[1] - 1, losses.head.weight.shape[1])
+        parts = [part for part in order.split(batch_size) if wanted is None or torch.isin(part, wanted).any()]
+        read = torch.cat(parts)
+        shape = (len(read), windows.shape[1] - 1, losses.head.weight.shape[1])
         self._states = torch.empty(shape, dtype=torch.bfloat16)
         self._place = torch.full((len(windows),), -1)
-        self._place[wanted] = torch.arange(len(wanted))
+        self._place[read] = torch.arange(len(read))
         self.size_bytes = self._states.nbytes
         device = losses.head.weight.device
         description = f"hidden states of the dense model ({self.size_bytes / 1e6:.0f} MB)"
-        with torch.no_grad(), Meter(description, len(wanted)) as meter:
-            for start in range(0, len(wanted), batch_size):
-                part = windows[wanted[start : start + batch_size]].to(device)
-                self._states[start : start + batch_size] = losses.hidden(part)
+        with torch.no_grad(), Meter(description, len(read)) as meter:
+            for part in parts:
+                self._states[self._place[part]] = losses.hidden(windows[part].to(device)).to("cpu", torch.bfloat16)
                 meter.advance(by=len(part))
 
     def __getitem__(self, rows: torch.Tensor) -> torch.Tensor:
