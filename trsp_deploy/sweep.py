@@ -16,7 +16,6 @@ from trsp_deploy.artifacts import RunFolder, link_tree, provenance, write_json, 
 from trsp_deploy.pipeline import Pipeline, check_before_work, prune_and_build
 from trsp_deploy.pipeline.reporting import write_pages
 from trsp_deploy.pipeline.runs import save_recipe
-from trsp_deploy.tools.pages import sweep_page
 from trsp_deploy.tools.report import EngineReport, QualityReport, Report
 from trsp_deploy.tools.sweeps import Point, Sweep, Targets, choose
 
@@ -104,6 +103,8 @@ def _quality(report: Report, engine: EngineReport | None) -> dict[str, QualityRe
 
 
 def _write(found: Sweep, root: Path) -> None:
+    from trsp_deploy.tools.pages import sweep_page  # draws with matplotlib
+
     write_json(root / "sweep.json", found)
     with writing(root / "sweep.html") as partial:
         partial.write_text(sweep_page.render(found), encoding="utf-8")

@@ -28,6 +28,7 @@ from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.runners import open_engine
 from trsp_deploy.tools.runners.ort import OrtRunner
 
+CHANGED_LAYERS = 3
 PRODUCTS = ("gemm", "runtime_fusion")
 PROMPTS = [[5, 9, 200, 17], [30, 31, 7, 8, 90, 12, 55, 60, 61]]
 WIDE = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 256}
@@ -63,8 +64,8 @@ def scores_below_minus_16(model: nn.Module) -> None:
 
 
 def changed(folder: Path, family: str, change: object, **config: int) -> Path:
-    """A tiny model's folder after a change."""
-    model = load_model(save_tiny(family, folder, **config))
+    """The folder of a tiny model of three layers after a change."""
+    model = load_model(save_tiny(family, folder, num_hidden_layers=CHANGED_LAYERS, **config))
     with torch.no_grad():
         change(model)  # type: ignore[operator]
     model.save_pretrained(folder)
@@ -182,7 +183,7 @@ class TestTensorRtRtx:
         manifest = build_engine(tmp_path / "onnx" / "model.onnx", rtx_spec(precision), tmp_path / "engine")
         assert manifest.half_range is not None and manifest.half_range.kept
         build = inspect_engine(tmp_path / "engine").build
-        assert build is not None and build.attention_kernels() == LAYERS
+        assert build is not None and build.attention_kernels() == CHANGED_LAYERS
         whole = [layer for layer in build.of(0) if layer.kind in PRODUCTS and layer.weight_bytes == 256 * 256 * 4]
         assert len(whole) == 1 and any("layers.1/mlp/Mul" in name for name in whole[0].reads), "down_proj of one layer"
         with OrtRunner(tmp_path / "engine" / "model.onnx") as runner:

@@ -8,7 +8,7 @@ from typing import Any
 
 from trsp_deploy.artifacts import write_json, writing
 from trsp_deploy.results import Comparison, Served
-from trsp_deploy.tools.pages import html, markdown
+from trsp_deploy.tools.pages import markdown
 from trsp_deploy.tools.report import Report
 from trsp_deploy.tools.sweeps import Sweep
 
@@ -21,6 +21,8 @@ def write_report(
     served: Served | None = None,
 ) -> None:
     """Write the report into the run folder; arguments as for the page."""
+    from trsp_deploy.tools.pages import html  # draws with matplotlib, which takes a second to load
+
     write_json(run / "report.json", report)
     with writing(run / "report.md") as partial:
         partial.write_text(markdown.render(report), encoding="utf-8")
