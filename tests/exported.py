@@ -10,20 +10,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import transformers
 from filelock import FileLock
+from transformers import PretrainedConfig
 
-from tests.families import FAMILIES
+from tests.families import FAMILIES, Family
 from tests.tiny import random_model
 from trsp_deploy.decoder import remove_layers
 from trsp_deploy.recipe import ExportSettings, Float
 from trsp_deploy.stages.export import export_onnx
 from trsp_deploy.tools.quiet import quiet_libraries
 
+LAYERS = 4
+DROPPED = (1, 2)
 HEADS = {"hidden_size": 64, "num_attention_heads": 4}  # the fused node wants heads of a multiple of 8
 WIDE = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}  # heads of 64, as TensorRT fuses them
 # Name -> family, and changes of its tiny config.
 MODELS: dict[str, tuple[str, dict[str, int]]] = {
     "llama": ("llama", HEADS),
+    "llama-deeper": ("llama", {**HEADS, "num_hidden_layers": 6}),
     "llama-wide": ("llama", WIDE),
     "mistral-sliding": ("mistral-sliding", HEADS),
     # Wider than any text of the other tests, and narrower than its own longest.
@@ -46,7 +51,6 @@ Made = Callable[..., Path]
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """exported(name, precision="fp32", dropped=()): the model's folder, after some layers were removed."""
     import torch
-    import transformers
 
     # One folder for all processes of `--numprocesses`: whoever comes second waits, and finds what is made.
     own = tmp_path_factory.getbasetemp()
@@ -61,8 +65,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Made:
         family, changes = MODELS[name]
         source = folder / "-".join([name, *map(str, dropped)])
         if not source.exists():
-            config = getattr(transformers, FAMILIES[family].config)(**{**FAMILIES[family].values, **changes})
-            model = random_model(config)
+            model = random_model(_config(FAMILIES[family], changes))
             with torch.no_grad():  # norms of 1 and biases of 0 would be slimmed away before a pass sees them
                 for parameter in model.parameters():
                     parameter.add_(0.1 * torch.randn_like(parameter) if parameter.ndim == 1 else 0)
@@ -76,6 +79,12 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Made:
         return source
 
     return made
+
+
+def _config(family: Family, changes: dict[str, int]) -> PretrainedConfig:
+    layers = "n_layer" if "n_layer" in family.values else "num_hidden_layers"
+    config: PretrainedConfig = getattr(transformers, family.config)(**{**family.values, layers: LAYERS, **changes})
+    return config
 
 
 def onnx_of(source: Path, precision: Float = "fp32") -> Path:

@@ -13,8 +13,8 @@ from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 from tests.breadth import by_default
-from tests.exported import Made, onnx_of
-from tests.tiny import LAYERS, save_tiny
+from tests.exported import LAYERS, Made, onnx_of
+from tests.tiny import save_tiny
 from trsp_deploy.decoder import decoder_layers, load_model
 from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.recipe import EngineSpec, ExportSettings, Precision

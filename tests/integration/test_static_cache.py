@@ -11,9 +11,7 @@ import onnxruntime
 import pytest
 
 from tests.breadth import BREADTH, by_default
-from tests.exported import Made, onnx_of
-from tests.families import DROPPED
-from tests.tiny import LAYERS
+from tests.exported import DROPPED, LAYERS, Made, onnx_of
 from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.recipe import EngineSpec, Precision
 from trsp_deploy.stages import parity

@@ -15,8 +15,7 @@ import onnxruntime
 import pytest
 
 from tests import stand_in_backend
-from tests.exported import Made, onnx_of
-from tests.families import DROPPED
+from tests.exported import DROPPED, Made, onnx_of
 from tests.integration.test_check import trsp_deploy
 from tests.tiny import english, tiny_tokenizer
 from tests.triton_server import TritonServer, client, why_not
