@@ -15,6 +15,9 @@ from trsp_deploy.reading import read_json
 from trsp_deploy.recipe import Count, NonNegative, Positive, Strict
 from trsp_deploy.tools.runners.base import Runner
 
+FIRST_RANKED = 64  # tokens that mostly hold what top_p asks for
+COLDEST = 1e-6  # of what fp32 can divide logits by
+
 
 class Sampling(Strict):
     """How tokens are chosen, as in transformers' GenerationConfig."""
@@ -86,18 +89,41 @@ def choose(logits: np.ndarray, sampling: Sampling, random: np.random.Generator) 
     if sampling.temperature == 0:
         greedy: np.ndarray = logits.argmax(axis=-1).astype(np.int64)
         return greedy
-    scores = logits.astype(np.float64) / sampling.temperature
-    order = np.argsort(-scores, axis=-1, kind="stable")  # most likely first
-    ranked = np.take_along_axis(scores, order, axis=-1)
-    shares = np.exp(ranked - ranked[:, :1])
-    shares /= shares.sum(axis=-1, keepdims=True)
+    uniform = random.random(len(logits))
+    return np.array([_drawn(row, sampling, u) for row, u in zip(logits, uniform, strict=True)], dtype=np.int64)
+
+
+def _drawn(logits: np.ndarray, sampling: Sampling, uniform: float) -> int:
+    """A token of logits (vocabulary,) by inverse transform of a number in [0, 1).
+
+    Ranking a whole vocabulary takes as long as a small model's step, so no more is ranked than may be chosen.
+    """
+    scores = logits.astype(np.float32)
+    weights = np.exp((scores - scores.max()) / np.float32(max(sampling.temperature, COLDEST)))
+    tokens = np.arange(len(weights))
     if sampling.top_k:  # first, as transformers: top_p is a share of what is left
-        shares[:, sampling.top_k :] = 0.0
-        shares /= shares.sum(axis=-1, keepdims=True)
-    before = shares.cumsum(axis=-1) - shares  # what more likely tokens hold: below top_p for all that may be chosen
-    shares = np.where(before < sampling.top_p, shares, 0.0)
-    shares /= shares.sum(axis=-1, keepdims=True)
-    # Inverse transform: the first rank whose cumulated share exceeds a uniform draw.
-    picked = (shares.cumsum(axis=-1) > random.random((len(shares), 1))).argmax(axis=-1)
-    chosen: np.ndarray = np.take_along_axis(order, picked[:, None], axis=-1)[:, 0].astype(np.int64)
-    return chosen
+        tokens = _largest(weights, sampling.top_k)
+    if sampling.top_p < 1:
+        tokens = tokens[_nucleus(weights[tokens], sampling.top_p)]
+    held = weights[tokens].cumsum(dtype=np.float64)
+    below = np.nextafter(held[-1], 0)  # rounding must not lead behind the last token that has a share
+    return int(tokens[np.searchsorted(held, min(uniform * held[-1], below), side="right")])
+
+
+def _largest(weights: np.ndarray, count: int) -> np.ndarray:
+    """Indices of the `count` largest weights, the largest first, and of equal ones the first."""
+    found = np.arange(len(weights))
+    if count < len(weights):
+        found = np.flatnonzero(weights >= np.partition(weights, -count)[-count])
+    return found[np.argsort(-weights[found], kind="stable")][:count]
+
+
+def _nucleus(weights: np.ndarray, share: float) -> np.ndarray:
+    """Indices of the fewest weights that hold a share of all (Holtzman et al., arXiv 1904.09751), the largest first."""
+    wanted, count = share * weights.sum(dtype=np.float64), FIRST_RANKED
+    while True:
+        largest = _largest(weights, count)
+        held = weights[largest].cumsum(dtype=np.float64)
+        if held[-1] >= wanted or count >= len(weights):
+            return largest[: np.searchsorted(held, wanted) + 1]
+        count *= 8
