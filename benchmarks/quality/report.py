@@ -162,20 +162,23 @@ def zero_shot_table(found: Found) -> str:
 
 
 def short_table(found: Found) -> str:
-    """The README's: the default, the control and the rivals that were measured most, by budget."""
+    """The README's: by budget the default, the control and the rivals that were measured most; the same model once."""
     arms = {arm.name: arm for arm in found.table.arms}
-    body = []
     untrained = {arm.name: arm for arm in found.table.untrained}
     shown: list[tuple[Arm, Kind, int]] = [
         (untrained[name], "untrained", 0) for name in ("layers", "fold", "sleb") if name in untrained
     ]
-    for name in ("default", "refit-anneal", "control", "fold", "sleb"):
-        shown += [(arms[name], "trained", steps) for steps in found.table.steps if name in arms]
+    for steps in found.table.steps:
+        named = (arms[name] for name in ("default", "fold", "refit-anneal", "control", "sleb") if name in arms)
+        shown += [(arm, "trained", steps) for arm in named]
+    labels: dict[tuple[str, ...], list[str]] = {}  # by what a line shows
     for arm, kind, steps in shown:
         cells = [found.ratio(kind, arm.name, text, steps) for text in found.texts]
         if any(cells):
-            body.append([arm.label, _tokens(found, steps) if steps else "0", *map(_cell, cells)])
-    return markdown(["perplexity over dense", "tokens", *found.texts], body)
+            line = (_tokens(found, steps) if steps else "0", *map(_cell, cells))
+            labels.setdefault(line, []).append(arm.label)
+    body = [[tokens, "; ".join(names), *cells] for (tokens, *cells), names in labels.items()]
+    return markdown(["tokens", "perplexity over dense", *found.texts], body)
 
 
 def _cell(interval: Interval | None, best: float | None = None) -> str:

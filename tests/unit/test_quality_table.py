@@ -233,9 +233,17 @@ def test_report_keeps_what_is_not_its_own(tmp_path: Path, monkeypatch: pytest.Mo
     assert text.startswith("before\n") and text.endswith("after\n") and "earlier text" not in text
     assert text.count(START) == text.count(END) == 1
     assert "| 1.234 (1.203 to 1.265) |" in text.replace("**", "") and "(one seed)" in text
-    assert "TRSP, default | 131k |" in report.README.read_text()
+    assert "| 131k | TRSP, default | " in report.README.read_text()
     for name in ("quality-layers.png", "quality-tokens.png"):
         assert (report.IMAGES / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_short_table_has_the_same_figures_once(tmp_path: Path) -> None:
+    lines = report.short_table(Found(FULL, filled(tmp_path / "quality.jsonl", FULL))).splitlines()[2:]
+    budgets = [line.split(" | ")[0].removeprefix("| ") for line in lines]
+    assert budgets == ["0"] * 3 + ["33k"] * 4 + ["131k"] * 4 + ["524k"] * 2
+    assert lines[3].startswith("| 33k | TRSP, default | 1.234 ")
+    assert lines[4].startswith("| 33k | fold, then train; TRSP, layers refitted, annealed | 1.665 ")
 
 
 def test_a_page_without_markers_is_left_alone(tmp_path: Path) -> None:
