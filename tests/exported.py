@@ -28,7 +28,6 @@ WIDE = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2} 
 # Name -> family, and changes of its tiny config.
 MODELS: dict[str, tuple[str, dict[str, int]]] = {
     "llama": ("llama", HEADS),
-    "llama-deeper": ("llama", {**HEADS, "num_hidden_layers": 6}),
     "llama-wide": ("llama", WIDE),
     "mistral-sliding": ("mistral-sliding", HEADS),
     # Wider than any text of the other tests, and narrower than its own longest.

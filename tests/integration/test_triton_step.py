@@ -15,7 +15,7 @@ import onnxruntime
 import pytest
 
 from tests import stand_in_backend
-from tests.exported import DROPPED, Made, onnx_of
+from tests.exported import DROPPED, LAYERS, Made, onnx_of
 from tests.integration.test_check import trsp_deploy
 from tests.tiny import english, tiny_tokenizer
 from tests.triton_server import TritonServer, client, why_not
@@ -145,7 +145,7 @@ def repository(run: Path) -> Path:
 
 @needs_schema
 def test_the_repository_has_the_bare_engine(repository: Path, run: Path) -> None:
-    for name, layers in zip(MODELS, (4, 6), strict=True):
+    for name, layers in zip(MODELS, (LAYERS - len(DROPPED), LAYERS), strict=True):
         config = parse_config((repository / name / "config.pbtxt").read_text(), name)
         assert config.backend == "onnxruntime" and config.max_batch_size == 1
         assert len(config.sequence_batching.state) == 2 * layers + 1
