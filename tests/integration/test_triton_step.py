@@ -154,9 +154,9 @@ def test_the_repository_has_the_bare_engine(repository: Path, run: Path) -> None
         assert weights.samefile(built)
         assert len(onnx.load(weights.with_suffix(""), load_external_data=False).SerializeToString()) < 100_000
     step = json.loads((repository / "MANIFEST.json").read_text())["models"][1]
-    keys_and_values = 4 * 2 * 2 * 64 * 16 * 4  # layers, both, heads, tokens, head size, bytes
+    keys_and_values = (LAYERS - len(DROPPED)) * 2 * 2 * 64 * 16 * 4  # layers, both, heads, tokens, head size, bytes
     assert step["serves"] == "steps" and step["state_bytes"] == keys_and_values + 8
-    assert "64 tokens and 0.1 MB of state each" in (repository / "README.md").read_text()
+    assert f"64 tokens and {keys_and_values / 1e6:.1f} MB of state each" in (repository / "README.md").read_text()
 
 
 @needs_schema
