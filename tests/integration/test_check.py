@@ -357,7 +357,7 @@ def run_action(action: Any, workspace: Path, tmp_path: Path, **inputs: str) -> t
     ("inputs", "code", "verdict"),
     [
         ({"min-speedup": "0.5\ndecode=50\n", "junit": ""}, 2, "fail"),
-        ({"min-speedup": "1.05", "budget": "1", "out": ""}, 3, "inconclusive"),
+        pytest.param({"min-speedup": "1.05", "budget": "1", "out": ""}, 3, "inconclusive", marks=pytest.mark.slow),
         pytest.param(
             {"min-speedup": "1.05", "budget": "1", "inconclusive-passes": "true"},
             0,
