@@ -51,6 +51,7 @@ def evaluate_perplexity(
     return _perplexity(losses, windows, f"perplexity of {role} on {text}", text, role, origin, documents)
 
 
+@kept_heap()
 def evaluate_engine(
     runner: Runner,
     windows: torch.Tensor,

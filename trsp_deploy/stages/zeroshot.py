@@ -25,6 +25,7 @@ from trsp_deploy.decoder import load_model, load_tokenizer
 from trsp_deploy.errors import TextError, UserError, nearest
 from trsp_deploy.recipe import Recipe, Strict
 from trsp_deploy.results import Role, TaskScore, ZeroShot
+from trsp_deploy.tools.heap import kept_heap
 from trsp_deploy.tools.packaged import find_asset
 from trsp_deploy.tools.progress import Meter
 from trsp_deploy.tools.quiet import quiet_libraries
@@ -70,6 +71,7 @@ def evaluate_zero_shot(
     return _answer_all(subject, tasks, limit, role)
 
 
+@kept_heap()
 def evaluate_zero_shot_engine(
     runner: Runner, model_folder: Path, tasks: Sequence[str], limit: int | None, role: Role
 ) -> ZeroShot:

@@ -129,7 +129,7 @@ def _error(wide: Path, out: Path, threads: int | None) -> float:
     """How far the new graph's logits are from those in fp32, in their standard deviations."""
     with OrtRunner(wide, threads=threads, lean=True) as runner:
         expected = check.sample_logits(runner, runner.vocabulary)
-    with OrtRunner(out, threads=threads) as runner:
+    with OrtRunner(out, threads=threads, brief=True) as runner:
         return check.difference(expected, check.sample_logits(runner, runner.vocabulary))
 
 

@@ -171,6 +171,7 @@ class OrtRunner(Runner):
     threads: intra-op threads; None takes every core that this process may use.
     optimised: the file is a built CPU engine, whose graph needs no optimisation any more.
     lean: hold as little memory as can be, at the price of time.
+    brief: a few tokens are run, too few to be worth moving the weights into huge pages.
     reserve: tokens that the cache has room for from the start, where the graph writes it in place; it grows as needed.
     """
 
@@ -182,6 +183,7 @@ class OrtRunner(Runner):
         threads: int | None = None,
         optimised: bool = False,
         lean: bool = False,
+        brief: bool = False,
         reserve: int = 0,
     ) -> None:
         self.model = model
@@ -189,6 +191,7 @@ class OrtRunner(Runner):
         self.threads = threads
         self.optimised = optimised
         self.lean = lean
+        self.brief = brief
         self.reserve = reserve
         self._session: Any = None
         self._inputs: decoder_io.Bindings = {}
@@ -203,8 +206,8 @@ class OrtRunner(Runner):
         self._attention_mask: np.ndarray | None = None  # (batch, past)
 
     def __enter__(self) -> Self:
-        on_cpu = self.backend == "onnxruntime-cpu"
-        with in_huge_pages() if on_cpu and not self.lean else contextlib.nullcontext():
+        worth_it = self.backend == "onnxruntime-cpu" and not self.lean and not self.brief
+        with in_huge_pages() if worth_it else contextlib.nullcontext():
             self._session = create_session(
                 self.model, self.backend, self.threads, optimised=self.optimised, lean=self.lean
             )

@@ -82,5 +82,5 @@ def _try(
 def _logits(graph: Path, spec: EngineSpec) -> np.ndarray:
     """By the engine's own backend where that is ONNX Runtime, else by ONNX Runtime on the CPU."""
     backend: Backend = "onnxruntime-cuda" if spec.backend == "onnxruntime-cuda" else "onnxruntime-cpu"
-    with OrtRunner(graph, backend=backend, threads=spec.threads) as runner:
+    with OrtRunner(graph, backend=backend, threads=spec.threads, brief=True) as runner:
         return check.sample_logits(runner, runner.vocabulary)
