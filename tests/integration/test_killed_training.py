@@ -14,7 +14,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.breadth import BREADTH
 from tests.tiny import english, save_tiny
 
 SETTINGS = [
@@ -69,7 +68,7 @@ def kill_within(workspace: Path, out: str, stage: str) -> None:
     assert process.wait() == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("stage", [pytest.param("plan", marks=pytest.mark.slow), pytest.param("prune", marks=BREADTH)])
+@pytest.mark.parametrize("stage", [pytest.param("plan", marks=pytest.mark.slow), "prune"])
 def test_killed_and_run_again_is_as_never_killed(workspace, stage):
     whole = finish(workspace, f"{stage}-whole", stage)
     kill_within(workspace, f"{stage}-killed", stage)

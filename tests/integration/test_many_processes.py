@@ -12,7 +12,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.breadth import BREADTH
 from tests.tiny import english, save_tiny
 from trsp_deploy.errors import RecipeError
 from trsp_deploy.pipeline import _check_shares
@@ -40,7 +39,13 @@ SETTINGS = [
     "autocast='off'",
     "device=cpu",
 ]
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {
+    **os.environ,
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONFAULTHANDLER": "1",  # one run in some 30 was ended by a native abort: the next one says where
+}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +71,7 @@ def prune(workspace: Path, out: str, launch: list[str], sets: list[str]) -> subp
     )
 
 
-@pytest.mark.parametrize("launch", [pytest.param("ddp", marks=pytest.mark.slow), pytest.param("fsdp", marks=BREADTH)])
+@pytest.mark.parametrize("launch", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_two_processes_do_what_one_does(workspace, launch):
     alone = prune(workspace, "alone", [], TRANSFER[launch])
     done = prune(workspace, launch, LAUNCH[launch], TRANSFER[launch])
