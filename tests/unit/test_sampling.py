@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.tools.generation import COLDEST, Sampling, choose
 
 VOCABULARY = 700
@@ -67,3 +68,11 @@ def test_what_cannot_come_never_comes(cuts: dict[str, float]) -> None:
 @pytest.mark.parametrize("temperature", [COLDEST / 10, 1e-300])
 def test_next_to_no_temperature_is_greedy(temperature: float) -> None:
     assert drawn(np.array([1.0, 3.0, 2.999], np.float32), Sampling(temperature=temperature))[1] == 1
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize("broken", [[1.0, np.nan, 2.0], [1.0, np.inf, 2.0], [-np.inf] * 3], ids=str)
+def test_what_is_no_number_is_said_and_not_chosen_from(broken: list[float], temperature: float) -> None:
+    rows = np.array([[0.0, 1.0, 2.0], broken], dtype=np.float32)
+    with pytest.raises(EngineUnavailable, match="logits that are no numbers"):
+        choose(rows, Sampling(temperature=temperature), np.random.default_rng(0))

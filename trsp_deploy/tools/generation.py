@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trsp_deploy.errors import ModelError, RecipeError
+from trsp_deploy.errors import EngineUnavailable, ModelError, RecipeError
 from trsp_deploy.reading import read_json
 from trsp_deploy.recipe import Count, NonNegative, Positive, Strict
 from trsp_deploy.tools.runners.base import Runner
@@ -44,7 +44,7 @@ def end_tokens(model_folder: Path) -> tuple[int, ...]:
 def generate(runner: Runner, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
     """Continue every prompt; returns the new tokens of each, the ending one not among them.
 
-    runner: entered. Raises RecipeError for an empty prompt, EngineUnavailable where the engine's shapes end.
+    runner: entered. Raises RecipeError for an empty prompt, EngineUnavailable where the engine's shapes or numbers end.
     """
     if not prompts or not all(prompts):
         raise RecipeError("nothing to continue: a prompt has no tokens")
@@ -85,10 +85,12 @@ def penalised(logits: np.ndarray, tokens: Sequence[int], penalty: float) -> np.n
 
 
 def choose(logits: np.ndarray, sampling: Sampling, random: np.random.Generator) -> np.ndarray:
-    """One token a row, (batch,) int64, from logits (batch, vocabulary)."""
+    """One token a row, (batch,) int64, from logits (batch, vocabulary). Raises EngineUnavailable for NaN."""
+    likeliest: np.ndarray = logits.argmax(axis=-1).astype(np.int64)  # a NaN where there is one
+    if not np.isfinite(np.take_along_axis(logits, likeliest[:, None], axis=-1)).all():
+        raise EngineUnavailable("the engine gives logits that are no numbers; an fp32 engine holds what overflows here")
     if sampling.temperature == 0:
-        greedy: np.ndarray = logits.argmax(axis=-1).astype(np.int64)
-        return greedy
+        return likeliest
     uniform = random.random(len(logits))
     return np.array([_drawn(row, sampling, u) for row, u in zip(logits, uniform, strict=True)], dtype=np.int64)
 
