@@ -26,11 +26,11 @@ triton-demo: $(READY) .venv-triton/.ready ## the demo's run on a real tritonserv
 
 DEFAULT := not breadth and not slow and not network and not faults
 test: $(READY) check ## style, types, import rule and the default tests, offline
-	$(BIN)/python -m pytest -q --numprocesses auto --dist loadfile --no-loadscope-reorder -m '$(DEFAULT) and not alone'
+	$(BIN)/python -m pytest -q --numprocesses auto --dist loadfile -m '$(DEFAULT) and not alone'
 	$(BIN)/python -m pytest -q -m '$(DEFAULT) and alone'
 
 test-breadth: $(READY) ## whole jobs, and engines of more families, precisions and compilers than the default tests build: a quarter of an hour
-	$(BIN)/python -m pytest -q --numprocesses auto --dist loadfile --no-loadscope-reorder -m breadth
+	$(BIN)/python -m pytest -q --numprocesses auto --dist loadfile -m breadth
 
 check: $(READY)
 	$(BIN)/ruff format --check --quiet .
