@@ -13,7 +13,7 @@
     |   `-- StorageError       a full disk, a folder that cannot be written
     |-- ParityError            exit code 4: PyTorch, ONNX and engine disagree; nothing may be shipped
     |-- ProcessEnded           exit code 128 + its number: a signal ended the working process
-    `-- EngineUnavailable      never reaches the user as an error: the report's `unavailable` with its reason
+    `-- EngineUnavailable      of a run's engine the report's `unavailable` with its reason; of one engine asked for, code 1
 
 The regression check is no error: a requirement missed exits with 2, one that is not decided with 3.
 Anything else that escapes is a bug: it prints its traceback and exits with 70.
@@ -102,7 +102,7 @@ class ProcessEnded(TrspError):
 
 
 class EngineUnavailable(TrspError):
-    """This engine cannot be built or run on this machine; the message is the reason."""
+    """This engine cannot be built, run or go on; the message is the reason."""
 
 
 # What the machine refuses, and what helps; a path of that length or kind is the user's own.
