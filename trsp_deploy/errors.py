@@ -13,7 +13,7 @@
     |   `-- StorageError       a full disk, a folder that cannot be written
     |-- ParityError            exit code 4: PyTorch, ONNX and engine disagree; nothing may be shipped
     |-- ProcessEnded           exit code 128 + its number: a signal ended the working process
-    `-- EngineUnavailable      of a run's engine the report's `unavailable` with its reason; of one engine asked for, code 1
+    `-- EngineUnavailable      in a run the report's `unavailable` with its reason; for one engine, exit code 1
 
 The regression check is no error: a requirement missed exits with 2, one that is not decided with 3.
 Anything else that escapes is a bug: it prints its traceback and exits with 70.
