@@ -14,14 +14,14 @@ import trsp_deploy
 def code_digest(*starts: str, without: frozenset[str] = frozenset()) -> str:
     """Hash of modules of the package and of what they import of it, without comments, docstrings and layout.
 
-    starts: files below trsp_deploy/. without: names of modules that are imported but have no influence on the result.
+    starts: files below trsp_deploy/. without: modules and packages, imported but of no influence on the result.
     """
     package = Path(trsp_deploy.__file__).parent
     trees: dict[Path, ast.Module] = {}
     waiting = [package / name for name in starts]
     while waiting:
         path = waiting.pop()
-        if path not in trees and path.stem not in without:
+        if path not in trees and not without & {path.stem, path.parent.name}:
             trees[path] = ast.parse(path.read_text(encoding="utf-8"))
             waiting += _imported(trees[path], package)
     return hashlib.sha256("".join(meaning(trees[path]) for path in sorted(trees)).encode()).hexdigest()[:16]

@@ -114,9 +114,9 @@ class Found:
         return over_seeds([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
 
     def processors(self, kind: Kind, arm: str, steps: int = 0) -> set[str]:
-        """On which processors an arm's rows were made: those that multiply in bf16 round otherwise than the others."""
+        """On which processors an arm's rows were made, and in what they multiply: bf16 rounds otherwise than fp32."""
         lines = [self.store.get(row) for row in self.rows(kind, arm, steps)]
-        return {line.provenance.cpu for line in lines if line is not None}
+        return {f"{line.provenance.cpu} {line.products}".strip() for line in lines if line is not None}
 
     def selections(self, name: str) -> list[Selected]:
         """Outcomes of a selector, one a seed."""

@@ -21,7 +21,7 @@ from trsp_deploy.errors import TrspError
 
 DOC, README, IMAGES = Path("docs/quality.md"), Path("README.md"), Path("docs/img")
 ABSENT = "–"  # not measured yet
-ELSEWHERE = "† Made on another processor than the default, or on several: one multiplies in bf16, the other in fp32."
+ELSEWHERE = "† Made on another processor than the default, or on several: some multiply in bf16, some in fp32."
 
 
 def main() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Literal
 
 from pydantic import ValidationError
 
@@ -37,6 +38,7 @@ class Line(Strict):
     elapsed_s: float
     code: str  # digest of the code and the resolved settings that made it
     provenance: Provenance
+    products: Literal["", "bf16", "fp32"] = ""  # of matrices: processors of one name differ in it; older rows lack it
     same_as: str = ""  # key of the row whose outcome this is: the same layers removed, the same training
 
 
@@ -56,6 +58,7 @@ class Store:
             elapsed_s=round(elapsed_s, 1),
             code=digest(row),
             provenance=provenance(),
+            products=_products(row),
         )
         self._keep(line)
 
@@ -125,6 +128,14 @@ def digest(row: Row) -> str:
 def work_digest(work: Work) -> str:
     """Hash of the code that this work runs."""
     return code_digest(*CODE[work], without=NO_INFLUENCE)
+
+
+def _products(row: Row) -> Literal["bf16", "fp32"]:
+    """In which precision this machine multiplies a row's matrices."""
+    from trsp_deploy.tools.training import has_fast_bf16, pick_device  # torch, which a report does without
+
+    recipe = recipe_of(row)
+    return "bf16" if recipe.autocast == "auto" and has_fast_bf16(pick_device(recipe)) else "fp32"
 
 
 def _read_lines(path: Path) -> dict[str, Line]:

@@ -146,14 +146,15 @@ def test_what_is_no_number_is_no_outcome() -> None:
         Losses(nll={"wiki": (math.nan,)}, checkpoint={}, transfer_s=1.0)
 
 
-def test_rows_of_another_processor_are_marked(tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", [{"cpu": "another"}, {"products": "another"}])
+def test_rows_of_another_processor_are_marked(tmp_path: Path, change: dict[str, str]) -> None:
     lines = filled(tmp_path / "quality.jsonl", QUICK)
     arms = trained_arms(QUICK, QUICK.steps[0])
     assert "†" not in report.losses_table(Found(QUICK, lines), "trained", arms, QUICK.steps[0])
     row = next(row for row in rows(QUICK) if (row.kind, row.arm) == ("trained", "control"))
     line = lines.lines[row.key]
-    elsewhere = line.provenance.model_copy(update={"cpu": "another"})
-    lines.lines[row.key] = line.model_copy(update={"provenance": elsewhere})
+    elsewhere = {"provenance": line.provenance.model_copy(update=change)} if "cpu" in change else change
+    lines.lines[row.key] = line.model_copy(update=elsewhere)
     table = report.losses_table(Found(QUICK, lines), "trained", arms, QUICK.steps[0])
     assert next(text for text in table.splitlines() if "†" in text).startswith("| control: remove, then train † |")
     assert report.ELSEWHERE in table

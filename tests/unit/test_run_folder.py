@@ -210,7 +210,9 @@ def test_old_folder_comes_back_when_the_new_one_cannot_take_its_place(tmp_path, 
 
 def test_full_disk_is_seen_before_room_is_made_again(tmp_path, monkeypatch):
     """torch says no word about the disk, and what it wrote in vain is removed at once."""
-    monkeypatch.setattr("trsp_deploy.artifacts._free_bytes", lambda path: 0 if list(tmp_path.glob(".*")) else 1 << 30)
+    monkeypatch.setattr(
+        "trsp_deploy.artifacts.storage._free_bytes", lambda path: 0 if list(tmp_path.glob(".*")) else 1 << 30
+    )
     with pytest.raises(StorageError, match="disk is full"), writing(tmp_path / "state.pt") as partial:
         partial.write_bytes(b"half")
         raise RuntimeError("PytorchStreamWriter failed writing file")

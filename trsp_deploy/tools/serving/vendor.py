@@ -7,10 +7,14 @@ from pathlib import Path
 
 import trsp_deploy
 
-# Modules that serving imports; `tests/integration/test_serving.py` runs a copy of them alone. Packages get an empty
-# __init__: the real ones import what only building needs.
+# Modules that serving imports; `tests/integration/test_serving.py` runs a copy of them alone. Other packages get
+# an empty __init__: their real ones import what only building needs.
 MODULES = (
-    "artifacts.py",
+    "artifacts/__init__.py",
+    "artifacts/fingerprints.py",
+    "artifacts/provenance.py",
+    "artifacts/run_folder.py",
+    "artifacts/storage.py",
     "errors.py",
     "reading.py",
     "recipe.py",
@@ -40,9 +44,11 @@ def vendor(target: Path) -> None:
         place = root / module
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(source / module, place)
-    for folder in {(root / module).parent for module in MODULES} | {root}:
-        version = f'__version__ = "{trsp_deploy.__version__}"\n' if folder == root else ""
-        (folder / "__init__.py").write_text(version, encoding="utf-8")
+    for package in {(root / module).parent / "__init__.py" for module in MODULES} - {
+        root / module for module in MODULES
+    }:
+        package.touch()
+    (root / "__init__.py").write_text(f'__version__ = "{trsp_deploy.__version__}"\n', encoding="utf-8")
 
 
 def model_file() -> Path:

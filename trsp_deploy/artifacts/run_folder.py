@@ -1,94 +1,38 @@
-"""A run folder: artefacts that appear whole or not at all, and one record for each finished step.
+"""A run folder: one record for each finished step, and the lock that keeps a second run out.
 
 A step's record (`records/<step>.json`) names the fingerprints of its inputs, its settings,
 the fingerprints of its outputs, versions and hardware. A second run compares these and redoes
-only what no longer matches. This module imports no torch.
+only what no longer matches.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import fcntl
-import functools
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
-import shutil
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError
 
 from trsp_deploy import __version__
-from trsp_deploy.errors import RunError, StorageError, TrspError
+from trsp_deploy.artifacts.fingerprints import SIGNED, Sealed, files_below, fingerprint, leaves
+from trsp_deploy.artifacts.provenance import Provenance, provenance
+from trsp_deploy.artifacts.storage import storage_errors, write_json
+from trsp_deploy.errors import RunError
 from trsp_deploy.recipe import RelativePath, Strict
 
 # Raise when a step's code changes what it makes from the same inputs, so that old records no longer match.
 FORMAT = 1
 PATIENCE_S = 1.0  # with the lock of a run that was killed and has not quite gone
-NOTHING_LEFT = 1 << 20  # bytes: a disk with less is full, whatever a library calls its error
-
 MANIFEST = "MANIFEST.json"
 MANIFEST_SCHEMA = 1
 # What a run has beside its steps' outputs and their records.
 LOOSE_FILES = ("recipe.yaml", "plan.json", "report.json", "report.md", "report.html", "served.json")
-
 Result = TypeVar("Result", bound=BaseModel)
-
-PACKAGES = (
-    "torch",
-    "transformers",
-    "optimum",
-    "optimum-onnx",
-    "onnx",
-    "onnxslim",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "tensorrt",
-    "tensorrt-rtx",
-    "datasets",
-    "numpy",
-)
-
-
-class Provenance(Strict):
-    """Where and with what an artefact was made."""
-
-    trsp_deploy: str
-    python: str
-    packages: dict[str, str]
-    cpu: str
-    cores: int
-    memory_bytes: int
-    gpus: tuple[str, ...]
-
-
-class Sealed(Strict):
-    """A record whose file ends with the SHA-256 of what it says, so that a changed byte is found when it is read.
-
-    Take the key `sha256` out to edit one by hand; files that never had it are taken as they are.
-    """
-
-    @model_validator(mode="before")
-    @classmethod
-    def _as_written(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or "sha256" not in values:
-            return values
-        said = {name: value for name, value in values.items() if name != "sha256"}
-        if values["sha256"] != seal(said):
-            raise ValueError("is not what was written (its SHA-256 is another)")
-        return said
-
-
-def seal(said: Mapping[str, Any]) -> str:
-    """SHA-256 over all that a record says."""
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 class StepRecord(Sealed):
@@ -104,197 +48,12 @@ class StepRecord(Sealed):
     provenance: Provenance
 
 
-SIGNATURE = ".sig"  # behind a manifest's name
-SIGNED = f"manifest.json{SIGNATURE}"  # in an engine's folder; it may come, go and change with the engine as it was
-
-
 class RunManifest(Strict):
     """`MANIFEST.json` of a finished run: every file that the toolkit made in it."""
 
     schema_version: int
     trsp_deploy: str
     files: dict[RelativePath, str]  # path below the run folder -> SHA-256
-
-
-def fingerprint(path: Path) -> str:
-    """SHA-256 over a file, or over the sorted names and contents of a folder's files, but not its own signature."""
-    if path.is_dir():
-        digest = hashlib.sha256()
-        for file in sorted(p for p in path.rglob("*") if p.is_file() and p != path / SIGNED):
-            digest.update(f"{file.relative_to(path).as_posix()} {fingerprint(file)}\n".encode())
-        return digest.hexdigest()
-    stat = path.stat()
-    return _file_sha256(path.resolve(), stat.st_size, stat.st_mtime_ns, stat.st_ino)
-
-
-@functools.lru_cache(maxsize=4096)
-def _file_sha256(path: Path, _size: int, _mtime_ns: int, _inode: int) -> str:
-    # Size, time and inode are part of the cache key only: one process reads an unchanged file once.
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def files_below(path: Path) -> list[Path]:
-    """A file itself, or every file and link below a folder, in order; links are named and not followed."""
-    if path.is_symlink() or path.is_file():
-        return [path]
-    return sorted(file for file in path.rglob("*") if file.is_symlink() or file.is_file())
-
-
-def leaves(folder: Path, path: Path) -> bool:
-    """Whether `path`, which is written as one below `folder`, is outside it once links are followed."""
-    return not path.resolve().is_relative_to(folder.resolve())
-
-
-def size_bytes(path: Path) -> int:
-    """Bytes in a file or below a folder."""
-    if path.is_file():
-        return path.stat().st_size
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-
-
-@contextlib.contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk or a refused write below `path` into one StorageError line.
-
-    Writers outside Python (safetensors, protobuf, ONNX Runtime, TensorRT) report a full disk as
-    errors of their own, so an unknown error on a disk with nothing left counts as one too.
-    """
-    try:
-        yield
-    except OSError as problem:
-        if problem.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _disk_full(path) from problem
-        if problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise StorageError(f"{problem.filename or path}: no permission to write ({problem.strerror})") from problem
-        raise
-    except TrspError:
-        raise
-    except Exception as problem:
-        said = str(problem).lower()
-        if "no space left" in said or _free_bytes(path) < NOTHING_LEFT:
-            raise _disk_full(path) from problem
-        if "file too large" in said or "unexpected pos" in said:  # torch's words for a write that came out short
-            raise StorageError(f"{path}: a file may not be that large here (`ulimit -f`); {problem}") from problem
-        raise
-
-
-def _disk_full(path: Path) -> StorageError:
-    return StorageError(
-        f"{path}: the disk is full ({_free_bytes(path) / 1e6:.0f} MB free); "
-        "free some space and run the same command again: finished steps are kept"
-    )
-
-
-def _free_bytes(path: Path) -> int:
-    existing = next(p for p in (path, *path.parents) if p.exists())
-    return shutil.disk_usage(existing).free
-
-
-@contextlib.contextmanager
-def writing(target: Path) -> Iterator[Path]:
-    """Yield a path beside `target` to write a file or folder to; it takes target's place on success.
-
-    After an error or a kill the target is what it was before, or, of a folder, gone: it is never half of anything.
-    """
-    partial, former = (target.with_name(f".{target.name}.{state}") for state in ("partial", "former"))
-    with storage_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove(partial)
-        _remove(former)
-        try:
-            with storage_errors(target):  # before the next lines make room again: how full the disk is explains much
-                yield partial
-                _sync(partial)
-            if target.is_dir() and not partial.is_dir():
-                raise RunError(f"{target}: is a folder; it is not replaced by a file")
-            # A folder cannot replace a folder in one rename, so the old one steps aside first.
-            if target.is_dir():
-                target.replace(former)
-            partial.replace(target)
-        except BaseException:
-            _remove(partial)
-            if former.exists() and not target.exists():
-                former.replace(target)
-            raise
-        _remove(former)
-
-
-def link_tree(source: Path, target: Path, copied: tuple[str, ...] = ()) -> None:
-    """Give a finished file or folder a second place: hard links, or copies where the file system has none.
-
-    copied: ends of names of files that are copied in any case.
-    """
-
-    def link(one: str, other: str) -> None:
-        if not one.endswith(copied):
-            with contextlib.suppress(OSError):
-                os.link(one, other)
-                return
-        shutil.copy2(one, other)
-
-    with writing(target) as partial:
-        if source.is_dir():
-            shutil.copytree(source, partial, copy_function=link)
-        else:
-            link(str(source), str(partial))
-
-
-def write_json(path: Path, value: BaseModel | Mapping[str, Any]) -> None:
-    """Write a record or mapping as indented JSON, whole or not at all."""
-    plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else dict(value)
-    if isinstance(value, Sealed):
-        plain["sha256"] = seal(plain)
-    with writing(path) as partial:
-        partial.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
-    for file in files:
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-
-
-@functools.cache
-def provenance() -> Provenance:
-    """Versions and hardware of this process."""
-    versions = {}
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return Provenance(
-        trsp_deploy=__version__,
-        python=platform.python_version(),
-        packages=versions,
-        cpu=_cpu_name(),
-        cores=len(os.sched_getaffinity(0)),
-        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        gpus=_gpu_names(),
-    )
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _gpu_names() -> tuple[str, ...]:
-    # torch knows the GPUs that this process can use; without torch loaded there is nothing to say.
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
-        return ()
-    return tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
 
 
 def is_main_process() -> bool:

@@ -1,0 +1,76 @@
+"""What an artefact is: the SHA-256 of its files, and of what a record says."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import model_validator
+
+from trsp_deploy.recipe import Strict
+
+SIGNATURE = ".sig"  # behind a manifest's name
+SIGNED = f"manifest.json{SIGNATURE}"  # in an engine's folder; it may come, go and change with the engine as it was
+
+
+class Sealed(Strict):
+    """A record whose file ends with the SHA-256 of what it says, so that a changed byte is found when it is read.
+
+    Take the key `sha256` out to edit one by hand; files that never had it are taken as they are.
+    """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_written(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "sha256" not in values:
+            return values
+        said = {name: value for name, value in values.items() if name != "sha256"}
+        if values["sha256"] != seal(said):
+            raise ValueError("is not what was written (its SHA-256 is another)")
+        return said
+
+
+def seal(said: Mapping[str, Any]) -> str:
+    """SHA-256 over all that a record says."""
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 over a file, or over the sorted names and contents of a folder's files, but not its own signature."""
+    if path.is_dir():
+        digest = hashlib.sha256()
+        for file in sorted(p for p in path.rglob("*") if p.is_file() and p != path / SIGNED):
+            digest.update(f"{file.relative_to(path).as_posix()} {fingerprint(file)}\n".encode())
+        return digest.hexdigest()
+    stat = path.stat()
+    return _file_sha256(path.resolve(), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+
+@functools.lru_cache(maxsize=4096)
+def _file_sha256(path: Path, _size: int, _mtime_ns: int, _inode: int) -> str:
+    # Size, time and inode are part of the cache key only: one process reads an unchanged file once.
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_below(path: Path) -> list[Path]:
+    """A file itself, or every file and link below a folder, in order; links are named and not followed."""
+    if path.is_symlink() or path.is_file():
+        return [path]
+    return sorted(file for file in path.rglob("*") if file.is_symlink() or file.is_file())
+
+
+def leaves(folder: Path, path: Path) -> bool:
+    """Whether `path`, which is written as one below `folder`, is outside it once links are followed."""
+    return not path.resolve().is_relative_to(folder.resolve())
+
+
+def size_bytes(path: Path) -> int:
+    """Bytes in a file or below a folder."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

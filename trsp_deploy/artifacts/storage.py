@@ -1,0 +1,129 @@
+"""Writing so that files and folders appear whole or not at all, and a disk's refusal is one line."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from trsp_deploy.artifacts.fingerprints import Sealed, seal
+from trsp_deploy.errors import RunError, StorageError, TrspError
+
+NOTHING_LEFT = 1 << 20  # bytes: a disk with less is full, whatever a library calls its error
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk or a refused write below `path` into one StorageError line.
+
+    Writers outside Python (safetensors, protobuf, ONNX Runtime, TensorRT) report a full disk as
+    errors of their own, so an unknown error on a disk with nothing left counts as one too.
+    """
+    try:
+        yield
+    except OSError as problem:
+        if problem.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _disk_full(path) from problem
+        if problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise StorageError(f"{problem.filename or path}: no permission to write ({problem.strerror})") from problem
+        raise
+    except TrspError:
+        raise
+    except Exception as problem:
+        said = str(problem).lower()
+        if "no space left" in said or _free_bytes(path) < NOTHING_LEFT:
+            raise _disk_full(path) from problem
+        if "file too large" in said or "unexpected pos" in said:  # torch's words for a write that came out short
+            raise StorageError(f"{path}: a file may not be that large here (`ulimit -f`); {problem}") from problem
+        raise
+
+
+def _disk_full(path: Path) -> StorageError:
+    return StorageError(
+        f"{path}: the disk is full ({_free_bytes(path) / 1e6:.0f} MB free); "
+        "free some space and run the same command again: finished steps are kept"
+    )
+
+
+def _free_bytes(path: Path) -> int:
+    existing = next(p for p in (path, *path.parents) if p.exists())
+    return shutil.disk_usage(existing).free
+
+
+@contextlib.contextmanager
+def writing(target: Path) -> Iterator[Path]:
+    """Yield a path beside `target` to write a file or folder to; it takes target's place on success.
+
+    After an error or a kill the target is what it was before, or, of a folder, gone: it is never half of anything.
+    """
+    partial, former = (target.with_name(f".{target.name}.{state}") for state in ("partial", "former"))
+    with storage_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove(partial)
+        _remove(former)
+        try:
+            with storage_errors(target):  # before the next lines make room again: how full the disk is explains much
+                yield partial
+                _sync(partial)
+            if target.is_dir() and not partial.is_dir():
+                raise RunError(f"{target}: is a folder; it is not replaced by a file")
+            # A folder cannot replace a folder in one rename, so the old one steps aside first.
+            if target.is_dir():
+                target.replace(former)
+            partial.replace(target)
+        except BaseException:
+            _remove(partial)
+            if former.exists() and not target.exists():
+                former.replace(target)
+            raise
+        _remove(former)
+
+
+def link_tree(source: Path, target: Path, copied: tuple[str, ...] = ()) -> None:
+    """Give a finished file or folder a second place: hard links, or copies where the file system has none.
+
+    copied: ends of names of files that are copied in any case.
+    """
+
+    def link(one: str, other: str) -> None:
+        if not one.endswith(copied):
+            with contextlib.suppress(OSError):
+                os.link(one, other)
+                return
+        shutil.copy2(one, other)
+
+    with writing(target) as partial:
+        if source.is_dir():
+            shutil.copytree(source, partial, copy_function=link)
+        else:
+            link(str(source), str(partial))
+
+
+def write_json(path: Path, value: BaseModel | Mapping[str, Any]) -> None:
+    """Write a record or mapping as indented JSON, whole or not at all."""
+    plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else dict(value)
+    if isinstance(value, Sealed):
+        plain["sha256"] = seal(plain)
+    with writing(path) as partial:
+        partial.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    for file in files:
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
