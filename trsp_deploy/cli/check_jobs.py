@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trsp_deploy.cli.jobs import Tasks
-from trsp_deploy.cli.options import file_to_write, finite
+from trsp_deploy.cli.options import Tasks, file_to_write, finite
 from trsp_deploy.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -143,7 +142,7 @@ def baseline(
 ) -> None:
     """Measure a run's engines and write the file that later checks are held against."""
     from trsp_deploy.checks import make_baseline
-    from trsp_deploy.cli.jobs import existing
+    from trsp_deploy.cli.running import existing
 
     with existing(run) as job:
         settings = _settings(job.recipe.bench.model_dump(), budget, sets)
@@ -174,7 +173,8 @@ def check(
     if quality_budget is not None and (max_ppl_ratio is not None or min_accuracy_retained is not None):
         raise RecipeError("check: --quality-budget sets the limits of perplexity and accuracy; give it or your own")
     from trsp_deploy.checks import Tolerances, check_run
-    from trsp_deploy.cli.jobs import existing, task_sets
+    from trsp_deploy.cli.recipe_options import task_sets
+    from trsp_deploy.cli.running import existing
     from trsp_deploy.tools.verdicts import EXIT_CODES
 
     if against is not None:

@@ -1,11 +1,65 @@
-"""What options take: numbers that can be used, files that can be written."""
+"""Options that several commands have, and what options take: numbers that can be used, files that can be written."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Annotated
 
 import typer
+
+Model = Annotated[
+    str | None, typer.Option("--model", help="A folder, a hub id, or a short name such as opt-6.7b.", metavar="M")
+]
+Drop = Annotated[
+    str | None, typer.Option("--drop", help="Share of layers (25%) or count of layers (8) to remove.", metavar="D")
+]
+RecipeName = Annotated[
+    str | None, typer.Option("--recipe", help="A name from `recipes ls` or a YAML file.", metavar="R")
+]
+Engines = Annotated[
+    list[str] | None,
+    typer.Option("--engine", help="A name from `engines ls` or a YAML file; repeat for more.", metavar="E"),
+]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration", help="Text to learn from: a .txt or .jsonl, dataset:split, or a name.", metavar="TEXTS"
+    ),
+]
+Evaluation = Annotated[
+    list[str] | None,
+    typer.Option("--eval", help="Text to judge on, as NAME=TEXTS; repeat for more.", metavar="NAME=TEXTS"),
+]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option("--task", help="Zero-shot choice task: piqa, copa (`fetch piqa`), or lm-eval's; repeat.", metavar="T"),
+]
+Out = Annotated[
+    Path | None, typer.Option("--out", help="Run folder; runs/<model>-drop<k> when not given.", metavar="DIR")
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of every random choice.", metavar="N")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", help="Override one recipe key: transfer.steps=64.", metavar="KEY=VALUE")
+]
+PlanFile = Annotated[
+    Path | None, typer.Option("--plan", help="Apply this plan.json instead of choosing layers.", metavar="FILE")
+]
+MethodName = Annotated[
+    str | None,
+    typer.Option("--method", help="trsp, trsp-anneal, trsp-refit, shortgpt, sleb, uidl or fold.", metavar="M"),
+]
+Then = Annotated[
+    str | None,
+    typer.Option("--then", help="Transfer after any selection: anneal, l2, l1, train or none.", metavar="FORM"),
+]
+PlanMemory = Annotated[
+    bool, typer.Option("--plan-memory", help="Show what training would need and what there is; load and train nothing.")
+]
+IgnoreMemory = Annotated[bool, typer.Option("--ignore-memory", help="Train even if the estimate does not fit.")]
+IgnoreDisk = Annotated[bool, typer.Option("--ignore-disk", help="Begin even if the disk looks too small.")]
+Json = Annotated[bool, typer.Option("--json", help="End stdout with one JSON line; all else goes to stderr.")]
+Run = Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")]
 
 
 def finite(value: float | None) -> float | None:

@@ -11,8 +11,7 @@ from typing import Annotated
 
 import typer
 
-from trsp_deploy.cli.jobs import Json
-from trsp_deploy.cli.options import file_to_write, finite
+from trsp_deploy.cli.options import Json, file_to_write, finite
 from trsp_deploy.errors import RecipeError
 
 Repository = Annotated[Path, typer.Argument(help="A model repository, ours or not.", metavar="REPO")]
@@ -109,7 +108,7 @@ def bench_server(
     levels = _concurrencies(concurrency)
     where = None if url is None else _address(url)
     from trsp_deploy.artifacts import write_json
-    from trsp_deploy.cli.jobs import existing
+    from trsp_deploy.cli.running import existing
     from trsp_deploy.cli.tables import print_served
     from trsp_deploy.stages.serve_bench import Address, LoadSettings, measure_served, started
     from trsp_deploy.tools.load import find_load_generator

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from trsp_deploy.cli.jobs import (
+from trsp_deploy.cli.options import (
     Calibration,
     Engines,
     Evaluation,
@@ -23,8 +23,8 @@ from trsp_deploy.cli.jobs import (
     Seed,
     Sets,
     Then,
+    finite,
 )
-from trsp_deploy.cli.options import finite
 from trsp_deploy.errors import RecipeError
 
 Drops = Annotated[
@@ -72,7 +72,8 @@ def sweep(
 ) -> None:
     """Quality, latency, memory and size for each number of layers, through real engines; targets choose one."""
     max_latency_s = _seconds(target_latency)
-    from trsp_deploy.cli.jobs import check_memory, recipe_from_options, run_of, say
+    from trsp_deploy.cli.recipe_options import recipe_from_options
+    from trsp_deploy.cli.running import check_memory, run_of, say
     from trsp_deploy.cli.tables import print_sweep
     from trsp_deploy.recipe import parse_drops
     from trsp_deploy.tools.sweeps import Targets

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trsp_deploy.cli.jobs import Json, Run
+from trsp_deploy.cli.options import Json, Run
 from trsp_deploy.cli.serving_jobs import Repository
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from trsp_deploy.cli.jobs import Json, Run
+from trsp_deploy.cli.options import Json, Run
 
 Folder = Annotated[Path, typer.Argument(help="A run folder, an engine folder or a Triton repository.", metavar="PATH")]
 PublicKey = Annotated[
@@ -79,7 +79,7 @@ def sign(path: Folder, key: Key, as_json: Json = False) -> None:
 
 def convert(model: Model, out: Out = None, as_json: Json = False) -> None:
     """Write pickled weights as safetensors; what holds more than tensors is refused, and nothing in it runs."""
-    from trsp_deploy.cli.jobs import say
+    from trsp_deploy.cli.running import say
     from trsp_deploy.tools.safe_copy import convert as converted
 
     folder = converted(model, out, say)

@@ -1,0 +1,76 @@
+"""From options to a recipe."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from trsp_deploy.errors import RecipeError, nearest
+
+if TYPE_CHECKING:
+    from trsp_deploy.recipe import Recipe
+
+
+def recipe_from_options(
+    model: str | None,
+    drop: str | None,
+    recipe: str | None,
+    engine: list[str] | None,
+    calibration: str | None,
+    evaluation: list[str] | None,
+    seed: int | None,
+    sets: list[str] | None,
+    method: str | None,
+    then: str | None,
+) -> Recipe:
+    """The recipe named, or the model's own, or the default one, with every option on top."""
+    from trsp_deploy.recipe import override, read_recipe
+    from trsp_deploy.tools.library import load_recipe_values, recipe_names
+
+    if model is None and recipe is None:
+        raise RecipeError("--model is missing: give a folder, a hub id or a short name (or a --recipe that names one)")
+    name = recipe or (model if model in recipe_names() else "default")
+    values, source = load_recipe_values(name)
+    for key, value in (("model", model), ("drop", drop), ("seed", seed)):
+        if value is not None:
+            values[key] = value
+    options = {f"{group}.{key}": value for group, of in _method_settings(method).items() for key, value in of.items()}
+    if calibration is not None:
+        options["calibration.texts"] = calibration
+    if then is not None:
+        options["transfer.form"] = then
+    values = override(values, [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in options.items()])
+    values = with_lists(values, engine, evaluation)
+    return read_recipe(override(values, sets or []), f"{source} with the options given" if sets else source)
+
+
+def task_sets(tasks: list[str] | None) -> list[str]:
+    """`--task` as an override of the recipe."""
+    return [] if tasks is None else [f"evaluate.tasks={json.dumps(tasks)}"]
+
+
+def _method_settings(method: str | None) -> dict[str, dict[str, str | bool | int]]:
+    from trsp_deploy.recipe import METHODS
+
+    if method is None:
+        return {}
+    if method not in METHODS:
+        raise RecipeError(
+            f"--method '{method}': no such method{nearest(method, METHODS)} (available: {', '.join(METHODS)})"
+        )
+    return METHODS[method]
+
+
+def with_lists(values: dict[str, Any], engine: list[str] | None, evaluation: list[str] | None) -> dict[str, Any]:
+    if engine:
+        values["engines"] = engine
+    if evaluation:
+        pairs = [text.partition("=") for text in evaluation]
+        for name, equals, texts in pairs:
+            if not (name and equals and texts):
+                raise RecipeError(f"--eval '{name}{equals}{texts}': expected NAME=TEXTS, such as wiki=wiki-demo")
+        names = [name for name, _, _ in pairs]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise RecipeError(f"--eval '{twice}=...': given twice; each text needs a name of its own")
+        values["evaluation"] = {name: texts for name, _, texts in pairs}
+    return values

@@ -1,0 +1,133 @@
+"""Entering a run: its folder and lock, what it needs of memory and disk, and what is said meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import resource
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trsp_deploy.cli.recipe_options import with_lists
+from trsp_deploy.errors import DeviceMemoryError, ModelError
+
+if TYPE_CHECKING:
+    from trsp_deploy.pipeline import Pipeline
+    from trsp_deploy.recipe import Recipe
+    from trsp_deploy.tools.memory import Stage
+
+
+LIBRARIES_BYTES = 1_100_000_000  # of addresses; 1.05e9 were seen with torch 2.13 for the CPU
+
+
+@contextlib.contextmanager
+def existing(
+    run: Path,
+    engine: list[str] | None = None,
+    evaluation: list[str] | None = None,
+    sets: list[str] | None = None,
+) -> Iterator[Pipeline]:
+    """Enter the folder of a run that was begun, with its recipe and the options on top."""
+    _check_address_space()
+    from trsp_deploy.pipeline.runs import load_recipe
+    from trsp_deploy.recipe import override, read_recipe
+
+    values = override(with_lists(load_recipe(run), engine, evaluation), sets or [])
+    with run_of(read_recipe(values, str(run / "recipe.yaml")), run, None) as job:
+        yield job
+
+
+@contextlib.contextmanager
+def run_of(recipe: Recipe, out: Path | None, plan: Path | None) -> Iterator[Pipeline]:
+    """Enter the run folder and keep the resolved recipe in it."""
+    say(f"{recipe.model}, dropping {recipe.drop} of the layers")
+    _check_address_space()
+    from trsp_deploy.artifacts import RunFolder
+    from trsp_deploy.pipeline import Pipeline
+    from trsp_deploy.pipeline.runs import default_folder, save_recipe
+
+    with RunFolder(out or default_folder(recipe, say), _announce) as run:
+        job = Pipeline(run, recipe, plan, say)
+        save_recipe(run, recipe)
+        yield job
+
+
+def _check_address_space() -> None:
+    """Raise DeviceMemoryError where not even the libraries have room: OpenBLAS would try to load for ever."""
+    allowed, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if allowed != resource.RLIM_INFINITY and allowed < LIBRARIES_BYTES:
+        raise DeviceMemoryError(
+            f"too little memory: `ulimit -v` allows {allowed / 1e9:.1f} GB of addresses, and the libraries alone take "
+            f"{LIBRARIES_BYTES / 1e9:.1f} GB: ulimit -v unlimited"
+        )
+
+
+def show_memory(recipe: Recipe, plan_file: Path | None, as_json: bool) -> None:
+    """The table of `--plan-memory`; with --json the same figures are the last line of stdout."""
+    from trsp_deploy.cli.tables import print_memory
+    from trsp_deploy.tools.device_memory import model_config, plan_memory
+    from trsp_deploy.tools.plan import read_plan
+
+    config = model_config(recipe.model, say)
+    dropped = None if plan_file is None else read_plan(plan_file, config.num_hidden_layers).dropped
+    found = plan_memory(recipe, config, dropped)
+    print_memory(found, sys.stderr if as_json else sys.stdout)
+    if as_json:
+        print(json.dumps(found.summary()))
+
+
+def check_memory(job: Pipeline, plan_file: Path | None, ignore: bool) -> None:
+    """Refuse what cannot fit before anything slow begins; stages whose result is there are not asked about."""
+    from trsp_deploy.tools.device_memory import check_memory, launched_as_several, model_config
+    from trsp_deploy.tools.plan import read_plan
+    from trsp_deploy.tools.training import pick_device
+
+    plan = plan_file or job.run.path / "plan.json"
+    stages: dict[Stage, bool] = {"selection": plan.is_file(), "transfer": (job.run.path / "pruned").is_dir()}
+    missing = [stage for stage, done in stages.items() if not done]
+    if missing:
+        pick_device(job.recipe)  # before a model is fetched for a device that is not here
+    if ignore or not missing or launched_as_several():
+        return
+    with contextlib.suppress(ModelError):  # of a model that cannot be used the pipeline says more
+        config = model_config(job.recipe.model, say)
+        dropped = read_plan(plan, config.num_hidden_layers).dropped if plan.is_file() else None
+        found = check_memory(job.recipe, config, missing, dropped)
+        parts = ", ".join(f"{each.stage} {each.peak.total_bytes / 1e9:.2f} GB" for each in found.stages)
+        there = "unknown" if found.available_bytes is None else f"{found.available_bytes / 1e9:.2f} GB"
+        say(f"needs {found.device} memory: {parts}; {there} there")
+
+
+def check_disk(job: Pipeline, ignore: bool) -> None:
+    """Say what each stage will leave on the disk, and refuse what cannot fit there."""
+    from trsp_deploy.tools.device_memory import model_config
+    from trsp_deploy.tools.disk import check_disk, plan_disk
+
+    if not job.run.main:
+        return
+    with contextlib.suppress(ModelError):  # of a model that cannot be used the pipeline says more
+        config, specs = model_config(job.recipe.model, say), job.engines.buildable()
+        plan = plan_disk(job.run.path, job.recipe, config, specs, job.engines.specs[0].graph_precision)
+        say(plan.line())
+        if not ignore:
+            check_disk(plan, job.recipe, config, specs)
+
+
+def _announce(step: str, state: str) -> None:
+    say(f"{step}: {state}")
+
+
+def say(line: str) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+
+    from trsp_deploy.artifacts import is_main_process
+    from trsp_deploy.errors import redacted
+
+    if not is_main_process():
+        return
+    Console(file=sys.stderr, highlight=False, soft_wrap=True).print(
+        f"[bold cyan]>[/] {escape(redacted(' '.join(line.split())))}"
+    )
