@@ -41,6 +41,7 @@ from trsp_deploy.tools.worker import Worker
 
 DOC, README = Path("docs/engines.md"), Path("README.md")
 PRECISIONS: tuple[Precision, ...] = ("fp32", "int8", "int4")
+ENGINES = (*PRECISIONS, "int4-accurate")  # of the specs ort-cpu-*: those whose perplexity is in the table
 PROMPT, NEW_TOKENS, ROUNDS = 128, 128, 11
 WARM_TOKENS = 4
 LONG_PROMPT, LONG_NEW, CONTEXT = 1900, 32, 2048
@@ -223,6 +224,7 @@ def _contenders(peers: Path) -> dict[str, Callable[[], Worker]]:
         "pruned fp32": _ours("pruned", "fp32"),
         "genai int4": lambda: _peer(peers, "genai", subjects.genai("dense", "int4", peers)),
         "ours int4": _ours("dense", "int4"),
+        "ours int4-accurate": _ours("dense", "int4-accurate"),
         "pruned int4": _ours("pruned", "int4"),
         "llama.cpp Q4_1": llama,
         "ours int8": _ours("dense", "int8"),
@@ -237,8 +239,8 @@ def _pair(name: str) -> dict[str, Callable[[], Worker]]:
     }
 
 
-def _ours(name: str, precision: str) -> Callable[[], Worker]:
-    return lambda: Worker(subjects.engine(name, precision))
+def _ours(name: str, kind: str) -> Callable[[], Worker]:
+    return lambda: Worker(subjects.engine(name, kind))
 
 
 def _small_pages() -> Worker:
@@ -320,11 +322,11 @@ def _perplexities(peers: Path) -> dict[str, float]:
     """Of wiki-demo, 8 windows of 512 tokens, by contender."""
     windows = subjects.windows(512, 8)
     found = {}
-    for precision in PRECISIONS:
-        with open_engine(subjects.engine("dense", precision)) as runner:
+    for name in ENGINES:
+        with open_engine(subjects.engine("dense", name)) as runner:
             logits = (runner.prefill(window[None], np.ones((1, 512), dtype=np.int64))[0] for window in windows)
             losses = [negative_log_likelihood(*pair) for pair in zip(logits, windows, strict=True)]
-        found[f"ours {precision}"] = float(np.exp(np.mean(losses)))
+        found[f"ours {name}"] = float(np.exp(np.mean(losses)))
     for precision in ("fp32", "int4"):
         with contextlib.suppress(EngineUnavailable), _genai_worker(peers, precision) as worker:
             found[f"genai {precision}"] = worker.ask({"windows": windows.tolist()})["perplexity"]

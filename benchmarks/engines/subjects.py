@@ -80,13 +80,13 @@ def _exporter() -> str:
     return f"{code_digest(*EXPORT)} {[packages.get(name) for name in ('torch', 'transformers', 'optimum-onnx')]}"
 
 
-def engine(name: str, precision: str) -> Path:
-    """Folder of a model's ONNX Runtime engine."""
-    spec = load_engine_spec(f"ort-cpu-{precision}")
+def engine(name: str, kind: str) -> Path:
+    """Folder of a model's ONNX Runtime engine; kind: of the spec `ort-cpu-KIND`."""
+    spec = load_engine_spec(f"ort-cpu-{kind}")
     text = calibration() if name in ("dense", "pruned") else None
     # Of other code, of another spec or for another ONNX Runtime it is another engine.
     made_by = f"{_exporter()} {code_digest(*BUILD)} {spec.model_dump_json()} {provenance().packages['onnxruntime']}"
-    return once(f"engines/{name}-{precision}", lambda out: build_engine(onnx(name) / FILE, spec, out, text), made_by)
+    return once(f"engines/{name}-{kind}", lambda out: build_engine(onnx(name) / FILE, spec, out, text), made_by)
 
 
 def genai(name: str, precision: str, python: Path) -> Path:
