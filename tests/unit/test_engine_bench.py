@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.engines import __main__ as bench
-from benchmarks.engines import subjects
+from benchmarks.engines import figures, subjects
 from benchmarks.engines.peers import negative_log_likelihood
 from trsp_deploy.decoder import DecoderSize, WeightCounts
 from trsp_deploy.tools.limits import stored
@@ -37,8 +36,8 @@ def samples(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[dict[str, Any]]]:
         weights = WeightCounts(total=0, layers=layers[name], lm_head=1000, embeddings=0)
         return DecoderSize(weights=weights, cache_per_token=0, attention_width=1)
 
-    monkeypatch.setattr(bench.subjects, "model", lambda name: name)
-    monkeypatch.setattr(bench, "decoder_size", size)
+    monkeypatch.setattr(figures.subjects, "model", lambda name: name)
+    monkeypatch.setattr(figures, "decoder_size", size)
     return {
         label: [
             {"prefill_s": drift * PROMPT_MS.get(label, 50.0) / 1e3, "decode_s": [drift * token_ms / 1e3] * 3}
@@ -49,7 +48,7 @@ def samples(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[dict[str, Any]]]:
 
 
 def test_figures(samples: dict[str, list[dict[str, Any]]]) -> None:
-    ratios = bench.ratios(
+    ratios = figures.ratios(
         samples, [11_000 * 4 / 9e-3] * 3, {"ours int4": 30.0, "genai int4": 33.0}, {"fp32": stored("fp32")}
     )
     found = {name: value.ratio for name, value in ratios.items() if value is not None}
@@ -65,8 +64,8 @@ def test_figures(samples: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def test_what_is_not_measured_is_not_met(samples: dict[str, list[dict[str, Any]]]) -> None:
-    ratios = bench.ratios(samples, [1e9], {}, {})
-    found = bench.verdict({name: None if value is None else value.ratio for name, value in ratios.items()})
+    ratios = figures.ratios(samples, [1e9], {}, {})
+    found = figures.verdict({name: None if value is None else value.ratio for name, value in ratios.items()})
     assert found["figures"].keys() == found["targets"].keys() == found["met"].keys()
     for name in ("gpt2_decode_to_optimum", "int4_perplexity_to_genai", "batch_int8"):
         assert found["figures"][name] is None and found["met"][name] is False
@@ -74,7 +73,7 @@ def test_what_is_not_measured_is_not_met(samples: dict[str, list[dict[str, Any]]
 
 
 def test_a_verdict_is_not_taken_of_what_is_rounded() -> None:
-    found = bench.verdict(dict.fromkeys(bench.TARGETS, 0.9999))
+    found = figures.verdict(dict.fromkeys(figures.TARGETS, 0.9999))
     assert found["figures"]["fp32_decode_to_genai"] == 1.0 and found["met"]["fp32_decode_to_genai"] is False
 
 

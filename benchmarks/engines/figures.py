@@ -1,0 +1,130 @@
+"""What the bench found, and one ratio for each target of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from benchmarks.engines import subjects
+from trsp_deploy.artifacts import Provenance
+from trsp_deploy.decoder import decoder_size
+from trsp_deploy.recipe import Case, Precision, Strict
+from trsp_deploy.tools.limits import Stored, decode_bytes, speed_limit, stored
+from trsp_deploy.tools.statistics import Ratio, paired_ratio
+
+PRECISIONS: tuple[Precision, ...] = ("fp32", "int8", "int4")
+PROMPT, NEW_TOKENS, ROUNDS = 128, 128, 11
+LONG_PROMPT, LONG_NEW = 1900, 32
+BATCH = 8
+# figure -> (bound, whether the figure has to be at least it or at most, meaning)
+TARGETS: dict[str, tuple[float, str, str]] = {
+    "fp32_decode_to_genai": (1.0, "at least", "fp32 decoding over onnxruntime-genai's"),
+    "fp32_decode_to_optimum": (1.5, "at least", "fp32 decoding over Optimum's runner of its graph"),
+    "int4_decode_to_genai": (1.0, "at least", "int4 decoding over onnxruntime-genai's"),
+    "int4_perplexity_to_genai": (1.03, "at most", "int4 perplexity over onnxruntime-genai's"),
+    "int8_prefill_to_fp32": (2.0, "at least", "int8 prompt over fp32's"),
+    "fp32_floor_share": (0.85, "at least", "fp32: bytes over measured bandwidth, over the time of a token"),
+    "late_to_early": (1.35, "at most", f"fp32: a token at past {LONG_PROMPT} over one at past {PROMPT}"),
+    "batch_fp32": (3.0, "at least", f"fp32: tokens/s at batch {BATCH} over batch 1"),
+    "batch_int8": (3.0, "at least", f"int8: tokens/s at batch {BATCH} over batch 1"),
+    "batch_int4": (3.0, "at least", f"int4: tokens/s at batch {BATCH} over batch 1"),
+    "opt_decode_to_optimum": (2.0, "at least", "random OPT-125M, fp32 decoding over Optimum's runner"),
+    "gpt2_decode_to_optimum": (2.0, "at least", "random GPT-2, fp32 decoding over Optimum's runner"),
+    "pruned_fp32": (0.95, "at least", "7 of 30 layers less, fp32: measured speed-up over its limit"),
+    "pruned_int8": (0.95, "at least", "7 of 30 layers less, int8: measured speed-up over its limit"),
+    "pruned_int4": (0.95, "at least", "7 of 30 layers less, int4: measured speed-up over its limit"),
+}
+Samples = dict[str, list[dict[str, Any]]]  # contender -> one block a round
+
+
+class Found(Strict):
+    """What a run of the bench found: raw samples and what they were taken on."""
+
+    machine: Provenance
+    samples: dict[str, list[dict[str, Any]]]  # contender -> one block a round
+    absent: dict[str, str]  # contender -> why it took no part
+    perplexity: dict[str, float]
+    bandwidths: tuple[float, ...]  # bytes/s that the machine read in each round of the first race
+    peers: dict[str, str] = Field(default_factory=dict)  # versions in the peers' environment
+    stored: dict[Precision, Stored] = Field(default_factory=dict)  # our engines; else as `limits.stored` says
+    vnni: bool = True  # whether integer products are quick and exact: processors of one name differ in it
+
+    @property
+    def processor(self) -> str:
+        """Its name, and what that does not say."""
+        return self.machine.cpu if self.vnni else f"{self.machine.cpu} without VNNI"
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes/s, over the rounds."""
+        return float(np.median(self.bandwidths))
+
+
+def figures(found: Found) -> dict[str, float | None]:
+    """One number for each target; None where something that it needs was not there."""
+    values = ratios(found.samples, found.bandwidths, found.perplexity, found.stored)
+    return {name: None if value is None else value.ratio for name, value in values.items()}
+
+
+def ratios(
+    samples: Samples, bandwidths: Sequence[float], perplexities: dict[str, float], ours: Mapping[Precision, Stored]
+) -> dict[str, Ratio | None]:
+    """What each target is held against; None where something that it needs was not there."""
+
+    def times(label: str, part: str = "decode_s") -> list[float]:
+        return [float(np.median(block[part])) for block in samples[label]]
+
+    def ratio(slow: str, quick: str, part: str = "decode_s") -> Ratio | None:
+        there = slow in samples and quick in samples
+        return paired_ratio(times(slow, part), times(quick, part)) if there else None
+
+    def batch(precision: str) -> Ratio | None:
+        found = ratio(f"ours {precision}, batch 1", f"ours {precision}, batch {BATCH}")
+        return None if found is None else _scaled(found, BATCH)
+
+    def kept(precision: Precision) -> Ratio | None:
+        dense, pruned = (decoder_size(subjects.model(name)) for name in ("dense", "pruned"))
+        case = Case(batch_size=1, prompt_tokens=PROMPT, new_tokens=NEW_TOKENS)
+        limit = speed_limit(dense, pruned, ours.get(precision, stored(precision)), case)
+        found = ratio(f"ours {precision}", f"pruned {precision}")
+        return None if found is None else _scaled(found, 1 / limit.decode)
+
+    genai4, ours4 = perplexities.get("genai int4"), perplexities.get("ours int4")
+    read = decode_bytes(decoder_size(subjects.model("dense")), stored("fp32"), 1, PROMPT + NEW_TOKENS // 2)
+    lost = None if genai4 is None or ours4 is None else ours4 / genai4
+    values = {
+        "fp32_decode_to_genai": ratio("genai fp32", "ours fp32"),
+        "fp32_decode_to_optimum": ratio("optimum fp32", "ours fp32"),
+        "int4_decode_to_genai": ratio("genai int4", "ours int4"),
+        "int4_perplexity_to_genai": None if lost is None else Ratio(ratio=lost, low=lost, high=lost),
+        "int8_prefill_to_fp32": ratio("ours fp32", "ours int8", "prefill_s"),
+        "fp32_floor_share": paired_ratio([read / each for each in bandwidths], times("ours fp32")),
+        "late_to_early": ratio(f"ours fp32, past {LONG_PROMPT}", "ours fp32, batch 1"),
+        **{f"batch_{precision}": batch(precision) for precision in PRECISIONS},
+        "opt_decode_to_optimum": ratio("optimum opt-125m", "ours opt-125m"),
+        "gpt2_decode_to_optimum": ratio("optimum gpt2", "ours gpt2"),
+        **{f"pruned_{precision}": kept(precision) for precision in PRECISIONS},
+    }
+    return {name: values[name] for name in TARGETS}
+
+
+def _scaled(found: Ratio, factor: float) -> Ratio:
+    return Ratio(ratio=factor * found.ratio, low=factor * found.low, high=factor * found.high)
+
+
+def verdict(values: dict[str, float | None]) -> dict[str, Any]:
+    """The line for scripts; what is not measured is not met."""
+
+    def met(name: str, value: float | None) -> bool:
+        bound, sense, _ = TARGETS[name]
+        return value is not None and (value >= bound if sense == "at least" else value <= bound)
+
+    return {
+        "bench": "engines",
+        "figures": {name: None if value is None else round(value, 3) for name, value in values.items()},
+        "targets": {name: bound for name, (bound, _, _) in TARGETS.items()},
+        "met": {name: met(name, value) for name, value in values.items()},
+    }
