@@ -1,6 +1,6 @@
 """Time our engines against their peers in one run, and against what the machine's memory allows.
 
-    make bench-engines             # everything, about 12 minutes on 2 cores
+    make bench-engines             # everything, about a quarter of an hour on 2 cores
     make bench-engines QUICK=1     # two rounds, few tokens: shows that it works
 
 SmolLM2-135M dense unless stated, batch 1, a prompt of 128 tokens. Every contender is a process of its own; blocks of
