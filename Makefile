@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 
 .PHONY: demo triton-demo test test-breadth test-slow test-docs test-transformers5 test-triton test-network check format gpu quality quality-report bench-train bench-engines bench-sweep bench-proof bench-serving bench-memory faults coverage release docs clean
 
-demo: $(READY) ## prune a real model, build its engines and judge them: 12 to 19 minutes on 2 cores
+demo: $(READY) ## prune a real model, build its engines and judge them: 10 to 19 minutes on 2 cores
 	$(BIN)/trsp-deploy fetch smollm2-135m exl-wiki wiki-demo c4-demo
 	$(BIN)/trsp-deploy prune-and-build --model smollm2-135m --drop 25%
 
