@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trsp_deploy.cli.options import Tasks, file_to_write, finite
+from trsp_deploy.cli.options import Json, Run, Tasks, file_to_write, finite
 from trsp_deploy.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ Dense = Annotated[Path, typer.Argument(help="Run folder, engine folder or .onnx 
 Pruned = Annotated[
     Path | None, typer.Argument(help="The same; a run folder alone has both.", metavar="PRUNED", show_default=False)
 ]
-Run = Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")]
 Engine = Annotated[
     str | None, typer.Option("--engine", help="One of the run's engines; else the first that runs here.", metavar="E")
 ]
@@ -78,7 +77,6 @@ Sets = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override one key of the measurement: prompt_tokens=[128,1024].", metavar="KEY=VALUE"),
 ]
-Json = Annotated[bool, typer.Option("--json", help="End stdout with one JSON line; all else goes to stderr.")]
 
 PHASE_NAMES: dict[str, Phase] = {"end-to-end": "total", "total": "total", "prefill": "prefill", "decode": "decode"}
 
