@@ -153,9 +153,9 @@ class Job:
 
         from trsp_deploy.decoder import load_tokenizer
         from trsp_deploy.recipe import read_recipe
-        from trsp_deploy.tools.models import resolve_model
-        from trsp_deploy.tools.texts import load_texts, tokenize_windows
-        from trsp_deploy.tools.training import pick_device
+        from trsp_deploy.tools.sources.models import resolve_model
+        from trsp_deploy.tools.sources.texts import load_texts, tokenize_windows
+        from trsp_deploy.tools.training.shared import pick_device
 
         self.folder = Path(resolve_model(options.model, lambda _: None).path)
         self.steps = options.steps + WARMUP_STEPS
@@ -203,13 +203,13 @@ def stage_2(options: argparse.Namespace) -> dict[str, Any]:
     """Stage 2 with every layer computed at every step."""
     from trsp_deploy.decoder import decoder_layers, load_model
     from trsp_deploy.stages.transfer import Training
-    from trsp_deploy.tools.forms import Anneal
     from trsp_deploy.tools.gates import LayerGates
-    from trsp_deploy.tools.heap import kept_heap
-    from trsp_deploy.tools.losses import TokenLosses
-    from trsp_deploy.tools.parameters import choose_trained, recomputed_layers
-    from trsp_deploy.tools.processes import Processes
-    from trsp_deploy.tools.training import TRAINING_DTYPES
+    from trsp_deploy.tools.training.forms import Anneal
+    from trsp_deploy.tools.training.heap import kept_heap
+    from trsp_deploy.tools.training.losses import TokenLosses
+    from trsp_deploy.tools.training.parameters import choose_trained, recomputed_layers
+    from trsp_deploy.tools.training.processes import Processes
+    from trsp_deploy.tools.training.shared import TRAINING_DTYPES
 
     job = Job(options)
 
@@ -240,8 +240,8 @@ def trainer(options: argparse.Namespace) -> dict[str, Any]:
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from trsp_deploy.decoder import load_model
-    from trsp_deploy.tools.parameters import choose_trained
-    from trsp_deploy.tools.training import TRAINING_DTYPES, batches, has_fast_bf16
+    from trsp_deploy.tools.training.parameters import choose_trained
+    from trsp_deploy.tools.training.shared import TRAINING_DTYPES, batches, has_fast_bf16
 
     job = Job(options)
     settings = job.recipe.transfer

@@ -1,4 +1,4 @@
-"""Which code a result was made by: a digest that sees what the code does, not how it is written down."""
+"""Which code a result was made by: a digest that sees what the code does, not how it is written down, nor where."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import trsp_deploy
 
 @functools.cache
 def code_digest(*starts: str, without: frozenset[str] = frozenset()) -> str:
-    """Hash of modules of the package and of what they import of it, without comments, docstrings and layout.
+    """Hash of modules of the package and of what they import of it, without comments, docstrings, layout and places.
 
     starts: files below trsp_deploy/. without: modules and packages, imported but of no influence on the result.
     """
@@ -24,19 +24,39 @@ def code_digest(*starts: str, without: frozenset[str] = frozenset()) -> str:
         if path not in trees and not without & {path.stem, path.parent.name}:
             trees[path] = ast.parse(path.read_text(encoding="utf-8"))
             waiting += _imported(trees[path], package)
-    return hashlib.sha256("".join(meaning(trees[path]) for path in sorted(trees)).encode()).hexdigest()[:16]
+    statements = set().union(*map(meaning, trees.values()))
+    return hashlib.sha256("\n".join(sorted(statements)).encode()).hexdigest()[:16]
 
 
-def meaning(tree: ast.Module) -> str:
-    """What a module says to Python; the tree loses its docstrings."""
+def meaning(tree: ast.Module) -> set[str]:
+    """What a module says to Python, by statement, wherever in the package that stands; the tree is changed."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node, clean=False):
             node.body = node.body[1:]
-    return ast.dump(tree)
+    taken = _OwnImports()
+    taken.visit(tree)
+    return {*taken.renamed, *map(ast.dump, tree.body)}
+
+
+class _OwnImports(ast.NodeTransformer):
+    """Takes out imports of the package's own modules, which say where code stands, and keeps what they rename."""
+
+    def __init__(self) -> None:
+        self.renamed: set[str] = set()
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.ImportFrom | None:
+        if not _is_own(node):
+            return node
+        self.renamed |= {f"{name.name} as {name.asname}" for name in node.names if name.asname}
+        return None
 
 
 def _imported(tree: ast.Module, package: Path) -> list[Path]:
     """The package's own modules that a module imports from, wherever in it."""
-    names = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
-    own = [package.joinpath(*name.split(".")[1:]) for name in names if name.startswith("trsp_deploy.")]
+    names = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and _is_own(node)]
+    own = [package.joinpath(*name.split(".")[1:]) for name in names]
     return [path / "__init__.py" if path.is_dir() else path.with_suffix(".py") for path in own]
+
+
+def _is_own(node: ast.ImportFrom) -> bool:
+    return (node.module or "").startswith("trsp_deploy.")

@@ -39,16 +39,16 @@ from trsp_deploy.recipe import BenchSettings, EngineSpec, ExportSettings, Strict
 from trsp_deploy.results import PHASES, Comparison, Phase
 from trsp_deploy.stages.build import build_engine
 from trsp_deploy.stages.export import FILE, export_onnx
-from trsp_deploy.tools.bench_worker import PLANTED
-from trsp_deploy.tools.comparisons import claim, compare
-from trsp_deploy.tools.goals import Goal, least_speedup, settled_all
+from trsp_deploy.tools.judging.comparisons import claim, compare
+from trsp_deploy.tools.judging.goals import Goal, least_speedup, settled_all
+from trsp_deploy.tools.judging.statistics import Ratio, replicate_ratios, widened
+from trsp_deploy.tools.judging.verdicts import judge
 from trsp_deploy.tools.library import load_engine_spec
-from trsp_deploy.tools.measuring import measure
+from trsp_deploy.tools.measuring.bench_worker import PLANTED
+from trsp_deploy.tools.measuring.samples import measure
 from trsp_deploy.tools.quiet import quiet_libraries
 from trsp_deploy.tools.runners.manifest import bound_to, check_manifest, read_manifest, spec_sha256
 from trsp_deploy.tools.runners.requirements import package_version
-from trsp_deploy.tools.statistics import Ratio, replicate_ratios, widened
-from trsp_deploy.tools.verdicts import judge
 
 HOME = Path("runs/bench-proof")
 PAGE = Path("docs/proof.md")
@@ -67,7 +67,12 @@ PLANTS: dict[Kind, tuple[float, float]] = {  # by how much dense and pruned are 
 WANTED: dict[Kind, float] = {"slower": 1.0, "faster": 1.15}
 RIGHT: dict[Kind, str] = {"same": "INCONCLUSIVE", "same, loaded": "INCONCLUSIVE", "slower": "fail", "faster": "pass"}
 # Where a comparison's code begins, below trsp_deploy/; what it imports belongs to it, but for what decides no trial.
-CODE = ("tools/measuring.py", "tools/bench_worker.py", "tools/comparisons.py", "tools/goals.py")
+CODE = (
+    "tools/measuring/samples.py",
+    "tools/measuring/bench_worker.py",
+    "tools/judging/comparisons.py",
+    "tools/judging/goals.py",
+)
 NO_INFLUENCE = frozenset(
     {"__init__", "artifacts", "errors", "limits", "manifest", "prctl", "progress", "recipe", "requirements"}
 )

@@ -30,9 +30,12 @@ from trsp_deploy.recipe import Recipe, Strict
 from trsp_deploy.results import ROLES, Role, Served, ServedWindow
 from trsp_deploy.stages.serve_bench import LoadSettings, measure_served, started
 from trsp_deploy.stages.triton_repository import write_repository
-from trsp_deploy.tools.load import find_load_generator, prompts_of
+from trsp_deploy.tools.judging.statistics import Ratio, interval
+from trsp_deploy.tools.measuring.worker import Worker
 from trsp_deploy.tools.quiet import quiet_libraries
-from trsp_deploy.tools.served import (
+from trsp_deploy.tools.triton_server.load import find_load_generator, prompts_of
+from trsp_deploy.tools.triton_server.process import environment_of
+from trsp_deploy.tools.triton_server.served import (
     SERVED_COLUMNS,
     derive,
     inter_token_s,
@@ -41,9 +44,6 @@ from trsp_deploy.tools.served import (
     served_sentence,
     tokens_per_s,
 )
-from trsp_deploy.tools.statistics import Ratio, interval
-from trsp_deploy.tools.triton_server import environment_of
-from trsp_deploy.tools.worker import Worker
 
 HOME = Path("runs/bench-serving")
 PAGE = Path("docs/triton.md")

@@ -25,8 +25,8 @@ from benchmarks.pages import markdown, put_between_markers
 from trsp_deploy.artifacts import writing
 from trsp_deploy.errors import TrspError
 from trsp_deploy.recipe import Strict
-from trsp_deploy.tools.comparisons import Comparison
-from trsp_deploy.tools.sweeps import Point, Sweep
+from trsp_deploy.tools.judging.comparisons import Comparison
+from trsp_deploy.tools.reports.sweeps import Point, Sweep
 
 COUNTS = (3, 6, 9, 12)  # of 30 layers
 ENGINE = "ort-cpu-fp32"

@@ -19,8 +19,8 @@ from trsp_deploy.decoder import load_model
 from trsp_deploy.recipe import Recipe, override, parse_drop, read_recipe
 from trsp_deploy.stages.selection import select_layers
 from trsp_deploy.stages.transfer import transfer_and_remove
-from trsp_deploy.tools.models import ModelSource
 from trsp_deploy.tools.plan import PruningPlan, complement
+from trsp_deploy.tools.sources.models import ModelSource
 
 QUICK = ["drop=1", "calibration.max_windows=4", "plan.steps=2", "plan.candidates=1", "plan.batch_size=2"]
 QUICK += ["transfer.batch_size=2", "transfer.steps=2", "autocast='off'"]

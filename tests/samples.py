@@ -10,10 +10,10 @@ import numpy as np
 from trsp_deploy.artifacts import provenance
 from trsp_deploy.recipe import BenchSettings, Recipe
 from trsp_deploy.results import Block, Comparison, Replicate, Served, ServedRequest, ServedWindow, Subject, Telemetry
-from trsp_deploy.tools.comparisons import compare
-from trsp_deploy.tools.limits import SpeedLimit
+from trsp_deploy.tools.judging.comparisons import compare
+from trsp_deploy.tools.judging.limits import SpeedLimit
 from trsp_deploy.tools.plan import PruningPlan
-from trsp_deploy.tools.report import (
+from trsp_deploy.tools.reports.record import (
     SCHEMA_VERSION,
     EngineFigures,
     EngineReport,
@@ -23,7 +23,7 @@ from trsp_deploy.tools.report import (
     Report,
     verdict,
 )
-from trsp_deploy.tools.sweeps import Point
+from trsp_deploy.tools.reports.sweeps import Point
 
 NEW_TOKENS = 4
 NEW_TOKENS_SERVED = 16

@@ -13,9 +13,9 @@ from trsp_deploy.decoder import load_model
 from trsp_deploy.recipe import Recipe, read_recipe
 from trsp_deploy.results import PrunedCheckpoint
 from trsp_deploy.stages.transfer import transfer_and_remove
-from trsp_deploy.tools.checkpoints import Checkpoints
-from trsp_deploy.tools.models import ModelSource
 from trsp_deploy.tools.plan import PruningPlan
+from trsp_deploy.tools.sources.models import ModelSource
+from trsp_deploy.tools.training.checkpoints import Checkpoints
 
 TRAIN = 32  # windows of WINDOWS to train on; the rest is held out
 PLAN = PruningPlan(

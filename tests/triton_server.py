@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from trsp_deploy.tools import triton_server
+from trsp_deploy.tools.triton_server import process as triton_server
 
 ENVIRONMENT = Path(os.environ.get(triton_server.VARIABLE, ".venv-triton")).absolute()
 

@@ -17,7 +17,11 @@ from trsp_deploy.pipeline import Pipeline
 from trsp_deploy.recipe import BenchSettings, EngineSpec, Positive, Strict
 from trsp_deploy.results import Comparison, Phase
 from trsp_deploy.stages import bench
-from trsp_deploy.tools.baselines import (
+from trsp_deploy.tools.judging.comparisons import ComparisonReport, notes
+from trsp_deploy.tools.judging.goals import Goal, least_speedup, most_latency, most_speedup_lost
+from trsp_deploy.tools.judging.statistics import Ratio
+from trsp_deploy.tools.judging.verdicts import Outcome, Requirement, Word, judge, worst
+from trsp_deploy.tools.reports.baselines import (
     SCHEMA_VERSION,
     Baseline,
     EngineBaseline,
@@ -28,11 +32,7 @@ from trsp_deploy.tools.baselines import (
     read_baseline,
     this_machine,
 )
-from trsp_deploy.tools.comparisons import ComparisonReport, notes
-from trsp_deploy.tools.goals import Goal, least_speedup, most_latency, most_speedup_lost
-from trsp_deploy.tools.report import ChoicesReport, QualityReport
-from trsp_deploy.tools.statistics import Ratio
-from trsp_deploy.tools.verdicts import Outcome, Requirement, Word, judge, worst
+from trsp_deploy.tools.reports.record import ChoicesReport, QualityReport
 
 SHAPES = ("batch_sizes", "prompt_tokens", "new_tokens")  # settings of a measurement that a baseline decides
 

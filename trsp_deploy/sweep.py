@@ -16,8 +16,8 @@ from trsp_deploy.artifacts import RunFolder, link_tree, provenance, write_json, 
 from trsp_deploy.pipeline import Pipeline, check_before_work, prune_and_build
 from trsp_deploy.pipeline.reporting import write_pages
 from trsp_deploy.pipeline.runs import save_recipe
-from trsp_deploy.tools.report import EngineReport, QualityReport, Report
-from trsp_deploy.tools.sweeps import Point, Sweep, Targets, choose
+from trsp_deploy.tools.reports.record import EngineReport, QualityReport, Report
+from trsp_deploy.tools.reports.sweeps import Point, Sweep, Targets, choose
 
 # Copied, not linked: onnx and onnx_ir refuse weights with a second hard link, and another engine may be built of them.
 EXTERNAL_DATA = (".onnx.data", ".onnx_data")
@@ -103,7 +103,7 @@ def _quality(report: Report, engine: EngineReport | None) -> dict[str, QualityRe
 
 
 def _write(found: Sweep, root: Path) -> None:
-    from trsp_deploy.tools.pages import sweep_page  # draws with matplotlib
+    from trsp_deploy.tools.reports import sweep_page  # draws with matplotlib
 
     write_json(root / "sweep.json", found)
     with writing(root / "sweep.html") as partial:

@@ -12,8 +12,8 @@ from benchmarks.engines import subjects
 from trsp_deploy.artifacts import Provenance
 from trsp_deploy.decoder import decoder_size
 from trsp_deploy.recipe import Case, Precision, Strict
-from trsp_deploy.tools.limits import Stored, decode_bytes, speed_limit, stored
-from trsp_deploy.tools.statistics import Ratio, paired_ratio
+from trsp_deploy.tools.judging.limits import Stored, decode_bytes, speed_limit, stored
+from trsp_deploy.tools.judging.statistics import Ratio, paired_ratio
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "int8", "int4")
 PROMPT, NEW_TOKENS, ROUNDS = 128, 128, 11

@@ -1,4 +1,4 @@
-"""A measuring process around a peer's engine, speaking the lines of trsp_deploy/tools/bench_worker.py.
+"""A measuring process around a peer's engine, speaking the lines of trsp_deploy/tools/measuring/bench_worker.py.
 
     python benchmarks/engines/peers.py optimum FOLDER        # ORTModelForCausalLM
     python benchmarks/engines/peers.py genai FOLDER          # onnxruntime-genai

@@ -24,13 +24,13 @@ from benchmarks.engines.figures import (
 from benchmarks.engines.peers import negative_log_likelihood
 from trsp_deploy.artifacts import provenance
 from trsp_deploy.errors import EngineUnavailable
+from trsp_deploy.tools.judging.limits import stored_by
 from trsp_deploy.tools.library import load_engine_spec
-from trsp_deploy.tools.limits import stored_by
-from trsp_deploy.tools.packaged import find_asset
-from trsp_deploy.tools.rates import measure_rates
+from trsp_deploy.tools.measuring.rates import measure_rates
+from trsp_deploy.tools.measuring.worker import Worker
 from trsp_deploy.tools.runners import open_engine
 from trsp_deploy.tools.runners.requirements import adds_int8_exactly
-from trsp_deploy.tools.worker import Worker
+from trsp_deploy.tools.sources.packaged import find_asset
 
 ENGINES = (*PRECISIONS, "int4-accurate")  # of the specs ort-cpu-*: those whose perplexity is in the table
 WARM_TOKENS = 4

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import sys
 
-from trsp_deploy.tools.bench_worker import main
+from trsp_deploy.tools.measuring.bench_worker import main
 
 PR_SET_THP_DISABLE = 41
 

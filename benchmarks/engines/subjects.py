@@ -20,17 +20,17 @@ from trsp_deploy.recipe import ExportSettings
 from trsp_deploy.stages.build import build_engine
 from trsp_deploy.stages.export import FILE, export_onnx
 from trsp_deploy.tools.library import load_engine_spec
-from trsp_deploy.tools.models import resolve_model
 from trsp_deploy.tools.quiet import quiet_libraries
 from trsp_deploy.tools.runners.calibration import INT4_TEXTS
-from trsp_deploy.tools.texts import load_texts, tokenize_windows
+from trsp_deploy.tools.sources.models import resolve_model
+from trsp_deploy.tools.sources.texts import load_texts, tokenize_windows
 
 HOME = Path("runs/bench-engines")
 DROPPED = tuple(range(12, 19))  # 7 of SmolLM2-135M's 30 layers; speed does not depend on which
 PEERS = Path(__file__).with_name("peers.py")
 EXPORT = ("stages/export.py", "decoder.py")  # where the code of a graph begins, below trsp_deploy/
 PEER_PACKAGES = ("onnxruntime-genai", "onnxruntime", "llama-cpp-python", "transformers")
-BUILD = ("stages/build.py", "tools/texts.py")  # and that of an engine
+BUILD = ("stages/build.py", "tools/sources/texts.py")  # and that of an engine
 
 
 def once(name: str, make: Callable[[Path], object], made_by: str = "") -> Path:

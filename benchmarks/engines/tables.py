@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.engines.figures import BATCH, LONG_NEW, NEW_TOKENS, PROMPT, TARGETS, Found, figures, ratios, verdict
 from benchmarks.pages import markdown
-from trsp_deploy.tools.statistics import Ratio
+from trsp_deploy.tools.judging.statistics import Ratio
 
 HEAD = ("", "prompt ms", "token ms", "tokens/s", "peak MB", "perplexity")
 

@@ -32,7 +32,7 @@ from benchmarks.gpu.torch_runner import measure_bandwidth
 from trsp_deploy.artifacts import provenance
 from trsp_deploy.decoder import decoder_size
 from trsp_deploy.errors import NO_MEMORY, EngineUnavailable, TrspError
-from trsp_deploy.tools.limits import decode_bytes, stored
+from trsp_deploy.tools.judging.limits import decode_bytes, stored
 from trsp_deploy.tools.prctl import end_with_parent
 from trsp_deploy.tools.runners import Runner
 

@@ -15,9 +15,9 @@ from trsp_deploy.errors import RunError
 from trsp_deploy.recipe import Strict
 
 # Where each work's code begins, below trsp_deploy/; what it imports belongs to it. Its digest is kept with each row.
-TRAINING = ("stages/transfer.py", "tools/texts.py", "tools/self_calibration.py")
+TRAINING = ("stages/transfer.py", "tools/sources/texts.py", "tools/training/self_calibration.py")
 CODE: dict[Work, tuple[str, ...]] = {
-    "selection": ("stages/selection.py", "tools/texts.py"),
+    "selection": ("stages/selection.py", "tools/sources/texts.py"),
     "losses": ("stages/selection.py", *TRAINING, "stages/evaluate.py"),
     "zero-shot": ("stages/selection.py", *TRAINING, "stages/zeroshot.py"),
 }
@@ -132,7 +132,7 @@ def work_digest(work: Work) -> str:
 
 def _products(row: Row) -> Literal["bf16", "fp32"]:
     """In which precision this machine multiplies a row's matrices."""
-    from trsp_deploy.tools.training import has_fast_bf16, pick_device  # torch, which a report does without
+    from trsp_deploy.tools.training.shared import has_fast_bf16, pick_device  # torch, which a report does without
 
     recipe = recipe_of(row)
     return "bf16" if recipe.autocast == "auto" and has_fast_bf16(pick_device(recipe)) else "fp32"

@@ -25,14 +25,14 @@ from trsp_deploy.stages.evaluate import evaluate_perplexity
 from trsp_deploy.stages.selection import select_layers
 from trsp_deploy.stages.transfer import transfer_and_remove
 from trsp_deploy.stages.zeroshot import evaluate_zero_shot
-from trsp_deploy.tools.checkpoints import Checkpoints
 from trsp_deploy.tools.gates import LayerGates
-from trsp_deploy.tools.models import ModelSource, resolve_model
 from trsp_deploy.tools.plan import PruningPlan, complement
 from trsp_deploy.tools.quiet import quiet_libraries
-from trsp_deploy.tools.self_calibration import opening, write_windows
-from trsp_deploy.tools.texts import load_texts, tokenize_windows
-from trsp_deploy.tools.training import TRAINING_DTYPES, mean_loss, pick_device
+from trsp_deploy.tools.sources.models import ModelSource, resolve_model
+from trsp_deploy.tools.sources.texts import load_texts, tokenize_windows
+from trsp_deploy.tools.training.checkpoints import Checkpoints
+from trsp_deploy.tools.training.self_calibration import opening, write_windows
+from trsp_deploy.tools.training.shared import TRAINING_DTYPES, mean_loss, pick_device
 
 DECIMALS = 5  # of a loss in nats
 SELF_GENERATED = Path("runs/quality/self-generated")  # texts that the dense model wrote

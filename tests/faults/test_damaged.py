@@ -14,7 +14,7 @@ import pytest
 from tests.faults.harness import Done, Job, run_in
 from tests.samples import made_up
 from trsp_deploy.artifacts import provenance, write_json
-from trsp_deploy.tools.baselines import SCHEMA_VERSION, Baseline, engine_baseline, this_machine
+from trsp_deploy.tools.reports.baselines import SCHEMA_VERSION, Baseline, engine_baseline, this_machine
 
 pytestmark = pytest.mark.faults
 
@@ -185,7 +185,7 @@ def test_training_checkpoint(tmp_path, record_property):
 
     import torch
 
-    from trsp_deploy.tools.checkpoints import Checkpoints
+    from trsp_deploy.tools.training.checkpoints import Checkpoints
 
     record_property("fault", "flip")
     record_property("place", "training checkpoint")

@@ -17,7 +17,7 @@ import sys
 PRELOADED = (
     "trsp_deploy.pipeline",
     "trsp_deploy.cli.tables",
-    "trsp_deploy.tools.pages.html",
+    "trsp_deploy.tools.reports.html",
     "optimum.exporters.onnx",
     "onnxslim",
     "onnxruntime",

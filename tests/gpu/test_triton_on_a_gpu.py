@@ -20,10 +20,10 @@ from trsp_deploy.errors import EngineUnavailable, RunError
 from trsp_deploy.pipeline import Pipeline
 from trsp_deploy.recipe import read_recipe
 from trsp_deploy.stages.triton_repository import write_repository
-from trsp_deploy.tools.generation import Sampling, generate
 from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.runners import check_can_build, check_can_run, open_engine
-from trsp_deploy.tools.triton_server import find_installation
+from trsp_deploy.tools.runners.generation import Sampling, generate
+from trsp_deploy.tools.triton_server.process import find_installation
 
 PROMPTS = [english()[start : start + 30] for start in range(0, 20_000, 1_000)]
 NEW_TOKENS = 16

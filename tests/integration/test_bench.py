@@ -17,10 +17,10 @@ import pytest
 from tests.exported import Made, onnx_of
 from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.recipe import BenchSettings
-from trsp_deploy.tools import measuring
-from trsp_deploy.tools.bench_worker import PLANTED
-from trsp_deploy.tools.statistics import device_s, speedup
-from trsp_deploy.tools.worker import Worker
+from trsp_deploy.tools.judging.statistics import device_s, speedup
+from trsp_deploy.tools.measuring import samples as measuring
+from trsp_deploy.tools.measuring.bench_worker import PLANTED
+from trsp_deploy.tools.measuring.worker import Worker
 
 pytestmark = pytest.mark.alone
 
@@ -87,7 +87,7 @@ def test_a_worker_that_dies_says_how(onnx: Path, tmp_path: Path) -> None:
 
 def speak(engine: Path, lines: list[dict[str, object]], **environment: str) -> tuple[int, list[dict[str, Any]]]:
     """A measuring process spoken to by hand until its stdin ends: exit code and replies."""
-    command = [sys.executable, "-m", "trsp_deploy.tools.bench_worker", str(engine)]
+    command = [sys.executable, "-m", "trsp_deploy.tools.measuring.bench_worker", str(engine)]
     said = "".join(json.dumps(line) + "\n" for line in lines)
     done = subprocess.run(
         command, input=said, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True, timeout=120
@@ -112,7 +112,7 @@ def test_a_measuring_process_says_what_is_wrong_with_an_engine(tmp_path: Path) -
 
 def test_a_paused_process_does_not_outlive_its_parent(onnx: Path) -> None:
     program = (
-        "import sys, time; from pathlib import Path; from trsp_deploy.tools.worker import Worker\n"
+        "import sys, time; from pathlib import Path; from trsp_deploy.tools.measuring.worker import Worker\n"
         "worker = Worker(Path(sys.argv[1])); worker.load(); worker.pause()\n"
         "print(worker._process.pid, flush=True); time.sleep(60)"
     )

@@ -18,7 +18,7 @@ import yaml
 from tests.doc_lines import GENERATED, PAGES, ROOT, lines_of
 from tests.integration.test_pipeline import QUICK, trsp_deploy
 from tests.tiny import english, save_tiny
-from trsp_deploy.tools.packaged import find_asset
+from trsp_deploy.tools.sources.packaged import find_asset
 
 pytestmark = pytest.mark.slow
 

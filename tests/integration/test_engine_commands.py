@@ -15,10 +15,10 @@ from trsp_deploy.decoder import load_model
 from trsp_deploy.errors import RecipeError
 from trsp_deploy.recipe import ExportSettings, read_engine_spec
 from trsp_deploy.stages.export import export_onnx
-from trsp_deploy.tools.generation import Sampling, choose, generate
-from trsp_deploy.tools.inspection import trtexec
 from trsp_deploy.tools.quiet import quiet_libraries
 from trsp_deploy.tools.runners import open_engine
+from trsp_deploy.tools.runners.generation import Sampling, choose, generate
+from trsp_deploy.tools.runners.inspection import trtexec
 
 PROMPTS = ["The import statement", "A list of"]
 

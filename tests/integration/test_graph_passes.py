@@ -26,10 +26,10 @@ from trsp_deploy.stages.build import build_engine
 from trsp_deploy.stages.export import export_onnx
 from trsp_deploy.tools.graphs import products
 from trsp_deploy.tools.graphs.static_cache import fix_cache
-from trsp_deploy.tools.inspection import describe, inspect_engine
 from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.quiet import quiet_libraries
 from trsp_deploy.tools.runners import manifest, open_engine, ort, ort_build, read_manifest
+from trsp_deploy.tools.runners.inspection import describe, inspect_engine
 from trsp_deploy.tools.runners.ort import OrtRunner
 from trsp_deploy.tools.runners.requirements import adds_int8_exactly
 

@@ -23,9 +23,9 @@ from trsp_deploy.stages import export, parity
 from trsp_deploy.stages.build import build_engine
 from trsp_deploy.tools.graphs import check, decoder_io, half
 from trsp_deploy.tools.graphs.fp16_range import LARGEST
-from trsp_deploy.tools.inspection import describe, inspect_engine
 from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.runners import open_engine
+from trsp_deploy.tools.runners.inspection import describe, inspect_engine
 from trsp_deploy.tools.runners.ort import OrtRunner
 
 CHANGED_LAYERS = 3

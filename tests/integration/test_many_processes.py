@@ -16,7 +16,7 @@ from tests.tiny import english, save_tiny
 from trsp_deploy.errors import RecipeError
 from trsp_deploy.pipeline import _check_shares
 from trsp_deploy.recipe import read_recipe
-from trsp_deploy.tools.processes import Processes
+from trsp_deploy.tools.training.processes import Processes
 
 LAUNCH = {
     "ddp": ["--multi_gpu"],

@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, OPTConfi
 from tests.measure_memory import recipe_for
 from tests.tiny import english, save_tiny, tiny_tokenizer
 from trsp_deploy.cli import run
-from trsp_deploy.tools import device_memory
-from trsp_deploy.tools.memory import LIBRARIES_BYTES, MemoryEstimate
+from trsp_deploy.tools.resources import device_memory
+from trsp_deploy.tools.resources.memory import LIBRARIES_BYTES, MemoryEstimate
 
 pytestmark = pytest.mark.alone
 

@@ -22,8 +22,8 @@ from trsp_deploy import cli
 from trsp_deploy.artifacts import size_bytes
 from trsp_deploy.pipeline.runs import load_recipe
 from trsp_deploy.recipe import read_recipe
-from trsp_deploy.tools.disk import plan_disk
 from trsp_deploy.tools.library import load_engine_spec
+from trsp_deploy.tools.resources.disk import plan_disk
 from trsp_deploy.tools.runners import open_engine
 
 QUICK = [

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.samples import made_up, made_up_report, made_up_served
-from trsp_deploy.tools.pages import html, markdown, plots
-from trsp_deploy.tools.served import derive
+from trsp_deploy.tools.reports import html, markdown, plots
+from trsp_deploy.tools.triton_server.served import derive
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 browser = pytest.mark.skipif(CHROMIUM is None, reason="no headless browser: apt-get install chromium")

@@ -18,10 +18,10 @@ from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.recipe import ExportSettings
 from trsp_deploy.stages.build import build_engine
 from trsp_deploy.stages.export import FILE, export_onnx
-from trsp_deploy.tools.generation import Sampling, generate
-from trsp_deploy.tools.graphs.rotation import engine_rotation
 from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.runners import open_engine
+from trsp_deploy.tools.runners.generation import Sampling, generate
+from trsp_deploy.tools.runners.rotation import engine_rotation
 from trsp_deploy.tools.runners.running_batch import SETTLED, OneText, Rotation, RunningBatch
 from trsp_deploy.tools.serving.engine import open_batch
 from trsp_deploy.tools.serving.loop import JOINS, Answer, ServingLoop, Ticket

@@ -19,8 +19,8 @@ from trsp_deploy.stages.build import build_engine
 from trsp_deploy.tools.graphs.attention import find_layers
 from trsp_deploy.tools.graphs.nodes import NoMatch, Writer
 from trsp_deploy.tools.graphs.static_cache import fix_cache
-from trsp_deploy.tools.inspection import describe, inspect_engine
 from trsp_deploy.tools.library import load_engine_spec
+from trsp_deploy.tools.runners.inspection import describe, inspect_engine
 from trsp_deploy.tools.runners.ort import OrtRunner
 from trsp_deploy.tools.runners.trt_log import Layer
 

@@ -25,8 +25,8 @@ from tests.integration.test_check import trsp_deploy
 from tests.tiny import english, save_tiny
 from tests.triton_server import ENVIRONMENT, TritonServer, client, why_not
 from trsp_deploy.errors import RunError
-from trsp_deploy.tools.packaged import find_asset
-from trsp_deploy.tools.triton_config import SCHEMA, parse_config, warmup_file
+from trsp_deploy.tools.sources.packaged import find_asset
+from trsp_deploy.tools.triton_server.config import SCHEMA, parse_config, warmup_file
 
 needs_schema = pytest.mark.skipif(find_asset(SCHEMA) is None, reason=f"needs: trsp-deploy fetch {SCHEMA}")
 needs_server = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))

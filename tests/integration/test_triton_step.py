@@ -21,15 +21,15 @@ from tests.tiny import english, tiny_tokenizer
 from tests.triton_server import TritonServer, client, why_not
 from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.stages.build import build_engine
-from trsp_deploy.tools.generation import Sampling, generate
 from trsp_deploy.tools.graphs.nodes import NoMatch
 from trsp_deploy.tools.graphs.static_cache import fix_cache
 from trsp_deploy.tools.graphs.step import State, keep_state
 from trsp_deploy.tools.library import load_engine_spec
-from trsp_deploy.tools.packaged import find_asset
+from trsp_deploy.tools.measuring.subjects import RUN_MARK
 from trsp_deploy.tools.runners import open_engine
-from trsp_deploy.tools.subjects import RUN_MARK
-from trsp_deploy.tools.triton_config import SCHEMA, parse_config
+from trsp_deploy.tools.runners.generation import Sampling, generate
+from trsp_deploy.tools.sources.packaged import find_asset
+from trsp_deploy.tools.triton_server.config import SCHEMA, parse_config
 
 needs_schema = pytest.mark.skipif(find_asset(SCHEMA) is None, reason=f"needs: trsp-deploy fetch {SCHEMA}")
 no_server = why_not() or stand_in_backend.why_not()

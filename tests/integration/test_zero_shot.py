@@ -16,8 +16,8 @@ from trsp_deploy.errors import TextError, UserError
 from trsp_deploy.recipe import read_recipe
 from trsp_deploy.stages import zeroshot
 from trsp_deploy.stages.zeroshot import TASKS, evaluate_zero_shot, evaluate_zero_shot_engine
-from trsp_deploy.tools.packaged import ASSETS, find_asset
 from trsp_deploy.tools.runners.ort import OrtRunner
+from trsp_deploy.tools.sources.packaged import ASSETS, find_asset
 
 RECIPE = read_recipe({"model": "tiny", "device": "cpu"}, "test")
 needs_lm_eval = pytest.mark.skipif(

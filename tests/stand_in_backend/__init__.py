@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 
 from tests.triton_server import ENVIRONMENT
-from trsp_deploy.tools.triton_server import Installation, find_installation
+from trsp_deploy.tools.triton_server.process import Installation, find_installation
 
 HERE = Path(__file__).parent
 NAME = "onnxruntime"

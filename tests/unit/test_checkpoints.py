@@ -8,9 +8,9 @@ import torch
 from tests.tiny import save_tiny, tiny_model
 from tests.training import TRAIN, recipe, same_weights, transfer, windows
 from trsp_deploy.stages.selection import select_layers
-from trsp_deploy.tools import forms, teacher
-from trsp_deploy.tools.checkpoints import Checkpoints
 from trsp_deploy.tools.progress import Meter
+from trsp_deploy.tools.training import forms, teacher
+from trsp_deploy.tools.training.checkpoints import Checkpoints
 
 
 class Killed(Exception):
@@ -105,7 +105,7 @@ def test_a_checkpoint_of_another_key_is_ignored(dense, tmp_path):
 def test_a_checkpoint_of_other_versions_is_ignored(tmp_path, monkeypatch):
     Checkpoints(tmp_path / "stage", "key", 0).save({"step": 1})
     assert Checkpoints(tmp_path / "stage", "key", 0).load() == {"step": 1}
-    from trsp_deploy.tools import checkpoints
+    from trsp_deploy.tools.training import checkpoints
 
     made = checkpoints.provenance()
     other = made.model_copy(update={"packages": {**made.packages, "torch": "1.0"}})

@@ -12,8 +12,8 @@ from tests.made_run import OUTPUTS, Nothing, made_run
 from trsp_deploy import cli
 from trsp_deploy.artifacts import RunFolder, size_bytes
 from trsp_deploy.errors import RunError
-from trsp_deploy.tools.cleaning import clean, plan_cleaning
-from trsp_deploy.tools.verification import verify
+from trsp_deploy.tools.delivery.verification import verify
+from trsp_deploy.tools.resources.cleaning import clean, plan_cleaning
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from trsp_deploy.cli import jobs
 from trsp_deploy.decoder import WeightCounts
 from trsp_deploy.errors import StorageError
 from trsp_deploy.recipe import EngineSpec, Recipe, read_recipe
-from trsp_deploy.tools import disk
-from trsp_deploy.tools.disk import DiskPlan, check_disk, plan_disk
 from trsp_deploy.tools.library import load_engine_spec
+from trsp_deploy.tools.resources import disk
+from trsp_deploy.tools.resources.disk import DiskPlan, check_disk, plan_disk
 
 MB = 1e6
 SMOLLM2 = LlamaConfig(

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from trsp_deploy.tools import doctor
-from trsp_deploy.tools.doctor import Finding, diagnose
 from trsp_deploy.tools.library import engine_names
+from trsp_deploy.tools.resources import doctor
+from trsp_deploy.tools.resources.doctor import Finding, diagnose
 
 
 def by_subject(findings: list[Finding]) -> dict[str, Finding]:

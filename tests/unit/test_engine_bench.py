@@ -11,7 +11,7 @@ import pytest
 from benchmarks.engines import figures, subjects
 from benchmarks.engines.peers import negative_log_likelihood
 from trsp_deploy.decoder import DecoderSize, WeightCounts
-from trsp_deploy.tools.limits import stored
+from trsp_deploy.tools.judging.limits import stored
 
 TOKEN_MS = {
     "ours fp32": 10.0,

@@ -25,17 +25,17 @@ from trsp_deploy.artifacts import storage_errors
 from trsp_deploy.recipe import BenchSettings, parse_drops
 from trsp_deploy.stages import zeroshot
 from trsp_deploy.stages.bench import compare_engines
-from trsp_deploy.tools.graphs.rotation import engine_rotation
-from trsp_deploy.tools.inspection import tokenizer_folder
-from trsp_deploy.tools.load import prompts_of
-from trsp_deploy.tools.models import check_decoder_only
+from trsp_deploy.tools.measuring.subjects import find_subject
 from trsp_deploy.tools.runners import trt, trt_build
+from trsp_deploy.tools.runners.inspection import tokenizer_folder
 from trsp_deploy.tools.runners.manifest import check_files, read_manifest
 from trsp_deploy.tools.runners.requirements import load_package
+from trsp_deploy.tools.runners.rotation import engine_rotation
 from trsp_deploy.tools.runners.running_batch import OneText, RunningBatch
-from trsp_deploy.tools.safe_copy import convert
-from trsp_deploy.tools.subjects import find_subject
-from trsp_deploy.tools.texts import load_texts
+from trsp_deploy.tools.sources.models import check_decoder_only
+from trsp_deploy.tools.sources.safe_copy import convert
+from trsp_deploy.tools.sources.texts import load_texts
+from trsp_deploy.tools.triton_server.load import prompts_of
 
 ROOT = Path(__file__).parents[2]
 ANYTHING: Any = None
@@ -243,7 +243,7 @@ def test_zero_shot_tasks_without_lm_eval(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_tasks_that_an_engine_does_not_answer() -> None:
     pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'trsp_deploy[eval]'")
-    from trsp_deploy.tools.engine_lm import EngineLM
+    from trsp_deploy.tools.runners.engine_lm import EngineLM
 
     engine = EngineLM(ANYTHING, ANYTHING, 1)
     says("asks for generated text; engines answer", lambda: engine.generate_until([]))

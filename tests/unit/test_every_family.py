@@ -19,10 +19,10 @@ from trsp_deploy.decoder import (
     remove_layers,
 )
 from trsp_deploy.errors import ModelError
+from trsp_deploy.tools.closed_form.layers import refit_kept_layers
+from trsp_deploy.tools.closed_form.span import output_projection
 from trsp_deploy.tools.gates import LayerGates
-from trsp_deploy.tools.losses import TokenLosses
-from trsp_deploy.tools.methods.fold import output_projection
-from trsp_deploy.tools.refit import refit_kept_layers
+from trsp_deploy.tools.training.losses import TokenLosses
 
 KEPT = [index for index in range(LAYERS) if index not in DROPPED]
 # Families whose config class computes a list by itself where none is given.

@@ -15,7 +15,7 @@ SIZE = 64 << 20  # bytes; mapped anew each time by glibc's own rule
 FRESH = """
 import contextlib, resource, sys
 import torch
-from trsp_deploy.tools.heap import kept_heap
+from trsp_deploy.tools.training.heap import kept_heap
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -16,9 +16,9 @@ from trsp_deploy.decoder import count_weights
 from trsp_deploy.errors import EngineSpecError, RecipeError
 from trsp_deploy.recipe import override, read_recipe
 from trsp_deploy.tools import library
-from trsp_deploy.tools.memory import MemoryEstimate
-from trsp_deploy.tools.models import SHORT_NAMES
-from trsp_deploy.tools.texts import SHORT_NAMES as TEXT_NAMES
+from trsp_deploy.tools.resources.memory import MemoryEstimate
+from trsp_deploy.tools.sources.models import SHORT_NAMES
+from trsp_deploy.tools.sources.texts import SHORT_NAMES as TEXT_NAMES
 
 SPEC = "description: d\nbackend: onnxruntime-cpu\nprecision: fp32\n"
 STATE = re.compile(r"NOT MEASURED|Not measured|Measured: ")

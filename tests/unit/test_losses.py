@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig
 
 from tests.tiny import FAMILIES, VOCABULARY, tiny_model, tokens
 from trsp_deploy.errors import ModelError
-from trsp_deploy.tools import losses
-from trsp_deploy.tools.losses import TokenLosses
+from trsp_deploy.tools.training import losses
+from trsp_deploy.tools.training.losses import TokenLosses
 
 SMALL = {
     "vocab_size": VOCABULARY,

@@ -11,10 +11,10 @@ from trsp_deploy.errors import EngineUnavailable, ParityError
 from trsp_deploy.recipe import Case
 from trsp_deploy.results import Perplexity, Rates
 from trsp_deploy.stages import parity
+from trsp_deploy.tools.judging.limits import decode_bytes, prefill_operations, speed_limit, stored, stored_by
+from trsp_deploy.tools.judging.statistics import perplexity_ratio
 from trsp_deploy.tools.library import load_engine_spec
-from trsp_deploy.tools.limits import decode_bytes, prefill_operations, speed_limit, stored, stored_by
-from trsp_deploy.tools.statistics import perplexity_ratio
-from trsp_deploy.tools.worker import Worker
+from trsp_deploy.tools.measuring.worker import Worker
 
 
 def test_perplexity_ratio_is_of_means():

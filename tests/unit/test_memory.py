@@ -18,9 +18,9 @@ from tests.breadth import by_default
 from tests.tiny import FAMILIES, tiny_config
 from trsp_deploy.errors import DeviceMemoryError
 from trsp_deploy.recipe import Recipe, override, read_recipe
-from trsp_deploy.tools import device_memory
-from trsp_deploy.tools.device_memory import available_bytes, check_memory, plan_memory
-from trsp_deploy.tools.memory import MemoryEstimate
+from trsp_deploy.tools.resources import device_memory
+from trsp_deploy.tools.resources.device_memory import available_bytes, check_memory, plan_memory
+from trsp_deploy.tools.resources.memory import MemoryEstimate
 
 GIB = 2**30
 # facebook/opt-6.7b and meta-llama/Llama-2-7b-hf, as their config.json have them.

@@ -19,9 +19,8 @@ from trsp_deploy.decoder import (
     with_layer_output,
 )
 from trsp_deploy.errors import ModelError, RecipeError, TextError
-from trsp_deploy.tools.gates import LayerGates
-from trsp_deploy.tools.methods import METHODS
-from trsp_deploy.tools.methods.fold import (
+from trsp_deploy.tools.closed_form.hidden_states import visit_layers
+from trsp_deploy.tools.closed_form.span import (
     RIDGE,
     fit_spans,
     fold_dropped_layers,
@@ -30,9 +29,10 @@ from trsp_deploy.tools.methods.fold import (
     sink_positions,
     write_fold,
 )
-from trsp_deploy.tools.methods.hidden_states import visit_layers
+from trsp_deploy.tools.gates import LayerGates
+from trsp_deploy.tools.methods import METHODS
 from trsp_deploy.tools.methods.uidl import angular_distance
-from trsp_deploy.tools.training import batches, mean_loss
+from trsp_deploy.tools.training.shared import batches, mean_loss
 
 # What a layer writes to the residual stream with, in every family.
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "down_proj", "c_proj", "dense", "dense_4h_to_h", "fc2")

@@ -20,10 +20,10 @@ from transformers import OPTForCausalLM
 
 from tests.hub import forget_sessions
 from trsp_deploy.errors import ModelError
-from trsp_deploy.tools import packaged
-from trsp_deploy.tools.hub import hub_problem
-from trsp_deploy.tools.models import HUB_ID, SHORT_NAMES, check_decoder_only, resolve_model
-from trsp_deploy.tools.safe_copy import convert
+from trsp_deploy.tools.sources import packaged
+from trsp_deploy.tools.sources.hub import hub_problem
+from trsp_deploy.tools.sources.models import HUB_ID, SHORT_NAMES, check_decoder_only, resolve_model
+from trsp_deploy.tools.sources.safe_copy import convert
 
 URL_TAIL = "/{repo_id}/resolve/{revision}/{filename}"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

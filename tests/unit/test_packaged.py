@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from trsp_deploy.errors import ModelError, StorageError, TextError, UserError
-from trsp_deploy.tools import packaged
-from trsp_deploy.tools.packaged import ASSETS, Asset, fetch_asset, find_asset
+from trsp_deploy.tools.sources import packaged
+from trsp_deploy.tools.sources.packaged import ASSETS, Asset, fetch_asset, find_asset
 
 FIRST, SECOND = b"first text\n", b"second text\n"
 BACKEND = """

@@ -20,9 +20,9 @@ from trsp_deploy import cli
 from trsp_deploy.artifacts import RunFolder, write_json
 from trsp_deploy.recipe import Recipe
 from trsp_deploy.results import PrunedCheckpoint
-from trsp_deploy.tools.model_card import write_model_card
-from trsp_deploy.tools.models import ModelSource
-from trsp_deploy.tools.report import removal_report
+from trsp_deploy.tools.delivery.model_card import write_model_card
+from trsp_deploy.tools.reports.record import removal_report
+from trsp_deploy.tools.sources.models import ModelSource
 
 TOKEN = "hf_" + "pLaNtEd" * 5
 BASE_CARD = """---

@@ -106,12 +106,15 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
         Store(path)
 
 
-def test_digest_sees_code_and_not_its_comments() -> None:
-    def meaning(source: str) -> str:
+def test_digest_sees_code_and_neither_its_comments_nor_its_place() -> None:
+    def meaning(source: str) -> set[str]:
         return code.meaning(ast.parse(source))
 
     assert meaning("def f():\n    '''Doc.'''\n    return 1  # why\n") == meaning("def f():\n\n    return 1")
     assert meaning("x = 1") != meaning("x = 2")
+    moved = meaning("from trsp_deploy.errors import RunError")
+    assert moved == meaning("from trsp_deploy.records.errors import RunError")
+    assert moved != meaning("from trsp_deploy.errors import TextError as RunError")
     assert len({work_digest(work) for work in CODE}) == 3
 
 

@@ -12,11 +12,11 @@ from tests.unit.test_methods import plant_linear_layer
 from trsp_deploy.decoder import decoder_layers, remove_layers
 from trsp_deploy.errors import TextError
 from trsp_deploy.recipe import TransferSettings
-from trsp_deploy.tools.forms import FORMS
+from trsp_deploy.tools.closed_form.layer_modules import Group, layer_calls, linear_groups
+from trsp_deploy.tools.closed_form.layers import Equations, Streams, choose_solution, refit_kept_layers
 from trsp_deploy.tools.gates import LayerGates
-from trsp_deploy.tools.layer_modules import Group, layer_calls, linear_groups
-from trsp_deploy.tools.processes import Processes
-from trsp_deploy.tools.refit import Equations, Streams, choose_solution, refit_kept_layers
+from trsp_deploy.tools.training.forms import FORMS
+from trsp_deploy.tools.training.processes import Processes
 
 FAMILIES = ["llama", "gpt2", "gpt_neox", "opt"]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from trsp_deploy.errors import EngineUnavailable
-from trsp_deploy.tools.generation import COLDEST, Sampling, choose
+from trsp_deploy.tools.runners.generation import COLDEST, Sampling, choose
 
 VOCABULARY = 700
 DRAWS = 3_000

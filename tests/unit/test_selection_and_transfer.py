@@ -13,10 +13,10 @@ from trsp_deploy.decoder import decoder_layers, load_model, next_token_loss, sto
 from trsp_deploy.recipe import read_recipe
 from trsp_deploy.stages.selection import runs_text, select_for_counts, select_layers
 from trsp_deploy.stages.transfer import transfer_and_remove
-from trsp_deploy.tools.models import ModelSource
+from trsp_deploy.tools.methods.trials import Trials
 from trsp_deploy.tools.plan import PruningPlan
-from trsp_deploy.tools.training import batches, learning_rate, mean_loss
-from trsp_deploy.tools.trials import Trials
+from trsp_deploy.tools.sources.models import ModelSource
+from trsp_deploy.tools.training.shared import batches, learning_rate, mean_loss
 
 IDLE = [1, 4]  # layers that add nothing
 

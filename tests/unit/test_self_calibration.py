@@ -9,9 +9,9 @@ import torch
 
 from tests.tiny import FAMILIES, VOCABULARY, tiny_model, tiny_tokenizer
 from trsp_deploy.errors import RecipeError
-from trsp_deploy.tools import self_calibration
-from trsp_deploy.tools.checkpoints import Checkpoints
-from trsp_deploy.tools.self_calibration import opening, write_windows
+from trsp_deploy.tools.training import self_calibration
+from trsp_deploy.tools.training.checkpoints import Checkpoints
+from trsp_deploy.tools.training.self_calibration import opening, write_windows
 
 BOS = [0]
 

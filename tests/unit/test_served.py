@@ -13,9 +13,9 @@ from tests.samples import NEW_TOKENS_SERVED, made_up, made_up_report, made_up_se
 from tests.tiny import save_tiny
 from trsp_deploy.errors import RunError
 from trsp_deploy.stages.serve_bench import _order
-from trsp_deploy.tools.load import LoadGenerator, prompts_of
-from trsp_deploy.tools.pages import markdown
-from trsp_deploy.tools.served import METRICS, derive, inter_token_s, served_rows, served_sentence
+from trsp_deploy.tools.reports import markdown
+from trsp_deploy.tools.triton_server.load import LoadGenerator, prompts_of
+from trsp_deploy.tools.triton_server.served import METRICS, derive, inter_token_s, served_rows, served_sentence
 
 
 def test_figures_are_those_of_the_field() -> None:

@@ -11,10 +11,9 @@ import pytest
 from tests.samples import made_up, made_up_report
 from trsp_deploy.errors import TextError
 from trsp_deploy.results import TURNS, Perplexity, TaskScore, Telemetry, ZeroShot
-from trsp_deploy.tools import comparisons, goals
-from trsp_deploy.tools.limits import SpeedLimit
-from trsp_deploy.tools.report import budget_text, choices_report, engine_rows, verdict
-from trsp_deploy.tools.statistics import (
+from trsp_deploy.tools.judging import comparisons, goals
+from trsp_deploy.tools.judging.limits import SpeedLimit
+from trsp_deploy.tools.judging.statistics import (
     Ratio,
     change,
     interval,
@@ -26,7 +25,8 @@ from trsp_deploy.tools.statistics import (
     retained_accuracy,
     speedup,
 )
-from trsp_deploy.tools.verdicts import Requirement, judge, settled, worst
+from trsp_deploy.tools.judging.verdicts import Requirement, judge, settled, worst
+from trsp_deploy.tools.reports.record import budget_text, choices_report, engine_rows, verdict
 
 FASTER = Requirement(name="speed-up, end to end", source="--min-speedup", sense="at least", bound=1.15)
 

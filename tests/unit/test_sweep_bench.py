@@ -11,7 +11,7 @@ from benchmarks import sweep as bench
 from tests.breadth import BREADTH
 from tests.samples import made_up, made_up_point
 from trsp_deploy.artifacts import provenance
-from trsp_deploy.tools.sweeps import Sweep, Targets, choose
+from trsp_deploy.tools.reports.sweeps import Sweep, Targets, choose
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from tests.samples import made_up_point
 from trsp_deploy.artifacts import provenance
 from trsp_deploy.errors import RecipeError
 from trsp_deploy.recipe import parse_drops
-from trsp_deploy.tools.pages import sweep_page
-from trsp_deploy.tools.sweeps import Sweep, Targets, choose
+from trsp_deploy.tools.reports import sweep_page
+from trsp_deploy.tools.reports.sweeps import Sweep, Targets, choose
 
 POINTS = [
     made_up_point(2, 1.1, 1.05),

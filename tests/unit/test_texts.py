@@ -11,9 +11,9 @@ import torch
 from tests.hub import forget_sessions
 from tests.tiny import tiny_tokenizer
 from trsp_deploy.errors import TextError
-from trsp_deploy.tools import texts as module
-from trsp_deploy.tools.packaged import ASSETS, find_asset
-from trsp_deploy.tools.texts import Texts, documents_of, load_texts, split_windows, tokenize_windows
+from trsp_deploy.tools.sources import texts as module
+from trsp_deploy.tools.sources.packaged import ASSETS, find_asset
+from trsp_deploy.tools.sources.texts import Texts, documents_of, load_texts, split_windows, tokenize_windows
 
 
 def error_line(texts: str, role: module.Role = "calibration") -> str:

@@ -10,12 +10,18 @@ from tests.training import recipe, same_weights, transfer, windows
 from trsp_deploy.decoder import decoder_layers, load_model
 from trsp_deploy.errors import RecipeError
 from trsp_deploy.stages.selection import GatePicking
-from trsp_deploy.tools import losses
 from trsp_deploy.tools.gates import LayerGates
-from trsp_deploy.tools.losses import TokenLosses
-from trsp_deploy.tools.parameters import add_adapters, clip_gradients, make_optimizer, merge_adapters, recomputed_layers
-from trsp_deploy.tools.rehearsal import LiveBytes
-from trsp_deploy.tools.teacher import DenseStates
+from trsp_deploy.tools.resources.rehearsal import LiveBytes
+from trsp_deploy.tools.training import losses
+from trsp_deploy.tools.training.losses import TokenLosses
+from trsp_deploy.tools.training.parameters import (
+    add_adapters,
+    clip_gradients,
+    make_optimizer,
+    merge_adapters,
+    recomputed_layers,
+)
+from trsp_deploy.tools.training.teacher import DenseStates
 
 needs_peft = pytest.mark.skipif(
     "not __import__('importlib').util.find_spec('peft')",

@@ -9,9 +9,9 @@ from tests.families import FAMILIES, family_model
 from tests.tiny import LAYERS, tiny_model, tokens
 from trsp_deploy.decoder import decoder_layers, layer_output, with_layer_output
 from trsp_deploy.tools.gates import LayerGates
-from trsp_deploy.tools.losses import TokenLosses
-from trsp_deploy.tools.training import mean_loss
-from trsp_deploy.tools.trials import Trials
+from trsp_deploy.tools.methods.trials import Trials
+from trsp_deploy.tools.training.losses import TokenLosses
+from trsp_deploy.tools.training.shared import mean_loss
 
 SETS = {
     "one layer each": [(layer,) for layer in range(LAYERS)],

@@ -9,9 +9,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from trsp_deploy.errors import RunError
-from trsp_deploy.tools.packaged import find_asset
-from trsp_deploy.tools.triton_config import SCHEMA
-from trsp_deploy.tools.triton_lint import lint
+from trsp_deploy.tools.sources.packaged import find_asset
+from trsp_deploy.tools.triton_server.config import SCHEMA
+from trsp_deploy.tools.triton_server.lint import lint
 
 pytestmark = pytest.mark.skipif(find_asset(SCHEMA) is None, reason=f"needs: trsp-deploy fetch {SCHEMA}")
 

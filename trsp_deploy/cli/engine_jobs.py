@@ -34,7 +34,7 @@ def register(app: typer.Typer) -> None:
 
 def inspect(engine: Engine, as_json: Json = False) -> None:
     """Show what an engine is: versions, shapes, passes, operators or layers, and how trtexec would build it."""
-    from trsp_deploy.tools.inspection import describe, inspect_engine
+    from trsp_deploy.tools.runners.inspection import describe, inspect_engine
 
     found = inspect_engine(engine)
     print(json.dumps(found.model_dump(mode="json")) if as_json else describe(found))
@@ -52,14 +52,14 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue one or more prompts with a built engine."""
-    from trsp_deploy.tools.inspection import tokenizer_folder
     from trsp_deploy.tools.runners import open_engine
+    from trsp_deploy.tools.runners.inspection import tokenizer_folder
 
     runner = open_engine(engine)  # refuses an engine that is not the one that was built, before anything slow
     from trsp_deploy.decoder import load_tokenizer
-    from trsp_deploy.tools.generation import Sampling, end_tokens
-    from trsp_deploy.tools.generation import generate as continued
     from trsp_deploy.tools.quiet import quiet_libraries
+    from trsp_deploy.tools.runners.generation import Sampling, end_tokens
+    from trsp_deploy.tools.runners.generation import generate as continued
 
     folder = tokenizer or tokenizer_folder(engine)
     with quiet_libraries():

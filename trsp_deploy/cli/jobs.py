@@ -179,7 +179,7 @@ def _build_from_onnx(run: Path | None, onnx: Path, engines: list[str], out: Path
 def bench(run: Run, engine: Engines = None, sets: Sets = None, as_json: Json = False) -> None:
     """Measure dense and pruned in turn on every engine that runs here."""
     with existing(run, engine, None, sets) as job:
-        from trsp_deploy.tools.comparisons import sentence
+        from trsp_deploy.tools.judging.comparisons import sentence
 
         job.proof.check_engines()
         found = {name: job.proof.compared(name) for name in job.proof.bench()}

@@ -16,7 +16,7 @@ from trsp_deploy.errors import DeviceMemoryError, ModelError
 if TYPE_CHECKING:
     from trsp_deploy.pipeline import Pipeline
     from trsp_deploy.recipe import Recipe
-    from trsp_deploy.tools.memory import Stage
+    from trsp_deploy.tools.resources.memory import Stage
 
 
 LIBRARIES_BYTES = 1_100_000_000  # of addresses; 1.05e9 were seen with torch 2.13 for the CPU
@@ -67,8 +67,8 @@ def _check_address_space() -> None:
 def show_memory(recipe: Recipe, plan_file: Path | None, as_json: bool) -> None:
     """The table of `--plan-memory`; with --json the same figures are the last line of stdout."""
     from trsp_deploy.cli.tables import print_memory
-    from trsp_deploy.tools.device_memory import model_config, plan_memory
     from trsp_deploy.tools.plan import read_plan
+    from trsp_deploy.tools.resources.device_memory import model_config, plan_memory
 
     config = model_config(recipe.model, say)
     dropped = None if plan_file is None else read_plan(plan_file, config.num_hidden_layers).dropped
@@ -80,9 +80,9 @@ def show_memory(recipe: Recipe, plan_file: Path | None, as_json: bool) -> None:
 
 def check_memory(job: Pipeline, plan_file: Path | None, ignore: bool) -> None:
     """Refuse what cannot fit before anything slow begins; stages whose result is there are not asked about."""
-    from trsp_deploy.tools.device_memory import check_memory, launched_as_several, model_config
     from trsp_deploy.tools.plan import read_plan
-    from trsp_deploy.tools.training import pick_device
+    from trsp_deploy.tools.resources.device_memory import check_memory, launched_as_several, model_config
+    from trsp_deploy.tools.training.shared import pick_device
 
     plan = plan_file or job.run.path / "plan.json"
     stages: dict[Stage, bool] = {"selection": plan.is_file(), "transfer": (job.run.path / "pruned").is_dir()}
@@ -102,8 +102,8 @@ def check_memory(job: Pipeline, plan_file: Path | None, ignore: bool) -> None:
 
 def check_disk(job: Pipeline, ignore: bool) -> None:
     """Say what each stage will leave on the disk, and refuse what cannot fit there."""
-    from trsp_deploy.tools.device_memory import model_config
-    from trsp_deploy.tools.disk import check_disk, plan_disk
+    from trsp_deploy.tools.resources.device_memory import model_config
+    from trsp_deploy.tools.resources.disk import check_disk, plan_disk
 
     if not job.run.main:
         return

@@ -62,7 +62,7 @@ def register(app: typer.Typer) -> None:
 
 def triton_start(repository: Repository, server: Environment = None, port: Port = None, as_json: Json = False) -> None:
     """Serve a repository on this machine alone, in the background; returns when every model is loaded."""
-    from trsp_deploy.tools.triton_server import find_installation, start
+    from trsp_deploy.tools.triton_server.process import find_installation, start
 
     stream = sys.stderr if as_json else sys.stdout
     print(f"{repository}: starting tritonserver", file=stream, flush=True)
@@ -78,7 +78,7 @@ def triton_start(repository: Repository, server: Environment = None, port: Port 
 
 def triton_stop(repository: Repository, as_json: Json = False) -> None:
     """Stop a repository's server; also removes what a killed one left: processes and shared memory."""
-    from trsp_deploy.tools.triton_server import stop
+    from trsp_deploy.tools.triton_server.process import stop
 
     found = stop(repository)
     said = "stopped" if found.was_running else "was not running"
@@ -111,9 +111,9 @@ def bench_server(
     from trsp_deploy.cli.running import existing
     from trsp_deploy.cli.tables import print_served
     from trsp_deploy.stages.serve_bench import Address, LoadSettings, measure_served, started
-    from trsp_deploy.tools.load import find_load_generator
-    from trsp_deploy.tools.served import SERVED, derive
-    from trsp_deploy.tools.triton_server import environment_of
+    from trsp_deploy.tools.triton_server.load import find_load_generator
+    from trsp_deploy.tools.triton_server.process import environment_of
+    from trsp_deploy.tools.triton_server.served import SERVED, derive
 
     generator = find_load_generator(environment_of(server))
     settings = LoadSettings(

@@ -76,7 +76,7 @@ def sweep(
     from trsp_deploy.cli.running import check_memory, run_of, say
     from trsp_deploy.cli.tables import print_sweep
     from trsp_deploy.recipe import parse_drops
-    from trsp_deploy.tools.sweeps import Targets
+    from trsp_deploy.tools.reports.sweeps import Targets
 
     if "RANK" in os.environ:
         raise RecipeError("sweep: is one process's work; `accelerate launch` a `prune` of the cut that it chose")

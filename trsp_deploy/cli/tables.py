@@ -9,10 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from trsp_deploy.cli.terminal import console, plain_table
-from trsp_deploy.tools.comparisons import ComparisonReport, notes, sentence
-from trsp_deploy.tools.device_memory import MemoryPlan
-from trsp_deploy.tools.pages.sweep_page import columns, row
-from trsp_deploy.tools.report import (
+from trsp_deploy.tools.judging.comparisons import ComparisonReport, notes, sentence
+from trsp_deploy.tools.reports.record import (
     COMPARISON_COLUMNS,
     ENGINE_COLUMNS,
     Report,
@@ -21,8 +19,16 @@ from trsp_deploy.tools.report import (
     engine_rows,
     model_rows,
 )
-from trsp_deploy.tools.served import SERVED_COLUMNS, ServedReport, served_notes, served_rows, served_sentence
-from trsp_deploy.tools.sweeps import Sweep, answer
+from trsp_deploy.tools.reports.sweep_page import columns, row
+from trsp_deploy.tools.reports.sweeps import Sweep, answer
+from trsp_deploy.tools.resources.device_memory import MemoryPlan
+from trsp_deploy.tools.triton_server.served import (
+    SERVED_COLUMNS,
+    ServedReport,
+    served_notes,
+    served_rows,
+    served_sentence,
+)
 
 MEMORY_LABELS = {
     "weights_bytes": "weights",

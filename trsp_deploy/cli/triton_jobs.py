@@ -37,7 +37,7 @@ def register(app: typer.Typer) -> None:
 
 def triton_lint(repository: Repository, as_json: Json = False) -> None:
     """Find what a Triton server would say only at load, or never; exit code 2 when something is wrong."""
-    from trsp_deploy.tools.triton_lint import lint
+    from trsp_deploy.tools.triton_server.lint import lint
 
     found = lint(repository)
     errors = sum(finding.severity == "error" for finding in found)
@@ -63,7 +63,7 @@ def triton(
 ) -> None:
     """Write a Triton model repository that generates text with a run's engine."""
     from trsp_deploy.stages.triton_repository import write_repository
-    from trsp_deploy.tools.subjects import find_engine
+    from trsp_deploy.tools.measuring.subjects import find_engine
 
     roles: list[Role] = ["pruned", *(["dense"] if dense else [])]  # type: ignore[list-item]
     engines = {role: find_engine(run, role, engine) for role in roles}

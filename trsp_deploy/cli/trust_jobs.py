@@ -43,7 +43,7 @@ def register(app: typer.Typer) -> None:
 
 def verify(path: Folder, public_key: PublicKey = None, as_json: Json = False) -> None:
     """Compare every file with its manifest's SHA-256; exit code 2 when one is missing, changed, unknown or outside."""
-    from trsp_deploy.tools.verification import verify as verified
+    from trsp_deploy.tools.delivery.verification import verify as verified
 
     found = verified(path)
     stream = sys.stderr if as_json else sys.stdout
@@ -57,7 +57,7 @@ def verify(path: Folder, public_key: PublicKey = None, as_json: Json = False) ->
     print(f"{path}: {found.kind}, {found.checked} held against {against}, {len(found.findings)} wrong", file=stream)
     signature, whole = None, found.whole
     if public_key is not None:
-        from trsp_deploy.tools.signing import check_signature
+        from trsp_deploy.tools.delivery.signing import check_signature
 
         problem = check_signature(path, public_key)
         signature, whole = problem or "valid", whole and problem is None
@@ -69,7 +69,7 @@ def verify(path: Folder, public_key: PublicKey = None, as_json: Json = False) ->
 
 def sign(path: Folder, key: Key, as_json: Json = False) -> None:
     """Sign the manifest of a verified folder with a key of your own (OpenSSF's model-signing, no network)."""
-    from trsp_deploy.tools.signing import sign as signed
+    from trsp_deploy.tools.delivery.signing import sign as signed
 
     signature = signed(path, key)
     print(f"{signature}: signed with {key}", file=sys.stderr if as_json else sys.stdout)
@@ -80,7 +80,7 @@ def sign(path: Folder, key: Key, as_json: Json = False) -> None:
 def convert(model: Model, out: Out = None, as_json: Json = False) -> None:
     """Write pickled weights as safetensors; what holds more than tensors is refused, and nothing in it runs."""
     from trsp_deploy.cli.running import say
-    from trsp_deploy.tools.safe_copy import convert as converted
+    from trsp_deploy.tools.sources.safe_copy import convert as converted
 
     folder = converted(model, out, say)
     called = model if out is None else folder
@@ -92,8 +92,8 @@ def convert(model: Model, out: Out = None, as_json: Json = False) -> None:
 def clean(run: Run, keep: Keep = None, dry_run: DryRun = False, as_json: Json = False) -> None:
     """Remove the parts of a run that --keep does not name, without it leftovers alone; a later run makes them again."""
     from trsp_deploy.artifacts import RunFolder
-    from trsp_deploy.tools.cleaning import check_run, plan_cleaning
-    from trsp_deploy.tools.cleaning import clean as cleaned
+    from trsp_deploy.tools.resources.cleaning import check_run, plan_cleaning
+    from trsp_deploy.tools.resources.cleaning import clean as cleaned
 
     check_run(run)  # before a lock is left in a folder that is none
     with RunFolder(run) as folder:
@@ -114,8 +114,8 @@ def clean(run: Run, keep: Keep = None, dry_run: DryRun = False, as_json: Json = 
 
 def push(run: Run, repo: Repo, private: Private = False, dry_run: DryPush = False, as_json: Json = False) -> None:
     """Push the pruned checkpoint with its model card to the Hugging Face hub (token: `hf auth login` or HF_TOKEN)."""
-    from trsp_deploy.tools.publishing import plan_push
-    from trsp_deploy.tools.publishing import push as pushed
+    from trsp_deploy.tools.delivery.publishing import plan_push
+    from trsp_deploy.tools.delivery.publishing import push as pushed
 
     plan = plan_push(run, repo)
     stream = sys.stderr if as_json else sys.stdout

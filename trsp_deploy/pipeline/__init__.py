@@ -21,9 +21,9 @@ from trsp_deploy.pipeline.pruning import Pruning
 from trsp_deploy.pipeline.reporting import make_report
 from trsp_deploy.recipe import Recipe
 from trsp_deploy.stages import zeroshot
-from trsp_deploy.tools.processes import Processes
-from trsp_deploy.tools.report import Report
-from trsp_deploy.tools.training import pick_device
+from trsp_deploy.tools.reports.record import Report
+from trsp_deploy.tools.training.processes import Processes
+from trsp_deploy.tools.training.shared import pick_device
 
 
 class Pipeline:

@@ -18,12 +18,12 @@ from trsp_deploy.recipe import EngineSpec, Float
 from trsp_deploy.results import ROLES, OnnxModel, Role
 from trsp_deploy.stages import build, export
 from trsp_deploy.tools.library import load_engine_spec
+from trsp_deploy.tools.measuring.subjects import Subject, find_subject
 from trsp_deploy.tools.runners import EngineManifest, bound_to, check_can_build, check_can_run
 from trsp_deploy.tools.runners.calibration import INT4_TEXTS
 from trsp_deploy.tools.runners.manifest import Bound
 from trsp_deploy.tools.runners.passes import VERSION as PASSES
 from trsp_deploy.tools.runners.requirements import package_version
-from trsp_deploy.tools.subjects import Subject, find_subject
 
 AUTO_ENGINES = {
     "cpu": ("ort-cpu-fp32", "tensorrt-rtx-fp16"),

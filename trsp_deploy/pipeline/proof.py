@@ -16,9 +16,9 @@ from trsp_deploy.pipeline.pruning import Pruning
 from trsp_deploy.recipe import EngineSpec, Precision
 from trsp_deploy.results import ROLES, Comparison, Parity, Perplexity, Role, ZeroShot
 from trsp_deploy.stages import bench, evaluate, export, parity, zeroshot
-from trsp_deploy.tools.comparisons import ComparisonReport
+from trsp_deploy.tools.judging.comparisons import ComparisonReport
 from trsp_deploy.tools.quiet import quiet_libraries
-from trsp_deploy.tools.report import ChoicesReport, QualityReport, choices_report, quality_report
+from trsp_deploy.tools.reports.record import ChoicesReport, QualityReport, choices_report, quality_report
 from trsp_deploy.tools.runners import Runner, open_engine
 
 Measured = TypeVar("Measured")

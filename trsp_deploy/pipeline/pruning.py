@@ -18,11 +18,11 @@ from trsp_deploy.pipeline.inputs import Done, Inputs
 from trsp_deploy.recipe import parse_drop
 from trsp_deploy.results import PrunedCheckpoint, Role
 from trsp_deploy.stages import selection, transfer
-from trsp_deploy.tools.checkpoints import Checkpoints
 from trsp_deploy.tools.plan import PruningPlan, read_plan
 from trsp_deploy.tools.quiet import quiet_libraries
-from trsp_deploy.tools.self_calibration import opening, write_windows
-from trsp_deploy.tools.training import TRAINING_DTYPES, pick_device
+from trsp_deploy.tools.training.checkpoints import Checkpoints
+from trsp_deploy.tools.training.self_calibration import opening, write_windows
+from trsp_deploy.tools.training.shared import TRAINING_DTYPES, pick_device
 
 
 class Pruning:

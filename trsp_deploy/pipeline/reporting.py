@@ -12,8 +12,7 @@ from trsp_deploy.pipeline.inputs import Inputs
 from trsp_deploy.pipeline.proof import Proof
 from trsp_deploy.results import Served
 from trsp_deploy.stages.report import write_report
-from trsp_deploy.tools.models import check_decoder_only
-from trsp_deploy.tools.report import (
+from trsp_deploy.tools.reports.record import (
     SCHEMA_VERSION,
     EngineFigures,
     EngineReport,
@@ -23,9 +22,10 @@ from trsp_deploy.tools.report import (
     removal_report,
     verdict,
 )
+from trsp_deploy.tools.reports.sweeps import Sweep
 from trsp_deploy.tools.runners.manifest import MANIFEST
-from trsp_deploy.tools.served import SERVED, derive
-from trsp_deploy.tools.sweeps import Sweep
+from trsp_deploy.tools.sources.models import check_decoder_only
+from trsp_deploy.tools.triton_server.served import SERVED, derive
 
 
 def make_report(proof: Proof) -> Report:

@@ -14,8 +14,8 @@ from trsp_deploy.decoder import load_config
 from trsp_deploy.errors import RunError
 from trsp_deploy.reading import read_yaml
 from trsp_deploy.recipe import Recipe, parse_drop
-from trsp_deploy.tools.models import resolve_model
-from trsp_deploy.tools.subjects import RUN_MARK
+from trsp_deploy.tools.measuring.subjects import RUN_MARK
+from trsp_deploy.tools.sources.models import resolve_model
 
 
 def default_folder(recipe: Recipe, say: Callable[[str], None]) -> Path:

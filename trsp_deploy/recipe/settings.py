@@ -16,7 +16,7 @@ REFITTED: tuple[Form, ...] = ("anneal", "train", "none")  # forms that new weigh
 class CalibrationSettings(Strict):
     """Text that the plan and the transfer learn from."""
 
-    texts: Text = "wikitext2"  # file, dataset id with split, or a short name (tools/texts.py)
+    texts: Text = "wikitext2"  # file, dataset id with split, or a short name (tools/sources/texts.py)
     context_length: Count = 2048  # tokens a window
     max_windows: Count = 128  # windows for training; the paper uses 128 x 2048
     validation_windows: Count = 8  # held out: verify the plan, and perplexity around the removal
@@ -41,8 +41,8 @@ class TransferSettings(Strict):
     """Stage 2: move the doomed layers' knowledge into the kept ones (arXiv 2505.18232, section 3.2)."""
 
     form: Form = "anneal"  # `train` removes first: the control
-    # First, in closed form: `span` fits the projection before each removed span to its effect (methods/fold.py),
-    # `layers` every linear module from there on (tools/refit.py).
+    # First, in closed form: `span` fits the projection before each removed span to what it did (closed_form/span.py),
+    # `layers` every linear module from there on (closed_form/layers.py).
     refit: Literal["none", "span", "layers"] = "none"
     weight: NonNegative = 1e-3  # lambda_2 of the l1 and l2 forms
     ce_weight: NonNegative = 1.0  # of the LM loss

@@ -9,12 +9,12 @@ from trsp_deploy.errors import EngineUnavailable, RunError
 from trsp_deploy.recipe import BenchSettings, Case
 from trsp_deploy.results import Comparison, Rates, Replicate
 from trsp_deploy.results import Subject as Name
-from trsp_deploy.tools.comparisons import ComparisonReport, compare
-from trsp_deploy.tools.goals import Goal, settled_all
-from trsp_deploy.tools.limits import SpeedLimit, speed_limit, stored_by
-from trsp_deploy.tools.measuring import measure
-from trsp_deploy.tools.rates import measure_rates
-from trsp_deploy.tools.subjects import RUN_MARK, Subject, find_subject, whole_engine
+from trsp_deploy.tools.judging.comparisons import ComparisonReport, compare
+from trsp_deploy.tools.judging.goals import Goal, settled_all
+from trsp_deploy.tools.judging.limits import SpeedLimit, speed_limit, stored_by
+from trsp_deploy.tools.measuring.rates import measure_rates
+from trsp_deploy.tools.measuring.samples import measure
+from trsp_deploy.tools.measuring.subjects import RUN_MARK, Subject, find_subject, whole_engine
 
 
 def compare_engines(

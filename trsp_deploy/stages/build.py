@@ -14,8 +14,8 @@ import numpy as np
 from trsp_deploy.artifacts import files_below, fingerprint, provenance, write_json, writing
 from trsp_deploy.errors import EngineUnavailable, RunError
 from trsp_deploy.recipe import EngineSpec
-from trsp_deploy.tools.inspection import trtexec
 from trsp_deploy.tools.runners import BACKENDS, EngineManifest, bound_to, check_can_build
+from trsp_deploy.tools.runners.inspection import trtexec
 from trsp_deploy.tools.runners.manifest import MANIFEST, spec_sha256
 from trsp_deploy.tools.runners.requirements import package_version
 from trsp_deploy.tools.runners.trt_log import BUILD_LOG

@@ -16,10 +16,10 @@ from scipy.special import log_softmax
 from trsp_deploy.decoder import load_model, next_token_logits
 from trsp_deploy.recipe import Recipe
 from trsp_deploy.results import Perplexity, Role
-from trsp_deploy.tools.heap import kept_heap
 from trsp_deploy.tools.progress import Meter
 from trsp_deploy.tools.runners import Runner
-from trsp_deploy.tools.training import pick_device
+from trsp_deploy.tools.training.heap import kept_heap
+from trsp_deploy.tools.training.shared import pick_device
 
 Losses = Callable[[torch.Tensor], np.ndarray]  # a window (context_length,) -> nats of each token but the first
 

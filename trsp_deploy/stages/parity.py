@@ -18,8 +18,8 @@ from trsp_deploy.decoder import load_widened
 from trsp_deploy.errors import ParityError
 from trsp_deploy.recipe import Precision
 from trsp_deploy.results import Parity, Role
-from trsp_deploy.tools.generation import left_padded
 from trsp_deploy.tools.runners import Runner
+from trsp_deploy.tools.runners.generation import left_padded
 from trsp_deploy.tools.runners.ort import OrtRunner
 
 # Largest |difference of logits| over the standard deviation of the reference's logits. fp32 engines differ in the

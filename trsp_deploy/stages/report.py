@@ -8,9 +8,9 @@ from typing import Any
 
 from trsp_deploy.artifacts import write_json, writing
 from trsp_deploy.results import Comparison, Served
-from trsp_deploy.tools.pages import markdown
-from trsp_deploy.tools.report import Report
-from trsp_deploy.tools.sweeps import Sweep
+from trsp_deploy.tools.reports import markdown
+from trsp_deploy.tools.reports.record import Report
+from trsp_deploy.tools.reports.sweeps import Sweep
 
 
 def write_report(
@@ -21,7 +21,7 @@ def write_report(
     served: Served | None = None,
 ) -> None:
     """Write the report into the run folder; arguments as for the page."""
-    from trsp_deploy.tools.pages import html  # draws with matplotlib, which takes a second to load
+    from trsp_deploy.tools.reports import html  # draws with matplotlib, which takes a second to load
 
     write_json(run / "report.json", report)
     with writing(run / "report.md") as partial:

@@ -23,18 +23,18 @@ from transformers import PreTrainedModel
 
 from trsp_deploy.decoder import decoder_layers
 from trsp_deploy.recipe import Recipe
-from trsp_deploy.tools.checkpoints import Checkpoints
+from trsp_deploy.tools.closed_form.span import runs
 from trsp_deploy.tools.gates import LayerGates
-from trsp_deploy.tools.heap import kept_heap
-from trsp_deploy.tools.losses import TokenLosses
 from trsp_deploy.tools.methods import METHODS
 from trsp_deploy.tools.methods.base import Selection
-from trsp_deploy.tools.methods.fold import runs
+from trsp_deploy.tools.methods.trials import Layers, Trials
 from trsp_deploy.tools.plan import Pick, PruningPlan, complement
-from trsp_deploy.tools.processes import Processes
 from trsp_deploy.tools.progress import Meter
-from trsp_deploy.tools.training import autocast, batch_order, mean_loss, pick_device
-from trsp_deploy.tools.trials import Layers, Trials
+from trsp_deploy.tools.training.checkpoints import Checkpoints
+from trsp_deploy.tools.training.heap import kept_heap
+from trsp_deploy.tools.training.losses import TokenLosses
+from trsp_deploy.tools.training.processes import Processes
+from trsp_deploy.tools.training.shared import autocast, batch_order, mean_loss, pick_device
 
 LAST_TRIALS = 3  # candidates that are not halved any further
 

@@ -4,7 +4,7 @@ Source: TRSP, arXiv 2505.18232, section 3.2: loss = LM loss + lambda_2 * sum ove
 A small penalty is not zero, so that form pays a jump in perplexity at the removal; it is measured and
 reported. The `anneal` form lowers the doomed layers' branch gates from 1 to exactly 0 in the first part
 of the training instead, so that removing them changes nothing. `train` removes first and trains afterwards, with the
-same tokens, optimiser and loss: the control that every claim for a transfer has to beat (`tools/forms.py`).
+same tokens, optimiser and loss: the control that every claim for a transfer has to beat (`tools/training/forms.py`).
 """
 
 from __future__ import annotations
@@ -32,14 +32,16 @@ from trsp_deploy.decoder import (
 from trsp_deploy.model_code import copy_code
 from trsp_deploy.recipe import Recipe
 from trsp_deploy.results import PrunedCheckpoint
-from trsp_deploy.tools.checkpoints import Checkpoints, put_back, training_state
-from trsp_deploy.tools.forms import FORMS, Form
+from trsp_deploy.tools.delivery.model_card import write_model_card
 from trsp_deploy.tools.gates import LayerGates
-from trsp_deploy.tools.heap import kept_heap
-from trsp_deploy.tools.losses import TokenLosses
-from trsp_deploy.tools.model_card import write_model_card
-from trsp_deploy.tools.models import ModelSource
-from trsp_deploy.tools.parameters import (
+from trsp_deploy.tools.plan import PruningPlan
+from trsp_deploy.tools.progress import Meter
+from trsp_deploy.tools.sources.models import ModelSource
+from trsp_deploy.tools.training.checkpoints import Checkpoints, put_back, training_state
+from trsp_deploy.tools.training.forms import FORMS, Form
+from trsp_deploy.tools.training.heap import kept_heap
+from trsp_deploy.tools.training.losses import TokenLosses
+from trsp_deploy.tools.training.parameters import (
     add_adapters,
     choose_trained,
     clip_gradients,
@@ -47,11 +49,16 @@ from trsp_deploy.tools.parameters import (
     merge_adapters,
     recomputed_layers,
 )
-from trsp_deploy.tools.plan import PruningPlan
-from trsp_deploy.tools.processes import Processes
-from trsp_deploy.tools.progress import Meter
-from trsp_deploy.tools.teacher import DenseStates
-from trsp_deploy.tools.training import TRAINING_DTYPES, autocast, batch_order, learning_rate, mean_loss, pick_device
+from trsp_deploy.tools.training.processes import Processes
+from trsp_deploy.tools.training.shared import (
+    TRAINING_DTYPES,
+    autocast,
+    batch_order,
+    learning_rate,
+    mean_loss,
+    pick_device,
+)
+from trsp_deploy.tools.training.teacher import DenseStates
 
 
 def transfer_and_remove(

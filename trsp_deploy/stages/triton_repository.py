@@ -12,17 +12,17 @@ from trsp_deploy.artifacts import MANIFEST, files_below, fingerprint, link_tree,
 from trsp_deploy.decoder import max_positions
 from trsp_deploy.errors import ModelError, RunError
 from trsp_deploy.results import Role
-from trsp_deploy.tools.generation import end_tokens
 from trsp_deploy.tools.graphs.decoder_io import IN_PLACE
-from trsp_deploy.tools.graphs.rotation import engine_rotation
-from trsp_deploy.tools.repository import RepositoryManifest, ServedModel
 from trsp_deploy.tools.runners import device_of, read_manifest
+from trsp_deploy.tools.runners.generation import end_tokens
 from trsp_deploy.tools.runners.manifest import check_files
+from trsp_deploy.tools.runners.rotation import engine_rotation
 from trsp_deploy.tools.serving.engine import batches
 from trsp_deploy.tools.serving.readme import CONTAINER, readme, step_readme
 from trsp_deploy.tools.serving.step_model import check_can_step, write_step_model
 from trsp_deploy.tools.serving.vendor import model_file, vendor
-from trsp_deploy.tools.triton_config import WARMUP_FILE, generation_config, parse_config, warmup_file
+from trsp_deploy.tools.triton_server.config import WARMUP_FILE, generation_config, parse_config, warmup_file
+from trsp_deploy.tools.triton_server.repository import RepositoryManifest, ServedModel
 
 WARMUP_TEXT = "Hello"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

@@ -25,12 +25,12 @@ from trsp_deploy.decoder import load_model, load_tokenizer
 from trsp_deploy.errors import TextError, UserError, nearest
 from trsp_deploy.recipe import Recipe, Strict
 from trsp_deploy.results import Role, TaskScore, ZeroShot
-from trsp_deploy.tools.heap import kept_heap
-from trsp_deploy.tools.packaged import find_asset
 from trsp_deploy.tools.progress import Meter
 from trsp_deploy.tools.quiet import quiet_libraries
 from trsp_deploy.tools.runners import Runner
-from trsp_deploy.tools.training import pick_device
+from trsp_deploy.tools.sources.packaged import find_asset
+from trsp_deploy.tools.training.heap import kept_heap
+from trsp_deploy.tools.training.shared import pick_device
 
 BATCH_SIZE = 8  # requests; lm-eval sorts them by length, so little of a batch is padding
 
@@ -78,7 +78,7 @@ def evaluate_zero_shot_engine(
     """The same through an open engine; `model_folder` has its tokenizer."""
 
     def subject() -> Any:
-        from trsp_deploy.tools.engine_lm import EngineLM
+        from trsp_deploy.tools.runners.engine_lm import EngineLM
 
         return EngineLM(runner, load_tokenizer(model_folder), BATCH_SIZE)
 

@@ -1,1 +1,1 @@
-"""Parts that stages share: gates, plans, texts, models, runners, named recipes and engine specs."""
+"""Parts that stages share, a package a concern; gates, plans and the library of named files stand beside them."""

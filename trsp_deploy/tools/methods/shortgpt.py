@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
+from trsp_deploy.tools.closed_form.hidden_states import visit_layers
 from trsp_deploy.tools.methods.base import Selection, checked_finite, checked_num_layers
-from trsp_deploy.tools.methods.hidden_states import visit_layers
 
 
 def select_by_block_influence(

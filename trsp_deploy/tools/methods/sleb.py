@@ -12,10 +12,10 @@ import torch
 from transformers import PreTrainedModel
 
 from trsp_deploy.tools.gates import LayerGates
-from trsp_deploy.tools.losses import TokenLosses
 from trsp_deploy.tools.methods.base import Selection, checked_finite, checked_num_layers
+from trsp_deploy.tools.methods.trials import Layers, Trials
 from trsp_deploy.tools.progress import Meter
-from trsp_deploy.tools.trials import Layers, Trials
+from trsp_deploy.tools.training.losses import TokenLosses
 
 
 def select_by_removal_loss(

@@ -11,8 +11,8 @@ import math
 import torch
 from transformers import PreTrainedModel
 
+from trsp_deploy.tools.closed_form.hidden_states import visit_layers
 from trsp_deploy.tools.methods.base import Selection, checked_finite, checked_num_layers
-from trsp_deploy.tools.methods.hidden_states import visit_layers
 
 
 def select_span_by_angle(model: PreTrainedModel, windows: torch.Tensor, num_dropped: int, batch_size: int) -> Selection:

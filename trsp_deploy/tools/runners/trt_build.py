@@ -18,13 +18,13 @@ from trsp_deploy.artifacts import writing
 from trsp_deploy.errors import EngineSpecError, EngineUnavailable, nearest
 from trsp_deploy.recipe import EngineSpec, ShapeProfile
 from trsp_deploy.tools.graphs import decoder_io
-from trsp_deploy.tools.packaged import home
 from trsp_deploy.tools.runners.calibration import read_text
 from trsp_deploy.tools.runners.half_range import within_range
 from trsp_deploy.tools.runners.manifest import BuiltEngine, PassOutcome, kept_products
 from trsp_deploy.tools.runners.passes import Pass, run_passes
 from trsp_deploy.tools.runners.requirements import cuda_devices, load_package, one_line
 from trsp_deploy.tools.runners.trt_log import BUILD_LOG, logger, made, with_advice
+from trsp_deploy.tools.sources.packaged import home
 
 ENGINE = "model.engine"
 NUMPY_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "INT32": "int32"}

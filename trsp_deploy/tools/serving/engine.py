@@ -18,7 +18,7 @@ from trsp_deploy.tools.serving.loop import Batch
 def open_batch(folder: Path, max_batch: int, max_length: int, rotation: Rotation | None = None) -> Iterator[Batch]:
     """Load an engine; raises EngineUnavailable when it is not whole, not for this machine, or cannot batch.
 
-    rotation: of the graph's keys, as `tools/graphs/rotation.py` reads it.
+    rotation: of the graph's keys, as `tools/runners/rotation.py` reads it.
     """
     manifest = read_manifest(folder)
     check_manifest(folder, manifest, package_version(manifest.spec.backend), bound_to(manifest.spec))

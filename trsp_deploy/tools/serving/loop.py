@@ -19,7 +19,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from trsp_deploy.errors import TrspError
-from trsp_deploy.tools.generation import Sampling, choose, penalised
+from trsp_deploy.tools.runners.generation import Sampling, choose, penalised
 from trsp_deploy.tools.serving.requests import GenerationRequest, RequestError
 from trsp_deploy.tools.serving.text import TextStream
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trsp_deploy.tools.triton_config import IDLE_S
+from trsp_deploy.tools.triton_server.config import IDLE_S
 
 # Until 25.04 a cancelled gRPC stream may bring the server down (Triton's pull request 8078), and NVIDIA's security
 # bulletin 5816 asks for 26.02. Any later one will do for an ONNX Runtime engine, whose package is installed into it.

@@ -8,7 +8,7 @@ from pydantic import Field, ValidationError
 
 from trsp_deploy.errors import UserError
 from trsp_deploy.recipe import Strict
-from trsp_deploy.tools.generation import Sampling
+from trsp_deploy.tools.runners.generation import Sampling
 
 MOST_STOPS = 16
 

@@ -13,10 +13,10 @@ PACKAGES = ("artifacts", "recipe")  # whole
 MODULES = (
     "errors.py",
     "reading.py",
-    "tools/generation.py",
     "tools/graphs/decoder_io.py",
     "tools/graphs/fp16_range.py",
     "tools/runners/base.py",
+    "tools/runners/generation.py",
     "tools/runners/huge_pages.py",
     "tools/runners/manifest.py",
     "tools/runners/ort.py",

@@ -1,0 +1,196 @@
+"""A removed span folded into one projection of the layer before it: new weights, at no cost at run time.
+
+Source: ReplaceMe, Shopkhoev et al. 2025, arXiv 2505.02819 (least-squares form); mts-ai/ReplaceMe, `lstsq.py`. The last
+kept layer before the span returns Y + U W: U enters its output projection (`down_proj`, `fc2`, ...) with weight W, Y is
+everything else. With X the hidden states that leave the span, the new weight is W + S,
+
+    S = argmin ||U S - R||^2 + ridge ||S||^2,    R = X - (Y + U W)
+
+ReplaceMe maps the projection's output, W T: the special case S = W (T - I), with hidden x hidden unknowns. Refitting
+from U has intermediate x hidden of them at the same run-time cost and was 8 to 11% better on SmolLM2-135M.
+The ridge pulls towards S = 0, the plain removal, so text that says nothing about a direction leaves it as it was. In a
+parallel-residual layer U W is still added to the stream, so nothing changes; a bias is one more row of S.
+
+The attention sink is treated apart: for sinks R = 0, so they leave the span as plain removal lets them, and the ridge
+follows the scale of the other tokens. Why (SmolLM2-135M, loss on held-out text, dense 3.32 nats): layer 11 writes a
+state of norm 25,500 at position 0, where the median is 135, and 18 layers then turn it by less than 1%. Left out of
+the fit, the map is free in that direction and layers 12-19 cost 10.84 instead of 4.04: the sink comes out as noise, on
+which every later token attends. Fitted to its true R, the map is ruined wherever the span holds the layer that writes
+the sink (10-17: 7.4 to 8.9, against 5.5 this way), since no small M can be mapped to a massive state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from trsp_deploy.decoder import decoder_layers
+from trsp_deploy.errors import ModelError, TextError
+from trsp_deploy.tools.closed_form.hidden_states import last_inputs, visit_layers
+from trsp_deploy.tools.closed_form.layer_modules import add_to_weights, last_writer, layer_calls
+
+RIDGE = 0.1  # relative to the mean square of the features over ordinary tokens
+SINK_NORM = 5.0  # multiple of the median norm; SmolLM2-135M's ordinary tokens reach 2.5, its sinks 5.6 to 190
+PROBE_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class OutputProjection:
+    """The module whose output a layer adds to the residual stream last: layer output = rest + scale * module output."""
+
+    module: nn.Linear | Conv1D
+    scale: float  # 1 but for models with a residual multiplier (Granite)
+
+
+@dataclass
+class SpanFit:
+    """Normal equations of one span in float64; `dim` is the projection's input width, plus 1 where it has a bias."""
+
+    kept: int  # the layer that the map is folded into
+    last: int  # last layer of the span
+    projection: OutputProjection
+    gram: torch.Tensor  # U'U over all tokens, (dim, dim)
+    cross: torch.Tensor  # U'R over all tokens, with R = 0 at sinks, (dim, hidden)
+    ordinary_energy: float = 0.0  # sum of U^2 over ordinary tokens
+
+    def add(self, entered: torch.Tensor, kept_out: torch.Tensor, span_out: torch.Tensor) -> None:
+        """Take in a batch: U (tokens in any shape, width), Y + U W and X, both (batch, sequence, hidden)."""
+        features = entered.reshape(*kept_out.shape[:-1], -1).double()
+        if self.projection.module.bias is not None:
+            features = torch.cat([features, features.new_ones(*features.shape[:-1], 1)], dim=-1)
+        features = self.projection.scale * features
+        ordinary = ~(sink_positions(kept_out) | sink_positions(span_out))
+        residual = (span_out.double() - kept_out.double())[ordinary]  # (ordinary tokens, hidden)
+        self.gram += features.flatten(0, 1).T @ features.flatten(0, 1)
+        self.cross += features[ordinary].T @ residual
+        self.ordinary_energy += features[ordinary].square().sum().item()
+
+    def solve(self, ridge: float) -> torch.Tensor:
+        """Return S (dim, hidden) float64; its last row belongs to the bias where there is one."""
+        # Not the gram's own trace, which the sinks rule. A layer that computes nothing has nothing to map: S = 0.
+        penalty = max(ridge * self.ordinary_energy / len(self.gram), torch.finfo(torch.float64).tiny)
+        return torch.linalg.solve(self.gram + penalty * torch.eye(len(self.gram)).to(self.gram), self.cross)
+
+
+def fold_dropped_layers(
+    model: PreTrainedModel,
+    dropped: Sequence[int],
+    windows: torch.Tensor,
+    batch_size: int,
+    ridge: float = RIDGE,
+    autocast: contextlib.AbstractContextManager[None] | None = None,
+) -> None:
+    """Fold each run of consecutive `dropped` layers into the kept layer before it, in place; nothing is removed yet.
+
+    model: the dense model. windows: (windows, sequence) int64, one forward pass as far as the last run, under
+    `autocast`; the equations are gathered and solved in fp64. Every run is fitted to the dense
+    model's states, so several runs do not correct each other's error. A run from layer 0 on has nothing
+    before it and is not folded: it goes as in a plain removal. Raises TextError when the windows hold too few tokens,
+    ModelError when the architecture cannot be folded.
+    """
+    behind_a_layer = [run for run in runs(dropped) if run[0] > 0]
+    if not behind_a_layer:
+        return
+    for fit in fit_spans(model, behind_a_layer, windows, batch_size, autocast):
+        write_fold(fit, ridge)
+
+
+def runs(dropped: Sequence[int]) -> list[tuple[int, int]]:
+    """Runs of consecutive layers as (first, last): [4, 13, 14] -> [(4, 4), (13, 14)]."""
+    groups = itertools.groupby(enumerate(sorted(dropped)), key=lambda pair: pair[1] - pair[0])
+    members = [[layer for _, layer in group] for _, group in groups]
+    return [(group[0], group[-1]) for group in members]
+
+
+def fit_spans(
+    model: PreTrainedModel,
+    spans: Sequence[tuple[int, int]],
+    windows: torch.Tensor,
+    batch_size: int,
+    autocast: contextlib.AbstractContextManager[None] | None = None,
+) -> list[SpanFit]:
+    """Gather the normal equations of every span (first, last) in one pass over windows (windows, sequence).
+
+    Memory: one intermediate x intermediate matrix in float64 a span, 1 GB each at a width of 11,008.
+    """
+    hidden = model.config.hidden_size
+    if windows.numel() < hidden:
+        raise TextError(
+            f"{windows.numel()} calibration tokens cannot fit a projection to a hidden size of {hidden}: "
+            f"give at least {hidden}, better {32 * hidden}"
+        )
+    probe = windows[:2, :PROBE_TOKENS]
+    fits = [_empty_fit(first - 1, last, output_projection(model, first - 1, probe), hidden) for first, last in spans]
+    kept_out: dict[int, torch.Tensor] = {}
+    # The projection was found in full precision: in less, what a layer adds is not to be told from what it rounds.
+    with (
+        last_inputs({fit.kept: fit.projection.module for fit in fits}) as entered,
+        autocast or contextlib.nullcontext(),
+    ):
+
+        def visit(index: int, entering: torch.Tensor, leaving: torch.Tensor) -> None:
+            for fit in fits:
+                if index == fit.kept:
+                    kept_out[index] = leaving
+                elif index == fit.last:
+                    fit.add(entered[fit.kept], kept_out[fit.kept], leaving)
+
+        visit_layers(model, windows, batch_size, visit, "fold: fit", last=max(fit.last for fit in fits))
+    return fits
+
+
+def _empty_fit(kept: int, last: int, projection: OutputProjection, hidden: int) -> SpanFit:
+    weight = projection.module.weight
+    width = weight.numel() // hidden
+    dim = width if projection.module.bias is None else width + 1
+    gram, cross = (torch.zeros(dim, columns, dtype=torch.float64, device=weight.device) for columns in (dim, hidden))
+    return SpanFit(kept, last, projection, gram, cross)
+
+
+def sink_positions(hidden: torch.Tensor) -> torch.Tensor:
+    """Which tokens of (batch, sequence, hidden) are attention sinks, as (batch, sequence) bool: those of massive norm.
+
+    Found by norm and not by place: position 0 is an ordinary token before a model's layers have made it a sink, and
+    delimiters further on can be sinks too.
+    """
+    norm = torch.linalg.vector_norm(hidden.float(), dim=-1)
+    return norm > SINK_NORM * norm.median()
+
+
+def write_fold(fit: SpanFit, ridge: float) -> None:
+    """Add S to the projection's weight, and its last row to the bias where there is one."""
+    add_to_weights([fit.projection.module], fit.solve(ridge))
+
+
+@contextlib.contextmanager
+def folded(fit: SpanFit, ridge: float) -> Iterator[None]:
+    """Fold for the length of a `with` block and put the very same weights back."""
+    before = {name: parameter.detach().clone() for name, parameter in fit.projection.module.named_parameters()}
+    try:
+        write_fold(fit, ridge)
+        yield
+    finally:
+        with torch.no_grad():
+            for name, parameter in fit.projection.module.named_parameters():
+                parameter.copy_(before[name])
+
+
+def output_projection(model: PreTrainedModel, index: int, probe: torch.Tensor) -> OutputProjection:
+    """Find the module whose output layer `index` adds to the residual stream last; probe: a few (batch, sequence) ids.
+
+    Raises ModelError with one line when the layer cannot be folded into (`layer_modules.py` says when).
+    """
+    found = last_writer(decoder_layers(model)[index], layer_calls(model, probe)[index])
+    if found is None or found.scale is None:
+        raise ModelError(
+            f"{type(model).__name__} cannot be folded: layer {index} does not end by adding a linear module's output "
+            "to the residual stream; the other methods work"
+        )
+    return OutputProjection(found.modules[0], found.scale)

@@ -1,0 +1,135 @@
+"""Push a run's pruned checkpoint to the Hugging Face hub: `trsp-deploy push`.
+
+    plan = plan_push(Path("runs/opt-6.7b-drop8"), "me/opt-6.7b-trsp-8of32")
+    push(plan, private=True)
+
+What goes is `pruned/` as its step made it, `plan.json`, and a model card with what the run measured. The token is
+huggingface_hub's own (`hf auth login` or HF_TOKEN): it is neither asked for here nor kept.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from trsp_deploy.artifacts import RunFolder, files_below, fingerprint, leaves
+from trsp_deploy.errors import RunError, UserError
+from trsp_deploy.recipe import Strict
+from trsp_deploy.results import PrunedCheckpoint
+from trsp_deploy.tools.delivery.model_card import shown_name
+from trsp_deploy.tools.plan import PruningPlan
+from trsp_deploy.tools.reports.record import Report, removal_report
+from trsp_deploy.tools.sources.hub import hub_errors, hub_problem
+from trsp_deploy.tools.sources.models import HUB_ID
+
+CARD, PLAN = "README.md", "plan.json"
+
+
+class Push(Strict):
+    """Everything that a push uploads."""
+
+    repo: str
+    files: dict[str, str]  # name in the repository -> file here
+    card: str
+    plan: str  # without what it says of this machine
+    message: str
+
+    @property
+    def size_bytes(self) -> int:
+        """To upload."""
+        made = len(self.card.encode()) + len(self.plan.encode())
+        return sum(Path(path).stat().st_size for path in self.files.values()) + made
+
+
+def plan_push(run: Path, repo: str) -> Push:
+    """What would be uploaded; raises RunError where there is no checkpoint, or it is not the one that was made."""
+    if HUB_ID.fullmatch(repo) is None:
+        raise UserError(f"'{repo}': no name of a repository; expected OWNER/NAME")
+    record, pruned = RunFolder(run).record("prune"), run / "pruned"
+    if record is None or not pruned.is_dir():
+        raise RunError(f"{run}: has no pruned checkpoint; `trsp-deploy prune` or `prune-and-build` makes one")
+    files = {file.relative_to(pruned).as_posix(): file for file in files_below(pruned)}
+    if any(leaves(run, file) for file in files.values()) or fingerprint(pruned) != record.outputs.get("pruned"):
+        raise RunError(f"{pruned}: is not what its step made (`trsp-deploy verify {run}`); nothing is pushed")
+    if not (run / PLAN).is_file() or fingerprint(run / PLAN) != record.inputs.get("plan"):
+        raise RunError(f"{run / PLAN}: is not the plan that made {pruned}; `trsp-deploy prune` makes it again")
+    card = (pruned / CARD).read_text(encoding="utf-8")
+    report = _report(run, record.result)
+    return Push(
+        repo=repo,
+        files={name: str(path) for name, path in files.items() if name != CARD},
+        card=card if report is None else _with_figures(card, report, repo),
+        plan=_shown_plan(run / PLAN),
+        message="Pruned with trsp_deploy",
+    )
+
+
+def push(plan: Push, private: bool = False) -> str:
+    """Make the repository where it is not there, upload everything as one commit, and return its address.
+
+    Raises UserError with what the hub said.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    operations = [CommitOperationAdd(name, path) for name, path in sorted(plan.files.items())]
+    operations += [CommitOperationAdd(CARD, plan.card.encode()), CommitOperationAdd(PLAN, plan.plan.encode())]
+    api = HfApi()
+    try:
+        api.create_repo(plan.repo, private=private, exist_ok=True)
+        if private and not api.repo_info(plan.repo).private:  # of one that was there the hub changes nothing
+            raise UserError(f"push to '{plan.repo}': it is there already, and public; nothing was committed")
+        done = api.create_commit(plan.repo, operations, commit_message=plan.message)
+    except hub_errors() as problem:
+        status = getattr(getattr(problem, "response", None), "status_code", 0)
+        refused = "; run `hf auth login` with a token that may write there" if status in (401, 403) else ""
+        raise UserError(f"push to '{plan.repo}': {hub_problem(problem)}{refused}; nothing was committed") from problem
+    return str(done.commit_url)
+
+
+def _shown_plan(file: Path) -> str:
+    plan = PruningPlan.model_validate_json(file.read_bytes())
+    of_the_hub = HUB_ID.fullmatch(plan.model) is not None and not Path(plan.model).exists()
+    model = plan.model if of_the_hub else Path(plan.model).name
+    shown = plan.model_copy(update={"model": model, "calibration": shown_name(plan.calibration)})
+    return json.dumps(shown.model_dump(mode="json"), indent=2) + "\n"
+
+
+def _report(run: Path, made: dict[str, Any]) -> Report | None:
+    """What the run measured of this very checkpoint, its step's result; None before there is a report of it."""
+    try:
+        checkpoint = PrunedCheckpoint.model_validate(made)
+        report = Report.model_validate_json((run / "report.json").read_bytes())
+    except (OSError, ValidationError):
+        return None
+    same = report.model.dropped_layers == checkpoint.dropped and report.removal == removal_report(checkpoint)
+    return report if same else None
+
+
+def _with_figures(card: str, report: Report, repo: str) -> str:
+    """The card with a table of what was measured, and the same as metadata (`model-index`)."""
+    from huggingface_hub import EvalResult, ModelCard
+
+    made = ModelCard(card)
+    data: Any = made.data
+    data.model_name = repo.rpartition("/")[2]
+    data.eval_results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=name,
+            dataset_name=name,
+            metric_type="perplexity",
+            metric_value=round(text.pruned_ppl, 3),
+        )
+        for name, text in report.quality.items()
+    ] or None
+    rows = [
+        f"| {name} | {text.dense_ppl:.2f} | {text.pruned_ppl:.2f} | {text.ratio:.2f}x ({text.ratio_low:.2f} to "
+        f"{text.ratio_high:.2f}) | {text.tokens:,} |"
+        for name, text in report.quality.items()
+    ]
+    table = ["| perplexity on | dense | pruned | ratio (95%) | tokens |", "|---|---|---|---|---|", *rows]
+    made.text = "\n".join([made.text.rstrip(), "", "## Measured", "", *table, "", report.verdict, ""])
+    return str(made)

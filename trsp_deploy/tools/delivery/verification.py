@@ -1,0 +1,194 @@
+"""Is every file still the one that was made? `trsp-deploy verify`.
+
+    found = verify(Path("runs/smollm2-135m-drop8"))
+    found.whole, found.findings
+
+A run folder is held against its `MANIFEST.json`, or while it is not finished against the records of its steps; an
+engine folder against its `manifest.json`; a Triton repository against its `MANIFEST.json`. A manifest's own SHA-256
+stands nowhere, so whoever can write there can write both: `signing.py` is against that.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from trsp_deploy.artifacts import MANIFEST, SIGNATURE, RunFolder, RunManifest, files_below, fingerprint, leaves
+from trsp_deploy.errors import RunError
+from trsp_deploy.reading import read_json
+from trsp_deploy.recipe import Strict
+from trsp_deploy.tools.measuring.subjects import RUN_MARK
+from trsp_deploy.tools.runners.manifest import MANIFEST as ENGINE_MANIFEST
+from trsp_deploy.tools.runners.manifest import EngineManifest
+from trsp_deploy.tools.triton_server.repository import RepositoryManifest
+
+Record = TypeVar("Record", bound=BaseModel)
+State = Literal["missing", "changed", "unknown", "outside", "unreadable"]
+Kind = Literal["run", "engine", "repository"]
+
+# What lies beside the artefacts, is written anew by whoever works there, and is read as data by nobody.
+BESIDE: dict[Kind, tuple[str, ...]] = {
+    "run": (".lock", "checkpoints/*", "engines/*/*-failed.log", f"engines/*/*/{ENGINE_MANIFEST}{SIGNATURE}"),
+    "engine": ("build.log",),
+    "repository": ("README.md",),
+}
+
+
+class Finding(Strict):
+    """Something that is not as the manifest says."""
+
+    state: State
+    path: str  # below the folder
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.state}: {self.path}: {self.detail}"
+
+
+class Verification(Strict):
+    """What was held against what, and what differs."""
+
+    path: str
+    kind: Kind
+    against: str  # the manifest's name; of an unfinished run "records"
+    checked: int  # files and folders that have a SHA-256
+    findings: tuple[Finding, ...]
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing differs."""
+        return not self.findings
+
+
+def verify(path: Path) -> Verification:
+    """Compare a run folder, an engine folder or a Triton repository with its manifest.
+
+    Raises RunError where there is nothing to compare with, or the manifest cannot be read.
+    """
+    kind = kind_of(path)
+    if kind == "engine":
+        manifest = _read(path / ENGINE_MANIFEST, EngineManifest)
+        if manifest.spec.backend.startswith("tensorrt") and not manifest.beside:
+            raise RunError(
+                f"{path}: was built by an earlier version, which kept no SHA-256 of its graph; build it again"
+            )
+        return _held_against(path, "engine", ENGINE_MANIFEST, {**manifest.files, **manifest.beside})
+    if kind == "repository":
+        models = _read(path / MANIFEST, RepositoryManifest).models
+        files = {f"{model.name}/{file}": sha256 for model in models for file, sha256 in model.files.items()}
+        return _held_against(path, "repository", MANIFEST, files)
+    if (path / MANIFEST).is_file():
+        return _held_against(path, "run", MANIFEST, _read(path / MANIFEST, RunManifest).files)
+    return _unfinished(path)
+
+
+def kind_of(path: Path) -> Kind:
+    """What a folder is; raises RunError when it is none of the three."""
+    if (path / ENGINE_MANIFEST).is_file():
+        return "engine"
+    if (path / MANIFEST).is_file() and "models" in read_json(path / MANIFEST, RunError):
+        return "repository"
+    if (path / MANIFEST).is_file() or (path / RUN_MARK).is_file() or (path / "records").is_dir():
+        return "run"
+    there = "is a file" if path.is_file() else "holds no manifest" if path.is_dir() else "is not there"
+    raise RunError(f"{path}: {there}; give a run folder, an engine folder or a repository of `trsp-deploy triton`")
+
+
+def manifest_of(path: Path) -> Path:
+    """The file that has the SHA-256 of everything in a folder; raises RunError where there is none yet."""
+    if kind_of(path) == "engine":
+        return path / ENGINE_MANIFEST
+    if not (path / MANIFEST).is_file():
+        raise RunError(f"{path}: has no {MANIFEST} yet; `trsp-deploy report {path}` finishes the run and writes it")
+    return path / MANIFEST
+
+
+def _held_against(folder: Path, kind: Kind, manifest: str, files: Mapping[str, str]) -> Verification:
+    findings = [finding for name, sha256 in sorted(files.items()) if (finding := _differs(folder, name, sha256))]
+    beside = (manifest, f"{manifest}{SIGNATURE}", *BESIDE[kind])
+    findings += _unknown(folder, files, beside, manifest)
+    return Verification(path=str(folder), kind=kind, against=manifest, checked=len(files), findings=_in_order(findings))
+
+
+def _unfinished(folder: Path) -> Verification:
+    """What the records of a run's steps say of their outputs, each one fingerprint, and the engines of their files."""
+    findings: list[Finding] = []
+    outputs: dict[str, str] = {}
+    run = RunFolder(folder)
+    for step in run.recorded():
+        record = run.record(step)
+        if record is None:
+            findings.append(_unreadable(folder / "records" / f"{step}.json", folder))
+        else:
+            outputs |= record.outputs
+    for name, expected in sorted(outputs.items()):
+        inside = [file for file in files_below(folder / name) if leaves(folder, file)]
+        findings += [_outside(file.relative_to(folder).as_posix()) for file in inside]
+        finding = None if inside else _differs(folder, name, expected)
+        if finding is not None:
+            findings += _files_of_engine(folder, name) or [finding]
+    return Verification(
+        path=str(folder), kind="run", against="records", checked=len(outputs), findings=_in_order(findings)
+    )
+
+
+def _files_of_engine(folder: Path, name: str) -> list[Finding]:
+    """Which files of an engine differ, where the engine's own manifest can still tell."""
+    try:
+        if not (folder / name / ENGINE_MANIFEST).is_file():
+            return []
+        found = verify(folder / name).findings
+    except RunError:
+        return []
+    return [finding.model_copy(update={"path": f"{name}/{finding.path}"}) for finding in found]
+
+
+def _differs(folder: Path, name: str, expected: str) -> Finding | None:
+    path = folder / name
+    if leaves(folder, path):
+        return _outside(name)
+    if not path.exists():
+        return Finding(state="missing", path=name, detail="the manifest names it and it is not there")
+    found = fingerprint(path)
+    if found == expected:
+        return None
+    return Finding(state="changed", path=name, detail=f"SHA-256 {found[:12]}…, the manifest says {expected[:12]}…")
+
+
+def _unknown(folder: Path, known: Mapping[str, str], beside: tuple[str, ...], manifest: str) -> Iterator[Finding]:
+    for file in files_below(folder):
+        name = file.relative_to(folder).as_posix()
+        if leaves(folder, file):
+            if name not in known:  # else it has been said
+                yield _outside(name)
+        elif name not in known and not any(fnmatch.fnmatch(name, pattern) for pattern in beside):
+            yield Finding(state="unknown", path=name, detail=f"{manifest} does not name it")
+
+
+def _outside(name: str) -> Finding:
+    return Finding(state="outside", path=name, detail="a link that leads out of the folder; it was not read")
+
+
+def _in_order(findings: list[Finding]) -> tuple[Finding, ...]:
+    return tuple(sorted(findings, key=lambda finding: (finding.path, finding.state)))
+
+
+def _unreadable(path: Path, folder: Path) -> Finding:
+    detail = "no record of this version, or damaged; the step is done again by the same command"
+    return Finding(state="unreadable", path=path.relative_to(folder).as_posix(), detail=detail)
+
+
+def _read(path: Path, kind: type[Record]) -> Record:
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except OSError as problem:
+        raise RunError(f"{path}: cannot be read ({problem.strerror})") from problem
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        reason = f"{where}: {first['msg'].removeprefix('Value error, ')}".removeprefix(": ")
+        raise RunError(f"{path}: damaged, unsafe, or of another version ({reason})") from problem

@@ -1,0 +1,127 @@
+"""How much faster a cut model can be at most: bytes for decoding, operations for prefill.
+
+Batch-1 decoding reads every layer's weights, the LM head and the live KV cache once a token, so its time is at least
+bytes over bandwidth; prefill of a long prompt is bound by its multiplications. Which of them binds is told by the
+machine's measured rates (tools/measuring/rates.py); where it is the same for dense and pruned the rate cancels in the
+ratio.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from trsp_deploy.decoder import DecoderSize
+from trsp_deploy.recipe import FLOAT_BYTES, Case, EngineSpec, Float, Precision, Strict
+from trsp_deploy.results import Rates
+
+# Bytes a weight of the layers and of the LM head, scales and zero points among them (tools/graphs/quantize.py).
+WEIGHT_BYTES: dict[Precision, tuple[float, float]] = {
+    "fp32": (4, 4),
+    "fp16": (2, 2),
+    "bf16": (2, 2),
+    "int8": (1.03, 1.125),
+    "int4": (0.57, 1.125),
+}
+
+
+class Stored(NamedTuple):
+    """How an engine keeps its numbers: bytes of one, scales and zero points among them."""
+
+    precision: Precision
+    layers: float  # a weight of theirs
+    head: float  # a weight of the LM head
+    cached: float  # a key or a value
+
+
+def stored(precision: Precision) -> Stored:
+    """What a precision alone says: a cache as wide as floats are, and in fp32 beside integers."""
+    cached: Float = "fp16" if precision in ("fp16", "bf16") else "fp32"
+    return Stored(precision, *WEIGHT_BYTES[precision], FLOAT_BYTES[cached])
+
+
+def stored_by(spec: EngineSpec) -> Stored:
+    """What an engine's spec says."""
+    layers, head = WEIGHT_BYTES[spec.precision]
+    if spec.precision == "int4" and not spec.backend.startswith("tensorrt"):
+        layers = (4 + (32 + 4 * spec.zero_points) / spec.block_size) / 8  # a block has a scale of 32 bits
+        head = layers if spec.head_bits == 4 else head
+    return Stored(spec.precision, layers, head, FLOAT_BYTES[spec.graph_precision])
+
+
+class SpeedLimit(Strict):
+    """Upper bounds of dense time / pruned time."""
+
+    prefill: float
+    decode: float
+    total: float  # reading the prompt and decoding the new tokens
+
+
+class Work(Strict):
+    """What one phase has to do: read memory and multiply, side by side."""
+
+    read_bytes: float
+    operations: float
+
+    def seconds(self, rates: Rates, precision: Float) -> float:
+        """The least time that it takes: the slower of the two at this machine's best."""
+        return max(self.read_bytes / rates.bytes_per_s, self.operations / rates.operations_per_s[precision])
+
+
+def decode_bytes(size: DecoderSize, kept: Stored, batch: int, past: int) -> float:
+    """Bytes that one decode step must read: layers, LM head, and the KV cache of `past` tokens a sequence."""
+    cache = batch * past * size.cache_per_token * len(size.weights.layers)
+    return kept.layers * sum(size.weights.layers) + kept.head * size.weights.lm_head + kept.cached * cache
+
+
+def prefill_operations(size: DecoderSize, batch: int, prompt: int, logits: int | None = None) -> int:
+    """Multiply-adds x 2 of a prompt: layers and attention at every position, the LM head at `logits` of them.
+
+    logits: positions that logits are computed for; None is all of the prompt.
+    """
+    head = size.weights.lm_head * (prompt if logits is None else logits)
+    attention = len(size.weights.layers) * 2 * prompt * size.attention_width
+    return 2 * batch * (prompt * (sum(size.weights.layers) + attention) + head)
+
+
+def prefill_work(size: DecoderSize, kept: Stored, case: Case, logits: int | None = None) -> Work:
+    """Of reading the prompt: the weights once, and the cache written."""
+    return Work(
+        read_bytes=decode_bytes(size, kept, case.batch_size, case.prompt_tokens),
+        operations=prefill_operations(size, case.batch_size, case.prompt_tokens, logits),
+    )
+
+
+def decode_work(size: DecoderSize, kept: Stored, case: Case) -> Work:
+    """Of the median new token."""
+    past = case.prompt_tokens + case.new_tokens // 2
+    attention = len(size.weights.layers) * 2 * past * size.attention_width
+    return Work(
+        read_bytes=decode_bytes(size, kept, case.batch_size, past),
+        operations=2 * case.batch_size * (sum(size.weights.layers) + size.weights.lm_head + attention),
+    )
+
+
+def speed_limit(
+    dense: DecoderSize,
+    pruned: DecoderSize,
+    kept: Stored,
+    case: Case,
+    *,
+    rates: Rates | None = None,
+    logits: int | None = None,
+) -> SpeedLimit:
+    """The limits of every phase at one shape; `logits` as above.
+
+    rates: this machine's, to know whether bytes or operations bind a phase. Without them, or for a precision whose
+    products they do not tell, decoding counts as bound by bytes, prefill by operations, and both together by the
+    larger of the two limits.
+    """
+    prefill = [prefill_work(size, kept, case, logits) for size in (dense, pruned)]
+    decode = [decode_work(size, kept, case) for size in (dense, pruned)]
+    if rates is None or kept.precision not in rates.operations_per_s:
+        by_operations = prefill[0].operations / prefill[1].operations
+        by_bytes = decode[0].read_bytes / decode[1].read_bytes
+        return SpeedLimit(prefill=by_operations, decode=by_bytes, total=max(by_operations, by_bytes))
+    read, step = ([work.seconds(rates, kept.precision) for work in phase] for phase in (prefill, decode))
+    total = [first + case.new_tokens * each for first, each in zip(read, step, strict=True)]
+    return SpeedLimit(prefill=read[0] / read[1], decode=step[0] / step[1], total=total[0] / total[1])

@@ -1,0 +1,79 @@
+"""Requirements on ratios, and what an interval says about them: pass, fail, or inconclusive.
+
+A requirement is met when the whole interval meets it, missed when none of it does, and otherwise nothing is claimed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Literal
+
+from trsp_deploy.recipe import Strict
+from trsp_deploy.tools.judging.statistics import FEWEST_REPLICATES, Ratio
+
+Word = Literal["pass", "fail", "inconclusive"]
+EXIT_CODES: dict[Word, int] = {"pass": 0, "fail": 2, "inconclusive": 3}
+MARGIN = 2.0  # a measurement ends early when its verdict would also hold for an interval so many times as wide
+
+
+class Requirement(Strict):
+    """A bound that a ratio has to keep."""
+
+    name: str  # such as "speed-up, end to end"
+    source: str  # the option or file that asks for it
+    sense: Literal["at least", "at most"]
+    bound: float
+
+
+class Outcome(Strict):
+    """What a measurement says about one requirement."""
+
+    requirement: Requirement
+    found: Ratio
+    word: Word
+    note: str = ""  # why it is inconclusive, where the interval alone does not say it
+
+    @property
+    def sentence(self) -> str:
+        """For people, on one line."""
+        wanted, found = self.requirement, self.found
+        interval = f"{found.ratio:.3f} ({found.low:.3f} to {found.high:.3f})"
+        note = f"; {self.note}" if self.note else ""
+        return f"{wanted.name}: {interval}, {wanted.sense} {wanted.bound:.4g} wanted: {self.word}{note}"
+
+
+def judge(requirement: Requirement, found: Ratio, replicates: int | None = None) -> Outcome:
+    """Compare an interval with a bound; a speed-up of too few replicates decides nothing."""
+    word = _word(requirement, found)
+    if replicates is not None and replicates < FEWEST_REPLICATES and word != "inconclusive":
+        few = f"{replicates} replicates, {FEWEST_REPLICATES} are the fewest that decide: give a larger budget"
+        return Outcome(requirement=requirement, found=found, word="inconclusive", note=few)
+    return Outcome(requirement=requirement, found=found, word=word)
+
+
+def worst(words: Iterable[Word]) -> Word:
+    """One word for several: a single failure fails, and what is not decided is not passed."""
+    found = set(words)
+    return "fail" if "fail" in found else "inconclusive" if "inconclusive" in found else "pass"
+
+
+def settled(requirement: Requirement, found: Ratio, replicates: int) -> bool:
+    """Whether measuring longer is pointless: an interval MARGIN times as wide would give the same verdict.
+
+    Looking after every replicate and stopping at the first decision would be wrong more often than one look is.
+    """
+    if replicates < FEWEST_REPLICATES:
+        return False
+    middle = math.log(found.ratio)
+    low, high = (middle + MARGIN * (math.log(end) - middle) for end in (found.low, found.high))
+    wide = Ratio(ratio=found.ratio, low=math.exp(low), high=math.exp(high))
+    return _word(requirement, wide) != "inconclusive"
+
+
+def _word(requirement: Requirement, found: Ratio) -> Word:
+    meets = [
+        end >= requirement.bound if requirement.sense == "at least" else end <= requirement.bound
+        for end in (found.low, found.high)
+    ]
+    return "pass" if all(meets) else "inconclusive" if any(meets) else "fail"

@@ -1,0 +1,1 @@
+"""How samples are taken: replicates of fresh processes that take turns, and the machine meanwhile."""

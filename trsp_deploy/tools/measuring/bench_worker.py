@@ -1,0 +1,99 @@
+"""A process of its own around one engine, so that its memory is its own.
+
+    python -m trsp_deploy.tools.measuring.bench_worker ENGINE_FOLDER_OR_ONNX_FILE
+
+Speaks JSON lines: loads the engine when it is sent a first line, says {"load_s": ...}, then answers each block on stdin
+with its raw samples. Imports no torch unless the engine needs it.
+
+TRSP_DEPLOY_PLANT=0.05 makes every call 5% longer by waiting in it: a slow-down whose size is known, with which
+`make bench-proof` tests whether a comparison finds it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trsp_deploy.errors import TrspError
+from trsp_deploy.tools.measuring.telemetry import gpu_memory_used
+from trsp_deploy.tools.prctl import end_with_parent
+from trsp_deploy.tools.runners import Runner, open_engine
+from trsp_deploy.tools.runners.ort import OrtRunner
+
+PLANTED = "TRSP_DEPLOY_PLANT"
+
+
+def main() -> int:
+    """Serve blocks until stdin ends; returns the exit code."""
+    end_with_parent()  # while it is paused it would not see its stdin end
+    engine = Path(sys.argv[1])
+    planted = float(os.environ.get(PLANTED, "0"))
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries that print must not get between the replies
+    sys.stdin.readline()
+    gpu_before = gpu_memory_used()
+    began = time.perf_counter()
+    try:
+        with OrtRunner(engine) if engine.suffix == ".onnx" else open_engine(engine) as runner:
+            _reply(replies, {"load_s": time.perf_counter() - began})
+            for line in sys.stdin:
+                block = measure_block(runner, **json.loads(line), planted=planted)
+                _reply(replies, {**block, **_peak_memory(gpu_before)})
+    except TrspError as problem:
+        _reply(replies, {"error": str(problem)})
+        return problem.exit_code
+    return 0
+
+
+def measure_block(runner: Runner, prompt: list[list[int]], new_tokens: int, planted: float = 0.0) -> dict[str, Any]:
+    """Prefill a prompt (batch, sequence) once, then decode greedily; seconds, the keys of `results.Block`."""
+    input_ids = np.array(prompt, dtype=np.int64)
+    mask = np.ones_like(input_ids)
+    started = began = time.perf_counter()
+    logits = runner.prefill(input_ids, mask, last_only=True)
+    prefill_s = _elapsed(began, planted)
+    on_device = [runner.device_s]
+    decode_s = []
+    for _ in range(new_tokens):
+        token = logits[:, -1:].argmax(-1).astype(np.int64)  # (batch, 1)
+        began = time.perf_counter()
+        logits = runner.decode(token)
+        decode_s.append(_elapsed(began, planted))
+        on_device.append(runner.device_s)
+    found: dict[str, Any] = {"prefill_s": prefill_s, "decode_s": decode_s, "total_s": time.perf_counter() - started}
+    if on_device[0] is not None:
+        found |= {"device_prefill_s": on_device[0], "device_decode_s": on_device[1:]}
+    return found
+
+
+def _elapsed(began: float, planted: float) -> float:
+    elapsed = time.perf_counter() - began
+    if not planted:
+        return elapsed
+    until = began + (1 + planted) * elapsed
+    while (now := time.perf_counter()) < until:  # sleeping is too coarse for a call of a millisecond
+        continue
+    return now - began
+
+
+def _peak_memory(gpu_before: int | None) -> dict[str, int | None]:
+    # Not ru_maxrss: that one starts from the size of the process that forked this one.
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    gpu_after = gpu_memory_used()
+    on_gpu = None if gpu_before is None or gpu_after is None else max(0, gpu_after - gpu_before)
+    return {"peak_rss_bytes": peak, "gpu_bytes": on_gpu}
+
+
+def _reply(replies: object, message: dict[str, object]) -> None:
+    print(json.dumps(message), file=replies, flush=True)  # type: ignore[call-overload]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

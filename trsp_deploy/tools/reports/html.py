@@ -1,0 +1,219 @@
+"""`report.html`: one file without network or script, light and dark, for a phone as for a desk."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from trsp_deploy.artifacts import Provenance
+from trsp_deploy.results import Comparison, Served
+from trsp_deploy.tools.judging.comparisons import Claim, ComparisonReport, notes
+from trsp_deploy.tools.judging.statistics import FEWEST_REPLICATES, replicate_ratios
+from trsp_deploy.tools.reports import plots
+from trsp_deploy.tools.reports.record import (
+    ENGINE_COLUMNS,
+    EngineReport,
+    QualityReport,
+    Report,
+    engine_notes,
+    engine_rows,
+    model_rows,
+    server_notes,
+)
+from trsp_deploy.tools.reports.sweeps import Sweep, answer
+from trsp_deploy.tools.triton_server.served import SERVED_COLUMNS, served_rows, served_sentence
+
+TEMPLATE = "report.html.jinja"
+MOODS: dict[Claim, str] = {"CONFIRMED": "good", "NOT THERE": "bad", "INCONCLUSIVE": ""}
+OPENINGS: dict[Claim, str] = {
+    "CONFIRMED": "Faster: {name} generates {ratio:.2f} times as fast as before ({low:.2f} to {high:.2f}).",
+    "NOT THERE": "Not faster: a phase got slower on {name}, which is {ratio:.2f} times as fast end to end "
+    "({low:.2f} to {high:.2f}).",
+    "INCONCLUSIVE": "Not decided: {name} generates {ratio:.2f} times as fast, but the interval of a phase, "
+    "{low:.2f} to {high:.2f} end to end, leaves no difference possible.",
+}
+
+
+FEW = (
+    "Not decided: {name} generates {ratio:.2f} times as fast ({low:.2f} to {high:.2f}), in {replicates} replicates; "
+    "{fewest} are the fewest that decide."
+)
+
+
+def render(
+    report: Report,
+    comparisons: Mapping[str, Comparison],
+    sweep: Sweep | None = None,
+    served: Served | None = None,
+) -> str:
+    """The page.
+
+    comparisons: raw samples by engine, for the plots and to download.
+    sweep: the sweep that the run belongs to, for its curve. served: raw samples under load, to download.
+    """
+    measured = [engine for engine in report.engines if engine.comparison is not None]
+    model = report.model
+    return fill(
+        TEMPLATE,
+        title=f"{model.name}: {model.num_layers_dense} layers cut to {model.num_layers_pruned}",
+        sentences=_sentences(report, measured),
+        mood=_mood(measured),
+        cards=_cards(report, measured),
+        engines=[_engine(engine, comparisons[engine.name]) for engine in measured],
+        engine_columns=ENGINE_COLUMNS,
+        engine_rows=engine_rows(report),
+        absent=[note for note in engine_notes(report) if not note.startswith(tuple(f"{e.name}:" for e in measured))],
+        sweep_plots=[] if sweep is None else sweep_plots(sweep),
+        sweep_answer="" if sweep is None else answer(sweep),
+        layer_map=Markup(plots.layers(report.plan)),
+        layer_caption=_layer_caption(report),
+        model_rows=model_rows(report),
+        parity=report.parity,
+        provenance=[
+            *machine_rows(report.provenance, report.model.origin),
+            ("seed", str(report.recipe.seed)),
+            *((f"text {name}", text.origin) for name, text in report.quality.items()),
+        ],
+        served_plot=Markup("" if report.served is None else plots.serving(report.served)),
+        served_columns=SERVED_COLUMNS,
+        served_rows=[] if report.served is None else served_rows(report.served),
+        served_notes=server_notes(report),
+        downloads=[
+            _download("report.json", report.model_dump_json(indent=2), compress=False),
+            *(_download(f"samples-{name}.json.gz", raw.model_dump_json()) for name, raw in comparisons.items()),
+            *([] if served is None else [_download("served.json.gz", served.model_dump_json())]),
+        ],
+        recipe=yaml.safe_dump(report.recipe.model_dump(mode="json"), sort_keys=False),
+    )
+
+
+def _sentences(report: Report, measured: list[EngineReport]) -> list[str]:
+    """What a reader without time should know: speed, then price, then a warning."""
+    lines = []
+    for engine in measured:
+        assert engine.comparison is not None
+        ratio = engine.comparison.of("total").speedup
+        few = engine.comparison.replicates < FEWEST_REPLICATES
+        opening = FEW if few else OPENINGS[engine.comparison.claim]
+        figures = {"ratio": ratio.ratio, "low": ratio.low, "high": ratio.high}
+        counts = {"replicates": engine.comparison.replicates, "fewest": FEWEST_REPLICATES}
+        lines.append(opening.format(name=engine.name, **figures, **counts))
+        above = [phase.title for phase in engine.comparison.phases if phase.above_limit]
+        if above:
+            lines.append(f"Above what the hardware allows, so distrust it: {'; '.join(above)}.")
+    if not measured:
+        lines.append("Not measured: no engine could run on this machine, so no acceleration is claimed.")
+    if report.served is not None:
+        lines.append(served_sentence(report.served))
+    if report.quality:
+        costs = ", ".join(f"{_percent(text)} on {name}" for name, text in report.quality.items())
+        lines.append(f"The price: perplexity (how surprised the model is by held-out text) {costs}.")
+    return lines
+
+
+def _percent(text: QualityReport) -> str:
+    change = text.ratio - 1
+    return f"{'up' if change >= 0 else 'down'} by {abs(change):.0%}"
+
+
+def _mood(measured: list[EngineReport]) -> str:
+    found = [engine.comparison for engine in measured if engine.comparison is not None]
+    claims = {comparison.claim for comparison in found}
+    doubtful = any(phase.above_limit for comparison in found for phase in comparison.phases)
+    return MOODS[claims.pop()] if len(claims) == 1 and not doubtful else ""
+
+
+def _cards(report: Report, measured: list[EngineReport]) -> list[tuple[str, str]]:
+    cards = []
+    for engine in measured[:1]:
+        assert engine.comparison is not None and engine.dense is not None and engine.pruned is not None
+        for phase, what in (("total", "end to end"), ("decode", "each new token"), ("prefill", "reading the prompt")):
+            found = engine.comparison.of(phase)  # type: ignore[arg-type]
+            cards.append((f"{found.speedup.ratio:.2f}x", what + _possible(found.speedup.ratio, found.limit)))
+        share = 1 - engine.pruned.size_bytes / engine.dense.size_bytes
+        cards.append((f"{share:.0%}", f"smaller: {engine.pruned.size_bytes / 1e6:.0f} MB"))
+    cards += [(f"{text.ratio:.2f}x", f"perplexity on {name}") for name, text in report.quality.items()]
+    return cards
+
+
+def _possible(speedup: float, limit: float | None) -> str:
+    """What stands behind a speed-up: its limit, and where it lies above that, whose work the rest is."""
+    if limit is None:
+        return ""
+    above = round(speedup, 2) > round(limit, 2)  # as they are shown
+    return f"; {limit:.2f}x possible, the rest is noise" if above else f", of {limit:.2f}x possible"
+
+
+def _engine(engine: EngineReport, raw: Comparison) -> dict[str, Any]:
+    found: ComparisonReport | None = engine.comparison
+    assert found is not None
+    ratios, _ = replicate_ratios(raw.replicates, 0, "total")
+    drawn = [
+        (
+            plots.speedups(found),
+            "Speed-up by phase. Where the bar of dense against itself reaches, no difference is seen.",
+        ),
+        (plots.samples(raw), f"All {found.blocks:,} blocks: {raw.settings.cases[0].title}."),
+        (
+            plots.replicates(raw, found, ratios),
+            "One dot a replicate: fresh processes each time. The band is the interval.",
+        ),
+        (plots.telemetry(raw.telemetry), "What else the machine did."),
+    ]
+    return {
+        "name": engine.name,
+        "plots": [(Markup(svg), caption) for svg, caption in drawn if svg],
+        "notes": notes(found),
+    }
+
+
+def sweep_plots(found: Sweep) -> list[tuple[Markup, str]]:
+    """Speed against quality, and speed against the number of layers, with their captions."""
+    drawn = (
+        (plots.pareto(found), "Down and to the right is better. A number is how many layers were dropped."),
+        (plots.by_count(found), "Measured speed-up with its interval, and what bytes and operations allow."),
+    )
+    return [(Markup(svg), caption) for svg, caption in drawn if svg]
+
+
+def _layer_caption(report: Report) -> str:
+    plan = report.plan
+    learned = "Bars are the gates that were learned; " if plan.picks and plan.picks[-1].gates else ""
+    return f"{learned}{len(plan.dropped)} of {plan.num_layers} layers were dropped ({plan.method})."
+
+
+def machine_rows(made: Provenance, origin: str) -> list[tuple[str, str]]:
+    """Where and with what it was measured."""
+    return [
+        ("model", origin),
+        ("machine", f"{made.cpu}, {made.cores} cores, {made.memory_bytes / 1e9:.0f} GB"),
+        ("GPU", ", ".join(made.gpus) or "none"),
+        ("versions", f"trsp_deploy {made.trsp_deploy}, Python {made.python}"),
+        ("packages", ", ".join(f"{name} {version}" for name, version in made.packages.items())),
+    ]
+
+
+def fill(template: str, **values: Any) -> str:
+    """A page from one of the templates beside this file."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,  # names of models and texts are not ours
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
+    return environment.get_template(template).render(**values)
+
+
+def _download(name: str, text: str, compress: bool = True) -> dict[str, str]:
+    """A file inside the page."""
+    data = gzip.compress(text.encode(), mtime=0) if compress else text.encode()
+    kind = "application/gzip" if compress else "application/json"
+    uri = f"data:{kind};base64,{base64.b64encode(data).decode()}"
+    return {"name": name, "uri": uri, "size": f"{len(data) / 1e3:,.0f} kB"}

@@ -1,0 +1,169 @@
+"""The records of a sweep, and which of its points to take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from trsp_deploy.artifacts import Provenance
+from trsp_deploy.recipe import Positive, Strict
+from trsp_deploy.tools.judging.comparisons import ComparisonReport
+from trsp_deploy.tools.reports.record import QualityReport
+
+
+class Targets(Strict):
+    """What the model is wanted to do; None asks for nothing."""
+
+    min_speedup: Positive | None = None  # end to end
+    max_latency_s: Positive | None = None  # of a new token
+    max_ppl_ratio: Positive | None = None  # on every text
+
+
+class Point(Strict):
+    """One number of layers, through a real engine."""
+
+    num_dropped: int
+    dropped: tuple[int, ...]
+    folder: str  # below the sweep's
+    engine: str | None  # that the figures are of; None where none runs here
+    parameters_dropped_share: float
+    quality: dict[str, QualityReport]  # by text
+    comparison: ComparisonReport | None
+    size_bytes: int | None
+    dense_size_bytes: int | None
+
+    @property
+    def worst_ppl_ratio(self) -> float:
+        """Largest pruned / dense perplexity over the texts."""
+        return max((text.ratio for text in self.quality.values()), default=float("nan"))
+
+
+class Choice(Strict):
+    """The answer to "how much should I drop?"."""
+
+    num_dropped: int | None  # None: no point keeps every target
+    folder: str | None
+    reason: str  # which target bound, and by how much its neighbour misses it
+
+
+class Sweep(Strict):
+    """`sweep.json`."""
+
+    model: str
+    num_layers: int
+    points: tuple[Point, ...]  # smallest cut first
+    targets: Targets
+    choice: Choice
+    provenance: Provenance
+
+
+def answer(found: Sweep) -> str:
+    """How much to drop, and which target said so."""
+    choice = found.choice
+    if choice.num_dropped is None:
+        return f"No choice: {choice.reason}."
+    return f"Drop {choice.num_dropped} of {found.num_layers} layers ({choice.folder}): {choice.reason}."
+
+
+def choose(points: Sequence[Point], targets: Targets) -> Choice:
+    """The smallest cut that is fast enough; without a wish for speed, the largest cut that quality allows.
+
+    A target counts as kept by the estimate, not by the whole interval: the run's own check decides what may ship. But
+    no speed-up counts for more than its limit, as what is measured above that is the machine's drift.
+    """
+    wishes = _speed_wishes(targets)
+    if not wishes and targets.max_ppl_ratio is None:
+        return Choice(num_dropped=None, folder=None, reason="no target was given, so nothing is chosen")
+    fast = [point for point in points if all(keeps(point) for _, keeps, _ in wishes)]
+    good = [point for point in points if _good(point, targets)]
+    both = [point for point in fast if point in good]
+    if wishes and both:
+        taken = both[0]
+        before = [point for point in points if point.num_dropped < taken.num_dropped]
+        return _chosen(taken, _why_no_less(before, wishes, taken))
+    if not wishes and good:
+        taken = good[-1]
+        after = [point for point in points if point.num_dropped > taken.num_dropped]
+        bound = f"perplexity {taken.worst_ppl_ratio:.2f}x of at most {targets.max_ppl_ratio:g}x"
+        more = f"{after[0].num_dropped} would cost {after[0].worst_ppl_ratio:.2f}x" if after else "more was not tried"
+        return _chosen(taken, f"the most that quality allows: {bound}; {more}")
+    return Choice(num_dropped=None, folder=None, reason=_why_none(points, fast, good, targets, wishes))
+
+
+Wish = tuple[str, Callable[[Point], bool], Callable[[Point], str]]  # what is wanted, whether it is so, how it is
+
+
+def _speed_wishes(targets: Targets) -> list[Wish]:
+    wishes: list[Wish] = []
+    least, most = targets.min_speedup, targets.max_latency_s
+    if least is not None:
+        wishes.append((f"{least:g}x end to end", lambda p: _speedup(p) >= least, _said_speedup))
+    if most is not None:
+        wishes.append(
+            (f"{1e3 * most:g} ms a token", lambda p: _token_s(p) <= most, lambda p: f"{1e3 * _token_s(p):.1f} ms")
+        )
+    return wishes
+
+
+def _speedup(point: Point) -> float:
+    if point.comparison is None:
+        return 0.0
+    total = point.comparison.of("total")
+    return total.speedup.ratio if total.limit is None else min(total.speedup.ratio, total.limit)
+
+
+def _said_speedup(point: Point) -> str:
+    if point.comparison is None:
+        return "no speed-up"
+    total = point.comparison.of("total")
+    above = (
+        "" if total.limit is None or total.speedup.ratio <= total.limit else f", and the limit is {total.limit:.2f}x"
+    )
+    return f"{total.speedup.ratio:.2f}x ({total.speedup.low:.2f} to {total.speedup.high:.2f}{above})"
+
+
+def _token_s(point: Point) -> float:
+    return float("inf") if point.comparison is None else point.comparison.of("decode").pruned_s
+
+
+def _good(point: Point, targets: Targets) -> bool:
+    return targets.max_ppl_ratio is None or point.worst_ppl_ratio <= targets.max_ppl_ratio
+
+
+def _chosen(point: Point, reason: str) -> Choice:
+    return Choice(num_dropped=point.num_dropped, folder=point.folder, reason=reason)
+
+
+def _why_no_less(before: Sequence[Point], wishes: Sequence[Wish], taken: Point) -> str:
+    found = " and ".join(f"{says(taken)} of {wanted}" for wanted, _, says in wishes)
+    if not before:
+        return f"the smallest cut that was tried is fast enough: {found}"
+    nearest = before[-1]
+    missed = [f"{nearest.num_dropped} gives {says(nearest)}" for _, keeps, says in wishes if not keeps(nearest)]
+    if not missed:  # fast enough already, and refused for its quality: a larger cut may come out better
+        missed = [f"{nearest.num_dropped} costs {nearest.worst_ppl_ratio:.2f}x perplexity"]
+        return f"the smallest cut that is fast and good enough: {found}; {missed[0]}"
+    return f"the smallest cut that is fast enough: {found}; {' and '.join(missed)}"
+
+
+def _why_none(
+    points: Sequence[Point], fast: Sequence[Point], good: Sequence[Point], targets: Targets, wishes: Sequence[Wish]
+) -> str:
+    parts = []
+    if wishes and all(point.comparison is None for point in points):
+        parts.append("no engine ran here, so no speed is known")
+    elif wishes and not fast:
+        last = points[-1]
+        best = ", ".join(f"{says(last)} of {wanted}" for wanted, _, says in wishes)
+        parts.append(f"the largest cut, {last.num_dropped}, is not fast enough: {best}")
+    elif wishes and fast:
+        parts.append(f"speed needs at least {fast[0].num_dropped} layers gone")
+    if targets.max_ppl_ratio is not None:
+        if good:
+            parts.append(f"perplexity of at most {targets.max_ppl_ratio:g}x allows {good[-1].num_dropped}")
+        else:
+            first = points[0]
+            parts.append(
+                f"the smallest cut, {first.num_dropped}, costs {first.worst_ppl_ratio:.2f}x perplexity "
+                f"of at most {targets.max_ppl_ratio:g}x"
+            )
+    return "; ".join(parts)

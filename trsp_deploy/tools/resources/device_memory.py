@@ -1,0 +1,248 @@
+"""What the training device has, whether a recipe fits, and which other settings would: `--plan-memory`.
+
+plan = plan_memory(recipe, model_config(recipe.model, print))
+check_memory(plan, recipe, ["selection", "transfer"])   # raises DeviceMemoryError with what would fit
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from trsp_deploy.decoder import load_config
+from trsp_deploy.errors import DeviceMemoryError, ModelError, TrspError
+from trsp_deploy.model_code import CODE, CONFIGS
+from trsp_deploy.reading import read_json, user_path
+from trsp_deploy.recipe import FLOAT_BYTES, Float, Recipe, Strict, override, read_recipe
+from trsp_deploy.tools.resources.memory import MemoryEstimate, Stage, StageMemory
+from trsp_deploy.tools.sources.hub import hub_errors, hub_problem
+from trsp_deploy.tools.sources.models import HUB_ID, SHORT_NAMES, check_decoder_only, resolve_model
+from trsp_deploy.tools.sources.packaged import ASSETS, dequantised_model
+from trsp_deploy.tools.training.shared import has_fast_bf16
+
+Device = Literal["cpu", "cuda"]
+
+GB = 1e9
+
+
+class MemoryPlan(Strict):
+    """What a recipe needs on its training device, and what that has."""
+
+    model: str
+    device: Device
+    weights: str  # dtype in training
+    available_bytes: int | None  # None where it cannot be told, or the device is not in this machine
+    stages: tuple[StageMemory, ...]
+    export_bytes: dict[Float, int]  # main memory, by the export's precision
+
+    def fits(self, stage: StageMemory) -> bool:
+        """Whether a stage's peak is within what is there; what cannot be told is not held against it."""
+        return self.available_bytes is None or stage.peak.total_bytes <= self.available_bytes
+
+    def summary(self) -> dict[str, Any]:
+        """The figures for scripts, as `--json` prints them."""
+        stages = {
+            stage.stage: {
+                "needed_bytes": stage.peak.total_bytes,
+                "fits": self.fits(stage),
+                "highest_at": stage.peak.name,
+                "parts": stage.peak.parts,
+                "moments": {moment.name: moment.total_bytes for moment in stage.moments},
+            }
+            for stage in self.stages
+        }
+        return {"memory": {**self.model_dump(exclude={"stages"}), "stages": stages}}
+
+
+def model_config(name: str, progress: Callable[[str], None]) -> Any:
+    """transformers' config of what the user calls a model; from the hub nothing else is fetched.
+
+    Raises ModelError as `resolve_model` does.
+    """
+    folder = user_path(name)
+    if not (folder / "config.json").is_file():
+        packaged = dequantised_model(name, progress) if name in ASSETS and name in SHORT_NAMES else None
+        if packaged is not None:
+            folder = packaged
+        elif name in SHORT_NAMES or (HUB_ID.fullmatch(name) and not folder.exists()):
+            folder = _config_from_hub(name, SHORT_NAMES.get(name, name))
+        else:
+            folder = Path(resolve_model(name, progress).path)
+    check_decoder_only(folder)
+    return load_config(folder)
+
+
+def _config_from_hub(name: str, repo: str) -> Path:
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    try:
+        folder = Path(hf_hub_download(repo, "config.json")).parent
+        if read_json(folder / "config.json", ModelError).get("auto_map"):
+            folder = Path(snapshot_download(repo, allow_patterns=[*CONFIGS, CODE]))
+        return folder
+    except hub_errors() as problem:
+        raise ModelError(
+            f"model '{name}': config.json of {repo} is not in the Hugging Face cache, and {hub_problem(problem)}; "
+            "pass --model FOLDER"
+        ) from problem
+
+
+def plan_memory(recipe: Recipe, config: Any, dropped: tuple[int, ...] | None = None) -> MemoryPlan:
+    """Estimate both stages; dropped: the plan's layers, once they are known.
+
+    Raises ModelError for an architecture whose activations cannot be counted without its data.
+    """
+    return _plan(recipe, _estimate(recipe, config, dropped))
+
+
+def check_memory(
+    recipe: Recipe, config: Any, stages: Sequence[Stage], dropped: tuple[int, ...] | None = None
+) -> MemoryPlan:
+    """Raise DeviceMemoryError, one line with settings that would fit, when one of `stages` needs more than there is."""
+    estimate = _estimate(recipe, config, dropped)
+    plan = _plan(recipe, estimate)
+    problems = [
+        f"{stage.stage} needs about {stage.peak.total_bytes / GB:.1f} GB of {plan.device} memory and "
+        f"{(plan.available_bytes or 0) / GB:.1f} GB are there; {_advice(recipe, estimate, plan, stage.stage)}"
+        for stage in plan.stages
+        if stage.stage in stages and not plan.fits(stage)
+    ]
+    if problems:
+        raise DeviceMemoryError(f"{'; '.join(problems)}; --plan-memory shows the parts, --ignore-memory runs anyway")
+    return plan
+
+
+def _estimate(recipe: Recipe, config: Any, dropped: tuple[int, ...] | None) -> MemoryEstimate:
+    device = _device(recipe)
+    # A GPU that is not here is taken for one of the last years.
+    fast = True if device == "cuda" and not torch.cuda.is_available() else has_fast_bf16(device)
+    return MemoryEstimate(config, device, fast, dropped)
+
+
+def _plan(recipe: Recipe, estimate: MemoryEstimate) -> MemoryPlan:
+    try:
+        stages = estimate.stages(recipe)
+    except TrspError:
+        raise
+    except Exception as problem:  # a model's own code, for which it is no mistake to want data
+        architecture = type(estimate.config).__name__.removesuffix("Config")
+        raise ModelError(f"{architecture}: its memory cannot be told without its data") from problem
+    device = _device(recipe)
+    return MemoryPlan(
+        model=recipe.model,
+        device=device,
+        weights=recipe.weights,
+        available_bytes=available_bytes(device),
+        stages=stages,
+        export_bytes={precision: estimate.export_bytes(precision) for precision in FLOAT_BYTES},
+    )
+
+
+def _device(recipe: Recipe) -> Device:
+    if recipe.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return recipe.device
+
+
+# -- what would fit ----------------------------------------------------------------------------------------------------
+
+
+def _advice(recipe: Recipe, estimate: MemoryEstimate, plan: MemoryPlan, stage: Stage) -> str:
+    """Each single setting that would fit, else the shortest run of them that does together."""
+    changes = _changes(recipe, stage)
+    singles = [(change, _peak(recipe, estimate, [change], stage)) for change in changes]
+    within = [f"{_options([change])} ({peak / GB:.1f} GB)" for change, peak in singles if peak <= _limit(plan)]
+    if within:
+        return f"would fit: {', or '.join(within)}"
+    for count in range(2, len(changes) + 1):
+        peak = _peak(recipe, estimate, changes[:count], stage)
+        if peak <= _limit(plan):
+            return f"would fit: {_options(changes[:count])} ({peak / GB:.1f} GB)"
+    return "no setting of this recipe would fit: take a smaller model or a larger device"
+
+
+def _limit(plan: MemoryPlan) -> int:
+    assert plan.available_bytes is not None  # else everything fits and nobody asks
+    return plan.available_bytes
+
+
+def _changes(recipe: Recipe, stage: Stage) -> list[list[str]]:
+    """Settings to try, as lists of `--set`s; those that cost the result least come first."""
+    group = "plan" if stage == "selection" else "transfer"
+    batch = getattr(recipe, group).batch_size
+    smaller = [[f"{group}.batch_size=1"]] if batch > 1 else []
+    half = [["weights=bf16"]] if recipe.weights == "fp32" else []
+    transfer = recipe.transfer
+    plain = [["transfer.refit=none"]] if stage == "transfer" and transfer.refit != "none" else []
+    if stage == "selection" or transfer.form == "none":
+        return smaller + half + plain
+    lora = ["transfer.lora_rank=16"] + (["transfer.train=layers"] if transfer.train == "all" else [])
+    return [
+        *([] if transfer.gradient_checkpointing is True else [["transfer.gradient_checkpointing=true"]]),
+        *smaller,
+        *([["transfer.optimizer=adamw-8bit"]] if transfer.optimizer == "adamw" else []),
+        *half,
+        *([lora] if transfer.lora_rank is None else []),
+        *plain,
+        ["transfer.form=none"],
+    ]
+
+
+def _peak(recipe: Recipe, estimate: MemoryEstimate, changes: list[list[str]], stage: Stage) -> int:
+    values = override(recipe.model_dump(mode="json"), [setting for change in changes for setting in change])
+    other = read_recipe(values, "settings that would fit")
+    return {found.stage: found.peak.total_bytes for found in estimate.stages(other)}[stage]
+
+
+def _options(changes: list[list[str]]) -> str:
+    return " ".join(f"--set {setting}" for change in changes for setting in change)
+
+
+# -- what there is -----------------------------------------------------------------------------------------------------
+
+
+def available_bytes(device: Device, host: Path = Path("/")) -> int | None:
+    """Bytes that a new process could have: free on the GPU, or of main memory within every control group's limit.
+
+    None where the device is absent and on systems without /proc. host: where /proc and /sys are.
+    """
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
+    found = re.search(r"MemAvailable:\s+(\d+) kB", _text(host / "proc/meminfo"))
+    return min([int(found[1]) * 1024, *_control_groups(host)]) if found else None
+
+
+def _control_groups(host: Path) -> Iterator[int]:
+    """What each limit that this process is under leaves; caches that the kernel would drop count as free."""
+    for line in _text(host / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory") and "memory" not in controllers.split(","):
+            continue
+        new = controllers == ""  # version 2 has one tree for all controllers
+        root = host / "sys/fs/cgroup" / ("" if new else "memory")
+        limit, usage = ("memory.max", "memory.current") if new else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        group = root / path.lstrip("/")
+        for folder in [group, *group.parents]:
+            most, used = _text(folder / limit).strip(), _text(folder / usage).strip()
+            if most.isdecimal() and used.isdecimal():
+                cached = re.search(r"^(?:total_)?inactive_file (\d+)", _text(folder / "memory.stat"), re.MULTILINE)
+                yield int(most) - int(used) + (int(cached[1]) if cached else 0)
+            if folder == root:
+                break
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+def launched_as_several() -> bool:
+    """Whether this is one of several training processes, which share what the estimate counts for one."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1

@@ -1,0 +1,1 @@
+"""Where models and texts come from: folders, files, packages and the Hugging Face hub."""

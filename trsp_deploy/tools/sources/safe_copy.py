@@ -1,0 +1,115 @@
+"""Pickled weights (`pytorch_model.bin`) once to safetensors: `trsp-deploy convert`.
+
+Nothing else in the toolkit reads a pickle that came from elsewhere. Here it is read by torch's own unpickler for
+weights, which knows tensors and plain containers alone and refuses whatever would call something.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trsp_deploy.artifacts import storage_errors, writing
+from trsp_deploy.errors import ModelError
+from trsp_deploy.model_code import CODE, copy_code
+from trsp_deploy.reading import user_path
+from trsp_deploy.tools.sources.hub import hub_errors, hub_problem
+from trsp_deploy.tools.sources.models import (
+    COMPANIONS,
+    HUB_ID,
+    PYTORCH_BINS,
+    SHORT_NAMES,
+    check_decoder_only,
+    check_folder,
+    conversions,
+)
+
+
+def convert(name: str, out: Path | None, progress: Callable[[str], None]) -> Path:
+    """Write a model folder with safetensors in place of the pickles of another; returns it.
+
+    name: a folder, a short name or a hub id. out: must not be there yet; None keeps a hub model where its name finds
+    it from then on, and what is there already is not made again.
+    Raises ModelError when there is no such model, it has no pickles, or one holds more than tensors.
+    """
+    if out is not None and out.exists():
+        raise ModelError(f"--out {out}: is there already; name a folder that is not")
+    if out is None and user_path(name).is_dir():
+        raise ModelError(f"model '{name}': is a folder; name one for its safetensors with --out DIR")
+    folder = _source(name, progress)
+    if out is None:
+        out = conversions(SHORT_NAMES.get(name, name)) / folder.name  # the commit
+        if out.is_dir():
+            return out
+    shards = sorted(path for path in folder.iterdir() if PYTORCH_BINS.fullmatch(path.name) and path.suffix == ".bin")
+    if not shards:
+        raise ModelError(f"model '{name}': has no pytorch_model.bin to convert")
+    check_decoder_only(folder)
+    with writing(out) as partial:
+        partial.mkdir()
+        for file in folder.iterdir():
+            if COMPANIONS.fullmatch(file.name):
+                shutil.copyfile(file, partial / file.name)
+        copy_code(folder, partial)
+        weights: dict[str, Any] = {}
+        for shard in shards:
+            progress(f"reading {shard.name}")
+            weights |= _tensors(shard)
+        _save(weights, partial)
+        check_folder(partial)
+    return out
+
+
+def _source(name: str, progress: Callable[[str], None]) -> Path:
+    folder = user_path(name)
+    if folder.is_dir():
+        return folder
+    repo = SHORT_NAMES.get(name, name)
+    if HUB_ID.fullmatch(repo) is None:
+        raise ModelError(f"model '{name}': no such folder, no short name and no hub id of the form owner/name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    progress(f"fetching {repo}")
+    patterns = ["pytorch_model*.bin*", "*.json", "*.txt", "*.model", "*.jinja", "README.md", CODE]
+    try:
+        with storage_errors(Path(HF_HUB_CACHE)):
+            return Path(snapshot_download(repo, allow_patterns=patterns))
+    except hub_errors() as problem:
+        raise ModelError(f"model '{name}': {hub_problem(problem)}; give a folder that holds it") from problem
+
+
+def _tensors(shard: Path) -> dict[str, Any]:
+    import torch
+
+    try:
+        try:  # mapped, a shard costs no memory until it is written
+            found = torch.load(shard, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # the form of before torch 1.6 cannot be mapped
+            found = torch.load(shard, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as problem:
+        reason = " ".join(str(problem).split("\n")[0].split())[:200]
+        raise ModelError(f"{shard}: holds more than tensors, or is damaged ({reason}); nothing was run") from problem
+    if not isinstance(found, dict) or not all(isinstance(each, torch.Tensor) for each in found.values()):
+        raise ModelError(f"{shard}: is no mapping of names to tensors, so it holds no model's weights")
+    return found
+
+
+def _save(weights: dict[str, Any], folder: Path) -> None:
+    from huggingface_hub import save_torch_state_dict
+
+    by_place: dict[tuple[Any, ...], list[str]] = {}
+    for name, weight in weights.items():
+        by_place.setdefault((weight.data_ptr(), weight.dtype, weight.shape), []).append(name)
+    for names in by_place.values():
+        # Tied weights are one tensor under two names: transformers wants the embedding's and ties the head to it.
+        tables = [name for name in names if re.search(r"embed(?!_out)|wte", name)]
+        for name in set(names) - {tables[0] if tables else names[0]}:
+            tied = weights.pop(name)
+            if not tables:
+                weights[name] = tied.clone()  # of what else is shared, both names are written
+    save_torch_state_dict(weights, folder, safe_serialization=True, metadata={"format": "pt"})

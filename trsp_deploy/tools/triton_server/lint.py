@@ -1,0 +1,273 @@
+"""What is wrong with a Triton model repository, ours or not, that the server would say only at load, or never.
+
+for finding in lint(Path("model_repository")): print(finding)
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+
+from trsp_deploy.artifacts import fingerprint
+from trsp_deploy.errors import EngineUnavailable, RunError
+from trsp_deploy.reading import read_json
+from trsp_deploy.recipe import Strict
+from trsp_deploy.tools.runners.manifest import MANIFEST, EngineManifest, read_manifest
+from trsp_deploy.tools.runners.requirements import cuda_devices, package_version
+from trsp_deploy.tools.triton_server.config import parse_config
+
+CONFIG = "config.pbtxt"
+# The file that each backend opens where the config names no other; a python model without it hangs the server for good.
+DEFAULT_FILES = {"python": "model.py", "onnxruntime": "model.onnx", "tensorrt": "model.plan"}
+PLATFORMS = {"onnxruntime_onnx": "onnxruntime", "tensorrt_plan": "tensorrt"}
+ONNX_TYPES = {
+    1: "TYPE_FP32",
+    2: "TYPE_UINT8",
+    3: "TYPE_INT8",
+    5: "TYPE_INT16",
+    6: "TYPE_INT32",
+    7: "TYPE_INT64",
+    8: "TYPE_STRING",
+    9: "TYPE_BOOL",
+    10: "TYPE_FP16",
+    11: "TYPE_FP64",
+    16: "TYPE_BF16",
+}
+
+
+class Finding(Strict):
+    """One thing that is wrong, or that may be."""
+
+    severity: Literal["error", "warning"]
+    model: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.severity}: {self.model}: {self.message}"
+
+
+Say = Callable[[str], Finding]
+
+
+def lint(repository: Path) -> list[Finding]:
+    """Every finding of a repository; raises RunError when the folder is none."""
+    if not repository.is_dir():
+        raise RunError(f"{repository}: no such folder")
+    folders = sorted(path for path in repository.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not folders:
+        raise RunError(f"{repository}: holds no model (a model is a folder with {CONFIG} and numbered versions)")
+    return [finding for folder in folders for finding in _lint_model(folder)]
+
+
+def _lint_model(folder: Path) -> Iterator[Finding]:
+    def error(message: str) -> Finding:
+        return Finding(severity="error", model=folder.name, message=message)
+
+    def warning(message: str) -> Finding:
+        return Finding(severity="warning", model=folder.name, message=message)
+
+    path = folder / CONFIG
+    if not path.is_file():
+        yield error(f"{CONFIG} is missing")
+        return
+    try:
+        config = parse_config(path.read_text(encoding="utf-8"), CONFIG)
+    except RunError as problem:
+        yield error(str(problem))
+        return
+    except UnicodeDecodeError:
+        yield error(f"{CONFIG} is not UTF-8 text")
+        return
+    if config.name and config.name != folder.name:
+        yield error(f"the config's name is '{config.name}', and the folder's is '{folder.name}'")
+    versions = [each for each in folder.iterdir() if each.is_dir() and each.name.isdecimal() and each.name != "0"]
+    yield from _versions(config, versions, error)
+    yield from _batching(config, error, warning)
+    yield from _states(config, error, warning)
+    yield from _instances(config, warning)
+    yield from _warmup(config, folder, error)
+    backend = config.backend or PLATFORMS.get(config.platform, "")
+    for version in versions:
+        yield from _files(config, backend, version, error)
+        yield from _served_engine(version, error)
+
+
+def _versions(config: Any, versions: list[Path], error: Say) -> Iterator[Finding]:
+    if not versions:
+        yield error("has no version: a folder with a number above 0, such as 1")
+    numbers = {int(version.name) for version in versions}
+    for wanted in config.version_policy.specific.versions:
+        if wanted not in numbers:
+            yield error(f"version_policy wants version {wanted}, and there is {sorted(numbers) or 'none'}")
+
+
+def _batching(config: Any, error: Say, warning: Say) -> Iterator[Finding]:
+    if config.HasField("dynamic_batching") and config.max_batch_size == 0:
+        yield error("dynamic_batching with max_batch_size 0 loads, and never batches")
+    for size in config.dynamic_batching.preferred_batch_size:
+        if size > config.max_batch_size:
+            yield error(f"preferred_batch_size {size} is above max_batch_size {config.max_batch_size}")
+    if config.model_transaction_policy.decoupled and config.HasField("dynamic_batching"):
+        yield warning("dynamic batching of a decoupled model: requests are handed over together, answers are not")
+
+
+def _states(config: Any, error: Say, warning: Say) -> Iterator[Finding]:
+    states = config.sequence_batching.state
+    pairs = [(state.input_name, state.output_name) for state in states]
+    by_input = [output for _, output in sorted(pairs)]
+    if by_input != sorted(by_input):
+        yield error("states: sorted by input name, their outputs are out of order; pad numbers with zeros (kv_in_00)")
+    for title, names in (("input_name", [one for one, _ in pairs]), ("output_name", [other for _, other in pairs])):
+        for name, count in Counter(names).items():
+            if count > 1:
+                yield error(f"{count} states have the {title} '{name}'; the server takes the first alone")
+    for state in states:
+        for initial in state.initial_state:
+            if (initial.data_type, list(initial.dims)) != (state.data_type, list(state.dims)):
+                yield error(f"state '{state.input_name}': its initial_state is of another type or other dims")
+        if -1 in state.dims:
+            yield warning(
+                f"state '{state.input_name}': a dimension of -1 begins as 1 and holds what was there; fix its length"
+            )
+        elif not state.initial_state:
+            yield warning(f"state '{state.input_name}': has no initial_state, so a sequence begins with what was there")
+
+
+def _instances(config: Any, warning: Say) -> Iterator[Finding]:
+    kinds = {group.Kind.Name(group.kind) for group in config.instance_group}
+    if "KIND_GPU" in kinds:
+        try:
+            cuda_devices()
+        except EngineUnavailable as problem:
+            yield warning(
+                f"KIND_GPU does not load here ({problem}); start with --model-config-name=cpu and configs/cpu.pbtxt"
+            )
+
+
+def _warmup(config: Any, folder: Path, error: Say) -> Iterator[Finding]:
+    for sample in config.model_warmup:
+        for name, value in sample.inputs.items():
+            if value.input_data_file and not (folder / "warmup" / value.input_data_file).is_file():
+                yield error(f"warm-up '{sample.name}': warmup/{value.input_data_file} of input '{name}' is missing")
+
+
+def _files(config: Any, backend: str, version: Path, error: Say) -> Iterator[Finding]:
+    file = config.default_model_filename or DEFAULT_FILES.get(backend)
+    if file is None:
+        return
+    path = version / file
+    if not path.exists():
+        hangs = ", and the server would wait for it for good" if backend == "python" else ""
+        yield error(f"{version.name}/{file} is missing{hangs}")
+    elif backend == "onnxruntime":
+        yield from _against_graph(config, path, error)
+
+
+def _against_graph(config: Any, path: Path, error: Say) -> Iterator[Finding]:
+    """Names, types and dimensions of the config beside the graph's; the server itself does not look at states."""
+    try:
+        graph = onnx.load(path, load_external_data=False).graph
+    except Exception as problem:  # protobuf's own error, which is no OSError
+        yield error(f"{path.parent.name}/{path.name}: not an ONNX file ({type(problem).__name__})")
+        return
+    if any(isinstance(value.name, bytes) for value in (*graph.input, *graph.output)):  # protobuf's form of no UTF-8
+        yield error(f"{path.parent.name}/{path.name}: has a name that is not UTF-8")
+        return
+    initialisers = {tensor.name for tensor in graph.initializer}
+    inputs = {node.name: node for node in graph.input if node.name not in initialisers}
+    outputs = {node.name: node for node in graph.output}
+    states = config.sequence_batching.state
+    batches = bool(config.max_batch_size)
+    for title, wanted, found in (
+        ("input", [(each.name, each) for each in config.input], inputs),
+        ("output", [(each.name, each) for each in config.output], outputs),
+        ("state input", [(each.input_name, each) for each in states], inputs),
+        ("state output", [(each.output_name, each) for each in states], outputs),
+    ):
+        for name, each in wanted:
+            if name not in found:
+                yield error(f"{title} '{name}': the graph has {', '.join(found)}")
+                continue
+            yield from _against_tensor(each, f"{title} '{name}'", found[name].type.tensor_type, batches, error)
+    named = {each.name for each in config.input} | {state.input_name for state in states}
+    missing = [name for name in inputs if name not in named]
+    if config.input and missing:
+        yield error(f"inputs of the graph that the config does not have: {', '.join(missing)}")
+    yield from _weights(graph, path, error)
+
+
+def _against_tensor(each: Any, title: str, tensor: Any, batches: bool, error: Say) -> Iterator[Finding]:
+    """Type and dimensions of an input, output or state beside the graph's."""
+    dtype = each.DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_number[each.data_type].name
+    if ONNX_TYPES.get(tensor.elem_type) != dtype:
+        yield error(f"{title}: {dtype} in the config, {ONNX_TYPES.get(tensor.elem_type)} in the graph")
+    graph_dims = [dim.dim_value if dim.HasField("dim_value") else -1 for dim in tensor.shape.dim]
+    dims = ([-1] if batches else []) + list(each.dims)
+    if len(dims) != len(graph_dims) or any(
+        one != other and -1 not in (one, other) for one, other in zip(dims, graph_dims, strict=True)
+    ):
+        yield error(f"{title}: dims {dims} with the batch, {graph_dims} in the graph")
+
+
+def _weights(graph: Any, path: Path, error: Say) -> Iterator[Finding]:
+    """The files that hold the graph's weights."""
+    places = (entry for tensor in graph.initializer for entry in tensor.external_data if entry.key == "location")
+    for file in sorted({entry.value for entry in places}):
+        if not (path.parent / file).is_file():
+            yield error(f"{path.parent.name}/{file} is missing: it holds weights of {path.name}")
+
+
+def _served_engine(version: Path, error: Say) -> Iterator[Finding]:
+    """Of a model that `trsp-deploy triton` wrote: its engine and what belongs to it."""
+    settings, engine = version / "serving.json", version / "engine"
+    if not settings.is_file():
+        return
+    if not (version / "tokenizer.json").is_file():
+        yield error(f"{version.name}/tokenizer.json is missing")
+    if not (engine / MANIFEST).is_file():
+        yield error(f"{version.name}/engine/{MANIFEST} is missing")
+        return
+    try:
+        manifest = read_manifest(engine)
+    except EngineUnavailable as problem:
+        yield error(str(problem))
+        return
+    for file, expected in manifest.files.items():
+        if not (engine / file).is_file():
+            yield error(f"{version.name}/engine/{file} is missing")
+        elif fingerprint(engine / file) != expected:
+            yield error(f"{version.name}/engine/{file} is not the file that was built (SHA-256)")
+    yield from _machine(manifest, error)
+    try:
+        max_batch = read_json(settings, RunError, f"{version.name}/serving.json").get("max_batch")
+    except RunError as problem:
+        yield error(str(problem))
+        return
+    if not isinstance(max_batch, int):
+        yield error(f"{version.name}/serving.json says no `max_batch`")
+        return
+    most = max((profile.batch.max for profile in manifest.spec.profiles), default=None)
+    if most is not None and max_batch > most:
+        yield error(f"{max_batch} texts at once, and the engine's profiles end at a batch of {most}")
+
+
+def _machine(manifest: EngineManifest, error: Say) -> Iterator[Finding]:
+    """Whether the engine is for the GPU and the package that are here, where there are any."""
+    try:
+        version = package_version(manifest.spec.backend)
+    except EngineUnavailable:
+        version = manifest.backend_version  # nothing to compare with: the server is elsewhere
+    if version != manifest.backend_version:
+        yield error(f"the engine was built with {manifest.spec.backend} {manifest.backend_version}, here is {version}")
+    if manifest.bound.gpu is not None:
+        try:
+            here = cuda_devices()[0].compute_capability
+        except EngineUnavailable:
+            return
+        misfit = manifest.bound.misfit(manifest.bound.model_copy(update={"gpu": here, "driver": None}))
+        if misfit is not None:
+            yield error(f"the engine was built {misfit}")

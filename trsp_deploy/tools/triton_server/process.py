@@ -1,0 +1,295 @@
+"""A tritonserver on this machine: started on loopback, found again by its repository, stopped without leftovers.
+
+    server = start(repository, find_installation())
+    ...
+    stop(repository)
+
+A server that was killed leaves shared memory and stub processes behind. Every start gets a prefix of its own for the
+Python backend's shared memory, which also stands in each process's command line: `stop` finds both by it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+from pydantic import ValidationError
+
+from trsp_deploy.artifacts import write_json, writing
+from trsp_deploy.errors import RunError
+from trsp_deploy.recipe import Strict
+from trsp_deploy.tools.sources.packaged import home
+
+VARIABLE = "TRSP_DEPLOY_TRITON"  # names a virtual environment that holds nvidia-pytriton
+SHARED_MEMORY = Path("/dev/shm")
+READY_S = 600.0  # loading an engine of many gigabytes takes minutes
+GRACE_S = 30.0  # for running requests, before a server is killed
+POLL_S = 0.1
+STATE = "server.json"
+
+
+class Server(Strict):
+    """A server that was started; `server.json` of its folder."""
+
+    repository: str
+    pid: int
+    http: int  # ports on 127.0.0.1
+    grpc: int
+    metrics: int
+    shared_memory: str  # prefix of its files in /dev/shm
+    log: str
+
+
+class Stopped(Strict):
+    """What `stop` found and did."""
+
+    was_running: bool
+    killed: int  # processes that did not end by themselves
+    removed: tuple[str, ...]  # files left in /dev/shm
+
+
+@dataclass(frozen=True)
+class Installation:
+    """How to run tritonserver on this machine."""
+
+    binary: Path
+    backends: Path | None = None  # holds the Python backend; None where the binary knows its own
+    stub: Path | None = None  # the Python backend's for the installation's Python, to be put beside the backend
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def find_installation(environment: Path | None = None) -> Installation:
+    """The server of a virtual environment with nvidia-pytriton, else `tritonserver` on the path.
+
+    environment: the virtual environment; $TRSP_DEPLOY_TRITON when not given. Raises RunError when there is none.
+    """
+    named = environment_of(environment)
+    if named is not None:
+        return _in_environment(named)
+    found = shutil.which("tritonserver")
+    if found is None:
+        raise RunError(
+            "no tritonserver on the path; run inside Triton's container, or name a virtual environment that holds "
+            f"nvidia-pytriton with --server or ${VARIABLE}"
+        )
+    return Installation(binary=Path(found))
+
+
+def environment_of(named: Path | None) -> Path | None:
+    """The virtual environment that was named, else that of $TRSP_DEPLOY_TRITON; None without either."""
+    if named is not None:
+        return named.absolute()
+    return Path(os.environ[VARIABLE]).absolute() if os.environ.get(VARIABLE) else None
+
+
+def _in_environment(environment: Path) -> Installation:
+    site = next((environment / "lib").glob("python3*/site-packages"), None)
+    server = None if site is None else site / "pytriton" / "tritonserver"
+    if site is None or server is None or not server.is_dir():
+        raise RunError(f"{environment}: no virtual environment with nvidia-pytriton, so no tritonserver")
+    python = environment / "bin" / "python"
+    code = "import sysconfig; print(sysconfig.get_config_var('LIBDIR'))"
+    libraries = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    version = site.parent.name.removeprefix("python")
+    stub = next((server / "python_backend_stubs").glob(f"{version}*/triton_python_backend_stub"), None)
+    if stub is None:
+        raise RunError(f"{environment}: nvidia-pytriton has no Python backend for Python {version}")
+    return Installation(
+        binary=server / "bin" / "tritonserver",
+        backends=server / "backends" / "python",
+        stub=stub,
+        environment={
+            "PATH": f"{environment / 'bin'}:{os.environ['PATH']}",
+            # The running Python's own library first: the stub would load another one.
+            "LD_LIBRARY_PATH": f"{libraries}:{site / 'nvidia_pytriton.libs'}:{server / 'lib'}",
+        },
+    )
+
+
+def start(
+    repository: Path,
+    installation: Installation,
+    ports: tuple[int, int, int] | None = None,
+    options: Sequence[str] = (),
+    ready_s: float = READY_S,
+) -> Server:
+    """Serve a repository on 127.0.0.1 in the background, and return once every model is loaded.
+
+    ports: of HTTP, gRPC and metrics; free ones when not given. options: further ones of tritonserver.
+    Raises RunError when a server of this repository runs already, when a model does not load (with the server's own
+    words), or when it is not ready in time.
+    """
+    if not repository.is_dir():
+        raise RunError(f"{repository}: no such folder; `trsp-deploy triton RUN --out {repository}` writes one")
+    there = find(repository)
+    if there is not None:
+        raise RunError(f"{repository}: is served already on port {there.http}; `trsp-deploy triton-stop {repository}`")
+    _clear_up(repository)  # of a server that was killed
+    folder = _folder(repository)
+    folder.mkdir(parents=True, exist_ok=True)
+    http, grpc, metrics = ports or _free_ports(3)
+    prefix = f"trsp-{secrets.token_hex(4)}-"
+    command = [
+        str(installation.binary),
+        f"--model-repository={repository.resolve()}",
+        *_backend_options(installation, folder),
+        f"--backend-config=python,shm-region-prefix-name={prefix}",
+        *(f"--{name}-address=127.0.0.1" for name in ("http", "grpc", "metrics")),
+        f"--http-port={http}",
+        f"--grpc-port={grpc}",
+        f"--metrics-port={metrics}",
+        *options,
+    ]
+    log = folder / "server.log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command,
+            # Bytecode beside the model would be files that no manifest names.
+            env={"PYTHONDONTWRITEBYTECODE": "1", **os.environ, **installation.environment},
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,  # Ctrl-C in this terminal is not meant for it
+        )
+    server = Server(
+        repository=str(repository.resolve()),
+        pid=process.pid,
+        http=http,
+        grpc=grpc,
+        metrics=metrics,
+        shared_memory=prefix,
+        log=str(log),
+    )
+    write_json(folder / STATE, server)
+    try:
+        _wait(process, server, ready_s)
+    except BaseException:
+        stop(repository, grace_s=0)
+        raise
+    return server
+
+
+def find(repository: Path) -> Server | None:
+    """The running server of a repository; None when there is none."""
+    server = _last(repository)
+    return server if server is not None and _processes(server) else None
+
+
+def stop(repository: Path, grace_s: float = GRACE_S) -> Stopped:
+    """Stop a repository's server, and remove what it or a killed one left: stub processes and shared memory.
+
+    grace_s: seconds for running requests before it is killed.
+    """
+    server = _last(repository)
+    if server is None:
+        return Stopped(was_running=False, killed=0, removed=())
+    running = _processes(server)
+    main = [process for process in running if process.pid == server.pid]
+    for process in main if grace_s > 0 else []:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGTERM)
+    # Its stubs end with it; those of a killed one have nobody who would end them.
+    psutil.wait_procs(running, timeout=grace_s if main else 0)
+    killed, removed = _clear_up(repository)
+    return Stopped(was_running=bool(main), killed=killed, removed=removed)
+
+
+def _clear_up(repository: Path) -> tuple[int, tuple[str, ...]]:
+    """Kill what is left of a repository's last server, and remove its shared memory: how many, and which files."""
+    server = _last(repository)
+    if server is None:
+        return 0, ()
+    left = _processes(server)
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, timeout=GRACE_S)
+    files = sorted(SHARED_MEMORY.glob(f"{server.shared_memory}*"))
+    for file in files:
+        file.unlink(missing_ok=True)
+    (_folder(repository) / STATE).unlink(missing_ok=True)
+    return len(left), tuple(file.name for file in files)
+
+
+def _folder(repository: Path) -> Path:
+    """Outside the repository, which may be mounted read-only and belongs to Triton."""
+    return home() / "servers" / hashlib.sha256(str(repository.resolve()).encode()).hexdigest()[:16]
+
+
+def _last(repository: Path) -> Server | None:
+    path = _folder(repository) / STATE
+    try:
+        return Server.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValidationError as problem:
+        raise RunError(f"{path}: is no record of a server; delete it") from problem
+
+
+def _processes(server: Server) -> list[psutil.Process]:
+    """The server and its stubs, wherever they hang in the tree of processes."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.status() != psutil.STATUS_ZOMBIE and any(
+                server.shared_memory in part for part in process.cmdline()
+            ):
+                found.append(process)
+    return found
+
+
+def _backend_options(installation: Installation, folder: Path) -> list[str]:
+    if installation.backends is None or installation.stub is None:
+        return []
+    backends = folder / "backends"
+    with writing(backends) as partial:  # anew for each start: the installation may be another one
+        shutil.copytree(installation.backends, partial / "python")
+        shutil.copy2(installation.stub, partial / "python")
+    return [f"--backend-directory={backends}"]
+
+
+def _wait(process: subprocess.Popen[bytes], server: Server, ready_s: float) -> None:
+    until = time.monotonic() + ready_s
+    while time.monotonic() < until:
+        if process.poll() is not None:
+            raise RunError(f"tritonserver ended: {_cause(Path(server.log))}")
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{server.http}/v2/health/ready", timeout=2):
+                return
+        except OSError:
+            time.sleep(POLL_S)
+    raise RunError(f"tritonserver is not ready after {ready_s:.0f} s; see {server.log}")
+
+
+def _cause(log: Path) -> str:
+    """What the server's log says of its end: the first model that did not load, else the last error line."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    for line in lines:
+        found = re.search(r"failed to load '([^']+)' version \d+: (.*?)\"?$", line)
+        if found is not None:
+            return f"model '{found[1]}': {found[2]} (all of it: {log})"
+    # Triton's lines begin with their level, then date and time.
+    errors = [line for line in lines if re.match(r"E\d{4} ", line)] or lines[-1:]
+    message = errors[-1].partition("] ")[2] or errors[-1] if errors else "it said nothing"
+    return f"{message} (all of it: {log})"
+
+
+def _free_ports(count: int) -> tuple[int, ...]:
+    with contextlib.ExitStack() as held:  # all at once, so that no two are the same
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return tuple(each.getsockname()[1] for each in sockets)

@@ -1,0 +1,227 @@
+"""What a server under load showed: rates and waits of each model, and how much quicker the pruned one is served.
+
+Terms are those of the field's load generators (AIPerf, GenAI-Perf): time to first token; inter-token latency, which is
+a request's time after its first answer over the tokens that came after it; request latency, to the last token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
+
+import numpy as np
+
+from trsp_deploy.recipe import Strict
+from trsp_deploy.results import ROLES, Role, Served, ServedRequest, ServedWindow, Subject
+from trsp_deploy.tools.judging.statistics import FEWEST_REPLICATES, Ratio, widened
+
+SERVED = "served.json"  # of a run folder
+Metric = Literal["throughput", "first", "inter_token", "request"]
+METRIC_TITLES: dict[Metric, str] = {
+    "throughput": "throughput",
+    "first": "time to first token",
+    "inter_token": "inter-token latency",
+    "request": "request latency",
+}
+SUBJECTS: tuple[Subject, ...] = ("dense", "again", "pruned")
+QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
+
+
+class ServedFigures(Strict):
+    """One model at one concurrency."""
+
+    requests: int
+    tokens_per_s: float  # new ones, of all requests together
+    first_s: dict[str, float]  # by QUANTILES
+    inter_token_s: dict[str, float]
+    request_s: dict[str, float]
+
+
+class ServedSpeedup(Strict):
+    """Dense time / pruned time of one metric (of throughput pruned / dense), and dense against itself."""
+
+    found: Ratio
+    control: Ratio
+
+
+class ServedLevel(Strict):
+    """One concurrency."""
+
+    concurrency: int
+    figures: dict[Role, ServedFigures]
+    speedup: dict[Metric, ServedSpeedup]  # empty where one model alone was served
+
+
+class ServedReport(Strict):
+    """A server under load."""
+
+    engine: str
+    server: str
+    load_generator: str
+    prompt_tokens: int
+    new_tokens: int
+    replicates: int
+    fresh: bool  # whether the server was started anew for each replicate
+    elapsed_s: float
+    levels: tuple[ServedLevel, ...]
+
+
+def derive(served: Served) -> ServedReport:
+    """Figures and ratios of the raw samples; raises ValueError when a level has fewer than two replicates."""
+    replicates = max(window.replicate for window in served.windows) + 1
+    return ServedReport(
+        engine=served.engine,
+        server=served.server,
+        load_generator=served.load_generator,
+        prompt_tokens=served.prompt_tokens,
+        new_tokens=served.new_tokens,
+        replicates=replicates,
+        fresh=served.fresh,
+        elapsed_s=served.elapsed_s,
+        levels=tuple(_level(served, concurrency) for concurrency in served.concurrencies),
+    )
+
+
+def _level(served: Served, concurrency: int) -> ServedLevel:
+    windows = [window for window in served.windows if window.concurrency == concurrency]
+    by_subject: dict[Subject, list[ServedWindow]] = {}
+    for window in sorted(windows, key=lambda window: window.replicate):
+        by_subject.setdefault(window.subject, []).append(window)
+    speedup: dict[Metric, ServedSpeedup] = {}
+    if "again" in by_subject:
+        for metric, value in METRICS.items():
+            logs = _logs(by_subject, value)
+            if logs is not None:
+                dense, again, pruned = logs
+                both = widened(list((dense + again) / 2 - pruned), list(again - dense))
+                assert both.control is not None
+                speedup[metric] = ServedSpeedup(found=both.found, control=both.control)
+    return ServedLevel(
+        concurrency=concurrency,
+        figures={role: _figures(by_subject[role]) for role in ROLES if role in by_subject},
+        speedup=speedup,
+    )
+
+
+def _logs(
+    windows: dict[Subject, list[ServedWindow]], value: Callable[[ServedWindow], float | None]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Of dense, dense again and pruned, one a replicate; None where a window has no value."""
+    found = [[value(window) for window in windows[subject]] for subject in SUBJECTS]
+    if any(each is None for values in found for each in values):
+        return None
+    dense, again, pruned = np.log(np.array(found, dtype=float))
+    return dense, again, pruned
+
+
+def _figures(windows: Sequence[ServedWindow]) -> ServedFigures:
+    requests = [request for window in windows for request in window.requests]
+    return ServedFigures(
+        requests=len(requests),
+        tokens_per_s=float(np.median([tokens_per_s(window) for window in windows])),
+        first_s=_quantiles([first_s(request) for request in requests]),
+        inter_token_s=_quantiles([inter_token_s(request) for request in requests]),
+        request_s=_quantiles([request.answered_s[-1] for request in requests]),
+    )
+
+
+def _quantiles(values: Iterable[float | None]) -> dict[str, float]:
+    """Of the values that there are."""
+    found = [value for value in values if value is not None]
+    return {name: float(np.quantile(found, share)) for name, share in QUANTILES.items()} if found else {}
+
+
+def first_s(request: ServedRequest) -> float:
+    """Seconds to the first text: a first token that is half a character waits for the second."""
+    return request.answered_s[0]
+
+
+def inter_token_s(request: ServedRequest) -> float | None:
+    """Mean seconds of a token after the first answer; None where there was one answer alone."""
+    tokens = request.tokens[-1] - request.tokens[0]
+    return (request.answered_s[-1] - request.answered_s[0]) / tokens if tokens else None
+
+
+def tokens_per_s(window: ServedWindow) -> float:
+    """New tokens a second of all requests: Little's law (Operations Research 9, 1961), requests in the air over the
+    mean time of one.
+
+    Counting the tokens of a window instead would lose those of requests that its end cuts off.
+    """
+    latency = np.mean([request.answered_s[-1] for request in window.requests])
+    return float(window.concurrency * window.requests[0].tokens[-1] / latency)
+
+
+def _typical(value: Callable[[ServedRequest], float | None]) -> Callable[[ServedWindow], float | None]:
+    return lambda window: _quantiles(value(request) for request in window.requests).get("p50")
+
+
+# Each in seconds, so that dense over pruned is how much quicker the pruned model is served.
+METRICS: dict[Metric, Callable[[ServedWindow], float | None]] = {
+    "throughput": lambda window: 1 / tokens_per_s(window),
+    "first": _typical(first_s),
+    "inter_token": _typical(inter_token_s),
+    "request": _typical(lambda request: request.answered_s[-1]),
+}
+
+SERVED_COLUMNS = ("concurrency", "metric", "dense", "pruned", "served speed-up (95%)", "control")
+
+
+def served_rows(found: ServedReport) -> list[tuple[str, ...]]:
+    """A row a metric and concurrency, in the order of SERVED_COLUMNS."""
+    rows: list[tuple[str, ...]] = []
+    for level in found.levels:
+        for metric, title in METRIC_TITLES.items():
+            cells = [_cell(level.figures[role], metric, "p50") if role in level.figures else "" for role in ROLES]
+            ratio = level.speedup.get(metric)
+            shown = ("", "") if ratio is None else (_interval(ratio.found), _interval(ratio.control))
+            rows.append((str(level.concurrency), title, *cells, *shown))
+            if metric != "throughput":
+                tails = [
+                    f"{_cell(level.figures[role], metric, 'p95')}, {_cell(level.figures[role], metric, 'p99')}"
+                    if role in level.figures
+                    else ""
+                    for role in ROLES
+                ]
+                rows.append((str(level.concurrency), f"{title}, p95, p99", *tails, "", ""))
+    return rows
+
+
+def served_sentence(found: ServedReport) -> str:
+    """The verdict on serving, for people."""
+    parts, claims = [], []
+    for level in found.levels:
+        ratio = level.speedup.get("throughput")
+        if ratio is None:
+            return f"Served on {found.engine}: one model alone, so nothing is compared."
+        parts.append(f"{_interval(ratio.found)} at {level.concurrency} at once")
+        claims.append((ratio.found.low > 1, ratio.found.high < 1))
+    if found.replicates < FEWEST_REPLICATES:
+        claim = "INCONCLUSIVE"
+    elif all(faster for faster, _ in claims):
+        claim = "CONFIRMED"
+    else:
+        claim = "NOT THERE" if any(slower for _, slower in claims) else "INCONCLUSIVE"
+    return f"{claim} as served on {found.engine}: throughput {', '.join(parts)}."
+
+
+def served_notes(found: ServedReport) -> list[str]:
+    """How it was measured, a line each."""
+    server = "a fresh server" if found.fresh else "the same server, whose luck with its memory is in the figures,"
+    return [
+        f"{found.replicates} replicates on {server} ({found.server}): dense, dense again and pruned in turn, "
+        f"{found.prompt_tokens} tokens a prompt, {found.new_tokens} new ones, {found.elapsed_s:.0f} s; "
+        f"load by {found.load_generator}",
+        "throughput: new tokens a second of all requests (Little's law); latencies are medians, then p95 and p99",
+    ]
+
+
+def _cell(figures: ServedFigures, metric: Metric, quantile: str) -> str:
+    if metric == "throughput":
+        return f"{figures.tokens_per_s:.1f} tokens/s"
+    times = {"first": figures.first_s, "inter_token": figures.inter_token_s, "request": figures.request_s}[metric]
+    return f"{1e3 * times[quantile]:.1f} ms" if times else ""
+
+
+def _interval(ratio: Ratio) -> str:
+    return f"{ratio.ratio:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})"
