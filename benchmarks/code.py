@@ -35,7 +35,7 @@ def meaning(tree: ast.Module) -> set[str]:
             node.body = node.body[1:]
     taken = _OwnImports()
     taken.visit(tree)
-    return {*taken.renamed, *map(ast.dump, tree.body)}
+    return {*taken.renamed, *(ast.dump(node) for node in tree.body if not _is_all(node))}
 
 
 class _OwnImports(ast.NodeTransformer):
@@ -60,3 +60,8 @@ def _imported(tree: ast.Module, package: Path) -> list[Path]:
 
 def _is_own(node: ast.ImportFrom) -> bool:
     return (node.module or "").startswith("trsp_deploy.")
+
+
+def _is_all(node: ast.stmt) -> bool:
+    """Whether it is `__all__ = [...]`: what a package hands on from its modules."""
+    return isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "__all__"

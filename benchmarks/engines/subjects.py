@@ -28,7 +28,7 @@ from trsp_deploy.tools.sources.texts import load_texts, tokenize_windows
 HOME = Path("runs/bench-engines")
 DROPPED = tuple(range(12, 19))  # 7 of SmolLM2-135M's 30 layers; speed does not depend on which
 PEERS = Path(__file__).with_name("peers.py")
-EXPORT = ("stages/export.py", "decoder.py")  # where the code of a graph begins, below trsp_deploy/
+EXPORT = ("stages/export.py", "decoder/__init__.py")  # where the code of a graph begins, below trsp_deploy/
 PEER_PACKAGES = ("onnxruntime-genai", "onnxruntime", "llama-cpp-python", "transformers")
 BUILD = ("stages/build.py", "tools/sources/texts.py")  # and that of an engine
 

@@ -1,0 +1,61 @@
+"""The only package that knows how a decoder-only model is put together.
+
+It finds the layer list by shape instead of by name and cuts every per-layer list in the config, so that a new
+architecture needs no entry here. In exchange `removal` checks what it made.
+"""
+
+from trsp_deploy.decoder.layers import (
+    decoder_layers,
+    layer_input,
+    layer_output,
+    next_token_logits,
+    next_token_loss,
+    with_layer_output,
+)
+from trsp_deploy.decoder.loading import (
+    build_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+    load_widened,
+    make_storable,
+    stored_dtype,
+)
+from trsp_deploy.decoder.removal import check_prunable, check_removal, remove_layers
+from trsp_deploy.decoder.sizes import (
+    DecoderSize,
+    WeightCounts,
+    cache_per_token,
+    count_config,
+    count_weights,
+    decoder_size,
+    known_positions,
+    max_positions,
+)
+
+__all__ = [
+    "DecoderSize",
+    "WeightCounts",
+    "build_model",
+    "cache_per_token",
+    "check_prunable",
+    "check_removal",
+    "count_config",
+    "count_weights",
+    "decoder_layers",
+    "decoder_size",
+    "known_positions",
+    "layer_input",
+    "layer_output",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "load_widened",
+    "make_storable",
+    "max_positions",
+    "next_token_logits",
+    "next_token_loss",
+    "remove_layers",
+    "stored_dtype",
+    "with_layer_output",
+]

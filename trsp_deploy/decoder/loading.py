@@ -1,0 +1,78 @@
+"""Models, their configs and tokenizers, from a local folder; a model that a config describes, without weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import cpu_offload, init_empty_weights
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from trsp_deploy.model_code import trusted
+
+
+def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    """Load a causal language model from a local folder in eval mode; "auto" keeps the stored dtype."""
+    # By name, although models without are refused before: a pickle that appears in the folder later is not loaded.
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=trusted(folder)
+    )
+    # Dropout stays off everywhere, in training too: gates at 1 must give the dense logits exactly.
+    return model.to(device).eval()
+
+
+def make_storable(model: PreTrainedModel) -> None:
+    """Let save_pretrained take a model whose generation config it only warned of when it loaded it.
+
+    Values for sampling without `do_sample` are such; they mean that it samples.
+    """
+    settings = model.generation_config
+    if settings is not None:
+        try:
+            settings.validate(strict=True)
+        except ValueError:
+            settings.do_sample = True
+
+
+def load_widened(folder: Path) -> PreTrainedModel:
+    """Load a model whose forward pass is fp32's to the bit and whose weights take the memory that they are stored in.
+
+    The stored weights stay as they are, pages of the file where transformers maps it; each is made fp32 for the module
+    that reads it, and given up after it. Constants that are not stored are made in fp32. Only forward passes work: the
+    parameters have no values in between.
+    """
+    stored = load_model(folder)
+    with init_empty_weights(include_buffers=False):
+        model = build_model(load_config(folder), dtype=torch.float32)
+    return cpu_offload(model.eval(), "cpu", offload_buffers=True, state_dict=stored.state_dict())
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype that a model folder's weights are stored in, as its config says; fp32 where it does not say."""
+    return load_config(folder).dtype or torch.float32
+
+
+def load_config(folder: Path) -> Any:
+    """Load transformers' config of the model in a folder."""
+    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted(folder))
+
+
+def build_model(config: Any, **settings: Any) -> PreTrainedModel:
+    """The model that a config describes, by code of its own where that was asked for; with no weights read."""
+    own = bool(config.name_or_path) and trusted(Path(config.name_or_path))
+    return AutoModelForCausalLM.from_config(config, trust_remote_code=own, **settings)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that lies beside a model."""
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted(folder))
+
+
+def meta_model(config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A model of that config in eval mode: weights without storage, on "meta", but with its attributes and buffers."""
+    with init_empty_weights():
+        # Eager attention knows everything that a config can ask for; GPT-2's faster one leaves its scaling out.
+        model = build_model(config, dtype=dtype, attn_implementation="eager").eval()
+    model.tie_weights()  # each weight was put on "meta" by itself
+    return model
