@@ -159,6 +159,12 @@ _SHORT.maxlevel = 3
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
 
 
+def first_line(problem: BaseException) -> str:
+    """The first line of what a library says, at most 300 characters; the exception's class where it says nothing."""
+    text = str(problem).strip()
+    return " ".join(text.splitlines()[0].split())[:300] if text else type(problem).__name__
+
+
 def nearest(word: str, valid: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for the closest valid word, or an empty string."""
     close = difflib.get_close_matches(word, list(valid), n=1)

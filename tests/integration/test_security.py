@@ -19,7 +19,7 @@ from tests.tiny import english, save_tiny, tokens
 from trsp_deploy import cli
 from trsp_deploy.decoder import load_model
 from trsp_deploy.errors import redacted
-from trsp_deploy.tools.sources.models import copy_model
+from trsp_deploy.tools.sources.model_folders import copy_model
 from trsp_deploy.tools.training.checkpoints import Checkpoints
 
 CODE = "from pathlib import Path\nPath({mark!r}).touch()\n"

@@ -22,7 +22,7 @@ from trsp_deploy.cli import reference
 from trsp_deploy.errors import TrspError
 from trsp_deploy.recipe import METHODS, EngineSpec, Recipe, override, read_bench_settings, read_recipe
 from trsp_deploy.tools.library import load_engine_spec, load_recipe_values
-from trsp_deploy.tools.sources.models import SHORT_NAMES
+from trsp_deploy.tools.sources.names import SHORT_NAMES
 from trsp_deploy.tools.sources.packaged import ASSETS
 
 # Comments and error messages name commands too.

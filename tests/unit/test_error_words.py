@@ -32,7 +32,7 @@ from trsp_deploy.tools.runners.manifest import check_files, read_manifest
 from trsp_deploy.tools.runners.requirements import load_package
 from trsp_deploy.tools.runners.rotation import engine_rotation
 from trsp_deploy.tools.runners.running_batch import OneText, RunningBatch
-from trsp_deploy.tools.sources.models import check_decoder_only
+from trsp_deploy.tools.sources.model_folders import check_decoder_only
 from trsp_deploy.tools.sources.safe_copy import convert
 from trsp_deploy.tools.sources.texts import load_texts
 from trsp_deploy.tools.triton_server.load import prompts_of

@@ -6,7 +6,7 @@ import errno
 
 import pytest
 
-from trsp_deploy.errors import machine_reason, shown
+from trsp_deploy.errors import first_line, machine_reason, shown
 
 
 def wrapped(cause: Exception) -> Exception:
@@ -48,3 +48,16 @@ def test_long_values_are_shortened():
     for _ in range(9):
         bomb = [bomb] * 9
     assert len(shown(bomb)) < 100_000
+
+
+@pytest.mark.parametrize(
+    ("problem", "line"),
+    [
+        (ValueError(" bad   value \n at line 3"), "bad value"),
+        (ValueError("x" * 400), "x" * 300),
+        (RuntimeError(""), "RuntimeError"),
+        (OSError("\n\t"), "OSError"),
+    ],
+)
+def test_what_a_library_says_becomes_one_line(problem: Exception, line: str) -> None:
+    assert first_line(problem) == line

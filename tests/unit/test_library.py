@@ -17,7 +17,7 @@ from trsp_deploy.errors import EngineSpecError, RecipeError
 from trsp_deploy.recipe import override, read_recipe
 from trsp_deploy.tools import library
 from trsp_deploy.tools.resources.memory import MemoryEstimate
-from trsp_deploy.tools.sources.models import SHORT_NAMES
+from trsp_deploy.tools.sources.names import SHORT_NAMES
 from trsp_deploy.tools.sources.texts import SHORT_NAMES as TEXT_NAMES
 
 SPEC = "description: d\nbackend: onnxruntime-cpu\nprecision: fp32\n"

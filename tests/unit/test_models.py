@@ -22,7 +22,9 @@ from tests.hub import forget_sessions
 from trsp_deploy.errors import ModelError
 from trsp_deploy.tools.sources import packaged
 from trsp_deploy.tools.sources.hub import hub_problem
-from trsp_deploy.tools.sources.models import HUB_ID, SHORT_NAMES, check_decoder_only, resolve_model
+from trsp_deploy.tools.sources.model_folders import check_decoder_only
+from trsp_deploy.tools.sources.models import resolve_model
+from trsp_deploy.tools.sources.names import HUB_ID, SHORT_NAMES
 from trsp_deploy.tools.sources.safe_copy import convert
 
 URL_TAIL = "/{repo_id}/resolve/{revision}/{filename}"

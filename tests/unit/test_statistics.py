@@ -26,7 +26,8 @@ from trsp_deploy.tools.judging.statistics import (
     speedup,
 )
 from trsp_deploy.tools.judging.verdicts import Requirement, judge, settled, worst
-from trsp_deploy.tools.reports.record import budget_text, choices_report, engine_rows, verdict
+from trsp_deploy.tools.reports.record import choices_report, verdict
+from trsp_deploy.tools.reports.rows import budget_text, engine_rows
 
 FASTER = Requirement(name="speed-up, end to end", source="--min-speedup", sense="at least", bound=1.15)
 

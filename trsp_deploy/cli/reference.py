@@ -18,7 +18,7 @@ from typer.main import get_command
 from trsp_deploy.cli.app import app
 from trsp_deploy.recipe import read_recipe
 from trsp_deploy.tools.library import engine_names, load_engine_spec, load_recipe_values, read_text, recipe_names
-from trsp_deploy.tools.sources.models import SHORT_NAMES
+from trsp_deploy.tools.sources.names import SHORT_NAMES
 
 PROGRAM = "trsp-deploy"
 SHELL = ("install_completion", "show_completion", "help")  # said in the header

@@ -10,10 +10,10 @@ from rich.text import Text
 
 from trsp_deploy.cli.terminal import console, plain_table
 from trsp_deploy.tools.judging.comparisons import ComparisonReport, notes, sentence
-from trsp_deploy.tools.reports.record import (
+from trsp_deploy.tools.reports.record import Report
+from trsp_deploy.tools.reports.rows import (
     COMPARISON_COLUMNS,
     ENGINE_COLUMNS,
-    Report,
     comparison_rows,
     engine_notes,
     engine_rows,

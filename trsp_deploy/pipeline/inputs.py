@@ -15,7 +15,8 @@ from trsp_deploy.decoder import known_positions, load_config, load_tokenizer
 from trsp_deploy.errors import RecipeError
 from trsp_deploy.recipe import Recipe, Strict
 from trsp_deploy.results import Role
-from trsp_deploy.tools.sources.models import ModelSource, copy_model, resolve_model
+from trsp_deploy.tools.sources.model_folders import copy_model
+from trsp_deploy.tools.sources.models import ModelSource, resolve_model
 from trsp_deploy.tools.sources.texts import Texts, documents_of, load_texts, split_windows, tokenize_windows
 
 

@@ -24,7 +24,7 @@ from trsp_deploy.tools.reports.record import (
 )
 from trsp_deploy.tools.reports.sweeps import Sweep
 from trsp_deploy.tools.runners.manifest import MANIFEST
-from trsp_deploy.tools.sources.models import check_decoder_only
+from trsp_deploy.tools.sources.model_folders import check_decoder_only
 from trsp_deploy.tools.triton_server.served import SERVED, derive
 
 

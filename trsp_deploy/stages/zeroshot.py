@@ -22,7 +22,7 @@ import torch
 import yaml
 
 from trsp_deploy.decoder import load_model, load_tokenizer
-from trsp_deploy.errors import TextError, UserError, nearest
+from trsp_deploy.errors import TextError, UserError, first_line, nearest
 from trsp_deploy.recipe import Recipe, Strict
 from trsp_deploy.results import Role, TaskScore, ZeroShot
 from trsp_deploy.tools.progress import Meter
@@ -174,8 +174,7 @@ def _load_stock_task(name: str) -> Any:
     try:
         return get_task_dict([name], TaskManager())[name]
     except (OSError, ValueError, RuntimeError) as problem:  # what datasets and the hub raise without a network
-        reason = str(problem).strip().splitlines()[0]
-        raise TextError(f"zero-shot task '{name}': its items cannot be had ({reason})") from problem
+        raise TextError(f"zero-shot task '{name}': its items cannot be had ({first_line(problem)})") from problem
 
 
 def _load_task(name: str, items: Path, folder: Path) -> Any:

@@ -16,7 +16,8 @@ from trsp_deploy.recipe import Recipe
 from trsp_deploy.results import PrunedCheckpoint
 from trsp_deploy.tools.methods import METHODS
 from trsp_deploy.tools.plan import PruningPlan
-from trsp_deploy.tools.sources.models import SHORT_NAMES, ModelSource
+from trsp_deploy.tools.sources.models import ModelSource
+from trsp_deploy.tools.sources.names import SHORT_NAMES
 
 TAGS = ("depth-pruning", "trsp_deploy")
 TRSP = "TRSP ([arXiv 2505.18232](https://arxiv.org/abs/2505.18232))"

@@ -23,7 +23,7 @@ from trsp_deploy.tools.delivery.model_card import shown_name
 from trsp_deploy.tools.plan import PruningPlan
 from trsp_deploy.tools.reports.record import Report, removal_report
 from trsp_deploy.tools.sources.hub import hub_errors, hub_problem
-from trsp_deploy.tools.sources.models import HUB_ID
+from trsp_deploy.tools.sources.names import HUB_ID
 
 CARD, PLAN = "README.md", "plan.json"
 

@@ -17,16 +17,8 @@ from trsp_deploy.results import Comparison, Served
 from trsp_deploy.tools.judging.comparisons import Claim, ComparisonReport, notes
 from trsp_deploy.tools.judging.statistics import FEWEST_REPLICATES, replicate_ratios
 from trsp_deploy.tools.reports import plots
-from trsp_deploy.tools.reports.record import (
-    ENGINE_COLUMNS,
-    EngineReport,
-    QualityReport,
-    Report,
-    engine_notes,
-    engine_rows,
-    model_rows,
-    server_notes,
-)
+from trsp_deploy.tools.reports.record import EngineReport, QualityReport, Report
+from trsp_deploy.tools.reports.rows import ENGINE_COLUMNS, engine_notes, engine_rows, model_rows, server_notes
 from trsp_deploy.tools.reports.sweeps import Sweep, answer
 from trsp_deploy.tools.triton_server.served import SERVED_COLUMNS, served_rows, served_sentence
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from trsp_deploy.tools.reports.record import ENGINE_COLUMNS, Report, engine_notes, engine_rows, model_rows, server_notes
+from trsp_deploy.tools.reports.record import Report
+from trsp_deploy.tools.reports.rows import ENGINE_COLUMNS, engine_notes, engine_rows, model_rows, server_notes
 from trsp_deploy.tools.triton_server.served import SERVED_COLUMNS, served_rows
 
 

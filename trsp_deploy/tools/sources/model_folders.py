@@ -1,0 +1,173 @@
+"""Whether a local Hugging Face folder can be pruned: whole, no pickles, a decoder-only model, its code asked for."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from trsp_deploy.errors import ModelError, first_line
+from trsp_deploy.model_code import copy_code, model_code, refuse_unless_trusted
+from trsp_deploy.reading import read_json, user_path
+from trsp_deploy.tools.sources.names import HUB_ID, SHORT_NAMES
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+SAFETENSORS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+# Code, and what only code of others can read: a run's model folders hold none but the code that the user asked for.
+UNSAFE_FILES = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|pickle|h5|msgpack|npy|py|pyc|so)(\.index\.json)?", re.IGNORECASE)
+PYTORCH_BINS = re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?")
+
+
+def copy_model(folder: Path, out: Path) -> None:
+    """Make `out` a Hugging Face folder with the files of another, sharing their blocks where the file system can.
+
+    A model need not lie on the disk twice; files are never changed in place. Pickles stay behind, and so does code but
+    what the configs name.
+    """
+    out.mkdir()
+    copy_code(folder, out)
+    for file in sorted(path for path in folder.iterdir() if path.is_file()):
+        if UNSAFE_FILES.fullmatch(file.name):
+            continue
+        try:
+            os.link(file.resolve(), out / file.name)
+        except OSError:
+            shutil.copyfile(file, out / file.name)
+
+
+def check_decoder_only(folder: Path) -> str:
+    """Return the model's class, such as "OPTForCausalLM".
+
+    Raises ModelError when config.json cannot be read, when it or the tokenizer names code that comes with the model and
+    the user did not ask for, when neither transformers nor that code knows the architecture, when it is an encoder or
+    encoder-decoder model, and when the weights are quantised.
+    """
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    from trsp_deploy.decoder import load_config
+
+    path = folder / "config.json"
+    values = read_json(path, ModelError)
+    refuse_unless_trusted(folder)
+    model_type = values.get("model_type")
+    if not isinstance(model_type, str):
+        raise ModelError(f"{path}: has no model_type, so it does not describe a transformers model")
+    if "quantization_config" in values:
+        raise ModelError(f"{folder}: holds quantised weights; pruning trains them, so give the unquantised model")
+    own = values.get("auto_map") or {}
+    if model_type not in CONFIG_MAPPING_NAMES and "AutoConfig" not in own:
+        raise ModelError(f"{path}: model_type '{model_type}' is not known to transformers {transformers.__version__}")
+    if "AutoModelForCausalLM" in own:
+        return _check_own_code(folder, path)
+    try:
+        config = load_config(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise ModelError(f"{path}: transformers cannot read it ({first_line(problem)})") from problem
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    architecture = next(iter(config.architectures or ()), causal or model_type)
+    # BERT and its kind are in both tables: they generate only when built as decoders.
+    encoder = model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    known = {name for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in _as_tuple(names)}
+    if causal is None or encoder or config.is_encoder_decoder or architecture not in known:
+        raise ModelError(f"{folder}: is {architecture}, not a decoder-only causal language model")
+    return architecture
+
+
+def _check_own_code(folder: Path, path: Path) -> str:
+    """Return the class of a model whose code the user asked for, having built it once without weights."""
+    import torch
+
+    from trsp_deploy.decoder import build_model, load_config
+
+    try:
+        with torch.device("meta"):
+            model = build_model(load_config(folder))
+    except Exception as problem:  # whatever that code does
+        raise ModelError(f"{path}: the model's own code failed ({first_line(problem)})") from problem
+    if model.config.is_encoder_decoder:
+        raise ModelError(f"{folder}: is {type(model).__name__}, not a decoder-only causal language model")
+    return type(model).__name__
+
+
+def check_folder(folder: Path, name: str | None = None) -> None:
+    """Raise ModelError when a model folder lacks something, or has its weights as pickles alone; name: for the line."""
+    refuse_pickles(folder, name or str(folder))
+    missing = missing_part(folder)
+    if missing is not None:
+        raise ModelError(f"{folder}: is not a complete Hugging Face model: {missing}")
+
+
+def refuse_pickles(folder: Path, name: str) -> None:
+    """Raise ModelError for a folder whose weights are pickles alone; name: what the user called the model."""
+    names = sorted(path.name for path in folder.iterdir())
+    pickles = [file for file in names if PYTORCH_BINS.fullmatch(file)]
+    if pickles and not any(SAFETENSORS.fullmatch(file) for file in names):
+        raise ModelError(only_pickles(name, pickles[0]))
+
+
+def only_pickles(model: str, file: str) -> str:
+    """The line for a model whose weights are a pickle, with the command that helps."""
+    hub = model in SHORT_NAMES or (HUB_ID.fullmatch(model) is not None and not user_path(model).is_dir())
+    remedy = "makes safetensors of it with torch's reader of plain tensors, then"
+    way = (
+        f"`trsp-deploy convert {model}` {remedy} this command again"
+        if hub
+        else f"`trsp-deploy convert {model} --out DIR` {remedy} --model DIR"
+    )
+    return (
+        f"model '{model}': its weights are a pickle ({file}), which can hold any code, and nothing is ever loaded from "
+        f"one; {way}"
+    )
+
+
+def missing_part(folder: Path) -> str | None:
+    """What a model folder lacks, or None."""
+    if not (folder / "config.json").is_file():
+        return "config.json is missing"
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        shards = ["model.safetensors"]
+    elif index.is_file():
+        shards = sorted(map(str, set(read_json(index, ModelError).get("weight_map", {}).values())))
+    else:
+        return "no weights (model.safetensors, whole or in shards with an index)"
+    for shard in shards:
+        if Path(shard).name != shard or UNSAFE_FILES.fullmatch(shard):
+            return f"{index.name} names {shard}, which is no safetensors file beside it"
+        if not (folder / shard).is_file():
+            return f"{shard} is missing"
+        if not _readable(folder / shard):
+            return f"{shard} is cut short or no safetensors file"
+    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        return f"no tokenizer ({', '.join(TOKENIZER_FILES[:2])} or the like)"
+    return None
+
+
+def has_its_code(folder: Path) -> bool:
+    """Whether all code that the configs name lies in the folder."""
+    try:
+        model_code(folder)
+    except ModelError:
+        return False
+    return True
+
+
+def _readable(path: Path) -> bool:
+    """Whether a safetensors header fits its file: half a download and a git-lfs pointer do not."""
+    import safetensors
+
+    try:
+        with safetensors.safe_open(path, framework="np"):
+            return True
+    except (safetensors.SafetensorError, OSError):
+        return False
+
+
+def _as_tuple(names: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
