@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from benchmarks.quality.rows import Row
-from benchmarks.quality.store import Line
+from benchmarks.quality.store import Line, products_here
 from trsp_deploy.artifacts import provenance
 
 START_S = 15.0  # imports and loading
@@ -35,8 +35,12 @@ def estimate_s(row: Row) -> float:
 
 
 def pace(lines: Iterable[Line]) -> float:
-    """Measured over estimated seconds of the rows that this kind of processor made; 1 before the first."""
-    here = [line for line in lines if line.provenance.cpu == provenance().cpu]
+    """Measured over estimated seconds of the rows that this kind of processor made; 1 before the first.
+
+    Of processors of one name, those that multiply in the same precision: the others take twice as long.
+    """
+    named = [line for line in lines if line.provenance.cpu == provenance().cpu]
+    here = [line for line in named if line.products == products_here(line.row)] or named
     estimated = sum(estimate_s(line.row) for line in here)
     return sum(line.elapsed_s for line in here) / estimated if estimated else 1.0
 

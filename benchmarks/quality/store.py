@@ -58,7 +58,7 @@ class Store:
             elapsed_s=round(elapsed_s, 1),
             code=digest(row),
             provenance=provenance(),
-            products=_products(row),
+            products=products_here(row),
         )
         self._keep(line)
 
@@ -130,7 +130,7 @@ def work_digest(work: Work) -> str:
     return code_digest(*CODE[work], without=NO_INFLUENCE)
 
 
-def _products(row: Row) -> Literal["bf16", "fp32"]:
+def products_here(row: Row) -> Literal["bf16", "fp32"]:
     """In which precision this machine multiplies a row's matrices."""
     from trsp_deploy.tools.training.shared import has_fast_bf16, pick_device  # torch, which a report does without
 
