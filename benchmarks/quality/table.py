@@ -127,6 +127,7 @@ ARMS: tuple[Arm, ...] = (
         transfer=RECIPE["transfer"],
         at=DEFAULTS,
         self_generated=0.25,
+        every_seed=True,
     ),
     Arm(
         name="own-text-control",
@@ -134,6 +135,7 @@ ARMS: tuple[Arm, ...] = (
         selection="default",
         transfer=TRAIN,
         self_generated=0.25,
+        every_seed=True,
     ),
     Arm(name="refit", label="refit, then train", selection="default", transfer=TRAIN | {"refit": "layers"}),
     Arm(
