@@ -20,7 +20,7 @@ from trsp_deploy.stages.build import build_engine, onnx_sha256
 from trsp_deploy.tools import runners
 from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.quiet import quiet_libraries
-from trsp_deploy.tools.runners import EngineManifest, Runner, open_engine, ort, read_manifest
+from trsp_deploy.tools.runners import EngineManifest, Runner, open_engine, ort_session, read_manifest
 from trsp_deploy.tools.runners.manifest import Bound
 from trsp_deploy.tools.runners.ort import OrtRunner
 from trsp_deploy.tools.runners.requirements import cuda_devices
@@ -288,7 +288,7 @@ def test_silent_fallback_to_the_cpu_is_an_error(export: Export, monkeypatch: pyt
     ):
         raise AssertionError("a CUDA session without CUDA")
     # Past the first check, ONNX Runtime itself warns at most, and gives a session on the CPU.
-    monkeypatch.setattr(ort, "_check_cuda", lambda: None)
+    monkeypatch.setattr(ort_session, "_check_cuda", lambda: None)
     with (
         pytest.raises(EngineUnavailable, match=r"fell back to CPUExecutionProvider.*pip install"),
         OrtRunner(export("opt", "fp32"), backend="onnxruntime-cuda"),

@@ -28,7 +28,7 @@ from trsp_deploy.tools.graphs.logits import cut_logits
 from trsp_deploy.tools.graphs.static_cache import fix_cache
 from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.runners import trt
-from trsp_deploy.tools.runners.ort import bindings_of
+from trsp_deploy.tools.runners.ort_session import bindings_of
 from trsp_deploy.tools.runners.requirements import CudaDevice
 from trsp_deploy.tools.runners.trt_build import profile_shape
 

@@ -21,7 +21,7 @@ from trsp_deploy.recipe import Backend, EngineSpec, Strict
 from trsp_deploy.tools.exporters import optimum
 from trsp_deploy.tools.library import engine_names, load_engine_spec
 from trsp_deploy.tools.runners import BACKENDS, check_can_build, check_can_run
-from trsp_deploy.tools.runners.ort import create_session
+from trsp_deploy.tools.runners.ort_session import create_session
 from trsp_deploy.tools.runners.requirements import cuda_devices, load_package, one_line
 
 State = Literal["ok", "missing", "conflict", "warning"]

@@ -10,7 +10,7 @@ import numpy as np
 
 from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.recipe import Backend, EngineSpec
-from trsp_deploy.tools.runners import ort, ort_build, trt, trt_build
+from trsp_deploy.tools.runners import ort, ort_build, ort_session, trt, trt_build
 from trsp_deploy.tools.runners.base import Runner
 from trsp_deploy.tools.runners.manifest import BuiltEngine, EngineManifest, bound_to, check_manifest, read_manifest
 from trsp_deploy.tools.runners.requirements import PACKAGES, Package, package_version
@@ -46,15 +46,15 @@ class BackendSupport:
 BACKENDS: dict[Backend, BackendSupport] = {
     "onnxruntime-cpu": BackendSupport(
         package=PACKAGES["onnxruntime-cpu"],
-        check_build=ort.check_cpu,
-        check_run=ort.check_cpu,
+        check_build=ort_session.check_cpu,
+        check_run=ort_session.check_cpu,
         build=ort_build.build_cpu,
         open=ort.open_engine,
     ),
     "onnxruntime-cuda": BackendSupport(
         package=PACKAGES["onnxruntime-cuda"],
-        check_build=ort.check_cuda,
-        check_run=ort.check_cuda,
+        check_build=ort_session.check_cuda,
+        check_run=ort_session.check_cuda,
         build=ort_build.build_cuda,
         open=ort.open_engine,
     ),

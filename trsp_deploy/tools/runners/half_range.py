@@ -15,7 +15,8 @@ from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.tools.graphs import check, decoder_io
 from trsp_deploy.tools.graphs.fp16_range import METADATA, HalfRange
 from trsp_deploy.tools.runners.calibration import fitting, text_length
-from trsp_deploy.tools.runners.ort import OrtRunner, bindings_of, create_session, one_line_errors
+from trsp_deploy.tools.runners.ort import OrtRunner
+from trsp_deploy.tools.runners.ort_session import bindings_of, create_session, one_line_errors
 from trsp_deploy.tools.runners.requirements import one_line
 
 PADDING = 4  # one of so many tokens is left padding in front of the text: what stands there must be a number too

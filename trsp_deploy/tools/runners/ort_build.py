@@ -16,7 +16,7 @@ from trsp_deploy.tools.graphs.fp16_range import HalfRange
 from trsp_deploy.tools.runners.calibration import max_positions, read_text
 from trsp_deploy.tools.runners.half_range import within_range
 from trsp_deploy.tools.runners.manifest import BuiltEngine, PassOutcome, kept_products
-from trsp_deploy.tools.runners.ort import bindings_of, create_session
+from trsp_deploy.tools.runners.ort_session import bindings_of, create_session
 from trsp_deploy.tools.runners.passes import Pass, run_passes
 from trsp_deploy.tools.runners.requirements import adds_int8_exactly
 

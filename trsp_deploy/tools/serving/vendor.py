@@ -20,6 +20,7 @@ MODULES = (
     "tools/runners/huge_pages.py",
     "tools/runners/manifest.py",
     "tools/runners/ort.py",
+    "tools/runners/ort_session.py",
     "tools/runners/requirements.py",
     "tools/runners/running_batch.py",
     "tools/runners/trt.py",
