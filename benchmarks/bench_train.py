@@ -28,11 +28,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks import targets
 from benchmarks.kept import results_path
+from benchmarks.targets import at_least, at_most
 from trsp_deploy.artifacts import provenance, writing
 from trsp_deploy.tools.prctl import end_with_parent
 
-TARGETS = {"speed_ratio": 1.0, "memory_ratio": 0.8}  # at least, at most
+TARGETS = {"speed_ratio": at_least(1.0), "memory_ratio": at_most(0.8)}
 WARMUP_STEPS = 2
 ENGINES = ("stage 2", "Trainer")
 
@@ -128,11 +130,7 @@ def verdict(samples: dict[str, list[dict[str, Any]]], options: argparse.Namespac
         "speed_ratio": tokens_per_s(ours, options) / tokens_per_s(theirs, options),
         "memory_ratio": peak_bytes(ours) / peak_bytes(theirs),
     }
-    met = {
-        "speed_ratio": figures["speed_ratio"] >= TARGETS["speed_ratio"],
-        "memory_ratio": figures["memory_ratio"] <= TARGETS["memory_ratio"],
-    }
-    return {"bench": "train", "figures": figures, "targets": TARGETS, "met": met}
+    return targets.verdict("train", TARGETS, figures)
 
 
 def machine() -> dict[str, Any]:

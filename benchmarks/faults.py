@@ -23,7 +23,9 @@ from typing import Any, Literal
 
 import pytest
 
+from benchmarks import targets
 from benchmarks.pages import markdown, put_between_markers
+from benchmarks.targets import at_least, at_most
 from trsp_deploy.artifacts import Provenance, provenance, writing
 from trsp_deploy.errors import RunError, TrspError
 from trsp_deploy.recipe import Strict
@@ -48,15 +50,15 @@ KINDS: dict[str, str] = {
     "generated bad input": "generated bad input",
     "garbled files": "garbled ONNX graphs, configs and served engines",
 }
-TARGETS: dict[str, tuple[float, Literal["at least", "at most"], str]] = {
-    "failed": (0, "at most", "tests that failed"),
-    "tests_without_an_outcome": (0, "at most", "tests that never ran, or were skipped"),
-    "kills": (40, "at least", "moments at which a run was killed"),
-    "finished_steps_redone": (0, "at most", "finished steps that a rerun did again, after any fault"),
-    "ctrl_c_longest_s": (2.0, "at most", "Ctrl-C: seconds until no process was left, the longest"),
-    "damages": (60, "at least", "damaged files, each found and named"),
-    "bad_inputs": (10_000, "at least", "generated bad inputs"),
-    "garbled_files": (3_000, "at least", "garbled files read"),
+TARGETS = {
+    "failed": at_most(0, "tests that failed"),
+    "tests_without_an_outcome": at_most(0, "tests that never ran, or were skipped"),
+    "kills": at_least(40, "moments at which a run was killed"),
+    "finished_steps_redone": at_most(0, "finished steps that a rerun did again, after any fault"),
+    "ctrl_c_longest_s": at_most(2.0, "Ctrl-C: seconds until no process was left, the longest"),
+    "damages": at_least(60, "damaged files, each found and named"),
+    "bad_inputs": at_least(10_000, "generated bad inputs"),
+    "garbled_files": at_least(3_000, "garbled files read"),
 }
 NAMED = 10  # tests without an outcome; of more the rest is a number
 
@@ -214,18 +216,7 @@ def figures(tests: list[Tried], missing: Sequence[str]) -> dict[str, float | Non
 
 def verdict(tests: list[Tried], missing: Sequence[str]) -> dict[str, Any]:
     """The line for scripts; what is not measured is not met."""
-    values = figures(tests, missing)
-
-    def met(name: str) -> bool:
-        value, (bound, sense, _) = values[name], TARGETS[name]
-        return value is not None and (value >= bound if sense == "at least" else value <= bound)
-
-    return {
-        "bench": "faults",
-        "figures": values,
-        "targets": {name: bound for name, (bound, _, _) in TARGETS.items()},
-        "met": {name: met(name) for name in TARGETS},
-    }
+    return targets.verdict("faults", TARGETS, figures(tests, missing))
 
 
 def table(tests: list[Tried], missing: Sequence[str]) -> str:
@@ -235,14 +226,8 @@ def table(tests: list[Tried], missing: Sequence[str]) -> str:
         found = of(tests, kind)
         held = [tried for tried in found if tried.outcome == "passed"]
         rows.append([title, f"{tries(found):,}", f"{tries(held):,}", remark(found) if found else "not tried"])
-    outcome = verdict(tests, missing)
-    goals = []
-    for name, (bound, sense, meaning) in TARGETS.items():
-        value = outcome["figures"][name]
-        state = "not measured" if value is None else "met" if outcome["met"][name] else "**not met**"
-        goals.append([meaning, f"{sense} {bound:,g}", "–" if value is None else f"{value:,g}", state])
     parts = [markdown(["fault", "tried", "held", ""], rows)]
-    parts.append(markdown(["figure", "target", "measured", ""], goals))
+    parts.append(targets.table(TARGETS, figures(tests, missing), "{:,g}".format))
     if missing:
         rest = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
         parts.append(f"Without an outcome: {', '.join(f'`{name}`' for name in missing[:NAMED])}{rest}.")

@@ -28,8 +28,10 @@ from typing import NamedTuple, get_args
 
 import psutil
 
+from benchmarks import targets
 from benchmarks.kept import every_machine, judged, results_path
 from benchmarks.pages import markdown, put_between_markers
+from benchmarks.targets import at_most
 from trsp_deploy.artifacts import Provenance, provenance, writing
 from trsp_deploy.errors import RunError, TrspError
 from trsp_deploy.recipe import FLOAT_BYTES, ExportSettings, Float, Strict
@@ -41,7 +43,7 @@ PAGE = Path("docs/memory.md")
 JOBS = ("export", "export and parity", "optimum")
 POLL_S = 0.02
 MOST = 1.6  # times the weights in the export's precision
-TARGETS = {f"{precision}_{job.replace(' ', '_')}": MOST for job in JOBS[:2] for precision in FLOAT_BYTES}
+TARGETS = {f"{precision}_{job.replace(' ', '_')}": at_most(MOST) for job in JOBS[:2] for precision in FLOAT_BYTES}
 OPT_1B3 = {"hidden_size": 2048, "ffn_dim": 8192, "num_hidden_layers": 24, "num_attention_heads": 32}
 OPT_125M = {"hidden_size": 768, "ffn_dim": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 PROMPTS = (40, 23)  # tokens, as the pipeline's parity check has them
@@ -266,19 +268,12 @@ def ratio(found: Memory, row: Row) -> float:
 
 def met(found: Memory) -> dict[str, bool]:
     """Which targets are met; what was not measured to its end is not."""
-    values = figures(found)
-    return {name: (value := values[name]) is not None and value <= bound for name, bound in TARGETS.items()}
+    return targets.met(TARGETS, figures(found))
 
 
 def verdict(found: Memory) -> dict[str, object]:
     """The JSON line."""
-    return {
-        "bench": "memory",
-        "machine": found.machine.cpu,
-        "figures": figures(found),
-        "targets": TARGETS,
-        "met": met(found),
-    }
+    return targets.verdict("memory", TARGETS, figures(found), machine=found.machine.cpu)
 
 
 def page(found: Memory) -> str:

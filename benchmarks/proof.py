@@ -30,9 +30,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from benchmarks import targets
 from benchmarks.code import code_digest
 from benchmarks.kept import every_machine, judged, results_path
 from benchmarks.pages import markdown, put_between_markers
+from benchmarks.targets import at_least, at_most
 from trsp_deploy.artifacts import Provenance, provenance, writing
 from trsp_deploy.errors import EngineUnavailable, TrspError
 from trsp_deploy.recipe import BenchSettings, EngineSpec, ExportSettings, Strict
@@ -77,11 +79,11 @@ NO_INFLUENCE = frozenset(
     {"__init__", "artifacts", "errors", "limits", "manifest", "prctl", "progress", "recipe", "requirements"}
 )
 PACKAGES = ("onnxruntime", "numpy")  # that a trial runs
-TARGETS: dict[str, tuple[float, Literal["at least", "at most"], str]] = {
-    "same_wrong_share": (0.05, "at most", "an engine against itself: share of comparisons that claim a difference"),
-    "slower_found_share": (0.95, "at least", "5% slower: share of comparisons that find it"),
-    "slower_longest_s": (60, "at most", "5% slower: seconds of the longest comparison"),
-    "faster_confirmed_share": (0.95, "at least", "20% faster: share that confirm it against a requirement of 15%"),
+TARGETS = {
+    "same_wrong_share": at_most(0.05, "an engine against itself: share of comparisons that claim a difference"),
+    "slower_found_share": at_least(0.95, "5% slower: share of comparisons that find it"),
+    "slower_longest_s": at_most(60, "5% slower: seconds of the longest comparison"),
+    "faster_confirmed_share": at_least(0.95, "20% faster: share that confirm it against a requirement of 15%"),
 }
 
 
@@ -347,24 +349,12 @@ def figures(trials: list[Trial]) -> dict[str, float | None]:
 
 def met(trials: list[Trial]) -> dict[str, bool]:
     """Which targets are met; what is not measured is not."""
-    values = figures(trials)
-
-    def holds(name: str) -> bool:
-        value, (bound, sense, _) = values[name], TARGETS[name]
-        return value is not None and (value >= bound if sense == "at least" else value <= bound)
-
-    return {name: holds(name) for name in TARGETS}
+    return targets.met(TARGETS, figures(trials))
 
 
 def verdict(trials: list[Trial]) -> dict[str, Any]:
     """The line for scripts."""
-    return {
-        "bench": "proof",
-        "machine": cpu_of(trials) if trials else None,
-        "figures": figures(trials),
-        "targets": {name: bound for name, (bound, _, _) in TARGETS.items()},
-        "met": met(trials),
-    }
+    return targets.verdict("proof", TARGETS, figures(trials), machine=cpu_of(trials) if trials else None)
 
 
 def page(trials: list[Trial]) -> str:
@@ -394,13 +384,7 @@ def table(trials: list[Trial]) -> str:
             ]
         )
     head = ["trials", "number", "answers", "right", "mean speed-up", "median half-width", "median time"]
-    outcome = verdict(trials)
-    goals = []
-    for name, (bound, sense, meaning) in TARGETS.items():
-        value = outcome["figures"][name]
-        state = "not measured" if value is None else "met" if outcome["met"][name] else "**not met**"
-        goals.append([meaning, f"{sense} {bound:g}", "–" if value is None else f"{value:.4g}", state])
-    return "\n\n".join([markdown(head, rows), markdown(["figure", "target", "measured", ""], goals)])
+    return "\n\n".join([markdown(head, rows), targets.table(TARGETS, figures(trials), "{:.4g}".format)])
 
 
 def where(trials: list[Trial]) -> str:

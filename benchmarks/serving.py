@@ -15,13 +15,14 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from benchmarks import targets
 from benchmarks.kept import every_machine, judged, results_path
 from benchmarks.pages import markdown, put_between_markers
+from benchmarks.targets import at_least, at_most
 from trsp_deploy.artifacts import RunFolder, writing
 from trsp_deploy.errors import TrspError
 from trsp_deploy.pipeline import Pipeline
@@ -54,9 +55,9 @@ MAX_LENGTH = 1024
 FULL = LoadSettings(concurrencies=(1, MAX_BATCH), prompt_tokens=128, new_tokens=32, window_s=4, replicates=5)
 QUICK = FULL.model_copy(update={"window_s": 3, "replicates": 2})
 BLOCKS = 3  # of the bare runner in a replicate, after one to warm up
-TARGETS: dict[str, tuple[float, Literal["at least", "at most"], str]] = {
-    "throughput_8_over_1": (3.0, "at least", "served tokens/s of the pruned model at 8 requests at once over 1"),
-    "time_per_token_overhead": (0.10, "at most", "served time per token over the bare runner's, less 1, one request"),
+TARGETS = {
+    "throughput_8_over_1": at_least(3.0, "served tokens/s of the pruned model at 8 requests at once over 1"),
+    "time_per_token_overhead": at_most(0.10, "served time per token over the bare runner's, less 1, one request"),
 }
 
 
@@ -176,31 +177,17 @@ def figures(found: Serving) -> dict[str, float]:
 
 def met(found: Serving) -> dict[str, bool]:
     """Which targets are met."""
-    values = figures(found)
-    return {
-        name: values[name] >= bound if side == "at least" else values[name] <= bound
-        for name, (bound, side, _) in TARGETS.items()
-    }
+    return targets.met(TARGETS, figures(found))
 
 
 def verdict(found: Serving) -> dict[str, object]:
     """The JSON line."""
-    return {
-        "bench": "serving",
-        "machine": found.served.provenance.cpu,
-        "figures": figures(found),
-        "targets": {name: bound for name, (bound, _, _) in TARGETS.items()},
-        "met": met(found),
-    }
+    return targets.verdict("serving", TARGETS, figures(found), machine=found.served.provenance.cpu)
 
 
 def page(found: Serving) -> str:
     """Markdown: the targets, every figure, and where they come from."""
-    values, holds, report = figures(found), met(found), derive(found.served)
-    rows = [
-        (words, f"{side} {bound:g}", f"{values[name]:.3f}", "met" if holds[name] else "**not met**")
-        for name, (bound, side, words) in TARGETS.items()
-    ]
+    report = derive(found.served)
     compared = [
         (role, f"{1e3 * np.median(found.bare_s[role]):.1f} ms", f"{1e3 * token_s:.1f} ms", shown(overhead(found, role)))
         for role in ROLES
@@ -211,7 +198,7 @@ def page(found: Serving) -> str:
     return "\n\n".join(
         [
             f"{made.cpu}, {made.cores} cores, onnxruntime {made.packages.get('onnxruntime', '?')}; engine {ENGINE}.",
-            markdown(("figure", "target", "measured", ""), rows),
+            targets.table(TARGETS, figures(found)),
             served_sentence(report),
             markdown(SERVED_COLUMNS, served_rows(report)),
             markdown(("model", "bare runner, time per token", "served", "served over bare"), compared),

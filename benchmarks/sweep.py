@@ -20,8 +20,10 @@ import matplotlib
 matplotlib.use("agg")
 from matplotlib import pyplot
 
+from benchmarks import targets
 from benchmarks.kept import every_machine, judged, results_path
 from benchmarks.pages import markdown, put_between_markers
+from benchmarks.targets import at_least
 from trsp_deploy.artifacts import writing
 from trsp_deploy.errors import TrspError
 from trsp_deploy.recipe import Strict
@@ -85,15 +87,14 @@ def _comparison(run: Path) -> Comparison:
 def verdict(found: Found) -> dict[str, Any]:
     """The line of JSON that a bench ends with."""
     figures = {f"drop_{point.num_dropped}_speedup_over_limit": _share(point) for point in found.sweep.points}
-    met = {name: figure is not None and figure >= SHARE for name, figure in figures.items()}
-    return {"bench": "sweep", "figures": figures, "targets": dict.fromkeys(figures, SHARE), "met": met}
+    return targets.verdict("sweep", dict.fromkeys(figures, at_least(SHARE)), figures, decimals=3)
 
 
 def _share(point: Point) -> float | None:
     """Of a new token's limit, as in docs/engines.md."""
     if point.comparison is None or (step := point.comparison.of("decode")).limit is None:
         return None
-    return round(step.speedup.ratio / step.limit, 3)
+    return step.speedup.ratio / step.limit
 
 
 def text(found: Found) -> str:

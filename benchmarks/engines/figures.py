@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
+from benchmarks import targets
 from benchmarks.engines import subjects
+from benchmarks.targets import at_least, at_most
 from trsp_deploy.artifacts import Provenance
 from trsp_deploy.decoder import decoder_size
 from trsp_deploy.recipe import Case, Precision, Strict
@@ -19,23 +21,22 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "int8", "int4")
 PROMPT, NEW_TOKENS, ROUNDS = 128, 128, 11
 LONG_PROMPT, LONG_NEW = 1900, 32
 BATCH = 8
-# figure -> (bound, whether the figure has to be at least it or at most, meaning)
-TARGETS: dict[str, tuple[float, str, str]] = {
-    "fp32_decode_to_genai": (1.0, "at least", "fp32 decoding over onnxruntime-genai's"),
-    "fp32_decode_to_optimum": (1.5, "at least", "fp32 decoding over Optimum's runner of its graph"),
-    "int4_decode_to_genai": (1.0, "at least", "int4 decoding over onnxruntime-genai's"),
-    "int4_perplexity_to_genai": (1.03, "at most", "int4 perplexity over onnxruntime-genai's"),
-    "int8_prefill_to_fp32": (2.0, "at least", "int8 prompt over fp32's"),
-    "fp32_floor_share": (0.85, "at least", "fp32: bytes over measured bandwidth, over the time of a token"),
-    "late_to_early": (1.35, "at most", f"fp32: a token at past {LONG_PROMPT} over one at past {PROMPT}"),
-    "batch_fp32": (3.0, "at least", f"fp32: tokens/s at batch {BATCH} over batch 1"),
-    "batch_int8": (3.0, "at least", f"int8: tokens/s at batch {BATCH} over batch 1"),
-    "batch_int4": (3.0, "at least", f"int4: tokens/s at batch {BATCH} over batch 1"),
-    "opt_decode_to_optimum": (2.0, "at least", "random OPT-125M, fp32 decoding over Optimum's runner"),
-    "gpt2_decode_to_optimum": (2.0, "at least", "random GPT-2, fp32 decoding over Optimum's runner"),
-    "pruned_fp32": (0.95, "at least", "7 of 30 layers less, fp32: measured speed-up over its limit"),
-    "pruned_int8": (0.95, "at least", "7 of 30 layers less, int8: measured speed-up over its limit"),
-    "pruned_int4": (0.95, "at least", "7 of 30 layers less, int4: measured speed-up over its limit"),
+TARGETS = {
+    "fp32_decode_to_genai": at_least(1.0, "fp32 decoding over onnxruntime-genai's"),
+    "fp32_decode_to_optimum": at_least(1.5, "fp32 decoding over Optimum's runner of its graph"),
+    "int4_decode_to_genai": at_least(1.0, "int4 decoding over onnxruntime-genai's"),
+    "int4_perplexity_to_genai": at_most(1.03, "int4 perplexity over onnxruntime-genai's"),
+    "int8_prefill_to_fp32": at_least(2.0, "int8 prompt over fp32's"),
+    "fp32_floor_share": at_least(0.85, "fp32: bytes over measured bandwidth, over the time of a token"),
+    "late_to_early": at_most(1.35, f"fp32: a token at past {LONG_PROMPT} over one at past {PROMPT}"),
+    "batch_fp32": at_least(3.0, f"fp32: tokens/s at batch {BATCH} over batch 1"),
+    "batch_int8": at_least(3.0, f"int8: tokens/s at batch {BATCH} over batch 1"),
+    "batch_int4": at_least(3.0, f"int4: tokens/s at batch {BATCH} over batch 1"),
+    "opt_decode_to_optimum": at_least(2.0, "random OPT-125M, fp32 decoding over Optimum's runner"),
+    "gpt2_decode_to_optimum": at_least(2.0, "random GPT-2, fp32 decoding over Optimum's runner"),
+    "pruned_fp32": at_least(0.95, "7 of 30 layers less, fp32: measured speed-up over its limit"),
+    "pruned_int8": at_least(0.95, "7 of 30 layers less, int8: measured speed-up over its limit"),
+    "pruned_int4": at_least(0.95, "7 of 30 layers less, int4: measured speed-up over its limit"),
 }
 Samples = dict[str, list[dict[str, Any]]]  # contender -> one block a round
 
@@ -116,15 +117,5 @@ def _scaled(found: Ratio, factor: float) -> Ratio:
 
 
 def verdict(values: dict[str, float | None]) -> dict[str, Any]:
-    """The line for scripts; what is not measured is not met."""
-
-    def met(name: str, value: float | None) -> bool:
-        bound, sense, _ = TARGETS[name]
-        return value is not None and (value >= bound if sense == "at least" else value <= bound)
-
-    return {
-        "bench": "engines",
-        "figures": {name: None if value is None else round(value, 3) for name, value in values.items()},
-        "targets": {name: bound for name, (bound, _, _) in TARGETS.items()},
-        "met": {name: met(name, value) for name, value in values.items()},
-    }
+    """The line for scripts."""
+    return targets.verdict("engines", TARGETS, values, decimals=3)

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.engines.figures import BATCH, LONG_NEW, NEW_TOKENS, PROMPT, TARGETS, Found, figures, ratios, verdict
+from benchmarks import targets
+from benchmarks.engines.figures import BATCH, LONG_NEW, NEW_TOKENS, PROMPT, TARGETS, Found, figures, ratios
 from benchmarks.pages import markdown
 from trsp_deploy.tools.judging.statistics import Ratio
 
@@ -44,11 +45,7 @@ def text(found: Found) -> str:
 def markdown_text(found: Found) -> str:
     """The table for a page, and every target with what was measured."""
     values = ratios(found.samples, found.bandwidths, found.perplexity, found.stored)
-    met = verdict(figures(found))["met"]
-    targets = [
-        [meaning, f"{sense} {bound:g}", _with_interval(values[name]), _said(met[name])]
-        for name, (bound, sense, meaning) in TARGETS.items()
-    ]
+    intervals = {name: _with_interval(value) for name, value in values.items() if value is not None}
     machine = found.machine
     # onnxruntime-gpu goes by another name; of the others there is none where their environment is not.
     versions = {**machine.packages, **{f"peers' {name}": version for name, version in found.peers.items()}}
@@ -63,7 +60,7 @@ def markdown_text(found: Found) -> str:
             "Perplexity: 8 windows of 512 tokens of wiki-demo.",
             markdown(HEAD, rows(found)),
             *(f"{label}: not measured ({reason})." for label, reason in found.absent.items()),
-            markdown(("ratio", "target", "measured", ""), targets),
+            targets.table(TARGETS, figures(found), cells=intervals),
         ]
     )
 
@@ -74,14 +71,8 @@ def short_text(found: Found) -> str:
     return f"{found.processor}, {found.machine.cores} cores:\n\n{markdown(HEAD, shown)}"
 
 
-def _with_interval(found: Ratio | None) -> str:
-    if found is None:
-        return "–"
+def _with_interval(found: Ratio) -> str:
     return f"{found.ratio:.2f}" + (f" ({found.low:.2f} to {found.high:.2f})" if found.low < found.high else "")
-
-
-def _said(met: bool) -> str:
-    return "met" if met else "**not met**"
 
 
 def _median(values: Iterator[float]) -> float:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Literal
 
 import numpy as np
 
 from benchmarks.quality.rows import Accuracies, Kind, Losses, Row, Selected
 from benchmarks.quality.store import Store
 from benchmarks.quality.table import RIVALS, Table, dense_row, labelled_rows, selection_row
+from benchmarks.targets import above, at_most
 from trsp_deploy.recipe import Strict
 
 # Two-sided 95% quantile of Student's t by degrees of freedom.
@@ -26,50 +26,23 @@ class Interval(Strict):
     seeds: int
 
 
-class Target(Strict):
-    """A bound that a figure has to keep."""
-
-    bound: float
-    sense: Literal["at most", "above"] = "at most"
-    meaning: str
-
-    def met(self, figure: float | None) -> bool:
-        """Whether the figure keeps the bound; what is not measured does not."""
-        if figure is None:
-            return False
-        return bool(figure <= self.bound if self.sense == "at most" else figure > self.bound)
-
-
-TARGETS: dict[str, Target] = {
-    "untrained_to_sleb": Target(
-        bound=0.72, meaning="TRSP's gates, layers refitted, nothing trained, over SLEB, perplexity, worst text"
+TARGETS = {
+    "untrained_to_sleb": at_most(
+        0.72, "TRSP's gates, layers refitted, nothing trained, over SLEB, perplexity, worst text"
     ),
-    "ratio_in_131k": Target(
-        bound=1.35, meaning="default over dense, perplexity in the calibration's domain, 131k tokens"
-    ),
-    "ratio_out_131k": Target(
-        bound=1.30, meaning="default over dense, perplexity, worst text of another domain, 131k tokens"
-    ),
-    "ratio_in_524k": Target(
-        bound=1.25, meaning="default over dense, perplexity in the calibration's domain, 524k tokens"
-    ),
-    "ratio_out_524k": Target(
-        bound=1.25, meaning="default over dense, perplexity, worst text of another domain, 524k tokens"
-    ),
-    "to_control_33k": Target(bound=1.0, meaning="default over remove-then-train, perplexity, worst text, 33k tokens"),
-    "to_control_131k": Target(bound=1.0, meaning="default over remove-then-train, perplexity, worst text, 131k tokens"),
-    "to_control_524k": Target(bound=1.0, meaning="default over remove-then-train, perplexity, worst text, 524k tokens"),
-    "selection_spread": Target(
-        bound=1.02, meaning="largest over smallest removal loss of the default selection, five seeds"
-    ),
-    "selection_loss_to_sleb": Target(
-        bound=1.0, meaning="mean removal loss of the default selection over SLEB's, five seeds"
-    ),
-    "selection_passes_to_sleb": Target(bound=0.1, meaning="forward passes of the default selection over SLEB's"),
-    "zero_shot_margin": Target(
-        bound=0.0,
-        sense="above",
-        meaning="retained zero-shot accuracy of the default less the best rival's at equal tokens, mean of five tasks",
+    "ratio_in_131k": at_most(1.35, "default over dense, perplexity in the calibration's domain, 131k tokens"),
+    "ratio_out_131k": at_most(1.30, "default over dense, perplexity, worst text of another domain, 131k tokens"),
+    "ratio_in_524k": at_most(1.25, "default over dense, perplexity in the calibration's domain, 524k tokens"),
+    "ratio_out_524k": at_most(1.25, "default over dense, perplexity, worst text of another domain, 524k tokens"),
+    "to_control_33k": at_most(1.0, "default over remove-then-train, perplexity, worst text, 33k tokens"),
+    "to_control_131k": at_most(1.0, "default over remove-then-train, perplexity, worst text, 131k tokens"),
+    "to_control_524k": at_most(1.0, "default over remove-then-train, perplexity, worst text, 524k tokens"),
+    "selection_spread": at_most(1.02, "largest over smallest removal loss of the default selection, five seeds"),
+    "selection_loss_to_sleb": at_most(1.0, "mean removal loss of the default selection over SLEB's, five seeds"),
+    "selection_passes_to_sleb": at_most(0.1, "forward passes of the default selection over SLEB's"),
+    "zero_shot_margin": above(
+        0.0,
+        "retained zero-shot accuracy of the default less the best rival's at equal tokens, mean of five tasks",
     ),
 }
 BUDGETS = {"33k": 32, "131k": 128, "524k": 512}  # steps

@@ -11,16 +11,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks import targets
 from benchmarks.pages import markdown, put_between_markers
 from benchmarks.quality.__main__ import results_file
 from benchmarks.quality.figures import BUDGETS, TARGETS, Found, Interval, figures
 from benchmarks.quality.rows import Kind
 from benchmarks.quality.store import Store
 from benchmarks.quality.table import FULL, QUICK, Arm, rows, trained_arms
+from benchmarks.targets import ABSENT
 from trsp_deploy.errors import TrspError
 
 DOC, README, IMAGES = Path("docs/quality.md"), Path("README.md"), Path("docs/img")
-ABSENT = "–"  # not measured yet
 ELSEWHERE = "† Made on another processor than the default, or on several: some multiply in bf16, some in fp32."
 
 
@@ -44,13 +45,7 @@ def main() -> int:
 
 def summary(found: Found) -> dict[str, object]:
     """The bench's result for scripts: figures, targets and whether each is met, under the same keys."""
-    values = figures(found)
-    return {
-        "bench": "quality",
-        "figures": {name: None if value is None else round(value, 4) for name, value in values.items()},
-        "targets": {name: target.bound for name, target in TARGETS.items()},
-        "met": {name: target.met(values[name]) for name, target in TARGETS.items()},
-    }
+    return targets.verdict("quality", TARGETS, figures(found), decimals=4)
 
 
 def write(found: Found) -> None:
@@ -102,12 +97,7 @@ def state(found: Found) -> str:
 
 def targets_table(found: Found) -> str:
     """What is claimed, and whether it holds."""
-    values = figures(found)
-    body = [
-        [target.meaning, f"{target.sense} {target.bound:g}", _number(values[name]), _verdict(name, values[name])]
-        for name, target in TARGETS.items()
-    ]
-    return markdown(["figure", "target", "measured", ""], body)
+    return targets.table(TARGETS, figures(found))
 
 
 def losses_table(found: Found, kind: Kind, arms: Sequence[Arm], steps: int) -> str:
@@ -188,16 +178,6 @@ def _cell(interval: Interval | None, best: float | None = None) -> str:
     if interval.low is None or interval.high is None:
         return f"{mean} (one seed)"
     return f"{mean} ({interval.low:.3f} to {interval.high:.3f})"
-
-
-def _number(value: float | None) -> str:
-    return ABSENT if value is None else f"{value:.3f}"
-
-
-def _verdict(name: str, value: float | None) -> str:
-    if value is None:
-        return "not measured"
-    return "met" if TARGETS[name].met(value) else "**not met**"
 
 
 def _tokens(found: Found, steps: int) -> str:
