@@ -12,8 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmarks import kept, proof
-from benchmarks.proof import COUNTS, RIGHT, TARGETS, Kind, Trial, comparison_digest, figures, page, table, terms_of
+from benchmarks import kept
+from benchmarks.proof import __main__ as bench
+from benchmarks.proof import subject, trials
+from benchmarks.proof.found import COUNTS, TARGETS, figures, met, page, read_here, table, verdict
+from benchmarks.proof.trials import RIGHT, Kind, Trial, comparison_digest, terms_of
 from tests.made_run import SPEC, made_run
 from tests.samples import made_up
 from trsp_deploy.artifacts import provenance
@@ -47,8 +50,8 @@ def by_earlier_code(made: Trial) -> Trial:
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where trials are kept; not there yet."""
     monkeypatch.setattr(kept, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(proof, "PAGE", tmp_path / "proof.md")
-    monkeypatch.setattr(proof, "HOME", tmp_path / "home")
+    monkeypatch.setattr(bench, "PAGE", tmp_path / "proof.md")
+    monkeypatch.setattr(bench, "HOME", tmp_path / "home")
     (tmp_path / "proof.md").write_text("<!-- proof:start -->\nold\n<!-- proof:end -->\n")
     return tmp_path / "results"
 
@@ -62,25 +65,25 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Kind, int]]:
         asked.append((kind, number))
         return trial(kind, number, right=True)
 
-    monkeypatch.setattr(proof, "make", make)
-    monkeypatch.setattr(proof, "small_engine", lambda: Path("engine"))
+    monkeypatch.setattr(bench, "make", make)
+    monkeypatch.setattr(bench, "small_engine", lambda: Path("engine"))
     return asked
 
 
 def test_targets_are_judged_and_what_is_missing_is_not_met() -> None:
     every = [trial(kind, n, right=True) for kind, count in COUNTS.items() for n in range(count)]
-    good = proof.verdict(every)
+    good = verdict(every)
     assert all(good["met"].values()) and good["figures"]["same_wrong_share"] == 0
     assert set(good["figures"]) == set(good["targets"]) == set(good["met"]) == set(TARGETS)
     wrong = [trial("same", 0, right=False), *every[1:20], trial("slower", 0, True, elapsed_s=61)]
-    found = proof.verdict(wrong)
+    found = verdict(wrong)
     assert found["figures"]["same_wrong_share"] == 0.05 and found["met"]["same_wrong_share"]
     assert not found["met"]["slower_longest_s"] and not found["met"]["faster_confirmed_share"]
-    assert figures([])["slower_found_share"] is None and not any(proof.verdict([])["met"].values())
+    assert figures([])["slower_found_share"] is None and not any(verdict([])["met"].values())
 
 
 def test_targets_are_judged_before_they_are_rounded() -> None:
-    assert not proof.met([trial("slower", 0, right=True, elapsed_s=60.04)])["slower_longest_s"]
+    assert not met([trial("slower", 0, right=True, elapsed_s=60.04)])["slower_longest_s"]
     assert "60.04" in table([trial("slower", 0, right=True, elapsed_s=60.04)])
 
 
@@ -100,8 +103,8 @@ def test_answers_come_from_the_samples(kind: Kind) -> None:
 
 def test_a_trial_is_kept_with_what_made_it(monkeypatch: pytest.MonkeyPatch) -> None:
     comparison = made_up(speedup=1.2)
-    monkeypatch.setattr(proof, "measure", lambda *_, **__: comparison)
-    new = proof.make("faster", 3, Path("engine"))
+    monkeypatch.setattr(trials, "measure", lambda *_, **__: comparison)
+    new = trials.make("faster", 3, Path("engine"))
     assert new.right and new.load == 1.0 and new.found["total"].ratio == pytest.approx(1.2, rel=0.02)
     read = Trial.model_validate_json(new.model_dump_json())
     assert read == new and not read.stale and not read.foreign
@@ -122,19 +125,19 @@ def test_trials_of_other_code_settings_and_packages_are_known() -> None:
 def test_trials_of_earlier_code_are_made_again_only_when_asked(results: Path, made, capsys) -> None:
     old = [by_earlier_code(trial("same", 0, right=True)), trial("slower", 0, right=True)]
     counts: dict[Kind, int] = {"same": 1, "slower": 2}
-    found = proof.run(counts, old, keep=True)
+    found = bench.run(counts, old, keep=True)
     assert made == [("slower", 1)] and len(found) == 3
     assert "1 trials are of other code" in capsys.readouterr().out
-    assert proof.read_here() == found  # in a folder that was not there
-    again = proof.run(counts, found, keep=True, redo=True)
-    assert made == [("slower", 1), ("same", 0)] and proof.read_here() == again
+    assert read_here() == found  # in a folder that was not there
+    again = bench.run(counts, found, keep=True, redo=True)
+    assert made == [("slower", 1), ("same", 0)] and read_here() == again
     assert not any(each.stale for each in again) and len(again) == 3
 
 
 def test_a_report_has_every_machine_and_judges_this_one(results: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys, "argv", ["proof", "--report"])
-    assert proof.main() == 1  # nothing is there: the page stays as it was
-    assert "old" in proof.PAGE.read_text()
+    assert bench.main() == 1  # nothing is there: the page stays as it was
+    assert "old" in bench.PAGE.read_text()
     results.mkdir()
 
     def write(cpu: str, right: bool) -> None:
@@ -144,37 +147,37 @@ def test_a_report_has_every_machine_and_judges_this_one(results: Path, monkeypat
     write("A", right=False)
     write("Z", right=True)
     capsys.readouterr()
-    assert proof.main() == 0
-    assert all(f"\n{cpu}, " in proof.PAGE.read_text() for cpu in "AZ")
+    assert bench.main() == 0
+    assert all(f"\n{cpu}, " in bench.PAGE.read_text() for cpu in "AZ")
     assert '"machine": "A"' in capsys.readouterr().out  # the worst: none is of this machine
     write(provenance().cpu, right=True)
-    assert proof.main() == 0
+    assert bench.main() == 0
     assert f'"machine": "{provenance().cpu}"' in capsys.readouterr().out
 
 
 def test_the_committed_trials_are_read() -> None:
     for path in (ROOT / kept.RESULTS).glob("proof-*.jsonl"):
-        trials = [Trial.model_validate_json(line) for line in path.read_text().splitlines()]
-        assert len({(each.kind, each.number) for each in trials}) == len(trials) == sum(COUNTS.values())
-        assert all(each.right for each in trials if each.number == 0)
+        there = [Trial.model_validate_json(line) for line in path.read_text().splitlines()]
+        assert len({(each.kind, each.number) for each in there}) == len(there) == sum(COUNTS.values())
+        assert all(each.right for each in there if each.number == 0)
 
 
 def test_an_engine_of_another_onnx_runtime_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = made_run(tmp_path / "run") / "engines/ort-cpu-fp32/dense"
-    monkeypatch.setattr(proof, "package_version", lambda backend: "1")
-    assert proof.fits(engine, SPEC)
-    assert not proof.fits(engine, SPEC.model_copy(update={"threads": 7}))
-    assert not proof.fits(tmp_path / "nowhere", SPEC)
+    monkeypatch.setattr(subject, "package_version", lambda backend: "1")
+    assert subject.fits(engine, SPEC)
+    assert not subject.fits(engine, SPEC.model_copy(update={"threads": 7}))
+    assert not subject.fits(tmp_path / "nowhere", SPEC)
     (engine / "model.onnx").write_text("damaged")
-    assert not proof.fits(engine, SPEC)
-    monkeypatch.setattr(proof, "package_version", lambda backend: "2")
-    assert not proof.fits(made_run(tmp_path / "again") / "engines/ort-cpu-fp32/dense", SPEC)
+    assert not subject.fits(engine, SPEC)
+    monkeypatch.setattr(subject, "package_version", lambda backend: "2")
+    assert not subject.fits(made_run(tmp_path / "again") / "engines/ort-cpu-fp32/dense", SPEC)
 
 
 def test_the_neighbour_ends_with_a_bench_that_is_killed() -> None:
     program = (
         "import subprocess, sys, time\n"
-        "print(subprocess.Popen([sys.executable, '-m', 'benchmarks.proof_load']).pid, flush=True)\n"
+        "print(subprocess.Popen([sys.executable, '-m', 'benchmarks.proof.neighbour']).pid, flush=True)\n"
         "time.sleep(100)"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=ROOT) as bench:

@@ -1,0 +1,145 @@
+"""A trial: a comparison whose truth is known, its samples, and what they say."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from pathlib import Path
+from typing import Literal
+
+from benchmarks.code import code_digest
+from benchmarks.proof.subject import VOCABULARY, background_load
+from trsp_deploy.artifacts import Provenance, provenance
+from trsp_deploy.recipe import BenchSettings, Strict
+from trsp_deploy.results import PHASES, Comparison, Phase
+from trsp_deploy.tools.judging.comparisons import claim, compare
+from trsp_deploy.tools.judging.goals import Goal, least_speedup, settled_all
+from trsp_deploy.tools.judging.statistics import Ratio, replicate_ratios, widened
+from trsp_deploy.tools.judging.verdicts import judge
+from trsp_deploy.tools.measuring.bench_worker import PLANTED
+from trsp_deploy.tools.measuring.samples import measure
+
+Kind = Literal["same", "same, loaded", "slower", "faster"]
+SAME_S, PLANTED_S = 30.0, 59.0  # budgets
+PLANTS: dict[Kind, tuple[float, float]] = {  # by how much dense and pruned are slowed down
+    "same": (0, 0),
+    "same, loaded": (0, 0),
+    "slower": (0, 0.05),
+    "faster": (0.2, 0),
+}
+WANTED: dict[Kind, float] = {"slower": 1.0, "faster": 1.15}
+RIGHT: dict[Kind, str] = {"same": "INCONCLUSIVE", "same, loaded": "INCONCLUSIVE", "slower": "fail", "faster": "pass"}
+# Where a comparison's code begins, below trsp_deploy/; what it imports belongs to it, but for what decides no trial.
+CODE = (
+    "tools/measuring/samples.py",
+    "tools/measuring/bench_worker.py",
+    "tools/judging/comparisons.py",
+    "tools/judging/goals.py",
+)
+NO_INFLUENCE = frozenset(
+    {"__init__", "artifacts", "errors", "limits", "manifest", "prctl", "progress", "recipe", "requirements"}
+)
+PACKAGES = ("onnxruntime", "numpy")  # that a trial runs
+
+
+class Terms(Strict):
+    """What a trial asks, and how."""
+
+    planted: tuple[float, float]
+    wanted: float | None
+    settings: BenchSettings
+
+
+class Trial(Strict):
+    """One comparison's samples; what they say is derived."""
+
+    kind: Kind
+    number: int
+    machine: Provenance
+    elapsed_s: float
+    replicates: dict[Phase, tuple[float, ...]]  # log ratio of each
+    control: dict[Phase, tuple[float, ...]]
+    load: float  # mean number of runnable processes
+    terms: Terms | None = None  # None, and no code, where a trial is older than these
+    code: str = ""  # digest
+
+    @functools.cached_property
+    def found(self) -> dict[Phase, Ratio]:
+        """Speed-ups with their intervals."""
+        return {phase: widened(logs, self.control[phase] or None).found for phase, logs in self.replicates.items()}
+
+    @functools.cached_property
+    def answer(self) -> str:
+        """The claim, or the verdict on the requirement."""
+        count = len(self.replicates["total"])
+        goal = goal_of(self.kind)
+        if goal is None:
+            return claim(list(self.found.values()), count)
+        return judge(goal.requirement, self.found["total"], count).word
+
+    @property
+    def right(self) -> bool:
+        """Whether the answer is the truth."""
+        return self.answer == RIGHT[self.kind]
+
+    @property
+    def stale(self) -> bool:
+        """Whether it was made by other code, or asked otherwise, than now."""
+        return (self.code, self.terms) != (comparison_digest(), terms_of(self.kind))
+
+    @property
+    def foreign(self) -> bool:
+        """Whether it was made on other cores or with other packages than this process has."""
+        here = provenance()
+        same = [self.machine.packages.get(name) == here.packages.get(name) for name in PACKAGES]
+        return self.machine.cores != here.cores or not all(same)
+
+
+def comparison_digest() -> str:
+    """Hash of the code that compares."""
+    return code_digest(*CODE, without=NO_INFLUENCE)
+
+
+def terms_of(kind: Kind) -> Terms:
+    """What a trial of this kind asks now."""
+    budget_s = PLANTED_S if kind in WANTED else SAME_S
+    settings = BenchSettings(prompt_tokens=(64,), new_tokens=16, budget_s=budget_s)
+    return Terms(planted=PLANTS[kind], wanted=WANTED.get(kind), settings=settings)
+
+
+def goal_of(kind: Kind) -> Goal | None:
+    """The requirement that a comparison has to decide; None where it is to claim nothing."""
+    return least_speedup("total", WANTED[kind], "the bench", cases=1) if kind in WANTED else None
+
+
+def make(kind: Kind, number: int, engine: Path) -> Trial:
+    """One comparison of the engine with itself, slowed down as the kind says."""
+    terms, goal = terms_of(kind), goal_of(kind)
+    dense, pruned = ({PLANTED: str(share)} if share else {} for share in terms.planted)
+    with background_load() if kind == "same, loaded" else contextlib.nullcontext():
+        comparison = measure(
+            {"dense": engine, "pruned": engine},
+            f"{kind} {number}",
+            VOCABULARY,
+            terms.settings,
+            number,
+            decided=(lambda replicates: settled_all([goal], replicates)) if goal else None,
+            environment={"dense": dense, "again": dense, "pruned": pruned},
+        )
+    beside = compare(comparison).machine
+    return Trial(
+        kind=kind,
+        number=number,
+        machine=provenance(),
+        elapsed_s=comparison.elapsed_s,
+        replicates={phase: _ratios(comparison, phase)[0] for phase in PHASES},
+        control={phase: _ratios(comparison, phase)[1] for phase in PHASES},
+        load=0.0 if beside is None else beside.load,
+        terms=terms,
+        code=comparison_digest(),
+    )
+
+
+def _ratios(comparison: Comparison, phase: Phase) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    ratios, control = replicate_ratios(comparison.replicates, 0, phase)
+    return tuple(round(value, 5) for value in ratios), tuple(round(value, 5) for value in control or [])
