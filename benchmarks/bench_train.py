@@ -244,11 +244,11 @@ def trainer(options: argparse.Namespace) -> dict[str, Any]:
     job = Job(options)
     settings = job.recipe.transfer
 
-    class InOrder(Trainer):
+    class InOrder(Trainer):  # type: ignore[misc]  # transformers does not type it
         def _get_train_sampler(self, *_: Any) -> Any:
             return torch.utils.data.SequentialSampler(rows)
 
-    class Timed(TrainerCallback):
+    class Timed(TrainerCallback):  # type: ignore[misc]
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             job.mark()
 

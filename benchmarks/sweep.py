@@ -27,7 +27,7 @@ from benchmarks.targets import at_least
 from trsp_deploy.artifacts import writing
 from trsp_deploy.errors import TrspError
 from trsp_deploy.recipe import Strict
-from trsp_deploy.tools.judging.comparisons import Comparison
+from trsp_deploy.results import Comparison
 from trsp_deploy.tools.reports.sweeps import Point, Sweep
 
 COUNTS = (3, 6, 9, 12)  # of 30 layers
