@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import trsp_deploy
@@ -51,11 +52,14 @@ class _OwnImports(ast.NodeTransformer):
         return None
 
 
-def _imported(tree: ast.Module, package: Path) -> list[Path]:
-    """The package's own modules that a module imports from, wherever in it."""
-    names = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and _is_own(node)]
-    own = [package.joinpath(*name.split(".")[1:]) for name in names]
-    return [path / "__init__.py" if path.is_dir() else path.with_suffix(".py") for path in own]
+def _imported(tree: ast.Module, package: Path) -> Iterator[Path]:
+    """The package's own modules that a module imports, or imports from, wherever in it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and _is_own(node):
+            place = package.joinpath(*(node.module or "").split(".")[1:])
+            yield place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+            # `from trsp_deploy.tools.runners import ort_build` names a module and not what the package defines.
+            yield from filter(Path.is_file, (place / f"{name.name}.py" for name in node.names))
 
 
 def _is_own(node: ast.ImportFrom) -> bool:

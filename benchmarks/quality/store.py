@@ -21,9 +21,22 @@ CODE: dict[Work, tuple[str, ...]] = {
     "losses": ("stages/selection.py", *TRAINING, "stages/evaluate.py"),
     "zero-shot": ("stages/selection.py", *TRAINING, "stages/zeroshot.py"),
 }
-# Imported, but of no influence on a number. Of `recipe` only the values count, and those are in the digest themselves.
+# Imported, but of no influence on a number. Of `recipe` only the values count, and those are in the digest themselves;
+# `runners` are engines, and every row asks PyTorch.
 NO_INFLUENCE = frozenset(
-    {"errors", "artifacts", "results", "recipe", "assets", "packaged", "models", "model_card", "progress", "quiet"}
+    [
+        "errors",
+        "artifacts",
+        "results",
+        "recipe",
+        "assets",
+        "packaged",
+        "models",
+        "model_card",
+        "progress",
+        "quiet",
+        "runners",
+    ]
 )
 # What of a resolved recipe decides a row; the rest of it (engines, bench, ...) does not.
 DECIDES = {"calibration", "plan", "transfer", "evaluate", "weights", "autocast", "device", "seed"}

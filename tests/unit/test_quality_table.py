@@ -118,6 +118,13 @@ def test_digest_sees_code_and_neither_its_comments_nor_its_place() -> None:
     assert len({work_digest(work) for work in CODE}) == 3
 
 
+def test_digest_follows_modules_that_are_imported_by_name() -> None:
+    tree = ast.parse("from trsp_deploy.tools.runners import Runner, ort_build\nfrom trsp_deploy.errors import RunError")
+    found = {str(path) for path in code._imported(tree, Path("trsp_deploy"))}
+    runners = "trsp_deploy/tools/runners"
+    assert found == {f"{runners}/__init__.py", f"{runners}/ort_build.py", "trsp_deploy/errors.py"}
+
+
 def test_rows_of_other_code_are_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = filled(tmp_path / "quality.jsonl", QUICK)
     assert not any(lines.stale(row) for row in rows(QUICK))
