@@ -12,6 +12,7 @@ from benchmarks.quality.store import Store
 from benchmarks.quality.table import RIVALS, Table, dense_row, labelled_rows, selection_row
 from benchmarks.targets import above, at_most
 from trsp_deploy.recipe import Strict
+from trsp_deploy.results import ZeroShot
 
 # Two-sided 95% quantile of Student's t by degrees of freedom.
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -96,27 +97,36 @@ class Found:
         lines = [self.store.get(selection_row(self.table, name, seed)) for seed in self.table.selection_seeds]
         return [line.outcome for line in lines if line is not None and isinstance(line.outcome, Selected)]
 
-    def accuracies(self, arm: str) -> Accuracies | None:
-        """Zero-shot outcome of an arm, or of the dense model by the name `dense`."""
-        found = [row for row in self._rows if (row.kind, row.arm) == ("zero-shot", arm)]
-        line = self.store.get(found[0]) if found else None
-        return line.outcome if line is not None and isinstance(line.outcome, Accuracies) else None
+    def accuracies(self, arm: str) -> dict[int, ZeroShot]:
+        """Seed -> zero-shot answers of an arm, or of the dense model by the name `dense`."""
+        rows = [row for row in self._rows if (row.kind, row.arm) == ("zero-shot", arm)]
+        found = {row.seed: line.outcome for row in rows if (line := self.store.get(row)) is not None}
+        return {seed: outcome.score for seed, outcome in found.items() if isinstance(outcome, Accuracies)}
 
-    def retained(self, arm: str) -> float | None:
-        """Mean accuracy over the dense model's."""
-        ours, dense = self.accuracies(arm), self.accuracies("dense")
-        return None if ours is None or dense is None else ours.score.mean_accuracy / dense.score.mean_accuracy
+    def retained(self, arm: str) -> dict[int, float]:
+        """Seed -> mean accuracy over the dense model's; empty until that has answered."""
+        dense = [score.mean_accuracy for score in self.accuracies("dense").values()]
+        return {seed: score.mean_accuracy / dense[0] for seed, score in self.accuracies(arm).items() if dense}
 
 
 def over_seeds(logs: Sequence[float]) -> Interval | None:
     """exp of the mean log and of its t-interval; None without a value."""
-    if not logs:
+    mean = mean_over_seeds(logs)
+    if mean is None:
         return None
-    mean = float(np.mean(logs))
-    if len(logs) == 1:
-        return Interval(mean=math.exp(mean), low=None, high=None, seeds=1)
-    margin = T_975[len(logs) - 1] * float(np.std(logs, ddof=1)) / math.sqrt(len(logs))
-    return Interval(mean=math.exp(mean), low=math.exp(mean - margin), high=math.exp(mean + margin), seeds=len(logs))
+    ends = {end: math.exp(value) for end in ("low", "high") if (value := getattr(mean, end)) is not None}
+    return mean.model_copy(update={"mean": math.exp(mean.mean), **ends})
+
+
+def mean_over_seeds(values: Sequence[float]) -> Interval | None:
+    """Mean and its t-interval; None without a value."""
+    if not values:
+        return None
+    mean = float(np.mean(values))
+    if len(values) == 1:
+        return Interval(mean=mean, low=None, high=None, seeds=1)
+    margin = T_975[len(values) - 1] * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return Interval(mean=mean, low=mean - margin, high=mean + margin, seeds=len(values))
 
 
 def figures(found: Found) -> dict[str, float | None]:
@@ -165,6 +175,7 @@ def _over(ours: Sequence[Selected], theirs: Sequence[Selected], field: str) -> f
 
 
 def _margin(found: Found) -> float | None:
+    """Mean over the seeds that both have answered with, of the rival that leaves the least."""
     ours, rivals = found.retained("default"), [found.retained(name) for name in RIVALS]
-    known = [value for value in rivals if value is not None]
-    return None if ours is None or len(known) < len(rivals) else ours - max(known)
+    paired = [[ours[seed] - theirs[seed] for seed in ours if seed in theirs] for theirs in rivals]
+    return min(float(np.mean(pairs)) for pairs in paired) if all(paired) else None

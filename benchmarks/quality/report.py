@@ -11,10 +11,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks import targets
 from benchmarks.pages import markdown, put_between_markers
 from benchmarks.quality.__main__ import results_file
-from benchmarks.quality.figures import BUDGETS, TARGETS, Found, Interval, figures
+from benchmarks.quality.figures import BUDGETS, TARGETS, Found, Interval, figures, mean_over_seeds
 from benchmarks.quality.rows import Kind
 from benchmarks.quality.store import Store
 from benchmarks.quality.table import FULL, QUICK, Arm, rows, trained_arms
@@ -135,18 +137,21 @@ def selections_table(found: Found) -> str:
 
 
 def zero_shot_table(found: Found) -> str:
-    """Accuracy by task; `retained` is the mean over the dense model's."""
+    """Accuracy by task, means over seeds; `retained` is the mean over the dense model's."""
     labels = {"dense": "dense", **{arm.name: arm.label for arm in found.table.arms}}
     first = found.processors("zero-shot", found.table.zero_shot_arms[0], found.table.zero_shot_steps)
     body, elsewhere = [], False
     for name in ("dense", *found.table.zero_shot_arms):
-        outcome, retained = found.accuracies(name), found.retained(name)
+        scores = list(found.accuracies(name).values())
+        if not scores:
+            continue
         if name != "dense" and found.processors("zero-shot", name, found.table.zero_shot_steps) - first:
             labels[name], elsewhere = f"{labels[name]} †", True
-        if outcome is not None:
-            cells = [f"{task.accuracy:.3f}" for task in outcome.score.tasks]
-            share = ABSENT if retained is None else f"{retained:.1%}"
-            body.append([labels[name], *cells, f"{outcome.score.mean_accuracy:.3f}", share])
+        tasks = zip(*(score.tasks for score in scores), strict=True)  # each with its answers by seed
+        by_task = [float(np.mean([answered.accuracy for answered in seeds])) for seeds in tasks]
+        mean = float(np.mean([score.mean_accuracy for score in scores]))
+        share = mean_over_seeds(list(found.retained(name).values()))
+        body.append([labels[name], *(f"{value:.3f}" for value in (*by_task, mean)), _share(share, name == "dense")])
     table = markdown(["", *found.table.tasks, "mean", "retained"], body)
     return f"{table}\n\n{ELSEWHERE}" if elsewhere and first else table
 
@@ -178,6 +183,14 @@ def _cell(interval: Interval | None, best: float | None = None) -> str:
     if interval.low is None or interval.high is None:
         return f"{mean} (one seed)"
     return f"{mean} ({interval.low:.3f} to {interval.high:.3f})"
+
+
+def _share(interval: Interval | None, exact: bool) -> str:
+    if interval is None:
+        return ABSENT
+    if interval.low is None or interval.high is None:
+        return f"{interval.mean:.1%}" if exact else f"{interval.mean:.1%} (one seed)"
+    return f"{interval.mean:.1%} ({interval.low:.1%} to {interval.high:.1%})"
 
 
 def _tokens(found: Found, steps: int) -> str:

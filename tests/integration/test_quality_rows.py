@@ -57,6 +57,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Table:
         "selection_seeds": (0,),
         "zero_shot_steps": 2,
         "zero_shot_arms": ("default", "own-text", "control"),
+        "zero_shot_every_seed": ("default",),
         "items": 2,
     }
     return FULL.model_copy(update=changes)

@@ -222,6 +222,25 @@ def test_figures_of_a_full_table(tmp_path: Path) -> None:
     assert TARGETS["zero_shot_margin"].met(values["zero_shot_margin"])
 
 
+def test_zero_shot_accuracy_is_compared_in_pairs_of_seeds(tmp_path: Path) -> None:
+    lines = filled(tmp_path / "quality.jsonl", FULL)
+    found = Found(FULL, lines)
+    assert [list(found.retained(arm)) for arm in ("default", "fold", "sleb")] == [[0, 1, 2], [0, 1, 2], [0]]
+    seed_2 = next(row for row in rows(FULL) if (row.kind, row.arm, row.seed) == ("zero-shot", "default", 2))
+    worse = Accuracies(
+        score=ZeroShot(
+            role="pruned", tasks=tuple(TaskScore(task=t, metric="acc", correct=(True, False)) for t in FULL.tasks)
+        )
+    )
+    lines.add(seed_2, worse, 10.0)
+    # Fold has answered with three seeds; SLEB and the others with the first, and are compared on that one.
+    gained = [(7 / 9 - 6 / 8) / 0.8, (7 / 9 - 6 / 8) / 0.8, (1 / 2 - 6 / 8) / 0.8]
+    assert figures(found)["zero_shot_margin"] == pytest.approx(sum(gained) / 3)
+    table = report.zero_shot_table(found)
+    assert "| SLEB, then train | 0.750 " in table and "93.8% (one seed) |" in table
+    assert "| TRSP, default | 0.685 " in table and "85.6% (35.8% to 135.5%) |" in table
+
+
 def test_a_missing_seed_leaves_the_figure_open(tmp_path: Path) -> None:
     lines = filled(tmp_path / "quality.jsonl", FULL)
     gone = next(row for row in rows(FULL) if (row.kind, row.arm, row.seed, row.steps) == ("trained", "default", 2, 128))
