@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from benchmarks.quality.rows import Accuracies, Losses, Outcome, Row, Selected, recipe_of
@@ -29,9 +28,9 @@ from trsp_deploy.tools.gates import LayerGates
 from trsp_deploy.tools.plan import PruningPlan, complement
 from trsp_deploy.tools.quiet import quiet_libraries
 from trsp_deploy.tools.sources.models import ModelSource, resolve_model
-from trsp_deploy.tools.sources.texts import load_texts, tokenize_windows
+from trsp_deploy.tools.sources.texts import jsonl, load_texts, tokenize_windows
 from trsp_deploy.tools.training.checkpoints import Checkpoints
-from trsp_deploy.tools.training.self_calibration import opening, write_windows
+from trsp_deploy.tools.training.self_calibration import write_texts
 from trsp_deploy.tools.training.shared import TRAINING_DTYPES, mean_loss, pick_device
 
 DECIMALS = 5  # of a loss in nats
@@ -175,21 +174,20 @@ def _make_model(row: Row, store: Store, out: Path) -> PrunedCheckpoint | None:
 
 
 def _self_generated(row: Row, count: int) -> torch.Tensor:
-    """Windows (count, context_length) that the dense model writes with the row's seed; written once for all arms."""
+    """Windows (count, context_length) of text by the dense model with the row's seed; written once for all arms."""
     subject = row.subject
     if not count:
         return torch.empty(0, subject.context_length, dtype=torch.int64)
     recipe, folder = recipe_of(row), Path(_source(subject.model).path)
     made_by = f"{recipe.weights}-{work_digest('losses')}"
     name = f"{Path(subject.model).name}-{count}x{subject.context_length}-seed{row.seed}-{made_by}"
-    kept = SELF_GENERATED / f"{name}.safetensors"
+    kept, tokenizer = SELF_GENERATED / f"{name}.jsonl", load_tokenizer(folder)
     if not kept.is_file():
         model = load_model(folder, pick_device(recipe), TRAINING_DTYPES[recipe.weights])
-        begin = opening(model, load_tokenizer(folder))
-        windows = write_windows(model, begin, count, subject.context_length, row.seed)
+        documents = write_texts(model, tokenizer, count * subject.context_length, subject.context_length, row.seed)
         with writing(kept) as partial:
-            save_file({"input_ids": windows}, partial)
-    return load_file(kept)["input_ids"]
+            partial.write_text(jsonl(documents), encoding="utf-8")
+    return tokenize_windows(load_texts(str(kept), "calibration"), tokenizer, subject.context_length, count)
 
 
 def _folder(row: Row, made: Path) -> Path:

@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
 from tests.tiny import english, save_tiny
 from trsp_deploy.cli import run
+from trsp_deploy.decoder import load_tokenizer
 from trsp_deploy.recipe import METHODS
+from trsp_deploy.tools.sources.texts import load_texts, tokenize_windows
 
 QUICK = ["calibration.context_length=32", "calibration.max_windows=48", "plan.steps=1", "transfer.steps=3"]
 
@@ -76,11 +77,12 @@ def test_annealed_refit_leaves_nothing_for_the_removal(prune):
 
 def test_the_dense_model_writes_a_part_of_the_training_text(prune, tmp_path):
     plain, plan = prune()
-    assert not (tmp_path / "run" / "self-generated.safetensors").exists()
+    file = tmp_path / "run" / "self-generated.jsonl"
+    assert not file.exists()
     half = ["--set", "calibration.self_generated=0.5"]
     result, same_plan = prune(*half)
-    file = tmp_path / "run" / "self-generated.safetensors"
-    assert load_file(file)["input_ids"].shape == (24, 32)
+    windows = tokenize_windows(load_texts(str(file), "calibration"), load_tokenizer(tmp_path / "run" / "dense"), 32)
+    assert len(windows) >= 24
     assert plan["picks"] == same_plan["picks"], "layers are chosen on the calibration text alone"
     assert result["tokens"] == plain["tokens"] and result["ppl_after_removal"] != plain["ppl_after_removal"]
     made = file.stat().st_mtime_ns

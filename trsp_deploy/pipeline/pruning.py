@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from trsp_deploy.artifacts import fingerprint, write_json, writing
@@ -20,8 +19,9 @@ from trsp_deploy.results import PrunedCheckpoint, Role
 from trsp_deploy.stages import selection, transfer
 from trsp_deploy.tools.plan import PruningPlan, read_plan
 from trsp_deploy.tools.quiet import quiet_libraries
+from trsp_deploy.tools.sources.texts import jsonl, load_texts, tokenize_windows
 from trsp_deploy.tools.training.checkpoints import Checkpoints
-from trsp_deploy.tools.training.self_calibration import opening, write_windows
+from trsp_deploy.tools.training.self_calibration import write_texts
 from trsp_deploy.tools.training.shared import TRAINING_DTYPES, pick_device
 
 
@@ -93,27 +93,23 @@ class Pruning:
 
     @functools.cache
     def self_generated(self) -> Path | None:
-        """The windows that the dense model wrote itself, `self-generated.safetensors`; None where none are wanted."""
-        settings, transfer_settings = self.recipe.calibration, self.recipe.transfer
-        if not settings.self_generated:
+        """The text that the dense model wrote itself, `self-generated.jsonl`; None where none is wanted."""
+        length = self.recipe.calibration.context_length
+        tokens = self._self_generated_windows() * length
+        if not tokens:
             return None
-        train, _ = self.inputs.calibration_windows()
-        count = round(settings.self_generated * len(train))
-        if not count or (transfer_settings.form == "none" and transfer_settings.refit == "none"):
-            return None
-        path = self.run.path / "self-generated.safetensors"
+        path = self.run.path / "self-generated.jsonl"
         chosen = {"seed", "device", "weights"}
-        described = {**self.recipe.model_dump(mode="json", include=chosen), "windows": count}
-        described["context_length"] = settings.context_length
+        described = {**self.recipe.model_dump(mode="json", include=chosen), "tokens": tokens, "context_length": length}
         inputs = {"model": self.inputs.path("dense")}
         checkpoints = self._checkpoints("self-generated", described, inputs)
 
         def work() -> Done:
             with quiet_libraries(), writing(path) as partial:
                 model = self._checked_model()
-                begin = opening(model, self.inputs.tokenizer())
-                windows = write_windows(model, begin, count, settings.context_length, self.recipe.seed, checkpoints)
-                save_file({"input_ids": windows}, partial)
+                tokenizer = self.inputs.tokenizer()
+                documents = write_texts(model, tokenizer, tokens, length, self.recipe.seed, checkpoints)
+                partial.write_text(jsonl(documents), encoding="utf-8")
             return Done()
 
         self.run.step("self-generated", work, Done, settings=described, inputs=inputs, outputs=[path.name])
@@ -178,7 +174,8 @@ class Pruning:
     def _transfer(self, plan: PruningPlan, own: Path | None, checkpoints: Checkpoints) -> PrunedCheckpoint:
         train, validation = self.inputs.calibration_windows()
         if own is not None:
-            written = load_file(own)["input_ids"]
+            texts, length = load_texts(str(own), "calibration"), self.recipe.calibration.context_length
+            written = tokenize_windows(texts, self.inputs.tokenizer(), length, self._self_generated_windows())
             train = torch.cat([train[: len(train) - len(written)], written])
         path = self.inputs.path("pruned")
         with quiet_libraries(), writing(path) if self.run.main else contextlib.nullcontext(path) as folder:
@@ -192,6 +189,15 @@ class Pruning:
                 folder,
                 checkpoints,
             )
+
+    def _self_generated_windows(self) -> int:
+        """How many of the windows that the transfer reads the dense model writes; 0 where nothing reads them."""
+        settings = self.recipe.transfer
+        share = self.recipe.calibration.self_generated
+        if not share or (settings.form == "none" and settings.refit == "none"):
+            return 0
+        train, _ = self.inputs.calibration_windows()
+        return round(share * len(train))
 
     def _checked_model(self) -> PreTrainedModel:
         model = load_model(self.inputs.path("dense"), pick_device(self.recipe), TRAINING_DTYPES[self.recipe.weights])

@@ -31,6 +31,7 @@ from trsp_deploy.tools.resources.rehearsal import (
     transfer_step,
 )
 from trsp_deploy.tools.training.losses import SLICE_BYTES
+from trsp_deploy.tools.training.self_calibration import USUAL_SHARE
 from trsp_deploy.tools.training.self_calibration import batch_size as writing_batch_size
 from trsp_deploy.tools.training.shared import TRAINING_DTYPES
 
@@ -181,7 +182,7 @@ class MemoryEstimate:
         """The dense model writes text: its KV cache, of one layer twice as it grows, and next-token distributions."""
         length, layers = recipe.calibration.context_length, len(self.counts.layers)
         windows = math.ceil(recipe.calibration.self_generated * recipe.calibration.max_windows)
-        batch = min(windows, writing_batch_size(length))
+        batch = min(math.ceil(windows / USUAL_SHARE), writing_batch_size(length))
         cache = (layers + 1) * batch * length * cache_per_token(self.config) * self._width(recipe)
         scores = WRITING_SCORES * 4 * batch * self.config.vocab_size
         return Moment(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -216,6 +216,11 @@ def _jsonl(content: str, where: str) -> list[str]:
             raise TextError(f"{where}: line {number} has half of a surrogate pair, which is no character")
         documents.append(value["text"])
     return documents
+
+
+def jsonl(documents: Iterable[str]) -> str:
+    """A `.jsonl` file's content, as `load_texts` reads it."""
+    return "".join(f"{json.dumps({'text': document}, ensure_ascii=False)}\n" for document in documents)
 
 
 def _packaged(name: str, where: str) -> tuple[list[str], str]:
