@@ -153,6 +153,12 @@ def test_a_model_with_nothing_to_begin_with_is_refused(tokenizer):
         form_of(model, tokenizer)
 
 
+def test_a_template_that_refuses_is_said(tokenizer):
+    tokenizer.chat_template = "{{ raise_exception('a system message first') }}"
+    with pytest.raises(RecipeError, match=r"takes no conversation of one turn \(a system message first\)"):
+        form_of(tiny_model("llama"), tokenizer)
+
+
 def test_no_room_and_no_words_are_said(monkeypatch, tokenizer):
     model = tiny_model("llama")
     monkeypatch.setattr(self_calibration, "_document", lambda *about: "")

@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
-from trsp_deploy.errors import RecipeError
+from trsp_deploy.errors import RecipeError, first_line
 from trsp_deploy.tools.progress import Meter
 from trsp_deploy.tools.training.checkpoints import Checkpoints
 from trsp_deploy.tools.training.heap import kept_heap
@@ -32,6 +33,7 @@ TOKENS_AT_ONCE = 16_384  # in the KV cache: texts of up to 256 tokens are writte
 USUAL_SHARE = 0.75  # of the longest text, what one is expected to come to before any is written
 # Stand for what user and assistant say in a chat template; of the private use area, so that no template has them.
 WORDS, ANSWER = "\ue000", "\ue001"
+WITHOUT = "`--set calibration.self_generated=0` trains on the calibration text alone"
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,7 @@ def form_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Form:
     if not isinstance(first, int):
         raise RecipeError(
             f"calibration.self_generated: {type(model).__name__} has nothing to begin a text with (no chat template, "
-            "no bos_token_id in its config.json); `--set calibration.self_generated=0` trains on the calibration text "
-            "alone"
+            f"no bos_token_id in its config.json); {WITHOUT}"
         )
     return Form((first,), "", tokenizer.eos_token_id, 1)
 
@@ -85,7 +86,7 @@ def write_texts(
     if len(form.opening) >= context_length:
         raise RecipeError(
             f"calibration.context_length {context_length}: no room for a text by the model, which begins with "
-            f"{len(form.opening)} tokens of its chat template; take more, or `--set calibration.self_generated=0`"
+            f"{len(form.opening)} tokens of its chat template; take more, or {WITHOUT}"
         )
     saved = None if checkpoints is None else checkpoints.load()
     documents: list[str] = [] if saved is None else saved["documents"]
@@ -110,8 +111,7 @@ def write_texts(
             found = [document for ids in written.tolist() if (document := _document(tokenizer, form, ids))]
             if not found:
                 raise RecipeError(
-                    f"calibration.self_generated: {type(model).__name__} wrote {size} texts without a word; "
-                    "`--set calibration.self_generated=0` trains on the calibration text alone"
+                    f"calibration.self_generated: {type(model).__name__} wrote {size} texts without a word; {WITHOUT}"
                 )
             documents += found
             batches, done = batches + 1, _count(tokenizer, documents)
@@ -182,7 +182,13 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _templated(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], **how: Any) -> str:
-    text = tokenizer.apply_chat_template(turns, tokenize=False, **how)
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, **how)
+    except TemplateError as problem:
+        raise RecipeError(
+            f"calibration.self_generated: the model's chat template takes no conversation of one turn "
+            f"({first_line(problem)}); {WITHOUT}"
+        ) from problem
     assert isinstance(text, str)
     return text
 
