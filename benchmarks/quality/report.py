@@ -24,6 +24,7 @@ from benchmarks.targets import ABSENT
 from trsp_deploy.errors import TrspError
 
 DOC, README, IMAGES = Path("docs/quality.md"), Path("README.md"), Path("docs/img")
+SHORT = ("default", "own-text", "fold", "refit-anneal", "control", "sleb")  # arms of the README's table
 ELSEWHERE = "† Made on another processor than the default, or on several: some multiply in bf16, some in fp32."
 
 
@@ -164,7 +165,7 @@ def short_table(found: Found) -> str:
         (untrained[name], "untrained", 0) for name in ("layers", "fold", "sleb") if name in untrained
     ]
     for steps in found.table.steps:
-        named = (arms[name] for name in ("default", "fold", "refit-anneal", "control", "sleb") if name in arms)
+        named = (arms[name] for name in SHORT if name in arms)
         shown += [(arm, "trained", steps) for arm in named]
     labels: dict[tuple[str, ...], list[str]] = {}  # by what a line shows
     for arm, kind, steps in shown:
