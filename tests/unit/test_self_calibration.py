@@ -74,7 +74,7 @@ def test_a_conversation_becomes_words_and_answer(tokenizer):
     tokenizer.chat_template = CHAT
     form = form_of(tiny_model("llama"), tokenizer)
     end = tokenizer.eos_token
-    assert tokenizer.decode(form.opening) == "Be kind.\nuser: " and form.ends == 2
+    assert tokenizer.decode(form.opening) == "Be kind.\nuser:" and form.ends == 2
     assert form.between == f"{end}\nassistant:" and form.end == tokenizer.eos_token_id
 
     def document(written):
@@ -86,6 +86,35 @@ def test_a_conversation_becomes_words_and_answer(tokenizer):
     assert document(f"Why?{end}{end}") == document("Why? ") == "Why?", "no answer"
     assert document(f" {end}\nassistant: So.{end}\nuser: And?") == "So.", "what comes after the end is not its own"
     assert document(f"{end}{end}") == ""
+
+
+# As published, cut to what a conversation of one turn takes.
+PHI_3 = "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
+PHI_3 += "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+LLAMA_3 = "{% for m in messages %}{{ '<|start|>' + m.role + '<|stop|>\n\n' + m.content + '<|eot|>' }}{% endfor %}"
+LLAMA_3 += "{% if add_generation_prompt %}{{ '<|start|>assistant<|stop|>\n\n' }}{% endif %}"
+LLAMA_2 = "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+LLAMA_2 += "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "markers", "end", "ends"),
+    [
+        (PHI_3, ("<|user|>", "<|assistant|>", "<|end|>"), "<|end|>", 2),
+        (LLAMA_3, ("<|start|>", "<|stop|>", "<|eot|>"), "<|eot|>", 2),
+        (LLAMA_2, (), "EOS", 1),
+    ],
+)
+def test_templates_of_other_families(tokenizer, template, markers, end, ends):
+    tokenizer.add_special_tokens({"additional_special_tokens": list(markers)}, replace_additional_special_tokens=False)
+    tokenizer.chat_template = template
+    form = form_of(tiny_model("llama"), tokenizer)
+    assert (tokenizer.convert_ids_to_tokens(form.end), form.ends) == (end.replace("EOS", tokenizer.eos_token), ends)
+    turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
+    opened = tokenizer.decode(form.opening)
+    spoken = tokenizer.apply_chat_template(turns, tokenize=False).removeprefix(opened)
+    ids = tokenizer(spoken, add_special_tokens=False)["input_ids"]
+    assert self_calibration._document(tokenizer, form, [*form.opening, *ids, 9, 9]) == "Why?\n\nBecause."
 
 
 def test_what_is_written_is_read_as_any_text(tokenizer, tmp_path):
@@ -140,7 +169,7 @@ def test_texts_begin_as_the_chat_does_or_else_the_model(tokenizer):
     # Of templates that do not know how to ask for an answer, and whose turns end with words.
     tokenizer.chat_template = "Be kind.{% for m in messages %}{{ '\\n' + m.role }}: {{ m.content }}!{% endfor %}"
     form = form_of(model, tokenizer)
-    assert tokenizer.decode(form.opening) == "Be kind.\nuser: " and form.between == "!"
+    assert tokenizer.decode(form.opening) == "Be kind.\nuser:" and form.between == "!"
     assert form.end == tokenizer("!")["input_ids"][0] and form.ends == 2
     tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}"
     assert form_of(model, tokenizer).opening == (0,), "it begins with the user's words"

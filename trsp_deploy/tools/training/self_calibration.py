@@ -54,10 +54,11 @@ def form_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Form:
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": WORDS}, {"role": "assistant", "content": ANSWER}]
         before, _, between = _templated(tokenizer, turns[:1], add_generation_prompt=True).partition(WORDS)
-        opening = _ids(tokenizer, before)
+        opening = _ids(tokenizer, before.rstrip(" "))  # a word brings the space in front of it
         if opening:  # some templates begin with the user's words
             closing = _ids(tokenizer, _templated(tokenizer, turns).partition(ANSWER)[2].strip())
-            end = closing[0] if len(closing) == 1 else tokenizer.eos_token_id
+            marked = len(closing) == 1 or (closing and closing[0] in tokenizer.added_tokens_decoder)
+            end = closing[0] if marked else tokenizer.eos_token_id
             return Form(tuple(opening), between.strip(), end, 1 + _ids(tokenizer, between).count(end))
     first = model.config.bos_token_id
     if not isinstance(first, int):
@@ -166,9 +167,15 @@ def _document(tokenizer: PreTrainedTokenizerBase, form: Form, ids: list[int]) ->
     ends = [place for place, token in enumerate(ids) if token == form.end]
     text = str(tokenizer.decode(ids[: ends[form.ends - 1]] if len(ends) >= form.ends else ids))
     pieces = text.split(form.between, 1) if form.between else [text]
-    for special in tokenizer.all_special_tokens:
+    for special in _special_tokens(tokenizer):
         pieces = [piece.replace(special, "") for piece in pieces]
     return "\n\n".join(piece.strip() for piece in pieces if piece.strip())
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """Those with a role (BOS, EOS, ...), and those that only a chat template knows."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return added | set(tokenizer.all_special_tokens)
 
 
 def _count(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> int:
