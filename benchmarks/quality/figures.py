@@ -114,8 +114,8 @@ def over_seeds(logs: Sequence[float]) -> Interval | None:
     mean = mean_over_seeds(logs)
     if mean is None:
         return None
-    ends = {end: math.exp(value) for end in ("low", "high") if (value := getattr(mean, end)) is not None}
-    return mean.model_copy(update={"mean": math.exp(mean.mean), **ends})
+    low, high = (None if end is None else math.exp(end) for end in (mean.low, mean.high))
+    return Interval(mean=math.exp(mean.mean), low=low, high=high, seeds=mean.seeds)
 
 
 def mean_over_seeds(values: Sequence[float]) -> Interval | None:

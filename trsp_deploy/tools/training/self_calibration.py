@@ -28,7 +28,7 @@ from trsp_deploy.tools.progress import Meter
 from trsp_deploy.tools.training.checkpoints import Checkpoints
 from trsp_deploy.tools.training.heap import kept_heap
 
-TEMPERATURE = 0.6  # at 0.8 and 1 a small model wanders; what is trained on it knows less of instructions (docs/log.md)
+TEMPERATURE = 0.6  # what is written at 0.8 or 1 teaches less of instructions (docs/log.md)
 TOKENS_AT_ONCE = 16_384  # in the KV cache: texts of up to 256 tokens are written 64 at a time
 USUAL_SHARE = 0.75  # of the longest text, what one is expected to come to before any is written
 # Stand for what user and assistant say in a chat template; of the private use area, so that no template has them.
@@ -172,10 +172,10 @@ def _document(tokenizer: PreTrainedTokenizerBase, form: Form, ids: list[int]) ->
     return "\n\n".join(piece.strip() for piece in pieces if piece.strip())
 
 
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """Those with a role (BOS, EOS, ...), and those that only a chat template knows."""
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Those with a role (BOS, EOS, ...), and those that only a chat template knows; the longest first."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return added | set(tokenizer.all_special_tokens)
+    return sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True)
 
 
 def _count(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> int:
