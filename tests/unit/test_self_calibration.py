@@ -106,7 +106,7 @@ LLAMA_2 += "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfo
     ],
 )
 def test_templates_of_other_families(tokenizer, template, markers, end, ends):
-    tokenizer.add_special_tokens({"additional_special_tokens": list(markers)}, replace_additional_special_tokens=False)
+    tokenizer.add_tokens(list(markers), special_tokens=True)
     tokenizer.chat_template = template
     form = form_of(tiny_model("llama"), tokenizer)
     assert (tokenizer.convert_ids_to_tokens(form.end), form.ends) == (end.replace("EOS", tokenizer.eos_token), ends)
