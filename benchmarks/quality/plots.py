@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from benchmarks.quality.figures import Found, Interval
 from benchmarks.quality.rows import Kind
-from benchmarks.quality.table import RIVALS, Arm
+from benchmarks.quality.table import RIVALS, Arm, Way
 from trsp_deploy.artifacts import writing
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; each has a marker too, for print without colour.
@@ -25,6 +25,8 @@ STYLES: dict[str, tuple[str, str]] = {
     "layers": ("#D55E00", "o"),
     "own-text": ("#0072B2", "^"),
     "own-text-control": ("#56B4E9", "X"),
+    "given-text": ("#009E73", "D"),
+    "given-text-control": ("#999999", "<"),
     "anneal": ("#E69F00", "v"),
     "fold": ("#009E73", "D"),
     "refit": ("#CC79A7", "P"),
@@ -60,7 +62,7 @@ def draw_curve(found: Found, path: Path) -> None:
 def draw_budgets(found: Found, path: Path) -> None:
     """Perplexity over dense against training tokens, with intervals over seeds: one panel a text."""
     figure, panels = _panels(found, "tokens trained on")
-    dense = Arm(name="dense-trained", label="dense, trained on the same tokens", selection="", transfer={})
+    dense = Arm(name="dense-trained", label="dense, trained on the same tokens", selection="", way=Way(transfer={}))
     tokens = {steps: steps * 4 * found.table.subject.context_length for steps in found.table.steps}
     arms = [arm for arm in _distinct(found, "trained", found.table.arms) if arm.name not in RIVALS]
     for panel, text in zip(panels, found.texts, strict=True):

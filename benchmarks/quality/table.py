@@ -36,15 +36,21 @@ class Selector(Strict):
     )
 
 
+class Way(Strict):
+    """What happens around the removal, and on which text."""
+
+    transfer: dict[str, Any]
+    self_generated: float = 0.0  # share of the training text that the dense model writes
+
+
 class Arm(Strict):
-    """A selection, and what happens around the removal."""
+    """A selection, and a way to remove what it chose."""
 
     name: str
     label: str  # for tables and plots
     selection: str
-    transfer: dict[str, Any]
-    at: dict[int, dict[str, Any]] = Field(default_factory=dict)  # another transfer at some budgets, by steps
-    self_generated: float = 0.0  # share of the training text
+    way: Way
+    at: dict[int, Way] = Field(default_factory=dict)  # another one at some budgets, by steps
     every_seed: bool = False  # before the others of a budget; else the first seed alone
     every_budget: bool = False  # else up to the zero-shot rows': larger budgets take longer than all the rest
 
@@ -80,28 +86,41 @@ SELECTORS: dict[str, Selector] = {
 PLAIN: dict[str, Any] = {"form": "none", "refit": "none"}
 SPAN: dict[str, Any] = {"form": "none", "refit": "span"}
 LAYERS: dict[str, Any] = {"form": "none", "refit": "layers"}
-DEFAULTS: dict[int, dict[str, Any]] = {
-    steps: load_recipe_values(name)[0]["transfer"] for steps, name in RECIPES.items()
-}
 TRAIN: dict[str, Any] = {**SHARED, "form": "train", "refit": "none"}
+FOLD: dict[str, Any] = {**TRAIN, "refit": "span"}
+OWN = 0.25  # of the text, where an arm reads some that the dense model wrote: what did best (docs/log.md)
 
 UNTRAINED: tuple[Arm, ...] = (
     # Not what the recipes do before their training, which is a fold: the best that is known without any training.
-    Arm(name="layers", label="TRSP's gates, layers refitted", selection="default", transfer=LAYERS),
-    Arm(name="sleb", label="SLEB", selection="sleb", transfer=PLAIN),
-    Arm(name="trsp", label="TRSP's gates, layers only removed", selection="default", transfer=PLAIN),
-    Arm(name="shortgpt", label="ShortGPT", selection="shortgpt", transfer=PLAIN),
-    Arm(name="uidl", label="UIDL", selection="uidl", transfer=PLAIN),
-    Arm(name="fold", label="fold", selection="fold", transfer=SPAN),
-    Arm(name="fold-layers", label="fold's span, layers refitted", selection="fold", transfer=LAYERS),
+    Arm(name="layers", label="TRSP's gates, layers refitted", selection="default", way=Way(transfer=LAYERS)),
+    Arm(name="sleb", label="SLEB", selection="sleb", way=Way(transfer=PLAIN)),
+    Arm(name="trsp", label="TRSP's gates, layers only removed", selection="default", way=Way(transfer=PLAIN)),
+    Arm(name="shortgpt", label="ShortGPT", selection="shortgpt", way=Way(transfer=PLAIN)),
+    Arm(name="uidl", label="UIDL", selection="uidl", way=Way(transfer=PLAIN)),
+    Arm(name="fold", label="fold", selection="fold", way=Way(transfer=SPAN)),
+    Arm(name="fold-layers", label="fold's span, layers refitted", selection="fold", way=Way(transfer=LAYERS)),
 )
 
+
+def _default(recipe: dict[str, Any]) -> Way:
+    return Way(transfer=recipe["transfer"], self_generated=recipe["calibration"].get("self_generated", 0.0))
+
+
+def _control(default: Way) -> Way:
+    """Removed first, then trained: on the same text."""
+    return Way(transfer=TRAIN, self_generated=default.self_generated)
+
+
+DEFAULTS: dict[int, Way] = {steps: _default(load_recipe_values(name)[0]) for steps, name in RECIPES.items()}
+CONTROLS: dict[int, Way] = {steps: _control(way) for steps, way in DEFAULTS.items()}
+
+# The default and its control are rows of the four arms below them: at each budget, of the text that its recipe reads.
 ARMS: tuple[Arm, ...] = (
     Arm(
         name="default",
         label="TRSP, default",
         selection="default",
-        transfer=RECIPE["transfer"],
+        way=_default(RECIPE),
         at=DEFAULTS,
         every_seed=True,
         every_budget=True,
@@ -110,7 +129,40 @@ ARMS: tuple[Arm, ...] = (
         name="control",
         label="control: remove, then train",
         selection="default",
-        transfer=TRAIN,
+        way=_control(_default(RECIPE)),
+        at=CONTROLS,
+        every_seed=True,
+        every_budget=True,
+    ),
+    Arm(
+        name="own-text",
+        label="TRSP, a quarter own text",
+        selection="default",
+        way=Way(transfer=FOLD, self_generated=OWN),
+        every_seed=True,
+        every_budget=True,
+    ),
+    Arm(
+        name="own-text-control",
+        label="remove, then train, a quarter own text",
+        selection="default",
+        way=Way(transfer=TRAIN, self_generated=OWN),
+        every_seed=True,
+        every_budget=True,
+    ),
+    Arm(
+        name="given-text",
+        label="TRSP, given text alone",
+        selection="default",
+        way=Way(transfer=FOLD),
+        every_seed=True,
+        every_budget=True,
+    ),
+    Arm(
+        name="given-text-control",
+        label="remove, then train, given text alone",
+        selection="default",
+        way=Way(transfer=TRAIN),
         every_seed=True,
         every_budget=True,
     ),
@@ -118,43 +170,26 @@ ARMS: tuple[Arm, ...] = (
         name="refit-anneal",
         label="TRSP, layers refitted, annealed",
         selection="default",
-        transfer=SHARED | {"form": "anneal", "refit": "layers", "anneal_share": 0.1},
+        way=Way(transfer={**SHARED, "form": "anneal", "refit": "layers", "anneal_share": 0.1}),
         every_seed=True,
     ),
-    Arm(
-        name="own-text",
-        label="TRSP, default, a quarter of the text its own",
-        selection="default",
-        transfer=RECIPE["transfer"],
-        at=DEFAULTS,
-        self_generated=0.25,
-        every_seed=True,
-    ),
-    Arm(
-        name="own-text-control",
-        label="control, a quarter of the text the dense model's",
-        selection="default",
-        transfer=TRAIN,
-        self_generated=0.25,
-        every_seed=True,
-    ),
-    Arm(name="refit", label="refit, then train", selection="default", transfer=TRAIN | {"refit": "layers"}),
+    Arm(name="refit", label="refit, then train", selection="default", way=Way(transfer={**TRAIN, "refit": "layers"})),
     Arm(
         name="anneal",
         label="TRSP, annealed",
         selection="default",
-        transfer=SHARED | {"form": "anneal", "refit": "none"},
+        way=Way(transfer={**SHARED, "form": "anneal", "refit": "none"}),
     ),
-    Arm(name="fold", label="fold, then train", selection="fold", transfer=TRAIN | {"refit": "span"}, every_seed=True),
+    Arm(name="fold", label="fold, then train", selection="fold", way=Way(transfer=FOLD), every_seed=True),
     Arm(
         name="fold-layers",
         label="fold's span, refit, then train",
         selection="fold",
-        transfer=TRAIN | {"refit": "layers"},
+        way=Way(transfer={**TRAIN, "refit": "layers"}),
     ),
-    Arm(name="sleb", label="SLEB, then train", selection="sleb", transfer=TRAIN),
-    Arm(name="shortgpt", label="ShortGPT, then train", selection="shortgpt", transfer=TRAIN),
-    Arm(name="uidl", label="UIDL, then train", selection="uidl", transfer=TRAIN),
+    Arm(name="sleb", label="SLEB, then train", selection="sleb", way=Way(transfer=TRAIN)),
+    Arm(name="shortgpt", label="ShortGPT, then train", selection="shortgpt", way=Way(transfer=TRAIN)),
+    Arm(name="uidl", label="UIDL, then train", selection="uidl", way=Way(transfer=TRAIN)),
 )
 RIVALS = ("sleb", "shortgpt", "uidl", "fold")
 
@@ -180,8 +215,13 @@ FULL = Table(
     selections=("default", "sleb"),
     selection_seeds=(0, 1, 2, 3, 4),
     zero_shot_steps=128,
-    zero_shot_arms=("default", "own-text", "refit-anneal", "sleb", "shortgpt", "uidl", "fold", "control"),
-    zero_shot_every_seed=("default", "own-text", "fold"),  # the default, what might become it, and its closest rival
+    zero_shot_arms=("default", "own-text", "given-text", "refit-anneal", "sleb", "shortgpt", "uidl", "fold", "control"),
+    zero_shot_every_seed=(
+        "default",
+        "given-text",
+        "own-text",
+        "fold",
+    ),  # the default, on either text, and its closest rival
     tasks=("piqa", "arc-easy", "arc-challenge", "sciq", "copa"),
     items=200,
 )
@@ -267,7 +307,8 @@ def pruned_row(table: Table, kind: Kind, arm: Arm, seed: int, drop: int, steps: 
     greedy = table.selectors[arm.selection].greedy
     searched = (table.drop if drop <= table.drop else max(table.counts)) if greedy else drop
     chosen = selection_row(table, arm.selection, seed, searched)
-    transfer = {**arm.at.get(steps, arm.transfer), "batch_size": BATCH_SIZE, **({"steps": steps} if steps else {})}
+    way = arm.at.get(steps, arm.way)
+    transfer = {**way.transfer, "batch_size": BATCH_SIZE, **({"steps": steps} if steps else {})}
     keep = kind == "trained" and steps == table.zero_shot_steps and (arm.name, seed) in _zero_shot_models(table)
     return chosen.model_copy(
         update={
@@ -275,7 +316,7 @@ def pruned_row(table: Table, kind: Kind, arm: Arm, seed: int, drop: int, steps: 
             "arm": arm.name,
             "drop": drop,
             "transfer": transfer,
-            "self_generated": arm.self_generated,
+            "self_generated": way.self_generated,
             "keep": keep,
         }
     )

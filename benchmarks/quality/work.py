@@ -30,7 +30,7 @@ from trsp_deploy.tools.quiet import quiet_libraries
 from trsp_deploy.tools.sources.models import ModelSource, resolve_model
 from trsp_deploy.tools.sources.texts import jsonl, load_texts, tokenize_windows
 from trsp_deploy.tools.training.checkpoints import Checkpoints
-from trsp_deploy.tools.training.self_calibration import write_texts
+from trsp_deploy.tools.training.self_calibration import self_generated_windows, write_texts
 from trsp_deploy.tools.training.shared import TRAINING_DTYPES, mean_loss, pick_device
 
 DECIMALS = 5  # of a loss in nats
@@ -155,7 +155,7 @@ def _make_model(row: Row, store: Store, out: Path) -> PrunedCheckpoint | None:
     recipe, calibration = recipe_of(row), _calibration(row)
     source = _source(row.subject.model)
     windows = row.steps * recipe.transfer.batch_size or row.subject.fit_windows
-    own = _self_generated(row, round(row.self_generated * windows))
+    own = _self_generated(row, self_generated_windows(row.self_generated, windows, len(calibration.train)))
     folder = _checkpoint(row, store, TRAINING)
     checkpoints = Checkpoints(folder, folder.name, recipe.checkpoint_s)
     with writing(out) as partial:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests.tiny import english, save_tiny
 from trsp_deploy.cli import run
 from trsp_deploy.decoder import load_tokenizer
+from trsp_deploy.pipeline import pruning
 from trsp_deploy.recipe import METHODS
+from trsp_deploy.stages import transfer
 from trsp_deploy.tools.sources.texts import load_texts, tokenize_windows
 
 QUICK = ["calibration.context_length=32", "calibration.max_windows=48", "plan.steps=1", "transfer.steps=3"]
@@ -88,6 +92,23 @@ def test_the_dense_model_writes_a_part_of_the_training_text(prune, tmp_path):
     made = file.stat().st_mtime_ns
     longer, _ = prune(*half, "--set", "transfer.steps=5")
     assert longer["tokens"] > result["tokens"] and file.stat().st_mtime_ns == made, "written once"
+
+
+def test_a_short_calibration_text_is_read_whole_beside_the_models_own(prune, place, tmp_path, monkeypatch):
+    given: list[torch.Tensor] = []
+
+    def watched(dense, source, plan, train, *rest):
+        given.append(train)
+        return transfer.transfer_and_remove(dense, source, plan, train, *rest)
+
+    monkeypatch.setattr(pruning, "transfer", SimpleNamespace(transfer_and_remove=watched))
+    short = place / "short.txt"
+    short.write_text(english()[:1_200])
+    for share in ("0", "0.5"):
+        prune("--calibration", str(short), "--set", f"calibration.self_generated={share}")
+    alone, beside = given
+    assert 3 <= len(alone) < 24 and len(beside) == 2 * len(alone)
+    assert torch.equal(beside[: len(alone)], alone)
 
 
 def test_any_selection_with_any_transfer(prune):

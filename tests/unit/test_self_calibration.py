@@ -13,7 +13,7 @@ from trsp_deploy.errors import RecipeError
 from trsp_deploy.tools.sources.texts import jsonl, load_texts, tokenize_windows
 from trsp_deploy.tools.training import self_calibration
 from trsp_deploy.tools.training.checkpoints import Checkpoints
-from trsp_deploy.tools.training.self_calibration import Form, form_of, write_texts
+from trsp_deploy.tools.training.self_calibration import Form, form_of, self_generated_windows, write_texts
 
 CHAT = "Be kind.{% for m in messages %}{{ '\\n' + m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
 CHAT += "{% if add_generation_prompt %}{{ '\\nassistant: ' }}{% endif %}"
@@ -26,6 +26,21 @@ def tokenizer():
 
 def count(tokenizer, documents):
     return len(tokenizer("\n\n".join(documents), add_special_tokens=False)["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("share", "given", "own"),
+    [
+        (0.0, 30, 0),
+        (0.25, 96, 32),  # as much as there is asked of it
+        (0.25, 1000, 32),
+        (0.25, 60, 20),  # a short text: all of it, and a quarter of the whole
+        (0.5, 1, 1),
+        (1.0, 5, 128),
+    ],
+)
+def test_what_was_given_is_put_away_for_no_less_than_was_asked_for(share, given, own):
+    assert self_generated_windows(share, 128, given) == own
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -21,7 +21,7 @@ from trsp_deploy.tools.plan import PruningPlan, read_plan
 from trsp_deploy.tools.quiet import quiet_libraries
 from trsp_deploy.tools.sources.texts import jsonl, load_texts, tokenize_windows
 from trsp_deploy.tools.training.checkpoints import Checkpoints
-from trsp_deploy.tools.training.self_calibration import write_texts
+from trsp_deploy.tools.training.self_calibration import self_generated_windows, write_texts
 from trsp_deploy.tools.training.shared import TRAINING_DTYPES, pick_device
 
 
@@ -176,7 +176,7 @@ class Pruning:
         if own is not None:
             texts, length = load_texts(str(own), "calibration"), self.recipe.calibration.context_length
             written = tokenize_windows(texts, self.inputs.tokenizer(), length, self._self_generated_windows())
-            train = torch.cat([train[: len(train) - len(written)], written])
+            train = torch.cat([train[: self.recipe.calibration.max_windows - len(written)], written])
         path = self.inputs.path("pruned")
         with quiet_libraries(), writing(path) if self.run.main else contextlib.nullcontext(path) as folder:
             return transfer.transfer_and_remove(
@@ -197,7 +197,7 @@ class Pruning:
         if not share or (settings.form == "none" and settings.refit == "none"):
             return 0
         train, _ = self.inputs.calibration_windows()
-        return round(share * len(train))
+        return self_generated_windows(share, self.recipe.calibration.max_windows, len(train))
 
     def _checked_model(self) -> PreTrainedModel:
         model = load_model(self.inputs.path("dense"), pick_device(self.recipe), TRAINING_DTYPES[self.recipe.weights])

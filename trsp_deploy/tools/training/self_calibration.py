@@ -69,6 +69,15 @@ def form_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Form:
     return Form((first,), "", tokenizer.eos_token_id, 1)
 
 
+def self_generated_windows(share: float, wanted: int, given: int) -> int:
+    """How many of `wanted` windows the dense model writes, `given` being there of the calibration text.
+
+    Where that is shorter than its part, all of it is read and the share kept: what was given is not put away for less.
+    """
+    own = round(share * wanted)
+    return round(given * share / (1 - share)) if wanted - own > given else own
+
+
 @kept_heap()
 def write_texts(
     model: PreTrainedModel,
