@@ -1,12 +1,13 @@
 """What serving costs and what batching gains, on a real tritonserver: `make bench-serving`.
 
-    python -m benchmarks.serving            # about six minutes on 2 cores
-    python -m benchmarks.serving --quick    # about three; keeps nothing
+    python -m benchmarks.serving            # about a quarter of an hour on 2 cores
+    python -m benchmarks.serving --quick    # about three minutes; keeps nothing
     python -m benchmarks.serving --report   # the table and docs/triton.md from what is there
 
 SmolLM2-135M, 8 of its 30 layers removed without training (speed does not depend on it), engine ort-cpu-fp32, dense and
-pruned in one repository. In each replicate, in turn: the bare runner in a fresh process, and a fresh server loaded by
-perf_analyzer with one and with eight requests at once. A time per token is that of the tokens after the first.
+pruned in one repository. Answers of two lengths, one after the other. In each replicate, in turn: the bare runner in a
+fresh process, and a fresh server loaded by perf_analyzer with one and with eight requests at once. A time per token is
+that of the tokens after the first.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from benchmarks import targets
 from benchmarks.kept import every_machine, judged, results_path
 from benchmarks.pages import markdown, put_between_markers
 from benchmarks.targets import at_least, at_most
-from trsp_deploy.artifacts import RunFolder, writing
+from trsp_deploy.artifacts import Provenance, RunFolder, writing
 from trsp_deploy.errors import TrspError
 from trsp_deploy.pipeline import Pipeline
 from trsp_deploy.pipeline.runs import save_recipe
@@ -52,20 +53,38 @@ ENGINE = "ort-cpu-fp32"
 NAME = "smollm2"
 MAX_BATCH = 8
 MAX_LENGTH = 1024
-FULL = LoadSettings(concurrencies=(1, MAX_BATCH), prompt_tokens=128, new_tokens=32, window_s=4, replicates=5)
+FULL = LoadSettings(concurrencies=(1, MAX_BATCH), prompt_tokens=128, window_s=4, replicates=5)
 QUICK = FULL.model_copy(update={"window_s": 3, "replicates": 2})
+# New tokens a request. Prompts are read one by one, at 8 at once as at 1: the shorter the answers, the less is there for
+# batching to gain. The long ones are as long as those of `make bench-engines`.
+SHORT, LONG = 32, 128
 BLOCKS = 3  # of the bare runner in a replicate, after one to warm up
 TARGETS = {
-    "throughput_8_over_1": at_least(3.0, "served tokens/s of the pruned model at 8 requests at once over 1"),
-    "time_per_token_overhead": at_most(0.10, "served time per token over the bare runner's, less 1, one request"),
+    f"{name}_{new_tokens}": bound(limit, f"{meaning}, {new_tokens} new tokens after 128")
+    for new_tokens in (SHORT, LONG)
+    for name, bound, limit, meaning in (
+        ("throughput_8_over_1", at_least, 3.0, "served tokens/s of the pruned model at 8 requests at once over 1"),
+        ("time_per_token_overhead", at_most, 0.10, "served time per token over the bare runner's, less 1, one request"),
+    )
 }
 
 
-class Serving(Strict):
-    """Raw samples of the bench."""
+class Loaded(Strict):
+    """Raw samples of one load."""
 
     served: Served
     bare_s: dict[Role, tuple[tuple[float, ...], ...]]  # mean time per token of each block, a tuple a replicate
+
+
+class Serving(Strict):
+    """Raw samples of the bench, by the new tokens of a request."""
+
+    loads: dict[int, Loaded]
+
+    @property
+    def provenance(self) -> Provenance:
+        """Where it was measured."""
+        return next(iter(self.loads.values())).served.provenance
 
 
 def main() -> int:
@@ -76,9 +95,9 @@ def main() -> int:
     options = parser.parse_args()
     try:
         if options.report:
-            found = judged(read(), lambda each: each.served.provenance.cpu, met)
+            found = judged(read(), lambda each: each.provenance.cpu, met)
         else:
-            found = measure(QUICK if options.quick else FULL)
+            found = measure(QUICK, (SHORT,)) if options.quick else measure(FULL, (SHORT, LONG))
     except TrspError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return problem.exit_code
@@ -89,7 +108,7 @@ def main() -> int:
     return 0
 
 
-def measure(settings: LoadSettings) -> Serving:
+def measure(settings: LoadSettings, lengths: tuple[int, ...]) -> Serving:
     """Make the repository where it is missing, and measure; the full bench keeps its samples."""
     environment = environment_of(None)
     generator = find_load_generator(environment)
@@ -99,18 +118,23 @@ def measure(settings: LoadSettings) -> Serving:
     names: dict[Role, str] = {"pruned": NAME, "dense": f"{NAME}-dense"}
     write_repository(folders, run / "pruned", names, repository, MAX_BATCH, MAX_LENGTH)
     prompt = bare_prompt(run / "pruned" / "tokenizer.json", settings)
-    bare: dict[Role, list[tuple[float, ...]]] = {role: [] for role in ROLES}
 
-    def run_bare(replicate: int) -> None:
-        for role in ROLES if replicate % 2 == 0 else ROLES[::-1]:
-            with Worker(folders[role]) as worker:
-                blocks = [worker.block([prompt], settings.new_tokens - 1) for _ in range(1 + BLOCKS)]
-            bare[role].append(tuple(float(np.mean(block["decode_s"])) for block in blocks[1:]))
+    def loaded(new_tokens: int) -> Loaded:
+        asked = settings.model_copy(update={"new_tokens": new_tokens})
+        bare: dict[Role, list[tuple[float, ...]]] = {role: [] for role in ROLES}
 
-    found = measure_served(repository, lambda: started(repository, environment), generator, settings, before=run_bare)
-    result = Serving(served=found, bare_s={role: tuple(each) for role, each in bare.items()})
+        def run_bare(replicate: int) -> None:
+            for role in ROLES if replicate % 2 == 0 else ROLES[::-1]:
+                with Worker(folders[role]) as worker:
+                    blocks = [worker.block([prompt], new_tokens - 1) for _ in range(1 + BLOCKS)]
+                bare[role].append(tuple(float(np.mean(block["decode_s"])) for block in blocks[1:]))
+
+        found = measure_served(repository, lambda: started(repository, environment), generator, asked, before=run_bare)
+        return Loaded(served=found, bare_s={role: tuple(each) for role, each in bare.items()})
+
+    result = Serving(loads={new_tokens: loaded(new_tokens) for new_tokens in lengths})
     if settings == FULL:
-        with writing(results_path("serving", found.provenance.cpu)) as partial:
+        with writing(results_path("serving", result.provenance.cpu)) as partial:
             partial.write_text(result.model_dump_json() + "\n", encoding="utf-8")
     return result
 
@@ -142,7 +166,7 @@ def bare_prompt(tokenizer: Path, settings: LoadSettings) -> list[int]:
     return ids
 
 
-def overhead(found: Serving, role: Role) -> Ratio:
+def overhead(found: Loaded, role: Role) -> Ratio:
     """Served over bare time per token with one request at once, with an interval over replicates."""
     windows = {w.replicate: w for w in found.served.windows if w.concurrency == 1 and w.subject == role}
     return interval(
@@ -158,7 +182,7 @@ def time_per_token(window: ServedWindow) -> float:
     return float(np.median([each for each in map(inter_token_s, window.requests) if each is not None]))
 
 
-def batching(found: Serving, role: Role) -> Ratio:
+def batching(found: Loaded, role: Role) -> Ratio:
     """Throughput at the highest concurrency over that at the lowest, with an interval over replicates."""
     low, high = min(found.served.concurrencies), max(found.served.concurrencies)
     rates = {(w.concurrency, w.replicate): tokens_per_s(w) for w in found.served.windows if w.subject == role}
@@ -167,12 +191,13 @@ def batching(found: Serving, role: Role) -> Ratio:
     )
 
 
-def figures(found: Serving) -> dict[str, float]:
-    """What the targets are about."""
-    return {
-        "throughput_8_over_1": batching(found, "pruned").ratio,
-        "time_per_token_overhead": max(overhead(found, role).ratio for role in ROLES) - 1,
-    }
+def figures(found: Serving) -> dict[str, float | None]:
+    """What the targets are about; None for a load that was not put on."""
+    values: dict[str, float | None] = dict.fromkeys(TARGETS)
+    for new_tokens, load in found.loads.items():
+        values[f"throughput_8_over_1_{new_tokens}"] = batching(load, "pruned").ratio
+        values[f"time_per_token_overhead_{new_tokens}"] = max(overhead(load, role).ratio for role in ROLES) - 1
+    return values
 
 
 def met(found: Serving) -> dict[str, bool]:
@@ -182,24 +207,33 @@ def met(found: Serving) -> dict[str, bool]:
 
 def verdict(found: Serving) -> dict[str, object]:
     """The JSON line."""
-    return targets.verdict("serving", TARGETS, figures(found), machine=found.served.provenance.cpu)
+    return targets.verdict("serving", TARGETS, figures(found), machine=found.provenance.cpu)
 
 
 def page(found: Serving) -> str:
-    """Markdown: the targets, every figure, and where they come from."""
-    report = derive(found.served)
-    compared = [
-        (role, f"{1e3 * np.median(found.bare_s[role]):.1f} ms", f"{1e3 * token_s:.1f} ms", shown(overhead(found, role)))
-        for role in ROLES
-        for token_s in [next(x.figures[role].inter_token_s["p50"] for x in report.levels if x.concurrency == 1)]
-    ]
-    gains = [(role, shown(batching(found, role))) for role in ROLES]
-    made = found.served.provenance
+    """Markdown: the targets, then every figure of each load, and where they come from."""
+    made = found.provenance
     return "\n\n".join(
         [
             f"{made.cpu}, {made.cores} cores, onnxruntime {made.packages.get('onnxruntime', '?')}; engine {ENGINE}.",
             targets.table(TARGETS, figures(found)),
-            served_sentence(report),
+            *map(section, found.loads.values()),
+        ]
+    )
+
+
+def section(load: Loaded) -> str:
+    """Markdown: one load."""
+    report = derive(load.served)
+    compared = [
+        (role, f"{1e3 * np.median(load.bare_s[role]):.1f} ms", f"{1e3 * token_s:.1f} ms", shown(overhead(load, role)))
+        for role in ROLES
+        for token_s in [next(x.figures[role].inter_token_s["p50"] for x in report.levels if x.concurrency == 1)]
+    ]
+    gains = [(role, shown(batching(load, role))) for role in ROLES]
+    return "\n\n".join(
+        [
+            f"**{load.served.new_tokens} new tokens after {load.served.prompt_tokens}.** {served_sentence(report)}",
             markdown(SERVED_COLUMNS, served_rows(report)),
             markdown(("model", "bare runner, time per token", "served", "served over bare"), compared),
             markdown(("model", "tokens/s at 8 requests over 1"), gains),
