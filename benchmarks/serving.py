@@ -55,8 +55,8 @@ MAX_BATCH = 8
 MAX_LENGTH = 1024
 FULL = LoadSettings(concurrencies=(1, MAX_BATCH), prompt_tokens=128, window_s=4, replicates=5)
 QUICK = FULL.model_copy(update={"window_s": 3, "replicates": 2})
-# New tokens a request. Prompts are read one by one, at 8 at once as at 1: the shorter the answers, the less batching can
-# gain. The long ones are as long as those of `make bench-engines`.
+# New tokens a request. Prompts are read one by one, at 8 at once as at 1: the shorter the answers, the less batching
+# can gain. The long ones are as long as those of `make bench-engines`.
 SHORT, LONG = 32, 128
 BLOCKS = 3  # of the bare runner in a replicate, after one to warm up
 TARGETS = {
