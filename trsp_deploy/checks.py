@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import Field
 
 from trsp_deploy.artifacts import Provenance, provenance, write_json
-from trsp_deploy.errors import RecipeError, RunError
+from trsp_deploy.errors import EngineUnavailable, RecipeError, RunError
 from trsp_deploy.pipeline import Pipeline
 from trsp_deploy.recipe import BenchSettings, EngineSpec, Positive, Strict
 from trsp_deploy.results import Comparison, Phase
@@ -160,7 +160,7 @@ def _quality(quality: dict[str, QualityReport], choices: ChoicesReport | None, t
             sense="at least",
             bound=tolerances.min_accuracy_retained,
         )
-        outcomes.append(judge(kept, choices.retained))
+        outcomes.append(judge(kept, choices.retained, choices.doubt))
     if tolerances.max_ppl_ratio is None:
         return outcomes
     return outcomes + [
@@ -172,6 +172,7 @@ def _quality(quality: dict[str, QualityReport], choices: ChoicesReport | None, t
                 bound=tolerances.max_ppl_ratio,
             ),
             Ratio(ratio=text.ratio, low=text.ratio_low, high=text.ratio_high),
+            text.doubt,
         )
         for name, text in quality.items()
     ]
@@ -191,13 +192,26 @@ def runnable(job: Pipeline, engine: str | None) -> EngineSpec:
 
 
 def make_baseline(job: Pipeline, engine: str | None, settings: BenchSettings, out: Path) -> Baseline:
-    """Measure every engine of a run that runs here (or the one named), and write what later checks are held against."""
+    """Measure every engine of a run that runs here (or the one named), and write what later checks are held against.
+
+    An engine that cannot be measured is said and left out. Raises RunError when none is left, or it is the one named.
+    """
     first = runnable(job, engine)
     others = [spec for spec in job.engines.specs if spec != first and job.engines.engine(spec).reason is None]
-    found = {}
+    job.proof.check_engines()  # what does not compute what was trained is nothing to hold others against
+    found, lacking = {}, dict(job.proof.failed)
     for spec in [first, *(others if engine is None else ())]:
-        comparison = bench.compare_engines(*job.engines.pair(spec), spec.name, settings, job.recipe.seed)
+        if spec.name in lacking:
+            continue
+        try:
+            comparison = bench.compare_engines(*job.engines.pair(spec), spec.name, settings, job.recipe.seed)
+        except EngineUnavailable as problem:  # such as shapes beyond its profiles, or a GPU that is full
+            lacking[spec.name] = f"cannot be timed: {problem}"
+            job.inputs.say(f"{spec.name}: {lacking[spec.name]}; not in the baseline")
+            continue
         found[spec.name] = engine_baseline(comparison, job.proof.engine_quality(spec))
+    if not found:
+        raise RunError(f"{job.run.path}: no baseline ({'; '.join(f'{name} {why}' for name, why in lacking.items())})")
     baseline = Baseline(schema_version=SCHEMA_VERSION, machine=this_machine(), engines=found, provenance=provenance())
     write_json(out, baseline)
     return baseline

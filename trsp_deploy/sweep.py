@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trsp_deploy.artifacts import RunFolder, link_tree, provenance, write_json, writing
+from trsp_deploy.errors import RecipeError
 from trsp_deploy.pipeline import Pipeline, check_before_work, prune_and_build
 from trsp_deploy.pipeline.reporting import write_pages
 from trsp_deploy.pipeline.runs import save_recipe
@@ -28,8 +29,11 @@ def sweep(job: Pipeline, counts: tuple[int, ...], targets: Targets, say: Callabl
     """Make or finish every run of a sweep, smallest cut first, and choose among them.
 
     job: its folder is the sweep's; its recipe serves every run, with another number of layers each.
+    Raises RecipeError for a target that nothing in the recipe measures.
     """
     root = job.run.path
+    if targets.max_ppl_ratio is not None and not job.recipe.evaluation:
+        raise RecipeError("sweep: --max-ppl-ratio needs texts, and the recipe has none: --eval NAME=TEXTS")
     check_before_work(job)
     plans = job.pruning.plans(counts)
     points: list[Point] = []

@@ -26,7 +26,7 @@ from trsp_deploy.artifacts import provenance
 from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.tools.judging.limits import stored_by
 from trsp_deploy.tools.library import load_engine_spec
-from trsp_deploy.tools.measuring.rates import measure_rates
+from trsp_deploy.tools.measuring.rates import fresh_rates
 from trsp_deploy.tools.measuring.worker import Worker
 from trsp_deploy.tools.runners import open_engine
 from trsp_deploy.tools.runners.requirements import adds_int8_exactly
@@ -134,8 +134,7 @@ def _race(
             print(f"round {number} of {rounds}: {', '.join(workers)}", file=sys.stderr, flush=True)
             for place, label in enumerate(workers if number % 2 else reversed(workers)):
                 if bandwidths is not None and number and place == len(workers) // 2:
-                    measure_rates.cache_clear()
-                    bandwidths.append(measure_rates("cpu").bytes_per_s)
+                    bandwidths.append(fresh_rates("cpu").bytes_per_s)
                 worker = workers[label]
                 worker.resume()
                 worker.block(prompt, WARM_TOKENS)  # while the others ran, its memory went cold

@@ -15,7 +15,7 @@ from trsp_deploy.results import PHASES, Comparison, Phase
 from trsp_deploy.tools.judging.comparisons import claim, compare
 from trsp_deploy.tools.judging.goals import Goal, least_speedup, settled_all
 from trsp_deploy.tools.judging.statistics import Ratio, replicate_ratios, widened
-from trsp_deploy.tools.judging.verdicts import judge
+from trsp_deploy.tools.judging.verdicts import judge, too_few
 from trsp_deploy.tools.measuring.bench_worker import PLANTED
 from trsp_deploy.tools.measuring.samples import measure
 
@@ -75,7 +75,7 @@ class Trial(Strict):
         goal = goal_of(self.kind)
         if goal is None:
             return claim(list(self.found.values()), count)
-        return judge(goal.requirement, self.found["total"], count).word
+        return judge(goal.requirement, self.found["total"], too_few(count)).word
 
     @property
     def right(self) -> bool:

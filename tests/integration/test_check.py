@@ -18,11 +18,13 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
+from tests.samples import made_up
 from tests.tiny import english, save_tiny
 from trsp_deploy import checks, cli
-from trsp_deploy.errors import EngineUnavailable, UserError
+from trsp_deploy.errors import EngineUnavailable, RunError, UserError
 from trsp_deploy.pipeline.proof import Proof
-from trsp_deploy.stages.bench import find_pair
+from trsp_deploy.stages.bench import find_pair, label_of
+from trsp_deploy.tools.measuring.subjects import Subject
 
 pytestmark = pytest.mark.alone
 
@@ -289,8 +291,33 @@ def test_of_one_run_both_engines_are_the_same(workspace: Path, baseline: Path, t
     (tmp_path / "run" / "recipe.yaml").touch()
     shutil.copytree(workspace / "run" / "engines" / "ort-cpu-fp32", tmp_path / "run" / "engines" / "b")
     shutil.copytree(tmp_path / "run" / "engines" / "b" / "dense", tmp_path / "run" / "engines" / "a" / "dense")
-    dense, pruned = find_pair(tmp_path / "run", tmp_path / "run", None)
+    dense, pruned = find_pair(tmp_path / "run", None, None)
     assert (dense.path.parent.name, pruned.path.parent.name) == ("b", "b")
+    assert label_of(dense, pruned) == "ort-cpu-fp32"
+
+
+def test_of_two_runs_both_engines_are_the_same(workspace: Path, baseline: Path, tmp_path: Path) -> None:
+    built = workspace / "run" / "engines" / "ort-cpu-fp32"
+    for run, engines in (("one", "ab"), ("other", "bc"), ("third", "c")):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "recipe.yaml").touch()
+        for engine in engines:
+            shutil.copytree(built, tmp_path / run / "engines" / engine)
+    dense, pruned = find_pair(tmp_path / "one", tmp_path / "other", None)
+    assert (dense.path.parts[-3:], pruned.path.parts[-3:]) == (
+        ("engines", "b", "dense"),
+        ("engines", "b", "pruned"),
+    )
+    with pytest.raises(RunError, match=r"one has engines of a, b, .*third of c: no comparison"):
+        find_pair(tmp_path / "one", tmp_path / "third", None)
+
+
+def test_engines_of_two_names_are_both_named() -> None:
+    one, other = (
+        Subject(path=Path(path), spec=None, vocabulary=9, cuts_logits=False, size=None)
+        for path in ("onnx/dense/model.onnx", "pruned.onnx")
+    )
+    assert label_of(one, other) == "dense against pruned"
 
 
 @pytest.mark.parametrize(
@@ -299,6 +326,7 @@ def test_of_one_run_both_engines_are_the_same(workspace: Path, baseline: Path, t
         (["nowhere"], ["nowhere: is not there"]),
         (["tiny"], ["tiny: is a folder without manifest.json or recipe.yaml"]),
         (["text.onnx"], ["text.onnx: no such file"]),
+        (["run/engines/ort-cpu-fp32/dense"], ["PRUNED is missing; only a run folder"]),
         (["run", "--engine", "ort-cpu-fp3"], ["no engine 'ort-cpu-fp3'; did you mean 'ort-cpu-fp32'?"]),
     ],
 )
@@ -407,3 +435,44 @@ def test_the_documented_workflow_fits_the_action(action: Any) -> None:
     assert set(check["with"]) <= set(action["inputs"])
     required = {name for name, entry in action["inputs"].items() if entry.get("required")}
     assert required <= set(check["with"])
+
+
+def test_a_baseline_leaves_out_an_engine_that_cannot_be_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = made_up()
+    said: list[str] = []
+    specs = [SimpleNamespace(name=name) for name in ("a", "b", "c")]
+    job: Any = SimpleNamespace(
+        engines=SimpleNamespace(
+            specs=specs, engine=lambda spec: SimpleNamespace(reason=None), pair=lambda spec: (None, None)
+        ),
+        proof=SimpleNamespace(
+            failed={"c": "cannot be checked"},
+            check_engines=lambda: said.append("parity"),
+            engine_quality=lambda spec: {},
+        ),
+        recipe=SimpleNamespace(seed=0),
+        inputs=SimpleNamespace(say=said.append),
+        run=SimpleNamespace(path=tmp_path),
+    )
+
+    def compare(dense: Any, pruned: Any, name: str, *rest: Any) -> Any:
+        if name == lacking:
+            raise EngineUnavailable("the GPU is full")
+        return made
+
+    monkeypatch.setattr(checks, "runnable", lambda job, engine: next(s for s in specs if s.name == (engine or "a")))
+    monkeypatch.setattr(checks.bench, "compare_engines", compare)
+    lacking = "b"
+    assert list(checks.make_baseline(job, None, made.settings, tmp_path / "b.json").engines) == ["a"]
+    assert said == ["parity", "b: cannot be timed: the GPU is full; not in the baseline"]
+    lacking = "a"
+    with pytest.raises(RunError, match=r"no baseline \(c cannot be checked; a cannot be timed: the GPU is full\)"):
+        checks.make_baseline(job, "a", made.settings, tmp_path / "none.json")
+    assert not (tmp_path / "none.json").exists()
+
+
+def test_a_task_that_is_none_is_not_kept_in_the_run(workspace: Path) -> None:
+    before = (workspace / "run" / "recipe.yaml").read_bytes()
+    done = trsp_deploy("check", "run", "--min-accuracy-retained", "90%", "--task", "piqqa", cwd=workspace)
+    assert done.code == 1 and "piqqa" in done.stderr.splitlines()[-1], done.said
+    assert (workspace / "run" / "recipe.yaml").read_bytes() == before

@@ -76,6 +76,7 @@ def test_a_sweep_is_one_search_and_a_run_each_and_goes_on(workspace: Path) -> No
         (["--drop", "5..50%"], ["--drop '5..50%'"]),
         (["--drop", "1..9"], ["--drop", "1 to 5"]),
         (["--target-latency", "20"], ["--target-latency '20'", "20ms"]),
+        (["--drop", "1..2", "--max-ppl-ratio", "2", "--set", "evaluation={}"], ["--max-ppl-ratio needs texts"]),
     ],
 )
 def test_bad_input_is_one_line(workspace: Path, options: list[str], words: list[str]) -> None:

@@ -152,6 +152,14 @@ def test_an_onnx_file_that_is_no_decoder(tmp_path: Path) -> None:
     says("has no output `logits`, so it is no decoder", lambda: find_subject(path, "dense", None), errors.RunError)
 
 
+def test_an_onnx_file_that_does_not_say_its_vocabulary(tmp_path: Path) -> None:
+    path = graph_of([helper.make_node("Relu", ["x"], ["logits"])], {}, "logits", tmp_path / "model.onnx")
+    model = onnx.load(path)
+    model.graph.output[0].type.tensor_type.shape.dim[-1].dim_param = "vocabulary"
+    onnx.save(model, path)
+    says("`logits` does not say how many tokens there are", lambda: find_subject(path, "dense", None), errors.RunError)
+
+
 @pytest.mark.parametrize(
     ("tables", "words"),
     [

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -14,6 +17,7 @@ from trsp_deploy.stages import parity
 from trsp_deploy.tools.judging.limits import decode_bytes, prefill_operations, speed_limit, stored, stored_by
 from trsp_deploy.tools.judging.statistics import perplexity_ratio
 from trsp_deploy.tools.library import load_engine_spec
+from trsp_deploy.tools.measuring import bench_worker, rates, samples, telemetry
 from trsp_deploy.tools.measuring.worker import Worker
 
 
@@ -130,6 +134,57 @@ def test_a_failed_parity_stops_with_one_line(reference):
 
     with pytest.raises(ParityError, match=r"parity: ort \(pruned, fp32\) is .* nothing made from it can be trusted"):
         parity.check_parity(reference, Broken(), "ort", "pruned", "fp32")
+
+
+class Driver(SimpleNamespace):
+    """NVML of a GPU with some processes on it, as process number -> bytes."""
+
+    NVMLError = RuntimeError
+
+    def nvmlDeviceGetComputeRunningProcesses(self, gpu):
+        return [SimpleNamespace(pid=pid, usedGpuMemory=used) for pid, used in self.processes.items()]
+
+    def nvmlDeviceGetMemoryInfo(self, gpu):
+        return SimpleNamespace(used=sum(self.processes.values()))
+
+
+@pytest.mark.parametrize("in_a_container", [False, True])
+def test_gpu_memory_is_the_engines_own(monkeypatch, in_a_container):
+    parent, here = 3_000, (1 if in_a_container else os.getpid())  # the driver lists the host's numbers
+    driver = Driver(processes={here + 1: parent})
+    monkeypatch.setattr(telemetry, "_nvml", lambda: (driver, None))
+    before = telemetry.gpu_memory_used()
+    driver.processes[here] = 4_000
+    assert bench_worker._peak_memory(before)["gpu_bytes"] == 4_000
+    assert bench_worker._peak_memory(None)["gpu_bytes"] is None, "an engine on the CPU"
+
+
+def test_who_else_is_on_the_gpu():
+    assert telemetry._others({1, 2, 3}, {1, 2, 9}) == 1
+    assert telemetry._others({71, 72}, {1, 2, 3}) == 0, "in a container, maybe ourselves"
+    assert telemetry._others({71, 72, 73, 74, 75}, {1, 2, 3}) == 2
+
+
+def test_only_the_warm_up_says_what_an_engine_holds_on_the_gpu():
+    taken = samples._Taken(["dense"], 1)
+    block = {"prefill_s": 1.0, "decode_s": [1.0], "total_s": 2.0, "peak_rss_bytes": 10}
+    taken.add_warmup("dense", {**block, "gpu_bytes": 5})
+    taken.add("dense", 0, {**block, "gpu_bytes": 50})  # meanwhile the others were loaded
+    assert (taken.gpu_bytes, taken.peak_rss_bytes) == ({"dense": 5}, {"dense": 10})
+
+
+def test_a_gpu_that_torch_cannot_use_has_no_rates(monkeypatch):
+    def lacking(device):
+        raise AssertionError("Torch not compiled with CUDA enabled")
+
+    monkeypatch.setattr(rates, "fresh_rates", lacking)
+    rates.measure_rates.cache_clear()
+    try:
+        assert rates.measure_rates("cuda") is None
+        with pytest.raises(AssertionError):
+            rates.measure_rates("cpu")
+    finally:
+        rates.measure_rates.cache_clear()
 
 
 def test_a_worker_that_cannot_start_says_why(tmp_path):

@@ -18,8 +18,9 @@ from tests.breadth import by_default
 from tests.tiny import FAMILIES, tiny_config
 from trsp_deploy.errors import DeviceMemoryError
 from trsp_deploy.recipe import Recipe, override, read_recipe
+from trsp_deploy.tools.host_memory import available_host_bytes
 from trsp_deploy.tools.resources import device_memory
-from trsp_deploy.tools.resources.device_memory import available_bytes, check_memory, plan_memory
+from trsp_deploy.tools.resources.device_memory import check_memory, plan_memory
 from trsp_deploy.tools.resources.memory import MemoryEstimate
 
 GIB = 2**30
@@ -196,19 +197,19 @@ def test_control_groups_count(tmp_path):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
 
-    assert available_bytes("cpu", tmp_path) is None
+    assert available_host_bytes(tmp_path) is None
     write("proc/meminfo", "MemTotal: 9000000 kB\nMemAvailable: 8000000 kB\n")
-    assert available_bytes("cpu", tmp_path) == 8_192_000_000
+    assert available_host_bytes(tmp_path) == 8_192_000_000
     write("proc/self/cgroup", "0::/jobs/mine\n")
     write("sys/fs/cgroup/jobs/mine/memory.max", "max\n")
     write("sys/fs/cgroup/jobs/memory.max", "4000000000\n")
     write("sys/fs/cgroup/jobs/memory.current", "3000000000\n")
     write("sys/fs/cgroup/jobs/memory.stat", "file 7\ninactive_file 500000000\n")
-    assert available_bytes("cpu", tmp_path) == 1_500_000_000
+    assert available_host_bytes(tmp_path) == 1_500_000_000
     write("proc/self/cgroup", "9:cpu,memory:/\n")
     write("sys/fs/cgroup/memory/memory.limit_in_bytes", "2000000000\n")
     write("sys/fs/cgroup/memory/memory.usage_in_bytes", "1000000000\n")
-    assert available_bytes("cpu", tmp_path) == 1_000_000_000
+    assert available_host_bytes(tmp_path) == 1_000_000_000
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")

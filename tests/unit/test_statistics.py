@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.samples import made_up, made_up_report
+from trsp_deploy.checks import Tolerances, _quality
 from trsp_deploy.errors import TextError
 from trsp_deploy.results import TURNS, Perplexity, TaskScore, Telemetry, ZeroShot
 from trsp_deploy.tools.judging import comparisons, goals
@@ -25,7 +26,7 @@ from trsp_deploy.tools.judging.statistics import (
     retained_accuracy,
     speedup,
 )
-from trsp_deploy.tools.judging.verdicts import Requirement, judge, settled, worst
+from trsp_deploy.tools.judging.verdicts import Requirement, judge, settled, too_few, worst
 from trsp_deploy.tools.reports.record import choices_report, verdict
 from trsp_deploy.tools.reports.rows import budget_text, engine_rows
 
@@ -95,7 +96,7 @@ def test_an_interval_is_no_narrower_than_the_control_deviates() -> None:
 )
 def test_a_verdict_follows_the_interval(low: float, high: float, word: str) -> None:
     found = Ratio(ratio=(low + high) / 2, low=low, high=high)
-    outcome = judge(FASTER, found, replicates=8)
+    outcome = judge(FASTER, found, too_few(8))
     assert outcome.word == word and word in outcome.sentence
     most = Requirement(name="perplexity", source="--max-ppl-ratio", sense="at most", bound=1.15)
     opposite = {"pass": "fail", "fail": "pass", "inconclusive": "inconclusive"}
@@ -105,8 +106,9 @@ def test_a_verdict_follows_the_interval(low: float, high: float, word: str) -> N
 
 def test_too_few_replicates_decide_nothing() -> None:
     found = Ratio(ratio=1.3, low=1.2, high=1.4)
-    assert judge(FASTER, found, replicates=4).word == "inconclusive"
-    assert "4 replicates" in judge(FASTER, found, replicates=4).sentence
+    outcome = judge(FASTER, found, too_few(4))
+    assert outcome.word == "inconclusive" and "4 replicates, 5 are the fewest that decide" in outcome.sentence
+    assert too_few(5) == ""
 
 
 def test_one_failure_fails_and_one_doubt_leaves_doubt() -> None:
@@ -195,6 +197,32 @@ def test_perplexity_is_paired_by_documents() -> None:
     assert paired_by_documents(before, after) and found.ratio == pytest.approx(after.ppl / before.ppl)
     assert math.exp(0.18) < found.low < found.ratio < found.high < math.exp(0.22)
     assert not paired_by_documents(by_documents([1.0] * 5), by_documents([1.0] * 5))
+
+
+def test_few_windows_are_as_uncertain_as_few_replicates() -> None:
+    dense, pruned = by_documents([1.0]), by_documents([1.0])
+    before, after = [3.0, 3.1], [3.2, 3.35]
+    found = perplexity_ratio(
+        dense.model_copy(update={"nll": tuple(before)}), pruned.model_copy(update={"nll": tuple(after)})
+    )
+    gains = np.subtract(after, before)
+    assert found == interval(gains) and found.low <= math.exp(gains.min()) < math.exp(gains.max()) <= found.high
+    one = perplexity_ratio(dense, pruned.model_copy(update={"nll": (1.25,)}))
+    assert one.low == one.high == pytest.approx(math.exp(0.25))
+
+
+def test_quality_of_a_window_or_a_few_items_decides_nothing() -> None:
+    text = made_up_report(made_up()).quality["text"]
+    limits = Tolerances(max_ppl_ratio=100, min_accuracy_retained=0.5)
+    for windows, word in ((1, "inconclusive"), (4, "inconclusive"), (5, "pass")):
+        short = text.model_copy(update={"pairs": "windows", "tokens": windows * (text.context_length - 1)})
+        right = "1" * 10 * windows
+        outcomes = _quality({"t": short}, choices_report(scores(right), scores(right)), limits)
+        assert [outcome.word for outcome in outcomes] == [word, word]
+        assert all(("are the fewest that decide" in outcome.note) == (word == "inconclusive") for outcome in outcomes)
+        close = short.model_copy(update={"ratio": 1.0, "ratio_low": 1.0, "ratio_high": 1.0})
+        assert budget_text({"t": close}).startswith("99.0% kept" if windows == 5 else "99.0% not decided")
+    assert not text.doubt, "its documents are paired"
 
 
 def test_change_compares_two_times() -> None:

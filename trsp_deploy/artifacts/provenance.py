@@ -68,8 +68,20 @@ def _cpu_name() -> str:
 
 
 def _gpu_names() -> tuple[str, ...]:
-    # torch knows the GPUs that this process can use; without torch loaded there is nothing to say.
+    """Of those that this process can use: torch's names where it knows some, else the driver's."""
     torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
+    if torch is not None and torch.cuda.is_available():
+        return tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        named = {pynvml.nvmlDeviceGetUUID(handle): pynvml.nvmlDeviceGetName(handle) for handle in handles}
+    except pynvml.NVMLError:  # no driver
         return ()
-    return tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return tuple(named.values())
+    numbered = dict(zip(map(str, range(len(named))), named.values(), strict=True)) | named
+    return tuple(numbered[each] for each in visible.split(",") if each in numbered)

@@ -106,9 +106,9 @@ def compare(
     from trsp_deploy.tools.judging.goals import least_speedup
     from trsp_deploy.tools.judging.verdicts import EXIT_CODES, worst
 
-    pair = bench.find_pair(dense, pruned or dense, engine)
+    pair = bench.find_pair(dense, pruned, engine)
     goals = [least_speedup(phase, bound, "--min-speedup", len(settings.cases)) for phase, bound in least.items()]
-    label = pair[1].path.parent.name if pair[1].spec is None else pair[1].spec.name
+    label = bench.label_of(*pair)
     comparison = bench.compare_engines(*pair, label, settings, seed=0, goals=goals)
     found = bench.derive(*pair, comparison)
     outcomes = [goal.outcome(comparison.replicates) for goal in goals]
@@ -189,6 +189,10 @@ def check(
         max_ppl_ratio=wanted_texts,
         min_accuracy_retained=wanted_tasks,
     )
+    if task:
+        from trsp_deploy.stages.zeroshot import check_tasks
+
+        check_tasks(task)  # before anything is done, and before the run's recipe says so
     with existing(run, sets=task_sets(task)) as job:
         if quality_budget is not None and job.recipe.evaluate.tasks:  # of what the run has to be judged on
             texts = wanted_texts if job.recipe.evaluation else None

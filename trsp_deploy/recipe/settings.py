@@ -98,8 +98,8 @@ class Case(Strict):
 class BenchSettings(Strict):
     """Dense and pruned in turn: alternating blocks in replicates of fresh processes, until the interval is narrow."""
 
-    batch_sizes: tuple[Count, ...] = (1,)
-    prompt_tokens: tuple[Count, ...] = (128,)
+    batch_sizes: Annotated[tuple[Count, ...], Field(min_length=1)] = (1,)
+    prompt_tokens: Annotated[tuple[Count, ...], Field(min_length=1)] = (128,)
     new_tokens: Count = 16  # decode steps a block
     budget_s: Positive = 120.0  # for all shapes of one engine together
     precision: Positive = 0.01  # enough: half-width of the 95% interval of the log ratio, for every shape and phase

@@ -14,7 +14,7 @@ from trsp_deploy.tools.judging.goals import Goal, settled_all
 from trsp_deploy.tools.judging.limits import SpeedLimit, speed_limit, stored_by
 from trsp_deploy.tools.measuring.rates import measure_rates
 from trsp_deploy.tools.measuring.samples import measure
-from trsp_deploy.tools.measuring.subjects import RUN_MARK, Subject, find_subject, whole_engine
+from trsp_deploy.tools.measuring.subjects import RUN_MARK, Subject, common_engine, find_subject
 
 
 def compare_engines(
@@ -43,6 +43,11 @@ def compare_engines(
     )
 
 
+def label_of(dense: Subject, pruned: Subject) -> str:
+    """For people: what is compared, the engine's name where both are of the same."""
+    return pruned.name if dense.name == pruned.name else f"{dense.name} against {pruned.name}"
+
+
 def derive(dense: Subject, pruned: Subject, comparison: Comparison) -> ComparisonReport:
     """Every figure of a comparison; limits where both models' sizes are known and the precision is the same."""
     known = dense.size is not None and pruned.size is not None and dense.spec is not None and pruned.spec is not None
@@ -58,14 +63,20 @@ def limits(dense: Subject, pruned: Subject, case: Case, rates: Rates | None) -> 
     return speed_limit(dense.size, pruned.size, stored_by(pruned.spec), case, rates=rates, logits=logits)
 
 
-def find_pair(dense: Path, pruned: Path, engine: str | None) -> tuple[Subject, Subject]:
-    """What two paths stand for; raises RunError, of an engine that cannot run here too: there is nothing else to do.
+def find_pair(dense: Path, pruned: Path | None, engine: str | None) -> tuple[Subject, Subject]:
+    """What two paths stand for, or one run folder; raises RunError, of an engine that cannot run here too: there is
+    nothing else to do.
 
-    Of one run folder both are the same engine's.
+    Of run folders both are the same engine's, for another precision would count as the removal's speed-up.
     """
+    other = pruned or dense
+    runs = [(path / RUN_MARK).is_file() for path in (dense, other)]
     try:
-        if engine is None and dense == pruned and (dense / RUN_MARK).is_file():
-            engine = whole_engine(dense)
-        return find_subject(dense, "dense", engine), find_subject(pruned, "pruned", engine)
+        if engine is None and all(runs):
+            engine = common_engine(dense, other)
+        first = find_subject(dense, "dense", engine)
+        if pruned is None and not runs[0]:
+            raise RunError(f"{dense}: PRUNED is missing; only a run folder ({RUN_MARK}) has both")
+        return first, find_subject(other, "pruned", engine)
     except EngineUnavailable as problem:
         raise RunError(str(problem)) from problem

@@ -98,7 +98,9 @@ def compare(comparison: Comparison, limit_of: LimitOf | None = None) -> Comparis
         load_s={role: statistics.median(r.load_s[role] for r in replicates) for role in ROLES},
         peak_rss_bytes={role: max(r.peak_rss_bytes[role] for r in replicates) for role in ROLES},
         gpu_bytes={
-            role: max(r.gpu_bytes[role] for r in replicates) for role in ROLES if role in replicates[0].gpu_bytes
+            role: max(r.gpu_bytes[role] for r in replicates)
+            for role in ROLES
+            if all(role in r.gpu_bytes for r in replicates)
         },
         replicates=len(replicates),
         blocks=sum(len(case) for r in replicates for subject in r.blocks.values() for case in subject),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from trsp_deploy.results import Phase, Replicate
 from trsp_deploy.tools.judging.statistics import Ratio, change, replicate_logs, replicate_ratios, speedup
-from trsp_deploy.tools.judging.verdicts import Outcome, Requirement, judge, settled
+from trsp_deploy.tools.judging.verdicts import Outcome, Requirement, judge, settled, too_few
 
 PHASE_TITLES: dict[Phase, str] = {"prefill": "prefill", "decode": "decode", "total": "end to end"}
 Logs = dict[Phase, tuple[float, ...]]  # one a replicate
@@ -37,7 +37,7 @@ class Goal:
         return "fail" in words or None not in words
 
     def _judge(self, ratio: Ratio, replicates: Sequence[Replicate]) -> Outcome:
-        return judge(self.requirement, ratio, len(replicates))
+        return judge(self.requirement, ratio, too_few(len(replicates)))
 
 
 def _leniency(outcome: Outcome) -> tuple[int, float]:

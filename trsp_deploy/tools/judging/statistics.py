@@ -21,6 +21,8 @@ RESAMPLES = 5000
 CONFIDENCE = 0.95
 FEWEST_DOCUMENTS = 10
 FEWEST_REPLICATES = 5  # below it the largest and the smallest of them enclose the mean too seldom
+FEWEST_WINDOWS = 5  # of a text, for the same reason
+FEWEST_ITEMS = 50  # of all tasks together: fewer may all be answered alike by chance
 
 
 class Ratio(Strict):
@@ -124,8 +126,8 @@ def _reach(ratio: Ratio) -> float:
     return max(abs(math.log(ratio.low)), abs(math.log(ratio.high)))
 
 
-def interval(logs: Sequence[float]) -> Ratio:
-    """exp of the mean of logs, one a replicate, with a 95% bootstrap interval.
+def interval(logs: Sequence[float] | np.ndarray) -> Ratio:
+    """exp of the mean of logs, one a replicate or window, with a 95% bootstrap interval.
 
     Percentiles of a bootstrap are too narrow for few values; they are taken further out by what Student's t asks for
     (the expanded percentile interval: Hesterberg, What Teachers Should Know About the Bootstrap, 2015, section 5.2).
@@ -191,10 +193,14 @@ def samples_s(comparison: Comparison, subject: Subject, case: int, phase: Phase)
 def perplexity_ratio(dense: Perplexity, pruned: Perplexity) -> Ratio:
     """pruned / dense perplexity of the same tokens, with a bootstrap over documents, paired.
 
-    Over windows instead where a text has fewer than FEWEST_DOCUMENTS.
+    Over windows instead where a text has fewer than FEWEST_DOCUMENTS; one window has no interval but its own ratio.
     """
     if not paired_by_documents(dense, pruned):
-        return _paired_mean(np.array(pruned.nll) - np.array(dense.nll))
+        windows = np.array(pruned.nll) - np.array(dense.nll)
+        if len(windows) > 1:
+            return interval(windows)
+        one = math.exp(float(windows[0]))
+        return Ratio(ratio=one, low=one, high=one)
     (before, tokens), (after, _) = (np.array(each.documents).T for each in (dense, pruned))
     lost = after - before  # nats of each document
 
@@ -256,9 +262,3 @@ def paired_ratio(slow: Sequence[float], quick: Sequence[float]) -> Ratio:
     logs = np.log(np.asarray(slow) / np.asarray(quick))
     low, high = (float(logs[0]),) * 2 if np.ptp(logs) == 0 else _bootstrap(np.median, logs)
     return Ratio(ratio=float(np.exp(np.median(logs))), low=math.exp(low), high=math.exp(high))
-
-
-def _paired_mean(logs: np.ndarray) -> Ratio:
-    middle = float(logs.mean())
-    low, high = (middle, middle) if len(logs) < 2 or np.ptp(logs) == 0 else _bootstrap(np.mean, logs)
-    return Ratio(ratio=math.exp(middle), low=math.exp(low), high=math.exp(high))

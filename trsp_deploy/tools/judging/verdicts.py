@@ -43,13 +43,19 @@ class Outcome(Strict):
         return f"{wanted.name}: {interval}, {wanted.sense} {wanted.bound:.4g} wanted: {self.word}{note}"
 
 
-def judge(requirement: Requirement, found: Ratio, replicates: int | None = None) -> Outcome:
-    """Compare an interval with a bound; a speed-up of too few replicates decides nothing."""
+def judge(requirement: Requirement, found: Ratio, doubt: str = "") -> Outcome:
+    """Compare an interval with a bound; doubt: why this interval decides nothing, whatever it is."""
     word = _word(requirement, found)
-    if replicates is not None and replicates < FEWEST_REPLICATES and word != "inconclusive":
-        few = f"{replicates} replicates, {FEWEST_REPLICATES} are the fewest that decide: give a larger budget"
-        return Outcome(requirement=requirement, found=found, word="inconclusive", note=few)
+    if doubt and word != "inconclusive":
+        return Outcome(requirement=requirement, found=found, word="inconclusive", note=doubt)
     return Outcome(requirement=requirement, found=found, word=word)
+
+
+def too_few(replicates: int) -> str:
+    """The doubt about a speed-up of so many replicates; empty where they are enough."""
+    if replicates >= FEWEST_REPLICATES:
+        return ""
+    return f"{replicates} replicates, {FEWEST_REPLICATES} are the fewest that decide: give a larger budget"
 
 
 def worst(words: Iterable[Word]) -> Word:

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 
 from trsp_deploy.errors import TrspError
-from trsp_deploy.tools.measuring.telemetry import gpu_memory_used
+from trsp_deploy.tools.measuring.telemetry import gpu_memory_own, gpu_memory_used
 from trsp_deploy.tools.prctl import end_with_parent
-from trsp_deploy.tools.runners import Runner, open_engine
+from trsp_deploy.tools.runners import Runner, device_of, open_engine, read_manifest
 from trsp_deploy.tools.runners.ort import OrtRunner
 
 PLANTED = "TRSP_DEPLOY_PLANT"
@@ -37,14 +37,14 @@ def main() -> int:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries that print must not get between the replies
     sys.stdin.readline()
-    gpu_before = gpu_memory_used()
-    began = time.perf_counter()
     try:
+        used_before = gpu_memory_used() if _on_gpu(engine) else None
+        began = time.perf_counter()
         with OrtRunner(engine) if engine.suffix == ".onnx" else open_engine(engine) as runner:
             _reply(replies, {"load_s": time.perf_counter() - began})
             for line in sys.stdin:
                 block = measure_block(runner, **json.loads(line), planted=planted)
-                _reply(replies, {**block, **_peak_memory(gpu_before)})
+                _reply(replies, {**block, **_peak_memory(used_before)})
     except TrspError as problem:
         _reply(replies, {"error": str(problem)})
         return problem.exit_code
@@ -82,12 +82,22 @@ def _elapsed(began: float, planted: float) -> float:
     return now - began
 
 
-def _peak_memory(gpu_before: int | None) -> dict[str, int | None]:
+def _on_gpu(engine: Path) -> bool:
+    return engine.suffix != ".onnx" and device_of(read_manifest(engine).spec) == "cuda"
+
+
+def _peak_memory(used_before: int | None) -> dict[str, int | None]:
+    """used_before: on the whole GPU before the engine was loaded; None where it is on none.
+
+    What the GPU holds more since is this process's as long as nobody else starts (`samples.py` asks then alone).
+    """
     # Not ru_maxrss: that one starts from the size of the process that forked this one.
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    gpu_after = gpu_memory_used()
-    on_gpu = None if gpu_before is None or gpu_after is None else max(0, gpu_after - gpu_before)
+    on_gpu, used = None, gpu_memory_used()
+    if used_before is not None and used is not None:
+        own = gpu_memory_own()
+        on_gpu = max(0, used - used_before) if own is None else own
     return {"peak_rss_bytes": peak, "gpu_bytes": on_gpu}
 
 

@@ -19,11 +19,28 @@ DTYPES: dict[Float, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16
 
 
 @functools.cache
-def measure_rates(device: str) -> Rates:
+def measure_rates(device: str) -> Rates | None:
     """The best of a few rounds on "cpu" or "cuda", all cores together; about a second.
 
     fp32 on a GPU is without TF32, as the engines are; fp16 is not measured on a CPU, where engines compute in fp32.
+    None where torch cannot use the GPU, as engines may without it, or finds no room there: limits are then not known.
     """
+    try:
+        return fresh_rates(device)
+    except (
+        AssertionError,
+        RuntimeError,
+    ):  # torch's own for a build without CUDA, and for a driver or memory that fails
+        if device == "cpu":
+            raise
+        return None
+    finally:
+        if device == "cuda" and torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # the engines' processes want the room
+
+
+def fresh_rates(device: str) -> Rates:
+    """The same, measured now."""
     with in_huge_pages():  # as a CPU engine's weights are
         elements = torch.ones(READ_BYTES[device] // 4, device=device)
     read_s = _best(elements.sum, device)

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 
 from trsp_deploy.artifacts import size_bytes
 from trsp_deploy.recipe import BenchSettings, Case
 from trsp_deploy.results import TURNS, Block, Comparison, Rates, Replicate, Stop, Subject
+from trsp_deploy.tools.host_memory import available_host_bytes
 from trsp_deploy.tools.judging.statistics import speedup, speedups
 from trsp_deploy.tools.measuring.telemetry import Recorder, gpu_memory_free
 from trsp_deploy.tools.measuring.worker import Worker
@@ -146,8 +146,9 @@ def _with_control(subjects: Mapping[Subject, Path], settings: BenchSettings, dev
 def _fit_together(engines: Sequence[Path], device: str) -> bool:
     """Whether all of them can be in the device's memory at once."""
     free = gpu_memory_free() if device == "cuda" else None
-    available = psutil.virtual_memory().available if free is None else free
-    return ROOM * sum(size_bytes(engine.parent if engine.is_file() else engine) for engine in engines) <= available
+    available = available_host_bytes() if free is None else free
+    needed = ROOM * sum(size_bytes(engine.parent if engine.is_file() else engine) for engine in engines)
+    return available is None or needed <= available
 
 
 def _start(engine: Path, environment: Mapping[str, str]) -> Start:
@@ -179,9 +180,12 @@ class _Taken:
         """Keep one block."""
         block = Block.model_validate({name: value for name, value in said.items() if name in Block.model_fields})
         self.blocks[subject][case].append(block)
-        for peaks, name in ((self.peak_rss_bytes, "peak_rss_bytes"), (self.gpu_bytes, "gpu_bytes")):
-            if said[name] is not None:
-                peaks[subject] = max(peaks.get(subject, 0), said[name])
+        self.peak_rss_bytes[subject] = max(self.peak_rss_bytes.get(subject, 0), said["peak_rss_bytes"])
+
+    def add_warmup(self, subject: Subject, said: dict[str, Any]) -> None:
+        """Keep what one block of the warm-up says of the GPU's memory: later on it may be another process's."""
+        if said["gpu_bytes"] is not None:
+            self.gpu_bytes[subject] = max(self.gpu_bytes.get(subject, 0), said["gpu_bytes"])
 
 
 def _replicate(
@@ -236,7 +240,7 @@ def _warm(subject: Subject, worker: Worker, work: list[Work], taken: _Taken) -> 
     while blocks < LONGEST_WARMUP:
         began = time.perf_counter()
         for case, prompt in work:
-            worker.block(prompt, case.new_tokens)
+            taken.add_warmup(subject, worker.block(prompt, case.new_tokens))
         took, blocks = time.perf_counter() - began, blocks + 1
         if took > STEADY * before:
             break

@@ -9,7 +9,7 @@ from pathlib import Path
 from trsp_deploy.decoder import DecoderSize, decoder_size
 from trsp_deploy.errors import EngineUnavailable, RunError, nearest
 from trsp_deploy.recipe import EngineSpec
-from trsp_deploy.results import ROLES, Role
+from trsp_deploy.results import Role
 from trsp_deploy.tools.runners import check_can_run, device_of, read_manifest
 
 RUN_MARK = "recipe.yaml"
@@ -30,6 +30,11 @@ class Subject:
     def device(self) -> str:
         """Where it runs: "cpu" or "cuda"."""
         return "cpu" if self.spec is None else device_of(self.spec)
+
+    @property
+    def name(self) -> str:
+        """For people: the engine's, or of a file that of the folder that it is in, else its own."""
+        return (self.path.parent.name or self.path.stem) if self.spec is None else self.spec.name
 
 
 def find_subject(path: Path, role: Role, engine: str | None) -> Subject:
@@ -59,7 +64,12 @@ def _from_onnx(path: Path) -> Subject:
     logits = next((output for output in graph.output if output.name == "logits"), None)
     if logits is None:
         raise RunError(f"{path}: has no output `logits`, so it is no decoder")
-    vocabulary = logits.type.tensor_type.shape.dim[-1].dim_value
+    shape = logits.type.tensor_type.shape.dim
+    vocabulary = shape[-1].dim_value if shape else 0
+    if vocabulary < 1:
+        raise RunError(
+            f"{path}: its output `logits` does not say how many tokens there are; its last axis needs a number"
+        )
     return Subject(path=path, spec=None, vocabulary=vocabulary, cuts_logits=False, size=None)
 
 
@@ -90,9 +100,15 @@ def find_engine(run: Path, role: Role, name: str | None) -> Path:
     return run / "engines" / name / role
 
 
-def whole_engine(run: Path) -> str:
-    """Name of the first of a run's engines that is there for both models and runs here; RunError when there is none."""
-    return _first_that_runs(run, "dense", _built(run, ROLES))
+def common_engine(dense: Path, pruned: Path) -> str:
+    """The first engine that one run has of its dense model and the other, or the same one, of its pruned, and that
+    runs here; RunError when there is none."""
+    there = _built(pruned, ("pruned",))
+    both = [name for name in _built(dense, ("dense",)) if name in there]
+    if not both and dense != pruned:
+        said = ", ".join(_built(dense, ("dense",))) or "none"
+        raise RunError(f"{dense} has engines of {said}, {pruned} of {', '.join(there) or 'none'}: no comparison")
+    return _first_that_runs(dense, "dense", both)
 
 
 def _built(run: Path, roles: Sequence[Role]) -> list[str]:

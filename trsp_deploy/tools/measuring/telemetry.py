@@ -41,7 +41,6 @@ class Recorder:
 
     def __enter__(self) -> Self:
         self._began = time.perf_counter()
-        psutil.cpu_times_percent()  # the next call tells what happened since this one
         self._thread.start()
         return self
 
@@ -57,6 +56,7 @@ class Recorder:
         return time.perf_counter() - self._began
 
     def _record(self) -> None:
+        psutil.cpu_times_percent()  # the next call of this thread tells what happened since this one
         while not self._stopped.wait(EVERY_S):
             self.samples.append(sample(self.now_s))
 
@@ -99,24 +99,31 @@ def _gpu() -> GpuTelemetry | None:
     nvml, gpu = found
     try:
         reasons = nvml.nvmlDeviceGetCurrentClocksEventReasons(gpu)
-        processes = nvml.nvmlDeviceGetComputeRunningProcesses(gpu)
-        children = {child.pid for child in psutil.Process().children(recursive=True)} | {os.getpid()}
+        listed = {process.pid for process in nvml.nvmlDeviceGetComputeRunningProcesses(gpu)}
+        ours = {child.pid for child in psutil.Process().children(recursive=True)} | {os.getpid()}
         return GpuTelemetry(
             sm_mhz=nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM),
             memory_mhz=nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_MEM),
             power_w=nvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
             temperature_c=nvml.nvmlDeviceGetTemperature(gpu, nvml.NVML_TEMPERATURE_GPU),
             throttle_reasons=tuple(name for bit, name in THROTTLES.items() if reasons & bit),
-            other_processes=sum(process.pid not in children for process in processes),
+            other_processes=_others(listed, ours),
             used_bytes=nvml.nvmlDeviceGetMemoryInfo(gpu).used,
         )
     except nvml.NVMLError:  # a driver that does not tell all of it, as in some virtual GPUs
         return None
 
 
-def gpu_memory_used() -> int | None:
-    """Bytes in use on the GPU by this process, or by everyone where the driver does not tell them apart; None without
-    a GPU."""
+def _others(listed: set[int], ours: set[int]) -> int:
+    """How many of the processes on a GPU are none of ours, as far as their numbers tell.
+
+    In a container the driver may list the host's numbers, none of which is ours: then as many as we are may be us.
+    """
+    return len(listed - ours) if listed & ours else max(0, len(listed) - len(ours))
+
+
+def gpu_memory_own() -> int | None:
+    """Bytes that this process uses on the GPU; None without one, and where the driver does not tell (containers)."""
     found = _nvml()
     if found is None:
         return None
@@ -125,6 +132,16 @@ def gpu_memory_used() -> int | None:
         for process in nvml.nvmlDeviceGetComputeRunningProcesses(gpu):
             if process.pid == os.getpid() and process.usedGpuMemory is not None:
                 return int(process.usedGpuMemory)
+    return None
+
+
+def gpu_memory_used() -> int | None:
+    """Bytes that all processes together use on the GPU; None without one."""
+    found = _nvml()
+    if found is None:
+        return None
+    nvml, gpu = found
+    with contextlib.suppress(nvml.NVMLError):
         return int(nvml.nvmlDeviceGetMemoryInfo(gpu).used)
     return None
 

@@ -18,10 +18,10 @@ def render(report: Report) -> str:
     lines += ["", *(f"- {note}" for note in engine_notes(report))]
     lines += [
         "",
-        f"{'; '.join(case.title for case in bench.cases)}; {bench.new_tokens} tokens a block. Dense, dense again and "
-        "pruned in turn, in replicates of fresh processes. Speed-up: mean over replicates with a 95% bootstrap "
-        "interval, never narrower than what dense shows against itself. Limit: from bytes and operations at this "
-        "machine's measured rates.",
+        f"{'; '.join(case.title for case in bench.cases)}; {bench.new_tokens} tokens a block. Dense, dense again (the "
+        "control, where memory allows it) and pruned in turn, in replicates of fresh processes. Speed-up: mean over "
+        "replicates with a 95% bootstrap interval, never narrower than what the control shows. Limit: from bytes and "
+        "operations at this machine's measured rates.",
         "",
     ]
     if report.served is not None:

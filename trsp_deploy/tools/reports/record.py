@@ -11,6 +11,8 @@ from trsp_deploy.recipe import Backend, Precision, Recipe, Strict
 from trsp_deploy.results import Parity, Perplexity, PrunedCheckpoint, ZeroShot
 from trsp_deploy.tools.judging.comparisons import ComparisonReport, sentence
 from trsp_deploy.tools.judging.statistics import (
+    FEWEST_ITEMS,
+    FEWEST_WINDOWS,
     PairedAccuracy,
     Ratio,
     paired_accuracy,
@@ -52,12 +54,31 @@ class QualityReport(Strict):
     context_length: int
     pairs: Literal["documents", "windows"]  # what the interval's bootstrap draws
 
+    @property
+    def doubt(self) -> str:
+        """Why the interval decides nothing, for people; empty where it does."""
+        windows = self.tokens // max(1, self.context_length - 1)
+        if self.pairs == "documents" or windows >= FEWEST_WINDOWS:
+            return ""
+        return (
+            f"{windows} window{'s' * (windows > 1)} of {self.context_length} tokens, {FEWEST_WINDOWS} are the fewest "
+            "that decide: give more text, or a smaller evaluate.context_length"
+        )
+
 
 class ChoicesReport(Strict):
     """Both on multiple-choice tasks, on the same items."""
 
     tasks: dict[str, PairedAccuracy]
     retained: Ratio  # mean accuracy, pruned / dense
+
+    @property
+    def doubt(self) -> str:
+        """Why the interval decides nothing, for people; empty where it does."""
+        items = sum(task.items for task in self.tasks.values())
+        if items >= FEWEST_ITEMS:
+            return ""
+        return f"{items} items, {FEWEST_ITEMS} are the fewest that decide: ask more with evaluate.task_items"
 
 
 class RemovalReport(Strict):

@@ -70,14 +70,17 @@ QUALITY_BUDGETS = (0.99, 0.999)  # of quality kept: MLPerf Inference's accuracy 
 
 
 def budget_text(quality: dict[str, QualityReport]) -> str:
-    """Whether perplexity on every text stays within each budget: a share kept of q allows a ratio of 1 / q."""
+    """Whether perplexity on every text stays within each budget: a share kept of q allows a ratio of 1 / q.
+
+    A text that is too short to decide leaves a budget open, unless another misses it.
+    """
     if not quality:
         return "no text was evaluated"
     worst = max(quality.values(), key=lambda text: text.ratio)
     words = []
     for share in QUALITY_BUDGETS:
-        met = [text.ratio_high <= 1 / share for text in quality.values()]
-        missed = any(text.ratio_low > 1 / share for text in quality.values())
+        met = [text.ratio_high <= 1 / share and not text.doubt for text in quality.values()]
+        missed = any(text.ratio_low > 1 / share and not text.doubt for text in quality.values())
         words.append(f"{share:.1%} {'kept' if all(met) else 'not kept' if missed else 'not decided'}")
     return f"{', '.join(words)} (worst text {worst.ratio:.2f}x; they allow 1.01x and 1.001x)"
 
@@ -149,7 +152,7 @@ def comparison_rows(found: ComparisonReport) -> list[tuple[str, ...]]:
     rows.append(("rate", *(f"{rate:.1f} tokens/s" for rate in rates), "", "", ""))
     rows.append(("load", *(f"{found.load_s[role]:.2f} s" for role in ROLES), "", "", ""))
     rows.append(("peak memory", *(f"{found.peak_rss_bytes[role] / 1e6:.0f} MB" for role in ROLES), "", "", ""))
-    if found.gpu_bytes:
+    if len(found.gpu_bytes) == len(ROLES):
         rows.append(("GPU memory", *(f"{found.gpu_bytes[role] / 1e6:.0f} MB" for role in ROLES), "", "", ""))
     return rows
 

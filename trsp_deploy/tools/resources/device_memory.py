@@ -7,8 +7,7 @@ check_memory(plan, recipe, ["selection", "transfer"])   # raises DeviceMemoryErr
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +18,7 @@ from trsp_deploy.errors import DeviceMemoryError, ModelError, TrspError
 from trsp_deploy.model_code import CODE, CONFIGS
 from trsp_deploy.reading import read_json, user_path
 from trsp_deploy.recipe import FLOAT_BYTES, Float, Recipe, Strict, override, read_recipe
+from trsp_deploy.tools.host_memory import available_host_bytes
 from trsp_deploy.tools.resources.memory import MemoryEstimate, Stage, StageMemory
 from trsp_deploy.tools.sources.hub import hub_errors, hub_problem
 from trsp_deploy.tools.sources.model_folders import check_decoder_only
@@ -208,41 +208,11 @@ def _options(changes: list[list[str]]) -> str:
 # -- what there is -----------------------------------------------------------------------------------------------------
 
 
-def available_bytes(device: Device, host: Path = Path("/")) -> int | None:
-    """Bytes that a new process could have: free on the GPU, or of main memory within every control group's limit.
-
-    None where the device is absent and on systems without /proc. host: where /proc and /sys are.
-    """
+def available_bytes(device: Device) -> int | None:
+    """Bytes that a new process could have: free on the GPU, or of main memory. None where the device is absent."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
-    found = re.search(r"MemAvailable:\s+(\d+) kB", _text(host / "proc/meminfo"))
-    return min([int(found[1]) * 1024, *_control_groups(host)]) if found else None
-
-
-def _control_groups(host: Path) -> Iterator[int]:
-    """What each limit that this process is under leaves; caches that the kernel would drop count as free."""
-    for line in _text(host / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory") and "memory" not in controllers.split(","):
-            continue
-        new = controllers == ""  # version 2 has one tree for all controllers
-        root = host / "sys/fs/cgroup" / ("" if new else "memory")
-        limit, usage = ("memory.max", "memory.current") if new else ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        group = root / path.lstrip("/")
-        for folder in [group, *group.parents]:
-            most, used = _text(folder / limit).strip(), _text(folder / usage).strip()
-            if most.isdecimal() and used.isdecimal():
-                cached = re.search(r"^(?:total_)?inactive_file (\d+)", _text(folder / "memory.stat"), re.MULTILINE)
-                yield int(most) - int(used) + (int(cached[1]) if cached else 0)
-            if folder == root:
-                break
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError:
-        return ""
+    return available_host_bytes()
 
 
 def launched_as_several() -> bool:
