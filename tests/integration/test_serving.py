@@ -7,21 +7,25 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
 from tests.exported import LAYERS, Made
+from tests.families import family_model
 from tests.tiny import save_tiny, tiny_tokenizer
 from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.recipe import ExportSettings
 from trsp_deploy.stages.build import build_engine
 from trsp_deploy.stages.export import FILE, export_onnx
+from trsp_deploy.stages.triton_repository import _batching
 from trsp_deploy.tools.library import load_engine_spec
-from trsp_deploy.tools.runners import open_engine
+from trsp_deploy.tools.runners import open_engine, read_manifest
 from trsp_deploy.tools.runners.generation import Sampling, generate
-from trsp_deploy.tools.runners.rotation import engine_rotation
+from trsp_deploy.tools.runners.rotation import engine_rotations
 from trsp_deploy.tools.runners.running_batch import SETTLED, OneText, Rotation, RunningBatch
 from trsp_deploy.tools.serving.engine import open_batch
 from trsp_deploy.tools.serving.loop import JOINS, Answer, ServingLoop, Ticket
@@ -54,7 +58,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def opened(engine: Path, max_batch: int, max_length: int):  # type: ignore[no-untyped-def]
-    return open_batch(engine, max_batch, max_length, engine_rotation(engine / "model.onnx"))
+    return open_batch(engine, max_batch, max_length, engine_rotations(engine / "model.onnx"))
 
 
 def alone(engine: Path, prompt: list[int], count: int) -> list[int]:
@@ -152,8 +156,8 @@ def test_one_text_at_a_time_on_any_runner(engine: Path) -> None:
 def test_layers_that_turn_no_keys_keep_theirs(exported: Made, tmp_path: Path) -> None:
     """SmolLM3 has layers without rotary embedding: a text that joins behind a longer one is the text alone."""
     build_engine(exported("smollm3") / "onnx" / FILE, load_engine_spec("ort-cpu-fp32"), tmp_path / "engine")
-    rotation = engine_rotation(tmp_path / "engine" / "model.onnx")
-    assert rotation is not None and len(rotation.caches) == LAYERS // 2
+    (rotation,) = engine_rotations(tmp_path / "engine" / "model.onnx")
+    assert len(rotation.caches) == LAYERS // 2
     prompt = [5, 9, 200, 17]
     with open_engine(tmp_path / "engine") as runner:
         runner.prefill(np.array([prompt]), np.ones((1, 4), dtype=np.int64))
@@ -162,6 +166,26 @@ def test_layers_that_turn_no_keys_keep_theirs(exported: Made, tmp_path: Path) ->
         other, _ = batch.join(list(range(3, 33)))
         text, _ = batch.join(prompt)
         np.testing.assert_allclose(batch.step({other: 8, text: 7})[text], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "joins"), [("falcon-rw", True), ("gemma3", False)])
+def test_a_text_is_moved_to_see_whether_texts_can_join(family: str, joins: bool, tmp_path: Path) -> None:
+    """Optimum tells neither graph a position: Falcon's bias comes from the mask, Gemma counts places of the cache."""
+    (tmp_path / "onnx").mkdir()
+    family_model(family).save_pretrained(tmp_path / "model")
+    export_onnx(tmp_path / "model", "fp32", ExportSettings(), tmp_path / "onnx")
+    build_engine(tmp_path / "onnx" / FILE, load_engine_spec("ort-cpu-fp32"), tmp_path / "engine")
+    assert "position_ids" not in read_manifest(tmp_path / "engine").inputs
+    assert _batching(tmp_path / "engine") == (joins, ())
+
+
+def test_layers_may_turn_keys_in_two_ways() -> None:
+    ways = [Rotation(angles=(angle,), interleaved=False, caches=(name,)) for angle, name in ((0.5, "a"), (0.1, "b"))]
+    runner: Any = SimpleNamespace(in_place=True, twin=lambda: None)
+    batch, keys = RunningBatch(runner, 2, 8, ways), np.ones((1, 1, 2), dtype=np.float32)
+    for rotation, name in zip(ways, "ab", strict=True):
+        assert (batch._moved(name, keys, 3) == rotation.turned(keys, 3)).all()
+    assert (batch._moved("c", keys, 3) == keys).all(), "turned by nobody"
 
 
 def test_an_engine_whose_cache_grows_serves_one_text_at_a_time(tmp_path: Path) -> None:
@@ -334,6 +358,16 @@ def test_sampling_is_repeatable_by_seed_and_echo_is_on_request(loop: ServingLoop
 
     assert answer(seed=7) == answer(seed=7) != answer(seed=8)
     assert answer(seed=7, exclude_input_in_output=False) == "class " + answer(seed=7)
+
+
+def test_who_does_not_say_how_many_tokens_gets_what_fits(loop: ServingLoop, tokenizer: Tokenizer) -> None:
+    long = " the" * (MAX_LENGTH - 40)
+    room = MAX_LENGTH - len(tokenizer.encode(long).ids)
+    assert 0 < room < 64
+    client = Client(text_input=long, ignore_eos=True)
+    loop.submit(client.ticket)
+    last = client.wait()[-1]
+    assert (last.tokens, last.finish) == (room, "length")
 
 
 def test_a_client_that_goes_away_frees_its_row(loop: ServingLoop) -> None:

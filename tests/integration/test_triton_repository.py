@@ -26,7 +26,7 @@ from tests.tiny import english, save_tiny
 from tests.triton_server import ENVIRONMENT, TritonServer, client, why_not
 from trsp_deploy.errors import RunError
 from trsp_deploy.tools.sources.packaged import find_asset
-from trsp_deploy.tools.triton_server.config import SCHEMA, parse_config, warmup_file
+from trsp_deploy.tools.triton_server.config import SCHEMA, WARMUP, parse_config
 
 needs_schema = pytest.mark.skipif(find_asset(SCHEMA) is None, reason=f"needs: trsp-deploy fetch {SCHEMA}")
 needs_server = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
@@ -75,6 +75,10 @@ def test_a_repository_is_whole_and_its_config_is_tritons(repository: Path) -> No
         assert config.name == name and config.backend == "python" and config.model_transaction_policy.decoupled
         assert config.input[0].name == "text_input" and not config.input[0].optional
         assert all(each.optional for each in config.input[1:])
+        (sample,) = config.model_warmup
+        assert sample.batch_size == 1, "0 is skipped"
+        for name_in, value in sample.inputs.items():
+            assert (repository / name / "warmup" / value.input_data_file).read_bytes() == WARMUP[name_in]
         for path in ("1/model.py", "1/engine/manifest.json", "1/tokenizer.json", "1/vendor/trsp_deploy/errors.py"):
             assert (repository / name / path).is_file(), path
     manifest = json.loads((repository / "MANIFEST.json").read_text())
@@ -98,10 +102,6 @@ def test_the_kubernetes_manifest_probes_what_the_server_has() -> None:
     assert {port["targetPort"] for port in service["spec"]["ports"]} == set(ports)
     assert container["readinessProbe"]["httpGet"] == {"path": "/v2/health/ready", "port": "http"}
     assert service["spec"]["selector"] == deployment["spec"]["template"]["metadata"]["labels"]
-
-
-def test_warmup_is_a_length_and_text() -> None:
-    assert warmup_file("Hé") == b"\x03\x00\x00\x00H\xc3\xa9"
 
 
 @needs_schema

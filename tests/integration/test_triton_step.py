@@ -166,8 +166,8 @@ def test_an_engine_may_be_in_several_repositories(repository: Path, run: Path, t
     done = trsp_deploy("triton", str(run), "--out", "second", "--name", "pruned", cwd=tmp_path)
     assert done.code == 0, done.said
     settings = [each / "pruned" / "1" / "serving.json" for each in (repository, tmp_path / "second")]
-    first, second = (json.loads(path.read_text())["rotation"] for path in settings)
-    assert first == second and first is not None
+    first, second = (json.loads(path.read_text())["rotations"] for path in settings)
+    assert first == second and len(first) == 1
 
 
 @needs_schema

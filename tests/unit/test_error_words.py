@@ -30,7 +30,7 @@ from trsp_deploy.tools.runners import trt, trt_build
 from trsp_deploy.tools.runners.inspection import tokenizer_folder
 from trsp_deploy.tools.runners.manifest import check_files, read_manifest
 from trsp_deploy.tools.runners.requirements import load_package
-from trsp_deploy.tools.runners.rotation import engine_rotation
+from trsp_deploy.tools.runners.rotation import engine_rotations
 from trsp_deploy.tools.runners.running_batch import OneText, RunningBatch
 from trsp_deploy.tools.sources.model_folders import check_decoder_only
 from trsp_deploy.tools.sources.safe_copy import convert
@@ -160,24 +160,25 @@ def test_an_onnx_file_that_does_not_say_its_vocabulary(tmp_path: Path) -> None:
     says("`logits` does not say how many tokens there are", lambda: find_subject(path, "dense", None), errors.RunError)
 
 
-@pytest.mark.parametrize(
-    ("tables", "words"),
-    [
-        ([0.1, 0.2], "its layers turn keys in 2 ways"),
-        ([None], "its keys are not turned by one angle a place"),
-    ],
-)
-def test_keys_that_cannot_be_moved(tables: list[float | None], words: str, tmp_path: Path) -> None:
+def turning(tables: list[np.ndarray], path: Path) -> Path:
+    """A graph of an attention for each table of radians, (places,)."""
     tensors, nodes = {}, []
-    for index, angle in enumerate(tables):
-        turns = np.random.default_rng(0).uniform(0, 6, 8) if angle is None else angle * np.arange(8)
+    for index, turns in enumerate(tables):
         tensors |= {f"cos{index}": np.cos(turns)[:, None], f"sin{index}": np.sin(turns)[:, None]}
-        inputs = ["x", *[""] * 6, f"cos{index}", f"sin{index}"]
+        inputs = ["x", "", "", f"past{index}", *[""] * 3, f"cos{index}", f"sin{index}"]
         nodes.append(helper.make_node("GroupQueryAttention", inputs, [f"y{index}"], do_rotary=1))
-    path = graph_of(
-        nodes, {name: table.astype(np.float32) for name, table in tensors.items()}, "y0", tmp_path / "m.onnx"
-    )
-    says(words, lambda: engine_rotation(path), errors.EngineUnavailable)
+    return graph_of(nodes, {name: table.astype(np.float32) for name, table in tensors.items()}, "y0", path)
+
+
+def test_keys_that_cannot_be_moved(tmp_path: Path) -> None:
+    path = turning([np.random.default_rng(0).uniform(0, 6, 8)], tmp_path / "m.onnx")
+    says("its keys are not turned by one angle a place", lambda: engine_rotations(path), errors.EngineUnavailable)
+
+
+def test_keys_that_are_turned_in_two_ways(tmp_path: Path) -> None:
+    slow, quick = engine_rotations(turning([0.1 * np.arange(8), 0.2 * np.arange(8)], tmp_path / "m.onnx"))
+    assert (slow.angles, slow.caches) == (pytest.approx((0.1,)), ("past0",))
+    assert (quick.angles, quick.caches) == (pytest.approx((0.2,)), ("past1",))
 
 
 def test_a_weight_that_fp16_has_lost(tmp_path: Path) -> None:

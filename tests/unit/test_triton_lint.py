@@ -72,6 +72,13 @@ def test_a_good_model_has_nothing_wrong(model: Path) -> None:
             'input_data_file: "f" } } } ]',
             "warm-up 'w': warmup/f of input 'x' is missing",
         ),
+        ("max_batch_size: 4", 'max_batch_size: 4\nmodel_warmup [ { name: "w" } ]', "warm-up 'w': is skipped"),
+        # What the graph fixes the config may not leave open.
+        (
+            '"x" data_type: TYPE_FP32 dims: [ 3 ]',
+            '"x" data_type: TYPE_FP32 dims: [ -1 ]',
+            "dims [-1, -1] with the batch",
+        ),
     ],
 )
 def test_each_fault_is_found(model: Path, old: str, new: str, line: str) -> None:
@@ -112,9 +119,56 @@ def test_missing_parts(model: Path, tmp_path: Path) -> None:
     assert "not an ONNX file" in said(model)
     (model / "1" / "model.onnx").unlink()
     assert "1/model.onnx is missing" in said(model)
+    assert "config.pbtxt is missing" not in said(model)
     (model / "1").rmdir()
     assert "has no version" in said(model)
     (model / "config.pbtxt").unlink()
     assert "config.pbtxt is missing" in said(model)
     with pytest.raises(RunError, match="no such folder"):
         lint(tmp_path / "nowhere")
+
+
+def test_a_graph_of_one_batch_size_cannot_batch(model: Path) -> None:
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 3]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [x], [y])
+    onnx.save(helper.make_model(graph), model / "1" / "model.onnx")
+    assert said(model).count("dims [-1, 3] with the batch, [1, 3] in the graph") == 2
+    (model / "config.pbtxt").write_text(GOOD.replace("max_batch_size: 4", "").replace("[ 3 ]", "[ 1, 3 ]"))
+    assert said(model) == ""
+
+
+@pytest.mark.parametrize("fixed", ["x", "y"])
+def test_an_output_is_as_open_as_the_graphs(model: Path, fixed: str) -> None:
+    """An input may be fixed where the graph leaves it open; an output may not."""
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", "n"]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [x], [y])
+    onnx.save(helper.make_model(graph), model / "1" / "model.onnx")
+    text = GOOD.replace("[ 3 ]", "[ -1 ]").replace(
+        f'"{fixed}" data_type: TYPE_FP32 dims: [ -1 ]', f'"{fixed}" data_type: TYPE_FP32 dims: [ 3 ]'
+    )
+    (model / "config.pbtxt").write_text(text)
+    assert said(model) == (
+        "" if fixed == "x" else "error: m: output 'y': dims [-1, 3] with the batch, [-1, -1] in the graph"
+    )
+
+
+def test_what_a_server_takes_is_no_fault(model: Path) -> None:
+    """Control inputs, a reshape, a model of several files, and a config that the server makes up."""
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 3]) for name in ("x", "START")]
+    out = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 3])
+    graph = helper.make_graph([helper.make_node("Add", ["x", "START"], ["y"])], "g", inputs, [out])
+    onnx.save(helper.make_model(graph), model / "1" / "model.onnx")
+    control = (
+        "control_input [ { name: 'START' control [ { kind: CONTROL_SEQUENCE_START fp32_false_true: [ 0, 1 ] } ] } ]"
+    )
+    text = GOOD.replace(
+        '"x" data_type: TYPE_FP32 dims: [ 3 ]', '"x" data_type: TYPE_FP32 dims: [ 1, 3 ] reshape { shape: [ 3 ] }'
+    )
+    (model / "config.pbtxt").write_text(f"{text}sequence_batching {{ {control} }}")
+    assert said(model) == ""
+    (model / "1" / "model.onnx").rename(model / "1" / "graph")
+    (model / "1" / "model.onnx").mkdir()
+    (model / "1" / "graph").rename(model / "1" / "model.onnx" / "model.onnx")
+    assert said(model) == ""
+    (model / "config.pbtxt").unlink()
+    assert said(model) == "warning: m: config.pbtxt is missing: the server makes one up, unless it is told not to"

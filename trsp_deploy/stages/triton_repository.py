@@ -10,21 +10,24 @@ import onnx
 
 from trsp_deploy.artifacts import MANIFEST, files_below, fingerprint, link_tree, provenance, write_json, writing
 from trsp_deploy.decoder import max_positions
-from trsp_deploy.errors import ModelError, RunError
+from trsp_deploy.errors import EngineUnavailable, ModelError, RunError
 from trsp_deploy.results import Role
 from trsp_deploy.tools.graphs.decoder_io import IN_PLACE
-from trsp_deploy.tools.runners import device_of, read_manifest
+from trsp_deploy.tools.runners import device_of, open_engine, read_manifest
 from trsp_deploy.tools.runners.generation import end_tokens
 from trsp_deploy.tools.runners.manifest import check_files
-from trsp_deploy.tools.runners.rotation import engine_rotation
+from trsp_deploy.tools.runners.ort import OrtRunner
+from trsp_deploy.tools.runners.rotation import engine_rotations
+from trsp_deploy.tools.runners.running_batch import Rotation, texts_can_move
 from trsp_deploy.tools.serving.engine import batches
 from trsp_deploy.tools.serving.readme import CONTAINER, readme, step_readme
 from trsp_deploy.tools.serving.step_model import check_can_step, write_step_model
 from trsp_deploy.tools.serving.vendor import model_file, vendor
-from trsp_deploy.tools.triton_server.config import WARMUP_FILE, generation_config, parse_config, warmup_file
+from trsp_deploy.tools.triton_server.config import WARMUP, generation_config, parse_config
 from trsp_deploy.tools.triton_server.repository import RepositoryManifest, ServedModel
 
-WARMUP_TEXT = "Hello"
+# What MatMulInteger multiplies is rounded with one scale for all texts of a step.
+SHARED_SCALE = "An int8 engine's answer, with one seed too, may differ with what others ask at the same time."
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -77,6 +80,8 @@ def write_repository(
     )
     write_json(out / MANIFEST, manifest)
     limits = [f"`{model.name}`: {model.limits}" for model in models]
+    if first.spec.precision == "int8" and any(model.max_batch > 1 for model in models):
+        limits.append(SHARED_SCALE)
     with writing(out / "README.md") as partial:
         on_gpu = device_of(first.spec) == "cuda"
         text = readme([model.name for model in models], manifest.packages, on_gpu, manifest.gpu, limits)
@@ -96,13 +101,28 @@ def _longest_text(engines: dict[Role, Path], model_folder: Path) -> int:
     return min(limits)
 
 
-def _joins(engine: Path) -> bool:
-    """Whether texts can join others in an engine: where its cache is written in place."""
+def _batching(engine: Path) -> tuple[bool, tuple[Rotation, ...]]:
+    """Whether texts can join others in an engine, and how keys that are moved for it have to be turned.
+
+    They can where its cache is written in place and keys do not depend on their place there: what turns them is told
+    each token's position, or is known, so that it can be made good. Where positions are the graph's own affair (ALiBi's
+    bias comes from the mask, Gemma counts places of the cache) a text is moved to see.
+    """
     manifest = read_manifest(engine)
+    path = engine / manifest.file
     if not batches(manifest.spec):
-        return False
-    properties = onnx.load(engine / manifest.file, load_external_data=False).metadata_props
-    return any(each.key == IN_PLACE for each in properties)
+        return False, ()
+    if not any(each.key == IN_PLACE for each in onnx.load(path, load_external_data=False).metadata_props):
+        return False, ()
+    try:
+        rotations = engine_rotations(path)
+    except EngineUnavailable:  # keys that move could not be turned on
+        return False, ()
+    if rotations or "position_ids" in manifest.inputs:
+        return True, rotations
+    with open_engine(engine) as runner:
+        assert isinstance(runner, OrtRunner)
+        return texts_can_move(runner), ()
 
 
 def _write_step(engine: Path, role: Role, name: str, out: Path, sequences: int, max_length: int) -> ServedModel:
@@ -125,14 +145,12 @@ def _write_model(
     engine: Path, role: Role, model_folder: Path, name: str, out: Path, max_batch: int, max_length: int
 ) -> ServedModel:
     spec = read_manifest(engine).spec
-    joins = _joins(engine)
+    joins, rotations = _batching(engine)
     max_batch = max_batch if joins else 1
-    rotation = engine_rotation(engine / read_manifest(engine).file) if joins else None
     tokenizer = model_folder / "tokenizer.json"
     if not tokenizer.is_file():
         raise ModelError(f"{model_folder}: has no tokenizer.json, so a server cannot read text")
-    warmup = warmup_file(WARMUP_TEXT)
-    config = generation_config(name, "KIND_CPU" if device_of(spec) == "cpu" else "KIND_GPU", len(warmup))
+    config = generation_config(name, "KIND_CPU" if device_of(spec) == "cpu" else "KIND_GPU")
     parse_config(config, f"{name}/config.pbtxt")
     with writing(out / name) as folder:
         version = folder / "1"
@@ -143,17 +161,15 @@ def _write_model(
             "max_batch": max_batch,
             "max_length": max_length,
             "end_tokens": end_tokens(model_folder),
-            "rotation": None if rotation is None else rotation.model_dump(mode="json"),
+            "rotations": [rotation.model_dump(mode="json") for rotation in rotations],
         }
         (version / "serving.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         (version / "model.py").write_bytes(model_file().read_bytes())
         vendor(version / "vendor")
         (folder / "config.pbtxt").write_text(config, encoding="utf-8")
-        (folder / "configs").mkdir()
-        on_cpu = config.replace("KIND_GPU", "KIND_CPU")
-        (folder / "configs" / "cpu.pbtxt").write_text(on_cpu, encoding="utf-8")
         (folder / "warmup").mkdir()
-        (folder / "warmup" / WARMUP_FILE).write_bytes(warmup)
+        for file, data in WARMUP.items():
+            (folder / "warmup" / file).write_bytes(data)
         files = _fingerprints(folder)
     return ServedModel(name=name, role=role, engine=spec.name, max_batch=max_batch, max_length=max_length, files=files)
 

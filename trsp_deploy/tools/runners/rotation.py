@@ -14,10 +14,11 @@ from trsp_deploy.tools.runners.running_batch import Rotation
 PAST_KEY, COS, SIN = 3, 7, 8  # inputs of com.microsoft.GroupQueryAttention
 
 
-def engine_rotation(path: Path) -> Rotation | None:
-    """Read an engine's ONNX file; None where no attention turns keys itself.
+def engine_rotations(path: Path) -> tuple[Rotation, ...]:
+    """Read an engine's ONNX file: each way in which attention turns keys itself, with the caches of its layers.
 
-    Raises EngineUnavailable where layers turn them differently, or not by the same angle at every place.
+    Some models have layers that turn no keys (SmolLM3), or turn them in two ways (Gemma 3).
+    Raises EngineUnavailable where they are not turned by the same angle at every place.
     """
     graph = onnx.load(path, load_external_data=False).graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
@@ -27,18 +28,14 @@ def engine_rotation(path: Path) -> Rotation | None:
         if node.op_type == "GroupQueryAttention" and attributes.get("do_rotary"):
             kind = (node.input[COS], node.input[SIN], bool(attributes.get("rotary_interleaved")))
             found.setdefault(kind, []).append(node.input[PAST_KEY])
-    if not found:
-        return None
-    turns = {
-        (_angles(_table(tensors[cos], path.parent), _table(tensors[sin], path.parent), path), interleaved)
-        for cos, sin, interleaved in found
-    }
-    if len(turns) > 1:
-        raise EngineUnavailable(f"{path}: its layers turn keys in {len(turns)} ways")
-    angles, interleaved = turns.pop()
-    # Some models have layers that turn no keys (SmolLM3).
-    caches = tuple(name for names in found.values() for name in names)
-    return Rotation(angles=angles, interleaved=interleaved, caches=caches)
+    return tuple(
+        Rotation(
+            angles=_angles(_table(tensors[cos], path.parent), _table(tensors[sin], path.parent), path),
+            interleaved=interleaved,
+            caches=tuple(caches),
+        )
+        for (cos, sin, interleaved), caches in found.items()
+    )
 
 
 def _table(tensor: onnx.TensorProto, folder: Path) -> np.ndarray:

@@ -9,8 +9,9 @@
 Each text has a row of the cache; there are as many rows as the texts of late have needed, for an empty one costs as
 much time as any. All rows end at the same place of the cache, `length`, and begin where their own text does: what lies
 before is masked, as left padding is. A text that joins is read by itself and copied to end at `length`; the others go
-on as they were. Where the graph turns keys by their place in the cache (GroupQueryAttention, `do_rotary`), keys that
-move are turned on by as many places: attention depends on differences of places alone.
+on as they were. Where attention turns keys by their place in the cache (GroupQueryAttention, `do_rotary`), keys that
+move are turned on by as many places: attention depends on differences of places alone. A graph that counts places
+otherwise cannot be served so, and `texts_can_move` tells.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ from trsp_deploy.tools.runners.ort import OrtRunner
 SLACK = 128  # places that no text uses any more, before all move to the front
 FIRST_CAPACITY = 256
 SETTLED = 8  # steps in which half of the rows had no text, before there are fewer
+PROBE = (1, 2, 3, 4, 5, 6, 7)  # tokens of the text that is moved to see whether texts can be
+MOVED = 11  # places
+SAME = 0.05  # of the logits' standard deviation: a text that keeps its place twice differs by a thousandth
 
 
 class Rotation(Strict):
@@ -68,16 +72,16 @@ class RunningBatch:
     """Rows of a shared cache.
 
     runner: entered, on the CPU. max_batch: texts at once. max_length: tokens of one text, new ones among them.
-    rotation: of the graph's keys by their place in the cache; None where it does not turn them so.
+    rotations: of the graph's keys by their place in the cache; none where it does not turn them so.
     Raises EngineUnavailable where the engine's cache is not written in place: `OneText` is for such an engine.
     """
 
-    def __init__(self, runner: OrtRunner, max_batch: int, max_length: int, rotation: Rotation | None = None) -> None:
+    def __init__(self, runner: OrtRunner, max_batch: int, max_length: int, rotations: Sequence[Rotation] = ()) -> None:
         if not runner.in_place:
             raise EngineUnavailable(f"{runner.model}: its cache is not written in place, so texts cannot join a batch")
         self._reader = runner  # reads prompts, one at a time
         self._decoder = runner.twin()  # the same session with the shared cache
-        self._rotation = rotation
+        self._rotations = {name: rotation for rotation in rotations for name in rotation.caches}
         self._max_batch = max_batch
         self._max_length = max_length
         self._texts: dict[int, _Text] = {}  # by the number that callers know them by
@@ -192,9 +196,7 @@ class RunningBatch:
 
     def _moved(self, name: str, values: np.ndarray, places: int) -> np.ndarray:
         """Part of a cache (heads, tokens, head_dim) as it has to be so many places further on."""
-        if self._rotation is None or name not in self._rotation.caches:
-            return values
-        return self._rotation.turned(values, places)
+        return self._rotations[name].turned(values, places) if name in self._rotations else values
 
     def _allocate(self, rows: int, capacity: int) -> None:
         """Move every text into a cache of another size, to its first rows."""
@@ -213,6 +215,20 @@ class RunningBatch:
 
     def _views(self) -> dict[str, np.ndarray]:
         return {name: view(value) for name, value in self._decoder.cache.items()}
+
+
+def texts_can_move(runner: OrtRunner, rotations: Sequence[Rotation] = ()) -> bool:
+    """Whether a text goes on as it would where its keys have been moved to other places of the cache: tried."""
+
+    def logits(places: int) -> np.ndarray:
+        batch = RunningBatch(runner, 1, len(PROBE) + MOVED + 2, rotations)
+        text, _ = batch.join(PROBE)
+        if places:
+            batch._move(len(PROBE) + places)
+        return batch.step({text: PROBE[0]})[text]
+
+    still, moved = logits(0), logits(MOVED)
+    return bool(np.abs(moved - still).max() <= SAME * still.std())
 
 
 class OneText:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from trsp_deploy.recipe import EngineSpec
@@ -15,10 +15,10 @@ from trsp_deploy.tools.serving.loop import Batch
 
 
 @contextlib.contextmanager
-def open_batch(folder: Path, max_batch: int, max_length: int, rotation: Rotation | None = None) -> Iterator[Batch]:
+def open_batch(folder: Path, max_batch: int, max_length: int, rotations: Sequence[Rotation] = ()) -> Iterator[Batch]:
     """Load an engine; raises EngineUnavailable when it is not whole, not for this machine, or cannot batch.
 
-    rotation: of the graph's keys, as `tools/runners/rotation.py` reads it.
+    rotations: of the graph's keys, as `tools/runners/rotation.py` reads them.
     """
     manifest = read_manifest(folder)
     check_manifest(folder, manifest, package_version(manifest.spec.backend), bound_to(manifest.spec))
@@ -28,7 +28,7 @@ def open_batch(folder: Path, max_batch: int, max_length: int, rotation: Rotation
 
             assert isinstance(runner, OrtRunner)
             if runner.in_place:
-                yield RunningBatch(runner, max_batch, max_length, rotation)
+                yield RunningBatch(runner, max_batch, max_length, rotations)
                 return
         yield OneText(runner, max_length)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -148,7 +148,10 @@ class ServingLoop:
         if room < 1:
             raise RequestError(f"input 'text_input': {len(prompt)} tokens, at most {self._max_length - 1}")
         if request.max_tokens > room:
-            raise RequestError(f"input 'max_tokens': {request.max_tokens}; after this prompt at most {room} fit")
+            if "max_tokens" in request.model_fields_set:
+                raise RequestError(f"input 'max_tokens': {request.max_tokens}; after this prompt at most {room} fit")
+            request = request.model_copy(update={"max_tokens": room})  # nobody asked for the default
+            ticket = replace(ticket, request=request)
         running = _Running(
             ticket,
             prompt,

@@ -31,8 +31,7 @@ Made by `trsp-deploy triton`. Text in, text out, streamed; requests that come to
     docker run --rm {device}--shm-size 1g -p 8000:8000 -p 8001:8001 -p 8002:8002 -v "$PWD:/models:ro" {CONTAINER} \\
         bash -c "{install} && tritonserver --model-repository=/models"
 
-On a machine without a GPU, add `--model-config-name=cpu` where the engine is for one. The packages can be put into an
-image once instead of at every start.
+The packages can be put into an image once instead of at every start.
 
 ## Ask it
 
@@ -50,7 +49,7 @@ curl -sN localhost:8000/v2/models/{name}/generate_stream \\
 | input | meaning | default |
 |---|---|---|
 | `text_input` | the prompt | |
-| `max_tokens` | new tokens at most | 64 |
+| `max_tokens` | new tokens at most | 64, or as many as fit |
 | `stream` | whether text comes as it is made | false |
 | `exclude_input_in_output` | whether the prompt is left out of the answer | true |
 | `temperature` | 0 is greedy | 0 |

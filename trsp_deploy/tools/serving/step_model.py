@@ -56,6 +56,6 @@ def write_step_model(engine: Path, name: str, folder: Path, length: int, sequenc
     parse_config(config, f"{name}/config.pbtxt")
     (folder / "config.pbtxt").write_text(config, encoding="utf-8")
     (folder / "configs").mkdir()
-    on_cpu = config.replace("KIND_GPU", "KIND_CPU")
+    on_cpu = step_config(name, "KIND_CPU", (dtype, int(shape[-1])), states, sequences, manifest.spec.threads)
     (folder / "configs" / "cpu.pbtxt").write_text(on_cpu, encoding="utf-8")
     return sum(state.size_bytes for state in states)

@@ -37,8 +37,8 @@ class TritonPythonModel:
         """Open the engine and start the loop; raises TritonModelException with one line."""
         settings = json.loads((HERE / "serving.json").read_text(encoding="utf-8"))
         try:
-            rotation = None if settings["rotation"] is None else Rotation.model_validate(settings["rotation"])
-            self._opened = open_batch(HERE / "engine", settings["max_batch"], settings["max_length"], rotation)
+            rotations = [Rotation.model_validate(each) for each in settings["rotations"]]
+            self._opened = open_batch(HERE / "engine", settings["max_batch"], settings["max_length"], rotations)
             batch = self._opened.__enter__()
         except TrspError as problem:
             raise pb_utils.TritonModelException(str(problem)) from problem

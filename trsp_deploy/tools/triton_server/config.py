@@ -34,22 +34,25 @@ INPUTS: dict[str, tuple[str, int, bool]] = {
     "stop": ("TYPE_STRING", -1, True),
 }
 OUTPUTS = {"text_output": "TYPE_STRING", "output_tokens": "TYPE_INT32", "finish_reason": "TYPE_STRING"}
-WARMUP_FILE = "text_input"  # below <name>/warmup
+# The warm-up's inputs, files below <name>/warmup: a string as Triton reads it from a file, its length (four bytes,
+# little-endian) before its UTF-8, and few new tokens.
+WARMUP = {"text_input": (5).to_bytes(4, "little") + b"Hello", "max_tokens": (2).to_bytes(4, "little")}
 DATA_TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "int64": "TYPE_INT64"}  # by numpy's names
 IDLE_S = 60  # of a sequence; the server's default of one second is shorter than a thoughtful caller's step
 
 
-def generation_config(name: str, kind: str, warmup_bytes: int) -> str:
-    """The text of the generating model's config.
-
-    kind: "KIND_CPU" or "KIND_GPU". warmup_bytes: size of the warm-up's input file.
-    """
+def generation_config(name: str, kind: str) -> str:
+    """The text of the generating model's config. kind: "KIND_CPU" or "KIND_GPU"."""
     inputs = ",\n".join(
         f'  {{ name: "{input_name}" data_type: {dtype} dims: [ {dims} ]{" optional: true" if optional else ""} }}'
         for input_name, (dtype, dims, optional) in INPUTS.items()
     )
     outputs = ",\n".join(
         f'  {{ name: "{output}" data_type: {dtype} dims: [ 1 ] }}' for output, dtype in OUTPUTS.items()
+    )
+    warmup = "\n".join(
+        f'    inputs {{ key: "{file}" value {{ data_type: {INPUTS[file][0]} dims: [ 1 ] input_data_file: "{file}" }} }}'
+        for file in WARMUP
     )
     return f"""name: "{name}"
 backend: "python"
@@ -63,15 +66,12 @@ input [
 output [
 {outputs}
 ]
-instance_group [ {{ count: 1 kind: {kind} }} ]
+{_instances(kind)}
 model_warmup [
   {{
     name: "one short text"
-    batch_size: 0
-    inputs {{
-      key: "text_input"
-      value {{ data_type: TYPE_STRING dims: [ 1 ] input_data_file: "{WARMUP_FILE}" }}
-    }}
+    batch_size: 1
+{warmup}
   }}
 ]
 """
@@ -94,7 +94,7 @@ max_batch_size: 1
 version_policy {{ specific {{ versions: [ 1 ] }} }}
 input [ {{ name: "input_ids" data_type: TYPE_INT64 dims: [ -1 ] }} ]
 output [ {{ name: "logits" data_type: {DATA_TYPES[logits[0]]} dims: [ {logits[1]} ] }} ]
-instance_group [ {{ count: 1 kind: {kind} }} ]
+{_instances(kind)}
 {"" if threads is None else parameter}sequence_batching {{
   # A sequence that is not heard of for so long ends.
   max_sequence_idle_microseconds: {IDLE_S * 1_000_000}
@@ -106,6 +106,12 @@ instance_group [ {{ count: 1 kind: {kind} }} ]
 """
 
 
+def _instances(kind: str) -> str:
+    """One. On a machine with several GPUs Triton would make one for each, and an engine runs on the first it sees."""
+    gpus = " gpus: [ 0 ]" if kind == "KIND_GPU" else ""
+    return f"instance_group [ {{ count: 1 kind: {kind}{gpus} }} ]"
+
+
 def _state(state: State) -> str:
     form = f"data_type: {DATA_TYPES[state.dtype]} dims: [ {', '.join(map(str, state.dims))} ]"
     return f"""    {{
@@ -115,12 +121,6 @@ def _state(state: State) -> str:
       use_same_buffer_for_input_output: true
       initial_state {{ name: "empty" {form} zero_data: true }}
     }}"""
-
-
-def warmup_file(text: str) -> bytes:
-    """A string tensor as Triton reads it from a file: four bytes of length, little-endian, then UTF-8."""
-    data = text.encode()
-    return len(data).to_bytes(4, "little") + data
 
 
 def parse_config(text: str, where: str) -> Any:

@@ -23,6 +23,7 @@ from trsp_deploy.tools.triton_server.config import parse_config
 CONFIG = "config.pbtxt"
 # The file that each backend opens where the config names no other; a python model without it hangs the server for good.
 DEFAULT_FILES = {"python": "model.py", "onnxruntime": "model.onnx", "tensorrt": "model.plan"}
+COMPLETED = ("model.onnx", "model.plan")  # of which the server can make up a config itself
 PLATFORMS = {"onnxruntime_onnx": "onnxruntime", "tensorrt_plan": "tensorrt"}
 ONNX_TYPES = {
     1: "TYPE_FP32",
@@ -72,7 +73,11 @@ def _lint_model(folder: Path) -> Iterator[Finding]:
 
     path = folder / CONFIG
     if not path.is_file():
-        yield error(f"{CONFIG} is missing")
+        completed = any((version / file).exists() for version in _numbered(folder) for file in COMPLETED)
+        if completed:
+            yield warning(f"{CONFIG} is missing: the server makes one up, unless it is told not to")
+        else:
+            yield error(f"{CONFIG} is missing")
         return
     try:
         config = parse_config(path.read_text(encoding="utf-8"), CONFIG)
@@ -84,16 +89,20 @@ def _lint_model(folder: Path) -> Iterator[Finding]:
         return
     if config.name and config.name != folder.name:
         yield error(f"the config's name is '{config.name}', and the folder's is '{folder.name}'")
-    versions = [each for each in folder.iterdir() if each.is_dir() and each.name.isdecimal() and each.name != "0"]
+    versions = _numbered(folder)
     yield from _versions(config, versions, error)
     yield from _batching(config, error, warning)
     yield from _states(config, error, warning)
-    yield from _instances(config, warning)
-    yield from _warmup(config, folder, error)
+    yield from _instances(config, (folder / "configs" / "cpu.pbtxt").is_file(), warning)
+    yield from _warmup(config, folder, error, warning)
     backend = config.backend or PLATFORMS.get(config.platform, "")
     for version in versions:
         yield from _files(config, backend, version, error)
         yield from _served_engine(version, error)
+
+
+def _numbered(folder: Path) -> list[Path]:
+    return [each for each in folder.iterdir() if each.is_dir() and each.name.isdecimal() and each.name != "0"]
 
 
 def _versions(config: Any, versions: list[Path], error: Say) -> Iterator[Finding]:
@@ -137,19 +146,23 @@ def _states(config: Any, error: Say, warning: Say) -> Iterator[Finding]:
             yield warning(f"state '{state.input_name}': has no initial_state, so a sequence begins with what was there")
 
 
-def _instances(config: Any, warning: Say) -> Iterator[Finding]:
+def _instances(config: Any, on_cpu: bool, warning: Say) -> Iterator[Finding]:
+    """on_cpu: whether there is another config for a machine without a GPU."""
     kinds = {group.Kind.Name(group.kind) for group in config.instance_group}
     if "KIND_GPU" in kinds:
         try:
             cuda_devices()
         except EngineUnavailable as problem:
-            yield warning(
-                f"KIND_GPU does not load here ({problem}); start with --model-config-name=cpu and configs/cpu.pbtxt"
-            )
+            other = "; `--model-config-name=cpu` takes configs/cpu.pbtxt" if on_cpu else ""
+            yield warning(f"KIND_GPU does not load here ({problem}){other}")
 
 
-def _warmup(config: Any, folder: Path, error: Say) -> Iterator[Finding]:
+def _warmup(config: Any, folder: Path, error: Say, warning: Say) -> Iterator[Finding]:
     for sample in config.model_warmup:
+        if sample.batch_size == 0:
+            yield warning(
+                f"warm-up '{sample.name}': is skipped, its batch_size is 0; 1 also where requests are not batched"
+            )
         for name, value in sample.inputs.items():
             if value.input_data_file and not (folder / "warmup" / value.input_data_file).is_file():
                 yield error(f"warm-up '{sample.name}': warmup/{value.input_data_file} of input '{name}' is missing")
@@ -164,7 +177,8 @@ def _files(config: Any, backend: str, version: Path, error: Say) -> Iterator[Fin
         hangs = ", and the server would wait for it for good" if backend == "python" else ""
         yield error(f"{version.name}/{file} is missing{hangs}")
     elif backend == "onnxruntime":
-        yield from _against_graph(config, path, error)
+        # A model of several files may be a folder of that name.
+        yield from _against_graph(config, path / file if path.is_dir() else path, error)
 
 
 def _against_graph(config: Any, path: Path, error: Say) -> Iterator[Finding]:
@@ -182,34 +196,61 @@ def _against_graph(config: Any, path: Path, error: Say) -> Iterator[Finding]:
     outputs = {node.name: node for node in graph.output}
     states = config.sequence_batching.state
     batches = bool(config.max_batch_size)
-    for title, wanted, found in (
-        ("input", [(each.name, each) for each in config.input], inputs),
-        ("output", [(each.name, each) for each in config.output], outputs),
-        ("state input", [(each.input_name, each) for each in states], inputs),
-        ("state output", [(each.output_name, each) for each in states], outputs),
+    shaped_by_the_batch = {name for each in config.batch_output for name in each.target_name}
+    for title, wanted, found, fits in (
+        ("input", [(each.name, each) for each in config.input], inputs, _takes),
+        ("output", [(each.name, each) for each in config.output], outputs, _gives),
+        ("state input", [(each.input_name, each) for each in states], inputs, _may_be),
+        ("state output", [(each.output_name, each) for each in states], outputs, _may_be),
     ):
         for name, each in wanted:
             if name not in found:
                 yield error(f"{title} '{name}': the graph has {', '.join(found)}")
-                continue
-            yield from _against_tensor(each, f"{title} '{name}'", found[name].type.tensor_type, batches, error)
+            elif name not in shaped_by_the_batch:
+                tensor = found[name].type.tensor_type
+                yield from _against_tensor(each, f"{title} '{name}'", tensor, batches, fits, error)
     named = {each.name for each in config.input} | {state.input_name for state in states}
+    named |= {control.name for control in config.sequence_batching.control_input}
+    named |= {name for each in config.batch_input for name in each.target_name}
     missing = [name for name in inputs if name not in named]
     if config.input and missing:
         yield error(f"inputs of the graph that the config does not have: {', '.join(missing)}")
     yield from _weights(graph, path, error)
 
 
-def _against_tensor(each: Any, title: str, tensor: Any, batches: bool, error: Say) -> Iterator[Finding]:
-    """Type and dimensions of an input, output or state beside the graph's."""
+def _takes(wanted: int, graph: int) -> bool:
+    """Whether the server lets an input through: what the graph leaves open may be anything."""
+    return graph in (-1, wanted)
+
+
+def _gives(wanted: int, graph: int) -> bool:
+    """The same of an output, which has to be as the graph says."""
+    return graph == wanted
+
+
+def _may_be(wanted: int, graph: int) -> bool:
+    """The same of a state, which the server does not look at."""
+    return wanted == graph or -1 in (wanted, graph)
+
+
+def _against_tensor(
+    each: Any, title: str, tensor: Any, batches: bool, fits: Callable[[int, int], bool], error: Say
+) -> Iterator[Finding]:
+    """Type and dimensions of an input, output or state beside the graph's.
+
+    The backend's own rules: CompareDimsSupported in triton-inference-server/onnxruntime_backend.
+    """
     dtype = each.DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_number[each.data_type].name
     if ONNX_TYPES.get(tensor.elem_type) != dtype:
         yield error(f"{title}: {dtype} in the config, {ONNX_TYPES.get(tensor.elem_type)} in the graph")
     graph_dims = [dim.dim_value if dim.HasField("dim_value") else -1 for dim in tensor.shape.dim]
-    dims = ([-1] if batches else []) + list(each.dims)
-    if len(dims) != len(graph_dims) or any(
-        one != other and -1 not in (one, other) for one, other in zip(dims, graph_dims, strict=True)
-    ):
+    reshaped = "reshape" in each.DESCRIPTOR.fields_by_name and each.HasField("reshape")
+    dims = ([-1] if batches else []) + list(each.reshape.shape if reshaped else each.dims)
+    if not graph_dims and all(dim == 1 for dim in each.dims):
+        return  # a scalar
+    if getattr(each, "allow_ragged_batch", False):
+        dims = [-1]  # texts of a batch after each other
+    if len(dims) != len(graph_dims) or not all(fits(one, other) for one, other in zip(dims, graph_dims, strict=True)):
         yield error(f"{title}: dims {dims} with the batch, {graph_dims} in the graph")
 
 
