@@ -25,6 +25,7 @@ from trsp_deploy.reading import read_json
 TRUST = "TRSP_DEPLOY_TRUST_REMOTE_CODE"  # fingerprints, with spaces between them
 FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json")
+GENERATE = "custom_generate"  # a folder whose Python some versions of transformers run when they load the model
 CODE = "*.py"  # of a hub repository: nothing runs by being downloaded
 REFERENCE = re.compile(r"(?P<module>\w+)\.(?P<name>\w+)")
 
@@ -82,6 +83,15 @@ def trusted(folder: Path) -> bool:
         return False
     code = model_code(folder)
     return code is not None and code.trusted
+
+
+def refuse_own_generate(folder: Path) -> None:
+    """Raise ModelError for code that transformers would run without being asked for it."""
+    if (folder / GENERATE).exists():
+        raise ModelError(
+            f"{folder / GENERATE}: transformers would run the Python in it, with your rights, as soon as the model is "
+            "loaded; nothing here needs it: take it out of the folder"
+        )
 
 
 def copy_code(folder: Path, out: Path) -> None:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from tests.tiny import english, save_tiny, tokens
 from trsp_deploy import cli
 from trsp_deploy.decoder import load_model
-from trsp_deploy.errors import redacted
+from trsp_deploy.errors import ModelError, redacted
 from trsp_deploy.tools.sources.model_folders import copy_model
 from trsp_deploy.tools.training.checkpoints import Checkpoints
 
@@ -122,6 +122,15 @@ def test_a_checkpoint_that_is_a_bomb_is_no_checkpoint(tmp_path: Path, mark: Path
 
 
 # -- code of a model ------------------------------------------------------------------------------------
+
+
+def test_code_for_generating_does_not_run_by_loading(model: Path, mark: Path) -> None:
+    """transformers 4.57 imports it for any architecture, whatever `trust_remote_code` is."""
+    (model / "custom_generate").mkdir()
+    (model / "custom_generate" / "generate.py").write_text(CODE.format(mark=str(mark)))
+    with pytest.raises(ModelError, match=r"custom_generate: transformers would run the Python in it"):
+        load_model(model)
+    assert not mark.exists()
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])

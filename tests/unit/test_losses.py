@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig
 
+from tests.families import family_model
 from tests.tiny import FAMILIES, VOCABULARY, tiny_model, tokens
 from trsp_deploy.errors import ModelError
 from trsp_deploy.tools.training import losses
@@ -89,6 +90,20 @@ def test_capped_and_scaled_logits_go_through_the_models_own_code(family, train_h
             parameter.mul_(4 if parameter.ndim == 2 else 1)
     assert not TokenLosses(model).linear_head
     check_same(*both(model, train_head))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_heads_are_told_apart_in_bf16(autocast):
+    """Where logits are small a cap of 30 is less than bf16 rounds off; GPT-J makes fp32 logits of a product in bf16."""
+    dtype = torch.float32 if autocast else torch.bfloat16
+    capped = AutoModelForCausalLM.from_config(Gemma2Config(**SMALL, head_dim=12, query_pre_attn_scalar=12)).eval()
+    assert capped.config.final_logit_softcapping == 30
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert not TokenLosses(capped.to(dtype)).linear_head
+        for family in ("gptj", "llama"):
+            losses = TokenLosses(family_model(family).to(dtype))
+            assert torch.isfinite(losses(tokens(2, 8)).total)
+            assert losses.linear_head or family == "gptj"
 
 
 def test_narrow_head_behind_a_projection():

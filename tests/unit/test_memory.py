@@ -15,6 +15,7 @@ from transformers import LlamaConfig, OPTConfig
 from benchmarks.kept import RESULTS
 from benchmarks.memory import OPT_1B3, Memory
 from tests.breadth import by_default
+from tests.families import family_config
 from tests.tiny import FAMILIES, tiny_config
 from trsp_deploy.errors import DeviceMemoryError
 from trsp_deploy.recipe import Recipe, override, read_recipe
@@ -63,6 +64,22 @@ def needed(estimates):
         return next(found.peak.total_bytes for found in stages if found.stage == stage)
 
     return peak
+
+
+def test_a_fold_that_is_annealed_holds_the_dense_layers_meanwhile(estimates):
+    def highest(form):
+        settings = [f"transfer.form={form}", "transfer.refit=span"]
+        moments = estimates["Llama-2-7B"]._transfer(recipe(*LARGE, *settings))
+        return {moment.name: moment.refit_bytes for moment in moments}
+
+    layers = 2 * sum(estimates["Llama-2-7B"].counts.layers)  # bf16
+    assert highest("anneal")["fold"] - highest("train")["fold"] == layers
+
+
+def test_families_that_say_their_body_otherwise_are_counted():
+    """Gemma 3's text model names itself as its body."""
+    found = MemoryEstimate(family_config("gemma3"), "cpu", fast_bf16=False).stages(recipe())
+    assert all(stage.peak.total_bytes > 0 for stage in found)
 
 
 @pytest.mark.parametrize(

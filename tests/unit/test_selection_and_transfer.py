@@ -7,9 +7,11 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.tiny import english, save_tiny, tiny_model, tiny_tokenizer
 from trsp_deploy.decoder import decoder_layers, load_model, next_token_loss, stored_dtype
+from trsp_deploy.errors import ModelError
 from trsp_deploy.recipe import read_recipe
 from trsp_deploy.stages.selection import runs_text, select_for_counts, select_layers
 from trsp_deploy.stages.transfer import transfer_and_remove
@@ -158,6 +160,45 @@ def test_a_model_with_sampling_values_and_no_do_sample_is_saved(dense, tmp_path,
     run_transfer(tmp_path / "dense", tmp_path / "out", windows, form="none")
     kept = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert kept["temperature"] == 0.9 and kept["do_sample"] is True
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"early_stopping": True}, {"length_penalty": 0.8}, {"pad_token_id": -1}],
+    ids=lambda values: next(iter(values)),
+)
+def test_a_generation_config_that_is_invalid_costs_no_training(dense, tmp_path, windows, values):
+    shutil.copytree(dense, tmp_path / "dense")
+    (tmp_path / "dense" / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, **values}))
+    run_transfer(tmp_path / "dense", tmp_path / "out", windows, form="none")
+    kept = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert kept["eos_token_id"] == 2 and not values.items() <= kept.items()
+
+
+def test_a_generation_config_that_contradicts_itself_is_one_line(dense, tmp_path):
+    shutil.copytree(dense, tmp_path / "dense")
+    (tmp_path / "dense" / "generation_config.json").write_text('{"num_return_sequences": 2}')
+    with pytest.raises(ModelError, match=r"transformers cannot load it: .*num_return_sequences"):
+        load_model(tmp_path / "dense")
+
+
+def test_a_config_that_does_not_say_its_dtype_is_of_what_is_stored(tmp_path):
+    folder = save_tiny("llama", tmp_path / "half")
+    load_model(folder).half().save_pretrained(folder)
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in values.items() if "dtype" not in key}))
+    assert stored_dtype(folder) == torch.float16
+
+
+def test_a_model_that_lacks_weights_is_not_made_up(tmp_path):
+    folder = save_tiny("llama", tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    lost = [name for name in weights if "layers.1." in name]
+    save_file(
+        {name: weights[name] for name in weights if name not in lost}, folder / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(ModelError, match=rf"its weights lack {sorted(lost)[0]}, .* and {len(lost) - 3} more"):
+        load_model(folder)
 
 
 def test_stored_dtype_is_kept(tmp_path, windows):

@@ -5,6 +5,7 @@ architecture needs no entry here. In exchange `removal` checks what it made.
 """
 
 from trsp_deploy.decoder.layers import (
+    body,
     decoder_layers,
     layer_input,
     layer_output,
@@ -29,6 +30,7 @@ from trsp_deploy.decoder.sizes import (
     count_config,
     count_weights,
     decoder_size,
+    graph_positions,
     known_positions,
     max_positions,
 )
@@ -36,6 +38,7 @@ from trsp_deploy.decoder.sizes import (
 __all__ = [
     "DecoderSize",
     "WeightCounts",
+    "body",
     "build_model",
     "cache_per_token",
     "check_prunable",
@@ -44,6 +47,7 @@ __all__ = [
     "count_weights",
     "decoder_layers",
     "decoder_size",
+    "graph_positions",
     "known_positions",
     "layer_input",
     "layer_output",

@@ -43,6 +43,12 @@ def layer_list_place(model: PreTrainedModel) -> tuple[nn.Module, str]:
     return model.get_submodule(parent_path), name
 
 
+def body(model: PreTrainedModel) -> nn.Module:
+    """The model without its LM head. Gemma 3's text model says that its body is itself, and knows it as its decoder."""
+    found: nn.Module = model.get_decoder() if model.base_model is model else model.base_model
+    return found
+
+
 def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     """The hidden states (batch, sequence, hidden) that a layer's forward was called with."""
     return args[0] if args else kwargs["hidden_states"]

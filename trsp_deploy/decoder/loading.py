@@ -2,22 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import cpu_offload, init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from trsp_deploy.model_code import trusted
+from trsp_deploy.errors import ModelError, first_line
+from trsp_deploy.model_code import refuse_own_generate, trusted
+
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # by safetensors' names
 
 
 def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype | str = "auto") -> PreTrainedModel:
-    """Load a causal language model from a local folder in eval mode; "auto" keeps the stored dtype."""
+    """Load a causal language model from a local folder in eval mode; "auto" keeps the stored dtype.
+
+    Raises ModelError for a folder that lacks weights of its model, or would run code that nobody asked for.
+    """
+    refuse_own_generate(folder)
     # By name, although models without are refused before: a pickle that appears in the folder later is not loaded.
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=trusted(folder)
-    )
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=trusted(folder),
+            output_loading_info=True,
+        )
+    except ValueError as problem:  # such as values that contradict each other in generation_config.json
+        raise ModelError(f"{folder}: transformers cannot load it: {first_line(problem)}") from problem
+    missing = sorted(found["missing_keys"])
+    if missing:  # transformers makes them up at random, with a warning
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ModelError(f"{folder}: its weights lack {', '.join(missing[:3])}{more}; was it downloaded whole?")
     # Dropout stays off everywhere, in training too: gates at 1 must give the dense logits exactly.
     return model.to(device).eval()
 
@@ -25,14 +53,25 @@ def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype | str = "au
 def make_storable(model: PreTrainedModel) -> None:
     """Let save_pretrained take a model whose generation config it only warned of when it loaded it.
 
-    Values for sampling without `do_sample` are such; they mean that it samples.
+    Values for sampling without `do_sample` are such; they mean that it samples. Of one that is invalid in another way
+    (a beam search's values without beams) the tokens that begin and end a text are kept.
     """
     settings = model.generation_config
-    if settings is not None:
-        try:
-            settings.validate(strict=True)
-        except ValueError:
-            settings.do_sample = True
+    if settings is None or _storable(settings):
+        return
+    settings.do_sample = True
+    if not _storable(settings):
+        tokens = {name: getattr(settings, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        valid = {name: token for name, token in tokens.items() if not isinstance(token, int) or token >= 0}
+        model.generation_config = GenerationConfig(**valid)
+
+
+def _storable(settings: GenerationConfig) -> bool:
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        return False
+    return True
 
 
 def load_widened(folder: Path) -> PreTrainedModel:
@@ -49,8 +88,19 @@ def load_widened(folder: Path) -> PreTrainedModel:
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype that a model folder's weights are stored in, as its config says; fp32 where it does not say."""
-    return load_config(folder).dtype or torch.float32
+    """The dtype that a model folder's weights are stored in: as its config says, else as the first float among them."""
+    said: torch.dtype | None = load_config(folder).dtype
+    return said or next(_float_dtypes(folder), torch.float32)
+
+
+def _float_dtypes(folder: Path) -> Iterator[torch.dtype]:
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as weights:
+            names = weights.keys()
+            for name in names:
+                dtype = FLOATS.get(weights.get_slice(name).get_dtype())
+                if dtype is not None:
+                    yield dtype
 
 
 def load_config(folder: Path) -> Any:

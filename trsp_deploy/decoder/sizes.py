@@ -55,8 +55,22 @@ def known_positions(folder: Path) -> int | None:
 
 
 def max_positions(folder: Path) -> int:
-    """The same; 2,048 where its config does not say."""
-    return known_positions(folder) or 2048
+    """Tokens that a graph of the model holds for; 2,048 where its config does not say."""
+    return graph_positions(load_config(folder)) or known_positions(folder) or 2048
+
+
+def graph_positions(config: Any) -> int | None:
+    """Tokens from where on the model turns keys by other angles, which a traced graph does not; None for most.
+
+    LongRoPE (arXiv 2402.13753) has a second set of frequencies for texts beyond the original length (Phi-3 128k).
+    """
+    scaling = getattr(config, "rope_scaling", None) or {}
+    if scaling.get("rope_type", scaling.get("type")) not in ("longrope", "su"):
+        return None
+    original = scaling.get("original_max_position_embeddings") or getattr(
+        config, "original_max_position_embeddings", None
+    )
+    return int(original) if original else None
 
 
 def decoder_size(folder: Path) -> DecoderSize:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from trsp_deploy.decoder import decoder_layers, layer_input, layer_output
+from trsp_deploy.decoder import body, decoder_layers, layer_input, layer_output
 from trsp_deploy.tools.progress import Meter
 
 # (layer index, entering (batch, sequence, hidden), leaving (batch, sequence, hidden))
@@ -44,7 +44,7 @@ def visit_layers(
             hooks.callback(decoder_layers(model)[last].register_forward_hook(_stop).remove)
         for part in windows.split(batch_size):
             with contextlib.suppress(_Stopped):
-                model.base_model(input_ids=part.to(device), use_cache=False)
+                body(model)(input_ids=part.to(device), use_cache=False)
             meter.advance(by=len(part))
 
 

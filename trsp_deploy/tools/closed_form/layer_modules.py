@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from trsp_deploy.decoder import decoder_layers, layer_input, layer_output
+from trsp_deploy.decoder import body, decoder_layers, layer_input, layer_output
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def layer_calls(model: PreTrainedModel, input_ids: torch.Tensor) -> list[LayerCa
         for index, layer in enumerate(decoder_layers(model)):
             hook = layer.register_forward_pre_hook(functools.partial(keep, index), with_kwargs=True)
             hooks.callback(hook.remove)
-        model.base_model(input_ids=input_ids.to(next(model.parameters()).device), use_cache=False)
+        body(model)(input_ids=input_ids.to(next(model.parameters()).device), use_cache=False)
     return [calls[index] for index in sorted(calls)]
 
 

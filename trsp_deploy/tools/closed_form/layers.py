@@ -31,7 +31,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from trsp_deploy.decoder import decoder_layers, layer_input
+from trsp_deploy.decoder import body, decoder_layers, layer_input
 from trsp_deploy.errors import ModelError, TextError
 from trsp_deploy.tools.closed_form.layer_modules import (
     Group,
@@ -241,7 +241,7 @@ def _entering(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
 
     hook = decoder_layers(model)[0].register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        model.base_model(input_ids=input_ids, use_cache=False)
+        body(model)(input_ids=input_ids, use_cache=False)
     except _Stopped as stopped:
         return stopped.hidden
     finally:

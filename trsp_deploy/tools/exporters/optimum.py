@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +23,9 @@ import torch
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 from transformers import PreTrainedModel
 
-from trsp_deploy.errors import ModelError
+from trsp_deploy.decoder import graph_positions
+from trsp_deploy.errors import ModelError, TrspError, machine_reason
+from trsp_deploy.reading import read_json
 from trsp_deploy.recipe import Float
 from trsp_deploy.tools.exporters.weights import Read, build_skeleton, open_weights
 
@@ -46,10 +49,17 @@ def export(model: Path, precision: Float, opset: int, slim: bool, out: Path) -> 
     network = build_skeleton(model, DTYPES[precision])
     try:
         _trace(network, opset, out)
-    except (ValueError, KeyError, NotImplementedError) as problem:
+    except Exception as problem:  # whatever an architecture that Optimum does not fit runs into, shapes among it
+        if isinstance(problem, TrspError) or machine_reason(problem) is not None:
+            raise
         reason = " ".join(str(problem).split())[:200]
         other = "`--set export.exporter=dynamo` traces it with torch alone"
         raise ModelError(f"{model}: Optimum cannot export it to ONNX ({reason}); {other}") from problem
+    limit = graph_positions(network.config)
+    if limit is not None:  # what was traced is the shorter of two ways to turn keys: longer texts are others
+        config = out.with_name("config.json")
+        values = read_json(config, ModelError)
+        config.write_text(json.dumps({**values, "max_position_embeddings": limit}, indent=2), encoding="utf-8")
     read = open_weights(model, network)
     traced = ir.load(out)
     weights = network.state_dict().keys() & {value.name for value in traced.graph.inputs}

@@ -16,6 +16,16 @@ class NoMatch(Exception):
     """The graph does not have the form that a pass knows; the message says where it differs."""
 
 
+LOWEST_OPSET = 18  # that onnxscript's converter begins at; ONNX Runtime's quantiser converts nothing at all
+
+
+def check_opset(model: ir.Model, lowest: int = LOWEST_OPSET) -> None:
+    """Raise NoMatch for a graph older than `lowest`, which a higher opset would make invalid as it stands."""
+    opset = model.graph.opset_imports.get("", 0)
+    if opset < lowest:
+        raise NoMatch(f"the graph is of opset {opset}, and {lowest} is the lowest that can be: export.opset={lowest}")
+
+
 def load(path: Path) -> ir.Model:
     """A graph with its weights left in their files; raises NoMatch for a damaged file."""
     try:

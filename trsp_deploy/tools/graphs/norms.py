@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from trsp_deploy.tools.quiet import quiet_libraries
 
+MICROSOFT = "com.microsoft"
 FUSED = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
 
 
@@ -34,4 +35,5 @@ def fuse_norms(model: ir.Model) -> int:
         FusionSkipLayerNormalization(wrapped).apply()
         wrapped.prune_graph(allow_remove_graph_inputs=False)
         model.graph = ir.from_proto(wrapped.model).graph
+        model.graph.opset_imports.setdefault(MICROSOFT, 1)  # the tools leave it out, and onnx's shape inference asks
     return sum(node.op_type in FUSED for node in model.graph)

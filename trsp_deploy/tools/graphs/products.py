@@ -132,6 +132,8 @@ def measure_activations(
 ) -> dict[str, Activations]:
     """What every product with a weight reads while ONNX Runtime's CPU provider reads a text; by the product's name.
 
+    A product that read nothing, such as an expert's that no token of the text was sent to, is left out.
+
     past: an empty cache of one row by input name. ids: (texts, sequence) int64 tokens of real text, read one text after
     the other: what their products read would else be in memory at once. scratch: a folder.
     symmetric: the 8-bit scale has no zero point.
@@ -155,9 +157,13 @@ def measure_activations(
             [value.name for value in inputs], {value.name: feeds[value.name] for value in session.get_inputs()}
         )
         for value, array in zip(inputs, found, strict=True):
+            if not array.size:
+                continue
             of_text = Activations.of(array, symmetric=symmetric)
             measured[value.name] = measured[value.name].joined(of_text) if value.name in measured else of_text
-    return {name: measured[value.name] for name, value in products.items() if value is not None}
+    return {
+        name: measured[value.name] for name, value in products.items() if value is not None and value.name in measured
+    }
 
 
 def signal_to_noise(activations: np.ndarray, *, symmetric: bool = False) -> float:

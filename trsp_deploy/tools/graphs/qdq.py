@@ -22,6 +22,7 @@ from trsp_deploy.tools.graphs.products import Activations, weight_of
 from trsp_deploy.tools.graphs.rounding import round_weight
 from trsp_deploy.tools.progress import Meter
 
+OPSET = 21  # the first whose DequantizeLinear has blocks; with scales in fp16 since 19
 SMALLEST = 2.0**-14  # of a scale: fp16's smallest normal number; a column of zeros has one too
 
 

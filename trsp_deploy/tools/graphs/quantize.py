@@ -100,7 +100,8 @@ def quantize_int8(
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    blocks = [name for name, found in activations.items() if not found.quantisable]
+    names = [node.name or "" for node in model.graph if weight_of(node) is not None]
+    blocks = [name for name in names if name not in activations or not activations[name].quantisable]
     path = scratch / "int8.onnx"
     with quiet_libraries():
         quantize_dynamic(

@@ -21,7 +21,7 @@ import onnx_ir as ir
 from trsp_deploy.tools.graphs import masks
 from trsp_deploy.tools.graphs.attention import Attention, Lengths, cut_shapes, find_layers
 from trsp_deploy.tools.graphs.decoder_io import IN_PLACE, POSITIONS, WRITE_INDICES
-from trsp_deploy.tools.graphs.nodes import NoMatch, Part, Writer
+from trsp_deploy.tools.graphs.nodes import NoMatch, Part, Writer, check_opset
 
 OPSET = 24  # the first with TensorScatter, and with Attention whose mask may be boolean
 
@@ -34,6 +34,7 @@ def fix_cache(model: ir.Model, length: int) -> int:
     """
     from onnxscript import version_converter
 
+    check_opset(model)
     version_converter.convert_version(model, OPSET)
     writer = Writer(model, "cache")
     lengths = Lengths(writer)

@@ -166,7 +166,9 @@ class MemoryEstimate:
         if recipe.calibration.self_generated:
             moments.append(self._writing(recipe))
         if settings.refit == "span":
-            moments.append(self._fold("fold", recipe, settings.batch_size, self._spans(recipe), **held))
+            fold = self._fold("fold", recipe, settings.batch_size, self._spans(recipe), **held)
+            dense = sum(self.counts.layers) * self._width(recipe) if settings.form == "anneal" else 0  # kept meanwhile
+            moments.append(fold.model_copy(update={"refit_bytes": fold.refit_bytes + dense}))
         if settings.refit == "layers":
             moments.append(self._refit(recipe, **held))
         if settings.refit != "none" and settings.form == "anneal":

@@ -27,7 +27,7 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import Conv1D
 
-from trsp_deploy.decoder import build_model, decoder_layers
+from trsp_deploy.decoder import body, build_model, decoder_layers
 from trsp_deploy.recipe import Strict, TransferSettings
 from trsp_deploy.tools.gates import GateForm, LayerGates
 from trsp_deploy.tools.training.parameters import choose_trained, recomputed_layers
@@ -112,7 +112,7 @@ def _adapt(module: nn.Linear | Conv1D, rank: int) -> None:
 
 
 def _last_hidden(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
-    return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    return body(model)(input_ids=input_ids, use_cache=False).last_hidden_state
 
 
 def _without_data(config: Any, dtype: torch.dtype) -> PreTrainedModel:

@@ -123,7 +123,8 @@ def _read(
         feeds[name] = np.zeros(decoder_io.input_shape(name, shape, batch=1, sequence=0, past=0), dtype)
     with one_line_errors(f"ONNX Runtime cannot read a text with {onnx}"):
         found = session.run(list(outputs.values()), feeds)
-    return int(mask.sum()), {name: float(value) for name, value in zip(outputs, found, strict=True)}
+    # The largest of nothing is minus infinity: of an expert that no token of the text was sent to.
+    return int(mask.sum()), {name: max(float(value), 0.0) for name, value in zip(outputs, found, strict=True)}
 
 
 def _error(wide: Path, out: Path, threads: int | None) -> float:

@@ -71,6 +71,9 @@ def trtexec(spec: EngineSpec, inputs: decoder_io.Bindings, graph: str = "model.o
         parts.append("--allowWeightStreaming")
     if spec.hardware_compatibility != "none":
         parts.append(f"--hardwareCompatibilityLevel={HARDWARE[spec.hardware_compatibility]}")
+    if spec.compute_capabilities:
+        wanted = (name.lower().removeprefix("sm") for name in spec.compute_capabilities)
+        parts.append(f"--computeCapabilities={','.join(wanted)}")
     for index, profile in enumerate(spec.profiles):
         parts += [f"--profile={index}"] if len(spec.profiles) > 1 else []
         for end in ("min", "opt", "max"):

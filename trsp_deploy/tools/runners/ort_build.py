@@ -101,11 +101,13 @@ def _quantise(
     import onnx_ir as ir
 
     from trsp_deploy.tools.graphs import costs, products, quantize
-    from trsp_deploy.tools.graphs.nodes import NoMatch
+    from trsp_deploy.tools.graphs.nodes import NoMatch, check_opset
 
     out.parent.mkdir()
     model = ir.load(graph)
     try:
+        if spec.precision == "int4":
+            check_opset(model)
         head = products.open_products(model)
         activations = read_text(model, graph, onnx, spec, calibration, out.parent)
         products.check_finite(activations, spec.graph_precision)

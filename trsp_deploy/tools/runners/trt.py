@@ -65,6 +65,7 @@ class TrtRunner(Runner):
         self._trt: Any = None
         self._runtime: Any = None  # has to outlive the engine
         self._engine: Any = None
+        self._runtime_config: Any = None
         self._context: Any = None
         self._stream: Any = None
         self._profiles: list[dict[str, list[tuple[int, ...]]]] = []  # input name -> min, opt, max shape
@@ -104,9 +105,10 @@ class TrtRunner(Runner):
     def _make_context(self) -> Any:
         if self.spec.backend != "tensorrt-rtx" or not self._captures:
             return self._engine.create_execution_context()
-        runtime_config = self._engine.create_runtime_config()
-        runtime_config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE  # it captures by itself
-        return self._engine.create_execution_context(runtime_config)
+        # Kept: the binding ties the engine to a context, and not what configures it.
+        self._runtime_config = self._engine.create_runtime_config()
+        self._runtime_config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE  # captures by itself
+        return self._engine.create_execution_context(self._runtime_config)
 
     @property
     def _captures(self) -> bool:
@@ -120,7 +122,8 @@ class TrtRunner(Runner):
 
         self._attention_mask = self._graph = None
         self._cache, self._tensors = {}, {}
-        self._context = self._engine = self._runtime = self._stream = self._began = self._ended = None
+        self._context = self._runtime_config = self._engine = self._runtime = None
+        self._stream = self._began = self._ended = None
         # TensorRT allocates beside torch, so torch's idle memory is out of reach for the next engine.
         torch.cuda.empty_cache()
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from trsp_deploy.artifacts import writing
-from trsp_deploy.errors import EngineSpecError, EngineUnavailable, nearest
+from trsp_deploy.decoder import graph_positions
+from trsp_deploy.errors import EngineSpecError, EngineUnavailable, ModelError, nearest
+from trsp_deploy.reading import read_json
 from trsp_deploy.recipe import EngineSpec, ShapeProfile
 from trsp_deploy.tools.graphs import decoder_io
 from trsp_deploy.tools.runners.calibration import read_text
@@ -64,6 +66,7 @@ def build(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.ndarray | 
 
     Raises EngineUnavailable with the parser's or the builder's errors as one line.
     """
+    _check_length(onnx, spec)
     trt = load_package(spec.backend)
     log = logger(trt)
     with tempfile.TemporaryDirectory(prefix="passes-", dir=folder) as scratch, log.into(folder / BUILD_LOG):
@@ -90,6 +93,18 @@ def build(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.ndarray | 
             for file in sorted(graph.parent.glob(f"{graph.name}*")):  # external data is found by its name
                 shutil.move(file, folder / file.name)
     return BuiltEngine(ENGINE, (ENGINE,), inputs, outputs, outcomes, found)
+
+
+def _check_length(onnx: Path, spec: EngineSpec) -> None:
+    """Raise EngineUnavailable for texts in which the model turns keys otherwise than the graph does (LongRoPE)."""
+    config = onnx.with_name("config.json")
+    limit = graph_positions(SimpleNamespace(**read_json(config, ModelError))) if config.is_file() else None
+    pasts = [profile.past.max + 1 for profile in spec.profiles if profile.past is not None]
+    longest = spec.cache_length or max(pasts, default=0)
+    if limit is not None and longest > limit:
+        raise EngineUnavailable(
+            f"{onnx}: turns keys as the model does up to {limit} tokens (LongRoPE), and {spec.name} is for {longest}"
+        )
 
 
 def prepare(
@@ -151,14 +166,18 @@ def _quantise(
     onnx: Path, graph: Path, spec: EngineSpec, out: Path, calibration: np.ndarray | None
 ) -> tuple[Path, dict[str, float]]:
     import onnx_ir as ir
+    from onnxscript import version_converter
 
     from trsp_deploy.tools.graphs import costs, products
-    from trsp_deploy.tools.graphs.nodes import NoMatch
-    from trsp_deploy.tools.graphs.qdq import quantize_products
+    from trsp_deploy.tools.graphs.nodes import NoMatch, check_opset
+    from trsp_deploy.tools.graphs.qdq import OPSET, quantize_products
 
     out.parent.mkdir()
     model, source = ir.load(graph), ir.load(onnx)
     try:
+        check_opset(model)
+        if model.graph.opset_imports[""] < OPSET:
+            version_converter.convert_version(model, OPSET)
         head = products.open_products(model)
         products.open_products(source)  # the text is read by the graph as it came, whose cache grows
         activations = read_text(source, onnx, onnx, spec, calibration, out.parent, symmetric=True)

@@ -106,15 +106,15 @@ class Anneal(Form):
             )
         dense = [(weight, weight.detach().clone()) for weight in decoder_layers(self.model).parameters()]
         self.refit(windows, autocast)
-        moves = [(weight, weight.detach() - before) for weight, before in dense]
-        self._moves = tuple(
-            (weight, move, None if weight.dtype == torch.float32 else torch.zeros_like(move))
-            for weight, move in moves
-            if move.count_nonzero()
-        )
+        moves = []
         with torch.no_grad():
-            for weight, before in dense:
+            while dense:  # one after the other: each copy is given up for its move, and most moves of a fold are none
+                weight, before = dense.pop()
+                move = weight.detach() - before
                 weight.copy_(before)
+                if move.count_nonzero():
+                    moves.append((weight, move, None if weight.dtype == torch.float32 else torch.zeros_like(move)))
+        self._moves = tuple(reversed(moves))
 
     @property
     def _steps(self) -> int:

@@ -23,12 +23,14 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from trsp_deploy.decoder import body
 from trsp_deploy.errors import ModelError
 
 # fp32 logits at a time. On a CPU a larger slice leaves the cache (128 tokens of SmolLM2 are best), on a GPU a smaller
 # one leaves it idle.
 SLICE_BYTES = {"cpu": 24 << 20, "cuda": 256 << 20}
 PROBE_TOKENS = 8
+LARGE_LOGIT = 100.0  # beyond any cap
 
 
 class Losses(NamedTuple):
@@ -198,19 +200,14 @@ def _slices(tokens: int, weight: torch.Tensor) -> Iterator[slice]:
 
 
 def _last_hidden(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
-    return _body(model)(input_ids=input_ids, use_cache=False).last_hidden_state
-
-
-def _body(model: PreTrainedModel) -> nn.Module:
-    """The model without its LM head. Gemma 3's text model says that its body is itself, and knows it as its decoder."""
-    return model.get_decoder() if model.base_model is model else model.base_model
+    return body(model)(input_ids=input_ids, use_cache=False).last_hidden_state
 
 
 def _logits(model: PreTrainedModel, hidden: torch.Tensor, head: nn.Module | None = None) -> torch.Tensor:
     """What the model makes of last hidden states (tokens, hidden): its own forward, with the layers left out."""
-    body = _body(model)
-    before = vars(body).get("forward")
-    body.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=hidden[None])
+    inner = body(model)
+    before = vars(inner).get("forward")
+    inner.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=hidden[None])
     own = model.get_output_embeddings()
     path = next(path for path, module in model.named_modules() if module is own)
     weights = {f"{path}.{name}": parameter for name, parameter in (head or own).named_parameters()}
@@ -218,9 +215,9 @@ def _logits(model: PreTrainedModel, hidden: torch.Tensor, head: nn.Module | None
     try:
         return torch.func.functional_call(model, weights, kwargs=arguments).logits[0]
     finally:
-        del body.forward
+        del inner.forward
         if before is not None:
-            body.forward = before
+            inner.forward = before
 
 
 @torch.no_grad()
@@ -234,7 +231,7 @@ def _head_is_linear(model: PreTrainedModel) -> bool:
     wanted = model(input_ids=input_ids, use_cache=False).logits[0]
     hidden = _last_hidden(model, input_ids)[0]
     if _same(head(hidden), wanted):
-        return True
+        return not _is_capped(model, head, hidden, wanted)
     if _same(_logits(model, hidden), wanted):
         return False
     raise ModelError(
@@ -242,8 +239,21 @@ def _head_is_linear(model: PreTrainedModel) -> bool:
     )
 
 
+def _is_capped(model: PreTrainedModel, head: nn.Module, hidden: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Whether large logits are not the head's own: near zero a soft cap (Gemma 2) is less than bf16 rounds off."""
+    try:
+        if not _same(_logits(model, hidden), wanted):
+            return False  # the model does not go through its body (OPT), so larger states cannot be tried
+    except AttributeError:  # or asks it for more than states (GPT-2)
+        return False
+    large = hidden * (LARGE_LOGIT / wanted.float().abs().max().clamp(min=1e-6)).to(hidden.dtype)
+    return not _same(head(large), _logits(model, large))
+
+
 def _same(logits: torch.Tensor, wanted: torch.Tensor) -> bool:
-    # A model that overflows is not judged here: nan is the same as nan.
+    # A model that overflows is not judged here: nan is the same as nan. GPT-J's are fp32 of a product in bf16.
     largest = wanted.nan_to_num(posinf=0, neginf=0).abs().max().item()
-    tolerance = 4 * torch.finfo(wanted.dtype).eps * largest
-    return logits.shape == wanted.shape and torch.allclose(logits, wanted, rtol=0, atol=tolerance, equal_nan=True)
+    tolerance = 4 * max(torch.finfo(each.dtype).eps for each in (logits, wanted)) * largest
+    return logits.shape == wanted.shape and torch.allclose(
+        logits.float(), wanted.float(), rtol=0, atol=tolerance, equal_nan=True
+    )

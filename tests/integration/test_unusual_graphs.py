@@ -1,0 +1,125 @@
+"""Models whose graphs are not as most are: engines of them are right, or refused in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from tests.families import family_model
+from tests.tiny import random_model, tiny_model
+from trsp_deploy.decoder import max_positions
+from trsp_deploy.errors import EngineUnavailable, ModelError
+from trsp_deploy.pipeline.engines import Engines
+from trsp_deploy.recipe import EngineSpec, ExportSettings
+from trsp_deploy.stages.build import build_engine
+from trsp_deploy.stages.export import FILE, export_onnx
+from trsp_deploy.tools.library import load_engine_spec
+from trsp_deploy.tools.runners import open_engine, trt_build
+from trsp_deploy.tools.runners.half_range import within_range
+
+ORIGINAL = 32  # tokens before LongRoPE turns keys by its other frequencies
+PHI = {
+    "hidden_size": 64,
+    "sliding_window": None,
+    "max_position_embeddings": 128,
+    "original_max_position_embeddings": ORIGINAL,
+    "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8},
+}
+
+
+def exported(model: PreTrainedModel, folder: Path, **settings: Any) -> Path:
+    model.save_pretrained(folder / "model")
+    (folder / "onnx").mkdir(parents=True)
+    export_onnx(folder / "model", "fp32", ExportSettings(**settings), folder / "onnx")
+    return folder / "onnx" / FILE
+
+
+def test_longrope_holds_to_the_length_that_was_traced(tmp_path: Path) -> None:
+    model = family_model("phi3", **PHI).eval()
+    graph = exported(model, tmp_path)
+    build_engine(graph, load_engine_spec("ort-cpu-fp32"), tmp_path / "engine")
+    ids = np.random.default_rng(0).integers(3, 380, size=(1, ORIGINAL))
+    with torch.no_grad():
+        expected = model(input_ids=torch.from_numpy(ids), use_cache=False).logits.numpy()
+    with open_engine(tmp_path / "engine") as runner:
+        np.testing.assert_allclose(runner.prefill(ids, np.ones_like(ids)), expected, atol=1e-4)
+        with pytest.raises(EngineUnavailable):  # and not other logits than the model's
+            runner.decode(ids[:, :1])
+    assert max_positions(tmp_path / "model") == ORIGINAL
+    static = load_engine_spec("tensorrt-rtx-fp16-static").model_copy(update={"cache_length": ORIGINAL + 1})
+    with pytest.raises(
+        EngineUnavailable, match=r"up to 32 tokens \(LongRoPE\), and tensorrt-rtx-fp16-static is for 33"
+    ):
+        trt_build._check_length(graph, static)
+    trt_build._check_length(graph, static.model_copy(update={"cache_length": ORIGINAL}))
+
+
+def test_norms_fuse_where_attention_does_not(tmp_path: Path) -> None:
+    model = family_model("falcon-7b").eval()
+    build_engine(exported(model, tmp_path), load_engine_spec("ort-cpu-int8"), tmp_path / "engine")
+    ids = np.random.default_rng(0).integers(3, 380, size=(1, 12))
+    with torch.no_grad():
+        expected = model(input_ids=torch.from_numpy(ids), use_cache=False).logits.numpy()
+    with open_engine(tmp_path / "engine") as runner:
+        found = runner.prefill(ids, np.ones_like(ids))
+    assert np.abs(found - expected).max() < 0.5 * expected.std()
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mixture of more experts than the calibration text has tokens for."""
+    small = {"vocab_size": 384, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
+    mixture = {"moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2}
+    config = transformers.Qwen3MoeConfig(**small, **heads, **mixture)
+    return exported(random_model(config), tmp_path_factory.mktemp("experts"))
+
+
+@pytest.mark.parametrize("name", ["ort-cpu-int4", "ort-cpu-int8"])
+def test_an_expert_that_read_nothing_is_rounded_without_a_text(experts: Path, tmp_path: Path, name: str) -> None:
+    text = np.full((1, 3), 7)
+    spec = EngineSpec.model_validate({**load_engine_spec(name).model_dump(), "threads": 1})
+    build_engine(experts, spec, tmp_path / "engine", text)
+    with open_engine(tmp_path / "engine") as runner:
+        assert np.isfinite(runner.prefill(np.array([[5, 9, 200]]), np.ones((1, 3), dtype=np.int64))).all()
+
+
+def test_an_expert_that_read_nothing_is_within_fp16(experts: Path, tmp_path: Path) -> None:
+    text = np.full((1, 3), 7)
+    export_onnx(experts.parents[1] / "model", "fp16", ExportSettings(), tmp_path, text)
+    _, found = within_range(tmp_path / FILE, load_engine_spec("tensorrt-fp16"), tmp_path, text)
+    assert found is not None and not found.kept
+
+
+def test_what_optimum_cannot_trace_is_one_line(tmp_path: Path) -> None:
+    model = family_model("falcon-40b", num_attention_heads=4, num_kv_heads=2)
+    with pytest.raises(ModelError, match=r"Optimum cannot export it to ONNX \(.*export.exporter=dynamo"):
+        exported(model, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["ort-cpu-int4", "tensorrt-rtx-fp16-static"])
+def test_a_graph_that_is_too_old_for_a_higher_opset_says_so(name: str, tmp_path: Path) -> None:
+    graph = exported(tiny_model("llama", hidden_size=64, num_hidden_layers=2), tmp_path, opset=17)
+    spec = load_engine_spec(name)
+    with pytest.raises(EngineUnavailable, match=r"opset 17, and 18 is the lowest that can be: export.opset=18"):
+        if name.startswith("ort"):
+            build_engine(graph, spec, tmp_path / "engine")
+        else:
+            trt_build.prepare(graph, spec, tmp_path, None)
+
+
+def test_other_windows_of_one_text_are_another_calibration() -> None:
+    def engines(first: int) -> Any:
+        windows = torch.arange(first, first + 64).reshape(2, 32)
+        made: Any = Engines.__new__(Engines)
+        made.inputs = SimpleNamespace(calibration_windows=lambda: (windows, None))
+        return made
+
+    assert engines(0)._calibration_sha256() == engines(0)._calibration_sha256() != engines(5)._calibration_sha256()
