@@ -46,7 +46,7 @@ def sweep(job: Pipeline, counts: tuple[int, ...], targets: Targets, say: Callabl
         runs.append(_run(job, folder, count, plans[count], say))
         points.append(_point(runs[-1][1], folder.relative_to(root), count, _measured(runs[0][1])))
         found = Sweep(
-            model=job.recipe.model,
+            model=job.recipe.public.model,
             num_layers=job.inputs.num_layers(),
             points=tuple(points),
             targets=targets,

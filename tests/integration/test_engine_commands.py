@@ -116,6 +116,9 @@ def test_trtexec_line_has_every_profile() -> None:
     assert line.startswith("trtexec --onnx=model.onnx") and "--stronglyTyped" in line
     shapes = "input_ids:8x8,attention_mask:8x2056,past_key_values.0.key:8x3x2048x64"
     assert line.count(f"--maxShapes={shapes}") == 2 and "--profile=1" in line and "--noTF32" not in line
+    assert "--computeCapabilities" not in line
+    targets = {"backend": "tensorrt-rtx", "compute_capabilities": ("sm75", "SM89")}
+    assert "--computeCapabilities=75,89" in trtexec(spec.model_copy(update=targets), inputs)
 
 
 @pytest.mark.parametrize(

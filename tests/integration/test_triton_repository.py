@@ -88,6 +88,25 @@ def test_a_repository_is_whole_and_its_config_is_tritons(repository: Path) -> No
 
 
 @needs_schema
+def test_what_is_there_stays_in_the_manifest(run: Path, repository: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(repository, tmp_path / "repository"))
+    again = trsp_deploy("triton", "run", "--out", str(copy), "--name", "other", cwd=run.parent)
+    assert again.code == 0, again.said
+    names = [model["name"] for model in json.loads((copy / "MANIFEST.json").read_text())["models"]]
+    assert names == ["other", "pruned", "pruned-dense"]
+    assert trsp_deploy("verify", str(copy), cwd=tmp_path).code == 0
+    assert all(f"`{name}`: " in (copy / "README.md").read_text() for name in names)
+
+
+@needs_schema
+def test_another_projects_readme_is_left_alone(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("a project")
+    done = trsp_deploy("triton", "run", "--out", str(tmp_path), cwd=run.parent)
+    assert done.code == 1 and "has a README.md that is not of a model repository of ours" in done.said
+    assert (tmp_path / "README.md").read_text() == "a project"
+
+
+@needs_schema
 def test_a_config_that_is_none_says_where() -> None:
     with pytest.raises(RunError, match=r"x/config.pbtxt: 2:1"):
         parse_config('name: "x"\nbackends: "python"', "x/config.pbtxt")

@@ -119,6 +119,15 @@ def test_weights_that_cannot_be_converted(tmp_path: Path) -> None:
     torch.save([torch.zeros(1)], model / "pytorch_model.bin")
     says("is no mapping of names to tensors", lambda: convert(str(model), tmp_path / "b", silent), errors.ModelError)
     assert not (tmp_path / "b").exists()
+    (model / "pytorch_model.bin").unlink()
+    torch.save({"x": torch.zeros(1)}, model / "pytorch_model-00001-of-00002.bin")
+    index = model / "pytorch_model.bin.index.json"
+    index.write_text('{"weight_map": {"x": "pytorch_model-00001-of-00002.bin", "y": "2.bin", "z": "2.bin"}}')
+    half = f"lacks y and 1 more tensors, which {index.name} names in 2.bin"
+    says(half, lambda: convert(str(model), tmp_path / "c", silent), errors.ModelError)
+    index.write_text('{"weight_map": []}')
+    says("its weight_map is no mapping", lambda: convert(str(model), tmp_path / "c", silent), errors.ModelError)
+    assert not (tmp_path / "c").exists()
 
 
 def test_an_engine_whose_files_are_elsewhere(tmp_path: Path) -> None:

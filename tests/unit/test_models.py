@@ -19,6 +19,7 @@ import torch
 from transformers import OPTForCausalLM
 
 from tests.hub import forget_sessions
+from trsp_deploy.decoder import load_tokenizer
 from trsp_deploy.errors import ModelError
 from trsp_deploy.tools.sources import packaged
 from trsp_deploy.tools.sources.hub import hub_problem
@@ -118,6 +119,40 @@ def test_folder_with_shards(folder: Path) -> None:
     for shard in ("../model.safetensors", "/etc/model.safetensors", "pytorch_model.bin"):
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": shard}}))
         assert f"names {shard}, which is no safetensors file beside it" in error_line(str(folder))
+
+
+@pytest.mark.parametrize("named", [{}, {"weight_map": None}, {"weight_map": []}, {"weight_map": {}}], ids=str)
+def test_an_index_that_names_nothing(folder: Path, named: object) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps(named))
+    assert "model.safetensors.index.json has no weight_map of tensors to files" in error_line(str(folder))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_hidden_layers": "4"},
+        {"num_hidden_layers": -1},
+        {"num_attention_heads": 5},
+        {"activation_function": "nope"},
+        {"vocab_size": -1},
+    ],
+    ids=lambda changes: " ".join(map(str, *changes.items())),
+)
+def test_a_config_whose_values_do_not_go_together(folder: Path, changes: dict[str, object]) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    assert f"{path}: transformers cannot " in error_line(str(folder))
+
+
+@pytest.mark.parametrize("content", ["{", "{}", None], ids=["damaged", "empty", "absent"])
+def test_a_tokenizer_that_cannot_be_read(folder: Path, content: str | None) -> None:
+    for path in folder.glob("*token*"):
+        path.unlink()
+    if content is not None:
+        (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(ModelError, match="has no tokenizer that can be read"):
+        load_tokenizer(folder)
 
 
 @pytest.mark.parametrize(

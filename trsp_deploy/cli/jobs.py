@@ -169,11 +169,22 @@ def _build_from_onnx(run: Path | None, onnx: Path, engines: list[str], out: Path
     from trsp_deploy.tools.quiet import quiet_libraries
 
     spec = load_engine_spec(engines[0])
+    _check_engine_folder(out)
     with quiet_libraries():
         manifest = build_engine(onnx, spec, out)
     size = f"{manifest.size_bytes / 1e6:.0f} MB"
     text = f"{out}: {spec.name}, {size}, built in {manifest.build_s:.0f} s (`trsp-deploy inspect {out}`)"
     _print_json(as_json, {"engine": manifest.model_dump(mode="json")}, text)
+
+
+def _check_engine_folder(out: Path) -> None:
+    """Raise RecipeError for a folder that an engine would replace, and that is none."""
+    from trsp_deploy.tools.measuring.subjects import ENGINE_MARK
+
+    if Path.cwd().is_relative_to(out.resolve()):
+        raise RecipeError(f"--out {out}: is the folder that this runs in, or one around it; name a new one")
+    if out.is_dir() and any(out.iterdir()) and not (out / ENGINE_MARK).is_file():
+        raise RecipeError(f"--out {out}: holds other things than an engine; name a new folder, or an engine's")
 
 
 def bench(run: Run, engine: Engines = None, sets: Sets = None, as_json: Json = False) -> None:

@@ -10,15 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trsp_deploy.cli.recipe_options import with_lists
-from trsp_deploy.errors import DeviceMemoryError, ModelError
+from trsp_deploy.cli.recipe_options import anchored, with_lists
+from trsp_deploy.errors import DeviceMemoryError, ModelError, RunError
 
 if TYPE_CHECKING:
     from trsp_deploy.pipeline import Pipeline
     from trsp_deploy.recipe import Recipe
-    from trsp_deploy.tools.resources.memory import Stage
 
 
+PARTS = ("dense", "pruned", "onnx", "engines", "plans", "plan.json", "report.md", "report.html", "report.json")
 LIBRARIES_BYTES = 1_100_000_000  # of addresses; 1.05e9 were seen with torch 2.13 for the CPU
 
 
@@ -34,7 +34,7 @@ def existing(
     from trsp_deploy.pipeline.runs import load_recipe
     from trsp_deploy.recipe import override, read_recipe
 
-    values = override(with_lists(load_recipe(run), engine, evaluation), sets or [])
+    values = anchored(override(with_lists(load_recipe(run), engine, evaluation), sets or []))
     with run_of(read_recipe(values, str(run / "recipe.yaml")), run, None) as job:
         yield job
 
@@ -42,16 +42,48 @@ def existing(
 @contextlib.contextmanager
 def run_of(recipe: Recipe, out: Path | None, plan: Path | None) -> Iterator[Pipeline]:
     """Enter the run folder and keep the resolved recipe in it."""
-    say(f"{recipe.model}, dropping {recipe.drop} of the layers")
+    say(f"{recipe.public.model}, dropping {recipe.drop} of the layers")
     _check_address_space()
     from trsp_deploy.artifacts import RunFolder
     from trsp_deploy.pipeline import Pipeline
-    from trsp_deploy.pipeline.runs import default_folder, save_recipe
+    from trsp_deploy.pipeline.runs import default_folder, save_recipe, saved_recipe
 
-    with RunFolder(out or default_folder(recipe, say), _announce) as run:
+    folder = out or default_folder(recipe, say)
+    _check_folder(folder)
+    with RunFolder(folder, _announce) as run:
         job = Pipeline(run, recipe, plan, say)
+        if (before := saved_recipe(run)) is not None and before != recipe:
+            _check_change(job, before, plan, named=out is not None)  # before it takes the place of what was finished
         save_recipe(run, recipe)
         yield job
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise RunError for a folder that a run would replace parts of, and that is none."""
+    from trsp_deploy.tools.measuring.subjects import RUN_MARK
+
+    if (folder / ".lock").exists() or (folder / RUN_MARK).is_file():
+        return
+    taken = [name for name in PARTS if (folder / name).exists()]
+    if taken:
+        raise RunError(f"{folder}: has {', '.join(taken)} and is no run of trsp-deploy; choose another --out")
+
+
+def _check_change(job: Pipeline, before: Recipe, plan: Path | None, named: bool) -> None:
+    """Raise what is wrong with a recipe that is to take another's place in a run's folder. named: by --out."""
+    from trsp_deploy.recipe import parse_drop
+    from trsp_deploy.tools.plan import read_plan
+
+    recipe = job.recipe
+    if not named and before.model != recipe.model:
+        raise RunError(f"{job.run.path}: is a run of {before.model}; give --out for one of {recipe.model}")
+    layers = job.inputs.num_layers()
+    parse_drop(recipe.drop, layers)
+    if plan is not None:
+        read_plan(plan, layers)
+    job.inputs.check_lengths()
+    if recipe.evaluation != before.evaluation or recipe.evaluate != before.evaluate:
+        job.inputs.read_evaluation()
 
 
 def _check_address_space() -> None:
@@ -85,8 +117,7 @@ def check_memory(job: Pipeline, plan_file: Path | None, ignore: bool) -> None:
     from trsp_deploy.tools.training.shared import pick_device
 
     plan = plan_file or job.run.path / "plan.json"
-    stages: dict[Stage, bool] = {"selection": plan.is_file(), "transfer": (job.run.path / "pruned").is_dir()}
-    missing = [stage for stage, done in stages.items() if not done]
+    missing = [stage for stage in job.pruning.unfinished() if stage != "selection" or plan_file is None]
     if missing:
         pick_device(job.recipe)  # before a model is fetched for a device that is not here
     if ignore or not missing or launched_as_several():

@@ -108,6 +108,10 @@ def bench_server(
     levels = _concurrencies(concurrency)
     where = None if url is None else _address(url)
     from trsp_deploy.artifacts import write_json
+    from trsp_deploy.pipeline.runs import load_recipe
+
+    if run is not None:
+        load_recipe(run)  # before anything is measured for a run that is none
     from trsp_deploy.cli.running import existing
     from trsp_deploy.cli.tables import print_served
     from trsp_deploy.stages.serve_bench import Address, LoadSettings, measure_served, started

@@ -20,6 +20,7 @@ from trsp_deploy.decoder.loading import (
     load_tokenizer,
     load_widened,
     make_storable,
+    meta_model,
     stored_dtype,
 )
 from trsp_deploy.decoder.removal import check_prunable, check_removal, remove_layers
@@ -57,6 +58,7 @@ __all__ = [
     "load_widened",
     "make_storable",
     "max_positions",
+    "meta_model",
     "next_token_logits",
     "next_token_loss",
     "remove_layers",

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from trsp_deploy.errors import ModelError, first_line
+from trsp_deploy.errors import ModelError, TrspError, first_line, machine_reason
 from trsp_deploy.model_code import refuse_own_generate, trusted
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # by safetensors' names
@@ -115,8 +115,16 @@ def build_model(config: Any, **settings: Any) -> PreTrainedModel:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that lies beside a model."""
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted(folder))
+    """Load the tokenizer that lies beside a model; raises ModelError where there is none that can be read."""
+    try:
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trusted(folder)
+        )
+    except Exception as problem:  # the tokenizers library's own errors are bare Exceptions
+        if isinstance(problem, TrspError) or machine_reason(problem) is not None:
+            raise
+        raise ModelError(f"{folder}: has no tokenizer that can be read ({first_line(problem)})") from problem
+    return found
 
 
 def meta_model(config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 
 from trsp_deploy.artifacts import size_bytes, writing
-from trsp_deploy.errors import EngineUnavailable
+from trsp_deploy.errors import EngineSpecError, EngineUnavailable
 from trsp_deploy.pipeline.inputs import Inputs
 from trsp_deploy.pipeline.pruning import Pruning
 from trsp_deploy.recipe import EngineSpec, Float
@@ -161,7 +162,12 @@ class Engines:
         names: list[str] = []
         for name in self.recipe.engines:
             names += AUTO_ENGINES["cuda" if torch.cuda.is_available() else "cpu"] if name == "auto" else [name]
-        return [load_engine_spec(name) for name in dict.fromkeys(names)]
+        specs = [load_engine_spec(name) for name in dict.fromkeys(names)]
+        counts = Counter(spec.name for spec in specs)
+        twice = [name for name, spec in zip(dict.fromkeys(names), specs, strict=True) if counts[spec.name] > 1]
+        if twice:  # they would share a folder
+            raise EngineSpecError(f"engines {' and '.join(twice)} have the same name; rename one file")
+        return specs
 
 
 def why_not(check: Callable[[EngineSpec], None], spec: EngineSpec) -> str | None:

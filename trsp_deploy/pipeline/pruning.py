@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from trsp_deploy.artifacts import fingerprint, write_json, writing
+from trsp_deploy.artifacts import StepRecord, fingerprint, write_json, writing
 from trsp_deploy.decoder import check_prunable, load_model
+from trsp_deploy.errors import PlanError
 from trsp_deploy.pipeline.inputs import Done, Inputs
 from trsp_deploy.recipe import parse_drop
 from trsp_deploy.results import PrunedCheckpoint, Role
 from trsp_deploy.stages import selection, transfer
 from trsp_deploy.tools.plan import PruningPlan, read_plan
 from trsp_deploy.tools.quiet import quiet_libraries
+from trsp_deploy.tools.resources.memory import Stage
 from trsp_deploy.tools.sources.texts import jsonl, load_texts, tokenize_windows
 from trsp_deploy.tools.training.checkpoints import Checkpoints
 from trsp_deploy.tools.training.self_calibration import self_generated_windows, write_texts
@@ -48,6 +50,11 @@ class Pruning:
             edited = read_plan(path, self.inputs.num_layers())
             self.inputs.say(f"plan.json was edited by hand: dropping {', '.join(map(str, edited.dropped))}")
             return edited
+        if given is None and known is None and self._is_edited(path, record):
+            raise PlanError(
+                f"{path}: was edited by hand, and settings that choose layers are others now; keep it with "
+                f"--plan {path}, or delete it to have them chosen anew"
+            )
         inputs: dict[str, Path | str] = {
             "model": self.inputs.path("dense"),
             "calibration": self.inputs.calibration_texts().fingerprint,
@@ -65,6 +72,10 @@ class Pruning:
         if self.run.main:
             checkpoints.remove()
         return plan
+
+    @staticmethod
+    def _is_edited(path: Path, record: StepRecord | None) -> bool:
+        return record is not None and path.is_file() and fingerprint(path) != record.outputs["plan.json"]
 
     def plans(self, counts: tuple[int, ...]) -> dict[int, Path]:
         """A plan for each number of layers, as `plans/drop-K.json`, from one search; methods as the recipe says."""
@@ -121,8 +132,7 @@ class Pruning:
     def prune(self) -> PrunedCheckpoint:
         """Transfer and removal: the checkpoint `pruned/`."""
         plan, own = self.plan(), self.self_generated()
-        chosen = {"seed", "device", "autocast", "weights", "calibration", "transfer"}
-        settings = self.recipe.model_dump(mode="json", include=chosen)
+        settings = self._prune_settings()
         inputs: dict[str, Path | str] = {
             "model": self.inputs.path("dense"),
             "plan": self.run.path / "plan.json",
@@ -165,6 +175,20 @@ class Pruning:
                 self.inputs.calibration_texts().origin,
                 checkpoints,
             )
+
+    def unfinished(self) -> list[Stage]:
+        """The stages whose result is not there, or is of other settings."""
+        finished: dict[Stage, bool] = {
+            "selection": self._is_of("plan", "plan.json", self._count_settings),
+            "transfer": self._is_of("prune", "pruned", self._prune_settings),
+        }
+        return [stage for stage, done in finished.items() if not done]
+
+    def _is_of(self, step: str, output: str, settings: Callable[[], dict[str, Any]]) -> bool:
+        if not (self.run.path / output).exists():
+            return False
+        record = self.run.record(step)
+        return record is not None and record.settings == settings()
 
     def _write(self, plan: PruningPlan, path: Path) -> PruningPlan:
         if self.run.main:
@@ -209,8 +233,16 @@ class Pruning:
         key = self.run.key(step, settings=settings, inputs=inputs)
         return Checkpoints(self.run.path / "checkpoints" / step, key, self.recipe.checkpoint_s)
 
+    def _prune_settings(self) -> dict[str, Any]:
+        chosen = {"seed", "device", "autocast", "weights", "calibration", "transfer"}
+        return self.recipe.model_dump(mode="json", include=chosen)
+
+    def _count_settings(self) -> dict[str, Any]:
+        return self._plan_settings(parse_drop(self.recipe.drop, self.inputs.num_layers()))
+
     def _plan_settings(self, count: int) -> dict[str, Any]:
         chosen = self.recipe.model_dump(
             mode="json", include={"seed", "device", "weights", "autocast", "calibration", "plan"}
         )
-        return {**chosen, "num_dropped": count}
+        # Text by the dense model is the transfer's: layers are chosen without.
+        return {**chosen, "calibration": {**chosen["calibration"], "self_generated": 0.0}, "num_dropped": count}

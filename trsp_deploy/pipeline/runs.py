@@ -11,9 +11,9 @@ import yaml
 
 from trsp_deploy.artifacts import RunFolder, writing
 from trsp_deploy.decoder import load_config
-from trsp_deploy.errors import RunError
+from trsp_deploy.errors import RunError, UserError
 from trsp_deploy.reading import read_yaml
-from trsp_deploy.recipe import Recipe, parse_drop
+from trsp_deploy.recipe import Recipe, parse_drop, read_recipe
 from trsp_deploy.tools.measuring.subjects import RUN_MARK
 from trsp_deploy.tools.sources.models import resolve_model
 
@@ -36,6 +36,14 @@ def save_recipe(run: RunFolder, recipe: Recipe) -> None:
     run.outdate_manifest()
     with writing(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def saved_recipe(run: RunFolder) -> Recipe | None:
+    """The recipe that a run's folder holds; None where there is none, or none that can be read."""
+    try:
+        return read_recipe(load_recipe(run.path), str(run.path / RUN_MARK))
+    except UserError:
+        return None
 
 
 def load_recipe(run: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -136,6 +137,11 @@ class EvaluateSettings(Strict):
     task_items: Count | None = None  # of each task; None answers all
 
 
+def _name(text: str) -> str:
+    path = PurePath(text)
+    return path.name if path.is_absolute() else text
+
+
 class Recipe(Strict):
     """Everything that decides what a run produces."""
 
@@ -154,6 +160,18 @@ class Recipe(Strict):
     engines: tuple[Text, ...] = Field(default=("auto",), min_length=1)
     bench: BenchSettings = BenchSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+
+    @property
+    def public(self) -> Recipe:
+        """As it is told to others: of files and folders of this machine the names alone."""
+        return self.model_copy(
+            update={
+                "model": _name(self.model),
+                "calibration": self.calibration.model_copy(update={"texts": _name(self.calibration.texts)}),
+                "evaluation": {name: _name(texts) for name, texts in self.evaluation.items()},
+                "engines": tuple(map(_name, self.engines)),
+            }
+        )
 
     @model_validator(mode="after")
     def _no_secrets(self) -> Recipe:

@@ -79,7 +79,7 @@ def select_for_counts(
     num_layers = len(decoder_layers(model))
     return {
         count: PruningPlan(
-            model=recipe.model,
+            model=recipe.public.model,
             num_layers=num_layers,
             dropped=dropped,
             kept=complement(dropped, num_layers),

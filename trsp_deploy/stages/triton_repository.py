@@ -24,7 +24,7 @@ from trsp_deploy.tools.serving.readme import CONTAINER, readme, step_readme
 from trsp_deploy.tools.serving.step_model import check_can_step, write_step_model
 from trsp_deploy.tools.serving.vendor import model_file, vendor
 from trsp_deploy.tools.triton_server.config import WARMUP, generation_config, parse_config
-from trsp_deploy.tools.triton_server.repository import RepositoryManifest, ServedModel
+from trsp_deploy.tools.triton_server.repository import RepositoryManifest, ServedModel, read_repository
 
 # What MatMulInteger multiplies is rounded with one scale for all texts of a step.
 SHARED_SCALE = "An int8 engine's answer, with one seed too, may differ with what others ask at the same time."
@@ -48,6 +48,8 @@ def write_repository(
     step: the bare engines too, as `<name>_step`.
     Raises RunError for a name that Triton does not take, an engine that cannot be served so, or too long texts.
     """
+    if (out / "README.md").exists() and not (out / MANIFEST).is_file():
+        raise RunError(f"--out {out}: has a README.md that is not of a model repository of ours; name another folder")
     for engine in engines.values():
         if step:
             check_can_step(engine)
@@ -72,14 +74,14 @@ def write_repository(
     if first.spec.backend.startswith("tensorrt"):  # its runner has torch's memory and streams
         packages.append("torch")
     manifest = RepositoryManifest(
-        models=tuple(models),
+        models=(*models, *_others(out, {model.name for model in models})),
         packages=tuple(packages),
         gpu=first.bound.gpu,
         container=CONTAINER,
         provenance=provenance(),
     )
     write_json(out / MANIFEST, manifest)
-    limits = [f"`{model.name}`: {model.limits}" for model in models]
+    limits = [f"`{model.name}`: {model.limits}" for model in manifest.models]
     if first.spec.precision == "int8" and any(model.max_batch > 1 for model in models):
         limits.append(SHARED_SCALE)
     with writing(out / "README.md") as partial:
@@ -89,6 +91,13 @@ def write_repository(
             text += step_readme(models[0].name, models[1].name, max_length, first.backend_version)
         partial.write_text(text, encoding="utf-8")
     return manifest
+
+
+def _others(out: Path, written: set[str]) -> list[ServedModel]:
+    """Models that an earlier call has put there under other names."""
+    if not (out / MANIFEST).is_file():
+        return []
+    return [model for model in read_repository(out).models if model.name not in written and (out / model.name).is_dir()]
 
 
 def _longest_text(engines: dict[Role, Path], model_folder: Path) -> int:

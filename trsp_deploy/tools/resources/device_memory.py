@@ -136,7 +136,7 @@ def _plan(recipe: Recipe, estimate: MemoryEstimate) -> MemoryPlan:
         raise ModelError(f"{architecture}: its memory cannot be told without its data") from problem
     device = _device(recipe)
     return MemoryPlan(
-        model=recipe.model,
+        model=recipe.public.model,
         device=device,
         weights=recipe.weights,
         available_bytes=available_bytes(device),

@@ -50,7 +50,7 @@ def check_decoder_only(folder: Path) -> str:
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     )
 
-    from trsp_deploy.decoder import load_config
+    from trsp_deploy.decoder import load_config, meta_model
 
     path = folder / "config.json"
     values = read_json(path, ModelError)
@@ -76,6 +76,10 @@ def check_decoder_only(folder: Path) -> str:
     known = {name for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in _as_tuple(names)}
     if causal is None or encoder or config.is_encoder_decoder or architecture not in known:
         raise ModelError(f"{folder}: is {architecture}, not a decoder-only causal language model")
+    try:
+        meta_model(config)
+    except Exception as problem:  # whatever values that do not go together lead to
+        raise ModelError(f"{path}: transformers cannot build the model ({first_line(problem)})") from problem
     return architecture
 
 
@@ -134,7 +138,10 @@ def missing_part(folder: Path) -> str | None:
     if (folder / "model.safetensors").is_file():
         shards = ["model.safetensors"]
     elif index.is_file():
-        shards = sorted(map(str, set(read_json(index, ModelError).get("weight_map", {}).values())))
+        named = read_json(index, ModelError).get("weight_map")
+        if not isinstance(named, dict) or not named:
+            return f"{index.name} has no weight_map of tensors to files"
+        shards = sorted(set(map(str, named.values())))
     else:
         return "no weights (model.safetensors, whole or in shards with an index)"
     for shard in shards:

@@ -29,7 +29,7 @@ from trsp_deploy.tools.sources.model_folders import (
     only_pickles,
     refuse_pickles,
 )
-from trsp_deploy.tools.sources.names import HUB_ID, SHORT_NAMES, not_found
+from trsp_deploy.tools.sources.names import HUB_ID, SHORT_NAMES, is_model_folder, not_found
 from trsp_deploy.tools.sources.packaged import ASSETS, dequantised_model, home
 
 COMPANIONS = re.compile(
@@ -57,8 +57,7 @@ def resolve_model(name: str, progress: Callable[[str], None]) -> ModelSource:
     Raises ModelError (not found, incomplete, not a decoder-only model) or StorageError (disk full).
     """
     folder = user_path(name)
-    # A short name means the model even where a folder, such as a run's, happens to be called the same.
-    if folder.is_dir() and (name not in SHORT_NAMES or (folder / "config.json").is_file()):
+    if is_model_folder(name):
         check_folder(folder)
         source = ModelSource(
             name=name, kind="folder", path=str(folder.resolve()), origin=str(folder.resolve()), licence=_licence(folder)

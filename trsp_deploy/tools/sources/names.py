@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from trsp_deploy.errors import nearest
+from trsp_deploy.reading import user_path
 
 SHORT_NAMES: dict[str, str] = {
     "opt-125m": "facebook/opt-125m",
@@ -57,6 +58,12 @@ SHORT_NAMES: dict[str, str] = {
     "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B",
 }
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def is_model_folder(name: str) -> bool:
+    """Whether a model's name means a folder; a short name does where that holds a model, and is no run of its name."""
+    folder = user_path(name)
+    return folder.is_dir() and (name not in SHORT_NAMES or (folder / "config.json").is_file())
 
 
 def not_found(name: str, folder: Path) -> str:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import pickle
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from trsp_deploy.artifacts import storage_errors, writing
 from trsp_deploy.errors import ModelError, first_line
 from trsp_deploy.model_code import CODE, copy_code
-from trsp_deploy.reading import user_path
+from trsp_deploy.reading import read_json, user_path
 from trsp_deploy.tools.sources.hub import hub_errors, hub_problem
 from trsp_deploy.tools.sources.model_folders import PYTORCH_BINS, check_decoder_only, check_folder
 from trsp_deploy.tools.sources.models import COMPANIONS, conversions
@@ -53,6 +53,7 @@ def convert(name: str, out: Path | None, progress: Callable[[str], None]) -> Pat
         for shard in shards:
             progress(f"reading {shard.name}")
             weights |= _tensors(shard)
+        _check_whole(folder, weights)
         _save(weights, partial)
         check_folder(partial)
     return out
@@ -75,6 +76,18 @@ def _source(name: str, progress: Callable[[str], None]) -> Path:
             return Path(snapshot_download(repo, allow_patterns=patterns))
     except hub_errors() as problem:
         raise ModelError(f"model '{name}': {hub_problem(problem)}; give a folder that holds it") from problem
+
+
+def _check_whole(folder: Path, weights: Collection[str]) -> None:
+    """Raise ModelError where the index of several shards names tensors that none of them has."""
+    index = folder / "pytorch_model.bin.index.json"
+    named = read_json(index, ModelError).get("weight_map") if index.is_file() else {}
+    if not isinstance(named, dict):
+        raise ModelError(f"{index}: its weight_map is no mapping of tensors to files")
+    missing = [name for name in named if name not in weights]
+    if missing:
+        more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
+        raise ModelError(f"{folder}: lacks {missing[0]}{more}, which {index.name} names in {named[missing[0]]}")
 
 
 def _tensors(shard: Path) -> dict[str, Any]:

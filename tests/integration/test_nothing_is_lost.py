@@ -1,0 +1,194 @@
+"""What is refused leaves everything as it was, and a run is the same from wherever it is used."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.tiny import english, save_tiny, tiny_model
+from trsp_deploy import cli
+from trsp_deploy.artifacts import fingerprint
+
+SETTINGS = [
+    "calibration.context_length=32",
+    "calibration.max_windows=8",
+    "calibration.validation_windows=2",
+    "plan.method=shortgpt",
+    "transfer.form=none",
+    "evaluate.context_length=64",
+    "engines=[ort-cpu-fp32]",
+]
+OPTIONS = [option for pair in SETTINGS for option in ("--set", pair)]
+
+
+class Done(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def last(self) -> str:
+        return self.stderr.splitlines()[-1]
+
+
+def trsp_deploy(*arguments: str, cwd: Path) -> Done:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = cli.run(list(arguments))
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, texts and a run of them."""
+    folder = tmp_path_factory.mktemp("kept")
+    save_tiny("llama", folder / "tiny")
+    for name in ("train", "test"):
+        (folder / f"{name}.txt").write_text(english()[:20_000])
+    command = ["prune", "--model", "tiny", "--drop", "2", "--calibration", "train.txt", "--out", "run"]
+    done = trsp_deploy(*command, *OPTIONS, "--set", "evaluation={manual: test.txt}", cwd=folder)
+    assert done.code == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def run(place: Path, tmp_path: Path) -> Path:
+    """A copy of the run, for what may change it."""
+    return Path(shutil.copytree(place / "run", tmp_path / "run"))
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): fingerprint(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+# -- what is in the way ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def graph(place: Path) -> Path:
+    done = trsp_deploy("export", "run", cwd=place)
+    assert done.code == 0, done.stderr
+    return place / "run" / "onnx" / "pruned" / "model.onnx"
+
+
+@pytest.mark.parametrize("out", ["graph", ".", ".."])
+def test_an_engine_replaces_nothing_but_engines(graph: Path, tmp_path: Path, out: str) -> None:
+    inner = Path(shutil.copytree(graph.parent, tmp_path / "outer" / "graph"))
+    before = files(tmp_path)
+    cwd = inner.parent if out == "graph" else inner
+    done = trsp_deploy("build", "--onnx", str(graph), "--engine", "ort-cpu-fp32", "--out", out, cwd=cwd)
+    assert done.code == 1 and f"--out {out}: " in done.last, done.stderr
+    assert files(tmp_path) == before
+
+
+def test_an_engine_is_replaced_by_another(graph: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for _ in range(2):
+        command = ["build", "--onnx", str(graph), "--engine", "ort-cpu-fp32", "--out", "empty"]
+        assert trsp_deploy(*command, cwd=tmp_path).code == 0
+
+
+def test_a_run_takes_no_folder_with_other_things_of_its_names(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "project" / "pruned").mkdir(parents=True)
+    (tmp_path / "project" / "pruned" / "thesis.txt").write_text("years of work")
+    command = ["prune", "--model", str(place / "tiny"), "--drop", "2", "--calibration", str(place / "train.txt")]
+    done = trsp_deploy(*command, *OPTIONS, "--out", "project", cwd=tmp_path)
+    assert done.code == 1 and "project: has pruned and is no run of trsp-deploy" in done.last, done.stderr
+    assert list(files(tmp_path)) == ["project/pruned/thesis.txt"]
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["evaluate", "run", "--eval", "manual=tset.txt"], ["tset.txt", "no such file"]),
+        (["bench", "run", "--set", "calibration.context_length=4096"], ["4096", "positions"]),
+        (["prune", "--model", "tiny", "--drop", "50", "--calibration", "train.txt", "--out", "run"], ["--drop '50'"]),
+        (["check", "run", "--min-accuracy-retained", "90%", "--task", "piqqa"], ["piqqa"]),
+    ],
+    ids=lambda value: value[0],
+)
+def test_a_mistake_leaves_the_run_its_settings(place: Path, run: Path, command: list[str], words: list[str]) -> None:
+    for name in ("tiny", "train.txt"):
+        (run.parent / name).symlink_to(place / name)
+    before = files(run)
+    done = trsp_deploy(*command, cwd=run.parent)
+    assert done.code == 1 and all(word in done.last for word in words), done.stderr
+    assert files(run) == before
+
+
+def test_text_by_the_dense_model_is_no_reason_to_choose_layers_anew(run: Path) -> None:
+    path = run / "plan.json"
+    plan = json.loads(path.read_text())
+    edited = {**plan, "dropped": [2], "kept": [0, 1, 3, 4, 5]}
+    path.write_text(json.dumps(edited))
+    with_text = trsp_deploy("export", str(run), "--set", "calibration.self_generated=0.25", cwd=run.parent)
+    assert with_text.code == 0 and "plan.json was edited by hand: dropping 2" in with_text.stderr, with_text.stderr
+    other = trsp_deploy("export", str(run), "--set", "seed=5", cwd=run.parent)
+    assert other.code == 1 and "was edited by hand, and settings that choose layers are others now" in other.last
+    assert json.loads(path.read_text()) == edited
+
+
+def test_two_engines_of_one_name_are_refused(place: Path, run: Path) -> None:
+    spec = trsp_deploy("engines", "show", "ort-cpu-fp32", cwd=place).stdout
+    (run.parent / "ort-cpu-fp32.yaml").write_text(spec)
+    done = trsp_deploy("build", "run", "--engine", "ort-cpu-fp32", "--engine", "ort-cpu-fp32.yaml", cwd=run.parent)
+    assert done.code == 1 and "have the same name; rename one file" in done.last, done.stderr
+
+
+# -- from elsewhere ----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_of_its_own_model_and_texts_from_anywhere(place: Path, tmp_path: Path) -> None:
+    """Even where other ones lie by the same names."""
+    tiny_model("llama", seed=9).save_pretrained(tmp_path / "tiny")
+    shutil.copy(place / "tiny" / "tokenizer.json", tmp_path / "tiny")
+    (tmp_path / "train.txt").write_text("something else " * 2000)
+    before = fingerprint(place / "run" / "pruned")
+    done = trsp_deploy(
+        "prune",
+        "--model",
+        str(place / "tiny"),
+        "--drop",
+        "2",
+        "--calibration",
+        str(place / "train.txt"),
+        *OPTIONS,
+        "--set",
+        f"evaluation={{manual: {place / 'test.txt'}}}",
+        "--out",
+        str(place / "run"),
+        cwd=tmp_path,
+    )
+    assert done.code == 0 and "started" not in done.stderr, done.stderr
+    again = trsp_deploy("export", str(place / "run"), cwd=tmp_path)
+    assert again.code == 0 and "prune: reused" in again.stderr, again.stderr
+    assert fingerprint(place / "run" / "pruned") == before
+
+
+def test_another_model_of_the_same_name_does_not_take_a_runs_place(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "tiny").symlink_to(place / "tiny")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "tiny").symlink_to(place / "tiny")
+    command = ["prune", "--drop", "2", "--calibration", str(place / "train.txt"), *OPTIONS]
+    assert trsp_deploy(*command, "--model", "tiny", cwd=tmp_path).code == 0
+    before = files(tmp_path / "runs")
+    done = trsp_deploy(*command, "--model", "other/tiny", cwd=tmp_path)
+    assert done.code == 1 and "runs/tiny-drop2: is a run of " in done.last and "give --out" in done.last, done.stderr
+    assert files(tmp_path / "runs") == before
+
+
+def test_reports_say_nothing_of_where_things_lie(place: Path) -> None:
+    assert str(place) in (place / "run" / "recipe.yaml").read_text()
+    assert str(place) not in (place / "run" / "plan.json").read_text()
+    assert all(str(place).encode() not in path.read_bytes() for path in (place / "run" / "pruned").iterdir())
