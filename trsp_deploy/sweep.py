@@ -63,8 +63,8 @@ def sweep(job: Pipeline, counts: tuple[int, ...], targets: Targets, say: Callabl
 def _run(job: Pipeline, folder: Path, count: int, plan: Path, say: Callable[[str], None]) -> tuple[Pipeline, Report]:
     recipe = job.recipe.model_copy(update={"drop": str(count)})
     with RunFolder(folder, lambda step, state: say(f"{folder.name}: {step}: {state}")) as run:
-        one = Pipeline(run, recipe, plan, say)
-        save_recipe(run, recipe)
+        one = Pipeline(run, recipe, plan, say, job.inputs.place)
+        save_recipe(run, recipe, job.inputs.place)
         return one, prune_and_build(one)
 
 

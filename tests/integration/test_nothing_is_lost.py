@@ -150,30 +150,26 @@ def test_two_engines_of_one_name_are_refused(place: Path, run: Path) -> None:
 
 
 def test_a_run_is_of_its_own_model_and_texts_from_anywhere(place: Path, tmp_path: Path) -> None:
-    """Even where other ones lie by the same names."""
+    """Even where other ones lie by the same names; what a command names itself is of where it runs."""
     tiny_model("llama", seed=9).save_pretrained(tmp_path / "tiny")
     shutil.copy(place / "tiny" / "tokenizer.json", tmp_path / "tiny")
-    (tmp_path / "train.txt").write_text("something else " * 2000)
+    for name in ("train", "test", "mine"):
+        (tmp_path / f"{name}.txt").write_text("something else " * 2000)
     before = fingerprint(place / "run" / "pruned")
-    done = trsp_deploy(
-        "prune",
-        "--model",
-        str(place / "tiny"),
-        "--drop",
-        "2",
-        "--calibration",
-        str(place / "train.txt"),
-        *OPTIONS,
-        "--set",
-        f"evaluation={{manual: {place / 'test.txt'}}}",
-        "--out",
-        str(place / "run"),
-        cwd=tmp_path,
-    )
-    assert done.code == 0 and "started" not in done.stderr, done.stderr
     again = trsp_deploy("export", str(place / "run"), cwd=tmp_path)
-    assert again.code == 0 and "prune: reused" in again.stderr, again.stderr
+    assert again.code == 0 and "prune: reused" in again.stderr and "prune: started" not in again.stderr, again.stderr
+    judged = trsp_deploy("evaluate", str(place / "run"), "--eval", "m=mine.txt", cwd=tmp_path)
+    assert judged.code == 0 and "prune: started" not in judged.stderr, judged.stderr
+    back = trsp_deploy("evaluate", "run", "--eval", "manual=test.txt", cwd=place)
+    assert back.code == 0, back.stderr
     assert fingerprint(place / "run" / "pruned") == before
+
+
+def test_a_run_that_was_moved_with_what_it_is_of(place: Path, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(place, tmp_path / "moved"))
+    (moved / "run" / ".place").write_text(str(tmp_path / "where it was"))
+    done = trsp_deploy("export", "run", cwd=moved)
+    assert done.code == 0 and "prune: reused" in done.stderr, done.stderr
 
 
 def test_another_model_of_the_same_name_does_not_take_a_runs_place(place: Path, tmp_path: Path) -> None:
@@ -188,7 +184,10 @@ def test_another_model_of_the_same_name_does_not_take_a_runs_place(place: Path, 
     assert files(tmp_path / "runs") == before
 
 
-def test_reports_say_nothing_of_where_things_lie(place: Path) -> None:
-    assert str(place) in (place / "run" / "recipe.yaml").read_text()
-    assert str(place) not in (place / "run" / "plan.json").read_text()
-    assert all(str(place).encode() not in path.read_bytes() for path in (place / "run" / "pruned").iterdir())
+def test_what_is_passed_on_says_nothing_of_where_things_lie(place: Path) -> None:
+    """A whole path that the user gave, too."""
+    command = ["prune", "--model", str(place / "tiny"), "--drop", "2", "--calibration", str(place / "train.txt")]
+    assert trsp_deploy(*command, *OPTIONS, "--out", "whole", cwd=place).code == 0
+    for run in ("run", "whole"):
+        made = [place / run / "plan.json", *(place / run / "pruned").iterdir()]
+        assert all(str(place).encode() not in path.read_bytes() for path in made)

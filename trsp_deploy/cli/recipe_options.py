@@ -6,7 +6,6 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from trsp_deploy.errors import RecipeError, nearest
-from trsp_deploy.reading import user_path
 
 if TYPE_CHECKING:
     from trsp_deploy.recipe import Recipe
@@ -42,29 +41,7 @@ def recipe_from_options(
         options["transfer.form"] = then
     values = override(values, [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in options.items()])
     values = with_lists(values, engine, evaluation)
-    values = anchored(override(values, sets or []))
-    return read_recipe(values, f"{source} with the options given" if sets else source)
-
-
-def anchored(values: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's values with the whole paths of files and folders that are there: a run is used from elsewhere too."""
-    from trsp_deploy.tools.sources.names import is_model_folder
-    from trsp_deploy.tools.sources.texts import SHORT_NAMES
-
-    def file(name: Any) -> Any:
-        there = isinstance(name, str) and name not in SHORT_NAMES and user_path(name).is_file()
-        return str(user_path(name).absolute()) if there else name
-
-    found = dict(values)
-    if isinstance(model := values.get("model"), str) and is_model_folder(model):
-        found["model"] = str(user_path(model).absolute())
-    if isinstance(calibration := values.get("calibration"), dict) and "texts" in calibration:
-        found["calibration"] = {**calibration, "texts": file(calibration["texts"])}
-    if isinstance(evaluation := values.get("evaluation"), dict):
-        found["evaluation"] = {name: file(texts) for name, texts in evaluation.items()}
-    if isinstance(engines := values.get("engines"), list):
-        found["engines"] = [file(engine) for engine in engines]
-    return found
+    return read_recipe(override(values, sets or []), f"{source} with the options given" if sets else source)
 
 
 def task_sets(tasks: list[str] | None) -> list[str]:
@@ -85,6 +62,7 @@ def _method_settings(method: str | None) -> dict[str, dict[str, str | bool | int
 
 
 def with_lists(values: dict[str, Any], engine: list[str] | None, evaluation: list[str] | None) -> dict[str, Any]:
+    """A recipe's values with the lists that options give in place of its own."""
     if engine:
         values["engines"] = engine
     if evaluation:

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trsp_deploy.cli.recipe_options import anchored, with_lists
+from trsp_deploy.cli.recipe_options import with_lists
 from trsp_deploy.errors import DeviceMemoryError, ModelError, RunError
+from trsp_deploy.reading import user_path
 
 if TYPE_CHECKING:
     from trsp_deploy.pipeline import Pipeline
@@ -31,30 +32,54 @@ def existing(
 ) -> Iterator[Pipeline]:
     """Enter the folder of a run that was begun, with its recipe and the options on top."""
     _check_address_space()
-    from trsp_deploy.pipeline.runs import load_recipe
+    from trsp_deploy.pipeline.runs import load_recipe, place_of
     from trsp_deploy.recipe import override, read_recipe
 
-    values = anchored(override(with_lists(load_recipe(run), engine, evaluation), sets or []))
-    with run_of(read_recipe(values, str(run / "recipe.yaml")), run, None) as job:
+    place = place_of(run)
+    named = _seen_from_here(place, engine, evaluation)
+    values = override(with_lists(load_recipe(run), *named), sets or [])
+    with run_of(read_recipe(values, str(run / "recipe.yaml")), run, None, place) as job:
         yield job
 
 
+def _seen_from_here(
+    place: Path, engine: list[str] | None, evaluation: list[str] | None
+) -> tuple[list[str] | None, list[str] | None]:
+    """What this command names, where the run's other paths are relative to another folder than it."""
+    if place == Path.cwd():
+        return engine, evaluation
+
+    def whole(text: str) -> str:
+        path = user_path(text)
+        return str(path.absolute()) if path.is_file() else text
+
+    pairs = [pair.partition("=") for pair in evaluation or ()]
+    texts = [f"{name}{sign}{whole(text)}" for name, sign, text in pairs]
+    return engine and [whole(name) for name in engine], evaluation and texts
+
+
 @contextlib.contextmanager
-def run_of(recipe: Recipe, out: Path | None, plan: Path | None) -> Iterator[Pipeline]:
-    """Enter the run folder and keep the resolved recipe in it."""
+def run_of(recipe: Recipe, out: Path | None, plan: Path | None, place: Path | None = None) -> Iterator[Pipeline]:
+    """Enter the run folder and keep the resolved recipe in it.
+
+    place: that the recipe's relative paths are relative to; None is the working directory.
+    """
     say(f"{recipe.public.model}, dropping {recipe.drop} of the layers")
     _check_address_space()
     from trsp_deploy.artifacts import RunFolder
     from trsp_deploy.pipeline import Pipeline
-    from trsp_deploy.pipeline.runs import default_folder, save_recipe, saved_recipe
+    from trsp_deploy.pipeline.runs import default_folder, place_of, save_recipe, saved_recipe, seen_from
 
     folder = out or default_folder(recipe, say)
     _check_folder(folder)
     with RunFolder(folder, _announce) as run:
-        job = Pipeline(run, recipe, plan, say)
-        if (before := saved_recipe(run)) is not None and before != recipe:
-            _check_change(job, before, plan, named=out is not None)  # before it takes the place of what was finished
-        save_recipe(run, recipe)
+        job = Pipeline(run, recipe, plan, say, place)
+        before = saved_recipe(run)
+        if before is not None and out is None:
+            _check_model(job, seen_from(place_of(folder), before.model))
+        if before is not None and before != recipe:
+            _check_change(job, before, plan)  # before it takes the place of what was finished
+        save_recipe(run, recipe, place)
         yield job
 
 
@@ -69,14 +94,21 @@ def _check_folder(folder: Path) -> None:
         raise RunError(f"{folder}: has {', '.join(taken)} and is no run of trsp-deploy; choose another --out")
 
 
-def _check_change(job: Pipeline, before: Recipe, plan: Path | None, named: bool) -> None:
-    """Raise what is wrong with a recipe that is to take another's place in a run's folder. named: by --out."""
+def _check_model(job: Pipeline, before: str) -> None:
+    """Raise RunError where a model's own folder holds a run of another one of its name."""
+    one, other = (
+        user_path(name).resolve() if user_path(name).exists() else name for name in (before, job.inputs.model)
+    )
+    if one != other:
+        raise RunError(f"{job.run.path}: is a run of {one}; give --out for one of {other}")
+
+
+def _check_change(job: Pipeline, before: Recipe, plan: Path | None) -> None:
+    """Raise what is wrong with a recipe that is to take another's place in a run's folder."""
     from trsp_deploy.recipe import parse_drop
     from trsp_deploy.tools.plan import read_plan
 
     recipe = job.recipe
-    if not named and before.model != recipe.model:
-        raise RunError(f"{job.run.path}: is a run of {before.model}; give --out for one of {recipe.model}")
     layers = job.inputs.num_layers()
     parse_drop(recipe.drop, layers)
     if plan is not None:
@@ -123,7 +155,7 @@ def check_memory(job: Pipeline, plan_file: Path | None, ignore: bool) -> None:
     if ignore or not missing or launched_as_several():
         return
     with contextlib.suppress(ModelError):  # of a model that cannot be used the pipeline says more
-        config = model_config(job.recipe.model, say)
+        config = model_config(job.inputs.model, say)
         dropped = read_plan(plan, config.num_hidden_layers).dropped if plan.is_file() else None
         found = check_memory(job.recipe, config, missing, dropped)
         parts = ", ".join(f"{each.stage} {each.peak.total_bytes / 1e9:.2f} GB" for each in found.stages)
@@ -139,7 +171,7 @@ def check_disk(job: Pipeline, ignore: bool) -> None:
     if not job.run.main:
         return
     with contextlib.suppress(ModelError):  # of a model that cannot be used the pipeline says more
-        config, specs = model_config(job.recipe.model, say), job.engines.buildable()
+        config, specs = model_config(job.inputs.model, say), job.engines.buildable()
         plan = plan_disk(job.run.path, job.recipe, config, specs, job.engines.specs[0].graph_precision)
         say(plan.line())
         if not ignore:

@@ -30,15 +30,21 @@ class Pipeline:
     """One run: its folder, its recipe, and its parts; what a part has worked out it keeps."""
 
     def __init__(
-        self, run: RunFolder, recipe: Recipe, plan_file: Path | None = None, say: Callable[[str], None] = lambda _: None
+        self,
+        run: RunFolder,
+        recipe: Recipe,
+        plan_file: Path | None = None,
+        say: Callable[[str], None] = lambda _: None,
+        place: Path | None = None,
     ) -> None:
+        """place: that relative paths in the recipe are relative to; None is the working directory."""
         self.run = run
         self.recipe = recipe
         if "RANK" in os.environ:  # `accelerate launch`; joining costs an import that a single process can do without
             processes = Processes(pick_device(recipe))
             run.from_main = processes.from_main
             _check_shares(recipe, processes.count, plan_file is not None or run.record("plan") is not None)
-        self.inputs = Inputs(run, recipe, say)
+        self.inputs = Inputs(run, recipe, say, place)
         self.pruning = Pruning(self.inputs, plan_file)
         self.engines = Engines(self.inputs, self.pruning)
         self.proof = Proof(self.inputs, self.pruning, self.engines)

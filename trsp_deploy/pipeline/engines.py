@@ -162,7 +162,7 @@ class Engines:
         names: list[str] = []
         for name in self.recipe.engines:
             names += AUTO_ENGINES["cuda" if torch.cuda.is_available() else "cpu"] if name == "auto" else [name]
-        specs = [load_engine_spec(name) for name in dict.fromkeys(names)]
+        specs = [load_engine_spec(self.inputs.engine(name)) for name in dict.fromkeys(names)]
         counts = Counter(spec.name for spec in specs)
         twice = [name for name, spec in zip(dict.fromkeys(names), specs, strict=True) if counts[spec.name] > 1]
         if twice:  # they would share a folder

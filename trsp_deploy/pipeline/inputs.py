@@ -13,10 +13,13 @@ import torch
 from trsp_deploy.artifacts import RunFolder, writing
 from trsp_deploy.decoder import known_positions, load_config, load_tokenizer
 from trsp_deploy.errors import RecipeError
+from trsp_deploy.pipeline.runs import seen_from
 from trsp_deploy.recipe import Recipe, Strict
 from trsp_deploy.results import Role
 from trsp_deploy.tools.sources.model_folders import copy_model
 from trsp_deploy.tools.sources.models import ModelSource, resolve_model
+from trsp_deploy.tools.sources.names import SHORT_NAMES
+from trsp_deploy.tools.sources.texts import SHORT_NAMES as TEXT_NAMES
 from trsp_deploy.tools.sources.texts import Texts, documents_of, load_texts, split_windows, tokenize_windows
 
 
@@ -27,10 +30,20 @@ class Done(Strict):
 class Inputs:
     """Model and texts of a recipe; each is read once."""
 
-    def __init__(self, run: RunFolder, recipe: Recipe, say: Callable[[str], None]) -> None:
+    def __init__(self, run: RunFolder, recipe: Recipe, say: Callable[[str], None], place: Path | None = None) -> None:
         self.run = run
         self.recipe = recipe
         self.say = say
+        self.place = place or Path.cwd()  # that relative paths in the recipe are relative to
+
+    @property
+    def model(self) -> str:
+        """The recipe's model as this process finds it."""
+        return seen_from(self.place, self.recipe.model, SHORT_NAMES)
+
+    def engine(self, name: str) -> str:
+        """One of the recipe's engines, likewise."""
+        return seen_from(self.place, name) if name.endswith((".yaml", ".yml")) else name
 
     def path(self, role: Role) -> Path:
         """The role's Hugging Face folder, there or not."""
@@ -39,7 +52,7 @@ class Inputs:
     @functools.cache
     def dense(self) -> ModelSource:
         """The dense model, as the folder `dense/`."""
-        source = self._found_by_main(lambda: resolve_model(self.recipe.model, self.say))
+        source = self._found_by_main(lambda: resolve_model(self.model, self.say))
         self.run.step(
             "dense",
             lambda: self._copy_dense(source),
@@ -98,7 +111,7 @@ class Inputs:
     @functools.cache
     def calibration_texts(self) -> Texts:
         """What is trained and calibrated on."""
-        return load_texts(self.recipe.calibration.texts, "calibration")
+        return load_texts(seen_from(self.place, self.recipe.calibration.texts, TEXT_NAMES), "calibration")
 
     @functools.cache
     def calibration_windows(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,7 +126,7 @@ class Inputs:
     @functools.cache
     def evaluation_texts(self, name: str) -> Texts:
         """What quality is measured on, by the recipe's name for it."""
-        return load_texts(self.recipe.evaluation[name], "evaluation")
+        return load_texts(seen_from(self.place, self.recipe.evaluation[name], TEXT_NAMES), "evaluation")
 
     @functools.cache
     def evaluation_windows(self, name: str) -> tuple[torch.Tensor, np.ndarray | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,12 @@ import yaml
 from trsp_deploy.artifacts import RunFolder, writing
 from trsp_deploy.decoder import load_config
 from trsp_deploy.errors import RunError, UserError
-from trsp_deploy.reading import read_yaml
+from trsp_deploy.reading import read_yaml, user_path
 from trsp_deploy.recipe import Recipe, parse_drop, read_recipe
 from trsp_deploy.tools.measuring.subjects import RUN_MARK
 from trsp_deploy.tools.sources.models import resolve_model
+
+PLACE = ".place"  # in a run's folder
 
 
 def default_folder(recipe: Recipe, say: Callable[[str], None]) -> Path:
@@ -27,15 +29,42 @@ def default_folder(recipe: Recipe, say: Callable[[str], None]) -> Path:
     return Path("runs") / f"{Path(recipe.model).name}-drop{parse_drop(recipe.drop, layers)}"
 
 
-def save_recipe(run: RunFolder, recipe: Recipe) -> None:
-    """Keep the resolved recipe in the run folder, for the commands that are given only the folder."""
-    path = run.path / RUN_MARK
+def save_recipe(run: RunFolder, recipe: Recipe, place: Path | None = None) -> None:
+    """Keep the resolved recipe in the run folder, for the commands that are given only the folder.
+
+    place: that its relative paths are relative to; None is the working directory.
+    """
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-    if not run.main or (path.is_file() and path.read_bytes() == text.encode()):
+    if not run.main:
         return
-    run.outdate_manifest()
-    with writing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+    # The place is no part of what a run is, so its manifest has nothing of it.
+    for path, content in ((run.path / PLACE, str(place or Path.cwd())), (run.path / RUN_MARK, text)):
+        if path.is_file() and path.read_bytes() == content.encode():
+            continue
+        if path.name == RUN_MARK:
+            run.outdate_manifest()
+        with writing(path) as partial:
+            partial.write_text(content, encoding="utf-8")
+
+
+def place_of(run: Path) -> Path:
+    """What the relative paths of a run's recipe are relative to: where its command ran, else where this one does."""
+    try:
+        place = Path((run / PLACE).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        return Path.cwd()
+    return place if place.is_dir() else Path.cwd()
+
+
+def seen_from(place: Path, text: str, known: Collection[str] = ()) -> str:
+    """A file or folder of a recipe as this process finds it; known: names that mean no file.
+
+    What is not there stays as it was written, for the error's line.
+    """
+    path = user_path(text)
+    if text in known or path.is_absolute() or place == Path.cwd() or not (place / path).exists():
+        return text
+    return str(place / path)
 
 
 def saved_recipe(run: RunFolder) -> Recipe | None:

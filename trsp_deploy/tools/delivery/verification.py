@@ -32,7 +32,7 @@ Kind = Literal["run", "engine", "repository"]
 
 # What lies beside the artefacts, is written anew by whoever works there, and is read as data by nobody.
 BESIDE: dict[Kind, tuple[str, ...]] = {
-    "run": (".lock", "checkpoints/*", "engines/*/*-failed.log", f"engines/*/*/{ENGINE_MANIFEST}{SIGNATURE}"),
+    "run": (".lock", ".place", "checkpoints/*", "engines/*/*-failed.log", f"engines/*/*/{ENGINE_MANIFEST}{SIGNATURE}"),
     "engine": ("build.log",),
     "repository": ("README.md",),
 }
