@@ -178,9 +178,10 @@ def test_rows_that_remove_the_same_layers_and_train_alike_are_computed_once(tmp_
         lines.add(row, outcome(row), 10.0)  # every selector chooses the first layers
     trained = {row.arm: row for row in rows(FULL) if row.kind == "trained" and row.steps == 128 and row.seed == 0}
     assert lines.twin(trained["uidl"]) is None, "nothing is trained yet"
-    lines.add(trained["control"], outcome(trained["control"]), 10.0)
+    control = trained["given-text-control"]
+    lines.add(control, outcome(control), 10.0)
     twin = lines.twin(trained["uidl"])
-    assert twin is not None and twin.row == trained["control"]
+    assert twin is not None and twin.row == control
     assert lines.twin(trained["fold"]) is None, "another training"
     lines.reuse(trained["uidl"], twin)
     kept = Store(lines.path).get(trained["uidl"])
@@ -263,7 +264,7 @@ def test_report_keeps_what_is_not_its_own(tmp_path: Path, monkeypatch: pytest.Mo
     assert text.startswith("before\n") and text.endswith("after\n") and "earlier text" not in text
     assert text.count(START) == text.count(END) == 1
     assert "| 1.234 (1.203 to 1.265) |" in text.replace("**", "") and "(one seed)" in text
-    assert "| 131k | TRSP, default | " in report.README.read_text()
+    assert "| 131k | TRSP, default; TRSP, a quarter own text | " in report.README.read_text()
     for name in ("quality-layers.png", "quality-tokens.png"):
         assert (report.IMAGES / name).read_bytes().startswith(b"\x89PNG")
 

@@ -113,8 +113,9 @@ def _check_change(job: Pipeline, before: Recipe, plan: Path | None) -> None:
     parse_drop(recipe.drop, layers)
     if plan is not None:
         read_plan(plan, layers)
-    job.inputs.check_lengths()
-    if recipe.evaluation != before.evaluation or recipe.evaluate != before.evaluate:
+    if recipe.calibration != before.calibration:
+        job.inputs.calibration_windows()
+    if (recipe.evaluation, recipe.evaluate) != (before.evaluation, before.evaluate):
         job.inputs.read_evaluation()
 
 

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from trsp_deploy.artifacts import writing
-from trsp_deploy.decoder import graph_positions
 from trsp_deploy.errors import EngineSpecError, EngineUnavailable, ModelError, nearest
 from trsp_deploy.reading import read_json
 from trsp_deploy.recipe import EngineSpec, ShapeProfile
@@ -97,8 +96,10 @@ def build(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.ndarray | 
 
 def _check_length(onnx: Path, spec: EngineSpec) -> None:
     """Raise EngineUnavailable for texts in which the model turns keys otherwise than the graph does (LongRoPE)."""
-    config = onnx.with_name("config.json")
-    limit = graph_positions(SimpleNamespace(**read_json(config, ModelError))) if config.is_file() else None
+    from trsp_deploy.decoder import graph_positions
+
+    path = onnx.with_name("config.json")
+    limit = graph_positions(SimpleNamespace(**read_json(path, ModelError))) if path.is_file() else None
     pasts = [profile.past.max + 1 for profile in spec.profiles if profile.past is not None]
     longest = spec.cache_length or max(pasts, default=0)
     if limit is not None and longest > limit:

@@ -80,6 +80,8 @@ def check_decoder_only(folder: Path) -> str:
         meta_model(config)
     except Exception as problem:  # whatever values that do not go together lead to
         raise ModelError(f"{path}: transformers cannot build the model ({first_line(problem)})") from problem
+    if config.num_hidden_layers < 1:
+        raise ModelError(f"{path}: transformers cannot build the model (it has {config.num_hidden_layers} layers)")
     return architecture
 
 
