@@ -4,12 +4,15 @@
 #   docker run --gpus all -v "$PWD/runs:/data/runs" -v trsp-models:/models trsp-deploy convert opt-6.7b   # OPT alone
 #   docker run --gpus all -v "$PWD/runs:/data/runs" -v trsp-models:/models trsp-deploy \
 #       prune-and-build --model opt-6.7b --drop 25%
+# Of October 2025, before TensorRT 10.15: for the specs that want that (docs/engines.md) give a later one,
+# `--build-arg TENSORRT=nvcr.io/nvidia/tensorrt:TAG`. No image was built: no Docker was at hand.
+ARG TENSORRT=nvcr.io/nvidia/tensorrt:25.10-py3
 FROM python:3.12-slim AS wheel
 WORKDIR /source
 COPY . .
 RUN pip install --no-cache-dir build && python -m build --wheel --outdir /wheel
 
-FROM nvcr.io/nvidia/tensorrt:25.10-py3
+FROM ${TENSORRT}
 # The image's own Python packages (TensorRT among them) stay visible; ours go into an environment above them.
 COPY --from=wheel /wheel /wheel
 RUN python3 -m venv --system-site-packages /opt/trsp \

@@ -5,8 +5,9 @@
 
 Each block is a fresh process that trains `--steps` steps after two warm-up steps; blocks of the two alternate (ABBA),
 so that drift of the machine hits both. Stage 2 runs its `anneal` form with every layer still there, and the 25% of them
-that would go are annealed all the while: the most that a step of it ever costs. Tokens a second are of the steps'
-median; memory is the peak of the training alone, on a GPU what torch allocated, on a CPU the resident set.
+that would go are annealed all the while; the LM loss alone, as Trainer has it, without a teacher. Tokens a second are
+of the steps' median; memory is the peak of the training alone, on a GPU what torch allocated, on a CPU the resident
+set.
 
 Both see one GPU, for with several Trainer would share each batch out among them. Prints a table and ends with one JSON
 line. Raw samples go to benchmarks/results/train-<cpu or cuda>-<processor>.json, unless options decide that are not the

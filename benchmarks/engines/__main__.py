@@ -18,13 +18,14 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from benchmarks.engines.figures import Found, figures, verdict
+from benchmarks.engines.figures import Found, figures, processor_name, verdict
 from benchmarks.engines.race import race
 from benchmarks.engines.tables import markdown_text, short_text, text
 from benchmarks.kept import RESULTS, every_machine, judged, results_path
 from benchmarks.pages import put_between_markers
-from trsp_deploy.artifacts import writing
+from trsp_deploy.artifacts import provenance, writing
 from trsp_deploy.errors import TrspError
+from trsp_deploy.tools.runners.requirements import adds_int8_exactly
 
 DOC, README = Path("docs/engines.md"), Path("README.md")
 
@@ -37,7 +38,8 @@ def main() -> int:
             machines = [Found.model_validate_json(each) for each in every_machine("engines")]
             put_between_markers(DOC, "\n\n".join(map(markdown_text, machines)), "engines")
             put_between_markers(README, "\n\n".join(map(short_text, machines)), "engines")
-            found = judged(machines, lambda each: each.machine.cpu, lambda each: verdict(figures(each))["met"])
+            here = processor_name(provenance().cpu, adds_int8_exactly())
+            found = judged(machines, lambda each: each.processor, lambda each: verdict(figures(each))["met"], here)
         else:
             found = race(options.peers, options.quick)
             if not options.quick:

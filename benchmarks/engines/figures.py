@@ -41,6 +41,11 @@ TARGETS = {
 Samples = dict[str, list[dict[str, Any]]]  # contender -> one block a round
 
 
+def processor_name(cpu: str, vnni: bool) -> str:
+    """A processor's name, and what that does not say."""
+    return cpu if vnni else f"{cpu} without VNNI"
+
+
 class Found(Strict):
     """What a run of the bench found: raw samples and what they were taken on."""
 
@@ -56,7 +61,7 @@ class Found(Strict):
     @property
     def processor(self) -> str:
         """Its name, and what that does not say."""
-        return self.machine.cpu if self.vnni else f"{self.machine.cpu} without VNNI"
+        return processor_name(self.machine.cpu, self.vnni)
 
     @property
     def bandwidth(self) -> float:

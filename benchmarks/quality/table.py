@@ -144,7 +144,7 @@ ARMS: tuple[Arm, ...] = (
     ),
     Arm(
         name="own-text-control",
-        label="remove, then train, a quarter own text",
+        label="control, a quarter own text",
         selection="default",
         way=Way(transfer=TRAIN, self_generated=OWN),
         every_seed=True,
@@ -160,7 +160,7 @@ ARMS: tuple[Arm, ...] = (
     ),
     Arm(
         name="given-text-control",
-        label="remove, then train, given text alone",
+        label="control, given text alone",
         selection="default",
         way=Way(transfer=TRAIN),
         every_seed=True,
@@ -215,13 +215,18 @@ FULL = Table(
     selections=("default", "sleb"),
     selection_seeds=(0, 1, 2, 3, 4),
     zero_shot_steps=128,
-    zero_shot_arms=("default", "own-text", "given-text", "refit-anneal", "sleb", "shortgpt", "uidl", "fold", "control"),
-    zero_shot_every_seed=(
+    zero_shot_arms=(
         "default",
-        "given-text",
         "own-text",
+        "given-text",
+        "given-text-control",
+        "refit-anneal",
+        "sleb",
+        "shortgpt",
+        "uidl",
         "fold",
-    ),  # the default, on either text, and its closest rival
+    ),
+    zero_shot_every_seed=("default", "given-text", "own-text", "fold"),  # the default on either text, its closest rival
     tasks=("piqa", "arc-easy", "arc-challenge", "sciq", "copa"),
     items=200,
 )

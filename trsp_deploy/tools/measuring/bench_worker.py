@@ -61,8 +61,8 @@ def measure_block(runner: Runner, prompt: list[list[int]], new_tokens: int, plan
     on_device = [runner.device_s]
     decode_s = []
     for _ in range(new_tokens):
-        token = logits[:, -1:].argmax(-1).astype(np.int64)  # (batch, 1)
         began = time.perf_counter()
+        token = logits[:, -1:].argmax(-1).astype(np.int64)  # (batch, 1); who generates has to choose, too
         logits = runner.decode(token)
         decode_s.append(_elapsed(began, planted))
         on_device.append(runner.device_s)
