@@ -59,9 +59,9 @@ test-triton: $(READY) .venv-triton/.ready ## the model repository on a real trit
 test-network: $(READY) ## needs a package registry: the wheel in an empty environment
 	$(BIN)/python -m pytest -q -m network
 
-gpu: $(READY) ## tests that need a CUDA device, and the GPU bench: goes on where it stopped; ARGS='--only tensorrt'
-	$(BIN)/python -m pytest -q -m gpu tests/gpu
-	$(BIN)/python -m benchmarks.gpu $(ARGS)
+gpu: .venv-gpu/.ready ## tests that need a CUDA device, and the GPU bench: goes on where it stopped; ARGS='--only tensorrt'
+	.venv-gpu/bin/python -m pytest -q -m gpu tests/gpu
+	.venv-gpu/bin/python -m benchmarks.gpu $(ARGS)
 
 quality: $(VENV)/.ready-eval ## the quality table, row by row: hours long, goes on where it stopped; QUICK=1: about 10 minutes
 	$(BIN)/trsp-deploy fetch smollm2-135m exl-wiki wiki-demo c4-demo alpaca-demo piqa
@@ -125,6 +125,11 @@ $(READY): pyproject.toml
 	-$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/tensorrt-bindings/11 'tensorrt-cu13-bindings==11.4.*'
 	-$(BIN)/trsp-deploy fetch triton-schema 2> /dev/null
 	touch $(READY)
+
+.venv-gpu/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/pip install --quiet --disable-pip-version-check -e '.[optimum,gpu,tensorrt,rtx,dev]'
+	touch .venv-gpu/.ready
 
 .venv-transformers5/.ready: pyproject.toml
 	$(PYTHON) -m venv .venv-transformers5

@@ -27,7 +27,7 @@ RECEIVERS = {
     "error": "ParserError",
     "tensor": "ITensor",
     "config": "IBuilderConfig",
-    "runtime_config": "IRuntimeConfig",
+    "self._runtime_config": "IRuntimeConfig",
     "result": "IOptimizationProfile",
     "self._runtime": "Runtime",
     "self._engine": "ICudaEngine",
@@ -36,7 +36,8 @@ RECEIVERS = {
 # Asked for behind a hasattr or for that backend alone, or on a torch tensor of the same name.
 RTX_ONLY = {
     *("ComputeCapability", "num_compute_capabilities", "set_compute_capability"),
-    *("CudaGraphStrategy", "cuda_graph_strategy"),
+    *("CudaGraphStrategy", "cuda_graph_strategy", "IRuntimeConfig", "create_runtime_config"),
+    *("DynamicShapesKernelSpecializationStrategy", "dynamic_shapes_kernel_specialization_strategy"),
 }
 OF_TORCH = {"ITensor.data_ptr"}
 

@@ -135,6 +135,12 @@ def machine_reason(problem: BaseException) -> str | None:
     """
     cause: BaseException | None = problem
     while cause is not None:
+        if "CUDA out of memory" in str(cause):
+            return (
+                f"the GPU's memory is full ({shown(first_line(cause))}); `--plan-memory` shows what needs how much; "
+                "smaller batches, --set transfer.gradient_checkpointing=true or --set weights=bf16 need less: finished "
+                "steps are kept"
+            )
         if isinstance(cause, MemoryError) or NO_MEMORY.search(str(cause)):
             said = f" ({shown(str(cause))})" if str(cause) else ""
             return (

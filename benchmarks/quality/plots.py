@@ -25,8 +25,8 @@ STYLES: dict[str, tuple[str, str]] = {
     "layers": ("#D55E00", "o"),
     "own-text": ("#0072B2", "^"),
     "own-text-control": ("#56B4E9", "X"),
-    "given-text": ("#009E73", "D"),
-    "given-text-control": ("#999999", "<"),
+    "given-text": ("#D55E00", "o"),
+    "given-text-control": ("#000000", "s"),
     "anneal": ("#E69F00", "v"),
     "fold": ("#009E73", "D"),
     "refit": ("#CC79A7", "P"),
@@ -64,7 +64,7 @@ def draw_budgets(found: Found, path: Path) -> None:
     figure, panels = _panels(found, "tokens trained on")
     dense = Arm(name="dense-trained", label="dense, trained on the same tokens", selection="", way=Way(transfer={}))
     tokens = {steps: steps * 4 * found.table.subject.context_length for steps in found.table.steps}
-    arms = [arm for arm in _distinct(found, "trained", found.table.arms) if arm.name not in RIVALS]
+    arms = [arm for arm in _distinct(found, "trained", found.table.arms) if arm.name not in (*RIVALS, *_mixed(found))]
     for panel, text in zip(panels, found.texts, strict=True):
         for place, arm in enumerate((dense, *reversed(arms))):
             kind: Kind = "dense-trained" if arm is dense else "trained"
@@ -74,6 +74,11 @@ def draw_budgets(found: Found, path: Path) -> None:
         panel.set_xticks(list(tokens.values()), [f"{count / 1e3:.0f}k" for count in tokens.values()])
         panel.set_xlim(min(tokens.values()) / 1.3, max(tokens.values()) * 1.3)
     _finish(figure, panels, f"SmolLM2-135M-Instruct, {found.table.drop} of 30 layers removed", path)
+
+
+def _mixed(found: Found) -> tuple[str, ...]:
+    """The default and its control, where they are rows of other lines: another text at each budget makes no line."""
+    return ("default", "control") if any(arm.name == "given-text" for arm in found.table.arms) else ()
 
 
 def _distinct(found: Found, kind: Kind, arms: Sequence[Arm]) -> list[Arm]:
@@ -105,7 +110,7 @@ def _line(panel: Any, arm: Arm, points: Mapping[float, Interval | None]) -> None
     if not known:
         return
     colour, marker = STYLES.get(arm.name, UNNAMED)
-    default = arm.name in ("default", "layers")
+    default = arm.name in ("default", "layers", "given-text", "own-text")
     means = [found.mean for _, found in known]
     low = [found.mean - (found.low or found.mean) for _, found in known]
     high = [(found.high or found.mean) - found.mean for _, found in known]

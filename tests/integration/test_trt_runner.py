@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -181,6 +182,7 @@ def opened(graph: Path, spec: EngineSpec, monkeypatch: pytest.MonkeyPatch, path:
     module = SimpleNamespace(
         Runtime=lambda log: SimpleNamespace(deserialize_cuda_engine=lambda blob: engine),
         CudaGraphStrategy=SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole"),
+        DynamicShapesKernelSpecializationStrategy=SimpleNamespace(EAGER="eager", NONE="none"),
     )
     monkeypatch.setattr(trt, "load_package", lambda backend: module)
     log = SimpleNamespace(errors=[], complaint=lambda otherwise="": otherwise)
@@ -247,3 +249,27 @@ def test_a_growing_cache_is_read_and_written_in_turn(
                     assert address != addresses[name.replace("past_key_values.", "present.")]
         with pytest.raises(EngineUnavailable, match="no profile covers"):
             runner.prefill(np.ones((9, 4), np.int64), np.ones((9, 4), np.int64))
+
+
+RTX_CARDS = ["NONE", "CURRENT", "SM75", "SM80", "SM86", "SM89", "SM120"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "compiled", "words"),
+    [
+        ("sm89", (), None),
+        ("sm75", ("sm75",), None),
+        ("sm90", (), "does not run on a card (SM90), on SM75, SM80, SM86, SM89, SM120 alone; TensorRT does"),
+        ("sm75", (), "is not compiled for a card (SM75); its spec wants compute_capabilities: [sm75]"),
+        ("sm89", ("sm86",), "is not compiled for a card (SM89)"),
+    ],
+)
+def test_rtx_engines_run_on_what_they_are_compiled_for(
+    capability: str, compiled: tuple[str, ...], words: str | None
+) -> None:
+    spec = load_engine_spec("tensorrt-rtx-fp16").model_copy(update={"compute_capabilities": compiled})
+    gpu = CudaDevice(name="a card", compute_capability=capability, memory_bytes=1)
+    if words is None:
+        return trt._check_capability(spec, gpu, RTX_CARDS)
+    with pytest.raises(EngineUnavailable, match=re.escape(words)):
+        trt._check_capability(spec, gpu, RTX_CARDS)

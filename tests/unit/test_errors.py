@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 
 import pytest
+import torch
 
 from trsp_deploy.errors import first_line, machine_reason, shown
 
@@ -61,3 +62,9 @@ def test_long_values_are_shortened():
 )
 def test_what_a_library_says_becomes_one_line(problem: Exception, line: str) -> None:
     assert first_line(problem) == line
+
+
+def test_a_full_gpu_is_no_matter_of_the_machines_limits() -> None:
+    found = machine_reason(torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"))
+    assert found is not None and found.startswith("the GPU's memory is full ('CUDA out of memory. Tried to")
+    assert "--plan-memory" in found and "ulimit" not in found

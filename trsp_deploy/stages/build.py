@@ -17,7 +17,7 @@ from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.tools.runners import BACKENDS, EngineManifest, bound_to, check_can_build
 from trsp_deploy.tools.runners.inspection import trtexec
 from trsp_deploy.tools.runners.manifest import MANIFEST, spec_sha256
-from trsp_deploy.tools.runners.requirements import package_version
+from trsp_deploy.tools.runners.requirements import package_version, release_torch_memory
 from trsp_deploy.tools.runners.trt_log import BUILD_LOG
 
 TRTEXEC = "trtexec.sh"  # builds the same engine with TensorRT's own program
@@ -37,6 +37,7 @@ def build_engine(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.nda
     if not onnx.is_file():
         raise RunError(f"{onnx}: no ONNX file to build engine {spec.name} from; export it first")
     check_can_build(spec)
+    release_torch_memory()
     began = time.perf_counter()
     with writing(folder) as partial, _log_of_failure(partial, folder.with_name(f"{folder.name}-failed.log")):
         partial.mkdir()

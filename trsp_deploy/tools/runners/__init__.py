@@ -13,7 +13,7 @@ from trsp_deploy.recipe import Backend, EngineSpec
 from trsp_deploy.tools.runners import ort, ort_build, ort_session, trt, trt_build
 from trsp_deploy.tools.runners.base import Runner
 from trsp_deploy.tools.runners.manifest import BuiltEngine, EngineManifest, bound_to, check_manifest, read_manifest
-from trsp_deploy.tools.runners.requirements import PACKAGES, Package, package_version
+from trsp_deploy.tools.runners.requirements import PACKAGES, Package, package_version, release_torch_memory
 
 __all__ = [
     "BACKENDS",
@@ -98,4 +98,5 @@ def open_engine(folder: Path) -> Runner:
     """
     manifest = read_manifest(folder)
     check_manifest(folder, manifest, package_version(manifest.spec.backend), bound_to(manifest.spec))
+    release_torch_memory()
     return BACKENDS[manifest.spec.backend].open(folder, manifest)

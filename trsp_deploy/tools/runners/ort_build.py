@@ -69,7 +69,11 @@ def prepare(
     real text, for int8 and int4; None takes random ones. A pass that does not fit the graph, or after which the logits
     differ, is left out and says why: the engine is then slower, and right.
     """
-    current, outcomes = run_passes(onnx, fusions(onnx) if spec.fuse else {}, spec, scratch)
+    wanted = fusions(onnx) if spec.fuse else {}
+    if spec.backend == "onnxruntime-cuda" and spec.precision == "fp32":
+        # CUDA has no fp32 kernel of the fused attention: it would run on the CPU, its cache copied to and fro.
+        wanted = {name: wanted[name] for name in ("fuse-norms", "cut-logits") if name in wanted}
+    current, outcomes = run_passes(onnx, wanted, spec, scratch)
     if spec.precision in ("int8", "int4"):
         current, kept = _quantise(onnx, current, spec, scratch / "quantize" / onnx.name, calibration)
         outcomes += kept_products(kept)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib
 import importlib.metadata
 import platform
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -83,6 +85,14 @@ def adds_int8_exactly() -> bool:
     except OSError:
         return False
     return bool(flags & {"avx512_vnni", "avx_vnni"})
+
+
+def release_torch_memory() -> None:
+    """Give back what torch keeps of the GPU for tensors to come: ONNX Runtime and TensorRT allocate beside it."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def cuda_devices() -> list[CudaDevice]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -14,7 +15,7 @@ from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.tools.graphs import decoder_io
 from trsp_deploy.tools.runners.base import Runner
 from trsp_deploy.tools.runners.manifest import EngineManifest
-from trsp_deploy.tools.runners.requirements import cuda_devices, load_package
+from trsp_deploy.tools.runners.requirements import CudaDevice, cuda_devices, load_package
 from trsp_deploy.tools.runners.trt_log import logger, made
 
 if TYPE_CHECKING:
@@ -23,9 +24,23 @@ if TYPE_CHECKING:
 
 def check_run(spec: EngineSpec) -> None:
     """Raise EngineUnavailable unless engines of this backend can run here."""
-    load_package(spec.backend)
-    cuda_devices()
+    trt: Any = load_package(spec.backend)
+    gpu = cuda_devices()[0]
+    if spec.backend == "tensorrt-rtx":
+        _check_capability(spec, gpu, list(trt.ComputeCapability.__members__))
     _check_torch()
+
+
+def _check_capability(spec: EngineSpec, gpu: CudaDevice, known: Sequence[str]) -> None:
+    """Raise EngineUnavailable for a GPU that an RTX engine is not compiled for; known: names such as SM89."""
+    here = gpu.compute_capability.upper()
+    wanted = [name.upper() for name in spec.compute_capabilities] or [name for name in known if name != "SM75"]
+    if here not in known:
+        cards = ", ".join(name for name in known if name.startswith("SM"))
+        raise EngineUnavailable(f"TensorRT-RTX does not run on {gpu.name} ({here}), on {cards} alone; TensorRT does")
+    if here not in wanted:
+        wish = f"compute_capabilities: [{here.lower()}]"
+        raise EngineUnavailable(f"{spec.name} is not compiled for {gpu.name} ({here}); its spec wants {wish}")
 
 
 def _check_torch() -> None:
@@ -103,11 +118,19 @@ class TrtRunner(Runner):
         return self
 
     def _make_context(self) -> Any:
-        if self.spec.backend != "tensorrt-rtx" or not self._captures:
+        if self.spec.backend != "tensorrt-rtx":
             return self._engine.create_execution_context()
         # Kept: the binding ties the engine to a context, and not what configures it.
         self._runtime_config = self._engine.create_runtime_config()
-        self._runtime_config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE  # captures by itself
+        if self._captures:
+            self._runtime_config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE  # by itself
+        # Left to itself it compiles kernels for each shape in the background, in the middle of what is timed. Those of
+        # a growing cache never come again.
+        self._runtime_config.dynamic_shapes_kernel_specialization_strategy = (
+            self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            if self._fixed is not None
+            else self._trt.DynamicShapesKernelSpecializationStrategy.NONE
+        )
         return self._engine.create_execution_context(self._runtime_config)
 
     @property
@@ -147,11 +170,11 @@ class TrtRunner(Runner):
         values = decoder_io.token_inputs(self._inputs, input_ids, attention_mask, keep)
         try:
             with torch.cuda.stream(self._stream):
-                self._began.record()
                 if self._steps < 2:  # later steps of a fixed length find everything where it was
                     self._tensors = {}
                 self._feed(values)
                 if self._graph is not None:
+                    self._began.record()
                     self._graph.replay()
                 else:
                     self._bind(values, batch, past=length - input_ids.shape[1])
@@ -211,6 +234,7 @@ class TrtRunner(Runner):
         import torch
 
         if self._steps < 2 or not self._captures or self.spec.backend == "tensorrt-rtx":
+            self._began.record()  # here, and not before: until now the host has prepared, and the GPU waited
             self._enqueue()
             return
         graph = torch.cuda.CUDAGraph()
@@ -222,6 +246,7 @@ class TrtRunner(Runner):
                 f"{self.engine}: a decoding step cannot become a CUDA graph ({problem}); "
                 "build it again from a spec with `cuda_graphs: false`"
             ) from problem
+        self._began.record()
         graph.replay()
         self._graph = graph
 
