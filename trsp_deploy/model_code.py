@@ -25,6 +25,7 @@ from trsp_deploy.reading import read_json
 TRUST = "TRSP_DEPLOY_TRUST_REMOTE_CODE"  # fingerprints, with spaces between them
 FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 GENERATE = "custom_generate"  # a folder whose Python some versions of transformers run when they load the model
 CODE = "*.py"  # of a hub repository: nothing runs by being downloaded
 REFERENCE = re.compile(r"(?P<module>\w+)\.(?P<name>\w+)")

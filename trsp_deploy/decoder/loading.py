@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from trsp_deploy.errors import ModelError, TrspError, first_line, machine_reason
-from trsp_deploy.model_code import refuse_own_generate, trusted
+from trsp_deploy.model_code import TOKENIZER_FILES, refuse_own_generate, trusted
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # by safetensors' names
 
@@ -116,6 +116,8 @@ def build_model(config: Any, **settings: Any) -> PreTrainedModel:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer that lies beside a model; raises ModelError where there is none that can be read."""
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):  # transformers 5 would make up an empty one
+        raise ModelError(f"{folder}: has no tokenizer that can be read ({', '.join(TOKENIZER_FILES[:2])} or the like)")
     try:
         found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trusted(folder)

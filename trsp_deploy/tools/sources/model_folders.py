@@ -8,11 +8,10 @@ import shutil
 from pathlib import Path
 
 from trsp_deploy.errors import ModelError, first_line
-from trsp_deploy.model_code import copy_code, model_code, refuse_unless_trusted
+from trsp_deploy.model_code import TOKENIZER_FILES, copy_code, model_code, refuse_unless_trusted
 from trsp_deploy.reading import read_json, user_path
 from trsp_deploy.tools.sources.names import HUB_ID, SHORT_NAMES
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 SAFETENSORS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 # Code, and what only code of others can read: a run's model folders hold none but the code that the user asked for.
 UNSAFE_FILES = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|pickle|h5|msgpack|npy|py|pyc|so)(\.index\.json)?", re.IGNORECASE)
@@ -67,7 +66,7 @@ def check_decoder_only(folder: Path) -> str:
         return _check_own_code(folder, path)
     try:
         config = load_config(folder)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+    except Exception as problem:  # transformers 5 has an error of its own for a value of another type
         raise ModelError(f"{path}: transformers cannot read it ({first_line(problem)})") from problem
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
     architecture = next(iter(config.architectures or ()), causal or model_type)
