@@ -59,7 +59,7 @@ STEPS = (
     "evaluate-ort-cpu-fp32-manual-pruned",
 )
 # What carries times, or the fingerprint of something that does, differs from run to run; all the rest must not.
-TIMED = ("records/", "report.", "MANIFEST.json", "checkpoints/", ".lock")  # MANIFEST.json has the records' SHA-256
+TIMED = ("records/", "report.", "MANIFEST.json", "checkpoints/", ".lock", ".place")  # MANIFEST.json has the records' SHA-256
 DEADLINE_S = 1800  # where others share the machine a run may stand still for long
 PROGRAM = (sys.executable, "-c", "from trsp_deploy.cli import main; main()")
 
@@ -240,7 +240,7 @@ def run_in(workspace: Path, arguments: list[str]) -> Done:
 
 
 def _aside(name: str) -> bool:
-    return any(part.startswith(".") and part != ".lock" for part in name.split("/"))
+    return any(part.startswith(".") and part not in (".lock", ".place") for part in name.split("/"))
 
 
 def _is_json(path: Path) -> bool:
