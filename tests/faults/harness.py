@@ -58,8 +58,8 @@ STEPS = (
     "evaluate-ort-cpu-fp32-manual-dense",
     "evaluate-ort-cpu-fp32-manual-pruned",
 )
-# What carries times, or the fingerprint of something that does (MANIFEST.json has the records' SHA-256), differs from run
-# to run; all the rest must not.
+# What carries times, or the fingerprint of something that does (MANIFEST.json has the records'), differs from run to
+# run; all the rest must not.
 TIMED = ("records/", "report.", "MANIFEST.json", "checkpoints/", ".lock", ".place")
 DEADLINE_S = 1800  # where others share the machine a run may stand still for long
 PROGRAM = (sys.executable, "-c", "from trsp_deploy.cli import main; main()")
