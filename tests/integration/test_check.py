@@ -411,7 +411,7 @@ def documented_steps() -> tuple[dict[str, Any], dict[str, Any]]:
     block = page.partition("<!-- workflow:start -->\n```yaml\n")[2].partition("```")[0]
     steps = yaml.safe_load(block)["jobs"]["check"]["steps"]
     (build,) = [step for step in steps if "run" in step]
-    (check,) = [step for step in steps if "trsp-deploy" in step.get("uses", "")]
+    (check,) = [step for step in steps if "trsp_deploy" in step.get("uses", "")]
     return build, check
 
 
