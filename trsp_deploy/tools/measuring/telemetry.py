@@ -10,6 +10,7 @@ import functools
 import os
 import threading
 import time
+from collections.abc import Callable
 from types import ModuleType, TracebackType
 from typing import Any, Self
 
@@ -124,35 +125,31 @@ def _others(listed: set[int], ours: set[int]) -> int:
 
 def gpu_memory_own() -> int | None:
     """Bytes that this process uses on the GPU; None without one, and where the driver does not tell (containers)."""
-    found = _nvml()
-    if found is None:
-        return None
-    nvml, gpu = found
-    with contextlib.suppress(nvml.NVMLError):
-        for process in nvml.nvmlDeviceGetComputeRunningProcesses(gpu):
-            if process.pid == os.getpid() and process.usedGpuMemory is not None:
-                return int(process.usedGpuMemory)
-    return None
+
+    def own(nvml: ModuleType, gpu: Any) -> int | None:
+        listed = {each.pid: each.usedGpuMemory for each in nvml.nvmlDeviceGetComputeRunningProcesses(gpu)}
+        return listed.get(os.getpid())
+
+    return _asked(own)
 
 
 def gpu_memory_used() -> int | None:
     """Bytes that all processes together use on the GPU; None without one."""
-    found = _nvml()
-    if found is None:
-        return None
-    nvml, gpu = found
-    with contextlib.suppress(nvml.NVMLError):
-        return int(nvml.nvmlDeviceGetMemoryInfo(gpu).used)
-    return None
+    return _asked(lambda nvml, gpu: int(nvml.nvmlDeviceGetMemoryInfo(gpu).used))
 
 
 def gpu_memory_free() -> int | None:
     """Bytes that no process uses on the GPU; None without one."""
+    return _asked(lambda nvml, gpu: int(nvml.nvmlDeviceGetMemoryInfo(gpu).free))
+
+
+def _asked(ask: Callable[[ModuleType, Any], int | None]) -> int | None:
+    """What the driver answers about the GPU; None where there is none, or it does not tell."""
     found = _nvml()
     if found is None:
         return None
     nvml, gpu = found
     try:
-        return int(nvml.nvmlDeviceGetMemoryInfo(gpu).free)
+        return ask(nvml, gpu)
     except nvml.NVMLError:
         return None
