@@ -17,12 +17,20 @@ Subject = Literal["dense", "again", "pruned"]  # `again` is dense once more: the
 TURNS: dict[int, tuple[int, ...]] = {2: (0, 1, 1, 0), 3: (0, 1, 2, 1, 2, 0, 2, 0, 1)}
 Phase = Literal["prefill", "decode", "total"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode", "total")
+LARGEST_EXPONENT = 709.0  # of exp in a float
+
+
+def perplexity_of(nll: float) -> float:
+    """exp of a mean loss in nats; infinite where that is beyond a float."""
+    return math.exp(nll) if nll < LARGEST_EXPONENT else math.inf
 
 
 class PrunedCheckpoint(Strict):
     """What the transfer and the removal did. Perplexities are of held-out calibration text."""
 
     form: str
+    refit: str = ""  # what was fitted in closed form first: span, layers or none; of runs that did not keep it ""
+    unfitted_because: str = ""  # where a fold was asked for by default and cannot be
     dropped: tuple[int, ...]
     num_layers_dense: int
     num_layers_pruned: int
@@ -190,7 +198,7 @@ class Perplexity(Strict):
     @property
     def ppl(self) -> float:
         """exp of the mean loss."""
-        return math.exp(sum(self.nll) / len(self.nll))
+        return perplexity_of(sum(self.nll) / len(self.nll))
 
 
 class TaskScore(Strict):

@@ -117,12 +117,18 @@ def test_any_selection_with_any_transfer(prune):
     assert plan["settings"]["forward_passes"] == 6 + 5
 
 
+def test_a_penalty_needs_the_layers_that_a_fold_would_replace(prune):
+    result, plan = prune("--method", "fold", "--then", "l2")
+    assert (plan["method"], result["form"], result["refit"]) == ("fold", "l2", "none")
+    assert result["ppl_before_removal"] != result["ppl_after_removal"]  # small is not zero
+
+
 def test_unknown_method_and_senseless_pair(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     command = ["prune", "--model", "model", "--drop", "2"]
     assert run([*command, "--method", "slep"]) == 1
     assert "--method 'slep': no such method; did you mean 'sleb'?" in capsys.readouterr().err
-    assert run([*command, "--method", "fold", "--then", "l2"]) == 1
+    assert run([*command, "--method", "fold", "--set", "transfer.form=l2"]) == 1
     assert "transfer.form must be anneal, train or none, got l2" in capsys.readouterr().err
 
 

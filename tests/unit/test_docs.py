@@ -173,7 +173,12 @@ def test_where_commands_are_looked_for(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("name", "page"), [("cli.md", reference.command_page), ("recipes.md", reference.catalogue_page)]
+    ("name", "page"),
+    [
+        ("cli.md", reference.command_page),
+        ("recipe-keys.md", reference.keys_page),
+        ("recipes.md", reference.catalogue_page),
+    ],
 )
 def test_reference_pages_are_what_the_code_says(name: str, page: Callable[[], str]) -> None:
     committed = (ROOT / "docs" / name).read_text(encoding="utf-8")

@@ -19,12 +19,14 @@ from trsp_deploy.decoder import (
     with_layer_output,
 )
 from trsp_deploy.errors import ModelError, RecipeError, TextError
+from trsp_deploy.tools.closed_form import span
 from trsp_deploy.tools.closed_form.hidden_states import visit_layers
 from trsp_deploy.tools.closed_form.span import (
     RIDGE,
     fit_spans,
     fold_dropped_layers,
     output_projection,
+    projections_before,
     runs,
     sink_positions,
     write_fold,
@@ -272,7 +274,7 @@ def test_fold_beats_plain_removal_on_its_own_text(with_an_idle_span, windows, dr
 def test_folding_runs_no_layer_behind_the_span():
     ids, model, ran = tokens(64, 20, seed=5), tiny_model("llama"), []
     wanted = tiny_model("llama")
-    (fit,) = fit_spans(wanted, [(2, 3)], ids, 16)
+    (fit,) = fit_spans(wanted, projections_before(wanted, [(2, 3)], ids), ids, 16)
     write_fold(fit, RIDGE)
     for index, layer in enumerate(decoder_layers(model)):
         layer.register_forward_pre_hook(lambda *_, index=index: ran.append(index))
@@ -280,6 +282,20 @@ def test_folding_runs_no_layer_behind_the_span():
     assert all(torch.equal(*pair) for pair in zip(model.parameters(), wanted.parameters(), strict=True))
     look = 1  # for the projection, through all layers
     assert ran.count(3) == look + len(ids) // 16 and ran.count(4) == look
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])  # without a bias and with one
+def test_spans_that_are_folded_one_at_a_time_come_to_the_same(family, monkeypatch):
+    ids, together, apart = tokens(64, 20, seed=5), tiny_model(family), tiny_model(family)
+    fold_dropped_layers(together, [1, 3, 5], ids, 16)
+    monkeypatch.setattr(span, "EQUATIONS_BYTES", 1)
+    fold_dropped_layers(apart, [1, 3, 5], ids, 16)
+    changed = [
+        not torch.equal(weight, plain)
+        for weight, plain in zip(apart.parameters(), tiny_model(family).parameters(), strict=True)
+    ]
+    assert sum(changed) == (3 if family == "llama" else 6)
+    assert all(torch.equal(*pair) for pair in zip(together.parameters(), apart.parameters(), strict=True))
 
 
 def plant_sink(model, index, size) -> None:
@@ -317,7 +333,7 @@ def test_fold_keeps_the_attention_sink(windows):
         error = torch.linalg.vector_norm(sink_leaving(model, ids, 1) - dense, dim=-1)
         return (error / torch.linalg.vector_norm(dense, dim=-1)).max().item()
 
-    (fit,) = fit_spans(model, [(2, 3)], ids, 8)
+    (fit,) = fit_spans(model, projections_before(model, [(2, 3)], ids), ids, 8)
     write_fold(fit, 1e-4)
     assert worst_error() < 0.01
     assert torch.allclose(sink_leaving(model, ids, 1), plain, rtol=1e-2, atol=1e-3 * plain.abs().max().item())
@@ -329,7 +345,7 @@ def test_fold_keeps_the_attention_sink(windows):
 
 
 def fit_without_sinks(model, ids):
-    (fit,) = fit_spans(model, [(2, 3)], ids, 8)
+    (fit,) = fit_spans(model, projections_before(model, [(2, 3)], ids), ids, 8)
     fit.gram.zero_()
     inputs = []
     hook = decoder_layers(model)[1].mlp.down_proj.register_forward_pre_hook(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.families import family_model
 from tests.tiny import english, save_tiny, tiny_model, tiny_tokenizer
+from tests.training import same_weights
 from trsp_deploy.decoder import decoder_layers, load_model, next_token_loss, stored_dtype
 from trsp_deploy.errors import ModelError
 from trsp_deploy.recipe import read_recipe
@@ -18,6 +21,7 @@ from trsp_deploy.stages.transfer import transfer_and_remove
 from trsp_deploy.tools.methods.trials import Trials
 from trsp_deploy.tools.plan import PruningPlan
 from trsp_deploy.tools.sources.models import ModelSource
+from trsp_deploy.tools.training.checkpoints import Checkpoints
 from trsp_deploy.tools.training.shared import batches, learning_rate, mean_loss
 
 IDLE = [1, 4]  # layers that add nothing
@@ -104,10 +108,12 @@ PLAN = PruningPlan(
 )
 
 
-def run_transfer(dense, out, windows, **transfer):
+def run_transfer(dense, out, windows, checkpoints=None, **transfer):
     source = ModelSource(name="tiny", kind="folder", path=str(dense), origin=str(dense))
     settings = {"steps": 12, "batch_size": 4, "learning_rate": 3e-3, **transfer}
-    return transfer_and_remove(dense, source, PLAN, windows[:32], windows[32:40], recipe(transfer=settings), out)
+    return transfer_and_remove(
+        dense, source, PLAN, windows[:32], windows[32:40], recipe(transfer=settings), out, checkpoints
+    )
 
 
 def test_annealed_removal_is_exact(dense, tmp_path, windows):
@@ -129,6 +135,30 @@ def test_both_norms_have_one_scale(dense, tmp_path, windows):
         form: run_transfer(dense, tmp_path / form, windows, form=form, steps=1).penalty[0] for form in ("l1", "l2")
     }
     assert 0.5 * first["l2"] < first["l1"] <= first["l2"]
+
+
+def test_what_trains_is_folded_first_unless_it_cannot_be(dense, tmp_path, windows):
+    folded = run_transfer(dense, tmp_path / "folded", windows)
+    assert (folded.form, folded.refit, folded.unfitted_because) == ("train", "span", "")
+    asked = run_transfer(dense, tmp_path / "asked", windows, form="train", refit="span")
+    assert same_weights(tmp_path / "folded", tmp_path / "asked") and asked.refit == "span"
+
+    post_norm = tmp_path / "gemma2"
+    family_model("gemma2").save_pretrained(post_norm)
+    tiny_tokenizer().save_pretrained(post_norm)
+    plain = run_transfer(post_norm, tmp_path / "plain", windows, steps=1)
+    assert plain.refit == "none" and "Gemma2ForCausalLM cannot be folded: layer 0" in plain.unfitted_because
+    with pytest.raises(ModelError, match="cannot be folded"):
+        run_transfer(post_norm, tmp_path / "refused", windows, refit="span", steps=1)
+
+
+def test_a_loss_that_is_not_finite_ends_the_training(dense, tmp_path, windows):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", "key", every_s=0.0)
+    with pytest.raises(
+        ModelError, match=r"the training's loss is (nan|inf) at step \d of 12, at a learning rate of 1e\+09: "
+    ):
+        run_transfer(dense, tmp_path / "out", windows, checkpoints, form="train", refit="none", learning_rate=1e9)
+    assert all(math.isfinite(loss) for loss in checkpoints.load()["lm_losses"]) and not (tmp_path / "out").exists()
 
 
 def test_no_transfer_removes_only(dense, tmp_path, windows):

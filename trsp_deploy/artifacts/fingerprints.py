@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def fingerprint(path: Path) -> str:
     if path.is_dir():
         digest = hashlib.sha256()
         for file in sorted(p for p in path.rglob("*") if p.is_file() and p != path / SIGNED):
-            digest.update(f"{file.relative_to(path).as_posix()} {fingerprint(file)}\n".encode())
+            digest.update(os.fsencode(f"{file.relative_to(path).as_posix()} {fingerprint(file)}\n"))
         return digest.hexdigest()
     stat = path.stat()
     return _file_sha256(path.resolve(), stat.st_size, stat.st_mtime_ns, stat.st_ino)

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable
 
 from trsp_deploy.cli.supervision import interrupted, supervised
-from trsp_deploy.errors import TrspError, machine_reason, redacted
+from trsp_deploy.errors import ModelError, TrspError, machine_reason, redacted
 
 INTERRUPTED = 130
 BUG = 70
@@ -51,7 +51,9 @@ def _said(work: Callable[[], int]) -> int:
     except Exception as problem:
         if interrupted():  # a library made an error of its own of it
             return _interrupted()
-        if isinstance(problem, TrspError):
+        # A model is not to blame for a library's error that was the machine's, as running out of memory is.
+        machine = isinstance(problem, ModelError) and machine_reason(problem) is not None
+        if isinstance(problem, TrspError) and not machine:
             return _say(str(problem), problem.exit_code)
         # What a user's paths, disk or limits can cause, wherever it happens; all else is a bug and shows its traceback.
         reason = machine_reason(problem)

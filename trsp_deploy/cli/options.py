@@ -47,7 +47,9 @@ PlanFile = Annotated[
 ]
 MethodName = Annotated[
     str | None,
-    typer.Option("--method", help="trsp, trsp-anneal, trsp-refit, shortgpt, sleb, uidl or fold.", metavar="M"),
+    typer.Option(
+        "--method", help="trsp, trsp-fold, trsp-anneal, trsp-refit, shortgpt, sleb, uidl or fold.", metavar="M"
+    ),
 ]
 Then = Annotated[
     str | None,

@@ -39,6 +39,8 @@ def recipe_from_options(
         options["calibration.texts"] = calibration
     if then is not None:
         options["transfer.form"] = then
+    if then in ("l1", "l2"):  # they need the layers that a refit puts new weights in the place of
+        options["transfer.refit"] = "none"
     values = override(values, [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in options.items()])
     values = with_lists(values, engine, evaluation)
     return read_recipe(override(values, sets or []), f"{source} with the options given" if sets else source)
@@ -49,7 +51,7 @@ def task_sets(tasks: list[str] | None) -> list[str]:
     return [] if tasks is None else [f"evaluate.tasks={json.dumps(tasks)}"]
 
 
-def _method_settings(method: str | None) -> dict[str, dict[str, str | bool | int]]:
+def _method_settings(method: str | None) -> dict[str, dict[str, str | bool | int | float]]:
     from trsp_deploy.recipe import METHODS
 
     if method is None:

@@ -1,12 +1,15 @@
-"""Reference pages out of what they are about: the commands, and the recipes and engine specs that ship.
+"""Reference pages out of what they are about: commands, a recipe's keys, and the recipes and specs that ship.
 
     python -m trsp_deploy.cli.reference docs
 
-`make docs` writes cli.md and recipes.md there, and a test holds the committed ones against the code.
+`make docs` writes cli.md, recipe-keys.md and recipes.md there, and a test holds the committed ones against the code.
 """
 
 from __future__ import annotations
 
+import inspect
+import itertools
+import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,12 +19,22 @@ from typing import Any
 from typer.main import get_command
 
 from trsp_deploy.cli.app import app
-from trsp_deploy.recipe import read_recipe
+from trsp_deploy.recipe import Recipe, Strict, read_recipe
+from trsp_deploy.recipe.values import MOST
 from trsp_deploy.tools.library import engine_names, load_engine_spec, load_recipe_values, read_text, recipe_names
 from trsp_deploy.tools.sources.names import SHORT_NAMES
 
 PROGRAM = "trsp-deploy"
 SHELL = ("install_completion", "show_completion", "help")  # said in the header
+KEY_TABLE = ("| key | takes | default | |", "|---|---|---|---|")
+TYPES = {
+    "string": "text",
+    "integer": "whole number",
+    "number": "number",
+    "boolean": "`true`, `false`",
+    "object": "mapping",
+    "null": "nothing",
+}
 HEADER = """# Command line
 
 Written by `python -m trsp_deploy.cli.reference docs` out of the code; a test compares. `--help` on any command
@@ -40,6 +53,14 @@ and `trsp-deploy engines show NAME` print a file and its comments: on what it wa
 Memory is what `--plan-memory` estimates for selection and transfer; no GPU has confirmed it. fp16 has not the range of
 bf16, in which most of these models were trained: what leaves it stays in fp32 ([engines.md](engines.md)), and the
 parity check (exit code 4) says whether an fp16 engine holds.
+"""
+
+KEYS = """# A recipe's keys
+
+Written by `python -m trsp_deploy.cli.reference docs` out of `trsp_deploy/recipe/settings.py`; a test compares. A recipe
+is a YAML file of these keys, `transfer.steps` being `steps` below `transfer`; `--set transfer.steps=500` overrides one.
+An unknown key is an error that names the nearest valid one. Where a model has a recipe of its own, `trsp-deploy recipes
+show NAME` prints it: what it does not say is the default here.
 """
 
 
@@ -65,6 +86,61 @@ def catalogue_page() -> str:
     for name in engine_names():
         lines.append(f"| `{name}` | {load_engine_spec(name).description} | {_state(read_text('engines', name))} |")
     return "\n".join([*lines, ""])
+
+
+def keys_page() -> str:
+    """recipe-keys.md: every key of a recipe, what it takes, its default and what it is for."""
+    lines = [KEYS]
+    groups = {name: field for name, field in Recipe.model_fields.items() if _is_group(field.annotation)}
+    top = [_key_row(Recipe, name, "") for name in Recipe.model_fields if name not in groups]
+    lines += ["## Of the whole run", "", *KEY_TABLE, *top, ""]
+    for name, field in groups.items():
+        group: Any = field.annotation
+        said = " ".join((group.__doc__ or "").split())
+        rows = [_key_row(group, key, f"{name}.") for key in group.model_fields]
+        lines += [f"## {name}", "", said, "", *KEY_TABLE, *rows, ""]
+    return "\n".join(lines)
+
+
+def _is_group(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Strict)
+
+
+def _key_row(group: Any, name: str, before: str) -> str:
+    schema = group.model_json_schema()["properties"][name]
+    field = group.model_fields[name]
+    default = "required" if field.is_required() else f"`{json.dumps(field.get_default(call_default_factory=True))}`"
+    return f"| `{before}{name}` | {_cell(_values(schema))} | {_cell(default)} | {_cell(_comment(group, name))} |"
+
+
+def _values(schema: dict[str, Any]) -> str:
+    """What a key takes: its values, or its type with its bounds."""
+    if "anyOf" in schema:
+        return " or ".join(map(_values, schema["anyOf"]))
+    if "enum" in schema:
+        return ", ".join(f"`{value}`" for value in schema["enum"])
+    if "const" in schema:
+        return f"`{schema['const']}`"
+    if schema["type"] == "array":
+        items = schema["items"] if "items" in schema else schema["prefixItems"][0]
+        return f"list of: {_values(items)}"
+    bounds = {
+        "minimum": "from {}",
+        "exclusiveMinimum": "above {}",
+        "maximum": "to {}",
+        "exclusiveMaximum": "below {}",
+    }
+    said = [words.format(f"{schema[key]:g}") for key, words in bounds.items() if schema.get(key, MOST) < MOST]
+    return " ".join([TYPES[schema["type"]], *said])
+
+
+def _comment(group: Any, name: str) -> str:
+    """What stands beside a key in its class: the comment on its line, after those of the lines before it."""
+    lines = inspect.getsource(group).splitlines()
+    (at,) = [index for index, line in enumerate(lines) if line.startswith(f"    {name}: ")]
+    before = itertools.takewhile(lambda line: line.startswith("    # "), reversed(lines[:at]))
+    said = [line.strip().removeprefix("# ") for line in reversed(list(before))]
+    return " ".join([*said, lines[at].partition("  # ")[2]]).strip()
 
 
 def _recipe_row(name: str) -> str:
@@ -146,4 +222,5 @@ def _cell(text: str) -> str:
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     (folder / "cli.md").write_text(command_page(), encoding="utf-8")
+    (folder / "recipe-keys.md").write_text(keys_page(), encoding="utf-8")
     (folder / "recipes.md").write_text(catalogue_page(), encoding="utf-8")

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from trsp_deploy.recipe import Recipe
 
 
-PARTS = ("dense", "pruned", "onnx", "engines", "plans", "plan.json", "report.md", "report.html", "report.json")
+PARTS = (
+    *("dense", "pruned", "onnx", "engines", "plans", "plan.json", "self-generated.jsonl"),
+    *("report.md", "report.html", "report.json", "served.json"),
+)
 LIBRARIES_BYTES = 1_100_000_000  # of addresses; 1.05e9 were seen with torch 2.13 for the CPU
 
 

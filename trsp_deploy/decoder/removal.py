@@ -187,11 +187,13 @@ def _check_same_function(dense: PreTrainedModel, cut: PreTrainedModel, kept: Seq
             if index not in kept:
                 hooks.callback(layer.register_forward_hook(_skip, with_kwargs=True).remove)
         wanted = _probe_logits(dense)
-    error = (_probe_logits(cut) - wanted).abs().max() / wanted.std()
-    if error > PROBE_TOLERANCE.get(dense.dtype, FULL_PROBE_TOLERANCE):
+    error, scale = (_probe_logits(cut) - wanted).abs().max(), wanted.std()
+    if not torch.isfinite(scale):
+        raise ModelError("its logits are not finite on random tokens: the model overflows; try fp32 weights")
+    if not error <= scale * PROBE_TOLERANCE.get(dense.dtype, FULL_PROBE_TOLERANCE):  # nan is no success
         raise ModelError(
-            f"a kept layer computes something else under its new number: the logits would be {error:.2g} standard "
-            "deviations from those with the same layers skipped"
+            f"a kept layer computes something else under its new number: the logits would be {error / scale:.2g} "
+            "standard deviations from those with the same layers skipped"
         )
 
 

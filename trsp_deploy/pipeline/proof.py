@@ -20,6 +20,7 @@ from trsp_deploy.tools.judging.comparisons import ComparisonReport
 from trsp_deploy.tools.quiet import quiet_libraries
 from trsp_deploy.tools.reports.record import ChoicesReport, QualityReport, choices_report, quality_report
 from trsp_deploy.tools.runners import Runner, open_engine
+from trsp_deploy.tools.training.shared import pick_device
 
 Measured = TypeVar("Measured")
 PARITY_PROMPTS = (40, 23)  # tokens; unequal, so that left padding is part of the check
@@ -174,7 +175,7 @@ class Proof:
             f"evaluate-{name}-{role}",
             work,
             Perplexity,
-            settings=self._text_settings,
+            settings={**self._text_settings, "device": str(pick_device(self.recipe))},  # decides the precision
             inputs={"model": self.pruning.ready(role), "text": texts.fingerprint},
         )
 

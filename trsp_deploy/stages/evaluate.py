@@ -5,7 +5,6 @@ Documents joined by a blank line, non-overlapping windows, exp(mean negative log
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from scipy.special import log_softmax
 
 from trsp_deploy.decoder import load_model, next_token_logits
 from trsp_deploy.recipe import Recipe
-from trsp_deploy.results import Perplexity, Role
+from trsp_deploy.results import Perplexity, Role, perplexity_of
 from trsp_deploy.tools.progress import Meter
 from trsp_deploy.tools.runners import Runner
 from trsp_deploy.tools.training.heap import kept_heap
@@ -82,10 +81,12 @@ def _perplexity(
     documents: np.ndarray | None,
 ) -> Perplexity:
     found: list[np.ndarray] = []
+    nats = 0.0  # of all windows' means
     with Meter(title, len(windows)) as meter:
         for window in windows:
             found.append(losses(window))
-            meter.advance(f"ppl {math.exp(float(np.mean(found))):.2f}")
+            nats += float(found[-1].mean())
+            meter.advance(f"ppl {perplexity_of(nats / len(found)):.2f}")
     by_document = () if documents is None else _by_document(found, documents.reshape(windows.shape)[:, 1:])
     means = tuple(float(window.mean()) for window in found)
     return Perplexity(

@@ -26,7 +26,7 @@ from trsp_deploy.recipe import Recipe
 from trsp_deploy.tools.closed_form.span import runs
 from trsp_deploy.tools.gates import LayerGates
 from trsp_deploy.tools.methods import METHODS
-from trsp_deploy.tools.methods.base import Selection
+from trsp_deploy.tools.methods.base import Selection, checked_finite
 from trsp_deploy.tools.methods.trials import Layers, Trials
 from trsp_deploy.tools.plan import Pick, PruningPlan, complement
 from trsp_deploy.tools.progress import Meter
@@ -225,6 +225,7 @@ class GatePicking:
         (values.grad,) = torch.autograd.grad(loss, [values])
         values.grad = self._processes.mean(values.grad)
         self._optimizer.step()
+        checked_finite(values.tolist(), "a gate")
         self._lm_losses.append(round(self._processes.mean(found.lm).item(), 5))
         self._trajectory.append(tuple(round(value, 5) for value in values.tolist()))
 
@@ -264,6 +265,7 @@ class GatePicking:
             if len(part):
                 for trial, loss in self._losses_without(trials, part, meter).items():
                     total[trial] += len(part) * loss
+            checked_finite((total[trial] for trial in trials), "the loss without some layers")
             trials = sorted(trials, key=total.__getitem__)
             if len(trials) <= LAST_TRIALS:
                 break

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,9 +38,9 @@ class Address:
     def version(self) -> str:
         """Name and version; raises RunError when nobody answers."""
         try:
-            with urllib.request.urlopen(f"http://{self.http}/v2", timeout=10) as reply:
+            with triton_server.DIRECT.open(f"http://{self.http}/v2", timeout=10) as reply:
                 said = json.load(reply)
-        except (OSError, ValueError) as problem:
+        except (OSError, ValueError, http.client.HTTPException) as problem:
             raise RunError(f"{self.http}: no Triton server answers there ({problem})") from problem
         return f"{said.get('name', 'unknown')} {said.get('version', 'unknown')}"
 

@@ -29,9 +29,10 @@ from trsp_deploy.decoder import (
     remove_layers,
     stored_dtype,
 )
+from trsp_deploy.errors import ModelError
 from trsp_deploy.model_code import copy_code
 from trsp_deploy.recipe import Recipe
-from trsp_deploy.results import PrunedCheckpoint
+from trsp_deploy.results import PrunedCheckpoint, perplexity_of
 from trsp_deploy.tools.delivery.model_card import write_model_card
 from trsp_deploy.tools.gates import LayerGates
 from trsp_deploy.tools.plan import PruningPlan
@@ -102,6 +103,8 @@ def transfer_and_remove(
         remove_layers(model, plan.dropped)
         result = PrunedCheckpoint(
             form=settings.form,
+            refit=form.fitted,
+            unfitted_because=form.unfitted_because,
             dropped=plan.dropped,
             num_layers_dense=plan.num_layers,
             num_layers_pruned=len(decoder_layers(model)),
@@ -145,7 +148,7 @@ def _whole(model: PreTrainedModel, adapted: Any, dense: Path, recipe: Recipe, pr
 
 
 def _perplexity(model: PreTrainedModel | TokenLosses, windows: torch.Tensor, recipe: Recipe) -> float:
-    return math.exp(mean_loss(model, windows, recipe.transfer.batch_size))
+    return perplexity_of(mean_loss(model, windows, recipe.transfer.batch_size))
 
 
 class Training:
@@ -220,7 +223,14 @@ class Training:
         clip_gradients(optimizer)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)  # here, so that gradients and activations never add up
-        self.lm_losses.append(round(self._processes.mean(found.lm).item(), 5))
+        lm_loss = self._processes.mean(found.lm).item()
+        if not math.isfinite(lm_loss):  # before such weights are saved
+            raise ModelError(
+                f"the training's loss is {lm_loss} at step {step + 1} of {settings.steps}, at a learning rate of "
+                f"{settings.learning_rate:g}: a smaller --set transfer.learning_rate, or --set weights=fp32 with "
+                "--set autocast=off, may keep it finite"
+            )
+        self.lm_losses.append(round(lm_loss, 5))
         self.penalties.append(round(penalty.item(), 5))
 
     # -- checkpoints -------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
@@ -15,7 +16,7 @@ from trsp_deploy.results import Role
 from trsp_deploy.tools.graphs.decoder_io import IN_PLACE
 from trsp_deploy.tools.runners import device_of, open_engine, read_manifest
 from trsp_deploy.tools.runners.generation import end_tokens
-from trsp_deploy.tools.runners.manifest import check_files
+from trsp_deploy.tools.runners.manifest import EngineManifest, check_files
 from trsp_deploy.tools.runners.ort import OrtRunner
 from trsp_deploy.tools.runners.rotation import engine_rotations
 from trsp_deploy.tools.runners.running_batch import Rotation, texts_can_move
@@ -26,6 +27,7 @@ from trsp_deploy.tools.serving.vendor import model_file, vendor
 from trsp_deploy.tools.triton_server.config import WARMUP, generation_config, parse_config
 from trsp_deploy.tools.triton_server.repository import RepositoryManifest, ServedModel, read_repository
 
+ON_GPU = ("onnxruntime-gpu", "tensorrt")  # packages whose engines need one
 # What MatMulInteger multiplies is rounded with one scale for all texts of a step.
 SHARED_SCALE = "An int8 engine's answer, with one seed too, may differ with what others ask at the same time."
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -67,16 +69,12 @@ def write_repository(
         if step:
             models.append(_write_step(engine, role, f"{name}_step", out, max_batch, max_length))
     first = read_manifest(next(iter(engines.values())))
-    package = {"onnxruntime-cpu": "onnxruntime", "onnxruntime-cuda": "onnxruntime-gpu"}.get(
-        first.spec.backend, first.spec.backend
-    )
-    packages = [f"{package}=={first.backend_version}", "tokenizers", "pydantic>=2.12", "pyyaml", "numpy"]
-    if first.spec.backend.startswith("tensorrt"):  # its runner has torch's memory and streams
-        packages.append("torch")
+    others = _others(out, {model.name for model in models})
+    before = read_repository(out) if others else None
     manifest = RepositoryManifest(
-        models=(*models, *_others(out, {model.name for model in models})),
-        packages=tuple(packages),
-        gpu=first.bound.gpu,
+        models=(*models, *others),
+        packages=_packages(first, before.packages if before else ()),
+        gpu=first.bound.gpu or (before.gpu if before else None),
         container=CONTAINER,
         provenance=provenance(),
     )
@@ -85,12 +83,23 @@ def write_repository(
     if first.spec.precision == "int8" and any(model.max_batch > 1 for model in models):
         limits.append(SHARED_SCALE)
     with writing(out / "README.md") as partial:
-        on_gpu = device_of(first.spec) == "cuda"
+        on_gpu = any(package.startswith(ON_GPU) for package in manifest.packages)
         text = readme([model.name for model in models], manifest.packages, on_gpu, manifest.gpu, limits)
         if step:
             text += step_readme(models[0].name, models[1].name, max_length, first.backend_version)
         partial.write_text(text, encoding="utf-8")
     return manifest
+
+
+def _packages(engine: EngineManifest, others: Sequence[str]) -> tuple[str, ...]:
+    """What the server's Python needs for an engine, and for models that an earlier call has put beside it."""
+    backend = engine.spec.backend
+    package = {"onnxruntime-cpu": "onnxruntime", "onnxruntime-cuda": "onnxruntime-gpu"}.get(backend, backend)
+    wanted = [f"{package}=={engine.backend_version}", "tokenizers", "pydantic>=2.12", "pyyaml", "numpy"]
+    if backend.startswith("tensorrt"):  # its runner has torch's memory and streams
+        wanted.append("torch")
+    names = {re.split(r"[=<>]", each)[0] for each in wanted}
+    return (*wanted, *(each for each in others if re.split(r"[=<>]", each)[0] not in names))
 
 
 def _others(out: Path, written: set[str]) -> list[ServedModel]:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,11 +34,12 @@ from transformers.pytorch_utils import Conv1D
 from trsp_deploy.decoder import decoder_layers
 from trsp_deploy.errors import ModelError, TextError
 from trsp_deploy.tools.closed_form.hidden_states import last_inputs, visit_layers
-from trsp_deploy.tools.closed_form.layer_modules import add_to_weights, last_writer, layer_calls
+from trsp_deploy.tools.closed_form.layer_modules import add_to_weights, in_width, last_writer, layer_calls
 
 RIDGE = 0.1  # relative to the mean square of the features over ordinary tokens
 SINK_NORM = 5.0  # multiple of the median norm; SmolLM2-135M's ordinary tokens reach 2.5, its sinks 5.6 to 190
 PROBE_TOKENS = 16
+EQUATIONS_BYTES = 4 * 10**9  # of normal equations at a time; more spans than fit take a pass over the windows each time
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,11 @@ class OutputProjection:
 
     module: nn.Linear | Conv1D
     scale: float  # 1 but for models with a residual multiplier (Granite)
+
+    @property
+    def dim(self) -> int:
+        """Features that a fold is fitted to: the module's inputs, and a 1 where it has a bias."""
+        return in_width(self.module) + (self.module.bias is not None)
 
 
 @dataclass
@@ -90,16 +96,49 @@ def fold_dropped_layers(
     """Fold each run of consecutive `dropped` layers into the kept layer before it, in place; nothing is removed yet.
 
     model: the dense model. windows: (windows, sequence) int64, one forward pass as far as the last run, under
-    `autocast`; the equations are gathered and solved in fp64. Every run is fitted to the dense
-    model's states, so several runs do not correct each other's error. A run from layer 0 on has nothing
-    before it and is not folded: it goes as in a plain removal. Raises TextError when the windows hold too few tokens,
-    ModelError when the architecture cannot be folded.
+    `autocast`, or several where the equations of all runs together are too large; they are gathered and solved in
+    fp64. Every run is fitted to the dense model's states, so several runs do not correct each other's error. A run from
+    layer 0 on has nothing before it and is not folded: it goes as in a plain removal. Raises what `foldable_spans`
+    does.
     """
-    behind_a_layer = [run for run in runs(dropped) if run[0] > 0]
-    if not behind_a_layer:
-        return
-    for fit in fit_spans(model, behind_a_layer, windows, batch_size, autocast):
-        write_fold(fit, ridge)
+    projections = foldable_spans(model, dropped, windows)
+    # From the last one on: what is written into a layer changes no state that an earlier span is fitted to.
+    waiting = sorted(projections)
+    while waiting:
+        count = spans_at_a_time(projections[waiting[-1]].dim, model.config.hidden_size)
+        together = {span: projections[span] for span in waiting[-count:]}
+        for fit in fit_spans(model, together, windows, batch_size, autocast):
+            write_fold(fit, ridge)
+        del waiting[-count:]
+
+
+def foldable_spans(
+    model: PreTrainedModel, dropped: Sequence[int], windows: torch.Tensor
+) -> dict[tuple[int, int], OutputProjection]:
+    """The runs (first, last) of `dropped` that have a layer before them, each with that layer's output projection.
+
+    Raises TextError when windows (windows, sequence) hold too few tokens, ModelError when the architecture cannot be
+    folded.
+    """
+    return projections_before(model, [run for run in runs(dropped) if run[0] > 0], windows)
+
+
+def projections_before(
+    model: PreTrainedModel, spans: Sequence[tuple[int, int]], windows: torch.Tensor
+) -> dict[tuple[int, int], OutputProjection]:
+    """The output projection of the layer before each span (first, last); raises what `foldable_spans` does."""
+    hidden = model.config.hidden_size
+    if spans and windows.numel() < hidden:
+        raise TextError(
+            f"{windows.numel()} calibration tokens cannot fit a projection to a hidden size of {hidden}: "
+            f"give at least {hidden}, better {32 * hidden}"
+        )
+    return {span: output_projection(model, span[0] - 1, windows[:2, :PROBE_TOKENS]) for span in spans}
+
+
+def spans_at_a_time(dim: int, hidden: int) -> int:
+    """How many spans' normal equations, (dim x dim) and (dim x hidden) in fp64, are held together; at least one."""
+    return max(1, EQUATIONS_BYTES // (8 * dim * (dim + hidden)))
 
 
 def runs(dropped: Sequence[int]) -> list[tuple[int, int]]:
@@ -111,23 +150,18 @@ def runs(dropped: Sequence[int]) -> list[tuple[int, int]]:
 
 def fit_spans(
     model: PreTrainedModel,
-    spans: Sequence[tuple[int, int]],
+    projections: Mapping[tuple[int, int], OutputProjection],
     windows: torch.Tensor,
     batch_size: int,
     autocast: contextlib.AbstractContextManager[None] | None = None,
 ) -> list[SpanFit]:
     """Gather the normal equations of every span (first, last) in one pass over windows (windows, sequence).
 
+    projections: by span, that of the layer before it.
     Memory: one intermediate x intermediate matrix in float64 a span, 1 GB each at a width of 11,008.
     """
     hidden = model.config.hidden_size
-    if windows.numel() < hidden:
-        raise TextError(
-            f"{windows.numel()} calibration tokens cannot fit a projection to a hidden size of {hidden}: "
-            f"give at least {hidden}, better {32 * hidden}"
-        )
-    probe = windows[:2, :PROBE_TOKENS]
-    fits = [_empty_fit(first - 1, last, output_projection(model, first - 1, probe), hidden) for first, last in spans]
+    fits = [_empty_fit(first - 1, last, projection, hidden) for (first, last), projection in projections.items()]
     kept_out: dict[int, torch.Tensor] = {}
     # The projection was found in full precision: in less, what a layer adds is not to be told from what it rounds.
     with (
@@ -147,10 +181,8 @@ def fit_spans(
 
 
 def _empty_fit(kept: int, last: int, projection: OutputProjection, hidden: int) -> SpanFit:
-    weight = projection.module.weight
-    width = weight.numel() // hidden
-    dim = width if projection.module.bias is None else width + 1
-    gram, cross = (torch.zeros(dim, columns, dtype=torch.float64, device=weight.device) for columns in (dim, hidden))
+    dim, device = projection.dim, projection.module.weight.device
+    gram, cross = (torch.zeros(dim, columns, dtype=torch.float64, device=device) for columns in (dim, hidden))
     return SpanFit(kept, last, projection, gram, cross)
 
 

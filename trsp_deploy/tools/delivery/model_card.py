@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from trsp_deploy import __version__
 from trsp_deploy.model_code import model_code
-from trsp_deploy.recipe import Recipe
+from trsp_deploy.recipe import Recipe, shown_name
 from trsp_deploy.results import PrunedCheckpoint
 from trsp_deploy.tools.methods import METHODS
 from trsp_deploy.tools.plan import PruningPlan
@@ -29,6 +29,10 @@ NOT_CARRIED = re.compile(
 )
 LEGAL_FILES = re.compile(r"(?i)(LICEN[CS]E|NOTICE|USE_POLICY|COPYING)(\.\w+)?")
 
+FITTED = {  # in closed form, before the transfer
+    "span": "after the removed spans were folded into the projections before them, ",
+    "layers": "after every kept layer behind the first removed one was refitted, ",
+}
 PLAIN = "It loads with plain `transformers`; no code of trsp_deploy is needed."
 CUSTOM = """Its architecture is code of the base model's, which lies beside the weights:
 {files}.
@@ -51,7 +55,7 @@ TEXT = """---
 
 - Removed layers, as indices of the dense model: {dropped}.
 - Selection: {method}, seed {seed}, calibrated on {calibration}.
-- Transfer: `{form}`, {tokens:,} tokens, learning rate {learning_rate:g}.
+- Transfer: `{form}`, {refit}{tokens:,} tokens, learning rate {learning_rate:g}.
 
 Removing a quarter of a model's layers costs quality: check it on your own task before use.
 """
@@ -103,6 +107,7 @@ def write_model_card(
         seed=plan.seed,
         calibration=shown_name(plan.calibration),
         form=recipe.transfer.form,
+        refit=FITTED.get(result.refit, ""),
         tokens=result.tokens,
         learning_rate=recipe.transfer.learning_rate,
     )
@@ -123,8 +128,3 @@ def _base_card(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError, yaml.YAMLError):
         return {}
     return data
-
-
-def shown_name(origin: str) -> str:
-    """Where a text or a model came from; of a place on this machine its name alone."""
-    return Path(origin).name if Path(origin).is_absolute() else origin

@@ -17,9 +17,8 @@ from pydantic import ValidationError
 
 from trsp_deploy.artifacts import RunFolder, files_below, fingerprint, leaves
 from trsp_deploy.errors import RunError, UserError
-from trsp_deploy.recipe import Strict
+from trsp_deploy.recipe import Strict, shown_name
 from trsp_deploy.results import PrunedCheckpoint
-from trsp_deploy.tools.delivery.model_card import shown_name
 from trsp_deploy.tools.plan import PruningPlan
 from trsp_deploy.tools.reports.record import Report, removal_report
 from trsp_deploy.tools.sources.hub import hub_errors, hub_problem

@@ -102,7 +102,7 @@ def _files(folder: Path) -> dict[str, Path]:
     """The file that holds each stored tensor."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return {key: folder / name for key, name in json.loads(index.read_text())["weight_map"].items()}
+        return {key: folder / name for key, name in json.loads(index.read_bytes())["weight_map"].items()}
     whole = folder / "model.safetensors"
     with safe_open(whole, framework="pt") as file:
         return dict.fromkeys(file.keys(), whole)

@@ -43,8 +43,8 @@ class Activations:
     def joined(self, other: Activations) -> Activations:
         """What both read: a product is quantisable where it is in every text."""
         return Activations(
-            min(self.lowest, other.lowest),
-            max(self.highest, other.highest),
+            float(np.minimum(self.lowest, other.lowest)),  # of nan and a number nan
+            float(np.maximum(self.highest, other.highest)),
             min(self.decibels, other.decibels),
             tuple(one + two for one, two in zip(self.moments, other.moments, strict=True)),
         )

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -25,11 +26,13 @@ class Worker:
 
     def __init__(self, engine: Path, command: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> None:
         self._engine = engine
+        # No pipe: nobody reads it meanwhile, and a full one would stop the worker.
+        self._said = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (closed by `close`)
         self._process = subprocess.Popen(
             command or (sys.executable, "-m", "trsp_deploy.tools.measuring.bench_worker", str(engine)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self._said,
             text=True,
             env={**os.environ, **(environment or {})},
         )
@@ -55,6 +58,7 @@ class Worker:
         """End the process."""
         self._process.kill()
         self._process.communicate()
+        self._said.close()
 
     def pause(self) -> None:
         """Stop the process, spinning threads among it, until `resume`."""
@@ -89,7 +93,7 @@ class Worker:
         return reply
 
     def _died(self) -> EngineUnavailable:
-        assert self._process.stderr is not None
-        last = self._process.stderr.read().strip().splitlines()[-1:] or ["it said nothing"]
         code = self._process.wait()
+        self._said.seek(0)
+        last = self._said.read().strip().splitlines()[-1:] or ["it said nothing"]
         return EngineUnavailable(f"{self._engine}: the measuring process died with code {code} ({last[0]})")

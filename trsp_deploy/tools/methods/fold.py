@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from trsp_deploy.errors import TextError
 from trsp_deploy.tools.closed_form.hidden_states import visit_layers
-from trsp_deploy.tools.closed_form.span import RIDGE, fit_spans, folded, sink_positions
+from trsp_deploy.tools.closed_form.span import RIDGE, fit_spans, folded, projections_before, sink_positions
 from trsp_deploy.tools.gates import LayerGates
 from trsp_deploy.tools.methods.base import Selection, checked_finite, checked_num_layers
 from trsp_deploy.tools.progress import Meter
@@ -40,7 +40,7 @@ def select_span_by_folded_loss(
     distance = checked_finite(span_distances(model, windows, num_dropped, batch_size), "angular distance")
     ranked = sorted(range(1, num_layers - num_dropped + 1), key=lambda first: distance[first - 1])[:SHORTLIST]
     spans = [(first, first + num_dropped - 1) for first in ranked]
-    fits = fit_spans(model, spans, fit_windows, batch_size)
+    fits = fit_spans(model, projections_before(model, spans, fit_windows), fit_windows, batch_size)
     losses: dict[int, float] = {}
     with LayerGates(model) as gates, Meter("fold: trials", len(fits)) as meter:
         for fit in fits:

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from trsp_deploy.artifacts import Provenance
-from trsp_deploy.recipe import Backend, Precision, Recipe, Strict
+from trsp_deploy.recipe import Backend, Precision, Recipe, Strict, shown_name
 from trsp_deploy.results import Parity, Perplexity, PrunedCheckpoint, ZeroShot
 from trsp_deploy.tools.judging.comparisons import ComparisonReport, sentence
 from trsp_deploy.tools.judging.statistics import (
@@ -85,6 +85,8 @@ class RemovalReport(Strict):
     """Perplexity on held-out calibration text around the removal."""
 
     form: str
+    refit: str = ""  # what was fitted in closed form first: span, layers or none; of runs that did not keep it ""
+    unfitted_because: str = ""  # where a fold was asked for by default and cannot be
     trained_tokens: int
     dense_ppl: float
     before_ppl: float
@@ -133,7 +135,7 @@ def model_report(name: str, origin: str, architecture: str, checkpoint: PrunedCh
     """State both shares: 25% of the layers is less than 25% of the parameters."""
     return ModelReport(
         name=name,
-        origin=origin,
+        origin=shown_name(origin),
         architecture=architecture,
         num_layers_dense=checkpoint.num_layers_dense,
         num_layers_pruned=checkpoint.num_layers_pruned,
@@ -149,6 +151,8 @@ def removal_report(checkpoint: PrunedCheckpoint) -> RemovalReport:
     """What the removal did to held-out calibration text."""
     return RemovalReport(
         form=checkpoint.form,
+        refit=checkpoint.refit,
+        unfitted_because=checkpoint.unfitted_because,
         trained_tokens=checkpoint.tokens,
         dense_ppl=checkpoint.ppl_dense,
         before_ppl=checkpoint.ppl_before_removal,
@@ -160,7 +164,7 @@ def quality_report(dense: Perplexity, pruned: Perplexity) -> QualityReport:
     """Pair two models on one text."""
     ratio = perplexity_ratio(dense, pruned)
     return QualityReport(
-        origin=dense.origin,
+        origin=shown_name(dense.origin),
         dense_ppl=dense.ppl,
         pruned_ppl=pruned.ppl,
         ratio=ratio.ratio,

@@ -8,6 +8,8 @@ from trsp_deploy.tools.judging.goals import PHASE_TITLES
 from trsp_deploy.tools.reports.record import ChoicesReport, QualityReport, Report
 from trsp_deploy.tools.triton_server.served import served_notes
 
+FITTED = {"span": " after a fold", "layers": " after a refit"}  # in closed form, before the transfer
+
 
 def choice_rows(found: ChoicesReport) -> list[tuple[str, str, str, str]]:
     """Task, dense, pruned, and what was lost and gained."""
@@ -42,9 +44,12 @@ def model_rows(report: Report) -> list[tuple[str, str]]:
         (
             "perplexity around the removal",
             f"dense {removal.dense_ppl:.2f}, before {removal.before_ppl:.2f}, after {removal.after_ppl:.2f} "
-            f"(held-out calibration text; transfer '{removal.form}', {removal.trained_tokens:,} tokens)",
+            f"(held-out calibration text; transfer '{removal.form}'"
+            f"{FITTED.get(removal.refit, '')}, {removal.trained_tokens:,} tokens)",
         ),
     ]
+    if removal.unfitted_because:
+        rows.append(("not folded", removal.unfitted_because))
     for name, text in report.quality.items():
         rows.append(
             (

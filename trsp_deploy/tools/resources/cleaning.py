@@ -29,7 +29,11 @@ PARTS: dict[str, tuple[str, ...]] = {
     "reports": ("report.html", "report.json", "report.md", "served.json"),
     "plans": ("plans",),  # of a sweep
 }
-LEFTOVERS = ("checkpoints", ".*.partial", "*/.*.partial", "engines/*/.*.partial", "engines/*/*-failed.log")
+LEFTOVERS = (
+    "checkpoints",
+    *(f"{place}.*.{state}" for place in ("", "*/", "engines/*/") for state in ("partial", "former")),  # of a kill
+    "engines/*/*-failed.log",
+)
 
 
 class Removal(Strict):

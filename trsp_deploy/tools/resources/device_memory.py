@@ -180,7 +180,7 @@ def _changes(recipe: Recipe, stage: Stage) -> list[list[str]]:
     smaller = [[f"{group}.batch_size=1"]] if batch > 1 else []
     half = [["weights=bf16"]] if recipe.weights == "fp32" else []
     transfer = recipe.transfer
-    plain = [["transfer.refit=none"]] if stage == "transfer" and transfer.refit != "none" else []
+    plain = [["transfer.refit=none"]] if stage == "transfer" and transfer.closed_form != "none" else []
     if stage == "selection" or transfer.form == "none":
         return smaller + half + plain
     lora = ["transfer.lora_rank=16"] + (["transfer.train=layers"] if transfer.train == "all" else [])

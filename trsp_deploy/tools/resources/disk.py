@@ -189,7 +189,7 @@ def _checkpoint(recipe: Recipe, dense: WeightCounts) -> int:
     if settings.form == "none":
         return 0
     width = TRAINING_DTYPES[recipe.weights].itemsize
-    moves = settings.form == "anneal" and settings.refit != "none"
+    moves = settings.form == "anneal" and settings.closed_form != "none"
     kept_back = sum(dense.layers) if moves and width < 4 else 0  # of weights that move in less than fp32
     if settings.lora_rank is not None:  # adapters are small, and what moves under them is not
         return 2 * width * ((sum(dense.layers) if moves else 0) + kept_back)

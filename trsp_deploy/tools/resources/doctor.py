@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
-import os
 import platform
 import re
 import shutil
@@ -16,9 +15,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
+import psutil
+
 from trsp_deploy.errors import EngineSpecError, EngineUnavailable
 from trsp_deploy.recipe import Backend, EngineSpec, Strict
 from trsp_deploy.tools.exporters import optimum
+from trsp_deploy.tools.host_memory import available_host_bytes
 from trsp_deploy.tools.library import engine_names, load_engine_spec
 from trsp_deploy.tools.runners import BACKENDS, check_can_build, check_can_run
 from trsp_deploy.tools.runners.ort_session import create_session
@@ -216,12 +218,9 @@ def _disk(folder: Path) -> Finding:
 
 
 def _memory() -> Finding:
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    with contextlib.suppress(OSError):
-        # What the kernel could hand out, caches included; the page count above has only what lies idle.
-        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="utf-8"))
-        available = int(found[1]) * 1024 if found else available
+    memory = psutil.virtual_memory()
+    total, within_limits = memory.total, available_host_bytes()  # of a container too
+    available = memory.available if within_limits is None else within_limits
     state: State = "ok" if available >= ENOUGH_MEMORY else "warning"
     return Finding(subject="memory", state=state, detail=f"{available / 1e9:.1f} of {total / 1e9:.1f} GB available")
 

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from trsp_deploy.decoder import build_model, cache_per_token, count_weights, decoder_layers
 from trsp_deploy.recipe import FLOAT_BYTES, Float, Recipe, Strict, parse_drop
+from trsp_deploy.tools.closed_form.span import spans_at_a_time
 from trsp_deploy.tools.methods.fold import SHORTLIST
 from trsp_deploy.tools.resources.rehearsal import (
     Rehearsal,
@@ -165,13 +166,14 @@ class MemoryEstimate:
         moments = [self._measuring(recipe, settings.batch_size, **held)]
         if recipe.calibration.self_generated:
             moments.append(self._writing(recipe))
-        if settings.refit == "span":
-            fold = self._fold("fold", recipe, settings.batch_size, self._spans(recipe), **held)
+        if settings.closed_form == "span":
+            together = min(self._spans(recipe), spans_at_a_time(self._fold_dim, self.config.hidden_size))
+            fold = self._fold("fold", recipe, settings.batch_size, together, **held)
             dense = sum(self.counts.layers) * self._width(recipe) if settings.form == "anneal" else 0  # kept meanwhile
             moments.append(fold.model_copy(update={"refit_bytes": fold.refit_bytes + dense}))
-        if settings.refit == "layers":
+        if settings.closed_form == "layers":
             moments.append(self._refit(recipe, **held))
-        if settings.refit != "none" and settings.form == "anneal":
+        if settings.closed_form != "none" and settings.form == "anneal":
             copies = sum(self.counts.layers) * self._width(recipe) + self._moves_bytes(recipe)
             moments.append(Moment(name="refitted weights beside the dense", refit_bytes=copies, **held))
         if settings.form != "none":
@@ -255,15 +257,20 @@ class MemoryEstimate:
     # -- both ----------------------------------------------------------------------------------------------------------
 
     def _fold(self, name: str, recipe: Recipe, batch_size: int, spans: int, **held: int) -> Moment:
-        """Normal equations of each span, (dim x dim) and (dim x hidden), and what solving or filling one takes."""
-        hidden = self.config.hidden_size
-        dim = max(inputs + bias for inputs, outputs, bias in self._linear if outputs == hidden)
+        """Normal equations of spans, (dim x dim) and (dim x hidden), and what solving or filling one takes."""
+        hidden, dim = self.config.hidden_size, self._fold_dim
         tokens = batch_size * recipe.calibration.context_length
         filling = dim * dim + tokens * (3 * dim + 4 * hidden)  # a batch's own product, its features and its residual
         solving = 2 * dim * dim + 2 * dim * hidden
         equations = spans * dim * (dim + hidden) + max(filling, solving)
         step = self._rehearsed(recipe, batch_size, measuring_step)
         return Moment(name=name, activations_bytes=step.forward_bytes, refit_bytes=DOUBLE * equations, **held)
+
+    @property
+    def _fold_dim(self) -> int:
+        """Most features that a fold is fitted to."""
+        hidden = self.config.hidden_size
+        return max((inputs + bias for inputs, outputs, bias in self._linear if outputs == hidden), default=hidden)
 
     def _refit(self, recipe: Recipe, **held: int) -> Moment:
         """Normal equations of a group of modules, twice, and solving them; on a CPU the states of all windows too."""
@@ -278,11 +285,11 @@ class MemoryEstimate:
     def _moves_bytes(self, recipe: Recipe) -> int:
         """What annealing a refit holds: the way from the dense to the refitted weights, of all that was refitted."""
         settings = recipe.transfer
-        if settings.refit == "none" or settings.form != "anneal":
+        if settings.closed_form == "none" or settings.form != "anneal":
             return 0
         folded = self._spans(recipe) * max(inputs * outputs for inputs, outputs, _ in self._linear)
         held = 1 if self._width(recipe) == FLOAT_BYTES["fp32"] else 2  # what rounding keeps back, too
-        return held * (sum(self.counts.layers) if settings.refit == "layers" else folded) * self._width(recipe)
+        return held * (sum(self.counts.layers) if settings.closed_form == "layers" else folded) * self._width(recipe)
 
     def _spans(self, recipe: Recipe) -> int:
         """Runs of layers that go; before they are chosen, the most there can be."""

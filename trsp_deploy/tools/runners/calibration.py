@@ -14,7 +14,7 @@ from trsp_deploy.tools.runners.ort import OrtRunner
 
 TOKENS = 256  # of a text that is made up
 INT4_TEXTS = 8  # to round weights to 4 bits by; more gain little (docs/log.md). Everything else is seen in one
-POSITION_KEYS = ("max_position_embeddings", "n_positions", "n_ctx")  # in config.json, by family
+POSITION_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")  # by family
 
 
 def read_text(
@@ -71,7 +71,7 @@ def max_positions(exported: Path) -> int:
 
     config = exported.with_name("config.json")
     values = read_json(config, ModelError) if config.is_file() else {}
-    found = next((values[key] for key in POSITION_KEYS if key in values), None)
+    found = next((values[key] for key in POSITION_KEYS if values.get(key)), None)
     if not isinstance(found, int):
         raise NoMatch(f"no config.json beside {exported} says how long a text may be")
     return found

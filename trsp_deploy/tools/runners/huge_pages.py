@@ -39,7 +39,7 @@ def in_huge_pages() -> Iterator[None]:
 def _anonymous() -> list[tuple[int, int]]:
     """First and last address of every region of this process that belongs to no file."""
     try:
-        maps = Path("/proc/self/maps").read_text()
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return []
     return [(int(start, 16), int(end, 16)) for start, end in ANONYMOUS.findall(maps)]

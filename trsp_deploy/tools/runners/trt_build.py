@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from trsp_deploy.artifacts import writing
-from trsp_deploy.errors import EngineSpecError, EngineUnavailable, ModelError, nearest
+from trsp_deploy.errors import EngineSpecError, EngineUnavailable, ModelError, StorageError, nearest
 from trsp_deploy.reading import read_json
 from trsp_deploy.recipe import EngineSpec, ShapeProfile
 from trsp_deploy.tools.graphs import decoder_io
@@ -82,12 +82,18 @@ def build(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.ndarray | 
         config = _configure(trt, builder, spec)
         for profile in spec.profiles:
             config.add_optimization_profile(_optimisation_profile(builder, inputs, profile))
-        timings = _use_timings(config, spec)
+        timings = _use_timings(config, spec, log)
         engine = made(log, f"cannot build {onnx}", lambda: builder.build_serialized_network(network, config))
         (folder / ENGINE).write_bytes(memoryview(engine))
         if timings is not None:
-            with writing(timings) as partial:
-                partial.write_bytes(memoryview(config.get_timing_cache().serialize()))
+            try:
+                with writing(timings) as partial:
+                    partial.write_bytes(memoryview(config.get_timing_cache().serialize()))
+            except (
+                OSError,
+                StorageError,
+            ) as problem:  # all that is lost is time of the next build
+                log.log(trt.ILogger.WARNING, f"timings are not kept: {problem}")
         if graph != onnx:
             for file in sorted(graph.parent.glob(f"{graph.name}*")):  # external data is found by its name
                 shutil.move(file, folder / file.name)
@@ -239,7 +245,7 @@ def _configure(trt: ModuleType, builder: Any, spec: EngineSpec) -> Any:
     return config
 
 
-def _use_timings(config: Any, spec: EngineSpec) -> Path | None:
+def _use_timings(config: Any, spec: EngineSpec, log: Any) -> Path | None:
     """Let the build know how long kernels took in earlier ones; returns the file for what it learns.
 
     TensorRT-RTX times nothing while it builds. One file serves all models of a GPU and a version; a stale or damaged
@@ -250,7 +256,11 @@ def _use_timings(config: Any, spec: EngineSpec) -> Path | None:
     package, device = load_package(spec.backend), cuda_devices()[0]
     name = f"tensorrt-{package.__version__}-{device.compute_capability}-{device.name.replace(' ', '-')}"
     path = home() / "timing-caches" / f"{name}.bin"
-    known = path.read_bytes() if path.is_file() else b""
+    try:
+        known = path.read_bytes() if path.is_file() else b""
+    except OSError as problem:
+        log.log(package.ILogger.WARNING, f"timings of earlier builds are not used: {problem}")
+        known = b""
     if not config.set_timing_cache(config.create_timing_cache(known), False):
         config.set_timing_cache(config.create_timing_cache(b""), False)
     return path

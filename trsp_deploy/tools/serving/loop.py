@@ -26,7 +26,9 @@ from trsp_deploy.tools.serving.text import TextStream
 JOINS = 8  # prompts read between two steps, so that those who are answered already do not wait for all who come
 # Whatever may go wrong with one request; a panic of the tokenizers' Rust is no Exception.
 ANYTHING = BaseException
+STOPPING = "the server is stopping"
 Finish = Literal["length", "end", "stop", "cancelled", "error"]
+Fault = Literal["request", "engine", "stopping"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Answer:
     tokens: int  # new ones so far
     finish: Finish | None = None
     error: str | None = None
+    fault: Fault = "request"  # whose the error is
 
 
 @dataclass(frozen=True)
@@ -113,11 +116,11 @@ class ServingLoop:
             if self._running:
                 self._step()
         for row in list(self._running):
-            self._finish(row, "error", "the server is stopping")
+            self._finish(row, "error", STOPPING, "stopping")
         while not self._waiting.empty():
             ticket = self._waiting.get()
             if ticket is not None:
-                ticket.send(Answer("", 0, "error", "the server is stopping"))
+                ticket.send(Answer("", 0, "error", STOPPING, "stopping"))
 
     def _admit(self) -> None:
         """Let in who waits while there is room; with nobody running, wait for someone."""
@@ -137,7 +140,8 @@ class ServingLoop:
             try:
                 self._join(ticket)
             except ANYTHING as problem:
-                ticket.send(Answer("", 0, "error", _line(problem)))
+                fault: Fault = "request" if isinstance(problem, RequestError) else "engine"
+                ticket.send(Answer("", 0, "error", _line(problem), fault))
 
     def _join(self, ticket: Ticket) -> None:
         request = ticket.request
@@ -203,7 +207,7 @@ class ServingLoop:
             running.ticket.send(Answer(running.text, len(running.tokens)))
             running.text = ""
 
-    def _finish(self, row: int, finish: Finish, error: str | None = None) -> None:
+    def _finish(self, row: int, finish: Finish, error: str | None = None, fault: Fault = "engine") -> None:
         running = self._running.pop(row)
         text = running.text
         try:
@@ -212,7 +216,7 @@ class ServingLoop:
                 text += running.stream.end()
         except ANYTHING as problem:
             finish, error = "error", error or _line(problem)
-        running.ticket.send(Answer(text, len(running.tokens), finish, error))
+        running.ticket.send(Answer(text, len(running.tokens), finish, error, fault))
 
 
 def _cancelled(ticket: Ticket) -> bool:

@@ -122,7 +122,9 @@ class Outbox:
 
 def _send(sender: Any, answer: Answer) -> None:
     if answer.finish == "error":
-        _fail(sender, answer.error or "unknown")
+        errors = pb_utils.TritonError
+        codes = {"request": errors.INVALID_ARG, "engine": errors.INTERNAL, "stopping": errors.UNAVAILABLE}
+        _fail(sender, answer.error or "unknown", codes[answer.fault])
     elif answer.finish == "cancelled":
         _fail(sender, "cancelled", pb_utils.TritonError.CANCELLED)
     else:

@@ -21,6 +21,7 @@ from trsp_deploy.tools.sources.hub import hub_errors, hub_problem
 from trsp_deploy.tools.sources.model_folders import PYTORCH_BINS, check_decoder_only, check_folder
 from trsp_deploy.tools.sources.models import COMPANIONS, conversions
 from trsp_deploy.tools.sources.names import HUB_ID, SHORT_NAMES
+from trsp_deploy.tools.sources.packaged import alone
 
 
 def convert(name: str, out: Path | None, progress: Callable[[str], None]) -> Path:
@@ -35,10 +36,17 @@ def convert(name: str, out: Path | None, progress: Callable[[str], None]) -> Pat
     if out is None and user_path(name).is_dir():
         raise ModelError(f"model '{name}': is a folder; name one for its safetensors with --out DIR")
     folder = _source(name, progress)
-    if out is None:
-        out = conversions(SHORT_NAMES.get(name, name)) / folder.name  # the commit
-        if out.is_dir():
-            return out
+    if out is not None:
+        _write(folder, name, out, progress)
+        return out
+    out = conversions(SHORT_NAMES.get(name, name)) / folder.name  # the commit
+    with alone(out.with_name(f".{out.name}.lock")):
+        if not out.is_dir():
+            _write(folder, name, out, progress)
+    return out
+
+
+def _write(folder: Path, name: str, out: Path, progress: Callable[[str], None]) -> None:
     shards = sorted(path for path in folder.iterdir() if PYTORCH_BINS.fullmatch(path.name) and path.suffix == ".bin")
     if not shards:
         raise ModelError(f"model '{name}': has no pytorch_model.bin to convert")
@@ -56,7 +64,6 @@ def convert(name: str, out: Path | None, progress: Callable[[str], None]) -> Pat
         _check_whole(folder, weights)
         _save(weights, partial)
         check_folder(partial)
-    return out
 
 
 def _source(name: str, progress: Callable[[str], None]) -> Path:

@@ -50,6 +50,8 @@ class Checkpoints:
                     return None
             # weights_only: the file can hold data, never code.
             saved = torch.load(self._path, map_location="cpu", weights_only=True)
+        except (PermissionError, MemoryError):  # it may be whole, and is not to be overwritten
+            raise
         except Exception:  # none there, or of a damaged file: zipfile, torch and pickle have a dozen between them
             return None
         known = isinstance(saved, dict) and saved.get("key") == self._key

@@ -18,10 +18,10 @@ import torch
 from transformers import PreTrainedModel
 
 from trsp_deploy.decoder import decoder_layers
-from trsp_deploy.errors import RecipeError
+from trsp_deploy.errors import ModelError, RecipeError, TextError
 from trsp_deploy.recipe import TransferSettings
 from trsp_deploy.tools.closed_form.layers import refit_kept_layers
-from trsp_deploy.tools.closed_form.span import fold_dropped_layers
+from trsp_deploy.tools.closed_form.span import fold_dropped_layers, foldable_spans
 from trsp_deploy.tools.gates import LayerGates
 from trsp_deploy.tools.training.processes import Processes
 
@@ -44,6 +44,8 @@ class Form:
         self.doomed = list(doomed)
         self.settings = settings
         self.processes = processes
+        self.fitted: str = settings.closed_form  # in closed form
+        self.unfitted_because = ""  # where `auto` asked for a fold that cannot be
 
     def prepare(self, windows: torch.Tensor, autocast: AbstractContextManager[None], resumed: bool = False) -> None:
         """Once, on the dense model, before anything trains; windows: (windows, sequence) int64.
@@ -51,18 +53,26 @@ class Form:
         autocast: what the training runs in. resumed: whether a checkpoint's weights are put back afterwards. What they
         do not hold is worked out again then, so the result must not vary.
         """
+        if self.settings.refit == "auto" and self.fitted == "span":
+            self._look_before_folding(windows)
         # Without adapters every weight of the layers trains, so the checkpoint holds whatever the refit wrote.
         if not resumed or self.settings.lora_rank is not None:
             self.refit(windows, autocast)
-        if self.settings.refit != "none" or self.closes_first:
+        if self.fitted != "none" or self.closes_first:
             self.gates.closed.update(self.doomed)
 
     def refit(self, windows: torch.Tensor, autocast: AbstractContextManager[None]) -> None:
         """Fit what is kept to what goes, as the settings ask for."""
-        if self.settings.refit == "span":
+        if self.fitted == "span":
             fold_dropped_layers(self.model, self.doomed, windows, self.settings.batch_size, autocast=autocast)
-        elif self.settings.refit == "layers":
+        elif self.fitted == "layers":
             refit_kept_layers(self.model, self.doomed, windows, self.settings.batch_size, autocast)
+
+    def _look_before_folding(self, windows: torch.Tensor) -> None:
+        try:
+            foldable_spans(self.model, self.doomed, windows)
+        except (ModelError, TextError) as problem:
+            self.fitted, self.unfitted_because = "none", str(problem)
 
     def before_step(self, step: int) -> None:
         """Set everything that changes over the steps; it must follow from `step` alone, for runs that are resumed."""
@@ -97,12 +107,12 @@ class Anneal(Form):
 
     def prepare(self, windows: torch.Tensor, autocast: AbstractContextManager[None], resumed: bool = False) -> None:
         """Work out the refit and put the dense weights back; a resumed training needs the moves too."""
-        if self.settings.refit == "none":
+        if self.fitted == "none":
             return
         if self.processes.sharded:
             raise RecipeError(
-                "transfer.refit 'layers' with transfer.form 'anneal' moves whole weights at every step, and under FSDP "
-                "they are in pieces; valid: transfer.form train, or a run without FSDP"
+                f"transfer.refit '{self.fitted}' with transfer.form 'anneal' moves whole weights at every step, which "
+                "under FSDP are in pieces; valid: transfer.form train, or a run without FSDP"
             )
         dense = [(weight, weight.detach().clone()) for weight in decoder_layers(self.model).parameters()]
         self.refit(windows, autocast)

@@ -55,7 +55,7 @@ class LoadGenerator:
         """
         with tempfile.TemporaryDirectory(prefix="trsp-load-") as scratch:
             data, found = Path(scratch) / "prompts.json", Path(scratch) / "found.json"
-            data.write_text(json.dumps({"data": [_inputs(prompt, new_tokens) for prompt in prompts]}))
+            data.write_text(json.dumps({"data": [_inputs(prompt, new_tokens) for prompt in prompts]}), encoding="utf-8")
             command: list[str | Path] = [self.program, "-m", model, "-u", grpc, "-i", "grpc", "--streaming"]
             command += ["--input-data", data, "--concurrency-range", str(concurrency)]
             command += ["--measurement-interval", str(math.ceil(1e3 * seconds / TRIALS)), "--max-trials", str(TRIALS)]
@@ -68,7 +68,7 @@ class LoadGenerator:
                 raise RunError(
                     f"{model} on {grpc}: {PROGRAM} measured nothing ({said[-1] if said else done.returncode})"
                 )
-            (experiment,) = json.loads(found.read_text())["experiments"]
+            (experiment,) = json.loads(found.read_bytes())["experiments"]
         return tuple(
             _request(request, experiment["window_boundaries"][0], new_tokens, f"{model} on {grpc}")
             for request in sorted(experiment["requests"], key=lambda request: request["timestamp"])

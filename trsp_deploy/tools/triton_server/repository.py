@@ -45,8 +45,15 @@ class RepositoryManifest(Strict):
 
     @property
     def texts(self) -> dict[Role, ServedModel]:
-        """The models that text is asked of."""
-        return {model.role: model for model in self.models if model.serves == "text"}
+        """The models that text is asked of; raises RunError where two have one role and cannot be told apart."""
+        found: dict[Role, ServedModel] = {}
+        for model in self.models:
+            if model.serves == "text" and found.setdefault(model.role, model) is not model:
+                raise RunError(
+                    f"'{found[model.role].name}' and '{model.name}' are both {model.role}: a comparison is of one "
+                    "dense and one pruned model; write them to a repository of their own"
+                )
+        return found
 
 
 def read_repository(folder: Path) -> RepositoryManifest:
