@@ -12,8 +12,9 @@ from pathlib import Path
 from pydantic import Field
 
 from trsp_deploy.artifacts import Provenance, provenance, write_json
-from trsp_deploy.errors import EngineUnavailable, RecipeError, RunError
+from trsp_deploy.errors import EngineUnavailable, RecipeError, RunError, nearest
 from trsp_deploy.pipeline import Pipeline
+from trsp_deploy.pipeline.engines import why_not
 from trsp_deploy.recipe import BenchSettings, EngineSpec, Positive, Strict
 from trsp_deploy.results import Comparison, Phase
 from trsp_deploy.stages import bench
@@ -24,16 +25,21 @@ from trsp_deploy.tools.judging.verdicts import Outcome, Requirement, Word, judge
 from trsp_deploy.tools.reports.baselines import (
     SCHEMA_VERSION,
     Baseline,
+    Cut,
     EngineBaseline,
     check_machine,
+    check_model,
     engine_baseline,
     engine_of,
     other_versions,
     read_baseline,
     this_machine,
+    too_few_replicates,
 )
 from trsp_deploy.tools.reports.record import ChoicesReport, QualityReport
+from trsp_deploy.tools.runners import check_can_build, check_can_run
 
+CHECK_VERSION = 1  # of `check.json`
 SHAPES = ("batch_sizes", "prompt_tokens", "new_tokens")  # settings of a measurement that a baseline decides
 
 
@@ -51,14 +57,21 @@ class Tolerances(Strict):
         """Whether a baseline is needed."""
         return self.max_latency_regression is not None or self.max_speedup_loss is not None
 
+    @property
+    def timed(self) -> bool:
+        """Whether anything is required of times, and not of quality alone."""
+        return bool(self.min_speedup) or self.relative
+
 
 class Check(Strict):
     """`check.json`: the verdict and what it rests on."""
 
+    schema_version: int
     verdict: Word
     engine: str
     outcomes: tuple[Outcome, ...]
     comparison: ComparisonReport
+    samples: Comparison  # raw, that `comparison` is derived from
     quality: dict[str, QualityReport]
     choices: ChoicesReport | None
     notes: tuple[str, ...]
@@ -87,11 +100,14 @@ def check_run(
     baseline = None if against is None else read_baseline(against)
     if baseline is not None and against is not None and tolerances.max_latency_regression is not None:
         check_machine(baseline, against, "--max-latency-regression")
+    # What needs no engine to be told is told before any is built.
+    _check_asked(job, tolerances)
+    _check_engine(job, engine)
+    job.inputs.check_bench(_shaped(settings, _part(baseline, against, _expected(job, engine))))
+    said = [] if baseline is None or against is None else check_model(baseline, against, cut_of(job))
     spec = runnable(job, engine)
-    before = None if baseline is None or against is None else engine_of(baseline, spec.name, against)
-    if before is not None:
-        shapes = {name: getattr(before.settings, name) for name in SHAPES}
-        settings = settings.model_copy(update=shapes)
+    before = _part(baseline, against, spec.name)
+    settings = _shaped(settings, before)
     job.proof.check_engines()  # what does not compute what was trained has no speed worth checking
     # Quality first: it is quick where it is known, and may end the job with an error.
     quality, choices = job.proof.engine_quality(spec), job.proof.engine_choices(spec)
@@ -99,18 +115,44 @@ def check_run(
     comparison, goals = _measure(job, spec, tolerances, before, settings)
     derived = bench.derive(*job.engines.pair(spec), comparison)
     outcomes = [goal.outcome(comparison.replicates) for goal in goals] + _quality(quality, choices, tolerances)
-    said = notes(derived) + ([] if baseline is None else other_versions(baseline))
+    said += [] if baseline is None else other_versions(baseline)
+    said += [] if before is None else too_few_replicates(before)
     return Check(
+        schema_version=CHECK_VERSION,
         verdict=worst(outcome.word for outcome in outcomes),
         engine=spec.name,
         outcomes=tuple(outcomes),
         comparison=derived,
+        samples=comparison,
         quality=quality,
         choices=choices,
-        notes=tuple(said),
+        notes=(*notes(derived), *said),
         tolerances=tolerances,
         provenance=provenance(),
     )
+
+
+def _part(baseline: Baseline | None, against: Path | None, name: str) -> EngineBaseline | None:
+    """A baseline's part of an engine; None without a baseline."""
+    return None if baseline is None or against is None else engine_of(baseline, name, against)
+
+
+def _shaped(settings: BenchSettings, before: EngineBaseline | None) -> BenchSettings:
+    """The settings at a baseline's shapes."""
+    if before is None:
+        return settings
+    return settings.model_copy(update={name: getattr(before.settings, name) for name in SHAPES})
+
+
+def _check_asked(job: Pipeline, tolerances: Tolerances) -> None:
+    """Raise RecipeError when something required has nothing that it could be measured on."""
+    if tolerances.max_ppl_ratio is not None and not job.recipe.evaluation:
+        raise RecipeError(
+            "check: a limit of perplexity needs texts, and the run's recipe has none (`evaluation`); give some with "
+            "`trsp-deploy evaluate RUN --eval NAME=TEXTS`"
+        )
+    if tolerances.min_accuracy_retained is not None and not job.recipe.evaluate.tasks:
+        raise RecipeError("check: --min-accuracy-retained needs tasks; give some with --task, such as --task piqa")
 
 
 def _check_judgeable(
@@ -124,14 +166,10 @@ def _check_judgeable(
     if spec.name in job.proof.failed:
         raise RunError(f"check: {spec.name} {job.proof.failed[spec.name]}")
     texts, tasks = job.recipe.evaluation, job.recipe.evaluate.tasks
-    if tolerances.max_ppl_ratio is not None:
-        if not texts:
-            raise RecipeError("check: a limit of perplexity needs texts, and the run's recipe has none (`evaluation`)")
-        if missing := [name for name in texts if name not in quality]:
-            raise RunError(f"check: {spec.name} has no perplexity on {', '.join(missing)}, and it is to be judged")
+    missing = [name for name in texts if name not in quality]
+    if tolerances.max_ppl_ratio is not None and missing:
+        raise RunError(f"check: {spec.name} has no perplexity on {', '.join(missing)}, and it is to be judged")
     if tolerances.min_accuracy_retained is not None and choices is None:
-        if not tasks:
-            raise RecipeError("check: --min-accuracy-retained needs tasks; give some with --task, such as --task piqa")
         raise RunError(f"check: {spec.name} has no accuracy on {', '.join(tasks)}, and it is to be judged")
 
 
@@ -145,8 +183,6 @@ def _measure(
         goals.append(most_latency("total", share, "--max-latency-regression", before.latency))
     if before is not None and tolerances.max_speedup_loss is not None:
         goals.append(most_speedup_lost("total", tolerances.max_speedup_loss, "--max-speedup-loss", before.speedup))
-    if not goals:  # quality alone is judged; the speed-up is still worth a look
-        settings = settings.model_copy(update={"budget_s": min(settings.budget_s, 30.0)})
     dense, pruned = job.engines.pair(spec)
     return bench.compare_engines(dense, pruned, spec.name, settings, job.recipe.seed, goals), goals
 
@@ -178,11 +214,34 @@ def _quality(quality: dict[str, QualityReport], choices: ChoicesReport | None, t
     ]
 
 
+def cut_of(job: Pipeline) -> Cut:
+    """What the run has done to which model."""
+    layers = job.inputs.num_layers()
+    kept = layers - len(job.pruning.plan().dropped)
+    return Cut(name=job.recipe.public.model, num_layers_dense=layers, num_layers_pruned=kept)
+
+
+def _check_engine(job: Pipeline, engine: str | None) -> None:
+    """Raise RunError for a name that none of the run's engines has."""
+    names = [spec.name for spec in job.engines.specs]
+    if engine is not None and engine not in names:
+        hint = nearest(engine, names)
+        raise RunError(f"{job.run.path}: has no engine '{engine}'{hint}; its recipe has {', '.join(names)}")
+
+
+def _expected(job: Pipeline, engine: str | None) -> str:
+    """The engine that will be checked, as far as it can be told before any is built."""
+    specs = job.engines.specs
+    able = (
+        spec.name for spec in specs if all(why_not(asked, spec) is None for asked in (check_can_build, check_can_run))
+    )
+    return engine or next(able, specs[0].name)
+
+
 def runnable(job: Pipeline, engine: str | None) -> EngineSpec:
     """The engine to check: the one named, or the run's first that runs here. Raises RunError when there is none."""
+    _check_engine(job, engine)  # before any is built
     outcomes = {outcome.spec.name: outcome for outcome in job.engines.build()}
-    if engine is not None and engine not in outcomes:
-        raise RunError(f"{job.run.path}: has no engine '{engine}'; its recipe has {', '.join(outcomes)}")
     wanted = list(outcomes.values()) if engine is None else [outcomes[engine]]
     running = [outcome.spec for outcome in wanted if outcome.reason is None]
     if not running:
@@ -196,6 +255,7 @@ def make_baseline(job: Pipeline, engine: str | None, settings: BenchSettings, ou
 
     An engine that cannot be measured is said and left out. Raises RunError when none is left, or it is the one named.
     """
+    job.inputs.check_bench(settings)
     first = runnable(job, engine)
     others = [spec for spec in job.engines.specs if spec != first and job.engines.engine(spec).reason is None]
     job.proof.check_engines()  # what does not compute what was trained is nothing to hold others against
@@ -212,6 +272,12 @@ def make_baseline(job: Pipeline, engine: str | None, settings: BenchSettings, ou
         found[spec.name] = engine_baseline(comparison, job.proof.engine_quality(spec))
     if not found:
         raise RunError(f"{job.run.path}: no baseline ({'; '.join(f'{name} {why}' for name, why in lacking.items())})")
-    baseline = Baseline(schema_version=SCHEMA_VERSION, machine=this_machine(), engines=found, provenance=provenance())
+    baseline = Baseline(
+        schema_version=SCHEMA_VERSION,
+        machine=this_machine(),
+        model=cut_of(job),
+        engines=found,
+        provenance=provenance(),
+    )
     write_json(out, baseline)
     return baseline

@@ -52,6 +52,7 @@ class OnnxModel(Strict):
     folder: RelativePath  # below the run folder; holds model.onnx
     size_bytes: int  # graph and external data
     external_data: tuple[RelativePath, ...]  # files beside the graph; a protobuf file ends at 2 GB
+    exporter: str = ""  # that made it; empty in records of earlier code
 
 
 class Parity(Strict):

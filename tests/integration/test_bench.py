@@ -85,6 +85,20 @@ def test_a_worker_that_dies_says_how(onnx: Path, tmp_path: Path) -> None:
         measuring.measure({"dense": tmp_path, "pruned": tmp_path}, "e", 384, settings(), seed=0)
 
 
+def test_a_worker_that_says_much_is_not_stopped_by_it(onnx: Path) -> None:
+    """A pipe that nobody reads holds 64 kB; then whoever writes to it waits for ever."""
+    talk = (
+        "import sys; print('word ' * 100_000, file=sys.stderr); input(); print('{}', flush=True); sys.exit('the last')"
+    )
+    worker = Worker(onnx, (sys.executable, "-c", talk))
+    try:
+        assert worker.ask({}) == {}
+        with pytest.raises(EngineUnavailable, match=r"died with code 1 \(the last\)"):
+            worker.ask({})
+    finally:
+        worker.close()
+
+
 def speak(engine: Path, lines: list[dict[str, object]], **environment: str) -> tuple[int, list[dict[str, Any]]]:
     """A measuring process spoken to by hand until its stdin ends: exit code and replies."""
     command = [sys.executable, "-m", "trsp_deploy.tools.measuring.bench_worker", str(engine)]

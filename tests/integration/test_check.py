@@ -21,8 +21,10 @@ import yaml
 from tests.samples import made_up
 from tests.tiny import english, save_tiny
 from trsp_deploy import checks, cli
+from trsp_deploy.cli import check_jobs
 from trsp_deploy.errors import EngineUnavailable, RunError, UserError
 from trsp_deploy.pipeline.proof import Proof
+from trsp_deploy.recipe import BenchSettings
 from trsp_deploy.stages.bench import find_pair, label_of
 from trsp_deploy.tools.measuring.subjects import Subject
 
@@ -89,7 +91,12 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def baseline(workspace: Path) -> Path:
     done = trsp_deploy("baseline", "run", "--out", "baseline.json", "--budget", "4", "--json", cwd=workspace)
     assert done.code == 0, done.said
-    assert json.loads(done.stdout)["engines"] == ["ort-cpu-fp32"]
+    made = json.loads(done.stdout)
+    assert made["engines"] == ["ort-cpu-fp32"] and made["replicates"]["ort-cpu-fp32"] >= 2
+    assert (
+        made["speedup"]["ort-cpu-fp32"][0]["ratio"] > 1
+        and "ort-cpu-fp32: end to end, batch 1, prompt 16: " in done.stderr
+    )
     return workspace / "baseline.json"
 
 
@@ -104,6 +111,8 @@ def test_a_speedup_that_is_there_passes(workspace: Path, tmp_path: Path) -> None
     assert (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == ("2", "0", "0")
     kept = json.loads((tmp_path / "check.json").read_text())
     assert kept["comparison"]["replicates"] >= 5 and kept["provenance"]["cpu"]
+    assert kept["schema_version"] == found["schema_version"] == 1
+    assert len(kept["samples"]["replicates"]) == kept["comparison"]["replicates"] and "samples" not in found
 
 
 def test_a_requirement_missed_fails_with_2_and_tells_github(workspace: Path, tmp_path: Path) -> None:
@@ -125,6 +134,69 @@ def test_what_is_not_decided_in_the_budget_is_3(workspace: Path, tmp_path: Path)
     assert ElementTree.parse(tmp_path / "check.xml").find(".//skipped") is not None
 
 
+def test_a_summary_that_cannot_be_written_changes_no_verdict(workspace: Path) -> None:
+    github = {"GITHUB_ACTIONS": "true", "GITHUB_STEP_SUMMARY": "/proc/nowhere/summary.md"}
+    limits = ["--min-speedup", "1.05", "--budget", "1", "--set", "replicates=2"]
+    done = trsp_deploy("check", "run", *limits, "--json", cwd=workspace, **github)
+    assert done.code == 3 and json.loads(done.stdout)["verdict"] == "inconclusive", done.said
+    assert "warning: GITHUB_STEP_SUMMARY /proc/nowhere/summary.md: no summary is written" in done.stderr
+    assert "::warning title=trsp-deploy check::" in done.stderr
+
+
+def test_a_reader_that_left_changes_no_verdict(workspace: Path, tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    limits = ["--min-speedup", "1.05", "--budget", "1", "--set", "replicates=2", "--junit", str(tmp_path / "check.xml")]
+    with os.fdopen(writer, "w") as gone, contextlib.chdir(workspace), contextlib.redirect_stdout(gone):
+        assert cli.run(["check", "run", *limits]) == 3
+    assert ElementTree.parse(tmp_path / "check.xml").find(".//skipped") is not None
+
+
+def test_an_error_takes_the_place_of_an_earlier_verdict(workspace: Path, tmp_path: Path) -> None:
+    junit = tmp_path / "check.xml"
+    junit.write_text("<testsuites/>")
+    options = ["--min-speedup", "1.05", "--engine", "ort-cpu-fp3", "--junit", str(junit)]
+    done = trsp_deploy("check", "run", *options, cwd=workspace, GITHUB_ACTIONS="true")
+    assert done.code == 1, done.said
+    line = "run: has no engine 'ort-cpu-fp3'; did you mean 'ort-cpu-fp32'?; its recipe has ort-cpu-fp32"
+    assert done.stdout == f"::error title=trsp-deploy check::{line}\n"
+    assert done.stderr.splitlines()[-1] == f"error: {line}"
+    suite = ElementTree.parse(junit).getroot()
+    error = suite.find("./testsuite/testcase/error")
+    assert suite.get("errors") == "1" and error is not None and error.get("message") == line
+
+
+@pytest.mark.parametrize("command", ["bench", "check", "baseline", "compare"])
+def test_a_prompt_beyond_the_models_positions_is_refused_before_work(
+    workspace: Path, baseline: Path, tmp_path: Path, command: str
+) -> None:
+    before = (workspace / "run" / "recipe.yaml").read_bytes()
+    key = "bench.prompt_tokens" if command == "bench" else "prompt_tokens"
+    more = {"check": ["--min-speedup", "1"], "baseline": ["--out", str(tmp_path / "b.json")]}.get(command, [])
+    done = trsp_deploy(command, "run", "--set", f"{key}=[16,253]", *more, cwd=workspace)
+    assert done.code == 1 and "has 256 positions; valid: 256 or fewer of both together" in done.stderr, done.said
+    assert "prompt_tokens 253 and new_tokens " in done.stderr.splitlines()[-1]
+    assert (workspace / "run" / "recipe.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "seconds"), [([], 12.0), (["--budget", "77"], 77.0), (["--set", "budget_s=78"], 78.0)]
+)
+def test_quality_alone_takes_the_budget_that_it_is_given(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], seconds: float
+) -> None:
+    def caught(job: Any, tolerances: Any, against: Any, engine: Any, settings: Any) -> Any:
+        raise RunError(f"seconds: {settings.budget_s}")
+
+    monkeypatch.setattr(checks, "check_run", caught)
+    monkeypatch.setattr(check_jobs, "QUALITY_ALONE_S", 12.5)
+    done = trsp_deploy("check", "run", "--max-ppl-ratio", "9", *options, cwd=workspace)
+    assert f"seconds: {seconds}" in done.stderr
+    monkeypatch.setattr(check_jobs, "QUALITY_ALONE_S", 10.0)
+    done = trsp_deploy("check", "run", "--max-ppl-ratio", "9", *options, cwd=workspace)
+    assert f"seconds: {seconds if options else 10.0}" in done.stderr
+
+
 def unsealed(baseline: Path) -> dict[str, Any]:
     """A baseline's values without the seal, so that they can be changed."""
     values: dict[str, Any] = json.loads(baseline.read_text())
@@ -138,6 +210,30 @@ def test_a_baseline_with_another_figure_is_refused(workspace: Path, baseline: Pa
     changed.write_text(json.dumps(values))
     done = trsp_deploy("check", "run", "--against", str(changed), "--max-speedup-loss", "3%", cwd=workspace)
     assert done.code == 1 and "changed.json: is not what was written (its SHA-256 is another)" in done.stderr, done.said
+    assert "take its key `sha256` out to use what was edited by hand" in done.stderr
+
+
+def test_a_baseline_of_another_model_is_refused_or_noted(workspace: Path, baseline: Path, tmp_path: Path) -> None:
+    values = unsealed(baseline)
+    assert values["model"] == {"name": "tiny", "num_layers_dense": 6, "num_layers_pruned": 2}
+    other = tmp_path / "other.json"
+    limits = ["--against", str(other), "--max-speedup-loss", "60%", "--budget", "1", "--set", "replicates=2"]
+    other.write_text(json.dumps({**values, "model": {**values["model"], "num_layers_pruned": 3}}))
+    done = trsp_deploy("check", "run", *limits, cwd=workspace)
+    assert done.code == 1 and done.stdout == "", done.said
+    assert "is of tiny with 6 layers cut to 3, and this run is of tiny with 6 layers cut to 2" in done.stderr
+    values["provenance"]["packages"]["numpy"] = "0.9"
+    few = values["engines"]["ort-cpu-fp32"]
+    few["speedup"][0]["total"] = few["speedup"][0]["total"][:2]
+    other.write_text(json.dumps({**values, "model": {**values["model"], "name": "huge"}}))
+    done = trsp_deploy("check", "run", *limits, cwd=workspace)
+    assert done.code in (0, 3), done.said
+    assert "the baseline is of huge, this run of tiny\n" in done.stdout
+    assert "numpy 0.9 in the baseline, " in done.stdout
+    assert (
+        "the baseline has 2 replicates, 5 are the fewest that decide: make it again with a larger --budget"
+        in done.stdout
+    )
 
 
 def test_quality_that_is_lost_fails(workspace: Path) -> None:
@@ -208,6 +304,9 @@ def test_a_damaged_baseline_is_one_line(workspace: Path, baseline: Path, tmp_pat
         (["--max-speedup-loss", "3%"], ["--against"]),
         (["--max-latency-regression", "3"], ["--max-latency-regression '3'", "3%"]),
         (["--quality-budget", "9%"], ["--quality-budget '9%'", "99%"]),
+        (["--against", "run/plan.json", "--max-speedup-loss", "3%"], ["plan.json: is no baseline", "`machine`"]),
+        (["--min-speedup", "1.1", "--junit", "run/recipe.yaml/x.xml"], ["'--junit'", "run/recipe.yaml is no folder"]),
+        (["--max-ppl-ratio", "9", "--engine", "x", "--out", "a", "--junit", "a"], ["--out and --junit are both a"]),
         (["--max-ppl-ratio", "1.2", "--quality-budget", "99%"], ["give it or your own"]),
         (["--min-speedup", "1.1", "--engine", "ort-cpu-fp16"], ["no engine 'ort-cpu-fp16'", "ort-cpu-fp32"]),
         (["--min-speedup", "1.1", "--against", "nothing.json"], ["nothing.json", "no such file"]),
@@ -231,9 +330,7 @@ def test_bad_input_is_one_line(workspace: Path, options: list[str], words: list[
             {"max_ppl_ratio": 1.3},
             "e has no perplexity on manual, and it is to be judged",
         ),
-        ({}, (), {"max_ppl_ratio": 1.3}, "a limit of perplexity needs texts"),
         ({}, ("piqa",), {"min_accuracy_retained": 0.9}, "e has no accuracy on piqa, and it is to be judged"),
-        ({}, (), {"min_accuracy_retained": 0.9}, "--min-accuracy-retained needs tasks"),
     ],
 )
 def test_what_was_not_measured_does_not_pass(
@@ -243,6 +340,37 @@ def test_what_was_not_measured_does_not_pass(
     job: Any = SimpleNamespace(recipe=recipe, proof=SimpleNamespace(failed={}))
     with pytest.raises(UserError, match=line):
         checks._check_judgeable(job, SimpleNamespace(name="e"), checks.Tolerances(**limit), {}, None)  # type: ignore[arg-type]
+
+
+def unbuilt(evaluation: dict[str, str], *engines: str) -> Any:
+    """A run that fails the test when an engine of it is built."""
+    specs = [SimpleNamespace(name=name, backend="onnxruntime-cpu", precision="fp32") for name in engines]
+    return SimpleNamespace(
+        recipe=SimpleNamespace(evaluation=evaluation, evaluate=SimpleNamespace(tasks=())),
+        engines=SimpleNamespace(specs=specs),
+        inputs=SimpleNamespace(check_bench=lambda settings: None),
+        run=SimpleNamespace(path=Path("run")),
+    )
+
+
+@pytest.mark.parametrize(
+    ("job", "limit", "line"),
+    [
+        (unbuilt({}, "e"), {"max_ppl_ratio": 1.3}, "a limit of perplexity needs texts"),
+        (unbuilt({}, "e"), {"min_accuracy_retained": 0.9}, "--min-accuracy-retained needs tasks"),
+        (unbuilt({}, "ex"), {"min_speedup": {"total": 1.1}}, "has no engine 'e'; did you mean 'ex'"),
+    ],
+)
+def test_what_cannot_be_judged_is_said_before_anything_is_built(job: Any, limit: dict[str, Any], line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        checks.check_run(job, checks.Tolerances(**limit), None, "e", BenchSettings())
+
+
+def test_a_baseline_without_the_engine_is_said_before_anything_is_built(baseline: Path) -> None:
+    limits = checks.Tolerances(max_speedup_loss=0.1)
+    for engine in ("ort-cpu-fp3", None):
+        with pytest.raises(UserError, match="has no engine 'ort-cpu-fp3'; did you mean 'ort-cpu-fp32'"):
+            checks.check_run(unbuilt({}, "ort-cpu-fp3"), limits, baseline, engine, BenchSettings())
 
 
 def test_an_engine_that_fails_leaves_the_others_their_figures() -> None:
@@ -283,6 +411,7 @@ def test_compare_takes_engine_folders_and_judges(workspace: Path, baseline: Path
     done = trsp_deploy("compare", *folders, "--min-speedup", "1", "--budget", "12", cwd=workspace)
     assert done.code == 2, done.said
     assert "NOT THERE" in done.stdout and "at least 1 wanted: fail" in done.stdout
+    assert "DENSE has 2 layers and PRUNED 6: they may be the wrong way round" in done.stdout
 
 
 def test_of_one_run_both_engines_are_the_same(workspace: Path, baseline: Path, tmp_path: Path) -> None:
@@ -324,6 +453,11 @@ def test_engines_of_two_names_are_both_named() -> None:
     ("paths", "words"),
     [
         (["nowhere"], ["nowhere: is not there"]),
+        (["text.txt"], ["text.txt: is no .onnx file"]),
+        (
+            [*(f"run/engines/ort-cpu-fp32/{role}" for role in ("dense", "pruned")), "--engine", "nonsense"],
+            ["--engine nonsense: chooses among a run's engines"],
+        ),
         (["tiny"], ["tiny: is a folder without manifest.json or recipe.yaml"]),
         (["text.onnx"], ["text.onnx: no such file"]),
         (["run/engines/ort-cpu-fp32/dense"], ["PRUNED is missing; only a run folder"]),
@@ -451,7 +585,7 @@ def test_a_baseline_leaves_out_an_engine_that_cannot_be_timed(monkeypatch: pytes
             engine_quality=lambda spec: {},
         ),
         recipe=SimpleNamespace(seed=0),
-        inputs=SimpleNamespace(say=said.append),
+        inputs=SimpleNamespace(say=said.append, check_bench=lambda settings: None),
         run=SimpleNamespace(path=tmp_path),
     )
 
@@ -462,6 +596,8 @@ def test_a_baseline_leaves_out_an_engine_that_cannot_be_timed(monkeypatch: pytes
 
     monkeypatch.setattr(checks, "runnable", lambda job, engine: next(s for s in specs if s.name == (engine or "a")))
     monkeypatch.setattr(checks.bench, "compare_engines", compare)
+    cut = checks.Cut(name="m", num_layers_dense=6, num_layers_pruned=4)
+    monkeypatch.setattr(checks, "cut_of", lambda job: cut)
     lacking = "b"
     assert list(checks.make_baseline(job, None, made.settings, tmp_path / "b.json").engines) == ["a"]
     assert said == ["parity", "b: cannot be timed: the GPU is full; not in the baseline"]

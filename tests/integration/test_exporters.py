@@ -6,30 +6,43 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import onnx
 import pytest
+import transformers
 
 from tests.exported import MODELS
 from tests.families import FAMILIES
 from tests.tiny import LAYERS, random_model, save_tiny
 from trsp_deploy.errors import ModelError
+from trsp_deploy.pipeline import check_before_work
 from trsp_deploy.recipe import ExportSettings, Float
 from trsp_deploy.stages import parity
 from trsp_deploy.stages.build import build_engine
-from trsp_deploy.stages.export import chosen, export_onnx
-from trsp_deploy.tools.exporters import optimum
+from trsp_deploy.stages.export import check_exportable, chosen, export_onnx
+from trsp_deploy.tools.exporters import dynamo, optimum
 from trsp_deploy.tools.library import load_engine_spec
+from trsp_deploy.tools.quiet import quiet_libraries
 from trsp_deploy.tools.runners import open_engine
 from trsp_deploy.tools.runners.ort import OrtRunner
 
 PROMPTS = [[5, 9, 200, 17], [30, 31, 7, 8, 90, 12, 55, 60, 61]]
 DYNAMO = ExportSettings(exporter="dynamo")
+SMALL = {
+    "vocab_size": 384,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
 
 
 def exported(name: str, precision: Float, folder: Path) -> Path:
-    import transformers
-
     family, changes = MODELS[name]
     model = random_model(getattr(transformers, FAMILIES[family].config)(**{**FAMILIES[family].values, **changes}))
     model.save_pretrained(folder / "model")
@@ -93,6 +106,76 @@ def test_auto_is_optimum_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) 
         chosen(ExportSettings(exporter="optimum"))
 
 
+@pytest.mark.skipif(not optimum.installed(), reason="Optimum is not installed")
+def test_auto_is_torchs_own_for_a_type_that_optimum_does_not_know(tmp_path: Path) -> None:
+    for name, exporter in (("LlamaConfig", "optimum"), ("Olmo3Config", "dynamo"), ("BertConfig", "dynamo")):
+        getattr(transformers, name)(**SMALL).save_pretrained(tmp_path / name)
+        assert chosen(ExportSettings(), tmp_path / name) == exporter
+        assert chosen(ExportSettings(exporter="optimum"), tmp_path / name) == "optimum"
+
+
+def saved(config: transformers.PretrainedConfig, folder: Path) -> Path:
+    random_model(config).save_pretrained(folder)
+    return folder
+
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+UNTRACEABLE = {  # on transformers 4
+    "experts by the data": (
+        transformers.Qwen2MoeConfig(**SMALL, **EXPERTS, shared_expert_intermediate_size=16),
+        r"torch cannot export it to ONNX \([^\x1b]*data-dependent[^\x1b]*\)$",
+    ),
+    "a cache of convolutions": (
+        transformers.Lfm2Config(**SMALL, layer_types=["conv", "full_attention"] * 2, block_auto_adjust_ff_dim=False),
+        r"torch cannot export it to ONNX \(its cache is \w+, not the keys and values of every layer\)$",
+    ),
+}
+
+
+@pytest.mark.skipif(transformers.__version__ >= "5", reason="transformers 5 has other code for these")
+@pytest.mark.parametrize("name", UNTRACEABLE)
+def test_what_no_exporter_can_export_is_told_in_one_line_before_and_after_training(
+    name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config, message = UNTRACEABLE[name]
+    folder = saved(config, tmp_path / "model")
+    for refuse in (
+        lambda: dynamo.check_traceable(folder),
+        lambda: export_onnx(folder, "fp32", DYNAMO, tmp_path / "onnx"),
+    ):
+        with quiet_libraries(), pytest.raises(ModelError, match=message) as refusal:
+            refuse()
+        assert "\n" not in str(refusal.value)
+    assert sum(map(len, capfd.readouterr())) < 200, "nothing of the graph is on the terminal"
+
+
+def test_a_model_is_tried_without_its_weights(tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    dynamo.check_traceable(folder)
+    if optimum.installed():
+        check_exportable(folder, ExportSettings(), pytest.fail)
+
+
+@pytest.mark.skipif(transformers.__version__ >= "5", reason="transformers 5 has other code for these")
+def test_a_run_refuses_before_it_trains_what_cannot_be_exported(tmp_path: Path) -> None:
+    config, _ = UNTRACEABLE["a cache of convolutions"]
+    said: list[str] = []
+    inputs = SimpleNamespace(path=lambda role: saved(config, tmp_path / role), say=said.append)
+    for each in ("check_lengths", "calibration_windows", "read_evaluation"):
+        setattr(inputs, each, lambda: None)
+    run = SimpleNamespace(main=True, recorded=list, from_main=lambda value: value)
+    recipe = SimpleNamespace(export=ExportSettings(), evaluate=SimpleNamespace(tasks=()))
+    engines = SimpleNamespace(buildable=lambda: ["an engine"])
+    job: Any = SimpleNamespace(inputs=inputs, run=run, recipe=recipe, engines=engines)
+    with pytest.raises(ModelError, match=r"not the keys and values .*; `trsp-deploy prune` makes the checkpoint alone"):
+        check_before_work(job)
+    known = ["export: Optimum does not know this type of model, so torch's own exporter is taken (dynamo)"]
+    assert said == (known if optimum.installed() else [])
+    engines.buildable = list  # nothing is exported
+    check_before_work(job)
+
+
 def test_what_torch_cannot_trace_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_tiny("llama", tmp_path / "model")
     with pytest.raises(ModelError, match=r"export\.opset: 18, and this exporter begins at 20"):
@@ -101,7 +184,8 @@ def test_what_torch_cannot_trace_is_one_line(tmp_path: Path, monkeypatch: pytest
     import torch
 
     def refuse(*args: object, **kwargs: object) -> None:
-        raise torch.onnx.OnnxExporterError("no way\nto trace")
+        advice = torch.onnx.OnnxExporterError("This is \x1b[96mstep 1/3\x1b[0m\nof exporting")
+        raise advice from ValueError("\x1b[96mno way\x1b[0m to trace\nand the whole graph")
 
     monkeypatch.setattr(torch.onnx, "export", refuse)
     with pytest.raises(ModelError, match=r"torch cannot export it to ONNX \(no way to trace\)"):

@@ -236,7 +236,8 @@ def test_positions_beyond_the_rotary_table_are_an_error(exported: Made, tmp_path
     engine = built(exported("llama"), tmp_path / "engine")
     limit = FAMILIES["llama"].values["max_position_embeddings"]
     ids = torch.randint(VOCABULARY, (1, limit + 1)).numpy()
-    with open_engine(engine) as runner, pytest.raises(EngineUnavailable, match="stopped"):
+    wanted = f"holds for texts of up to {limit} tokens, and this one has {limit + 1}$"
+    with open_engine(engine) as runner, pytest.raises(EngineUnavailable, match=wanted):
         runner.prefill(ids, np.ones_like(ids))
 
 

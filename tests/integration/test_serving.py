@@ -387,8 +387,10 @@ def test_what_the_engine_cannot_hold_is_an_error_and_the_loop_goes_on(loop: Serv
     long, many = Client(text_input="word " * 500), Client(text_input="x", max_tokens=500)
     for client in (long, many):
         loop.submit(client.ticket)
-    assert "at most 199" in (long.wait()[-1].error or "")
-    assert "input 'max_tokens': 500; after this prompt at most" in (many.wait()[-1].error or "")
+    too_long, too_many = long.wait()[-1], many.wait()[-1]
+    assert "at most 199" in (too_long.error or "")
+    assert "input 'max_tokens': 500; after this prompt at most" in (too_many.error or "")
+    assert too_long.fault == too_many.fault == "request"
     fine = Client(text_input="x", max_tokens=1)
     loop.submit(fine.ticket)
     assert fine.wait()[-1].error is None
@@ -408,12 +410,14 @@ def test_an_error_that_nobody_thought_of_ends_one_request_alone(
     bad, good = (Client(text_input=text, max_tokens=8, ignore_eos=True) for text in ("odd", "even"))
     for client in (bad, good):
         loop.submit(client.ticket)
-    assert bad.wait()[-1].error == "ZeroDivisionError: by zero at all"
+    failed = bad.wait()[-1]
+    assert (failed.error, failed.fault) == ("ZeroDivisionError: by zero at all", "engine")
     assert good.wait()[-1].finish == "length"
     monkeypatch.setattr(ServingLoop, "_join", lambda self, ticket: [][0])
     lost = Client(text_input="x", max_tokens=1)
     loop.submit(lost.ticket)
-    assert lost.wait()[-1].error == "IndexError: list index out of range"
+    failed = lost.wait()[-1]
+    assert (failed.error, failed.fault) == ("IndexError: list index out of range", "engine")
 
 
 def test_a_client_that_cannot_be_asked_is_gone_and_the_loop_goes_on(loop: ServingLoop) -> None:
@@ -470,7 +474,8 @@ def test_stopping_answers_everyone(engine: Path, tokenizer: Tokenizer) -> None:
             loop.submit(client.ticket)
         loop.stop()
     for client in clients:
-        assert client.wait()[-1].finish in ("error", "length")
+        last = client.wait()[-1]
+        assert last.finish == "length" or (last.finish, last.fault) == ("error", "stopping")
 
 
 # -- vendoring ---------------------------------------------------------------------------------------------------------

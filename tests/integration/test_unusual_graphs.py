@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import transformers
@@ -18,11 +19,14 @@ from trsp_deploy.decoder import max_positions
 from trsp_deploy.errors import EngineUnavailable, ModelError
 from trsp_deploy.pipeline.engines import Engines
 from trsp_deploy.recipe import EngineSpec, ExportSettings
+from trsp_deploy.recipe.engine_spec import ShapeProfile
 from trsp_deploy.stages.build import build_engine
-from trsp_deploy.stages.export import FILE, export_onnx
+from trsp_deploy.stages.export import FILE, check_exportable, export_onnx
 from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.runners import open_engine, trt_build
 from trsp_deploy.tools.runners.half_range import within_range
+from trsp_deploy.tools.runners.ort import OrtRunner
+from trsp_deploy.tools.runners.passes import run_passes
 
 ORIGINAL = 32  # tokens before LongRoPE turns keys by its other frequencies
 PHI = {
@@ -50,15 +54,88 @@ def test_longrope_holds_to_the_length_that_was_traced(tmp_path: Path) -> None:
         expected = model(input_ids=torch.from_numpy(ids), use_cache=False).logits.numpy()
     with open_engine(tmp_path / "engine") as runner:
         np.testing.assert_allclose(runner.prefill(ids, np.ones_like(ids)), expected, atol=1e-4)
-        with pytest.raises(EngineUnavailable):  # and not other logits than the model's
-            runner.decode(ids[:, :1])
+        with pytest.raises(EngineUnavailable, match="holds for texts of up to 32 tokens, and this one has 33"):
+            runner.decode(ids[:, :1])  # which would give other logits than the model's
     assert max_positions(tmp_path / "model") == ORIGINAL
     static = load_engine_spec("tensorrt-rtx-fp16-static").model_copy(update={"cache_length": ORIGINAL + 1})
     with pytest.raises(
-        EngineUnavailable, match=r"up to 32 tokens \(LongRoPE\), and tensorrt-rtx-fp16-static is for 33"
+        EngineUnavailable, match=r"up to 32 tokens \(LongRoPE, dynamic NTK\), and tensorrt-rtx-fp16-static is for 33"
     ):
         trt_build._check_length(graph, static)
     trt_build._check_length(graph, static.model_copy(update={"cache_length": ORIGINAL}))
+    one = {"min": 1, "opt": 1, "max": 1}
+    prompts = ShapeProfile.model_validate({"batch": one, "sequence": {**one, "max": ORIGINAL + 1}, "past": one})
+    with pytest.raises(EngineUnavailable, match="is for 33"):
+        trt_build._check_length(graph, static.model_copy(update={"cache_length": None, "profiles": (prompts,)}))
+
+
+DYNAMIC = {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": ORIGINAL}
+PARTLY = {"short_factor": [1.0] * 6, "long_factor": [4.0] * 6}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "fuse"),
+    [
+        ("phi3", PHI, False),
+        ("phi3", {**PHI, "rope_scaling": {"type": "longrope", **PARTLY}, "partial_rotary_factor": 0.75}, True),
+        ("llama", {"hidden_size": 64, **DYNAMIC}, False),
+    ],
+    ids=["longrope, not fused", "longrope of a part", "dynamic"],
+)
+def test_no_graph_computes_a_text_that_it_does_not_hold_for(
+    family: str, changes: dict[str, Any], fuse: bool, tmp_path: Path
+) -> None:
+    """Without a table that ends, such a graph would go on with the angles that were traced, and say nothing."""
+    model = family_model(family, **changes).eval()
+    graph = exported(model, tmp_path)
+    spec = load_engine_spec("ort-cpu-fp32").model_copy(update={"fuse": fuse})
+    manifest = build_engine(graph, spec, tmp_path / "engine")
+    assert not any(outcome.changed for outcome in manifest.passes if outcome.name == "fuse-rotary")
+    ids = np.random.default_rng(0).integers(3, 380, size=(1, ORIGINAL + 1))
+    for runner in (OrtRunner(graph), open_engine(tmp_path / "engine")):
+        with runner, pytest.raises(EngineUnavailable, match="holds for texts of up to 32 tokens, and this one has 33"):
+            runner.prefill(ids, np.ones_like(ids))
+    text = open_engine(tmp_path / "engine")
+    with text as runner, torch.no_grad():
+        expected = model(input_ids=torch.from_numpy(ids[:, :ORIGINAL]), use_cache=False).logits.numpy()
+        found = runner.prefill(ids[:, :ORIGINAL], np.ones((1, ORIGINAL), dtype=np.int64))
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_an_export_of_before_is_told_by_its_config_alone(tmp_path: Path) -> None:
+    graph = exported(family_model("phi3", **PHI).eval(), tmp_path)
+    model = onnx.load(graph, load_external_data=False)
+    del model.metadata_props[:]
+    onnx.save(model, graph)
+    spec = load_engine_spec("ort-cpu-fp32").model_copy(update={"fuse": False})
+    build_engine(graph, spec, tmp_path / "engine")
+    with open_engine(tmp_path / "engine") as runner, pytest.raises(EngineUnavailable, match="of up to 32 tokens"):
+        runner.prefill(np.full((1, ORIGINAL + 1), 5), np.ones((1, ORIGINAL + 1), dtype=np.int64))
+
+
+def test_a_pass_that_fails_is_left_out_with_its_reason(tmp_path: Path) -> None:
+    def fails(model: Any) -> int:
+        raise IndexError("list index out of range")
+
+    graph = exported(tiny_model("llama", num_hidden_layers=2), tmp_path)
+    out, (outcome,) = run_passes(graph, {"fuse-norms": fails}, load_engine_spec("ort-cpu-fp32"), tmp_path)
+    assert out == graph and outcome.changed == 0
+    assert outcome.reason == "it failed (IndexError: list index out of range)"
+
+
+@pytest.mark.slow
+def test_experts_that_no_token_was_sent_to_are_missed_before_parity(tmp_path: Path) -> None:
+    parts = {"qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "kv_lora_rank": 16, "q_lora_rank": 24}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 2}
+    sizes = {"vocab_size": 384, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 64}
+    config = transformers.DeepseekV3Config(**sizes, **heads, **parts, **experts, topk_group=1, first_k_dense_replace=1)
+    random_model(config).save_pretrained(tmp_path / "model")
+    lack = r"Optimum's trace left out \d+ weights of its layers, such as .*experts"
+    with pytest.raises(ModelError, match=lack):
+        check_exportable(tmp_path / "model", ExportSettings(), pytest.fail)
+    with pytest.raises(ModelError, match=lack):
+        exported(random_model(config), tmp_path)
 
 
 def test_norms_fuse_where_attention_does_not(tmp_path: Path) -> None:
@@ -102,6 +179,10 @@ def test_what_optimum_cannot_trace_is_one_line(tmp_path: Path) -> None:
     model = family_model("falcon-40b", num_attention_heads=4, num_kv_heads=2)
     with pytest.raises(ModelError, match=r"Optimum cannot export it to ONNX \(.*export.exporter=dynamo"):
         exported(model, tmp_path)
+    with pytest.raises(
+        ModelError, match=r"Optimum cannot export it .*; `trsp-deploy prune` makes the checkpoint alone"
+    ):
+        check_exportable(tmp_path / "model", ExportSettings(), pytest.fail)
 
 
 @pytest.mark.parametrize("name", ["ort-cpu-int4", "tensorrt-rtx-fp16-static"])

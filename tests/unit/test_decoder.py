@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from tests.tiny import LAYERS, save_tiny, tiny_model, tokens
-from trsp_deploy.decoder import count_weights, decoder_layers, decoder_size, load_model, next_token_loss, remove_layers
+from trsp_deploy.decoder import (
+    count_weights,
+    decoder_layers,
+    decoder_size,
+    graph_positions,
+    known_positions,
+    load_model,
+    next_token_loss,
+    remove_layers,
+)
 from trsp_deploy.errors import ModelError
 
 RELOAD = """
@@ -104,3 +116,28 @@ def test_loss_of_a_uniform_model_is_the_log_of_the_vocabulary():
         for parameter in model.parameters():
             parameter.zero_()
     assert next_token_loss(model, tokens()).item() == pytest.approx(torch.tensor(384.0).log().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("values", "limit"),
+    [
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, 64),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, 64),  # as transformers 5 writes it
+        ({"rope_scaling": {"type": "longrope"}, "original_max_position_embeddings": 32}, 32),
+        ({"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 32}}, 32),
+        ({"rope_scaling": {"type": "longrope"}}, 64),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, None),
+        ({}, None),
+    ],
+)
+def test_how_long_a_text_a_traced_graph_holds_for(values, limit):
+    assert graph_positions(SimpleNamespace(max_position_embeddings=64, **values)) == limit
+
+
+def test_a_config_that_says_no_positions_has_none(tmp_path):
+    transformers.XLNetConfig(vocab_size=64, d_model=16, n_layer=1, n_head=2, d_inner=16).save_pretrained(tmp_path)
+    assert transformers.XLNetConfig.from_pretrained(tmp_path).max_position_embeddings == -1
+    assert known_positions(tmp_path) is None
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, "seq_length": 128}))
+    assert known_positions(tmp_path) == 128

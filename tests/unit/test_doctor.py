@@ -43,7 +43,7 @@ def test_this_machine() -> None:
 
 
 def test_works_with_nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    nothing = dict.fromkeys(["onnxruntime_gpu", "onnxruntime", *(name.replace("-", "_") for name in doctor.RANGES)])
+    nothing = dict.fromkeys(["onnxruntime_gpu", "onnxruntime", *(name.replace("-", "_") for name in doctor.LOOKED_AT)])
     pretend_installed(monkeypatch, **nothing)
     for module in ("torch", "onnxruntime", "tensorrt", "tensorrt_rtx", "onnx", "transformers"):
         monkeypatch.setitem(sys.modules, module, None)
@@ -53,6 +53,12 @@ def test_works_with_nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert findings["onnxruntime"].install == "pip install 'trsp_deploy[cpu]'"
     assert findings["engine ort-cpu-fp32"].state == "missing"
     assert findings["engine ort-cpu-fp32"].install == "pip install 'trsp_deploy[cpu]'"
+
+
+def test_memory_is_what_a_container_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "available_host_bytes", lambda: 10**9)
+    memory = by_subject(diagnose())["memory"]
+    assert memory.state == "warning" and memory.detail.startswith("1.0 of ")
 
 
 def test_two_onnxruntimes_are_a_conflict(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,9 @@ import errno
 import pytest
 import torch
 
-from trsp_deploy.errors import first_line, machine_reason, shown
+from trsp_deploy import cli
+from trsp_deploy.cli import app
+from trsp_deploy.errors import ModelError, first_line, machine_reason, shown
 
 
 def wrapped(cause: Exception) -> Exception:
@@ -33,6 +35,19 @@ def wrapped(cause: Exception) -> Exception:
 )
 def test_the_machine_is_named(problem, words):
     assert (machine_reason(problem) or "").startswith(words)
+
+
+def test_a_model_is_not_to_blame_for_the_machine(monkeypatch, capsys):
+    def raises(cause):
+        def command(arguments):
+            raise ModelError("tiny: torch cannot export it") from cause
+
+        monkeypatch.setattr(app, "call", command)
+        assert cli.run(["doctor"]) == 1
+        return capsys.readouterr().err
+
+    assert raises(RuntimeError("DefaultCPUAllocator: can't allocate memory")).startswith("error: not enough memory")
+    assert raises(RuntimeError("an odd shape")) == "error: tiny: torch cannot export it\n"
 
 
 @pytest.mark.parametrize(

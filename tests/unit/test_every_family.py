@@ -6,15 +6,18 @@ import pytest
 import torch
 import transformers
 
-from tests.families import DROPPED, FAMILIES, GEMMA, GROUPED, LAYERS, family_config, family_model, layer_types
+from tests.families import DROPPED, FAMILIES, GEMMA, GROUPED, LAYERS, MLP, family_config, family_model, layer_types
 from tests.tiny import random_model, tokens
 from trsp_deploy.decoder import (
+    cache_per_token,
     check_prunable,
     check_removal,
     decoder_layers,
     decoder_size,
+    fixed_ends,
     load_model,
     load_widened,
+    meta_model,
     next_token_loss,
     remove_layers,
 )
@@ -236,6 +239,84 @@ def test_a_pattern_that_a_cut_of_whole_periods_leaves_alone():
     model = random_model(every_second_is_a_mixture())
     remove_layers(model, [2, 3])
     assert ["experts" in dict(layer.mlp.named_children()) for layer in decoder_layers(model)] == [False, True] * 2
+
+
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 1}
+ERNIE = {"moe_intermediate_size": 16, "moe_k": 2, "moe_num_experts": 4, "moe_num_shared_experts": 1}
+LLAMA4 = {"head_dim": 8, "intermediate_size_mlp": 64, "moe_layers": [1, 3, 5], "no_rope_layers": [1, 1, 1, 0, 1, 0]}
+NUMBERED = {
+    "mixtures by index": transformers.Llama4TextConfig(**GROUPED, **EXPERTS, **LLAMA4),
+    "mixtures from a layer on": transformers.Ernie4_5_MoeConfig(**GROUPED, **ERNIE, moe_layer_start_index=2),
+    "attention by index": transformers.BambaConfig(
+        **GROUPED, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, attn_layer_indices=[2, 4]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERED)
+def test_layers_of_another_kind_that_the_config_numbers(name):
+    model = random_model(NUMBERED[name])
+    kinds = [sorted(name for name, _ in layer.named_parameters()) for layer in decoder_layers(model)]
+    remove_layers(model, DROPPED)
+    again = meta_model(model.config)
+    left = [sorted(name for name, _ in layer.named_parameters()) for layer in decoder_layers(again)]
+    assert left == [kinds[index] for index in KEPT]
+
+
+def test_a_layer_that_is_one_of_a_kind_stays_and_others_may_go(tmp_path):
+    """ModernBERT's first layer has no norm of its own."""
+    special = {"cls_token_id": 0, "sep_token_id": 0, "local_attention": 4, "global_attn_every_n_layers": 3}
+    random_model(transformers.ModernBertDecoderConfig(**MLP, **special)).save_pretrained(tmp_path)
+    model = load_model(tmp_path)  # whose window is half of what a config is made with
+    check_prunable(model)
+    assert fixed_ends(model) == {0}
+    with pytest.raises(ModelError, match=r"without layers 0: .*; name other layers in a plan \(--plan\), or take"):
+        check_removal(model, [0])
+    check_removal(model, [3, 4])
+    assert fixed_ends(family_model("llama")) == frozenset()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.StableLmConfig(**GROUPED, qk_layernorm=True),
+        transformers.BambaConfig(**GROUPED, mamba_n_heads=8, mamba_d_head=8, attn_layer_indices=[2, 4]),
+    ],
+    ids=["norms without a bias", "weights that are set"],
+)
+def test_a_model_whose_initialisation_needs_values_is_built_without_weights(config):
+    model = meta_model(config)
+    assert len(decoder_layers(model)) == LAYERS and all(weight.is_meta for weight in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [transformers.BertConfig(**MLP, is_decoder=True), transformers.RobertaConfig(**MLP, is_decoder=True)],
+    ids=["bert", "roberta"],
+)
+def test_an_encoder_that_is_built_as_a_decoder(config):
+    model, ids = random_model(config), tokens(2, 8)
+    check_prunable(model)
+    losses = TokenLosses(model)
+    assert not losses.linear_head and losses(ids).lm.item() == pytest.approx(next_token_loss(model, ids).item(), 1e-4)
+
+
+def test_a_model_that_reads_weights_beside_its_modules_is_widened_whole(tmp_path):
+    config = transformers.JetMoeConfig(
+        vocab_size=384, hidden_size=32, num_hidden_layers=2, num_key_value_heads=2, kv_channels=8, intermediate_size=64
+    )
+    random_model(config).to(torch.float16).save_pretrained(tmp_path)
+    assert torch.equal(logits(load_widened(tmp_path)), logits(load_model(tmp_path, dtype=torch.float32)))
+
+
+def test_the_cache_of_latent_attention():
+    parts = {"qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "kv_lora_rank": 16, "q_lora_rank": 24}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1}
+    config = transformers.DeepseekV3Config(
+        **{**MLP, "num_key_value_heads": 4}, **parts, **experts, topk_group=1, first_k_dense_replace=LAYERS
+    )
+    layer = random_model(config)(input_ids=tokens(1, 3)).past_key_values.layers[0]
+    assert cache_per_token(config) == sum(part.shape[1] * part.shape[3] for part in (layer.keys, layer.values))
 
 
 def test_layers_that_share_a_module_are_refused():

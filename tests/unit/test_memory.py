@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import LlamaConfig, OPTConfig
 
 from benchmarks.kept import RESULTS
 from benchmarks.memory import OPT_1B3, Memory
 from tests.breadth import by_default
-from tests.families import family_config
+from tests.families import GROUPED, family_config
 from tests.tiny import FAMILIES, tiny_config
+from trsp_deploy.decoder import count_weights
 from trsp_deploy.errors import DeviceMemoryError
 from trsp_deploy.recipe import Recipe, override, read_recipe
 from trsp_deploy.tools.host_memory import available_host_bytes
@@ -165,6 +167,14 @@ def test_checkpointing_keeps_one_state_a_layer():
     length = "calibration.context_length=128"
     everything = activations(estimate, length)["forward"]
     assert activations(estimate, length, "transfer.gradient_checkpointing=true")["forward"] < everything / 3
+
+
+def test_a_model_that_reads_a_value_while_it_is_made_is_counted():
+    """Apertus' activation (xIELU) does; on "meta" there is none."""
+    config = transformers.ApertusConfig(**GROUPED)
+    estimate = MemoryEstimate(config, "cpu", fast_bf16=False)
+    assert estimate.counts.total == count_weights(transformers.AutoModelForCausalLM.from_config(config)).total
+    assert all(stage.peak.total_bytes for stage in estimate.stages(recipe("plan.method=shortgpt")))
 
 
 def test_what_depends_on_data_is_said():

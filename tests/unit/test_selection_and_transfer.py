@@ -16,6 +16,7 @@ from tests.training import same_weights
 from trsp_deploy.decoder import decoder_layers, load_model, next_token_loss, stored_dtype
 from trsp_deploy.errors import ModelError
 from trsp_deploy.recipe import read_recipe
+from trsp_deploy.stages import selection
 from trsp_deploy.stages.selection import runs_text, select_for_counts, select_layers
 from trsp_deploy.stages.transfer import transfer_and_remove
 from trsp_deploy.tools.methods.trials import Trials
@@ -75,6 +76,15 @@ def test_one_candidate_trusts_the_smallest_gate(windows):
     plan = select_layers(tiny_model("llama"), windows[:16], windows[16:20], 1, recipe(plan=settings), "manual")
     gates = plan.picks[0].gates[-1]
     assert plan.dropped == (min(range(6), key=lambda index: abs(gates[index])),)
+
+
+def test_a_layer_that_cannot_go_is_not_among_the_candidates(windows, monkeypatch):
+    monkeypatch.setattr(selection, "fixed_ends", lambda _: frozenset({0, 5}))
+    settings = {"steps": 1, "candidates": 6, "trial_windows": 4}
+    plan = select_layers(tiny_model("llama"), windows[:8], windows[8:10], 3, recipe(plan=settings), "manual")
+    assert {0, 5}.isdisjoint(plan.dropped)
+    assert [pick.removal_loss.keys() & {0, 5} for pick in plan.picks] == [set()] * 3
+    assert set(plan.settings["finals"]) <= {"1-3", "2-4", runs_text(tuple(sorted(pick.layer for pick in plan.picks)))}
 
 
 def test_l1_alone_shrinks_the_gates(windows):

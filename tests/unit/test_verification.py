@@ -16,7 +16,7 @@ from trsp_deploy.errors import EngineUnavailable, RunError
 from trsp_deploy.recipe import read_engine_spec, read_recipe
 from trsp_deploy.tools.delivery.verification import verify
 from trsp_deploy.tools.runners.manifest import Bound, check_manifest, read_manifest
-from trsp_deploy.tools.triton_server.repository import RepositoryManifest, ServedModel
+from trsp_deploy.tools.triton_server.repository import RepositoryManifest, ServedModel, read_repository
 
 ENGINE = "engines/ort-cpu-fp32/pruned"
 
@@ -43,6 +43,15 @@ def repository(tmp_path: Path) -> Path:
     manifest = RepositoryManifest(models=(model,), packages=(), gpu=None, container="c", provenance=provenance())
     write_json(folder / MANIFEST, manifest)
     return folder
+
+
+def test_two_models_of_one_role_are_not_compared_by_chance(repository: Path) -> None:
+    manifest = read_repository(repository)
+    again = manifest.models[0].model_copy(update={"name": "n"})
+    with pytest.raises(
+        RunError, match="'m' and 'n' are both pruned: a comparison is of one dense and one pruned model"
+    ):
+        manifest.model_copy(update={"models": (*manifest.models, again)}).texts  # noqa: B018 (a property that refuses)
 
 
 def found(folder: Path) -> set[tuple[str, str]]:

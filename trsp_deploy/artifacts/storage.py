@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,34 @@ def _free_bytes(path: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
+def place_to_write(path: Path) -> Path:
+    """Where a file that a user named is written: a link is written through, and stays one.
+
+    Tried out, so that it is said before hours of work and not after them. Raises StorageError where no file can be.
+    """
+    try:
+        _check_kind(path)
+        place = path.resolve() if path.is_symlink() else path
+        if place.is_symlink():
+            raise StorageError(f"{path}: is a link to itself; name a regular file, or one that is not there yet")
+        if place.is_dir():
+            raise StorageError(f"{path} is a folder; give the file to write")
+        folder = next(parent for parent in place.absolute().parents if parent.exists() or parent.is_symlink())
+        if not folder.is_dir():
+            raise StorageError(f"{path}: cannot be written ({folder} is no folder)")
+        with tempfile.NamedTemporaryFile(prefix=f".{place.name}.", dir=folder):  # as long a name as `writing` takes
+            return place
+    except (OSError, RuntimeError, ValueError) as problem:  # a link to itself, in Python 3.12; a NUL
+        said = problem.strerror if isinstance(problem, OSError) else problem
+        raise StorageError(f"{path}: cannot be written ({said}); name a file in a folder of yours") from problem
+
+
+def _check_kind(target: Path) -> None:
+    """Raise StorageError for what a rename would take the place of and nobody could read from any more."""
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        raise StorageError(f"{target}: is a pipe or device; name a regular file, or one that is not there yet")
+
+
 @contextlib.contextmanager
 def writing(target: Path) -> Iterator[Path]:
     """Yield a path beside `target` to write a file or folder to; it takes target's place on success.
@@ -65,7 +94,12 @@ def writing(target: Path) -> Iterator[Path]:
     """
     partial, former = (target.with_name(f".{target.name}.{state}") for state in ("partial", "former"))
     with storage_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _check_kind(target)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError, FileNotFoundError) as problem:
+            said = f"{problem.filename}: {problem.strerror}"
+            raise StorageError(f"{target}: its folder cannot be made ({said})") from problem
         _remove(partial)
         _remove(former)
         try:

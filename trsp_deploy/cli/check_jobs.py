@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
 from trsp_deploy.cli.options import Json, Run, Tasks, file_to_write, finite
-from trsp_deploy.errors import RecipeError
+from trsp_deploy.cli.running import lasting_streams
+from trsp_deploy.errors import RecipeError, TrspError, first_line, machine_reason, redacted
 
 if TYPE_CHECKING:
     from trsp_deploy.checks import Check, Tolerances
@@ -28,13 +31,19 @@ Engine = Annotated[
 ]
 Budget = Annotated[
     float | None,
-    typer.Option("--budget", help="Seconds to measure at most.", min=1.0, callback=finite, metavar="SECONDS"),
+    typer.Option(
+        "--budget",
+        help="Seconds to measure at most; two replicates in any case.",
+        min=1.0,
+        callback=finite,
+        metavar="SECONDS",
+    ),
 ]
 MinSpeedup = Annotated[
     list[str] | None,
     typer.Option(
         "--min-speedup",
-        help="Least dense time / pruned time: 1.2 end to end, or prefill=1.2, decode=1.2; repeat.",
+        help="Least dense time / pruned time: 1.2 end to end, or prefill=1.2, decode=1.2; once a phase.",
         metavar="[PHASE=]X",
     ),
 ]
@@ -78,6 +87,7 @@ Sets = Annotated[
     typer.Option("--set", help="Override one key of the measurement: prompt_tokens=[128,1024].", metavar="KEY=VALUE"),
 ]
 
+QUALITY_ALONE_S = 30.0  # at most, where no time is judged: the speed-up is still worth a look
 PHASE_NAMES: dict[str, Phase] = {"end-to-end": "total", "total": "total", "prefill": "prefill", "decode": "decode"}
 
 
@@ -87,6 +97,7 @@ def register(app: typer.Typer) -> None:
         app.command(command.__name__)(command)
 
 
+@lasting_streams()
 def compare(
     dense: Dense,
     pruned: Pruned = None,
@@ -107,6 +118,7 @@ def compare(
     from trsp_deploy.tools.judging.verdicts import EXIT_CODES, worst
 
     pair = bench.find_pair(dense, pruned, engine)
+    bench.check_pair(*pair, settings)
     goals = [least_speedup(phase, bound, "--min-speedup", len(settings.cases)) for phase, bound in least.items()]
     label = bench.label_of(*pair)
     comparison = bench.compare_engines(*pair, label, settings, seed=0, goals=goals)
@@ -118,18 +130,21 @@ def compare(
         write_json(out, comparison)
     stream = sys.stderr if as_json else sys.stdout
     print_comparison(label, found, stream)
-    for outcome in outcomes:
-        print(outcome.sentence, file=stream)
+    said = bench.pair_notes(*pair)
+    for line in (*said, *(outcome.sentence for outcome in outcomes)):
+        print(line, file=stream)
     if as_json:
-        plain = [outcome.model_dump(mode="json") for outcome in outcomes]
-        print(
-            json.dumps(
-                {"verdict": sentence(label, found), "comparison": found.model_dump(mode="json"), "outcomes": plain}
-            )
-        )
+        plain = {
+            "verdict": sentence(label, found),
+            "comparison": found.model_dump(mode="json"),
+            "outcomes": [outcome.model_dump(mode="json") for outcome in outcomes],
+            "notes": said,
+        }
+        print(json.dumps(plain))
     raise typer.Exit(EXIT_CODES[worst(outcome.word for outcome in outcomes)])
 
 
+@lasting_streams()
 def baseline(
     run: Run,
     out: BaselineOut = Path("baseline.json"),
@@ -141,15 +156,34 @@ def baseline(
     """Measure a run's engines and write the file that later checks are held against."""
     from trsp_deploy.checks import make_baseline
     from trsp_deploy.cli.running import existing
+    from trsp_deploy.tools.reports.baselines import speedups_of, too_few_replicates
 
     with existing(run) as job:
         settings = _settings(job.recipe.bench.model_dump(), budget, sets)
         made = make_baseline(job, engine, settings, out)
-    print(f"{out}: {', '.join(made.engines)} on {made.machine}", file=sys.stderr if as_json else sys.stdout)
+    stream = sys.stderr if as_json else sys.stdout
+    print(f"{out}: {', '.join(made.engines)} on {made.machine}", file=stream)
+    for name, part in made.engines.items():
+        for case, found in speedups_of(part):
+            interval = f"{found.ratio:.2f}x ({found.low:.2f} to {found.high:.2f})"
+            print(f"{name}: end to end, {case.title}: {interval}, {part.replicates} replicates", file=stream)
+        for line in too_few_replicates(part):
+            print(f"warning: {name}: {line}", file=stream)
     if as_json:
-        print(json.dumps({"baseline": str(out), "machine": made.machine.model_dump(), "engines": list(made.engines)}))
+        plain = {
+            "baseline": str(out),
+            "machine": made.machine.model_dump(),
+            "engines": list(made.engines),
+            "replicates": {name: part.replicates for name, part in made.engines.items()},
+            "speedup": {
+                name: [{**case.model_dump(), **found.model_dump()} for case, found in speedups_of(part)]
+                for name, part in made.engines.items()
+            },
+        }
+        print(json.dumps(plain))
 
 
+@lasting_streams()
 def check(
     run: Run,
     against: Against = None,
@@ -168,67 +202,132 @@ def check(
     as_json: Json = False,
 ) -> None:
     """The regression check for CI: exit code 0 pass, 2 fail, 3 inconclusive, 1 error."""
-    if quality_budget is not None and (max_ppl_ratio is not None or min_accuracy_retained is not None):
-        raise RecipeError("check: --quality-budget sets the limits of perplexity and accuracy; give it or your own")
-    from trsp_deploy.checks import Tolerances, check_run
-    from trsp_deploy.cli.recipe_options import task_sets
-    from trsp_deploy.cli.running import existing
+    with _errors_told(junit, as_json):
+        if out is not None and junit is not None and out.resolve() == junit.resolve():
+            raise RecipeError(f"check: --out and --junit are both {out}; give each a file of its own")
+        if quality_budget is not None and (max_ppl_ratio is not None or min_accuracy_retained is not None):
+            raise RecipeError("check: --quality-budget sets the limits of perplexity and accuracy; give it or your own")
+        if against is not None:
+            _no_shapes(sets or [])
+        from trsp_deploy.checks import Tolerances
+
+        share = None if quality_budget is None else _kept("--quality-budget", quality_budget)
+        tolerances: Tolerances = Tolerances(
+            min_speedup=_speedups(min_speedup),
+            max_latency_regression=_share("--max-latency-regression", max_latency_regression),
+            max_speedup_loss=_share("--max-speedup-loss", max_speedup_loss),
+            max_ppl_ratio=max_ppl_ratio if share is None else 1 / share,
+            min_accuracy_retained=_kept("--min-accuracy-retained", min_accuracy_retained),
+        )
+        found = _check(run, tolerances, share, against, engine, task, budget, sets)
+        _publish(found, out, junit, as_json)
     from trsp_deploy.tools.judging.verdicts import EXIT_CODES
 
-    if against is not None:
-        _no_shapes(sets or [])
-    kept = None if min_accuracy_retained is None else _kept("--min-accuracy-retained", min_accuracy_retained)
-    wanted_texts, wanted_tasks = max_ppl_ratio, kept
-    if quality_budget is not None:
-        share = _kept("--quality-budget", quality_budget)
-        wanted_texts = 1 / share
-    tolerances: Tolerances = Tolerances(
-        min_speedup=_speedups(min_speedup),
-        max_latency_regression=_share("--max-latency-regression", max_latency_regression),
-        max_speedup_loss=_share("--max-speedup-loss", max_speedup_loss),
-        max_ppl_ratio=wanted_texts,
-        min_accuracy_retained=wanted_tasks,
-    )
+    raise typer.Exit(EXIT_CODES[found.verdict])
+
+
+def _check(
+    run: Path,
+    tolerances: Tolerances,
+    share: float | None,
+    against: Path | None,
+    engine: str | None,
+    task: list[str] | None,
+    budget: float | None,
+    sets: list[str] | None,
+) -> Check:
+    """What the check found. share: of quality that is to be kept; None where it is not asked for as one."""
+    from trsp_deploy.checks import check_run
+    from trsp_deploy.cli.recipe_options import task_sets
+    from trsp_deploy.cli.running import existing
+
     if task:
         from trsp_deploy.stages.zeroshot import check_tasks
 
         check_tasks(task)  # before anything is done, and before the run's recipe says so
     with existing(run, sets=task_sets(task)) as job:
-        if quality_budget is not None and job.recipe.evaluate.tasks:  # of what the run has to be judged on
-            texts = wanted_texts if job.recipe.evaluation else None
+        if share is not None and job.recipe.evaluate.tasks:  # of what the run has to be judged on
+            texts = tolerances.max_ppl_ratio if job.recipe.evaluation else None
             tolerances = tolerances.model_copy(update={"min_accuracy_retained": share, "max_ppl_ratio": texts})
-        settings = _settings(job.recipe.bench.model_dump(), budget, sets)
-        found = check_run(job, tolerances, against, engine, settings)
-    _publish(found, out, junit, as_json)
-    raise typer.Exit(EXIT_CODES[found.verdict])
+        values = job.recipe.bench.model_dump()
+        if not tolerances.timed:
+            values["budget_s"] = min(values["budget_s"], QUALITY_ALONE_S)
+        return check_run(job, tolerances, against, engine, _settings(values, budget, sets))
+
+
+@contextlib.contextmanager
+def _errors_told(junit: Path | None, as_json: bool) -> Iterator[None]:
+    """Tell a CI system of an error too, and leave it no JUnit of an earlier check for this one's."""
+    if junit is not None:
+        junit.unlink(missing_ok=True)  # also for a check that is killed
+    try:
+        yield
+    except Exception as problem:
+        said = str(problem) if isinstance(problem, TrspError) else machine_reason(problem)
+        line = redacted(" ".join((said or f"{type(problem).__name__}: {first_line(problem)}").split()))
+        _publish_error(line, junit, sys.stderr if as_json else sys.stdout)
+        raise
+
+
+def _publish_error(line: str, junit: Path | None, stream: TextIO) -> None:
+    """Wherever a CI system looks for a verdict; a disk that takes nothing more does not hide why the check ended."""
+    from trsp_deploy.tools.reports import ci
+
+    if junit is not None:
+        with contextlib.suppress(OSError, TrspError):
+            _write_text(junit, ci.junit_of_error(line))
+    if _in_github():
+        print(ci.github_error(line), file=stream)
 
 
 def _publish(found: Check, out: Path | None, junit: Path | None, as_json: bool) -> None:
-    """The verdict on the terminal, and wherever else a CI system looks for it."""
-    from trsp_deploy.artifacts import write_json, writing
+    """The verdict wherever a CI system looks for it, and on the terminal. Files first: a reader may have left."""
+    from trsp_deploy.artifacts import write_json
     from trsp_deploy.cli.tables import print_comparison
+    from trsp_deploy.tools.judging.comparisons import notes
     from trsp_deploy.tools.reports import ci
 
-    stream = sys.stderr if as_json else sys.stdout
-    print_comparison(found.engine, found.comparison, stream)
-    for outcome in found.outcomes:
-        print(outcome.sentence, file=stream)
-    print(f"{found.verdict.upper()}", file=stream)
     if out is not None:
         write_json(out, found)
     if junit is not None:
-        with writing(junit) as partial:
-            text = ci.junit(found.engine, found.outcomes, found.comparison.elapsed_s)
-            partial.write_text(text, encoding="utf-8")
-    summary = os.environ.get("GITHUB_STEP_SUMMARY")
-    if summary:
-        with Path(summary).open("a", encoding="utf-8") as file:  # a step's commands share it
-            file.write(ci.step_summary(found.engine, found.verdict, found.outcomes, found.notes))
-    if os.environ.get("GITHUB_ACTIONS") == "true":
+        _write_text(junit, ci.junit(found.engine, found.outcomes, found.comparison.elapsed_s))
+    _add_step_summary(ci.step_summary(found.engine, found.verdict, found.outcomes, found.notes))
+    stream = sys.stderr if as_json else sys.stdout
+    print_comparison(found.engine, found.comparison, stream)
+    more = [note for note in found.notes if note not in notes(found.comparison)]  # those of the comparison are shown
+    for line in (*more, *(outcome.sentence for outcome in found.outcomes), found.verdict.upper()):
+        print(line, file=stream)
+    if _in_github():
         for line in ci.github_annotations(found.outcomes):
             print(line, file=stream)
     if as_json:
-        print(json.dumps(found.model_dump(mode="json", exclude={"provenance"})))
+        print(json.dumps(found.model_dump(mode="json", exclude={"provenance", "samples"})))
+
+
+def _add_step_summary(text: str) -> None:
+    """Add to GitHub's page of a step, where there is one; what cannot be written there changes no verdict."""
+    summary = os.environ.get("GITHUB_STEP_SUMMARY")
+    if not summary:
+        return
+    try:
+        with Path(summary).open("a", encoding="utf-8") as file:  # a step's commands share it
+            file.write(text)
+    except OSError as problem:
+        print(
+            f"warning: GITHUB_STEP_SUMMARY {summary}: no summary is written ({problem.strerror})",
+            file=sys.stderr,
+        )
+
+
+def _in_github() -> bool:
+    return os.environ.get("GITHUB_ACTIONS") == "true"
+
+
+def _write_text(path: Path, text: str) -> None:
+    from trsp_deploy.artifacts import writing
+
+    with writing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def _settings(values: dict[str, Any], budget: float | None, sets: list[str] | None) -> BenchSettings:
@@ -254,6 +353,7 @@ def _no_shapes(sets: list[str]) -> None:
 
 def _speedups(texts: list[str] | None) -> dict[Phase, float]:
     found: dict[Phase, float] = {}
+    given: dict[Phase, str] = {}
     for text in texts or []:
         name, equals, number = text.rpartition("=")
         phase = PHASE_NAMES.get(name if equals else "total")
@@ -265,22 +365,34 @@ def _speedups(texts: list[str] | None) -> dict[Phase, float]:
             raise RecipeError(
                 f"--min-speedup '{text}': expected a factor such as 1.2, or prefill=1.2, decode=1.2, end-to-end=1.2"
             )
-        found[phase] = bound
+        if phase in given:  # the looser of two may not take the stricter one's place
+            raise RecipeError(f"--min-speedup '{given[phase]}' and '{text}': are of the same phase; give it once")
+        found[phase], given[phase] = bound, text
     return found
 
 
 def _share(option: str, text: str | None) -> float | None:
     if text is None:
         return None
-    number = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text.strip())
-    if number is None or not 0 <= float(number[1]) < 100:
-        raise RecipeError(f"{option} '{text}': expected a share such as 3%")
-    return float(number[1]) / 100
-
-
-def _kept(option: str, text: str) -> float:
-    """The share of quality that has to be kept."""
-    share = _share(option, text) if text.strip() != "100%" else 1.0
-    if share is None or share < 0.5:
-        raise RecipeError(f"{option} '{text}': expected the share of quality to keep, such as 99% or 99.9%")
+    share = _percent(text)
+    if share is None or share >= 1:
+        raise RecipeError(f"{option} '{text}': expected a share of at least 0% and below 100%, such as 3%")
     return share
+
+
+def _kept(option: str, text: str | None) -> float | None:
+    """The share of quality that has to be kept."""
+    if text is None:
+        return None
+    share = _percent(text)
+    if share is None or not 0.5 <= share <= 1:
+        raise RecipeError(
+            f"{option} '{text}': expected the share of quality to keep, 50% to 100%, such as 99% or 99.9%"
+        )
+    return share
+
+
+def _percent(text: str) -> float | None:
+    """A percentage as a share of 1; None for what is none."""
+    number = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text.strip())
+    return None if number is None else float(number[1]) / 100

@@ -217,7 +217,7 @@ def evaluate(run: Run, evaluation: Evaluation = None, sets: Sets = None, as_json
 
 
 def report(run: Run, as_json: Json = False) -> None:
-    """Write report.json and report.md again, finishing what is missing."""
+    """Write report.json, report.md and report.html again, finishing what is missing."""
     with existing(run, None, None, None) as job:
         _finish(job, job.report(), as_json)
 

@@ -8,6 +8,50 @@ from typing import Annotated
 
 import typer
 
+from trsp_deploy.errors import RecipeError, StorageError, shown
+
+
+def finite(value: float | None) -> float | None:
+    """A callback of options: float() reads nan and inf, and neither is below a least value."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a number that can be used")
+    return value
+
+
+def file_to_write(path: Path | None) -> Path | None:
+    """A callback of options: said before hours of work, not after them. Returns the file that a link leads to."""
+    if path is None:
+        return None
+    from trsp_deploy.artifacts.storage import place_to_write
+
+    try:
+        return place_to_write(path)
+    except StorageError as problem:
+        raise typer.BadParameter(str(problem)) from problem
+
+
+def named_texts(pairs: list[str] | None) -> list[str] | None:
+    """A callback of options: the names of texts become names of files."""
+    if not pairs:
+        return pairs
+    from pydantic import TypeAdapter, ValidationError
+
+    from trsp_deploy.recipe.values import Name
+
+    for pair in pairs:
+        name, equals, texts = pair.partition("=")
+        if not (name and equals and texts):
+            continue  # of these it is said that they are no pairs
+        try:
+            TypeAdapter(Name).validate_python(name)
+        except ValidationError as problem:
+            raise RecipeError(
+                f"--eval {shown(pair)}: {shown(name)} cannot be a text's name; valid: letters, digits, spaces and "
+                "_ . + -, at most 100 of them, of which the first is a letter, a digit or _"
+            ) from problem
+    return pairs
+
+
 Model = Annotated[
     str | None, typer.Option("--model", help="A folder, a hub id, or a short name such as opt-6.7b.", metavar="M")
 ]
@@ -29,7 +73,9 @@ Calibration = Annotated[
 ]
 Evaluation = Annotated[
     list[str] | None,
-    typer.Option("--eval", help="Text to judge on, as NAME=TEXTS; repeat for more.", metavar="NAME=TEXTS"),
+    typer.Option(
+        "--eval", help="Text to judge on, as NAME=TEXTS; repeat for more.", callback=named_texts, metavar="NAME=TEXTS"
+    ),
 ]
 Tasks = Annotated[
     list[str] | None,
@@ -62,17 +108,3 @@ IgnoreMemory = Annotated[bool, typer.Option("--ignore-memory", help="Train even 
 IgnoreDisk = Annotated[bool, typer.Option("--ignore-disk", help="Begin even if the disk looks too small.")]
 Json = Annotated[bool, typer.Option("--json", help="End stdout with one JSON line; all else goes to stderr.")]
 Run = Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")]
-
-
-def finite(value: float | None) -> float | None:
-    """A callback of options: float() reads nan and inf, and neither is below a least value."""
-    if value is not None and not math.isfinite(value):
-        raise typer.BadParameter(f"{value} is not a number that can be used")
-    return value
-
-
-def file_to_write(path: Path | None) -> Path | None:
-    """A callback of options: said before hours of work, not after them."""
-    if path is not None and path.is_dir():
-        raise typer.BadParameter(f"{path} is a folder; give the file to write")
-    return path

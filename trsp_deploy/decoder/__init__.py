@@ -4,6 +4,7 @@ It finds the layer list by shape instead of by name and cuts every per-layer lis
 architecture needs no entry here. In exchange `removal` checks what it made.
 """
 
+from trsp_deploy.decoder.config import cut_config
 from trsp_deploy.decoder.layers import (
     body,
     decoder_layers,
@@ -22,8 +23,9 @@ from trsp_deploy.decoder.loading import (
     make_storable,
     meta_model,
     stored_dtype,
+    without_weights,
 )
-from trsp_deploy.decoder.removal import check_prunable, check_removal, remove_layers
+from trsp_deploy.decoder.removal import check_prunable, check_removal, fixed_ends, remove_layers
 from trsp_deploy.decoder.sizes import (
     DecoderSize,
     WeightCounts,
@@ -46,8 +48,10 @@ __all__ = [
     "check_removal",
     "count_config",
     "count_weights",
+    "cut_config",
     "decoder_layers",
     "decoder_size",
+    "fixed_ends",
     "graph_positions",
     "known_positions",
     "layer_input",
@@ -64,4 +68,5 @@ __all__ = [
     "remove_layers",
     "stored_dtype",
     "with_layer_output",
+    "without_weights",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,11 @@ from transformers import (
 
 from trsp_deploy.errors import ModelError, TrspError, first_line, machine_reason
 from trsp_deploy.model_code import TOKENIZER_FILES, refuse_own_generate, trusted
+
+try:
+    from transformers.initialization import no_init_weights
+except ImportError:  # transformers 4
+    from transformers.modeling_utils import no_init_weights
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # by safetensors' names
 
@@ -79,12 +85,18 @@ def load_widened(folder: Path) -> PreTrainedModel:
 
     The stored weights stay as they are, pages of the file where transformers maps it; each is made fp32 for the module
     that reads it, and given up after it. Constants that are not stored are made in fp32. Only forward passes work: the
-    parameters have no values in between.
+    parameters have no values in between. A model that reads weights elsewhere (JetMoE's experts) is loaded in fp32.
     """
     stored = load_model(folder)
-    with init_empty_weights(include_buffers=False):
+    with without_weights():
         model = build_model(load_config(folder), dtype=torch.float32)
-    return cpu_offload(model.eval(), "cpu", offload_buffers=True, state_dict=stored.state_dict())
+    widened = cpu_offload(model.eval(), "cpu", offload_buffers=True, state_dict=stored.state_dict())
+    try:
+        with torch.no_grad():
+            widened(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=False)
+    except (RuntimeError, NotImplementedError):  # what torch says of a weight on "meta"
+        return load_model(folder, dtype=torch.float32)
+    return widened
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
@@ -114,6 +126,16 @@ def build_model(config: Any, **settings: Any) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config, trust_remote_code=own, **settings)
 
 
+@contextlib.contextmanager
+def without_weights() -> Iterator[None]:
+    """What is built within has weights without storage, on "meta", and real buffers.
+
+    Nor are weights initialised: that fails on "meta" where it sets values of its own (Bamba, StableLM with qk norms).
+    """
+    with no_init_weights(), init_empty_weights(include_buffers=False):
+        yield
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer that lies beside a model; raises ModelError where there is none that can be read."""
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):  # transformers 5 would make up an empty one
@@ -131,7 +153,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def meta_model(config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """A model of that config in eval mode: weights without storage, on "meta", but with its attributes and buffers."""
-    with init_empty_weights():
+    with without_weights():
         # Eager attention knows everything that a config can ask for; GPT-2's faster one leaves its scaling out.
         model = build_model(config, dtype=dtype, attn_implementation="eager").eval()
     model.tie_weights()  # each weight was put on "meta" by itself

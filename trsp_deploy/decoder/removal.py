@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +32,8 @@ def check_prunable(model: PreTrainedModel) -> None:
     """Raise ModelError unless this model's layers can be gated and removed; cheap, for a call before any training.
 
     Layers must run once each, in order, and map hidden states to hidden states; then the first, the middle and the last
-    layer are each removed by way of trial. A whole plan is for `check_removal`.
+    layer are each removed by way of trial. The first or the last may be one of a kind (`fixed_ends`); where the middle
+    one cannot go either, few sets of layers could. A whole plan is for `check_removal`.
     """
     name, layers = type(model).__name__, decoder_layers(model)
     try:
@@ -46,8 +47,25 @@ def check_prunable(model: PreTrainedModel) -> None:
             "shape; this architecture is not supported"
         )
     if len(layers) > 1:
-        for index in sorted({0, len(layers) // 2, len(layers) - 1}):
-            check_removal(model, [index])
+        tried = [(index, _why_fixed(model, index)) for index in sorted({0, len(layers) // 2, len(layers) - 1})]
+        problems = [problem for _, problem in tried if problem is not None]
+        if problems and (len(problems) == len(tried) or dict(tried)[len(layers) // 2] is not None):
+            raise problems[0]
+
+
+def fixed_ends(model: PreTrainedModel) -> frozenset[int]:
+    """The first and the last layer where they cannot go alone, as one of another kind (ModernBERT's first)."""
+    ends = {0, len(decoder_layers(model)) - 1}
+    return frozenset(index for index in ends if len(ends) > 1 and _why_fixed(model, index) is not None)
+
+
+def _why_fixed(model: PreTrainedModel, index: int) -> ModelError | None:
+    """What keeps a layer from being removed alone; None where nothing does."""
+    try:
+        check_removal(model, [index])
+    except ModelError as problem:
+        return problem
+    return None
 
 
 @torch.no_grad()
@@ -108,7 +126,8 @@ def _checked_numbers(model: PreTrainedModel, dropped: Sequence[int]) -> dict[Pla
     except ModelError as problem:
         gone = ", ".join(str(index) for index in everything if index not in kept)
         raise ModelError(
-            f"{type(model).__name__} without layers {gone}: {problem}; choose other layers, or another architecture"
+            f"{type(model).__name__} without layers {gone}: {problem}; name other layers in a plan (--plan), or take "
+            "another architecture"
         ) from problem
     return numbers
 
@@ -118,8 +137,10 @@ def _reloaded_meta_model(model: PreTrainedModel, kept: Sequence[int]) -> PreTrai
     config = copy.deepcopy(model.config)
     try:
         cut_config(config, kept, len(decoder_layers(model)))
-        # Through JSON, as a reload: some configs recompute their patterns from a number and drop what is the default.
-        reloaded = type(config).from_dict(json.loads(config.to_json_string()))
+        # Through a file, as a reload: some configs recompute their patterns from a number and drop what is the default.
+        with tempfile.TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+            reloaded = type(config).from_pretrained(folder)
         reloaded.name_or_path = config.name_or_path  # where code of its own lies
         return meta_model(reloaded, model.dtype)
     except (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError) as problem:

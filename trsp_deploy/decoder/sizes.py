@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -51,7 +52,8 @@ def known_positions(folder: Path) -> int | None:
     """Tokens that the model in a folder was made for, where its config says."""
     config = load_config(folder)
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-    return next((int(getattr(config, name)) for name in names if getattr(config, name, None)), None)
+    found = (getattr(config, name, None) for name in names)
+    return next((int(value) for value in found if value is not None and value > 0), None)  # XLNet says -1: any
 
 
 def max_positions(folder: Path) -> int:
@@ -62,15 +64,20 @@ def max_positions(folder: Path) -> int:
 def graph_positions(config: Any) -> int | None:
     """Tokens from where on the model turns keys by other angles, which a traced graph does not; None for most.
 
-    LongRoPE (arXiv 2402.13753) has a second set of frequencies for texts beyond the original length (Phi-3 128k).
+    LongRoPE (arXiv 2402.13753) has a second set of frequencies for texts beyond the original length (Phi-3 128k), and
+    dynamic NTK scaling new ones for every length beyond the model's positions.
+    config: transformers' or the values of a config.json, in which transformers 5 calls the scaling `rope_parameters`.
     """
-    scaling = getattr(config, "rope_scaling", None) or {}
-    if scaling.get("rope_type", scaling.get("type")) not in ("longrope", "su"):
+    scaling = getattr(config, "rope_scaling", None) or getattr(config, "rope_parameters", None) or {}
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if kind not in ("longrope", "su", "dynamic"):
         return None
-    original = scaling.get("original_max_position_embeddings") or getattr(
-        config, "original_max_position_embeddings", None
-    )
-    return int(original) if original else None
+    original = scaling.get("original_max_position_embeddings")
+    original = original or getattr(config, "original_max_position_embeddings", None)
+    positions = getattr(config, "max_position_embeddings", None)
+    # transformers looks at the original length for LongRoPE alone, and without one at the positions.
+    limit = positions if kind == "dynamic" else original or positions
+    return int(limit) if limit else None
 
 
 def decoder_size(folder: Path) -> DecoderSize:
@@ -85,10 +92,21 @@ def decoder_size(folder: Path) -> DecoderSize:
 
 def cache_per_token(config: Any) -> int:
     """Numbers that one layer keeps of a token in the KV cache, keys and values together."""
+    if getattr(config, "kv_lora_rank", None) and getattr(config, "qk_rope_head_dim", None):
+        return _latent_per_token(config)
     # Falcon's newer architecture spreads its shared heads out before it caches them.
     one_head = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
     cache_heads = getattr(config, "num_key_value_heads", None) or (1 if one_head else config.num_attention_heads)
     return int(2 * cache_heads * _head_dim(config))
+
+
+def _latent_per_token(config: Any) -> int:
+    """The same of latent attention (DeepSeek-V2, arXiv 2405.04434): transformers 5 (5.24) caches the latent and the
+    rotated part that all heads share, transformers 4 the keys and values that heads make of them."""
+    if int(transformers.__version__.partition(".")[0]) >= 5:
+        return int(config.kv_lora_rank + config.qk_rope_head_dim)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return int(heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim))
 
 
 def _head_dim(config: Any) -> int:

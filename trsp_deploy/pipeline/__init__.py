@@ -20,7 +20,7 @@ from trsp_deploy.pipeline.proof import Proof
 from trsp_deploy.pipeline.pruning import Pruning
 from trsp_deploy.pipeline.reporting import make_report
 from trsp_deploy.recipe import Recipe
-from trsp_deploy.stages import zeroshot
+from trsp_deploy.stages import export, zeroshot
 from trsp_deploy.tools.reports.record import Report
 from trsp_deploy.tools.training.processes import Processes
 from trsp_deploy.tools.training.shared import pick_device
@@ -70,7 +70,8 @@ def _check_shares(recipe: Recipe, count: int, planned: bool = False) -> None:
 
 
 def check_before_work(job: Pipeline) -> None:
-    """Raise what would otherwise be raised after hours: texts and tasks that are not there, windows too long.
+    """Raise what would otherwise be raised after hours: texts and tasks that are not there, windows too long, a model
+    that cannot be exported.
 
     What the model is judged on is the main process's matter; the others hear of it. Tasks that were answered are not
     asked for again.
@@ -83,6 +84,8 @@ def check_before_work(job: Pipeline) -> None:
             job.inputs.read_evaluation()
             if not any(step.startswith("zero-shot-") for step in job.run.recorded()):
                 zeroshot.check_tasks(job.recipe.evaluate.tasks)
+            if job.engines.buildable() and not any(step.startswith("export-") for step in job.run.recorded()):
+                export.check_exportable(job.inputs.path("dense"), job.recipe.export, job.inputs.say)
         except TrspError as found:
             problem = found
     problem = job.run.from_main(problem)

@@ -74,7 +74,15 @@ class Engines:
             with writing(self.run.path / folder) as partial:
                 external = export.export_onnx(model, precision, self.recipe.export, partial, text)
                 size = size_bytes(partial / export.FILE) + sum(size_bytes(partial / name) for name in external)
-            return OnnxModel(role=role, precision=precision, folder=folder, size_bytes=size, external_data=external)
+            exporter = export.chosen(self.recipe.export, model)
+            return OnnxModel(
+                role=role,
+                precision=precision,
+                folder=folder,
+                size_bytes=size,
+                external_data=external,
+                exporter=exporter,
+            )
 
         return self.run.step(
             f"export-{role}-{precision}",

@@ -14,8 +14,10 @@ from trsp_deploy.artifacts import RunFolder, writing
 from trsp_deploy.decoder import known_positions, load_config, load_tokenizer
 from trsp_deploy.errors import RecipeError
 from trsp_deploy.pipeline.runs import seen_from
-from trsp_deploy.recipe import Recipe, Strict
+from trsp_deploy.recipe import BenchSettings, Recipe, Strict
 from trsp_deploy.results import Role
+from trsp_deploy.stages.bench import check_positions
+from trsp_deploy.tools.measuring.subjects import positions_of
 from trsp_deploy.tools.sources.model_folders import copy_model
 from trsp_deploy.tools.sources.models import ModelSource, resolve_model
 from trsp_deploy.tools.sources.names import SHORT_NAMES
@@ -64,11 +66,17 @@ class Inputs:
         return source
 
     def check_lengths(self) -> None:
-        """Raise RecipeError where windows are longer than the model was made for, with all that has to change."""
+        """Raise RecipeError where windows or prompts are longer than the model was made for."""
         wanted = {"calibration.context_length": self.recipe.calibration.context_length}
         if self.recipe.evaluation:
             wanted["evaluate.context_length"] = self.recipe.evaluate.context_length
         self._check(wanted)
+        self.check_bench(self.recipe.bench)
+
+    def check_bench(self, settings: BenchSettings) -> None:
+        """Raise RecipeError where a measurement's prompt and new tokens are more than the model was made for."""
+        self.dense()
+        check_positions(settings, positions_of(self.path("dense")), self.recipe.public.model)
 
     def read_evaluation(self) -> None:
         """Read every text that the model is judged on; raises TextError."""

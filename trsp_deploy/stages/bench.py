@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from trsp_deploy.errors import EngineUnavailable, RunError
+from trsp_deploy.errors import EngineUnavailable, RecipeError, RunError
 from trsp_deploy.recipe import BenchSettings, Case
 from trsp_deploy.results import Comparison, Rates, Replicate
 from trsp_deploy.results import Subject as Name
@@ -43,6 +43,41 @@ def compare_engines(
     )
 
 
+def check_positions(settings: BenchSettings, positions: int | None, name: str) -> None:
+    """Raise RecipeError where a prompt and its new tokens are more than the model was made for.
+
+    positions: of the model; None where they are not known.
+    """
+    prompt, new = max(settings.prompt_tokens), settings.new_tokens
+    if positions is not None and prompt + new > positions:
+        raise RecipeError(
+            f"prompt_tokens {prompt} and new_tokens {new}: {name} has {positions} positions; valid: {positions} or "
+            "fewer of both together"
+        )
+
+
+def check_pair(dense: Subject, pruned: Subject, settings: BenchSettings) -> None:
+    """Raise RecipeError where one of two subjects has fewer positions than the settings ask for."""
+    for subject in (dense, pruned):
+        check_positions(settings, subject.positions, str(subject.path))
+
+
+def pair_notes(dense: Subject, pruned: Subject) -> list[str]:
+    """What speaks against two subjects being a model and its cut, a line each."""
+    lines = []
+    if dense.size is not None and pruned.size is not None:
+        before, after = (len(subject.size.weights.layers) for subject in (dense, pruned) if subject.size is not None)
+        if before < after:
+            lines.append(f"DENSE has {before} layers and PRUNED {after}: they may be the wrong way round")
+    if dense.architecture and pruned.architecture and dense.architecture != pruned.architecture:
+        lines.append(f"two architectures, {dense.architecture} and {pruned.architecture}: not a model and its cut")
+    if dense.vocabulary != pruned.vocabulary:
+        lines.append(
+            f"two vocabularies, of {dense.vocabulary:,} and {pruned.vocabulary:,} tokens: not a model and its cut"
+        )
+    return lines
+
+
 def label_of(dense: Subject, pruned: Subject) -> str:
     """For people: what is compared, the engine's name where both are of the same."""
     return pruned.name if dense.name == pruned.name else f"{dense.name} against {pruned.name}"
@@ -77,6 +112,11 @@ def find_pair(dense: Path, pruned: Path | None, engine: str | None) -> tuple[Sub
         first = find_subject(dense, "dense", engine)
         if pruned is None and not runs[0]:
             raise RunError(f"{dense}: PRUNED is missing; only a run folder ({RUN_MARK}) has both")
-        return first, find_subject(other, "pruned", engine)
+        second = find_subject(other, "pruned", engine)
+        if engine is not None and not any(runs):
+            raise RunError(
+                f"--engine {engine}: chooses among a run's engines, and neither {dense} nor {other} is a run"
+            )
+        return first, second
     except EngineUnavailable as problem:
         raise RunError(str(problem)) from problem

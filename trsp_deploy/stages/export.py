@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from trsp_deploy.decoder import graph_positions, load_config
 from trsp_deploy.errors import EngineUnavailable, ModelError
 from trsp_deploy.model_code import copy_code
+from trsp_deploy.reading import read_json
 from trsp_deploy.recipe import ExportSettings, Float
 from trsp_deploy.tools.exporters import dynamo, optimum
+from trsp_deploy.tools.graphs.decoder_io import write_longest
 from trsp_deploy.tools.quiet import quiet_libraries
 from trsp_deploy.tools.runners.half_range import guard_range
 
@@ -29,17 +34,32 @@ def export_onnx(
     takes random ones.
     Raises ModelError when the exporter is not installed or cannot export the architecture.
     """
-    exporter = chosen(settings)
-    out.mkdir(parents=True, exist_ok=True)
     with quiet_libraries():
+        exporter = chosen(settings, model)
+        out.mkdir(parents=True, exist_ok=True)
         if exporter == "optimum":
             optimum.export(model, precision, settings.opset or optimum.OPSET, settings.slim, out / FILE)
         else:
             dynamo.export(model, precision, _opset(settings, dynamo.OPSET), out / FILE)
         copy_code(model, out)  # the config beside the graph names it
+        _note_longest(model, out)
         if precision == "fp16":
             _guard(out, calibration)
     return tuple(sorted(path.name for path in out.glob(f"{FILE}_data*")))
+
+
+def _note_longest(model: Path, out: Path) -> None:
+    """Let graph and config say how long a text may be where the model turns keys of longer ones otherwise.
+
+    What was traced is the shorter of two ways (LongRoPE), or one of many (dynamic NTK).
+    """
+    limit = graph_positions(load_config(model))
+    if limit is None:
+        return
+    config = out / "config.json"
+    values = read_json(config, ModelError)
+    config.write_text(json.dumps({**values, "max_position_embeddings": limit}, indent=2), encoding="utf-8")
+    write_longest(out / FILE, limit)
 
 
 def _guard(out: Path, calibration: np.ndarray | None) -> None:
@@ -53,15 +73,37 @@ def _guard(out: Path, calibration: np.ndarray | None) -> None:
                 file.rename(out / file.name)
 
 
-def chosen(settings: ExportSettings) -> str:
-    """The exporter that the settings mean here; raises ModelError when that is Optimum's and it is not installed."""
+def chosen(settings: ExportSettings, model: Path | None = None) -> str:
+    """The exporter that the settings mean here; raises ModelError when that is Optimum's and it is not installed.
+
+    model: a Hugging Face folder; `auto` is torch's own exporter for one that Optimum does not know.
+    """
     if settings.exporter == "auto":
-        return "optimum" if optimum.installed() else "dynamo"
+        return "optimum" if optimum.installed() and (model is None or optimum.knows(model)) else "dynamo"
     if settings.exporter == "optimum" and not optimum.installed():
         raise ModelError(
             "export.exporter: optimum is not installed here: pip install 'trsp_deploy[optimum]', or take `dynamo`"
         )
     return settings.exporter
+
+
+def check_exportable(model: Path, settings: ExportSettings, say: Callable[[str], None]) -> None:
+    """Raise ModelError, within seconds and without weights, where the exporter that is meant cannot trace the model.
+
+    say: hears of torch's own where Optimum is installed and does not know the model.
+    """
+    with quiet_libraries():
+        exporter = chosen(settings, model)
+    if settings.exporter == "auto" and exporter == "dynamo" and optimum.installed():
+        say("export: Optimum does not know this type of model, so torch's own exporter is taken (dynamo)")
+    try:
+        with quiet_libraries():
+            if exporter == "optimum":
+                optimum.check_traceable(model, settings.opset or optimum.OPSET)
+            else:
+                dynamo.check_traceable(model)
+    except ModelError as problem:
+        raise ModelError(f"{problem}; `trsp-deploy prune` makes the checkpoint alone") from problem
 
 
 def _opset(settings: ExportSettings, lowest: int) -> int:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from trsp_deploy.decoder import decoder_layers
+from trsp_deploy.decoder import decoder_layers, fixed_ends
 from trsp_deploy.recipe import Recipe
 from trsp_deploy.tools.closed_form.span import runs
 from trsp_deploy.tools.gates import LayerGates
@@ -163,6 +163,7 @@ class GatePicking:
         self._checkpoints = checkpoints
         self._device = pick_device(recipe)
         self._processes = Processes(self._device)
+        self._fixed = fixed_ends(model)  # that the model would not survive
         self._gates = LayerGates(model, recipe.plan.gate)
         self._losses = TokenLosses(model)
         self._trials = Trials(self._losses, self._gates)
@@ -188,7 +189,7 @@ class GatePicking:
         the mean loss in nats without each of the last sets of layers tried, best first.
         """
         steps, gates = self._settings.steps, self._gates
-        trials = num_trials(min(self._settings.candidates, len(gates.open)))
+        trials = num_trials(min(self._settings.candidates, len(gates.open) - len(self._fixed)))
         self._restore()
         done = len(self._picks) * (steps + trials) + len(self._lm_losses)
         total = max(counts) * (steps + trials) + sum(num_trials(len(self._spans(count)) + 1) for count in counts)
@@ -209,11 +210,12 @@ class GatePicking:
         return self._try(list(dict.fromkeys([picked, *spans])), count, meter) if spans else {picked: math.nan}
 
     def _spans(self, num_dropped: int) -> list[Layers]:
-        """Every span of consecutive layers behind layer 0."""
+        """Every span of consecutive layers behind layer 0 that may go."""
         if not self._settings.spans or num_dropped == 1:
             return []
         count = len(self._gates.values)
-        return [tuple(range(first, first + num_dropped)) for first in range(1, count - num_dropped + 1)]
+        spans = [tuple(range(first, first + num_dropped)) for first in range(1, count - num_dropped + 1)]
+        return [span for span in spans if self._fixed.isdisjoint(span)]
 
     def _update(self, rows: torch.Tensor) -> None:
         """One step of the open gates on windows `rows`."""
@@ -232,7 +234,8 @@ class GatePicking:
     def _pick(self, meter: Meter) -> None:
         """Close, of the layers with the smallest gates, the one whose removal costs least."""
         gates = self._gates
-        smallest = sorted(gates.open, key=lambda index: abs(gates.values[index].item()))[: self._settings.candidates]
+        free = [index for index in gates.open if index not in self._fixed]
+        smallest = sorted(free, key=lambda index: abs(gates.values[index].item()))[: self._settings.candidates]
         # With one candidate there is nothing to choose between and the gate alone has decided.
         gone = tuple(pick.layer for pick in self._picks)
         losses = {

@@ -117,14 +117,19 @@ def transfer_and_remove(
             ppl_before_removal=ppl_before,
             ppl_after_removal=_perplexity(model, validation, recipe),
         )
-        make_storable(model)
-        model.to("cpu", stored_dtype(dense)).save_pretrained(out)
-        load_tokenizer(dense).save_pretrained(out)
-        copy_code(dense, out)
+        _write(model, dense, out)
         write_model_card(out, source, plan, recipe, result)
     finished = processes.from_main(result)
     assert finished is not None  # the main process has made it
     return finished
+
+
+def _write(model: PreTrainedModel, dense: Path, out: Path) -> None:
+    """A folder in the dense model's stored dtype, with its tokenizer and its own code where it has some."""
+    make_storable(model)
+    model.to("cpu", stored_dtype(dense)).save_pretrained(out)
+    load_tokenizer(dense).save_pretrained(out)
+    copy_code(dense, out)
 
 
 def _adapters(model: PreTrainedModel, recipe: Recipe) -> Any:

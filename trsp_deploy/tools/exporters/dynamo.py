@@ -7,16 +7,21 @@ code, traced with every length symbolic.
 from __future__ import annotations
 
 import contextlib
+import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from trsp_deploy.decoder import load_model
-from trsp_deploy.errors import ModelError
+from trsp_deploy.errors import ModelError, TrspError, first_line, machine_reason
 from trsp_deploy.recipe import Float
+from trsp_deploy.tools.exporters.weights import WithoutProducts, hollow_model, try_on_ends
 from trsp_deploy.tools.graphs.decoder_io import PAST, PRESENT
 
 DTYPES: dict[Float, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
@@ -25,6 +30,7 @@ OPSET = (
 )
 # Example lengths: 0 and 1 would be taken for constants, and equal ones for one length.
 BATCH, SEQUENCE, CACHED = 2, 3, 5
+ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # colours, which torch's exporter puts into its errors
 
 
 def export(model: Path, precision: Float, opset: int, out: Path) -> None:
@@ -36,27 +42,17 @@ def export(model: Path, precision: Float, opset: int, out: Path) -> None:
 
     network = load_model(model, dtype=DTYPES[precision]).requires_grad_(False)
     network.config.use_cache = True
-    heads = _cache_heads(network)
-    step = _Step(network)
-    layers = range(len(heads))
-    names = ["input_ids", "attention_mask", "position_ids"]
-    caches = [f"{PAST}{layer}.{part}" for layer in layers for part in ("key", "value")]
-    presents = [f"{PRESENT}{layer}.{part}" for layer in layers for part in ("key", "value")]
-    past = [torch.zeros(BATCH, count, CACHED, size, dtype=DTYPES[precision]) for count, size in heads for _ in range(2)]
-    ids = torch.ones(BATCH, SEQUENCE, dtype=torch.int64)
-    positions = torch.arange(CACHED, CACHED + SEQUENCE).expand(BATCH, SEQUENCE).contiguous()
-    mask = torch.ones(BATCH, CACHED + SEQUENCE, dtype=torch.int64)
-    dynamic = torch.export.Dim.DYNAMIC
-    tokens, cache = {0: dynamic, 1: dynamic}, {0: dynamic, 2: dynamic}
     with _one_line(model), torch.no_grad():
+        arguments, shapes = _example(_cache_sizes(network), DTYPES[precision])
+        parts = [f"{layer}.{part}" for layer in range(len(arguments[-1]) // 2) for part in ("key", "value")]
         program = torch.onnx.export(
-            step,
-            (ids, mask, positions, past),
+            _Step(network),
+            arguments,
             dynamo=True,
             opset_version=opset,
-            input_names=[*names, *caches],
-            output_names=["logits", *presents],
-            dynamic_shapes=(tokens, tokens, tokens, [cache] * len(past)),
+            input_names=["input_ids", "attention_mask", "position_ids", *(f"{PAST}{part}" for part in parts)],
+            output_names=["logits", *(f"{PRESENT}{part}" for part in parts)],
+            dynamic_shapes=shapes,
             optimize=True,
             verbose=False,
         )
@@ -65,6 +61,40 @@ def export(model: Path, precision: Float, opset: int, out: Path) -> None:
     ClearMetadataAndDocStringPass()(program.model)  # stack traces, with paths of the machine that traced it
     ir.save(program.model, out, external_data=f"{out.name}_data")
     network.config.save_pretrained(out.parent)
+
+
+def check_traceable(model: Path) -> None:
+    """Raise ModelError where torch cannot trace the model; takes seconds and no weights, for a call before training."""
+    with _one_line(model), torch.no_grad():
+        try_on_ends(model, _try)
+
+
+def _try(config: Any) -> None:
+    """Trace a config's model as torch.onnx.export does, with nothing made of what was traced."""
+    network = hollow_model(config, torch.float32)
+    network.config.use_cache = True
+    quick = WithoutProducts()
+    quick.begin()
+    try:
+        sizes = _cache_sizes(network)
+    finally:
+        quick.end()
+    arguments, shapes = _example(sizes, torch.float32)
+    try:
+        torch.export.export(_Step(network), arguments, dynamic_shapes=shapes, strict=False)
+    except Exception:  # torch.onnx.export then tries this
+        torch.export.export(_Step(network), arguments, dynamic_shapes=shapes, strict=True)
+
+
+def _example(sizes: list[tuple[int, int, int]], dtype: torch.dtype) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Arguments of a `_Step`, and which of their dimensions may change; sizes: of every layer's cache."""
+    past = [torch.zeros(BATCH, heads, CACHED, size, dtype=dtype) for heads, *both in sizes for size in both]
+    ids = torch.ones(BATCH, SEQUENCE, dtype=torch.int64)
+    positions = torch.arange(CACHED, CACHED + SEQUENCE).expand(BATCH, SEQUENCE).contiguous()
+    mask = torch.ones(BATCH, CACHED + SEQUENCE, dtype=torch.int64)
+    dynamic = torch.export.Dim.DYNAMIC
+    tokens, cache = {0: dynamic, 1: dynamic}, {0: dynamic, 2: dynamic}
+    return (ids, mask, positions, past), (tokens, tokens, tokens, [cache] * len(past))
 
 
 class _Step(nn.Module):
@@ -96,14 +126,20 @@ class _Step(nn.Module):
         return found.logits, *(part for layer in cache.layers for part in (layer.keys, layer.values))
 
 
-def _cache_heads(network: nn.Module) -> list[tuple[int, int]]:
-    """Heads and head size of every layer's cache, as a call of the model leaves them."""
-    from transformers import DynamicCache
+def _cache_sizes(network: PreTrainedModel) -> list[tuple[int, int, int]]:
+    """Heads, a key's size and a value's of every layer's cache, as a call of the model leaves them.
 
-    cache = DynamicCache()
-    with torch.no_grad():
-        network(input_ids=torch.ones(1, 2, dtype=torch.int64), past_key_values=cache, use_cache=True)
-    return [(layer.keys.shape[1], layer.keys.shape[3]) for layer in cache.layers]
+    Raises ModelError for a cache that holds anything but keys and values of each layer, as of layers that scan a text
+    (Mamba, short convolutions).
+    """
+    cache = network(input_ids=torch.ones(1, 2, dtype=torch.int64), use_cache=True).past_key_values
+    cache = getattr(cache, "self_attention_cache", cache)  # BERT's, which may be a decoder of an encoder's states
+    layers = list(getattr(cache, "layers", ()))
+    parts = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
+    plain = all(isinstance(part, torch.Tensor) and part.ndim == 4 for part in parts)
+    if not parts or not plain:
+        raise ModelError(f"its cache is {type(cache).__name__}, not the keys and values of every layer")
+    return [(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in layers]
 
 
 def _name_lengths(graph: ir.Graph) -> None:
@@ -120,8 +156,19 @@ def _name_lengths(graph: ir.Graph) -> None:
 
 @contextlib.contextmanager
 def _one_line(model: Path) -> Iterator[None]:
+    """Turn whatever tracing raises into a ModelError of one line, and keep what torch prints meanwhile to itself."""
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):  # of a model that fails, all of its graph
+            yield
     except Exception as problem:  # the tracer's errors share no base class
-        reason = " ".join(str(problem).split())[:300]
+        if machine_reason(problem) is not None:
+            raise
+        reason = str(problem) if isinstance(problem, TrspError) else _reason(problem)
         raise ModelError(f"{model}: torch cannot export it to ONNX ({reason})") from problem
+
+
+def _reason(problem: BaseException) -> str:
+    """The first line of what led to an error of the exporter, whose own words are advice for its developers."""
+    while problem.__cause__ is not None:
+        problem = problem.__cause__
+    return ANSI.sub("", first_line(problem))

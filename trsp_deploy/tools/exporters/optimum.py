@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-import json
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -21,15 +21,18 @@ import onnx
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass
+from torch import nn
 from transformers import PreTrainedModel
 
-from trsp_deploy.decoder import graph_positions
+from trsp_deploy.decoder import decoder_layers
 from trsp_deploy.errors import ModelError, TrspError, machine_reason
 from trsp_deploy.reading import read_json
 from trsp_deploy.recipe import Float
-from trsp_deploy.tools.exporters.weights import Read, build_skeleton, open_weights
+from trsp_deploy.tools.exporters.weights import Read, build_skeleton, open_weights, quick_model, try_on_ends
 
 OPSET = 18
+TASK = "text-generation-with-past"
+OTHER = "`--set export.exporter=dynamo` traces it with torch alone"
 DTYPES: dict[Float, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
 ALIGNMENT = 65536  # bytes: external data that begins at a page is mapped instead of read
 
@@ -44,24 +47,13 @@ def installed() -> bool:
 def export(model: Path, precision: Float, opset: int, slim: bool, out: Path) -> None:
     """Write a Hugging Face folder's model to the file `out`, its weights beside it, and its config into out's folder.
 
-    slim: onnxslim simplifies the graph. Raises ModelError when Optimum cannot export the architecture.
+    slim: onnxslim simplifies the graph. Raises ModelError when Optimum cannot export the architecture, or what it
+    traced is not all of the model.
     """
     network = build_skeleton(model, DTYPES[precision])
-    try:
-        _trace(network, opset, out)
-    except Exception as problem:  # whatever an architecture that Optimum does not fit runs into, shapes among it
-        if isinstance(problem, TrspError) or machine_reason(problem) is not None:
-            raise
-        reason = " ".join(str(problem).split())[:200]
-        other = "`--set export.exporter=dynamo` traces it with torch alone"
-        raise ModelError(f"{model}: Optimum cannot export it to ONNX ({reason}); {other}") from problem
-    limit = graph_positions(network.config)
-    if limit is not None:  # what was traced is the shorter of two ways to turn keys: longer texts are others
-        config = out.with_name("config.json")
-        values = read_json(config, ModelError)
-        config.write_text(json.dumps({**values, "max_position_embeddings": limit}, indent=2), encoding="utf-8")
+    with _one_line(model):
+        traced = _trace(model, network, opset, out)
     read = open_weights(model, network)
-    traced = ir.load(out)
     weights = network.state_dict().keys() & {value.name for value in traced.graph.inputs}
     matrices = {name for name in weights if network.state_dict()[name].ndim > 1}
     transposed = _turn(traced.graph, matrices)
@@ -74,8 +66,61 @@ def export(model: Path, precision: Float, opset: int, slim: bool, out: Path) -> 
     onnx.checker.check_model(out)
 
 
-def _trace(network: PreTrainedModel, opset: int, out: Path) -> None:
-    """Write the graph with every weight as an input of the weight's name, and the model's config beside it."""
+def knows(model: Path) -> bool:
+    """Whether Optimum's exporter, which has to be installed, has a way for a folder's type of model."""
+    import optimum.exporters.onnx.model_configs  # noqa: F401  # registers them
+    from optimum.exporters.tasks import TasksManager
+
+    kind = read_json(model / "config.json", ModelError).get("model_type")
+    try:
+        found = TasksManager.get_supported_tasks_for_model_type(kind, "onnx", library_name="transformers")
+    except KeyError:
+        return False
+    return TASK in found
+
+
+def check_traceable(model: Path, opset: int) -> None:
+    """Raise ModelError where Optimum cannot trace the model; takes seconds, no weights, for a call before training."""
+
+    def attempt(config: Any) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            _trace(model, quick_model(config, torch.float32), opset, Path(folder) / "model.onnx")
+
+    with _one_line(model):
+        try_on_ends(model, attempt)
+
+
+@contextlib.contextmanager
+def _one_line(model: Path) -> Iterator[None]:
+    """Turn whatever an architecture that Optimum does not fit runs into, shapes among it, into a ModelError."""
+    try:
+        yield
+    except Exception as problem:
+        if isinstance(problem, TrspError) or machine_reason(problem) is not None:
+            raise
+        reason = " ".join(str(problem).split())[:200]
+        raise ModelError(f"{model}: Optimum cannot export it to ONNX ({reason}); {OTHER}") from problem
+
+
+def _check_whole(model: Path, network: PreTrainedModel, inputs: set[str | None]) -> None:
+    """Raise ModelError where the traced graph lacks weights of layers, such as of experts that no token was sent to."""
+    wanted: dict[nn.Parameter, list[str]] = {}  # a weight that is one by several names is traced under any of them
+    for name, weight in network.named_parameters(remove_duplicate=False):
+        wanted.setdefault(weight, []).append(name)
+    inside = set(decoder_layers(network).parameters())
+    missing = [names[0] for weight, names in wanted.items() if weight in inside and not inputs.intersection(names)]
+    if missing:
+        raise ModelError(
+            f"{model}: Optimum's trace left out {len(missing)} weights of its layers, such as {missing[0]} (experts "
+            "that the example sent no token to?), so that the graph is not the model"
+        )
+
+
+def _trace(model: Path, network: PreTrainedModel, opset: int, out: Path) -> ir.Model:
+    """Write the graph with every weight as an input of the weight's name, and the model's config beside it.
+
+    Returns the graph. Raises ModelError where it lacks some of the layers' weights, else whatever the exporter does.
+    """
     # Loads half of transformers, and its loggers must be quiet before it speaks.
     from optimum.exporters.onnx import model_patcher, onnx_export_from_model
 
@@ -91,11 +136,14 @@ def _trace(network: PreTrainedModel, opset: int, out: Path) -> None:
             network,
             out.parent,
             opset=opset,
-            task="text-generation-with-past",
+            task=TASK,
             do_validation=False,
             no_post_process=True,  # of a graph with its weights: two equal ones become one
             do_constant_folding=False,
         )
+    traced = ir.load(out)
+    _check_whole(model, network, {value.name for value in traced.graph.inputs})
+    return traced
 
 
 def _slimmed(traced: ir.Model) -> ir.Model:

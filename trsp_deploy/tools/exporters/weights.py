@@ -7,19 +7,19 @@ read("model.decoder.layers.0.fc1.weight")         # this one alone, from the fol
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig, PreTrainedModel
 
-from trsp_deploy.decoder import build_model, load_config, load_model
+from trsp_deploy.decoder import build_model, cut_config, load_config, load_model, without_weights
 from trsp_deploy.errors import ModelError
 
 Read = Callable[[str], torch.Tensor]
@@ -27,14 +27,39 @@ Read = Callable[[str], torch.Tensor]
 
 def build_skeleton(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The folder's model in eval mode with one number, repeated, for each weight; its buffers are real."""
-    from transformers.modeling_utils import no_init_weights  # elsewhere in transformers 5, which this is not for
-
-    with no_init_weights(), init_empty_weights(include_buffers=False):
-        model = build_model(load_config(folder), dtype=dtype)
-    model.config.dtype = dtype
-    model.tie_weights()  # again: an empty weight that is assigned is copied
+    model = quick_model(load_config(folder), dtype)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return model
+
+
+def try_on_ends(folder: Path, attempt: Callable[[Any], None]) -> None:
+    """Call `attempt` with the config of the folder's first layer and last, which stand for all; where that fails, with
+    the whole one, for a model that is cut so may be none."""
+    config = load_config(folder)
+    ends, count = copy.deepcopy(config), config.num_hidden_layers
+    try:
+        cut_config(ends, sorted({0, count - 1}), count)
+        attempt(ends)
+    except Exception:  # whatever a config that is cut leads to, and what the whole one does too
+        attempt(config)
+
+
+def quick_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """A config's model as `hollow_model`, whose matrix products are zeros."""
+    model = hollow_model(config, dtype)
+    quick = WithoutProducts()  # in the model alone: the passes after tracing calculate with its constants
+    model.register_forward_pre_hook(lambda *_: quick.begin())
+    model.register_forward_hook(lambda *_: quick.end(), always_call=True)
+    return model
+
+
+def hollow_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """A config's model in eval mode with one number, repeated, for each weight; its buffers are real."""
+    with without_weights():
+        model = build_model(config, dtype=dtype)
+    model.config.dtype = dtype
+    model.tie_weights()  # again: an empty weight that is assigned is copied
     made: dict[nn.Parameter, nn.Parameter] = {}  # weights that are one stay one
     for module in model.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
@@ -42,13 +67,10 @@ def build_skeleton(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
                 number = torch.zeros((), dtype=weight.dtype)
                 made[weight] = nn.Parameter(number.expand(weight.shape), requires_grad=False)
             module.register_parameter(name, made[weight])
-    quick = _WithoutProducts()  # in the model alone: the passes after tracing calculate with its constants
-    model.register_forward_pre_hook(lambda *_: quick.begin())
-    model.register_forward_hook(lambda *_: quick.end(), always_call=True)
     return model.eval()
 
 
-class _WithoutProducts(TorchDispatchMode):
+class WithoutProducts(TorchDispatchMode):
     """While it is entered a matrix product is zeros of the right shape: all that a trace asks of it.
 
     Of weights that are one number, repeated, BLAS would make matrices first; and fp16 products of a CPU are slow.

@@ -7,6 +7,7 @@ static_cache.py) add inputs of their own.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -27,6 +28,8 @@ LOGITS_POSITIONS = "logits_positions"  # input, (kept,) int64: for which of the 
 WRITE_INDICES = "write_indices"
 # Metadata of a graph whose `past` and `present` may be one memory, longer than the text that it holds.
 IN_PLACE = "trsp_deploy.cache_in_place"
+# Metadata of a graph that holds for texts of up to so many tokens, and says nothing when it computes a longer one.
+LONGEST = "trsp_deploy.longest_text"
 CACHE_DTYPE = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 TOKENS: dict[int, Dimension] = {0: "batch", 1: "sequence"}
@@ -128,6 +131,26 @@ def token_inputs(
     return {
         name: np.asarray(value, dtype=inputs[name][0], order="C") for name, value in values.items() if name in inputs
     }
+
+
+def write_longest(graph: Path, tokens: int) -> None:
+    """Let an ONNX file say that it holds for texts of up to so many tokens; one that says fewer is left as it is.
+
+    The weights stay in their file.
+    """
+    import onnx
+
+    model = onnx.load(graph, load_external_data=False)
+    said = {each.key: each.value for each in model.metadata_props}
+    if int(said.get(LONGEST, tokens + 1)) > tokens:
+        onnx.helper.set_model_props(model, {**said, LONGEST: str(tokens)})
+        onnx.save(model, graph)
+
+
+def check_longest(what: Path, longest: int | None, length: int) -> None:
+    """Raise EngineUnavailable for a text of more tokens than a graph holds for (`LONGEST`); None is any length."""
+    if longest is not None and length > longest:
+        raise EngineUnavailable(f"{what}: holds for texts of up to {longest} tokens, and this one has {length}")
 
 
 def extended(attention_mask: np.ndarray, input_ids: np.ndarray) -> np.ndarray:

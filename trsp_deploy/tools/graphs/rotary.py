@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from trsp_deploy.tools.graphs.attention import tokens_first
-from trsp_deploy.tools.graphs.decoder_io import POSITIONS
+from trsp_deploy.tools.graphs.decoder_io import LONGEST, POSITIONS
 from trsp_deploy.tools.graphs.nodes import MICROSOFT, NoMatch, Part, Writer, constant, made_by, permutes
 
 QUERY, KEY = 0, 1  # inputs of GroupQueryAttention
@@ -61,6 +61,7 @@ def fuse_rotary(model: ir.Model, positions: int) -> int:
         node.replace_input_with(SIN, caches[query.sin])
         node.attributes["do_rotary"] = ir.AttrInt64("do_rotary", 1)
     writer.finish()
+    model.metadata_props[LONGEST] = str(min(positions, int(model.metadata_props.get(LONGEST, positions))))
     if not position_ids.consumers():  # one thing less to feed at every step
         model.graph.inputs.remove(position_ids)
     return len(found)

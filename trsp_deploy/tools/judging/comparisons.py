@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -204,14 +205,17 @@ def notes(found: ComparisonReport) -> list[str]:
         f"until {how[found.stopped]}"
     ]
     if found.replicates < FEWEST_REPLICATES:
-        lines.append(f"fewer than {FEWEST_REPLICATES} replicates decide nothing: give a larger budget (bench.budget_s)")
-    floors = [phase.noise_floor for phase in found.phases if phase.noise_floor is not None]
-    if floors:
-        control = found.of("total").control
-        assert control is not None
+        lines.append(
+            f"fewer than {FEWEST_REPLICATES} replicates decide nothing: give a larger budget "
+            "(--budget, or in a run's recipe bench.budget_s)"
+        )
+    whole = found.of("total")
+    if whole.control is not None and whole.noise_floor is not None:
+        control = whole.control
         lines.append(
             f"control: dense against itself {control.ratio:.3f}x ({control.low:.3f} to {control.high:.3f}) end to end, "
-            f"in the same blocks; differences below {max(floors):.1%} cannot be told from none"
+            f"in the same blocks; end to end, differences below {math.expm1(whole.noise_floor):.1%} cannot be told "
+            "from none"
         )
     else:
         lines.append("no control: dense was not measured against itself")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trsp_deploy.decoder import DecoderSize, decoder_size
+from trsp_deploy.decoder import DecoderSize, decoder_size, known_positions, load_config, max_positions
 from trsp_deploy.errors import EngineUnavailable, RunError, nearest
 from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.results import Role
@@ -25,6 +25,8 @@ class Subject:
     vocabulary: int
     cuts_logits: bool  # whether it computes logits of the last position alone when asked for no more
     size: DecoderSize | None  # None where the model's config is not at hand
+    positions: int | None = None  # tokens that it was made for, where that is known
+    architecture: str = ""  # by its config; empty where that is not at hand
 
     @property
     def device(self) -> str:
@@ -48,6 +50,8 @@ def find_subject(path: Path, role: Role, engine: str | None) -> Subject:
         return _from_engine(path)
     if (path / RUN_MARK).is_file():
         return _from_engine(find_engine(path, role, engine))
+    if path.is_file():
+        raise RunError(f"{path}: is no .onnx file; give an engine folder, a run folder or an .onnx file")
     there = "is a folder without" if path.is_dir() else "is not there, and so has no"
     raise RunError(f"{path}: {there} {ENGINE_MARK} or {RUN_MARK}; give an engine folder, a run folder or an .onnx file")
 
@@ -79,13 +83,21 @@ def _from_engine(folder: Path) -> Subject:
     # RUN/engines/NAME/ROLE belongs to RUN/ROLE.
     parents = folder.resolve().parents
     model = parents[2] / folder.resolve().name if len(parents) > 2 else folder
+    known = (model / "config.json").is_file()
     return Subject(
         path=folder,
         spec=manifest.spec,
         vocabulary=int(manifest.outputs["logits"][1][-1]),
         cuts_logits=any(outcome.changed for outcome in manifest.passes if outcome.name == "cut-logits"),
-        size=decoder_size(model) if (model / "config.json").is_file() else None,
+        size=decoder_size(model) if known else None,
+        positions=positions_of(model) if known else None,
+        architecture=load_config(model).model_type if known else "",
     )
+
+
+def positions_of(model: Path) -> int | None:
+    """Tokens that an engine of the model in a folder holds for; None where its config does not say."""
+    return None if known_positions(model) is None else max_positions(model)
 
 
 def find_engine(run: Path, role: Role, name: str | None) -> Path:

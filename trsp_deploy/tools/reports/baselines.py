@@ -5,6 +5,8 @@ Times belong to the machine that they were taken on, and are refused on another;
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from pathlib import Path
 
 from pydantic import ValidationError, model_validator
@@ -12,14 +14,15 @@ from pydantic import ValidationError, model_validator
 from trsp_deploy.artifacts import Provenance, Sealed, provenance
 from trsp_deploy.errors import BaselineError, nearest
 from trsp_deploy.reading import read_json
-from trsp_deploy.recipe import BenchSettings, Strict
+from trsp_deploy.recipe import BenchSettings, Case, Strict
 from trsp_deploy.results import PHASES, Comparison
 from trsp_deploy.tools.judging.goals import Logs
-from trsp_deploy.tools.judging.statistics import replicate_logs, replicate_ratios
+from trsp_deploy.tools.judging.statistics import FEWEST_REPLICATES, Ratio, interval, replicate_logs, replicate_ratios
 from trsp_deploy.tools.reports.record import QualityReport
-from trsp_deploy.tools.runners.requirements import driver_version
+from trsp_deploy.tools.runners.requirements import driver_version, instruction_sets
 
 SCHEMA_VERSION = 1
+LARGEST_LOG = 50.0  # of seconds or of a ratio: e^50 s are longer than there has been time
 
 
 class Machine(Strict):
@@ -29,10 +32,23 @@ class Machine(Strict):
     cores: int
     gpus: tuple[str, ...]
     driver: str | None  # of the GPU
+    instructions: tuple[str, ...] | None = None  # sets of the CPU; None in files that are older than this key
 
     def __str__(self) -> str:
         gpus = f"{', '.join(self.gpus)}, driver {self.driver}" if self.gpus else "no GPU"
-        return f"{self.cpu}, {self.cores} cores, {gpus}"
+        cpu = f"{self.cpu} ({', '.join(self.instructions)})" if self.instructions else self.cpu
+        return f"{cpu}, {self.cores} cores, {gpus}"
+
+
+class Cut(Strict):
+    """The model that was measured, and how much of it was left."""
+
+    name: str
+    num_layers_dense: int
+    num_layers_pruned: int
+
+    def __str__(self) -> str:
+        return f"{self.name} with {self.num_layers_dense} layers cut to {self.num_layers_pruned}"
 
 
 class EngineBaseline(Strict):
@@ -42,6 +58,11 @@ class EngineBaseline(Strict):
     latency: tuple[Logs, ...]  # log seconds of pruned, for each shape of the settings
     speedup: tuple[Logs, ...]  # log ratios dense / pruned
     quality: dict[str, QualityReport]  # through the engine, by text
+
+    @property
+    def replicates(self) -> int:
+        """That its samples are of, at the shape with the fewest."""
+        return min(len(logs["total"]) for logs in self.speedup)
 
     @model_validator(mode="after")
     def _samples_for_every_shape(self) -> EngineBaseline:
@@ -60,6 +81,7 @@ class Baseline(Sealed):
 
     schema_version: int
     machine: Machine
+    model: Cut | None = None  # None in files that are older than this key
     engines: dict[str, EngineBaseline]
     provenance: Provenance
 
@@ -67,7 +89,13 @@ class Baseline(Sealed):
 def this_machine() -> Machine:
     """The hardware here."""
     here = provenance()
-    return Machine(cpu=here.cpu, cores=here.cores, gpus=here.gpus, driver=driver_version() if here.gpus else None)
+    return Machine(
+        cpu=here.cpu,
+        cores=here.cores,
+        gpus=here.gpus,
+        driver=driver_version() if here.gpus else None,
+        instructions=instruction_sets(),
+    )
 
 
 def engine_baseline(comparison: Comparison, quality: dict[str, QualityReport]) -> EngineBaseline:
@@ -89,6 +117,10 @@ def engine_baseline(comparison: Comparison, quality: dict[str, QualityReport]) -
 def read_baseline(path: Path) -> Baseline:
     """Read and check a baseline; raises BaselineError with one line."""
     values = read_json(path, BaselineError, f"--against {path}")
+    if missing := [key for key in ("machine", "engines") if not isinstance(values.get(key), dict)]:
+        raise BaselineError(
+            f"--against {path}: is no baseline, for it has no `{missing[0]}`; `trsp-deploy baseline RUN` makes one"
+        )
     version = values.get("schema_version")
     if version != SCHEMA_VERSION:
         raise BaselineError(
@@ -96,13 +128,72 @@ def read_baseline(path: Path) -> Baseline:
             "make it again with `trsp-deploy baseline RUN`"
         )
     try:
-        return Baseline.model_validate(values)
+        found = Baseline.model_validate(values)
     except ValidationError as problem:
         first = problem.errors()[0]
         where = "".join(f"{part}." for part in first["loc"]).rstrip(".")
         said = first["msg"].removeprefix("Value error, ")
-        line = f"{where}: {said.lower()}" if where else f"{said}; `trsp-deploy baseline` makes one"
+        by_hand = (
+            "make it again with `trsp-deploy baseline`, or take its key `sha256` out to use what was edited by hand"
+        )
+        line = f"{where}: {said.lower()}" if where else f"{said}; {by_hand}"
         raise BaselineError(f"--against {path}: {line}") from problem
+    if not found.engines:
+        raise BaselineError(f"--against {path}: engines: holds none; make it again with `trsp-deploy baseline RUN`")
+    if unusable := next(_unusable(found), None):
+        raise BaselineError(f"--against {path}: {unusable}")
+    return found
+
+
+def _unusable(baseline: Baseline) -> Iterator[str]:
+    """Figures that nothing can be held against, a line each: where they are, and what is expected there."""
+    for engine, part in baseline.engines.items():
+        for place, value in _samples(part):
+            if not math.isfinite(value):
+                yield f"engines.{engine}.{place}: expected a finite number, got {value}"
+            elif abs(value) > LARGEST_LOG:
+                yield f"engines.{engine}.{place}: expected a logarithm within ±{LARGEST_LOG:g}, got {value:g}"
+        for text, quality in part.quality.items():
+            for field, value in quality.model_dump(exclude={"origin", "pairs"}).items():
+                if not 0 < value < math.inf:
+                    yield f"engines.{engine}.quality.{text}.{field}: expected a finite number above 0, got {value}"
+
+
+def _samples(part: EngineBaseline) -> Iterator[tuple[str, float]]:
+    """Where each sample is in an engine's part, and its value."""
+    for name, shapes in (("latency", part.latency), ("speedup", part.speedup)):
+        for shape, logs in enumerate(shapes):
+            for phase, values in logs.items():
+                for index, value in enumerate(values):
+                    yield f"{name}.{shape}.{phase}.{index}", value
+
+
+def speedups_of(part: EngineBaseline) -> list[tuple[Case, Ratio]]:
+    """Each shape's speed-up, end to end; a check holds its own against it."""
+    return [(case, interval(logs["total"])) for case, logs in zip(part.settings.cases, part.speedup, strict=True)]
+
+
+def too_few_replicates(part: EngineBaseline) -> list[str]:
+    """A line where a baseline has fewer replicates than decide anything."""
+    if part.replicates >= FEWEST_REPLICATES:
+        return []
+    return [
+        f"the baseline has {part.replicates} replicates, {FEWEST_REPLICATES} are the fewest that decide: make it again "
+        "with a larger --budget"
+    ]
+
+
+def check_model(baseline: Baseline, path: Path, here: Cut) -> list[str]:
+    """What to say of a baseline of another model, as lines; raises BaselineError where its layers are other ones."""
+    there = baseline.model
+    if there is None:
+        return ["the baseline does not say of which model it is, as older ones did not"]
+    if (there.num_layers_dense, there.num_layers_pruned) != (here.num_layers_dense, here.num_layers_pruned):
+        raise BaselineError(
+            f"--against {path}: is of {there}, and this run is of {here}; make one of this run with "
+            "`trsp-deploy baseline RUN`"
+        )
+    return [] if there.name == here.name else [f"the baseline is of {there.name}, this run of {here.name}"]
 
 
 def engine_of(baseline: Baseline, name: str, path: Path) -> EngineBaseline:
@@ -116,6 +207,8 @@ def engine_of(baseline: Baseline, name: str, path: Path) -> EngineBaseline:
 def check_machine(baseline: Baseline, path: Path, option: str) -> None:
     """Raise BaselineError, with both fingerprints, when times of this machine cannot be held against the baseline's."""
     here = this_machine()
+    if baseline.machine.instructions is None:
+        here = here.model_copy(update={"instructions": None})
     if here != baseline.machine:
         raise BaselineError(
             f"{option}: {path} was made on other hardware; there: {baseline.machine}; here: {here}; times do not carry "

@@ -2,35 +2,60 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from xml.etree import ElementTree
 
 from trsp_deploy.tools.judging.verdicts import Outcome, Word
 
+TITLE = "trsp-deploy check"
+NOT_IN_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 SIGNS: dict[Word, str] = {"pass": "✅", "fail": "❌", "inconclusive": "⚠️"}
 
 
 def junit(name: str, outcomes: Sequence[Outcome], seconds: float) -> str:
     """One test case a requirement: a failure fails, what is not decided is skipped, neither passed nor failed."""
     words = [outcome.word for outcome in outcomes]
-    counts = {
-        "tests": str(len(words)),
-        "failures": str(words.count("fail")),
-        "skipped": str(words.count("inconclusive")),
-        "errors": "0",
-        "time": f"{seconds:.3f}",
-    }
-    root = ElementTree.Element("testsuites", {"name": "trsp-deploy check", **counts})
-    suite = ElementTree.SubElement(root, "testsuite", {"name": name, **counts})
+    root, suite = _suite(name, len(words), words.count("fail"), words.count("inconclusive"), 0, seconds)
     for outcome in outcomes:
-        case = ElementTree.SubElement(
-            suite, "testcase", {"classname": f"trsp_deploy.{name}", "name": outcome.requirement.name, "time": "0"}
-        )
+        case = _case(suite, name, outcome.requirement.name)
         if outcome.word == "fail":
             ElementTree.SubElement(case, "failure", {"message": outcome.sentence, "type": outcome.requirement.source})
         elif outcome.word == "inconclusive":
             ElementTree.SubElement(case, "skipped", {"message": outcome.sentence})
         ElementTree.SubElement(case, "system-out").text = outcome.sentence
+    return _text(root)
+
+
+def junit_of_error(line: str) -> str:
+    """One test case that did not get to its verdict, and why."""
+    root, suite = _suite("check", 1, 0, 0, 1, 0.0)
+    message = NOT_IN_XML.sub("?", line)
+    ElementTree.SubElement(_case(suite, "check", "check"), "error", {"message": message, "type": "error"})
+    return _text(root)
+
+
+def _suite(
+    name: str, tests: int, failures: int, skipped: int, errors: int, seconds: float
+) -> tuple[ElementTree.Element, ElementTree.Element]:
+    """The root and its only suite."""
+    counts = {
+        "tests": str(tests),
+        "failures": str(failures),
+        "skipped": str(skipped),
+        "errors": str(errors),
+        "time": f"{seconds:.3f}",
+    }
+    root = ElementTree.Element("testsuites", {"name": TITLE, **counts})
+    return root, ElementTree.SubElement(root, "testsuite", {"name": name, **counts})
+
+
+def _case(suite: ElementTree.Element, engine: str, name: str) -> ElementTree.Element:
+    values = {"classname": f"trsp_deploy.{engine}", "name": name, "time": "0"}
+    return ElementTree.SubElement(suite, "testcase", values)
+
+
+def _text(root: ElementTree.Element) -> str:
     ElementTree.indent(root)
     return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
 
@@ -55,11 +80,16 @@ def step_summary(name: str, verdict: Word, outcomes: Sequence[Outcome], notes: S
 def github_annotations(outcomes: Sequence[Outcome]) -> list[str]:
     """GitHub's workflow commands: an error for each failure, a warning for what is not decided."""
     kinds = {"fail": "error", "inconclusive": "warning"}
-    return [
-        f"::{kinds[outcome.word]} title=trsp-deploy check::{_escaped(outcome.sentence)}"
-        for outcome in outcomes
-        if outcome.word in kinds
-    ]
+    return [_annotation(kinds[outcome.word], outcome.sentence) for outcome in outcomes if outcome.word in kinds]
+
+
+def github_error(line: str) -> str:
+    """The same for a check that ended before its verdict."""
+    return _annotation("error", line)
+
+
+def _annotation(kind: str, text: str) -> str:
+    return f"::{kind} title={TITLE}::{_escaped(text)}"
 
 
 def _escaped(text: str) -> str:

@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import importlib.metadata
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Literal
 
 import psutil
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from trsp_deploy.errors import EngineSpecError, EngineUnavailable
 from trsp_deploy.recipe import Backend, EngineSpec, Strict
@@ -29,15 +30,8 @@ from trsp_deploy.tools.runners.requirements import cuda_devices, load_package, o
 State = Literal["ok", "missing", "conflict", "warning"]
 
 OLDEST_PYTHON = (3, 11)
-# distribution -> first version that works, first that is not known to
-RANGES: dict[str, tuple[str, str]] = {
-    "torch": ("2.13", "2.16"),
-    "transformers": ("4.57", "6"),
-    "onnx": ("1.23", "1.24"),
-    "onnxscript": ("0.7.2", "0.8"),
-    "datasets": ("5.0", "5.3"),
-}
-WITH_OPTIMUM = {"optimum": ("2.1", "2.2"), "optimum-onnx": ("0.1", "0.2"), "transformers": ("4.57", "4.58")}
+LOOKED_AT = ("torch", "transformers", "onnx", "onnxscript", "datasets")  # what else works the interpreter has shown
+WITH_OPTIMUM = ("optimum", "optimum-onnx", "transformers")
 ENOUGH_DISK = 10e9  # bytes: a 1B model dense and pruned, as checkpoint, ONNX and engine in fp16
 ENOUGH_MEMORY = 4e9  # bytes: training and exporting a 135M model
 
@@ -59,7 +53,7 @@ def diagnose(engines: Sequence[str] | None = None) -> list[Finding]:
     """
     return [
         _python(),
-        *(_package(distribution, *versions) for distribution, versions in RANGES.items()),
+        *(_package(distribution) for distribution in LOOKED_AT),
         _optimum(),
         _torch_device(),
         *_onnxruntime(),
@@ -94,7 +88,7 @@ def _optimum() -> Finding:
         return Finding(
             subject=subject, state="ok", detail="torch's own (`pip install 'trsp_deploy[optimum]'` for Optimum's)"
         )
-    findings = [_package(distribution, *versions) for distribution, versions in WITH_OPTIMUM.items()]
+    findings = [_package(distribution, "optimum") for distribution in WITH_OPTIMUM]
     wrong = next((found for found in findings if found.state != "ok"), None)
     if wrong is None:
         versions = ", ".join(f"{found.subject} {found.detail}" for found in findings[:2])
@@ -103,20 +97,28 @@ def _optimum() -> Finding:
     return Finding(subject=subject, state="conflict", detail=detail, install="pip install 'trsp_deploy[optimum]'")
 
 
-def _package(distribution: str, first: str, beyond: str) -> Finding:
-    install = f"pip install '{distribution}>={first},<{beyond}'"
+def _package(distribution: str, extra: str = "") -> Finding:
+    wanted = _wanted(distribution, extra)
+    spelled = ",".join(sorted(map(str, wanted), reverse=True))  # >= before <
+    install = f"pip install '{distribution}{spelled}'"
     version = _installed(distribution)
     if version is None:
         return Finding(subject=distribution, state="missing", detail="not installed", install=install)
-    if not _numbers(first) <= _numbers(version) < _numbers(beyond):
-        detail = f"{version}; works with {first} up to, not including, {beyond}"
+    if not wanted.contains(version, prereleases=True):
+        detail = f"{version}; works with {spelled}"
         return Finding(subject=distribution, state="conflict", detail=detail, install=install)
     return Finding(subject=distribution, state="ok", detail=version)
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    # A local label such as +cpu says nothing about the order.
-    return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
+def _wanted(distribution: str, extra: str) -> SpecifierSet:
+    """Versions that trsp_deploy's own metadata asks for, with an extra too; any where it is not installed itself."""
+    found = SpecifierSet()
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        for text in importlib.metadata.requires("trsp_deploy") or ():
+            asked = Requirement(text)
+            if asked.name == distribution and (asked.marker is None or asked.marker.evaluate({"extra": extra})):
+                found &= asked.specifier
+    return found
 
 
 def _torch_device() -> Finding:

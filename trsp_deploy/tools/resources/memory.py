@@ -11,15 +11,15 @@ the formulae.
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from typing import Any, Literal
 
-import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from trsp_deploy.decoder import build_model, cache_per_token, count_weights, decoder_layers
+from trsp_deploy.decoder import cache_per_token, count_weights, decoder_layers, meta_model
 from trsp_deploy.recipe import FLOAT_BYTES, Float, Recipe, Strict, parse_drop
 from trsp_deploy.tools.closed_form.span import spans_at_a_time
 from trsp_deploy.tools.methods.fold import SHORTLIST
@@ -102,8 +102,7 @@ class MemoryEstimate:
         self.device = device
         self.fast_bf16 = fast_bf16
         self.dropped = dropped
-        with torch.device("meta"):
-            skeleton = build_model(config)
+        skeleton = meta_model(copy.deepcopy(config))
         self.counts = count_weights(skeleton)
         self._largest = max(weight.numel() for weight in skeleton.parameters())
         self._buffers_bytes = sum(buffer.nbytes for buffer in skeleton.buffers())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -69,9 +70,24 @@ def max_positions(exported: Path) -> int:
     """The longest text of the model, from the config.json that an export leaves beside its graph; raises NoMatch."""
     from trsp_deploy.tools.graphs.nodes import NoMatch
 
-    config = exported.with_name("config.json")
-    values = read_json(config, ModelError) if config.is_file() else {}
+    values = _config(exported)
     found = next((values[key] for key in POSITION_KEYS if values.get(key)), None)
     if not isinstance(found, int):
         raise NoMatch(f"no config.json beside {exported} says how long a text may be")
     return found
+
+
+def longest_text(exported: Path) -> int | None:
+    """Tokens beyond which an exported graph turns keys otherwise than its model (LongRoPE, dynamic NTK); None for most.
+
+    By the config.json that an export leaves beside its graph.
+    """
+    from trsp_deploy.decoder import graph_positions
+
+    return graph_positions(SimpleNamespace(**_config(exported)))
+
+
+def _config(exported: Path) -> dict[str, Any]:
+    """The values of the config.json beside an exported graph; none where there is no such file."""
+    config = exported.with_name("config.json")
+    return read_json(config, ModelError) if config.is_file() else {}

@@ -68,6 +68,7 @@ class OrtRunner(Runner):
         self._inputs: decoder_io.Bindings = {}
         self._in_place = False
         self._fixed: int | None = None  # tokens in a cache of fixed length
+        self._longest: int | None = None  # tokens of the longest text that the graph holds for
         self._binding: Any = None  # an IOBinding; with the cache in place it is made once and holds the cache
         self._cache: dict[str, Any] = {}  # input name -> OrtValue (batch, heads, past or capacity, head_dim)
         self._capacity = 0  # tokens that the cache has room for, where it is written in place
@@ -83,7 +84,9 @@ class OrtRunner(Runner):
                 self.model, self.backend, self.threads, optimised=self.optimised, lean=self.lean
             )
         self._inputs = bindings_of(self._session.get_inputs())
-        self._in_place = decoder_io.IN_PLACE in self._session.get_modelmeta().custom_metadata_map
+        metadata = self._session.get_modelmeta().custom_metadata_map
+        self._in_place = decoder_io.IN_PLACE in metadata
+        self._longest = int(metadata[decoder_io.LONGEST]) if decoder_io.LONGEST in metadata else None
         self._outputs = bindings_of(self._session.get_outputs())
         decoder_io.check_decoder(self._inputs, self._outputs)
         self._fixed = decoder_io.cache_length(self._inputs)
@@ -93,7 +96,7 @@ class OrtRunner(Runner):
         """A second runner over this one's session, with a cache of its own; it ends with this one."""
         other = OrtRunner(self.model, backend=self.backend, threads=self.threads, optimised=self.optimised)
         other._session, other._inputs, other._outputs = self._session, self._inputs, self._outputs
-        other._in_place, other._fixed = self._in_place, self._fixed
+        other._in_place, other._fixed, other._longest = self._in_place, self._fixed, self._longest
         return other
 
     @property
@@ -161,6 +164,7 @@ class OrtRunner(Runner):
         return self._step(input_ids, decoder_io.extended(self._attention_mask, input_ids))
 
     def _step(self, input_ids: np.ndarray, attention_mask: np.ndarray, keep: int = 0) -> np.ndarray:
+        decoder_io.check_longest(self.model, self._longest, attention_mask.shape[1])
         if self._in_place and attention_mask.shape[1] > self._capacity:
             self._grow()
         tokens = decoder_io.token_inputs(self._inputs, input_ids, attention_mask, keep)

@@ -13,7 +13,7 @@ from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.tools.graphs import decoder_io
 from trsp_deploy.tools.graphs.fp16_range import HalfRange
-from trsp_deploy.tools.runners.calibration import max_positions, read_text
+from trsp_deploy.tools.runners.calibration import longest_text, max_positions, read_text
 from trsp_deploy.tools.runners.half_range import within_range
 from trsp_deploy.tools.runners.manifest import BuiltEngine, PassOutcome, kept_products
 from trsp_deploy.tools.runners.ort_session import bindings_of, create_session
@@ -32,7 +32,7 @@ def build_cpu(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.ndarra
         source, found = within_range(onnx, spec, Path(scratch), calibration)
         graph, passes = prepare(source, spec, Path(scratch), calibration)
         session = create_session(graph, spec.backend, spec.threads, save_to=folder / ENGINE)
-    return _built(session, spec, ENGINE, folder, passes, found)
+    return _built(session, spec, onnx, folder / ENGINE, passes, found)
 
 
 def build_cuda(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.ndarray | None) -> BuiltEngine:
@@ -47,17 +47,21 @@ def build_cuda(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.ndarr
         session = create_session(graph, spec.backend, spec.threads)
         for source in sorted(graph.parent.glob(f"{graph.name}*")):  # external data is found by its name
             shutil.copy(source, folder / source.name)
-    return _built(session, spec, graph.name, folder, passes, found)
+    return _built(session, spec, onnx, folder / graph.name, passes, found)
 
 
 def _built(
-    session: Any, spec: EngineSpec, file: str, folder: Path, passes: tuple[PassOutcome, ...], found: HalfRange | None
+    session: Any, spec: EngineSpec, onnx: Path, engine: Path, passes: tuple[PassOutcome, ...], found: HalfRange | None
 ) -> BuiltEngine:
+    """What is in the engine's folder. onnx: the graph as it was exported."""
     inputs, outputs = bindings_of(session.get_inputs()), bindings_of(session.get_outputs())
     decoder_io.check_decoder(inputs, outputs)
     decoder_io.check_precision(inputs, spec.graph_precision)
-    files = tuple(sorted(path.name for path in folder.iterdir()))
-    return BuiltEngine(file, files, inputs, outputs, passes, found)
+    longest = longest_text(onnx)
+    if longest is not None:
+        decoder_io.write_longest(engine, longest)
+    files = tuple(sorted(path.name for path in engine.parent.iterdir()))
+    return BuiltEngine(engine.name, files, inputs, outputs, passes, found)
 
 
 def prepare(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from trsp_deploy.errors import EngineUnavailable
+from trsp_deploy.errors import EngineUnavailable, TrspError, first_line, machine_reason
 from trsp_deploy.recipe import Backend, EngineSpec
 from trsp_deploy.tools.graphs import check
 from trsp_deploy.tools.runners.manifest import PassOutcome
@@ -68,6 +68,10 @@ def _try(
         return PassOutcome(name=name, reason=str(problem)), None
     except ir.serde.SerdeError as problem:  # ONNX Runtime reads more than is valid
         return PassOutcome(name=name, reason=f"onnx_ir: {one_line(problem)}"), None
+    except Exception as problem:  # of ours or of ONNX Runtime's tools; the graph before it is right
+        if isinstance(problem, TrspError) or machine_reason(problem) is not None:
+            raise
+        return PassOutcome(name=name, reason=f"it failed ({type(problem).__name__}: {first_line(problem)})"), None
     try:
         logits = _logits(after, spec)
     except EngineUnavailable as problem:  # the form fits and the kernel has limits of its own

@@ -80,11 +80,19 @@ def adds_int8_exactly() -> bool:
     """
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return True
+    return bool({"avx512_vnni", "avx_vnni"} & set(instruction_sets()))
+
+
+INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8")
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """What this x86 processor multiplies with; processors of one name ("AMD EPYC") differ in it. Empty elsewhere."""
     try:
         flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
     except OSError:
-        return False
-    return bool(flags & {"avx512_vnni", "avx_vnni"})
+        return ()
+    return tuple(name for name in INSTRUCTION_SETS if name in flags)
 
 
 def release_torch_memory() -> None:

@@ -9,17 +9,16 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from trsp_deploy.artifacts import writing
-from trsp_deploy.errors import EngineSpecError, EngineUnavailable, ModelError, StorageError, nearest
-from trsp_deploy.reading import read_json
+from trsp_deploy.errors import EngineSpecError, EngineUnavailable, StorageError, nearest
 from trsp_deploy.recipe import EngineSpec, ShapeProfile
 from trsp_deploy.tools.graphs import decoder_io
-from trsp_deploy.tools.runners.calibration import read_text
+from trsp_deploy.tools.runners.calibration import longest_text, read_text
 from trsp_deploy.tools.runners.half_range import within_range
 from trsp_deploy.tools.runners.manifest import BuiltEngine, PassOutcome, kept_products
 from trsp_deploy.tools.runners.passes import Pass, run_passes
@@ -101,16 +100,17 @@ def build(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.ndarray | 
 
 
 def _check_length(onnx: Path, spec: EngineSpec) -> None:
-    """Raise EngineUnavailable for texts in which the model turns keys otherwise than the graph does (LongRoPE)."""
-    from trsp_deploy.decoder import graph_positions
+    """Raise EngineUnavailable for texts in which the model turns keys otherwise than the graph does (LongRoPE).
 
-    path = onnx.with_name("config.json")
-    limit = graph_positions(SimpleNamespace(**read_json(path, ModelError))) if path.is_file() else None
+    An engine's shapes end where its profiles do, so that one which is built has no longer texts.
+    """
+    limit = longest_text(onnx)
     pasts = [profile.past.max + 1 for profile in spec.profiles if profile.past is not None]
-    longest = spec.cache_length or max(pasts, default=0)
+    longest = spec.cache_length or max([*pasts, *(profile.sequence.max for profile in spec.profiles)], default=0)
     if limit is not None and longest > limit:
         raise EngineUnavailable(
-            f"{onnx}: turns keys as the model does up to {limit} tokens (LongRoPE), and {spec.name} is for {longest}"
+            f"{onnx}: turns keys as the model does up to {limit} tokens (LongRoPE, dynamic NTK), and {spec.name} is "
+            f"for {longest}"
         )
 
 

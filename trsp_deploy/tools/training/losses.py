@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import kl_div, linear, nll_loss
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from trsp_deploy.decoder import body
 from trsp_deploy.errors import ModelError
@@ -207,7 +207,8 @@ def _logits(model: PreTrainedModel, hidden: torch.Tensor, head: nn.Module | None
     """What the model makes of last hidden states (tokens, hidden): its own forward, with the layers left out."""
     inner = body(model)
     before = vars(inner).get("forward")
-    inner.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=hidden[None])
+    # BERT asks for cross attentions too, which a decoder alone has none of.
+    inner.forward = lambda *_, **__: BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden[None])
     own = model.get_output_embeddings()
     path = next(path for path, module in model.named_modules() if module is own)
     weights = {f"{path}.{name}": parameter for name, parameter in (head or own).named_parameters()}
