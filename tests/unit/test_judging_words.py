@@ -19,7 +19,7 @@ from tests.samples import made_up
 from trsp_deploy import cli
 from trsp_deploy.artifacts import provenance, write_json, writing
 from trsp_deploy.artifacts.storage import place_to_write
-from trsp_deploy.cli.running import lasting_streams
+from trsp_deploy.cli.terminal import lasting_streams
 from trsp_deploy.errors import BaselineError, RecipeError, StorageError
 from trsp_deploy.recipe import BenchSettings
 from trsp_deploy.stages.bench import check_positions, pair_notes

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from trsp_deploy.cli.options import Json, Run, Tasks, file_to_write, finite
-from trsp_deploy.cli.running import lasting_streams
+from trsp_deploy.cli.terminal import lasting_streams
 from trsp_deploy.errors import RecipeError, TrspError, first_line, machine_reason, redacted
 
 if TYPE_CHECKING:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from typing import TYPE_CHECKING
 
 from trsp_deploy.cli.recipe_options import with_lists
 from trsp_deploy.errors import DeviceMemoryError, ModelError, RunError
@@ -183,49 +182,6 @@ def check_disk(job: Pipeline, ignore: bool) -> None:
         say(plan.line())
         if not ignore:
             check_disk(plan, job.recipe, config, specs)
-
-
-@contextlib.contextmanager
-def lasting_streams() -> Iterator[None]:
-    """Go on when nobody reads stdout or stderr any more, as after `| head`: an exit code is the verdict's."""
-    with contextlib.redirect_stdout(_lasting(sys.stdout)), contextlib.redirect_stderr(_lasting(sys.stderr)):
-        try:
-            yield
-        finally:
-            sys.stdout.flush()  # not at the end of the process, which would make an exit code of its own of it
-            sys.stderr.flush()
-
-
-def _lasting(stream: TextIO) -> TextIO:
-    return cast(TextIO, _Lasting(stream))
-
-
-class _Lasting:
-    """A stream whose reader may leave; what is written then goes nowhere. Rich would end the process."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        with self._without_reader():
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with self._without_reader():
-            self._stream.flush()
-
-    @contextlib.contextmanager
-    def _without_reader(self) -> Iterator[None]:
-        try:
-            yield
-        except BrokenPipeError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())  # what it holds back is written once more when the process ends
-            os.close(nowhere)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
 
 
 def _announce(step: str, state: str) -> None:

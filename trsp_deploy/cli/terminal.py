@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TextIO
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.table import Table
@@ -23,3 +26,46 @@ def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     for cells in rows:
         table.add_row(*(Text(cell) for cell in cells))  # Text: a `[gpu]` in a pip command is no markup
     return table
+
+
+@contextlib.contextmanager
+def lasting_streams() -> Iterator[None]:
+    """Go on when nobody reads stdout or stderr any more, as after `| head`: an exit code is the verdict's."""
+    with contextlib.redirect_stdout(_lasting(sys.stdout)), contextlib.redirect_stderr(_lasting(sys.stderr)):
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # not at the end of the process, which would make an exit code of its own of it
+            sys.stderr.flush()
+
+
+def _lasting(stream: TextIO) -> TextIO:
+    return cast(TextIO, _Lasting(stream))
+
+
+class _Lasting:
+    """A stream whose reader may leave; what is written then goes nowhere. Rich would end the process."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._without_reader():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._without_reader():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _without_reader(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())  # what it holds back is written once more when the process ends
+            os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
