@@ -29,6 +29,19 @@ NEW_TOKENS = 4
 NEW_TOKENS_SERVED = 16
 
 
+MADE_UP_QUALITY = QualityReport(
+    origin="made up",
+    dense_ppl=10.0,
+    pruned_ppl=15.0,
+    ratio=1.5,
+    ratio_low=1.4,
+    ratio_high=1.6,
+    tokens=1000,
+    context_length=64,
+    pairs="documents",
+)
+
+
 def made_up(
     speedup: float = 1.0, noise: float = 0.01, replicates: int = 8, cycles: int = 4, seed: int = 0, control: bool = True
 ) -> Comparison:
@@ -116,17 +129,6 @@ def _block(scale: float) -> Block:
 
 def made_up_report(comparison: Comparison, model: str = "tiny") -> Report:
     """A whole report around one engine's comparison."""
-    quality = QualityReport(
-        origin="made up",
-        dense_ppl=10.0,
-        pruned_ppl=15.0,
-        ratio=1.5,
-        ratio_low=1.4,
-        ratio_high=1.6,
-        tokens=1000,
-        context_length=64,
-        pairs="documents",
-    )
     removal = RemovalReport(form="anneal", trained_tokens=100, dense_ppl=10.0, before_ppl=15.0, after_ppl=15.0)
     figures = EngineFigures(size_bytes=10**8, build_s=1.0)
     limit = SpeedLimit(prefill=1.4, decode=1.4, total=1.4)
@@ -139,7 +141,7 @@ def made_up_report(comparison: Comparison, model: str = "tiny") -> Report:
             dense=figures,
             pruned=figures,
             comparison=compare(comparison, lambda case: limit),
-            quality={"text": quality},
+            quality={"text": MADE_UP_QUALITY},
         ),
         EngineReport(
             name="tensorrt-fp16", backend="tensorrt", precision="fp16", status="unavailable", reason="no CUDA device"
@@ -147,7 +149,7 @@ def made_up_report(comparison: Comparison, model: str = "tiny") -> Report:
     )
     return Report(
         schema_version=SCHEMA_VERSION,
-        verdict=verdict(list(engines), {"text": quality}),
+        verdict=verdict(list(engines), {"text": MADE_UP_QUALITY}),
         model=ModelReport(
             name=model,
             origin="made up",
@@ -161,7 +163,7 @@ def made_up_report(comparison: Comparison, model: str = "tiny") -> Report:
             parameters_dropped_share=0.2,
         ),
         removal=removal,
-        quality={"text": quality},
+        quality={"text": MADE_UP_QUALITY},
         engines=engines,
         parity=(),
         recipe=Recipe(model=model),

@@ -52,8 +52,9 @@ def test_without_keep_only_leftovers_go(run: Path) -> None:
     (run / "checkpoints" / "prune" / "state.pt").write_text("x" * 1000)
     (run / "engines" / "ort-cpu-fp32" / ".dense.partial").mkdir()
     (run / ".report.json.partial").write_text("{")
+    (run / ".pruned.former").mkdir()  # of a kill between two renames
     (run / "engines" / "ort-cpu-fp32" / "dense-failed.log").write_text("error")
-    assert len(cleaned(run)) == 4
+    assert len(cleaned(run)) == 5
     assert files(run) == before and verify(run).whole
 
 

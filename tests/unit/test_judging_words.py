@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from tests.samples import made_up
+from tests.samples import MADE_UP_QUALITY, made_up
 from trsp_deploy import cli
 from trsp_deploy.artifacts import provenance, write_json, writing
 from trsp_deploy.artifacts.storage import place_to_write
@@ -37,20 +37,8 @@ from trsp_deploy.tools.reports.baselines import (
     this_machine,
     too_few_replicates,
 )
-from trsp_deploy.tools.reports.record import QualityReport
 
 CUT = Cut(name="tiny", num_layers_dense=6, num_layers_pruned=4)
-QUALITY = QualityReport(
-    origin="made up",
-    dense_ppl=10.0,
-    pruned_ppl=15.0,
-    ratio=1.5,
-    ratio_low=1.4,
-    ratio_high=1.6,
-    tokens=1000,
-    context_length=64,
-    pairs="documents",
-)
 
 
 # -- options -----------------------------------------------------------------------------------------------------------
@@ -142,7 +130,7 @@ def test_an_error_in_ci_is_valid_xml() -> None:
 
 def made_baseline(**changes: Any) -> dict[str, Any]:
     """A baseline's values, without its seal."""
-    engines = {"e": engine_baseline(made_up(replicates=6), {"text": QUALITY})}
+    engines = {"e": engine_baseline(made_up(replicates=6), {"text": MADE_UP_QUALITY})}
     whole = Baseline(schema_version=1, machine=this_machine(), model=CUT, engines=engines, provenance=provenance())
     return {**whole.model_dump(mode="json"), **changes}
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from trsp_deploy.errors import EngineSpecError, RecipeError
 from trsp_deploy.reading import read_yaml
-from trsp_deploy.recipe import override, parse_drop, read_engine_spec, read_recipe
+from trsp_deploy.recipe import override, parse_drop, read_engine_spec, read_recipe, shown_name
 
 PROFILE = {
     "batch": {"min": 1, "opt": 1, "max": 4},
@@ -187,3 +187,18 @@ def test_yaml_errors(tmp_path: Path, content: bytes | None, words: str) -> None:
 
 def test_off_is_read_as_a_word():
     assert read_recipe({"model": "gpt2", "autocast": yaml.safe_load("off")}, "test").autocast == "off"
+
+
+def test_a_window_of_one_token_predicts_none() -> None:
+    for group in ("calibration", "evaluate"):
+        with pytest.raises(RecipeError, match=f"{group}.context_length"):
+            read_recipe({"model": "m", group: {"context_length": 1}}, "test")
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [("/srv/acme/m", "m"), ("~/acme/m", "m"), ("../acme/m", "m"), ("owner/name", "owner/name"), ("c4", "c4")],
+)
+def test_others_are_told_no_place_of_this_machine(given: str, told: str) -> None:
+    assert shown_name(given) == told
+    assert read_recipe({"model": given}, "test").public.model == told

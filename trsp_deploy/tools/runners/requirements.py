@@ -25,6 +25,7 @@ class Package:
     install: str  # command that installs it
 
 
+INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8")
 PACKAGES: dict[Backend, Package] = {
     "onnxruntime-cpu": Package("onnxruntime", "onnxruntime", "pip install 'trsp_deploy[cpu]'"),
     # The two ONNX Runtime packages write into one folder, so the CPU one has to leave first.
@@ -81,9 +82,6 @@ def adds_int8_exactly() -> bool:
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return True
     return bool({"avx512_vnni", "avx_vnni"} & set(instruction_sets()))
-
-
-INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8")
 
 
 def instruction_sets() -> tuple[str, ...]:
