@@ -106,11 +106,12 @@ class RunFolder:
             self._lock = None
 
     def record(self, step: str) -> StepRecord | None:
-        """The record of a finished step, or None when there is none that can be read."""
+        """The record of a finished step, or None when there is none that can be read, or it is another step's."""
         try:
-            return StepRecord.model_validate_json((self.path / _record_file(step)).read_bytes())
+            found = StepRecord.model_validate_json((self.path / _record_file(step)).read_bytes())
         except (OSError, ValidationError):
             return None
+        return found if found.step == step else None
 
     def forget(self, step: str) -> None:
         """Drop a step's record, so that it is done again whatever its key says."""
