@@ -19,8 +19,9 @@ triton-demo: $(READY) .venv-triton/.ready ## the demo's run on a real tritonserv
 	$(BIN)/trsp-deploy triton-lint $(REPOSITORY)
 	trap '$(BIN)/trsp-deploy triton-stop $(REPOSITORY)' EXIT; trap 'exit 130' INT; trap 'exit 143' TERM; set -e; \
 	$(BIN)/trsp-deploy triton-start $(REPOSITORY) --server .venv-triton --port 18000; \
-	curl -sN 127.0.0.1:18000/v2/models/smollm2-trsp/generate_stream \
-	    -d '{"text_input": "The capital of France is", "max_tokens": 16, "stream": true}'; \
+	curl -sN --fail-with-body 127.0.0.1:18000/v2/models/smollm2-trsp/generate_stream \
+	    -d '{"text_input": "The capital of France is", "max_tokens": 16, "stream": true}' \
+	    | tee /dev/stderr | grep -E '"finish_reason": ?"(length|end|stop)"' > /dev/null; \
 	$(BIN)/trsp-deploy triton-stop $(REPOSITORY); \
 	$(BIN)/trsp-deploy bench-server $(REPOSITORY) --server .venv-triton --run runs/smollm2-135m-drop8 --new-tokens 32 --replicates 5
 
@@ -89,7 +90,7 @@ bench-serving: $(READY) .venv-triton/.ready ## a real tritonserver under load: w
 	$(BIN)/trsp-deploy fetch smollm2-135m exl-wiki triton-schema
 	TRSP_DEPLOY_TRITON=.venv-triton $(BIN)/python -m benchmarks.serving $(if $(QUICK),--quick) $(ARGS)
 
-bench-memory: $(READY) ## peak memory of an export, ours against plain Optimum, on a random OPT-1.3B; QUICK=1: a small one
+bench-memory: $(READY) ## peak memory of exports, ours against plain Optimum, and of builds, on a random OPT-1.3B: half an hour, 20 GB of disk; QUICK=1: a small one
 	$(BIN)/python -m benchmarks.memory $(if $(QUICK),--quick) $(ARGS)
 
 faults: $(READY) ## kills, full disks, damage, Ctrl-C and 10,000 bad inputs, tried for real: under an hour; ARGS='-k killed'

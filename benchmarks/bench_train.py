@@ -5,9 +5,9 @@
 
 Each block is a fresh process that trains `--steps` steps after two warm-up steps; blocks of the two alternate (ABBA),
 so that drift of the machine hits both. Stage 2 runs its `anneal` form with every layer still there, and the 25% of them
-that would go are annealed all the while; the LM loss alone, as Trainer has it, without a teacher. Tokens a second are
-of the steps' median; memory is the peak of the training alone, on a GPU what torch allocated, on a CPU the resident
-set.
+that would go are annealed all the while; the LM loss alone, as Trainer has it. Beside it, and not judged, the same with
+the loss of the recipes, of which the dense model is the teacher. Tokens a second are of the steps' median; memory is
+the peak of the training alone, on a GPU what torch allocated, on a CPU the resident set.
 
 Both see one GPU, for with several Trainer would share each batch out among them. Prints a table and ends with one JSON
 line. Raw samples go to benchmarks/results/train-<cpu or cuda>-<processor>.json, unless options decide that are not the
@@ -33,11 +33,13 @@ from benchmarks import targets
 from benchmarks.kept import results_path
 from benchmarks.targets import at_least, at_most
 from trsp_deploy.artifacts import provenance, writing
+from trsp_deploy.tools.host_memory import forget_peak, peak_resident_bytes
 from trsp_deploy.tools.prctl import end_with_parent
 
 TARGETS = {"speed_ratio": at_least(1.0), "memory_ratio": at_most(0.8)}
 WARMUP_STEPS = 2
-ENGINES = ("stage 2", "Trainer")
+JUDGED = ("stage 2", "Trainer")
+ENGINES = ("stage 2", "stage 2 with teacher", "Trainer")
 
 
 def main() -> int:
@@ -57,7 +59,7 @@ def main() -> int:
     else:
         print("not kept: options other than the defaults", file=sys.stderr)
     for engine in ENGINES:
-        print(f"{engine:8}  {row(samples[engine], options)}")
+        print(f"{engine:20}  {row(samples[engine], options)}")
     print(json.dumps(verdict(samples, options)))
     return 0
 
@@ -126,7 +128,7 @@ def row(samples: list[dict[str, Any]], options: argparse.Namespace) -> str:
 
 def verdict(samples: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -> dict[str, Any]:
     """The line for scripts: figures, targets and whether they are met, under the same keys."""
-    ours, theirs = (samples[engine] for engine in ENGINES)
+    ours, theirs = (samples[engine] for engine in JUDGED)
     figures = {
         "speed_ratio": tokens_per_s(ours, options) / tokens_per_s(theirs, options),
         "memory_ratio": peak_bytes(ours) / peak_bytes(theirs),
@@ -159,6 +161,8 @@ class Job:
         self.folder = Path(resolve_model(options.model, lambda _: None).path)
         self.steps = options.steps + WARMUP_STEPS
         transfer = {"form": "anneal", "anneal_share": 1.0, "steps": self.steps, "batch_size": options.batch_size}
+        if options.worker in JUDGED:
+            transfer |= {"ce_weight": 1.0, "kl_weight": 0.0}
         self.recipe = read_recipe({"model": options.model, "transfer": transfer}, "bench_train")
         self.device = pick_device(self.recipe)
         texts, tokenizer = load_texts(options.texts, "calibration"), load_tokenizer(self.folder)
@@ -178,7 +182,7 @@ class Job:
         if self.device == "cuda":
             self._torch.cuda.reset_peak_memory_stats()
         else:
-            Path("/proc/self/clear_refs").write_text("5")
+            forget_peak()
 
     def sample(self, mean_loss: float) -> dict[str, Any]:
         """The block's raw samples; the loss is the mean over all steps, warm-up included."""
@@ -190,12 +194,6 @@ class Job:
             "peak_bytes": self._torch.cuda.max_memory_allocated() if self.device == "cuda" else peak_resident_bytes(),
             "mean_loss": mean_loss,
         }
-
-
-def peak_resident_bytes() -> int:
-    """This process's peak resident set since it was reset."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return 1024 * int(line.split()[1])
 
 
 def stage_2(options: argparse.Namespace) -> dict[str, Any]:
@@ -220,15 +218,17 @@ def stage_2(options: argparse.Namespace) -> dict[str, Any]:
     model = load_model(job.folder, job.device, TRAINING_DTYPES[job.recipe.weights])
     choose_trained(model, job.recipe.transfer)
     processes = Processes(job.device)
-    training = Training(TokenLosses(model), job.windows, job.recipe, processes, None)
+    settings = job.recipe.transfer
+    losses = TokenLosses(model, settings.ce_weight, settings.kl_weight)
+    training = Training(losses, job.windows, job.recipe, processes, None)
     job.reset_peak()
     with (
         kept_heap(),
         recomputed_layers(model, job.recipe.transfer.gradient_checkpointing),
         LayerGates(model, "branch") as gates,
     ):
-        doomed = range(len(gates.open) // 2, len(gates.open) // 2 + len(gates.open) // 4)
-        training.run(Timed(model, gates, doomed, job.recipe.transfer, processes))
+        dropped = range(len(gates.open) // 2, len(gates.open) // 2 + len(gates.open) // 4)
+        training.run(Timed(model, gates, dropped, job.recipe.transfer, processes))
         job.mark()
     return job.sample(statistics.fmean(training.lm_losses)) | {"layers": len(decoder_layers(model))}
 
@@ -282,7 +282,7 @@ def trainer(options: argparse.Namespace) -> dict[str, Any]:
     return job.sample(found.training_loss)
 
 
-WORKERS = {"stage 2": stage_2, "Trainer": trainer}
+WORKERS = {"stage 2": stage_2, "stage 2 with teacher": stage_2, "Trainer": trainer}
 
 if __name__ == "__main__":
     sys.exit(main())

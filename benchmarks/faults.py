@@ -233,7 +233,8 @@ def table(tests: list[Tried], missing: Sequence[str]) -> str:
         parts.append(f"Without an outcome: {', '.join(f'`{name}`' for name in missing[:NAMED])}{rest}.")
     if tests:
         machines = {f"{tried.machine.cpu}, {tried.machine.cores} cores" for tried in tests}
-        parts.append(f"On {'; '.join(sorted(machines))}.")
+        days = sorted({(tried.machine.time or "earlier")[:10] for tried in tests})
+        parts.append(f"On {'; '.join(sorted(machines))}; tried on {' and '.join(days)}.")
     return "\n\n".join(parts)
 
 

@@ -1,11 +1,12 @@
-"""What an export costs in memory, against plain Optimum: `make bench-memory`.
+"""What an export costs in memory, against plain Optimum, and what engines do: `make bench-memory`.
 
-    python -m benchmarks.memory             # an OPT of 1.3B: about twenty minutes on 2 cores, 11 GB of disk
+    python -m benchmarks.memory             # an OPT of 1.3B: about half an hour on 2 cores, 20 GB of disk
     python -m benchmarks.memory --quick     # one of 125M, whose libraries weigh more than its weights; keeps nothing
     python -m benchmarks.memory --report    # the table and docs/memory.md from what is there
 
 A random OPT-1.3B, stored in fp16 in several shards as the hub has it, made once. Every row is a fresh process: our
-export alone, our export with the parity check after it, and `optimum.exporters.onnx.main_export` with its defaults. A
+export alone, our export with the parity check after it, builds of engines from our export, and
+`optimum.exporters.onnx.main_export` with its defaults. A
 row's peak is its process's high-water mark, or what it and its children hold together where that is more. Pages of
 mapped files count, although the system can take them back; what is left without them stands beside it. A row that
 would not fit the machine is stopped and says so: its peak is a lower bound, so it has no figure and meets nothing.
@@ -41,6 +42,12 @@ from trsp_deploy.tools.quiet import quiet_libraries
 HOME = Path("runs/bench-memory")
 PAGE = Path("docs/memory.md")
 JOBS = ("export", "export and parity", "optimum")
+# By the precision of the graph that they are built from.
+ENGINES: dict[Float, tuple[str, ...]] = {
+    "fp32": ("ort-cpu-fp32", "ort-cpu-int8", "ort-cpu-int4"),
+    "fp16": ("tensorrt-rtx-fp16",),
+}
+BUILD = "build "  # and the engine's name: a job
 POLL_S = 0.02
 MOST = 1.6  # times the weights in the export's precision
 TARGETS = {f"{precision}_{job.replace(' ', '_')}": at_most(MOST) for job in JOBS[:2] for precision in FLOAT_BYTES}
@@ -75,7 +82,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a small model; keeps nothing")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     parser.add_argument("--limit-gb", type=float, help="stop a row here; default: 0.9 of what is free when it begins")
-    parser.add_argument("--worker", choices=JOBS, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--precision", choices=get_args(Float), help=argparse.SUPPRESS)
     options = parser.parse_args()
     folder = HOME / ("quick" if options.quick else "opt-1.3b")
@@ -104,12 +111,22 @@ def measure(folder: Path, quick: bool, limit_gb: float | None) -> Memory:
 
     config = make(folder / "model", quick)
     rows = []
+
+    def measured(job: str, precision: Float) -> None:
+        limit = limit_gb * 1e9 if limit_gb else 0.9 * psutil.virtual_memory().available
+        rows.append(run(job, precision, quick, round(limit)))
+        print(f"{job} {precision}: {rows[-1].peak_bytes / 1e9:.2f} GB", file=sys.stderr)
+
     for job in JOBS:
         for precision in FLOAT_BYTES:
-            limit = limit_gb * 1e9 if limit_gb else 0.9 * psutil.virtual_memory().available
-            rows.append(run(job, precision, quick, round(limit)))
-            print(f"{job} {precision}: {rows[-1].peak_bytes / 1e9:.2f} GB", file=sys.stderr)
-            shutil.rmtree(folder / "out", ignore_errors=True)
+            measured(job, precision)
+            if job == JOBS[0]:
+                shutil.move(folder / "out", folder / "graph")
+                for engine in ENGINES[precision]:
+                    measured(BUILD + engine, precision)
+                    shutil.rmtree(folder / "out", ignore_errors=True)
+            for made in ("out", "graph"):
+                shutil.rmtree(folder / made, ignore_errors=True)
     found = Memory(machine=provenance(), parameters=counts_of(config).total, rows=tuple(rows))
     if not quick:
         with writing(results_path("memory", found.machine.cpu)) as partial:
@@ -220,6 +237,13 @@ def work(job: str, precision: Float, folder: Path, out: Path) -> None:
         before = status("VmRSS")
         task = "text-generation-with-past"  # which it cannot tell of a folder
         main_export(str(model), output=out, task=task, dtype=precision, local_files_only=True)
+    elif job.startswith(BUILD):
+        from trsp_deploy.stages.build import build_engine
+        from trsp_deploy.stages.export import FILE
+        from trsp_deploy.tools.library import load_engine_spec
+
+        before = status("VmRSS")
+        build_engine(folder / "graph" / FILE, load_engine_spec(job.removeprefix(BUILD)), out)
     else:
         from trsp_deploy.stages.export import FILE, export_onnx
 
@@ -283,9 +307,9 @@ def page(found: Memory) -> str:
         more = "more than " if row.stopped else "failed after " if row.failed else ""
         state = "stopped, **not met**" if row.stopped else "met" if ratio(found, row) <= MOST else "**not met**"
         cells = (f"{row.peak_bytes / 1e9:.2f}", f"{row.anonymous_bytes / 1e9:.2f}", f"{ratio(found, row):.2f}")
-        name = "plain Optimum" if row.job == "optimum" else row.job
+        name = "plain Optimum" if row.job == "optimum" else row.job.replace(BUILD, "engine ")
         weights = f"{found.parameters * FLOAT_BYTES[row.precision] / 1e9:.2f}"
-        target = ("", "") if row.job == "optimum" else (f"at most {MOST:g}", state)
+        target = (f"at most {MOST:g}", state) if row.job in JOBS[:2] else ("", "")
         body.append((name, row.precision, weights, *(more + cell for cell in cells), *target))
     libraries = max(row.libraries_bytes for row in found.rows)
     packages = found.machine.packages

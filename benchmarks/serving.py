@@ -226,11 +226,16 @@ def section(load: Loaded) -> str:
     """Markdown: one load."""
     report = derive(load.served)
     compared = [
-        (role, f"{1e3 * np.median(load.bare_s[role]):.1f} ms", f"{1e3 * token_s:.1f} ms", shown(overhead(load, role)))
+        (
+            role,
+            f"{1e3 * np.median(load.bare_s[role]):.1f} ms",
+            f"{1e3 * token_s:.1f} ms",
+            overhead(load, role).text(".3f", ""),
+        )
         for role in ROLES
         for token_s in [next(x.figures[role].inter_token_s["p50"] for x in report.levels if x.concurrency == 1)]
     ]
-    gains = [(role, shown(batching(load, role))) for role in ROLES]
+    gains = [(role, batching(load, role).text(".3f", "")) for role in ROLES]
     return "\n\n".join(
         [
             f"**{load.served.new_tokens} new tokens after {load.served.prompt_tokens}.** {served_sentence(report)}",
@@ -240,11 +245,6 @@ def section(load: Loaded) -> str:
             "\n".join(f"- {note}" for note in served_notes(report)),
         ]
     )
-
-
-def shown(ratio: Ratio) -> str:
-    """A ratio with its interval."""
-    return f"{ratio.ratio:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
 
 
 def read() -> list[Serving]:

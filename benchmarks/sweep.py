@@ -28,6 +28,7 @@ from trsp_deploy.artifacts import writing
 from trsp_deploy.errors import TrspError
 from trsp_deploy.recipe import Strict
 from trsp_deploy.results import Comparison
+from trsp_deploy.tools.judging.statistics import speedup
 from trsp_deploy.tools.reports.sweeps import Point, Sweep
 
 COUNTS = (3, 6, 9, 12)  # of 30 layers
@@ -56,7 +57,7 @@ def main() -> int:
             measured = measure(options.out)
             with writing(results_path("sweep", measured.sweep.provenance.cpu)) as partial:
                 partial.write_text(measured.model_dump_json() + "\n", encoding="utf-8")
-        every = [Found.model_validate_json(text) for text in every_machine("sweep")]
+        every = [read(text) for text in every_machine("sweep")]
         put_between_markers(PAGE, "\n\n".join(text(found) for found in every), "sweep")
         draw(every, PLOT)
         found = judged(every, lambda each: each.sweep.provenance.cpu, lambda each: verdict(each)["met"])
@@ -66,6 +67,23 @@ def main() -> int:
     print(text(found))
     print(json.dumps(verdict(found)))
     return 0 if all(verdict(found)["met"].values()) else 2
+
+
+def read(kept: bytes) -> Found:
+    """One machine's file, the intervals derived again from the blocks that were timed."""
+    found = Found.model_validate_json(kept)
+    points = tuple(_derived(point, found.comparisons.get(point.num_dropped)) for point in found.sweep.points)
+    return found.model_copy(update={"sweep": found.sweep.model_copy(update={"points": points})})
+
+
+def _derived(point: Point, raw: Comparison | None) -> Point:
+    if point.comparison is None or raw is None:
+        return point
+    phases = tuple(
+        each.model_copy(update={"speedup": speedup(raw.replicates, 0, each.phase).found})
+        for each in point.comparison.phases
+    )
+    return point.model_copy(update={"comparison": point.comparison.model_copy(update={"phases": phases})})
 
 
 def measure(out: Path) -> Found:
@@ -124,7 +142,7 @@ def _row(sweep: Sweep, point: Point) -> list[str]:
     if point.comparison is None:
         return [*begin, "–", "–", "–", "not run", "–", quality]
     phases = [point.comparison.of(phase) for phase in ("prefill", "decode", "total")]
-    ratios = [f"{each.speedup.ratio:.2f} ({each.speedup.low:.2f} to {each.speedup.high:.2f})" for each in phases]
+    ratios = [each.speedup.text(unit="") for each in phases]
     limit = "–" if phases[-1].limit is None else f"{phases[-1].limit:.2f}"
     return [*begin, _mb(point.comparison.peak_rss_bytes.get("pruned")), *ratios, limit, quality]
 

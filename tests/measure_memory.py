@@ -62,7 +62,15 @@ def run_stage(folder: Path, stage: str, recipe: Recipe) -> None:
     )
     source = ModelSource(name="m", kind="folder", path=str(folder), origin="random")
     with tempfile.TemporaryDirectory() as out:
-        transfer_and_remove(folder, source, plan, train, validation, recipe, Path(out) / "pruned")
+        transfer_and_remove(
+            dense=folder,
+            source=source,
+            plan=plan,
+            train=train,
+            validation=validation,
+            recipe=recipe,
+            out=Path(out) / "pruned",
+        )
 
 
 if __name__ == "__main__":

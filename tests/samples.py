@@ -5,25 +5,39 @@ comparison = made_up(speedup=1.2, noise=0.02)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from trsp_deploy.artifacts import provenance
 from trsp_deploy.recipe import BenchSettings, Recipe
-from trsp_deploy.results import Block, Comparison, Replicate, Served, ServedRequest, ServedWindow, Subject, Telemetry
+from trsp_deploy.results import (
+    ROLES,
+    Block,
+    Comparison,
+    PerplexityParity,
+    Replicate,
+    Served,
+    ServedRequest,
+    ServedWindow,
+    Subject,
+    Telemetry,
+)
 from trsp_deploy.tools.judging.comparisons import compare
 from trsp_deploy.tools.judging.limits import SpeedLimit
 from trsp_deploy.tools.plan import PruningPlan
+from trsp_deploy.tools.reports.quality import QualityReport
 from trsp_deploy.tools.reports.record import (
     SCHEMA_VERSION,
     EngineFigures,
     EngineReport,
+    Measured,
     ModelReport,
-    QualityReport,
     RemovalReport,
     Report,
     verdict,
 )
-from trsp_deploy.tools.reports.sweeps import Point
+from trsp_deploy.tools.reports.sweeps import Point, Sweep, Targets, choose
 
 NEW_TOKENS = 4
 NEW_TOKENS_SERVED = 16
@@ -43,16 +57,30 @@ MADE_UP_QUALITY = QualityReport(
 
 
 def made_up(
-    speedup: float = 1.0, noise: float = 0.01, replicates: int = 8, cycles: int = 4, seed: int = 0, control: bool = True
+    speedup: float = 1.0,
+    noise: float = 0.01,
+    replicates: int = 8,
+    cycles: int = 4,
+    seed: int = 0,
+    control: bool = True,
+    host_s: float | None = None,
+    shapes: tuple[float, ...] = (1.0,),
 ) -> Comparison:
-    """Log-normal noise of size `noise` on every process and on every block; dense takes 10 ms a token, 50 a prompt."""
+    """Log-normal noise of size `noise` on every process and on every block; dense takes 10 ms a token, 50 a prompt.
+
+    host_s: of every call on a GPU, beside what CUDA events see; None is a CPU.
+    shapes: speed-up at each prompt length over `speedup`.
+    """
     generator = np.random.default_rng(seed)
     subjects: tuple[Subject, ...] = ("dense", "again", "pruned") if control else ("dense", "pruned")
     return Comparison(
         engine="made-up",
-        settings=BenchSettings(new_tokens=NEW_TOKENS),
+        settings=BenchSettings(new_tokens=NEW_TOKENS, prompt_tokens=tuple(128 * (n + 1) for n in range(len(shapes)))),
         threads=2,
-        replicates=tuple(_replicate(subjects, speedup, noise, cycles, generator) for _ in range(replicates)),
+        replicates=tuple(
+            _replicate(subjects, [speedup * each for each in shapes], noise, cycles, generator, host_s)
+            for _ in range(replicates)
+        ),
         telemetry=tuple(
             Telemetry(at_s=at_s, load=1.0, busy_share=0.5, steal_share=0.0, mhz=2600.0) for at_s in range(5)
         ),
@@ -101,12 +129,20 @@ def made_up_served(speedup: float = 1.25, noise: float = 0.01, replicates: int =
 
 
 def _replicate(
-    subjects: tuple[Subject, ...], speedup: float, noise: float, cycles: int, generator: np.random.Generator
+    subjects: tuple[Subject, ...],
+    speedups: Sequence[float],
+    noise: float,
+    cycles: int,
+    generator: np.random.Generator,
+    host_s: float | None,
 ) -> Replicate:
-    def blocks(subject: Subject) -> tuple[tuple[Block, ...], ...]:
+    def case(subject: Subject, speedup: float) -> tuple[Block, ...]:
         process = np.exp(generator.normal(0, noise)) / (speedup if subject == "pruned" else 1)
         turns = cycles * (3 if len(subjects) == 3 else 2)
-        return (tuple(_block(process * np.exp(generator.normal(0, noise))) for _ in range(turns)),)
+        return tuple(_block(process * np.exp(generator.normal(0, noise)), host_s) for _ in range(turns))
+
+    def blocks(subject: Subject) -> tuple[tuple[Block, ...], ...]:
+        return tuple(case(subject, speedup) for speedup in speedups)
 
     return Replicate(
         began_s=0.0,
@@ -122,9 +158,15 @@ def _replicate(
     )
 
 
-def _block(scale: float) -> Block:
-    prefill_s, token_s = 0.05 * scale, 0.01 * scale
-    return Block(prefill_s=prefill_s, decode_s=(token_s,) * NEW_TOKENS, total_s=prefill_s + NEW_TOKENS * token_s)
+def _block(scale: float, host_s: float | None) -> Block:
+    prefill_s, token_s, extra_s = 0.05 * scale, 0.01 * scale, host_s or 0.0
+    return Block(
+        prefill_s=prefill_s + extra_s,
+        decode_s=(token_s + extra_s,) * NEW_TOKENS,
+        total_s=prefill_s + NEW_TOKENS * token_s + (1 + NEW_TOKENS) * extra_s,
+        device_prefill_s=None if host_s is None else prefill_s,
+        device_decode_s=None if host_s is None else (token_s,) * NEW_TOKENS,
+    )
 
 
 def made_up_report(comparison: Comparison, model: str = "tiny") -> Report:
@@ -142,6 +184,12 @@ def made_up_report(comparison: Comparison, model: str = "tiny") -> Report:
             pruned=figures,
             comparison=compare(comparison, lambda case: limit),
             quality={"text": MADE_UP_QUALITY},
+            to_pytorch=tuple(
+                PerplexityParity(
+                    subject="ort-cpu-fp32", role=role, precision="fp32", text="text", ratio=ratio, tolerance=0.005
+                )
+                for role, ratio in zip(ROLES, (1.0, 1.0012), strict=True)
+            ),
         ),
         EngineReport(
             name="tensorrt-fp16", backend="tensorrt", precision="fp16", status="unavailable", reason="no CUDA device"
@@ -178,6 +226,10 @@ def made_up_report(comparison: Comparison, model: str = "tiny") -> Report:
             calibration="made up",
         ),
         provenance=provenance(),
+        measured=(
+            Measured(step="evaluate-text-dense", time="2026-01-01T10:00:00Z", differs={}),
+            Measured(step="bench-ort-cpu-fp32", time="2025-12-01T10:00:00Z", differs={"torch": ("2.8.0", "2.9.0")}),
+        ),
     )
 
 
@@ -196,4 +248,18 @@ def made_up_point(count: int, speed: float, ppl: float, limit: float | None = No
         comparison=found.model_copy(update={"phases": phases}),
         size_bytes=10**8,
         dense_size_bytes=2 * 10**8,
+    )
+
+
+def made_up_sweep(model: str = "tiny") -> Sweep:
+    """Three cuts of a model of 10 layers; the largest is quick enough."""
+    targets = Targets(min_speedup=1.25)
+    points = tuple(made_up_point(count, 1 + count / 20, 1 + count / 10, 1 + count / 18) for count in (2, 4, 6))
+    return Sweep(
+        model=model,
+        num_layers=10,
+        points=points,
+        targets=targets,
+        choice=choose(points, targets),
+        provenance=provenance(),
     )

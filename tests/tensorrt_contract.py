@@ -27,12 +27,14 @@ RECEIVERS = {
     "error": "ParserError",
     "tensor": "ITensor",
     "config": "IBuilderConfig",
+    "config.get_timing_cache()": "ITimingCache",
     "self._runtime_config": "IRuntimeConfig",
     "result": "IOptimizationProfile",
     "self._runtime": "Runtime",
     "self._engine": "ICudaEngine",
     "self._context": "IExecutionContext",
 }
+MODULES = ("trt", "self._trt", "package")  # names of the bindings themselves
 # Asked for behind a hasattr or for that backend alone, or on a torch tensor of the same name.
 RTX_ONLY = {
     *("ComputeCapability", "num_compute_capabilities", "set_compute_capability"),
@@ -54,10 +56,11 @@ def uses(source: str) -> set[tuple[str, int | None]]:
         call = called.get(id(node))
         spread = call is not None and any(isinstance(argument, ast.Starred) for argument in call.args)
         arguments = None if call is None or spread else len(call.args) + len(call.keywords)
-        if base in ("trt", "self._trt"):
-            found.add((attribute, None))
-        elif base.startswith(("trt.", "self._trt.")):
-            found.add((f"{base.split('trt.', 1)[1]}.{attribute}", arguments if attribute != "__init__" else None))
+        if base in MODULES:
+            found.add((attribute, arguments))
+        elif of := next((name for name in MODULES if base.startswith(f"{name}.")), None):
+            member = f"{base.removeprefix(f'{of}.')}.{attribute}"
+            found.add((member, arguments if attribute != "__init__" else None))
         elif base in RECEIVERS:
             found.add((f"{RECEIVERS[base]}.{attribute}", arguments))
     return {(name, count) for name, count in found if name not in OF_TORCH}
@@ -74,7 +77,7 @@ def broken(module: ModuleType, name: str, arguments: int | None, rtx: bool) -> s
         thing = getattr(thing, part)
     if arguments is None or not callable(thing):
         return None
-    ranges = signatures(thing)
+    ranges = signatures(thing.__init__ if inspect.isclass(thing) else thing)
     if ranges and not any(low <= arguments <= high for low, high in ranges):
         return f"{name}: called with {arguments} arguments, takes {ranges}"
     return None
@@ -101,6 +104,7 @@ def main() -> int:
     module = importlib.import_module(sys.argv[1])
     sources = (Path(str(part.__file__)).read_text(encoding="utf-8") for part in (trt, trt_build, trt_log))
     wanted = set().union(*(uses(source) for source in sources))
+    wanted |= {(f"DataType.{name}", None) for name in trt_build.NUMPY_DTYPES}
     rtx = hasattr(module, "ComputeCapability")
     reasons = [reason for name, count in sorted(wanted, key=str) if (reason := broken(module, name, count, rtx))]
     log = trt_log.logger(module)  # a subclass of the bindings' own logger
@@ -109,7 +113,8 @@ def main() -> int:
         json.dumps(
             {
                 "version": module.__version__,
-                "uses": sorted(name for name, _ in wanted),
+                "uses": sorted({name for name, _ in wanted}),
+                "called": sorted({name for name, count in wanted if count is not None}),
                 "broken": reasons,
                 "logged": log.complaint(),
                 "strongly_typed": 1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED),

@@ -15,6 +15,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from trsp_deploy.decoder import next_token_logits
+
 LAYERS = 6
 VOCABULARY = 384
 POSITIONS = 256
@@ -68,6 +70,13 @@ def random_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
             if parameter.ndim == 2:
                 parameter.mul_(4)
     return model
+
+
+def next_token_loss(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+    """Mean loss in nats of each next token, by whole logits; input_ids is (batch, sequence) int64."""
+    return torch.nn.functional.cross_entropy(
+        next_token_logits(model, input_ids).flatten(0, 1), input_ids[:, 1:].flatten()
+    )
 
 
 @functools.cache

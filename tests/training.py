@@ -39,7 +39,16 @@ def transfer(dense: Path, out: Path, checkpoints: Checkpoints | None = None, **s
     """Stage 2 for PLAN: 6 steps of 4 windows, unless `settings` of the transfer say otherwise."""
     source = ModelSource(name="tiny", kind="folder", path=str(dense), origin=str(dense))
     chosen = recipe(transfer={"steps": 6, "batch_size": 4, "learning_rate": 3e-3, **settings})
-    return transfer_and_remove(dense, source, PLAN, windows()[:TRAIN], windows()[TRAIN:], chosen, out, checkpoints)
+    return transfer_and_remove(
+        dense=dense,
+        source=source,
+        plan=PLAN,
+        train=windows()[:TRAIN],
+        validation=windows()[TRAIN:],
+        recipe=chosen,
+        out=out,
+        checkpoints=checkpoints,
+    )
 
 
 def same_weights(first: Path, second: Path) -> bool:

@@ -48,7 +48,7 @@ class TritonServer:
 
     def __enter__(self) -> Self:
         installation = self._installation or triton_server.find_installation(ENVIRONMENT)
-        self.server = triton_server.start(self._repository, installation, options=self._options, ready_s=60)
+        self.server = triton_server.start(self._repository, installation, options=self._options)
         return self
 
     def __exit__(
@@ -93,9 +93,13 @@ class TritonServer:
 
     def post(self, model: str, body: bytes) -> bytes:
         """What /generate answers to a body, an error or not."""
-        with self._open(f"{model}/generate", body) as reply:
+        with self.ask(model, body) as reply:
             answer: bytes = reply.read()
         return answer
+
+    def ask(self, model: str, body: bytes) -> Any:
+        """The reply of /generate to a body, with its status."""
+        return self._open(f"{model}/generate", body)
 
     def _open(self, path: str, body: bytes) -> Any:
         request = urllib.request.Request(

@@ -13,14 +13,12 @@ from pydantic import Field
 
 from trsp_deploy.artifacts import Provenance, provenance, write_json
 from trsp_deploy.errors import EngineUnavailable, RecipeError, RunError, nearest
-from trsp_deploy.pipeline import Pipeline
-from trsp_deploy.pipeline.engines import why_not
+from trsp_deploy.pipeline import Pipeline, engines
 from trsp_deploy.recipe import BenchSettings, EngineSpec, Positive, Strict
 from trsp_deploy.results import Comparison, Phase
 from trsp_deploy.stages import bench
 from trsp_deploy.tools.judging.comparisons import ComparisonReport, notes
-from trsp_deploy.tools.judging.goals import Goal, least_speedup, most_latency, most_speedup_lost
-from trsp_deploy.tools.judging.statistics import Ratio
+from trsp_deploy.tools.judging.goals import Earlier, Goal, most_latency, most_speedup_lost
 from trsp_deploy.tools.judging.verdicts import Outcome, Requirement, Word, judge, worst
 from trsp_deploy.tools.reports.baselines import (
     SCHEMA_VERSION,
@@ -34,10 +32,10 @@ from trsp_deploy.tools.reports.baselines import (
     other_versions,
     read_baseline,
     this_machine,
-    too_few_replicates,
+    weaknesses,
 )
-from trsp_deploy.tools.reports.record import ChoicesReport, QualityReport
-from trsp_deploy.tools.runners import check_can_build, check_can_run
+from trsp_deploy.tools.reports.quality import ChoicesReport, QualityReport
+from trsp_deploy.tools.reports.rows import to_pytorch_rows
 
 CHECK_VERSION = 1  # of `check.json`
 SHAPES = ("batch_sizes", "prompt_tokens", "new_tokens")  # settings of a measurement that a baseline decides
@@ -80,7 +78,7 @@ class Check(Strict):
 
     @property
     def sentence(self) -> str:
-        """For people: the verdict and what decided it."""
+        """The verdict for people, and what decided it."""
         deciding = [outcome.sentence for outcome in self.outcomes if outcome.word == self.verdict]
         return f"{self.verdict.upper()} on {self.engine}: {'; '.join(deciding)}"
 
@@ -115,8 +113,10 @@ def check_run(
     comparison, goals = _measure(job, spec, tolerances, before, settings)
     derived = bench.derive(*job.engines.pair(spec), comparison)
     outcomes = [goal.outcome(comparison.replicates) for goal in goals] + _quality(quality, choices, tolerances)
+    for what, dense, pruned, tolerance in to_pytorch_rows(job.proof.check_perplexity(spec)):
+        said.append(f"{what}: dense {dense}, pruned {pruned} ({tolerance})")
     said += [] if baseline is None else other_versions(baseline)
-    said += [] if before is None else too_few_replicates(before)
+    said += [] if before is None else weaknesses(before)
     return Check(
         schema_version=CHECK_VERSION,
         verdict=worst(outcome.word for outcome in outcomes),
@@ -176,14 +176,14 @@ def _check_judgeable(
 def _measure(
     job: Pipeline, spec: EngineSpec, tolerances: Tolerances, before: EngineBaseline | None, settings: BenchSettings
 ) -> tuple[Comparison, list[Goal]]:
-    cases = len(settings.cases)
-    goals = [least_speedup(phase, bound, "--min-speedup", cases) for phase, bound in tolerances.min_speedup.items()]
+    dense, pruned = job.engines.pair(spec)
+    goals = bench.speedup_goals(dense, pruned, tolerances.min_speedup, settings)
     if before is not None and tolerances.max_latency_regression is not None:
         share = tolerances.max_latency_regression
-        goals.append(most_latency("total", share, "--max-latency-regression", before.latency))
+        goals.append(most_latency("total", share, "--max-latency-regression", Earlier(before.latency, before.control)))
     if before is not None and tolerances.max_speedup_loss is not None:
-        goals.append(most_speedup_lost("total", tolerances.max_speedup_loss, "--max-speedup-loss", before.speedup))
-    dense, pruned = job.engines.pair(spec)
+        earlier = Earlier(before.speedup, before.control)
+        goals.append(most_speedup_lost("total", tolerances.max_speedup_loss, "--max-speedup-loss", earlier))
     return bench.compare_engines(dense, pruned, spec.name, settings, job.recipe.seed, goals), goals
 
 
@@ -207,7 +207,7 @@ def _quality(quality: dict[str, QualityReport], choices: ChoicesReport | None, t
                 sense="at most",
                 bound=tolerances.max_ppl_ratio,
             ),
-            Ratio(ratio=text.ratio, low=text.ratio_low, high=text.ratio_high),
+            text.interval,
             text.doubt,
         )
         for name, text in quality.items()
@@ -232,10 +232,7 @@ def _check_engine(job: Pipeline, engine: str | None) -> None:
 def _expected(job: Pipeline, engine: str | None) -> str:
     """The engine that will be checked, as far as it can be told before any is built."""
     specs = job.engines.specs
-    able = (
-        spec.name for spec in specs if all(why_not(asked, spec) is None for asked in (check_can_build, check_can_run))
-    )
-    return engine or next(able, specs[0].name)
+    return engine or next(iter(engines.runnable(specs)), specs[0]).name
 
 
 def runnable(job: Pipeline, engine: str | None) -> EngineSpec:

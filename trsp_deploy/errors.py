@@ -1,4 +1,4 @@
-"""Every error that trsp_deploy raises on purpose, as one tree.
+"""Every error that trsp_deploy raises on purpose, as one tree, and how an error becomes one line.
 
     TrspError
     |-- UserError              exit code 1, one line: the value, where it came from, what would be valid
@@ -10,7 +10,8 @@
     |   |-- DeviceMemoryError  a training that needs more memory than its device has
     |   |-- BaselineError      a baseline that cannot be read, or whose figures are of other hardware
     |   |-- RunError           a run folder that is missing, incomplete or in use
-    |   `-- StorageError       a full disk, a folder that cannot be written
+    |   |-- StorageError       a full disk, a folder that cannot be written
+    |   `-- RequestError       one request that a server cannot answer; its client is told (tools/serving/requests.py)
     |-- ParityError            exit code 4: PyTorch, ONNX and engine disagree; nothing may be shipped
     |-- ProcessEnded           exit code 128 + its number: a signal ended the working process
     `-- EngineUnavailable      in a run the report's `unavailable` with its reason; for one engine, exit code 1
@@ -155,6 +156,11 @@ def machine_reason(problem: BaseException) -> str | None:
     return None
 
 
+def passes_through(problem: BaseException) -> bool:
+    """Whether an error goes on as it is through what turns a library's into ours: it has its line already."""
+    return isinstance(problem, TrspError) or machine_reason(problem) is not None
+
+
 def shown(value: object) -> str:
     """A value for an error's line: its repr, with the middle left out of what is long or deep."""
     return _SHORT.repr(value)
@@ -165,10 +171,22 @@ _SHORT.maxlevel = 3
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
 
 
+def one_line(problem: BaseException | str) -> str:
+    """All that a library says as one line; the exception's class where it says nothing."""
+    said = " ".join(str(problem).split())
+    return said if said or isinstance(problem, str) else type(problem).__name__
+
+
 def first_line(problem: BaseException) -> str:
-    """The first line of what a library says, at most 300 characters; the exception's class where it says nothing."""
-    text = str(problem).strip()
-    return " ".join(text.splitlines()[0].split())[:300] if text else type(problem).__name__
+    """The same of the first line alone, at most 300 characters: for libraries that go on for pages."""
+    lines = str(problem).strip().splitlines()
+    return one_line(lines[0] if lines else problem)[:300]
+
+
+def named(problem: BaseException) -> str:
+    """Class and line of what nobody foresaw, whose words alone say little; of the line at most 300 characters."""
+    kind, line = type(problem).__name__, one_line(problem)[:300]
+    return kind if line == kind else f"{kind}: {line}"
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:

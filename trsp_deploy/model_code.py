@@ -1,4 +1,4 @@
-"""Python code that comes with a model, which runs only for whoever asks for it by its fingerprint.
+"""Python code that comes with a model, which runs only where the user asks for it by its fingerprint.
 
 The configs of a model folder may name files beside them (`auto_map`) that transformers imports when it is told
 `trust_remote_code`, with all rights of the user. It is told so where the fingerprint of these files, and of those that
@@ -33,7 +33,7 @@ REFERENCE = re.compile(r"(?P<module>\w+)\.(?P<name>\w+)")
 
 @dataclass(frozen=True)
 class ModelCode:
-    """What would run."""
+    """The code that loading a model would run."""
 
     named_in: str  # the first config that names any
     classes: tuple[str, ...]  # "AutoModelForCausalLM as XForCausalLM of modeling_x.py"
@@ -42,7 +42,7 @@ class ModelCode:
 
     @property
     def trusted(self) -> bool:
-        """Whether the user asked for it."""
+        """Whether the user asked for this code."""
         return self.fingerprint in os.environ.get(TRUST, "").split()
 
 
@@ -79,7 +79,7 @@ def model_code(folder: Path) -> ModelCode | None:
 
 
 def trusted(folder: Path) -> bool:
-    """For transformers' `trust_remote_code`: whether the folder brings code, and the user asked for exactly that."""
+    """transformers' `trust_remote_code`: whether the folder brings code, and the user asked for exactly that."""
     if not os.environ.get(TRUST):
         return False
     code = model_code(folder)
@@ -103,7 +103,7 @@ def copy_code(folder: Path, out: Path) -> None:
 
 
 def refuse_unless_trusted(folder: Path) -> None:
-    """Raise ModelError, with what would run and how to ask for it, for code that nobody asked for."""
+    """Raise ModelError, with what would run and how to ask for it, for code that the user did not ask for."""
     code = model_code(folder)
     if code is None or code.trusted:
         return

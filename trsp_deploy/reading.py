@@ -1,20 +1,33 @@
-"""Reads what users wrote: files, YAML and JSON, any of which may be anything. Whatever comes ends soon, in one line."""
+"""Reads what users wrote: files, YAML, JSON and records of it, any of which may be anything.
+
+Whatever comes ends soon; what is wrong with it is one line, which names the key, its source and what is valid.
+"""
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import json
 import os
+import types
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 
-from trsp_deploy.errors import UserError
+from trsp_deploy.errors import TrspError, UserError, nearest, one_line, shown
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel, ValidationError
+
+Record = TypeVar("Record", bound="BaseModel")
 
 LONGEST_INTEGER = 64  # bits
 LONGEST_YAML = 100_000  # characters; the longest recipe that ships has 2,000
 DEEPEST, MOST_VALUES = 40, 100_000  # of a YAML text
+DAMAGED = "written by another version of trsp_deploy, or damaged"  # a verdict of `read_record`
 
 
 def user_path(text: str) -> Path:
@@ -31,16 +44,21 @@ def is_utf8(text: str) -> bool:
     return True
 
 
-def read_text(path: Path, error: type[UserError], said: str | None = None) -> str:
+def read_text(path: Path, error: type[TrspError], said: str | None = None) -> str:
     """The text of a file, without a byte order mark; raises `error` with one line where there is none.
 
     said: how to call the file in that line. A pipe or device is refused: it may never end.
     """
-    said = said or str(path)
+    with _reading(path, error, said or str(path)):
+        return path.read_text(encoding="utf-8-sig")
+
+
+@contextlib.contextmanager
+def _reading(path: Path, error: type[TrspError], said: str) -> Iterator[None]:
     try:
         if path.exists() and not path.is_file():
             raise error(f"{said}: is {'a folder' if path.is_dir() else 'a pipe or device'}, expected a file")
-        return path.read_text(encoding="utf-8-sig")
+        yield
     except FileNotFoundError as problem:
         raise error(f"{said}: no such file") from problem
     except OSError as problem:
@@ -56,8 +74,7 @@ def read_yaml(path: Path, error: type[UserError]) -> dict[str, Any]:
     try:
         values = load_yaml(read_text(path, error))
     except ValueError as problem:
-        first_line = " ".join(str(problem).split())
-        raise error(f"{path}: not valid YAML ({first_line})") from problem
+        raise error(f"{path}: not valid YAML ({one_line(problem)})") from problem
     if not isinstance(values, dict):
         raise error(f"{path}: holds a {type(values).__name__}, expected a mapping of keys to values")
     return values
@@ -73,6 +90,76 @@ def read_json(path: Path, error: type[UserError], said: str | None = None) -> di
     if not isinstance(values, dict):
         raise error(f"{said}: holds a {type(values).__name__}, expected an object")
     return values
+
+
+def read_record(
+    path: Path, kind: type[Record], error: type[TrspError], verdict: str | None = None, remedy: str | None = None
+) -> Record:
+    """Read a JSON file as a record, or raise `error` with one line that says what is wrong.
+
+    verdict: what a file is that is no such record, where a program wrote it; what is wrong then stands in brackets.
+    remedy: what helps.
+    """
+    from pydantic import ValidationError  # which `trsp-deploy --help` does without
+
+    with _reading(path, error, str(path)):
+        content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    try:
+        return kind.model_validate_json(content)
+    except ValidationError as problem:
+        reason = what_is_wrong(problem, kind)
+        line = f"{path}: {verdict} ({reason})" if verdict else f"{path}: {reason}"
+        raise error(f"{line}; {remedy}" if remedy else line) from problem
+
+
+def what_is_wrong(problem: ValidationError, kind: type[BaseModel], noun: str = "key") -> str:
+    """The first thing that keeps values from being a record of this kind: where it is, what is valid, what is there.
+
+    noun: what its reader calls a field. An unknown key comes before all else: where one is misspelt, it is missing too.
+    """
+    wrong = problem.errors(include_url=False)
+    first = next((each for each in wrong if each["type"] == "extra_forbidden"), wrong[0])
+    place, value, message = first["loc"], first["input"], one_line(first["msg"])
+    where = shown(".".join(str(part) for part in place if part != "[key]"))[1:-1]
+    match first["type"]:
+        case "json_invalid":
+            return f"is not valid JSON ({first['ctx']['error']})"
+        case "extra_forbidden":
+            valid = _fields_at(kind, place[:-1])
+            hint = nearest(str(place[-1]), valid) or (f"; valid: {', '.join(sorted(valid))}" if valid else "")
+            return f"unknown key '{where}'{hint}".replace("key", noun, 1)  # whole, as docs/troubleshooting.md quotes it
+        case "missing":
+            return f"{noun} '{where}' is missing"
+        case "model_type" if not place:
+            return f"holds a {type(value).__name__}, expected an object"
+        case "model_type":
+            message = "should be a mapping of keys to values"
+    message = message.removeprefix("Value error, ").removeprefix("Input ")
+    message = f"{message[0].lower()}{message[1:]}"
+    if place and not isinstance(value, dict) and ", got " not in message:
+        message = f"{message}, got {shown(value)}"
+    return f"{noun} '{where}': {message}" if place else message  # a check of the whole says itself what it is about
+
+
+def _fields_at(annotation: Any, path: Sequence[int | str]) -> list[str]:
+    """Names of the fields of the record that a place of pydantic's errors leads to; none where it is no record."""
+    fields, origin, inner = getattr(annotation, "model_fields", None), get_origin(annotation), get_args(annotation)
+    if fields is not None:
+        if not path:
+            return list(fields)
+        return _fields_at(fields[path[0]].annotation, path[1:]) if path[0] in fields else []
+    if origin is Annotated:
+        return _fields_at(inner[0], path)
+    if origin in (Union, types.UnionType):
+        kinds = [each for each in inner if each is not types.NoneType]
+        if len(kinds) == 1:
+            return _fields_at(kinds[0], path)
+        # Of several the place names the one that was tried.
+        named = (each for each in kinds if path and getattr(each, "__name__", None) == path[0])
+        return next((_fields_at(each, path[1:]) for each in named), [])
+    if origin in (tuple, list, dict) and path:
+        return _fields_at(inner[1 if origin is dict else 0], path[1:])  # records stand in sequences of one kind
+    return []
 
 
 def load_yaml(text: str) -> Any:

@@ -6,7 +6,7 @@ import math
 from typing import Literal
 
 from trsp_deploy.artifacts import Provenance
-from trsp_deploy.recipe import BenchSettings, Float, Name, Precision, RelativePath, Strict
+from trsp_deploy.recipe import BenchSettings, Name, Precision, RelativePath, Strict
 
 Role = Literal["dense", "pruned"]
 ROLES: tuple[Role, ...] = ("dense", "pruned")
@@ -36,8 +36,8 @@ class PrunedCheckpoint(Strict):
     num_layers_pruned: int
     parameters_dense: int
     parameters_pruned: int
-    lm_loss: tuple[float, ...]  # nats, one a step
-    penalty: tuple[float, ...]  # before lambda_2, one a step; 0 in the anneal form
+    lm_loss: tuple[float, ...]  # nats, one per step
+    penalty: tuple[float, ...]  # before lambda_2, one per step; 0 in the anneal form
     tokens: int  # trained on
     ppl_dense: float
     ppl_before_removal: float
@@ -68,11 +68,22 @@ class Parity(Strict):
     passed: bool
 
 
+class PerplexityParity(Strict):
+    """One model's perplexity through an engine over PyTorch's, on the same tokens."""
+
+    subject: str  # the engine's name
+    role: Role
+    precision: Precision
+    text: str
+    ratio: float
+    tolerance: float  # share by which the ratio may be off 1, either way
+
+
 class Block(Strict):
     """Raw samples of one block: a prompt read, then `new_tokens` decoded, each on the host's clock."""
 
     prefill_s: float
-    decode_s: tuple[float, ...]  # one a token
+    decode_s: tuple[float, ...]  # one per token
     total_s: float  # end to end, choosing the tokens among it
     device_prefill_s: float | None = None  # the same by CUDA events; None on a CPU
     device_decode_s: tuple[float, ...] | None = None
@@ -94,7 +105,7 @@ class Replicate(Strict):
 
     @property
     def blocks_per_cycle(self) -> int:
-        """Of one subject and case."""
+        """Number of blocks of one subject and case in each cycle."""
         return self.blocks_per_turn * len(TURNS[len(self.order)]) // len(self.order)
 
 
@@ -125,7 +136,7 @@ class Rates(Strict):
     """What this machine can do at most, measured."""
 
     bytes_per_s: float  # read from memory
-    operations_per_s: dict[Float, float]  # of a large matrix product
+    operations_per_s: dict[Precision, float]  # of a large matrix product
 
 
 Stop = Literal["decided", "precise", "budget"]
@@ -153,7 +164,7 @@ class ServedRequest(Strict):
 
 
 class ServedWindow(Strict):
-    """A stretch of time in which one model had so many requests at once."""
+    """A stretch of time in which one model had `concurrency` requests at once."""
 
     subject: Subject
     concurrency: int
@@ -207,7 +218,7 @@ class TaskScore(Strict):
 
     task: str
     metric: Literal["acc", "acc_norm"]  # acc_norm divides each choice's log likelihood by its length in bytes
-    correct: tuple[bool, ...]  # one an item, in the data set's order
+    correct: tuple[bool, ...]  # one per item, in the data set's order
 
     @property
     def items(self) -> int:

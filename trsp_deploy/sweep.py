@@ -12,13 +12,14 @@ import fnmatch
 from collections.abc import Callable
 from pathlib import Path
 
-from trsp_deploy.artifacts import RunFolder, link_tree, provenance, write_json, writing
+from trsp_deploy.artifacts import RunFolder, RunLayout, link_tree, provenance, write_json, writing
 from trsp_deploy.errors import RecipeError
 from trsp_deploy.pipeline import Pipeline, check_before_work, prune_and_build
 from trsp_deploy.pipeline.reporting import write_pages
 from trsp_deploy.pipeline.runs import save_recipe
-from trsp_deploy.tools.reports.record import EngineReport, QualityReport, Report
-from trsp_deploy.tools.reports.sweeps import Point, Sweep, Targets, choose
+from trsp_deploy.tools.reports.quality import QualityReport
+from trsp_deploy.tools.reports.record import EngineReport, Report
+from trsp_deploy.tools.reports.sweeps import SWEEP, Point, Sweep, Targets, choose
 
 # Copied, not linked: onnx and onnx_ir refuse weights with a second hard link, and another engine may be built of them.
 EXTERNAL_DATA = (".onnx.data", ".onnx_data")
@@ -56,7 +57,7 @@ def sweep(job: Pipeline, counts: tuple[int, ...], targets: Targets, say: Callabl
         _write(found, root)
     for one, report in runs:  # again, with the curve that is now whole
         with one.run:
-            write_pages(one.proof, report, found)
+            write_pages(one.proof, report)
     return found
 
 
@@ -70,7 +71,7 @@ def _run(job: Pipeline, folder: Path, count: int, plan: Path, say: Callable[[str
 
 def _adopt_dense(source: Path, target: Path) -> None:
     """Link what was made of the dense model into another run; the run's own records say whether it still holds."""
-    for record in sorted((source / "records").glob("*.json")):
+    for record in sorted(RunLayout(source).records.glob("*.json")):
         if not any(fnmatch.fnmatch(record.stem, step) for step in DENSE_STEPS):
             continue
         done, there = RunFolder(source).record(record.stem), RunFolder(target).record(record.stem)
@@ -78,7 +79,7 @@ def _adopt_dense(source: Path, target: Path) -> None:
             continue
         for output in done.outputs:
             link_tree(source / output, target / output, copied=EXTERNAL_DATA)
-        link_tree(record, target / "records" / record.name)
+        link_tree(record, RunLayout(target).record(record.stem))
 
 
 def _measured(report: Report) -> str | None:
@@ -102,13 +103,13 @@ def _point(report: Report, folder: Path, count: int, name: str | None) -> Point:
 
 
 def _quality(report: Report, engine: EngineReport | None) -> dict[str, QualityReport]:
-    """Through the engine where it read every text."""
+    """Quality of a point, through the engine where that read every text."""
     return engine.quality if engine is not None and engine.quality.keys() == report.quality.keys() else report.quality
 
 
 def _write(found: Sweep, root: Path) -> None:
     from trsp_deploy.tools.reports import sweep_page  # draws with matplotlib
 
-    write_json(root / "sweep.json", found)
+    write_json(root / SWEEP, found)
     with writing(root / "sweep.html") as partial:
         partial.write_text(sweep_page.render(found), encoding="utf-8")

@@ -24,7 +24,8 @@ from benchmarks.engines.tables import markdown_text, short_text, text
 from benchmarks.kept import RESULTS, every_machine, judged, results_path
 from benchmarks.pages import put_between_markers
 from trsp_deploy.artifacts import provenance, writing
-from trsp_deploy.errors import TrspError
+from trsp_deploy.errors import TrspError, one_line
+from trsp_deploy.reading import what_is_wrong
 from trsp_deploy.tools.runners.requirements import adds_int8_exactly
 
 DOC, README = Path("docs/engines.md"), Path("README.md")
@@ -47,7 +48,8 @@ def main() -> int:
         print(text(found))
         print(json.dumps(verdict(figures(found))))
     except (OSError, ValidationError) as problem:
-        print(f"error: {RESULTS}: {problem}; `make bench-engines` writes it", file=sys.stderr)
+        reason = what_is_wrong(problem, Found) if isinstance(problem, ValidationError) else one_line(problem)
+        print(f"error: {RESULTS}: {reason}; `make bench-engines` writes it", file=sys.stderr)
         return 1
     except TrspError as problem:
         print(f"error: {problem}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from trsp_deploy.artifacts import Provenance
 from trsp_deploy.decoder import decoder_size
 from trsp_deploy.recipe import Case, Precision, Strict
 from trsp_deploy.tools.judging.limits import Stored, decode_bytes, speed_limit, stored
-from trsp_deploy.tools.judging.statistics import Ratio, paired_ratio
+from trsp_deploy.tools.judging.statistics import Ratio, bootstrap
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "int8", "int4")
 PROMPT, NEW_TOKENS, ROUNDS = 128, 128, 11
@@ -115,6 +116,13 @@ def ratios(
         **{f"pruned_{precision}": kept(precision) for precision in PRECISIONS},
     }
     return {name: values[name] for name in TARGETS}
+
+
+def paired_ratio(slow: Sequence[float], quick: Sequence[float]) -> Ratio:
+    """exp of the median log ratio of paired blocks, in seconds; the same index is the same moment."""
+    logs = np.log(np.asarray(slow) / np.asarray(quick))
+    low, high = (float(logs[0]),) * 2 if np.ptp(logs) == 0 else bootstrap(np.median, logs)
+    return Ratio(ratio=float(np.exp(np.median(logs))), low=math.exp(low), high=math.exp(high))
 
 
 def _scaled(found: Ratio, factor: float) -> Ratio:

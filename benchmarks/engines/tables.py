@@ -72,7 +72,7 @@ def short_text(found: Found) -> str:
 
 
 def _with_interval(found: Ratio) -> str:
-    return f"{found.ratio:.2f}" + (f" ({found.low:.2f} to {found.high:.2f})" if found.low < found.high else "")
+    return found.text(unit="") if found.low < found.high else f"{found.ratio:.2f}"
 
 
 def _median(values: Iterator[float]) -> float:

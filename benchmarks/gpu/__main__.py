@@ -31,7 +31,7 @@ from benchmarks.gpu.plan import FULL, SETTLING, TINY, Plan, Shape, shapes
 from benchmarks.gpu.torch_runner import measure_bandwidth
 from trsp_deploy.artifacts import provenance
 from trsp_deploy.decoder import decoder_size
-from trsp_deploy.errors import NO_MEMORY, EngineUnavailable, TrspError
+from trsp_deploy.errors import NO_MEMORY, EngineUnavailable, TrspError, one_line
 from trsp_deploy.tools.judging.limits import decode_bytes, stored
 from trsp_deploy.tools.prctl import end_with_parent
 from trsp_deploy.tools.runners import Runner
@@ -98,11 +98,7 @@ def _sample(runner: Runner, shape: Shape, plan: Plan, unfit: str | None) -> Samp
     try:
         return Sample(**shape._asdict(), seconds=_time(runner, shape, plan))
     except (EngineUnavailable, MemoryError, RuntimeError) as problem:  # torch's out of memory is the last
-        return Sample(**shape._asdict(), reason=_one_line(problem), fits=not _is_about_memory(problem))
-
-
-def _one_line(problem: Exception) -> str:
-    return " ".join(str(problem).split())[:300]
+        return Sample(**shape._asdict(), reason=one_line(problem)[:300], fits=not _is_about_memory(problem))
 
 
 def _is_about_memory(problem: BaseException | None) -> bool:
@@ -152,7 +148,7 @@ def _work(contender: str, layers: int, plan: Plan, device: str) -> int:
         try:
             print(measure(contender, layers, plan, device).model_dump_json(), file=replies)
         except TrspError as problem:
-            print(_one_line(problem), file=replies)
+            print(one_line(problem)[:300], file=replies)
             return problem.exit_code
     return 0
 

@@ -82,10 +82,9 @@ def to_make(counts: dict[Kind, int], there: dict[tuple[Kind, int], Trial], redo:
 
 def line(trial: Trial) -> str:
     """What one trial said."""
-    total = trial.found["total"]
     return (
         f"{trial.kind} {trial.number}: {trial.answer} ({'right' if trial.right else 'WRONG'}) in "
-        f"{trial.elapsed_s:.0f} s, {total.ratio:.3f} ({total.low:.3f} to {total.high:.3f})"
+        f"{trial.elapsed_s:.0f} s, {trial.found['total'].text('.3f', '')}"
     )
 
 

@@ -12,10 +12,10 @@ from benchmarks.proof.subject import VOCABULARY, background_load
 from trsp_deploy.artifacts import Provenance, provenance
 from trsp_deploy.recipe import BenchSettings, Strict
 from trsp_deploy.results import PHASES, Comparison, Phase
-from trsp_deploy.tools.judging.comparisons import claim, compare
+from trsp_deploy.tools.judging.comparisons import compare
 from trsp_deploy.tools.judging.goals import Goal, least_speedup, settled_all
 from trsp_deploy.tools.judging.statistics import Ratio, replicate_ratios, widened
-from trsp_deploy.tools.judging.verdicts import judge, too_few
+from trsp_deploy.tools.judging.verdicts import claim, judge, too_few
 from trsp_deploy.tools.measuring.bench_worker import PLANTED
 from trsp_deploy.tools.measuring.samples import measure
 

@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from benchmarks.quality.figures import Found, Interval
 from benchmarks.quality.rows import Kind
-from benchmarks.quality.table import RIVALS, Arm, Way
+from benchmarks.quality.table import PAPER_ARMS, RIVALS, Arm, Way
 from trsp_deploy.artifacts import writing
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; each has a marker too, for print without colour.
@@ -64,7 +64,8 @@ def draw_budgets(found: Found, path: Path) -> None:
     figure, panels = _panels(found, "tokens trained on")
     dense = Arm(name="dense-trained", label="dense, trained on the same tokens", selection="", way=Way(transfer={}))
     tokens = {steps: steps * 4 * found.table.subject.context_length for steps in found.table.steps}
-    arms = [arm for arm in _distinct(found, "trained", found.table.arms) if arm.name not in (*RIVALS, *_mixed(found))]
+    left_out = (*RIVALS, *PAPER_ARMS, *_mixed(found))
+    arms = [arm for arm in _distinct(found, "trained", found.table.arms) if arm.name not in left_out]
     for panel, text in zip(panels, found.texts, strict=True):
         for place, arm in enumerate((dense, *reversed(arms))):
             kind: Kind = "dense-trained" if arm is dense else "trained"

@@ -181,10 +181,16 @@ def short_table(found: Found) -> str:
 def _cell(interval: Interval | None, best: float | None = None) -> str:
     if interval is None:
         return ABSENT
-    mean = f"**{interval.mean:.3f}**" if interval.mean == best else f"{interval.mean:.3f}"
+    mean = _number(interval.mean)
+    if interval.mean == best:
+        mean = f"**{mean}**"
     if interval.low is None or interval.high is None:
         return f"{mean} (one seed)"
-    return f"{mean} ({interval.low:.3f} to {interval.high:.3f})"
+    return f"{mean} ({_number(interval.low)} to {_number(interval.high)})"
+
+
+def _number(ratio: float) -> str:
+    return f"{ratio:.3f}" if ratio < 100 else f"{ratio:.1g}"  # of a model that is lost nobody wants digits
 
 
 def _share(interval: Interval | None, exact: bool) -> str:

@@ -12,6 +12,7 @@ from benchmarks.code import code_digest
 from benchmarks.quality.rows import Losses, Outcome, Row, Selected, Work, recipe_of
 from trsp_deploy.artifacts import Provenance, provenance, writing
 from trsp_deploy.errors import RunError
+from trsp_deploy.reading import what_is_wrong
 from trsp_deploy.recipe import Strict
 
 # Where each work's code begins, below trsp_deploy/; what it imports belongs to it. Its digest is kept with each row.
@@ -162,8 +163,4 @@ def _read(text: str, where: str) -> Line:
     try:
         return Line.model_validate_json(text)
     except ValidationError as problem:
-        first = problem.errors()[0]
-        raise RunError(
-            f"{where}: {'.'.join(map(str, first['loc'])) or 'the line'}: {first['msg'].lower()}; "
-            "delete the line to make its row again"
-        ) from problem
+        raise RunError(f"{where}: {what_is_wrong(problem, Line)}; delete the line to make its row again") from problem

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import Field
 
 from benchmarks.quality.rows import Kind, Row, Subject
-from trsp_deploy.recipe import Strict
+from trsp_deploy.recipe import METHODS, Strict
 from trsp_deploy.tools.library import load_recipe_values
 
 RECIPE: dict[str, Any] = load_recipe_values("smollm2-135m")[0]
@@ -31,9 +31,8 @@ class Selector(Strict):
 
     plan: dict[str, Any]
     windows: int  # calibration windows that it reads
-    greedy: bool = (
-        False  # its picks for fewer layers are the first of its picks for more, and its plan holds their order
-    )
+    # Its picks for fewer layers are the first of its picks for more, and its plan holds their order.
+    greedy: bool = False
 
 
 class Way(Strict):
@@ -81,6 +80,7 @@ SELECTORS: dict[str, Selector] = {
     "shortgpt": Selector(plan={"method": "shortgpt"}, windows=128),  # one pass is cheap
     "uidl": Selector(plan={"method": "uidl"}, windows=128),
     "fold": Selector(plan={"method": "fold"}, windows=128),
+    "paper": Selector(plan=METHODS["trsp"]["plan"], windows=128),
 }
 
 PLAIN: dict[str, Any] = {"form": "none", "refit": "none"}
@@ -88,13 +88,23 @@ SPAN: dict[str, Any] = {"form": "none", "refit": "span"}
 LAYERS: dict[str, Any] = {"form": "none", "refit": "layers"}
 TRAIN: dict[str, Any] = {**SHARED, "form": "train", "refit": "none"}
 FOLD: dict[str, Any] = {**TRAIN, "refit": "span"}
+# As published: penalty, loss, rate and what trains are the paper's or its released scripts'.
+PAPER: dict[str, Any] = METHODS["trsp"]["transfer"]
+PENALTY: dict[str, Any] = {**SHARED, "form": "l2", "refit": "none", "weight": PAPER["weight"]}
 OWN = 0.25  # of the text, where an arm reads some that the dense model wrote: what did best (docs/log.md)
 
 UNTRAINED: tuple[Arm, ...] = (
     # Not what the recipes do before their training, which is a fold: the best that is known without any training.
-    Arm(name="layers", label="TRSP's gates, layers refitted", selection="default", way=Way(transfer=LAYERS)),
-    Arm(name="sleb", label="SLEB", selection="sleb", way=Way(transfer=PLAIN)),
-    Arm(name="trsp", label="TRSP's gates, layers only removed", selection="default", way=Way(transfer=PLAIN)),
+    Arm(
+        name="layers",
+        label="default's layers, refitted",
+        selection="default",
+        way=Way(transfer=LAYERS),
+        every_seed=True,
+    ),
+    Arm(name="sleb", label="SLEB", selection="sleb", way=Way(transfer=PLAIN), every_seed=True),
+    Arm(name="trsp", label="default's layers, only removed", selection="default", way=Way(transfer=PLAIN)),
+    Arm(name="paper", label="the paper's gates, layers only removed", selection="paper", way=Way(transfer=PLAIN)),
     Arm(name="shortgpt", label="ShortGPT", selection="shortgpt", way=Way(transfer=PLAIN)),
     Arm(name="uidl", label="UIDL", selection="uidl", way=Way(transfer=PLAIN)),
     Arm(name="fold", label="fold", selection="fold", way=Way(transfer=SPAN)),
@@ -187,10 +197,25 @@ ARMS: tuple[Arm, ...] = (
         selection="fold",
         way=Way(transfer={**TRAIN, "refit": "layers"}),
     ),
+    Arm(name="paper", label="TRSP as published", selection="paper", way=Way(transfer=PAPER)),
+    Arm(
+        name="paper-control",
+        label="control of that: remove, then train",
+        selection="paper",
+        way=Way(transfer={**PAPER, "form": "train"}),
+    ),
+    # Its control is `given-text-control`.
+    Arm(
+        name="penalty",
+        label="the paper's penalty, default's layers and loss",
+        selection="default",
+        way=Way(transfer=PENALTY),
+    ),
     Arm(name="sleb", label="SLEB, then train", selection="sleb", way=Way(transfer=TRAIN)),
     Arm(name="shortgpt", label="ShortGPT, then train", selection="shortgpt", way=Way(transfer=TRAIN)),
     Arm(name="uidl", label="UIDL, then train", selection="uidl", way=Way(transfer=TRAIN)),
 )
+PAPER_ARMS = ("paper", "paper-control", "penalty")  # off the scale of what else is plotted
 RIVALS = ("sleb", "shortgpt", "uidl", "fold")
 
 FULL = Table(
@@ -276,7 +301,12 @@ def rows(table: Table, only: str = "") -> list[Row]:
 def labelled_rows(table: Table) -> list[Row]:
     """Every row under every name that it has: two arms of the same settings are two here and one in `rows`."""
     wanted = [dense_row(table)]
-    wanted += [pruned_row(table, "untrained", arm, 0, table.drop) for arm in table.untrained]
+    wanted += [
+        pruned_row(table, "untrained", arm, seed, table.drop)
+        for seed in table.seeds
+        for arm in table.untrained
+        if arm.every_seed or seed == table.seeds[0]
+    ]
     for steps in table.steps:
         wanted += trained_rows(table, steps)
         if steps == table.zero_shot_steps:  # larger budgets take longer than all the rest

@@ -144,7 +144,7 @@ def counting_passes(model: PreTrainedModel, context_length: int) -> Iterator[Cal
 
     with contextlib.ExitStack() as hooks:
         for layer in layers:
-            hooks.callback(layer.register_forward_pre_hook(count, with_kwargs=True).remove)
+            hooks.enter_context(layer.register_forward_pre_hook(count, with_kwargs=True))
         yield lambda: total
 
 
@@ -160,14 +160,14 @@ def _make_model(row: Row, store: Store, out: Path) -> PrunedCheckpoint | None:
     checkpoints = Checkpoints(folder, folder.name, recipe.checkpoint_s)
     with writing(out) as partial:
         made = transfer_and_remove(
-            Path(source.path),
-            source,
-            plan_of(row, store),
-            torch.cat([calibration.train[: windows - len(own)], own]),
-            calibration.validation,
-            recipe,
-            partial,
-            checkpoints,
+            dense=Path(source.path),
+            source=source,
+            plan=plan_of(row, store),
+            train=torch.cat([calibration.train[: windows - len(own)], own]),
+            validation=calibration.validation,
+            recipe=recipe,
+            out=partial,
+            checkpoints=checkpoints,
         )
     checkpoints.remove()
     return made

@@ -485,6 +485,8 @@ def command_lines(draw: Callable[[st.SearchStrategy[Any]], Any]) -> tuple[list[s
     if command in (*WITHOUT_A_FOLDER, "compare", "triton", "build", "baseline", "check") and draw(st.integers(0, 4)):
         arguments += ["--out", out]
         return arguments, out
+    if command == "baseline":
+        return arguments, "baseline.json"  # where it writes unless it is told
     return arguments, folder
 
 
@@ -542,6 +544,7 @@ def test_command_lines(tally, sandbox, watch):
 
 
 def _below(path: str, folder: Path) -> bool:
-    """Whether it is in the folder, is the folder, or leads to it."""
+    """Whether it is in the folder, is the folder, leads to it, or is on its way to be it (`.NAME.partial`)."""
     written = Path(path)
-    return written == folder or folder in written.parents or written in folder.parents or "__pycache__" in path
+    aside = written.parent == folder.parent and written.name.startswith(f".{folder.name}.")
+    return aside or folder in (written, *written.parents) or written in folder.parents or "__pycache__" in path

@@ -52,5 +52,6 @@ def test_engine_runs_and_agrees(engine: str, tmp_path: Path) -> None:
     with RunFolder(tmp_path / "run") as run:
         report = prune_and_build(Pipeline(run, read_recipe(values, "test")))
     (found,) = report.engines
-    assert found.status == "ran" and found.comparison is not None and found.comparison.of("decode").device_speedup != 0
+    assert found.status == "ran" and found.comparison is not None
+    assert (found.comparison.of("decode").device is not None) == engine.startswith("tensorrt"), "CUDA events"
     assert {(p.subject, p.role) for p in report.parity} >= {(engine, "dense"), (engine, "pruned")}

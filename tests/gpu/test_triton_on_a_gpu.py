@@ -47,7 +47,9 @@ def test_served_text_is_the_engines(engine: str, tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_file(str(run / "pruned" / "tokenizer.json"))
     with open_engine(folder) as runner:
         ids = [tokenizer.encode(prompt).ids for prompt in PROMPTS]
-        wanted = [tokenizer.decode(generate(runner, [each], Sampling(max_new_tokens=NEW_TOKENS))[0]) for each in ids]
+        wanted = [
+            tokenizer.decode(generate(runner, [each], Sampling(max_new_tokens=NEW_TOKENS))[0].tokens) for each in ids
+        ]
     with TritonServer(repository, installation=installation) as server:
 
         def ask(prompt: str) -> str:

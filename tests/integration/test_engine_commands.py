@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tests.tiny import save_tiny, tiny_tokenizer
+from tests.tiny import POSITIONS, english, save_tiny, tiny_tokenizer
 from trsp_deploy.cli import run
 from trsp_deploy.decoder import load_model
-from trsp_deploy.errors import RecipeError
+from trsp_deploy.errors import EngineUnavailable, RecipeError
 from trsp_deploy.recipe import ExportSettings, read_engine_spec
 from trsp_deploy.stages.export import export_onnx
 from trsp_deploy.tools.quiet import quiet_libraries
-from trsp_deploy.tools.runners import open_engine
+from trsp_deploy.tools.runners import open_engine, read_manifest
 from trsp_deploy.tools.runners.generation import Sampling, choose, generate
-from trsp_deploy.tools.runners.inspection import trtexec
+from trsp_deploy.tools.runners.inspection import describe, inspect_engine, trtexec
 
+FROM_FILE = ["build", "--onnx", "missing.onnx", "--out", "x"]
 PROMPTS = ["The import statement", "A list of"]
 
 
@@ -45,6 +48,41 @@ def reference(place: Path, prompt: str, new_tokens: int) -> list[int]:
     ids = torch.tensor([tiny_tokenizer()(prompt)["input_ids"]])
     found = load_model(place / "dense").generate(ids, max_new_tokens=new_tokens, do_sample=False)
     return [token for token in found[0, ids.shape[1] :].tolist() if token != 0]
+
+
+def test_what_is_built_from_a_file_is_not_built_twice(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    graph, out = tmp_path / "model.onnx", tmp_path / "engine"
+    for file in ("model.onnx", "model.onnx_data", "config.json"):
+        shutil.copy(place / "onnx" / file, tmp_path)
+    command = ["build", "--onnx", str(graph), "--engine", "ort-cpu-int4", "--out", str(out)]
+
+    def built(*more: str) -> tuple[bool, str]:
+        """Whether it was, and what was said."""
+        before = out.stat().st_mtime_ns if out.exists() else 0
+        assert run([*command, "--json", *more]) == 0
+        said = capsys.readouterr()
+        assert json.loads(said.out)["reused"] == (out.stat().st_mtime_ns == before)
+        return not json.loads(said.out)["reused"], said.err
+
+    (tmp_path / "text.txt").write_text(english()[:30_000])
+    text = ["--calibration", str(tmp_path / "text.txt"), "--tokenizer", str(place / "dense")]
+    first, said = built()
+    assert first and "makes its choices on random tokens; --calibration TEXTS" in said
+    assert not built()[0]
+    assert built(*text)[0] and not built(*text)[0], "of a text it is another engine"
+    manifest = read_manifest(out)
+    assert manifest.text is not None and manifest.text.name == str(tmp_path / "text.txt")
+    assert "random" not in describe(inspect_engine(out)) and str(tmp_path / "text.txt") in describe(inspect_engine(out))
+    weights = out / "model.onnx.data"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(EngineUnavailable) as refused:
+        open_engine(out)
+    assert str(refused.value).endswith(f"build it again: trsp-deploy {shlex.join([*command, *text])}")
+    assert built(*text)[0], "a file of the engine had changed"
+    (tmp_path / "model.onnx_data").write_bytes((place / "onnx" / "model.onnx_data").read_bytes()[:-1] + b"x")
+    assert built(*text)[0], "the graph's weights had"
 
 
 def test_inspect_says_what_the_engine_is(engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,10 +114,28 @@ def test_sampling_is_repeatable_and_a_text_ends(engine: Path) -> None:
     with open_engine(engine) as runner:
         greedy = generate(runner, prompts, Sampling(max_new_tokens=8))
         assert generate(runner, prompts, hot) == generate(runner, prompts, hot) != greedy
-        ended = generate(runner, prompts, Sampling(max_new_tokens=8, end=(greedy[0][3],)))
-        assert ended[0] == greedy[0][: greedy[0].index(greedy[0][3])]
+        first = greedy[0].tokens
+        ended = generate(runner, prompts, Sampling(max_new_tokens=8, end=(first[3],)))
+        assert ended[0].finish == "stop" and greedy[0].finish == "length"
+        assert ended[0].tokens == first[: first.index(first[3])]
         with pytest.raises(RecipeError, match="no tokens"):
             generate(runner, [[]], hot)
+
+
+def test_a_text_ends_where_the_engine_does(engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompt = english()[:2000]
+    count = len(tiny_tokenizer()(prompt)["input_ids"])
+    while count > POSITIONS - 3:
+        prompt = prompt[:-1]
+        count = len(tiny_tokenizer()(prompt)["input_ids"])
+    command = ["generate", str(engine), "--prompt", prompt, "--max-tokens", "20", "--json"]
+    assert run(command) == 0
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert found["finish"] == ["length"] and len(found["tokens"][0]) == POSITIONS - count + 1
+    assert said.err == f"{engine}: holds {POSITIONS} tokens of a text, which ended there\n"
+    assert run([*command[:3], english()[:2000], "--max-tokens", "1"]) == 1, "a prompt that does not fit"
+    assert f"holds for texts of up to {POSITIONS} tokens" in capsys.readouterr().err
 
 
 def test_chosen_tokens_follow_the_probabilities() -> None:
@@ -112,13 +168,14 @@ def test_trtexec_line_has_every_profile() -> None:
         "attention_mask": ("int64", ("b", "t")),
         "past_key_values.0.key": cache,
     }
-    line = trtexec(spec, inputs)
+    line = trtexec(spec, inputs, "model.onnx", "dense")
     assert line.startswith("trtexec --onnx=model.onnx") and "--stronglyTyped" in line
+    assert "--saveEngine=../dense-trtexec.engine" in line and "--skipInference" in line
     shapes = "input_ids:8x8,attention_mask:8x2056,past_key_values.0.key:8x3x2048x64"
     assert line.count(f"--maxShapes={shapes}") == 2 and "--profile=1" in line and "--noTF32" not in line
     assert "--computeCapabilities" not in line
     targets = {"backend": "tensorrt-rtx", "compute_capabilities": ("sm75", "SM89")}
-    assert "--computeCapabilities=75,89" in trtexec(spec.model_copy(update=targets), inputs)
+    assert "--computeCapabilities=75,89" in trtexec(spec.model_copy(update=targets), inputs, "model.onnx", "dense")
 
 
 @pytest.mark.parametrize(
@@ -127,6 +184,9 @@ def test_trtexec_line_has_every_profile() -> None:
         (["build"], "give a run's folder, or --onnx"),
         (["build", "--onnx", "missing.onnx", "--engine", "ort-cpu-fp32", "--out", "x"], "missing.onnx: no ONNX file"),
         (["build", "--onnx", "missing.onnx", "--out", "x"], "needs one --engine"),
+        (["build", "somewhere", "--calibration", "x"], "--calibration and --tokenizer are for --onnx"),
+        ([*FROM_FILE, "--engine", "ort-cpu-fp32", "--calibration", "t"], "reads no text"),
+        ([*FROM_FILE, "--engine", "ort-cpu-int4", "--calibration", "t"], "no tokenizer in ."),
         (["build", "somewhere", "--onnx", "missing.onnx", "--engine", "ort-cpu-fp32", "--out", "x"], "no run's folder"),
         (["inspect", "nowhere"], "no engine here"),
         (["generate", "nowhere", "--prompt", "a"], "no engine here"),

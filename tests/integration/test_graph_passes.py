@@ -24,7 +24,11 @@ from trsp_deploy.recipe import EngineSpec, ExportSettings
 from trsp_deploy.stages import parity
 from trsp_deploy.stages.build import build_engine
 from trsp_deploy.stages.export import export_onnx
-from trsp_deploy.tools.graphs import products
+from trsp_deploy.tools.graphs import nodes, products
+from trsp_deploy.tools.graphs.attention import fuse_attention
+from trsp_deploy.tools.graphs.norms import fuse_norms
+from trsp_deploy.tools.graphs.quantize import quantize_int8
+from trsp_deploy.tools.graphs.rotary import fuse_rotary
 from trsp_deploy.tools.graphs.static_cache import fix_cache
 from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.quiet import quiet_libraries
@@ -82,6 +86,34 @@ def test_passes_keep_the_logits(family: str, exported: Made, tmp_path: Path) -> 
     assert agreement(exported(family), engine) < 1e-4
 
 
+def test_norms_are_fused_while_matrices_stay_in_their_files(
+    exported: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nodes, "SMALL_BYTES", 2000)
+    model = nodes.load(exported("llama") / "onnx" / "model.onnx")
+    before = {name: value.const_value.numpy().copy() for name, value in model.graph.initializers.items()}
+    assert fuse_norms(model)
+    held = {name: value.const_value for name, value in model.graph.initializers.items()}
+    matrices = {name for name, array in before.items() if array.nbytes > 2000}
+    assert matrices and all(isinstance(held[name], ir.ExternalTensor) for name in matrices & set(held))
+    assert all(np.array_equal(tensor.numpy(), before[name]) for name, tensor in held.items() if name in before)
+    kept = nodes.put_down(model, tmp_path / "model.onnx")
+    assert all(value.const_value is None for value in model.graph.initializers.values())
+    assert all(np.array_equal(kept.graph.initializers[name].const_value.numpy(), before[name]) for name in matrices)
+
+
+def test_tables_of_angles_have_their_names_in_one_order(exported: Made) -> None:
+    """So that an engine that is built again is the same, byte for byte."""
+    for _ in range(6):
+        model = ir.load(exported("llama") / "onnx" / "model.onnx")
+        fuse_attention(model)
+        fuse_rotary(model, 64)
+        fused = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
+        assert {tuple(value.name for value in node.inputs[7:9] if value is not None) for node in fused} == {
+            ("rotary/cache", "rotary/cache_2")
+        }
+
+
 def test_a_window_wider_than_short_texts_still_hides(exported: Made, tmp_path: Path) -> None:
     """400 tokens: no difference in the texts that passes are proven with, wrong logits behind them if it went lost."""
     source = exported("mistral-wide-window")
@@ -123,6 +155,29 @@ def test_prompt_can_ask_for_its_last_logits_only(exported: Made, tmp_path: Path)
     np.testing.assert_allclose(last, whole[:, -1:], atol=1e-5)
 
 
+def test_the_last_position_alone_is_kept_of_a_prompt(exported: Made, tmp_path: Path) -> None:
+    with open_engine(built(exported("llama"), tmp_path / "engine", fuse=False)) as runner:
+        ids = torch.randint(VOCABULARY, (1, 9)).numpy()
+        last = runner.prefill(ids, np.ones_like(ids), last_only=True)
+        assert last.shape == (1, 1, VOCABULARY) and last.base is None, "no view of all positions"
+        np.testing.assert_array_equal(last, runner.prefill(ids, np.ones_like(ids))[:, -1:])
+
+
+def test_cuda_is_asked_for_the_passes_that_it_has_kernels_for(
+    exported: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def run(graph: Path, passes: dict[str, object], *_: object) -> tuple[Path, tuple[()]]:
+        asked.extend(passes)
+        return graph, ()
+
+    monkeypatch.setattr(ort_build, "run_passes", run)
+    graph = exported("llama") / "onnx" / "model.onnx"
+    ort_build.prepare(graph, load_engine_spec("ort-cuda-fp16"), tmp_path)
+    assert asked == ["fuse-norms", "cut-logits"]
+
+
 def test_int4_engine(exported: Made, tmp_path: Path) -> None:
     source = exported("llama")
     engine = built(source, tmp_path / "int4", "ort-cpu-int4")
@@ -149,6 +204,40 @@ def test_int8_engine_keeps_what_one_scale_would_spoil(
     careful = built(source, tmp_path / "blocks", "ort-cpu-int8")
     assert operators(careful).count("MatMulNBits") == LAYERS * 4 + 1
     assert agreement(source, careful, "int8") < agreement(source, engine, "int8")
+
+
+@pytest.mark.parametrize("reduced", [False, True])
+def test_int8_weights_are_those_of_onnxruntimes_own_tool(reduced: bool, exported: Made, tmp_path: Path) -> None:
+    """Which holds the model three times over, and so is not what makes them."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    model = ir.load(exported("llama") / "onnx" / "model.onnx")
+    head = products.open_products(model)
+    model = nodes.put_down(model, tmp_path / "opened.onnx")
+    names = [node.name or "" for node in model.graph if products.weight_of(node) is not None]
+    fine = products.Activations(-1.0, 1.0, 100.0, ())
+    with quiet_libraries():
+        quantize_dynamic(
+            tmp_path / "opened.onnx",
+            tmp_path / "theirs.onnx",
+            op_types_to_quantize=["MatMul"],
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            reduce_range=reduced,
+            nodes_to_exclude=[head],
+        )
+    ours = quantize_int8(model, 32, head, dict.fromkeys(names, fine), reduced=reduced, head_bits=32)
+    theirs = ir.load(tmp_path / "theirs.onnx")
+
+    def constants(found: ir.Model) -> Counter[bytes]:
+        read = [node for node in found.graph if node.op_type == "MatMulInteger"]
+        scales = [node for node in found.graph if node.op_type == "Mul" and node.inputs[1].const_value is not None]
+        values = [node.inputs[1] for node in read] + [node.inputs[1] for node in scales]
+        return Counter(value.const_value.numpy().tobytes() for value in values)
+
+    assert len([node for node in ours.graph if node.op_type == "MatMulInteger"]) == len(names) - 1
+    operators = [Counter(node.op_type for node in found.graph) for found in (ours, theirs)]
+    assert operators[0] == operators[1] and constants(ours) == constants(theirs)
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -239,6 +328,33 @@ def test_positions_beyond_the_rotary_table_are_an_error(exported: Made, tmp_path
     wanted = f"holds for texts of up to {limit} tokens, and this one has {limit + 1}$"
     with open_engine(engine) as runner, pytest.raises(EngineUnavailable, match=wanted):
         runner.prefill(ids, np.ones_like(ids))
+
+
+def lookups(engine: Path) -> Counter[tuple[str, int]]:
+    """Bits of every table in blocks, and 32 of those in floats, with the operator that reads it."""
+    model = onnx.load(engine / "model.onnx", load_external_data=False)
+    floats = {each.name for each in model.graph.initializer if each.data_type == onnx.TensorProto.FLOAT}
+    found: Counter[tuple[str, int]] = Counter()
+    for node in model.graph.node:
+        if node.op_type == "Gather" and node.input[0] in floats:
+            found[node.op_type, 32] += 1
+        elif node.op_type == "GatherBlockQuantized":
+            found[node.op_type, next((each.i for each in node.attribute if each.name == "bits"), 4)] += 1
+    return found
+
+
+@pytest.mark.parametrize("width", by_default([8], [4, 8, 32]))
+def test_the_tokens_table_alone_is_rounded(width: int, exported: Made, tmp_path: Path) -> None:
+    source = exported("opt")
+    engine = built(source, tmp_path / "engine", "ort-cpu-int4", embedding_bits=width, head_bits=32)
+    positions = Counter({("Gather", 32): 1})
+    tokens = Counter({("Gather" if width == 32 else "GatherBlockQuantized", width): 1})
+    assert lookups(engine) == positions + tokens
+    assert lookups(built(source, tmp_path / "default", "ort-cpu-int4")) == positions + Counter(
+        {("GatherBlockQuantized", 4): 1}
+    )
+    assert set(bits(engine)) == {4} and operators(engine).count("MatMul") == 1, "the head is in floats"
+    assert agreement(source, engine, "int4") < 2
 
 
 @pytest.mark.parametrize("precision", by_default(["int4"], ["int4", "int8"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,12 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
-from tests.breadth import by_default
+from tests.breadth import BREADTH, by_default
 from tests.exported import LAYERS, Made, onnx_of
-from tests.tiny import save_tiny
+from tests.tiny import english, save_tiny
+from trsp_deploy.cli import run
 from trsp_deploy.decoder import decoder_layers, load_model
-from trsp_deploy.errors import EngineUnavailable
+from trsp_deploy.errors import EngineUnavailable, ParityError
 from trsp_deploy.recipe import EngineSpec, ExportSettings, Precision
 from trsp_deploy.results import Parity
 from trsp_deploy.stages import export, parity
@@ -24,7 +26,8 @@ from trsp_deploy.stages.build import build_engine
 from trsp_deploy.tools.graphs import check, decoder_io, half
 from trsp_deploy.tools.graphs.fp16_range import LARGEST
 from trsp_deploy.tools.library import load_engine_spec
-from trsp_deploy.tools.runners import open_engine
+from trsp_deploy.tools.runners import open_engine, trt_build
+from trsp_deploy.tools.runners.half_range import within_range
 from trsp_deploy.tools.runners.inspection import describe, inspect_engine
 from trsp_deploy.tools.runners.ort import OrtRunner
 
@@ -165,6 +168,60 @@ def test_a_cache_beyond_the_range_is_refused(tmp_path: Path) -> None:
         build_engine(tmp_path / "onnx" / "model.onnx", cpu_spec(), tmp_path / "engine")
 
 
+@pytest.mark.parametrize("name", ["tensorrt-bf16", "tensorrt-rtx-bf16"])
+def test_what_fp16_cannot_hold_becomes_bf16(name: str, tmp_path: Path) -> None:
+    """Up to what the compiler reads, which needs no package of TensorRT's."""
+    model = changed(tmp_path / "model", "llama", beyond_in_the_cache, **WIDE)
+    export.export_onnx(model, "fp16", ExportSettings(), tmp_path / "onnx")
+    graph = tmp_path / "onnx" / "model.onnx"
+    spec = load_engine_spec(name)
+    for folder in ("range", "passes"):
+        (tmp_path / folder).mkdir()
+    source, found = within_range(graph, spec, tmp_path / "range", None)
+    assert source == graph and found is None
+    out, outcomes = trt_build.prepare(source, spec, tmp_path / "passes", None)
+    assert {outcome.name: outcome.changed for outcome in outcomes} == {"fix-cache": CHANGED_LAYERS, "cut-logits": 1}
+    ready = ir.load(out)
+    half.infer_types(ready)
+    half.widen(ready, ir.DataType.BFLOAT16)
+    ir.save(ready, tmp_path / "wide.onnx", external_data="wide.onnx_data")
+    with OrtRunner(tmp_path / "wide.onnx") as runner:
+        assert parity.check_parity(parity.make_reference(model, PROMPTS), runner, "bf16", "dense", "bf16").passed
+    assert sorted(path.name for path in (tmp_path / "passes").iterdir()) == ["bf16", "cut-logits"], "nothing is left"
+
+
+@pytest.mark.parametrize("width", [8, 16])
+def test_the_head_of_a_tensorrt_engine_may_stay_in_floats(width: int, exported: Made, tmp_path: Path) -> None:
+    spec = EngineSpec.model_validate({**rtx_spec("int4").model_dump(), "head_bits": width})
+    out, _ = trt_build.prepare(onnx_of(exported("opt-wide", "fp16"), "fp16"), spec, tmp_path, None)
+    (head,) = [node for node in ir.load(out).graph if node.op_type == "MatMul" and node.outputs[0].name == "logits"]
+    assert (head.inputs[1].producer() is None) == (width == 16)
+
+
+@BREADTH
+def test_a_run_of_bf16_engines_alone_does_not_ask_its_graphs_for_fp16(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'trsp_deploy[rtx]'")
+    monkeypatch.chdir(tmp_path)
+    changed(tmp_path / "model", "llama", beyond_in_the_cache, **WIDE)
+    (tmp_path / "text.txt").write_text(english()[:40_000])
+    settings = [
+        *("calibration.context_length=32", "calibration.max_windows=8", "calibration.validation_windows=2"),
+        *("evaluate.context_length=32", "evaluate.max_tokens=64", "transfer.steps=1"),
+    ]
+    command = ["prune-and-build", "--model", "model", "--drop", "1", "--method", "shortgpt", "--then", "none"]
+    command += ["--calibration", "text.txt", "--eval", "own=text.txt", "--out", "run"]
+    command += [part for each in settings for part in ("--set", each)]
+    assert run([*command, "--engine", "tensorrt-rtx-bf16"]) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert [engine["status"] for engine in report["engines"]] == ["built"]
+    assert {(each["subject"], each["role"]) for each in report["parity"]} == {("onnx", "dense"), ("onnx", "pruned")}
+    assert not list((tmp_path / "run").glob("fp32-*"))
+    # An fp16 engine beside it is made of the same graphs, and would overflow.
+    assert run([*command, "--engine", "tensorrt-rtx-bf16", "--engine", "tensorrt-rtx-fp16"]) == ParityError.exit_code
+
+
 def test_a_text_longer_than_the_model_has_positions_is_cut(exported: Made, tmp_path: Path) -> None:
     text = np.random.default_rng(0).integers(5, 300, size=(1, 500))
     manifest = build_engine(onnx_of(exported("opt", "fp16"), "fp16"), cpu_spec(), tmp_path / "engine", text)
@@ -217,7 +274,7 @@ class TestTensorRtRtx:
 def test_weights_that_fp16_lost_are_not_made_up_in_bf16(
     exported: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(half, "SMALL", 0)  # so that they are read when they are written, as large ones are
+    monkeypatch.setattr(half, "SMALL_BYTES", 0)  # so that they are read when they are written, as large ones are
     model = ir.load(onnx_of(exported("llama", "fp16"), "fp16"))
     ir.external_data.load_to_model(model)
     value = next(value for value in model.graph.initializers.values() if value.shape and len(value.shape) == 2)

@@ -95,11 +95,23 @@ def test_two_processes_do_what_one_does(workspace, launch):
     assert model.config.num_hidden_layers == 4 and not (workspace / launch / "checkpoints").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", LAUNCH)
+def test_weights_in_bf16_train_in_two_processes(workspace, launch):
+    sets = ["transfer.form=train", "transfer.kl_weight=0.5", "weights=bf16", "plan.method=shortgpt"]
+    done = [prune(workspace, f"bf16-{name}", LAUNCH.get(name, []), sets) for name in ("alone", launch)]
+    assert [each.returncode for each in done] == [0, 0], done[0].stderr + done[1].stderr
+    one, two = (
+        json.loads((workspace / f"bf16-{name}/records/prune.json").read_text())["result"] for name in ("alone", launch)
+    )
+    assert two["lm_loss"] == pytest.approx(one["lm_loss"], abs=0.02)  # shards are rounded by other random numbers
+
+
 def test_batches_that_do_not_divide_are_refused():
     processes = Processes("cpu")
     processes.count = 2
     with pytest.raises(RecipeError, match=r"transfer.batch_size 3 with 2 processes; valid: a multiple of 2"):
-        processes.share(torch.arange(3), "transfer.batch_size")
+        processes.local_rows(torch.arange(3), "transfer.batch_size")
 
 
 def test_batches_are_looked_at_before_anything_is_fetched():

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, OPTConfi
 from tests.measure_memory import recipe_for
 from tests.tiny import english, save_tiny, tiny_tokenizer
 from trsp_deploy.cli import run
-from trsp_deploy.tools.resources import device_memory
+from trsp_deploy.tools.resources import device_memory, disk
 from trsp_deploy.tools.resources.memory import LIBRARIES_BYTES, MemoryEstimate
 
 pytestmark = pytest.mark.alone
@@ -144,3 +144,23 @@ def test_what_cannot_fit_is_refused_before_it_starts(command, tmp_path, capsys, 
     assert not (tmp_path / "out" / "plan.json").exists()
     assert run([*command, "--ignore-memory"]) == 0
     assert run(command) == 0  # all is there already: nothing to ask about
+
+
+@pytest.mark.parametrize("job", ["prune-and-build", "sweep"])
+def test_what_cannot_be_built_is_refused_before_anything_trains(command, tmp_path, capsys, monkeypatch, job):
+    monkeypatch.setattr(device_memory, "available_bytes", lambda device: 800_000_000)  # for a tiny model's training
+    options = [*command[1:], "--engine", "ort-cpu-fp32", "--eval", "text=text.txt"]
+    assert run([job, *options]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(
+        "error: onnx fp32 needs about 0.9 GB, engine ort-cpu-fp32 needs about 0.9 GB, run ort-cpu-fp32"
+    )
+    assert "of main memory and 0.8 GB are there" in last and "--ignore-memory runs anyway" in last
+    assert not list(tmp_path.rglob("plan*.json"))
+
+
+def test_a_disk_that_a_sweep_would_fill_is_refused(command, capsys, monkeypatch):
+    monkeypatch.setattr(disk, "free_bytes", lambda path: 1000)
+    assert run(["sweep", *command[1:], "--drop", "1,2", "--engine", "ort-cpu-fp32"]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "drop-1 0.00 GB, drop-2 0.00 GB" in last and "--ignore-disk runs anyway" in last

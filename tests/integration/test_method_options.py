@@ -11,6 +11,7 @@ import torch
 
 from tests.tiny import english, save_tiny
 from trsp_deploy.cli import run
+from trsp_deploy.cli.recipe_options import recipe_from_options
 from trsp_deploy.decoder import load_tokenizer
 from trsp_deploy.pipeline import pruning
 from trsp_deploy.recipe import METHODS
@@ -51,6 +52,18 @@ def test_each_method_prunes(prune, method):
     assert result["form"] == METHODS[method]["transfer"]["form"]
     if method in ("uidl", "fold"):
         assert result["dropped"][1] == result["dropped"][0] + 1
+
+
+@pytest.mark.parametrize("recipe", ["smollm2-135m-131k", "llama2-7b", "adapters"])
+def test_the_papers_method_has_its_released_settings_in_every_recipe(recipe, tmp_path):
+    if recipe == "adapters":
+        (tmp_path / "adapters.yaml").write_text("model: model\ntransfer: {lora_rank: 4}\n")
+        recipe = str(tmp_path / "adapters.yaml")
+    names = ("model", "drop", "engine", "calibration", "evaluation", "seed", "sets", "then")
+    found = recipe_from_options(recipe=recipe, method="trsp", **dict.fromkeys(names))
+    assert (found.transfer.form, found.transfer.weight, found.transfer.learning_rate) == ("l2", 1e-3, 2e-5)
+    assert found.transfer.train == ("layers" if found.transfer.lora_rank else "all")
+    assert found.calibration.self_generated == 0 and (found.plan.gate, found.plan.l1) == ("output", 5e-3)
 
 
 @pytest.mark.parametrize("method", ["shortgpt", "fold"])
@@ -97,9 +110,9 @@ def test_the_dense_model_writes_a_part_of_the_training_text(prune, tmp_path):
 def test_a_short_calibration_text_is_read_whole_beside_the_models_own(prune, place, tmp_path, monkeypatch):
     given: list[torch.Tensor] = []
 
-    def watched(dense, source, plan, train, *rest):
+    def watched(*, train, **rest):
         given.append(train)
-        return transfer.transfer_and_remove(dense, source, plan, train, *rest)
+        return transfer.transfer_and_remove(train=train, **rest)
 
     monkeypatch.setattr(pruning, "transfer", SimpleNamespace(transfer_and_remove=watched))
     short = place / "short.txt"

@@ -171,6 +171,9 @@ def test_parity_covers_onnx_and_engine_for_both_models(report):
     assert {("onnx", role, "fp32") for role in ("dense", "pruned")} <= checked
     assert {("ort-cpu-fp32", role, "fp32") for role in ("dense", "pruned")} <= checked
     assert all(p["passed"] and p["max_error"] <= p["tolerance"] for p in report["parity"])
+    found = {(p["subject"], p["role"], p["text"]): p["ratio"] for p in report["engines"][0]["to_pytorch"]}
+    assert found.keys() == {("ort-cpu-fp32", r, t) for r in ("dense", "pruned") for t in ("manual", "other")}
+    assert all(ratio == pytest.approx(1, abs=1e-3) for ratio in found.values())
 
 
 def test_layout_of_the_run(workspace, report):
@@ -207,7 +210,7 @@ def test_every_file_is_in_the_manifest_as_it_was_made(workspace, report):
 def test_the_disk_estimate_was_right(workspace, first):
     said = next(line for line in first.stderr.splitlines() if "of disk (" in line)
     assert "pruned 0.00 GB" in said and "engine ort-cpu-fp32 0.00 GB" in said and "are free" in said
-    assert any(line.startswith("> needs cpu memory: selection ") for line in first.stderr.splitlines())
+    assert any(line.startswith("> needs main memory: selection ") for line in first.stderr.splitlines())
     run, specs = workspace / "run", [load_engine_spec("ort-cpu-fp32")]
     config, recipe = AutoConfig.from_pretrained(run / "dense"), read_recipe(load_recipe(run), "the run")
     config._name_or_path = "elsewhere"  # a copy and no links
@@ -234,6 +237,13 @@ def test_markdown_has_the_same_numbers(workspace, report):
     assert report["verdict"] in text
     assert f"{report['quality']['manual']['ratio']:.2f}x" in text
     assert "tensorrt-fp16: unavailable" in text
+
+
+def test_the_page_has_raw_losses_to_download(workspace, report):
+    assert 'download="quality.json.gz"' in (workspace / "run" / "report.html").read_text()
+    assert {each["step"] for each in report["measured"]} >= {"bench-ort-cpu-fp32", "evaluate-manual-dense"}
+    comparison = report["engines"][0]["comparison"]
+    assert comparison["cores"] >= 1 and comparison["threads"] == dict.fromkeys(("dense", "pruned"), comparison["cores"])
 
 
 def test_provenance_is_complete(report):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.samples import made_up, made_up_report, made_up_served
+from tests.samples import made_up, made_up_report, made_up_served, made_up_sweep
 from trsp_deploy.tools.reports import html, markdown, plots
 from trsp_deploy.tools.triton_server.served import derive
 
@@ -21,7 +21,7 @@ browser = pytest.mark.skipif(CHROMIUM is None, reason="no headless browser: apt-
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made, served = made_up(speedup=1.25, noise=0.01), made_up_served()
     path = tmp_path_factory.mktemp("page") / "report.html"
-    report = made_up_report(made).model_copy(update={"served": derive(served)})
+    report = made_up_report(made).model_copy(update={"served": derive(served), "sweep": made_up_sweep()})
     path.write_text(html.render(report, {"ort-cpu-fp32": made}, served=served), encoding="utf-8")
     return path
 
@@ -87,7 +87,8 @@ def test_a_browser_has_nothing_to_complain_about(page: Path, tmp_path: Path) -> 
     done = chromium(tmp_path, "--enable-logging=stderr", "--v=0", "--dump-dom", page.as_uri())
     assert done.returncode == 0, done.stderr
     assert "CONSOLE" not in done.stderr, done.stderr
-    assert done.stdout.count('role="img"') == 6 and "Faster: ort-cpu-fp32" in done.stdout
+    assert done.stdout.count('role="img"') == 8 and "Faster: ort-cpu-fp32" in done.stdout
+    assert "Other cuts of this model" in done.stdout and "Drop 6 of 10 layers (drop-6)" in done.stdout
 
 
 @browser

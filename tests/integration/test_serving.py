@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from tests.exported import LAYERS, Made
 from tests.families import family_model
@@ -63,7 +64,7 @@ def opened(engine: Path, max_batch: int, max_length: int):  # type: ignore[no-un
 
 def alone(engine: Path, prompt: list[int], count: int) -> list[int]:
     with open_engine(engine) as runner:
-        return generate(runner, [prompt], Sampling(max_new_tokens=count))[0]
+        return generate(runner, [prompt], Sampling(max_new_tokens=count))[0].tokens
 
 
 # -- the batch ---------------------------------------------------------------------------------------------------------
@@ -125,6 +126,18 @@ def test_rows_that_nobody_needs_are_given_up(engine: Path) -> None:
         again, _ = batch.join([3, 9])
         assert batch.size == 2 == len(batch._mask) and again != last
     assert tokens == alone(engine, prompt, count)
+
+
+def test_the_cache_is_no_larger_than_its_texts_can_use() -> None:
+    """Eight of the longest texts: each has its places, one for the next token, and nothing beyond."""
+    sizes: list[tuple[int, int]] = []
+    twin = SimpleNamespace(cache={}, allocate=lambda rows, capacity: sizes.append((rows, capacity)))
+    reader: Any = SimpleNamespace(in_place=True, cache={}, twin=lambda: twin)
+    reader.prefill = lambda ids, mask, last_only: np.zeros((1, 1, 4), dtype=np.float32)
+    batch = RunningBatch(reader, 8, 1000)
+    for _ in range(8):
+        batch.join([1] * 900)
+    assert sizes == [(1, 1001), (2, 1001), (4, 1001), (8, 1001)]
 
 
 def test_what_does_not_fit_is_refused(engine: Path) -> None:
@@ -236,6 +249,7 @@ def byte_fallback() -> Tokenizer:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
+    tokenizer.add_special_tokens([AddedToken("</s>", special=True)])
     return tokenizer
 
 
@@ -248,6 +262,17 @@ def test_characters_of_many_tokens_are_never_torn(prompt: str, text: str) -> Non
     stream = TextStream(tokenizer, [tokenizer.token_to_id("▁the"), *before])
     pieces = [stream.add(token) for token in [*tokens, tokenizer.token_to_id("▁end")]]
     assert "".join(pieces) + stream.end() == f"{text} end"
+
+
+@pytest.mark.parametrize("count", [1, 5, 6, 40])
+def test_a_space_is_kept_behind_special_tokens(count: int) -> None:
+    """They have no text, and a Llama's tokenizer takes the space off what nothing is in front of."""
+    tokenizer = byte_fallback()
+    the, end, special = (tokenizer.token_to_id(word) for word in ("▁the", "▁end", "</s>"))
+    stream = TextStream(tokenizer, [the])
+    assert "".join(stream.add(token) for token in [the, *[special] * count, end, the]) == " the end the"
+    after_them = TextStream(tokenizer, [the, *[special] * count])
+    assert "".join(after_them.add(token) for token in [end, the]) == " end the"
 
 
 def test_the_first_stop_string_of_the_text_ends_it(tokenizer: Tokenizer) -> None:
@@ -279,8 +304,8 @@ def test_limits_that_training_left_in_a_tokenizer_are_not_for_prompts(tokenizer:
     ("values", "line"),
     [
         ({}, "input 'text_input' is missing"),
-        ({"text_input": ""}, "input 'text_input': string should have at least 1 character"),
-        ({"text_input": "x", "max_tokens": 0}, "input 'max_tokens': input should be greater than or equal to 1, got 0"),
+        ({"text_input": ""}, "input 'text_input': string should have at least 1 character, got ''"),
+        ({"text_input": "x", "max_tokens": 0}, "input 'max_tokens': should be greater than or equal to 1, got 0"),
         ({"text_input": "x", "max_tokens": -5}, "input 'max_tokens'"),
         ({"text_input": "x", "temperature": float("nan")}, "input 'temperature'"),
         ({"text_input": "x", "temperature": -1.0}, "input 'temperature'"),
@@ -289,7 +314,12 @@ def test_limits_that_training_left_in_a_tokenizer_are_not_for_prompts(tokenizer:
         ({"text_input": "x", "seed": -1}, "input 'seed'"),
         ({"text_input": "x", "stop": ("",)}, "input 'stop.0'"),
         ({"text_input": "x", "stop": ("a",) * 17}, "input 'stop': 17 strings, at most 16"),
-        ({"text_input": "x", "beam_width": 4}, "input 'beam_width' is unknown; valid: text_input"),
+        (
+            {"text_input": "x", "beam_width": 4},
+            "unknown input 'beam_width'; valid: exclude_input_in_output, ignore_eos",
+        ),
+        ({"text_input": "x", "max_token": 4}, "unknown input 'max_token'; did you mean 'max_tokens'?"),
+        ({"text_inputs": "x"}, "unknown input 'text_inputs'; did you mean 'text_input'?"),
     ],
 )
 def test_a_bad_request_is_one_line(values: dict[str, object], line: str) -> None:
@@ -396,6 +426,31 @@ def test_what_the_engine_cannot_hold_is_an_error_and_the_loop_goes_on(loop: Serv
     assert fine.wait()[-1].error is None
 
 
+def test_a_prompt_is_read_by_who_brings_it_and_not_at_all_where_it_cannot_fit(
+    engine: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading a megabyte takes half a second: nobody's stream waits for it."""
+    read: list[tuple[str, int]] = []
+
+    def encode_batch(texts: list[str]) -> Any:
+        read.append((threading.current_thread().name, len(texts[0])))
+        return tokenizer.encode_batch(texts)
+
+    parts = ("get_vocab", "get_added_tokens_decoder", "decode")
+    spy: Any = SimpleNamespace(encode_batch=encode_batch, **{name: getattr(tokenizer, name) for name in parts})
+    longest = MAX_LENGTH * max(map(len, tokenizer.get_vocab()))
+    fine, too_long = Client(text_input="x", max_tokens=2), Client(text_input="x" * (longest + 1))
+    with opened(engine, 4, MAX_LENGTH) as batch:
+        loop = ServingLoop(batch, spy, (), MAX_LENGTH)
+        for client in (fine, too_long):
+            loop.submit(client.ticket)
+        assert fine.wait()[-1].finish == "length"
+        refused = too_long.wait()[-1]
+        loop.stop()
+    assert f"{longest + 1} characters, more than {MAX_LENGTH} tokens hold; at most {longest}" in (refused.error or "")
+    assert refused.fault == "request" and read == [(threading.current_thread().name, 1)]
+
+
 def test_an_error_that_nobody_thought_of_ends_one_request_alone(
     loop: ServingLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -464,6 +519,30 @@ def test_who_is_answered_already_does_not_wait_for_all_who_come(engine: Path, to
         loop.stop()
     longest = max(len(run) for run in "".join(name[0] for name in order).split("s"))
     assert longest <= JOINS
+
+
+def test_who_finds_too_many_waiting_is_told_so_and_who_left_does_not_count(engine: Path, tokenizer: Tokenizer) -> None:
+    with opened(engine, 1, MAX_LENGTH) as batch:
+        go_on, step = threading.Event(), batch.step
+        batch.step = lambda tokens: (go_on.wait(30), step(tokens))[1]  # type: ignore[method-assign]
+        loop = ServingLoop(batch, tokenizer, (), MAX_LENGTH, most_waiting=2)
+        running, left, waiting, busy, last = (Client(text_input="x", max_tokens=2) for _ in range(5))
+        loop.submit(running.ticket)
+        while not loop._running:
+            time.sleep(0.01)
+        for client in (left, waiting, busy):
+            loop.submit(client.ticket)
+        refused = busy.wait()[-1]
+        left.gone = True
+        loop.submit(last.ticket)
+        assert left.wait()[-1].finish == "cancelled", "at once: nobody took its place while it was full"
+        go_on.set()
+        assert [client.wait()[-1].finish for client in (running, waiting, last)] == ["length"] * 3
+        loop.stop()
+        late = Client(text_input="x")
+        loop.submit(late.ticket)
+        assert late.wait()[-1].fault == "stopping"
+    assert (refused.error, refused.fault) == ("busy: 2 requests wait already", "busy")
 
 
 def test_stopping_answers_everyone(engine: Path, tokenizer: Tokenizer) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,17 +15,19 @@ import pytest
 
 from tests.breadth import BREADTH, by_default
 from tests.exported import DROPPED, LAYERS, Made, onnx_of
+from tests.families import FAMILIES
 from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.recipe import EngineSpec, Precision
 from trsp_deploy.stages import parity
 from trsp_deploy.stages.build import build_engine
+from trsp_deploy.tools.delivery.verification import verify
 from trsp_deploy.tools.graphs.attention import find_layers
 from trsp_deploy.tools.graphs.nodes import NoMatch, Writer
 from trsp_deploy.tools.graphs.static_cache import fix_cache
 from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.runners.inspection import describe, inspect_engine
 from trsp_deploy.tools.runners.ort import OrtRunner
-from trsp_deploy.tools.runners.trt_log import Layer
+from trsp_deploy.tools.runners.trt_log import Layer, logger
 
 PROMPTS = [[5, 9, 200, 17], [30, 31, 7, 8, 90, 12, 55, 60, 61]]
 LENGTH = 32
@@ -134,6 +139,33 @@ def quantised_products(layers: list[Layer], precision: Precision) -> int:
     return sum(layer.kind in ("gemm", "runtime_fusion") and wanted in layer.precisions for layer in layers)
 
 
+def attention_read_by_rtx(more: Sequence[str], outputs: int = 1) -> tuple[set[str] | None, str]:
+    """What TensorRT-RTX's parser makes of one Attention node: the tensors that its layers read, and what it says.
+
+    more: names of the node's inputs behind query, key and value. None for a graph that it refuses.
+    """
+    import onnx
+    import tensorrt_rtx as trt
+
+    def tensor(name: str) -> onnx.ValueInfoProto:
+        if name == "lengths":
+            return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, ["batch"])
+        return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT16, ["batch", 4, f"{name}_length", 64])
+
+    inputs, results = ["query", "key", "value", *more], ["output", "present_key", "present_value"][:outputs]
+    node = onnx.helper.make_node("Attention", inputs, results)
+    graph = onnx.helper.make_graph([node], "g", [tensor(name) for name in inputs if name], list(map(tensor, results)))
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 24)], ir_version=10)
+    log = logger(trt)
+    builder = trt.Builder(log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse(model.SerializeToString()):
+        return None, " ".join(parser.get_error(index).desc() for index in range(parser.num_errors))
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    return {layer.get_input(index).name for layer in layers for index in range(layer.num_inputs)}, ""
+
+
 class TestTensorRtRtx:
     """The compiler needs no GPU, and its log says what it made of the graph."""
 
@@ -187,10 +219,61 @@ class TestTensorRtRtx:
         assert build is not None and build.written_in_place() == set()
         assert quantised_products(build.of(0), precision) >= 3 * (LAYERS - len(DROPPED))
 
+    def test_attention_with_a_cache_of_its_own_is_refused(self) -> None:
+        """So the scatter stands outside of it."""
+        parsed, errors = attention_read_by_rtx(["", "past_key", "past_value"], outputs=3)
+        assert parsed is None and "only supports Attention nodes with one output" in errors
+
+    def test_lengths_of_texts_are_dropped_without_a_word(self) -> None:
+        """So padding is hidden by a mask: an engine would let the text see it."""
+        parsed, errors = attention_read_by_rtx(["", "", "", "lengths"])
+        assert parsed is not None and not errors and "lengths" not in parsed
+
+    def test_a_cache_is_attended_under_a_mask_alone(self, exported: Made, tmp_path: Path) -> None:
+        """`is_causal` counts from the first key, which is right for prompts alone, and what the parser refuses or drops
+        is not asked of it."""
+        graph = ir.load(fixed(onnx_of(exported("llama")), tmp_path / "model.onnx")).graph
+        nodes = [node for node in graph if node.op_type == "Attention"]
+        assert len(nodes) == LAYERS
+        for node in nodes:
+            assert len(node.inputs) == 4 and None not in node.inputs, "query, key, value, mask"
+            assert len(node.outputs) == 1 and not node.attributes.get_int("is_causal", 0)
+
+    @pytest.mark.parametrize("static", by_default([True], [True, False]))
+    def test_a_profile_of_one_token_alone_builds(self, static: bool, exported: Made, tmp_path: Path) -> None:
+        """It did not from opsets 23 and 24 of torch's exporter, in whose place these graphs have 18 or 20."""
+        past = {} if static else {"past": {"min": 0, "opt": 16, "max": 64}}
+        one = {"batch": {"min": 1, "opt": 1, "max": 2}, "sequence": {"min": 1, "opt": 1, "max": 1}, **past}
+        spec = static_spec(cache_length=256 if static else None, profiles=[one])
+        assert build_engine(onnx_of(exported("llama-wide", "fp16"), "fp16"), spec, tmp_path / "engine").size_bytes
+
     def test_a_graph_that_does_not_fit_is_refused_with_the_reason(self, exported: Made, tmp_path: Path) -> None:
         graph = onnx_of(exported("bloom", "fp16"), "fp16")
         with pytest.raises(EngineUnavailable, match=r"no cache of fixed length: .*; a spec without `cache_length`"):
             build_engine(graph, static_spec(), tmp_path / "engine")
+
+    def test_trtexec_reads_the_graph_that_was_compiled_and_leaves_the_engine_alone(
+        self, exported: Made, tmp_path: Path
+    ) -> None:
+        graph = onnx_of(exported("opt-wide"))  # fp32 and no passes: no graph lies in the engine's folder
+        spec = load_engine_spec("tensorrt-rtx-fp16").model_copy(update={"precision": "fp32", "fuse": False})
+        engine = tmp_path / "engine"
+        manifest = build_engine(graph, spec, engine)
+        assert manifest.longest_text == FAMILIES["opt"].values["max_position_embeddings"], "less than its profiles"
+        programs = tmp_path / "programs"
+        programs.mkdir()
+        stand_in = programs / "tensorrt_rtx"
+        # Reads and writes as the program does.
+        stand_in.write_text("#!/bin/sh\ncat ${1#--onnx=} > ${2#--saveEngine=}\n")
+        stand_in.chmod(0o755)
+        path = {"PATH": f"{programs}:{os.environ['PATH']}"}
+        subprocess.run(["sh", str(engine / "trtexec.sh")], env=path, cwd="/", check=True)
+        assert (tmp_path / "engine-trtexec.engine").read_bytes() == graph.read_bytes()
+        assert verify(engine).whole
+        assert f"--onnx={os.path.relpath(graph, engine)}" in str(inspect_engine(engine).trtexec)
+        assert "layers     not known" not in describe(inspect_engine(engine))
+        (engine / "build.log").write_text("a log of another form")
+        assert "layers     not known: build.log has none in a form" in describe(inspect_engine(engine))
 
     @BREADTH
     def test_what_the_compiler_refuses_comes_with_advice(self, exported: Made, tmp_path: Path) -> None:

@@ -50,8 +50,9 @@ def program(body: str) -> list[str]:
 
 
 def hear() -> None:
-    """Whoever runs these tests in a shell's background has the signal ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """In a shell's background and under nohup the tests' own process has some of them ignored."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def wait_until_ready(folder: Path, process: subprocess.Popen[str]) -> int:
@@ -90,6 +91,23 @@ def test_ctrl_c_is_heard(tmp_path, body, to_all):
     assert time.monotonic() - began < AT_MOST_S
     assert process.returncode == 130 and said.splitlines() == [KEPT]
     assert gone(working, 0.1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("then", [NATIVE, "ready(); time.sleep(60)"], ids=["killed", "interrupted"])
+def test_a_cancelled_job_and_a_closed_terminal_are_heard_likewise(tmp_path, number, then):
+    process, working = start(tmp_path, SERVER + then)
+    server = int((tmp_path / "server").read_text())
+    os.kill(process.pid, number)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + number and said.splitlines() == [KEPT]
+    assert gone(working) and gone(server)
+
+
+def test_nohup_stays_nohup(tmp_path):
+    body = "os.killpg(0, signal.SIGHUP); time.sleep(0.2)"
+    ignored = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN), "start_new_session": True}
+    assert subprocess.run(program(body), cwd=tmp_path, **ignored).returncode == 0
 
 
 def test_who_works_cleans_up_first(tmp_path):

@@ -60,6 +60,10 @@ def test_a_sweep_is_one_search_and_a_run_each_and_goes_on(workspace: Path) -> No
         assert trsp_deploy("verify", str(folder), cwd=workspace).code == 0
     later = trsp_deploy("report", "sweep/drop-1", "--json", cwd=workspace)  # by itself, as any run
     assert later.code == 0 and "started" not in later.stderr, later.said
+    kept = workspace / "sweep" / "drop-1"
+    points = json.loads((kept / "report.json").read_text())["sweep"]["points"]
+    assert [point["num_dropped"] for point in points] == [1, 2]
+    assert all("Other cuts of this model" in (kept / name).read_text() for name in ("report.html", "report.md"))
     assert "drop-2/report.html" in (workspace / "sweep" / "sweep.html").read_text()
     first, second = ((workspace / "sweep" / f"drop-{c}" / "dense" / "model.safetensors").stat() for c in (1, 2))
     assert first.st_ino == second.st_ino, "linked, not copied"

@@ -77,6 +77,16 @@ def test_the_same_uses_hold_for_tensorrt_rtx() -> None:
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["broken"] == []
     assert len(found["uses"]) > 40 and "IBuilderConfig.set_compute_capability" in found["uses"]
+    # What an alias, a spread or a call of a call would hide.
+    called = {
+        "Builder",
+        "OnnxParser",
+        "Runtime",
+        "ICudaEngine.get_tensor_profile_shape",
+        "IOptimizationProfile.set_shape",
+    }
+    assert called | {"ITimingCache.serialize"} <= set(found["called"])
+    assert {"ILogger.WARNING", "DataType.BF16"} <= set(found["uses"])
 
 
 def test_the_flag_is_another_bit_in_each_version(found: dict[str, object]) -> None:
@@ -85,8 +95,16 @@ def test_the_flag_is_another_bit_in_each_version(found: dict[str, object]) -> No
 
 
 def test_uses_are_read_out_of_the_source() -> None:
-    source = "builder.create_network(1)\nx = trt.BuilderFlag.TF32\nself._context.set_input_shape(name, shape)\n"
+    source = (
+        "builder.create_network(1)\nx = trt.BuilderFlag.TF32\nself._context.set_input_shape(name, shape)\n"
+        "trt.OnnxParser(network, log)\npackage.ILogger.WARNING\nconfig.get_timing_cache().serialize()\n"
+    )
     assert uses(source) == {
+        ("OnnxParser", 2),
+        ("ILogger", None),
+        ("ILogger.WARNING", None),
+        ("IBuilderConfig.get_timing_cache", 0),
+        ("ITimingCache.serialize", 0),
         ("Builder.create_network", 1),
         ("BuilderFlag", None),
         ("BuilderFlag.TF32", None),
@@ -98,6 +116,9 @@ def test_a_missing_method_and_a_wrong_call_are_found() -> None:
     import types
 
     class Builder:
+        def __init__(self) -> None:
+            """__init__(self: Builder, logger: ILogger) -> None"""
+
         def create_network(self) -> None:
             """create_network(self: Builder, flags: int = 0, more: Sequence[int, int]) -> INetworkDefinition"""
 
@@ -105,5 +126,7 @@ def test_a_missing_method_and_a_wrong_call_are_found() -> None:
     module.Builder = Builder  # type: ignore[attr-defined]
     assert signatures(Builder.create_network) == [(1, 2)]
     assert tensorrt_contract.broken(module, "Builder.create_network", 2, False) is None
+    assert tensorrt_contract.broken(module, "Builder", 1, False) is None
+    assert "Builder: called with 2" in str(tensorrt_contract.broken(module, "Builder", 2, False))
     assert "called with 3" in str(tensorrt_contract.broken(module, "Builder.create_network", 3, False))
     assert "no 'build'" in str(tensorrt_contract.broken(module, "Builder.build", 0, False))

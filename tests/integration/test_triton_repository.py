@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import functools
 import json
 import os
@@ -22,11 +23,17 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from tests.integration.test_check import trsp_deploy
-from tests.tiny import english, save_tiny
+from tests.tiny import LAYERS, english, save_tiny
 from tests.triton_server import ENVIRONMENT, TritonServer, client, why_not
+from trsp_deploy.artifacts import write_json
 from trsp_deploy.errors import RunError
+from trsp_deploy.stages.serve_bench import Address, LoadSettings, measure_served
+from trsp_deploy.tools.runners.manifest import Bound, read_manifest, spec_sha256
+from trsp_deploy.tools.runners.requirements import CudaDevice
 from trsp_deploy.tools.sources.packaged import find_asset
+from trsp_deploy.tools.triton_server import lint as linter
 from trsp_deploy.tools.triton_server.config import SCHEMA, WARMUP, parse_config
+from trsp_deploy.tools.triton_server.repository import read_repository
 
 needs_schema = pytest.mark.skipif(find_asset(SCHEMA) is None, reason=f"needs: trsp-deploy fetch {SCHEMA}")
 needs_server = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
@@ -63,9 +70,23 @@ def repository(run: Path) -> Path:
     return out
 
 
-def test_every_file_of_it_is_in_its_manifest(run: Path, repository: Path) -> None:
+def test_every_file_of_it_is_in_its_manifest(run: Path, repository: Path, tmp_path: Path) -> None:
     assert trsp_deploy("verify", "repository", cwd=run.parent).code == 0
+    copy = Path(shutil.copytree(repository, tmp_path / "repository"))
+    with (copy / "Dockerfile").open("a") as file:
+        file.write("RUN curl somewhere\n")
+    changed = trsp_deploy("verify", str(copy), cwd=run.parent)
+    assert changed.code != 0 and "Dockerfile" in changed.said
     assert trsp_deploy("verify", "run", cwd=run.parent).code == 0  # built and not finished: against its records
+
+
+def test_a_tokenizer_that_is_another_one_is_not_served(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    with (tmp_path / "run/pruned/tokenizer.json").open("a") as file:
+        file.write(" ")
+    done = trsp_deploy("triton", "run", cwd=tmp_path)
+    assert done.code == 1 and "run/pruned: is not what its step made" in done.said
+    assert not (tmp_path / "model_repository").exists()
 
 
 @needs_schema
@@ -82,8 +103,13 @@ def test_a_repository_is_whole_and_its_config_is_tritons(repository: Path) -> No
         for path in ("1/model.py", "1/engine/manifest.json", "1/tokenizer.json", "1/vendor/trsp_deploy/errors.py"):
             assert (repository / name / path).is_file(), path
     manifest = json.loads((repository / "MANIFEST.json").read_text())
+    assert f"'{manifest['packages'][0]}'" in (repository / "Dockerfile").read_text()
     assert [model["role"] for model in manifest["models"]] == ["pruned", "dense"]
     assert manifest["packages"][0].startswith("onnxruntime==")
+    for model, layers in zip(manifest["models"], (LAYERS - 2, LAYERS), strict=True):
+        # 4 texts of 256 tokens and one place more; keys and values of 2 heads, each of 16 fp32 numbers.
+        assert model["cache_bytes"] == 4 * 257 * layers * 2 * 2 * 16 * 4
+        assert f"{model['cache_bytes'] / 1e6:.1f} MB of cache at most" in (repository / "README.md").read_text()
     assert all((repository / "pruned" / file).is_file() for file in manifest["models"][0]["files"])
 
 
@@ -99,11 +125,50 @@ def test_what_is_there_stays_in_the_manifest(run: Path, repository: Path, tmp_pa
 
 
 @needs_schema
-def test_another_projects_readme_is_left_alone(run: Path, tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text("a project")
+@pytest.mark.parametrize("package", ["onnxruntime==1.0.0", "onnxruntime-gpu==1.32.0"])
+def test_models_that_one_python_cannot_serve_are_not_put_together(
+    package: str, run: Path, repository: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(repository, tmp_path / "repository"))
+    manifest = json.loads((copy / "MANIFEST.json").read_text())
+    manifest["models"][1]["packages"][0] = package
+    (copy / "MANIFEST.json").write_text(json.dumps(manifest))
+    done = trsp_deploy("triton", "run", "--out", str(copy), "--name", "other", cwd=run.parent)
+    assert done.code == 1 and "one server's Python cannot have both" in done.said
+    assert f"'pruned-dense' {package}" in done.said or f"'pruned' needs {package}" in done.said, done.said
+    assert not (copy / "other").exists() and json.loads((copy / "MANIFEST.json").read_text()) == manifest
+
+
+@needs_schema
+def test_dense_and_pruned_have_one_engine(run: Path, tmp_path: Path) -> None:
+    """The first engine that the run has of both, and no comparison where a repository has two."""
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    another = Path(shutil.copytree(copy / "engines" / "ort-cpu-fp32" / "pruned", copy / "engines" / "a" / "pruned"))
+    found = read_manifest(another)
+    spec = found.spec.model_copy(update={"name": "a", "threads": 1})
+    changed = found.model_copy(update={"name": "a", "spec": spec, "spec_sha256": spec_sha256(spec)})
+    write_json(another / "manifest.json", changed)
+    for options in (["--dense", "--out", "both"], ["--out", "mixed", "--name", "alone"]):
+        done = trsp_deploy("triton", "run", *options, cwd=tmp_path)
+        assert done.code == 0, done.said
+    engines = [model["engine"] for model in json.loads((tmp_path / "both" / "MANIFEST.json").read_text())["models"]]
+    assert engines == ["ort-cpu-fp32", "ort-cpu-fp32"]
+    mixed = tmp_path / "mixed"
+    shutil.copytree(tmp_path / "both" / "run-pruned-dense", mixed / "run-pruned-dense")
+    both, alone = (read_repository(tmp_path / name) for name in ("both", "mixed"))
+    write_json(mixed / "MANIFEST.json", alone.model_copy(update={"models": (*alone.models, both.models[1])}))
+    generator: Any = None  # never asked
+    with pytest.raises(RunError, match=r"'alone' by a \(onnxruntime-cpu .* a comparison is of one engine"):
+        measure_served(mixed, lambda: contextlib.nullcontext(Address("", "")), generator, LoadSettings())
+
+
+@needs_schema
+@pytest.mark.parametrize("file", ["README.md", "Dockerfile"])
+def test_another_projects_files_are_left_alone(file: str, run: Path, tmp_path: Path) -> None:
+    (tmp_path / file).write_text("a project")
     done = trsp_deploy("triton", "run", "--out", str(tmp_path), cwd=run.parent)
-    assert done.code == 1 and "has a README.md that is not of a model repository of ours" in done.said
-    assert (tmp_path / "README.md").read_text() == "a project"
+    assert done.code == 1 and f"has a {file} that is not of a model repository of ours" in done.said
+    assert (tmp_path / file).read_text() == "a project"
 
 
 @needs_schema
@@ -154,6 +219,32 @@ def test_the_linter_finds_what_went_missing(repository: Path, tmp_path: Path) ->
     ]
 
 
+@needs_schema
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, None),
+        ({"bound": Bound(gpu="sm89", driver="580.82.07")}, "under NVIDIA driver 580.82.07, here is 580.65.06"),
+        ({"bound": Bound(gpu="sm89", driver="580.65.06")}, None),
+        ({"bound": Bound(gpu="sm90")}, "for a GPU of compute capability sm90, here is sm89"),
+        ({"compute_capabilities": ("sm86", "sm120")}, "for GPUs of compute capability sm86, sm120, here is sm89"),
+        ({"compute_capabilities": ("SM89",)}, None),
+    ],
+)
+def test_the_linter_holds_an_engine_against_gpu_and_driver(
+    changes: dict[str, Any], message: str | None, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine with a GPU, of engines whose manifests say so."""
+    model = Path(shutil.copytree(repository / "pruned", tmp_path / "pruned"))
+    found = read_manifest(model / "1" / "engine")
+    spec = {"compute_capabilities": changes.get("compute_capabilities", ())}
+    changed = {"bound": changes.get("bound", Bound()), "spec": found.spec.model_copy(update=spec)}
+    monkeypatch.setattr(linter, "read_manifest", lambda folder: found.model_copy(update=changed))
+    monkeypatch.setattr(linter, "cuda_devices", lambda: [CudaDevice("a GPU", "sm89", 2**30)])
+    monkeypatch.setattr(linter, "driver_version", lambda: "580.65.06")
+    assert [each.message for each in linter.lint(tmp_path)] == ([f"the engine was built {message}"] if message else [])
+
+
 # -- a real server -----------------------------------------------------------------------------------------------------
 
 
@@ -187,7 +278,7 @@ def test_served_text_is_pytorchs_alone_and_together(server: TritonServer, run: P
         answer = server.generate("pruned", text_input=prompt, max_tokens=16, ignore_eos=True)
         return str(answer.get("text_output", answer))
 
-    assert [ask(prompt) for prompt in PROMPTS[:4]] == wanted[:4]
+    assert [ask(prompt) for prompt in PROMPTS] == wanted
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         assert list(pool.map(ask, PROMPTS)) == wanted
 
@@ -226,9 +317,9 @@ def test_200_bad_requests_get_a_line_each_and_the_server_goes_on(server: TritonS
     ours = {
         "http no text": "input 'text_input' is missing",
         "http empty text": "at least 1 character",
-        "http over-long": "at most 255",
+        "http over-long": "characters, more than 256 tokens hold",
         "http negative limit": "input 'max_tokens'",
-        "http unknown parameter": "input 'best_of' is unknown; valid: text_input, max_tokens",
+        "http unknown parameter": "unknown input 'best_of'; valid: exclude_input_in_output, ignore_eos",
         "http top_p beyond 1": "input 'top_p'",
         "http empty stop": "input 'stop.0'",
         "grpc invalid UTF-8": "is not UTF-8 text (byte 0)",
@@ -238,6 +329,27 @@ def test_200_bad_requests_get_a_line_each_and_the_server_goes_on(server: TritonS
         assert all(words in line for line in answers[what]), answers[what]
     fine = server.generate("pruned", text_input=PROMPTS[0], max_tokens=16, ignore_eos=True)
     assert fine["text_output"] == expected(run, 16)[0]
+
+
+@needs_schema
+@needs_server
+def test_who_finds_a_full_queue_is_told_so_at_once(repository: Path, tmp_path: Path) -> None:
+    alone = Path(shutil.copytree(repository / "pruned", tmp_path / "repository" / "pruned"))
+    config = (alone / "config.pbtxt").read_text()
+    assert 'key: "max_waiting" value { string_value: "256" }' in config
+    (alone / "config.pbtxt").write_text(config.replace('string_value: "256"', 'string_value: "1"'))
+    asked = json.dumps({"text_input": "x", "max_tokens": 250, "ignore_eos": True}).encode()
+
+    def ask(server: TritonServer) -> tuple[int, dict[str, Any]]:
+        with server.ask("pruned", asked) as reply:
+            return reply.status, json.loads(reply.read())
+
+    with TritonServer(alone.parent) as server, concurrent.futures.ThreadPoolExecutor(24) as pool:
+        answers = [future.result() for future in [pool.submit(ask, server) for _ in range(24)]]
+    refused = [(status, answer["error"]) for status, answer in answers if "error" in answer]
+    assert {line for _, line in refused} == {"busy: 1 requests wait already"} and len(refused) < 24
+    assert all(status >= 400 for status, _ in refused)  # 503, if Triton did not read it from an error that it has freed
+    assert all(answer["output_tokens"] == 250 for status, answer in answers if status == 200)
 
 
 @needs_schema
@@ -363,6 +475,31 @@ def test_a_server_that_runs_can_be_loaded(server: TritonServer, repository: Path
     assert busy.code == 1 and f"is served already on port {server.server.http}" in busy.stderr.splitlines()[-1]
     done = trsp_deploy("bench-server", "repository", "--url", url, *options, cwd=repository.parent)
     assert done.code == 0 and "the same server" in done.stderr and server.generate("pruned", text_input="x"), done.said
+
+
+@needs_schema
+@needs_server
+def test_genai_perfs_requests_are_answered(server: TritonServer, tmp_path: Path) -> None:
+    """GenAI-Perf (kserve, tensorrtllm) writes such a file and calls perf_analyzer so; it is not in the environment."""
+    asked = [
+        {"text_input": [prompt], "max_tokens": [8], "stream": [True], "exclude_input_in_output": [True]}
+        for prompt in PROMPTS[:4]
+    ]
+    (tmp_path / "inputs.json").write_text(json.dumps({"data": asked}))
+    command = [ENVIRONMENT / "bin" / "perf_analyzer", "-m", "pruned", "--async", "--service-kind", "triton"]
+    command += ["-u", server.grpc, "-i", "grpc", "--streaming", "--input-data", "inputs.json"]
+    command += ["--shape", "max_tokens:1", "--shape", "text_input:1", "--concurrency-range", "2"]
+    command += ["--request-count", "12", "--stability-percentage", "999", "--profile-export-file", "found.json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (experiment,) = json.loads((tmp_path / "found.json").read_text())["experiments"]
+    requests = experiment["requests"]
+    assert len(requests) >= 12
+    for request in requests:
+        text = "".join(str(answer["text_output"]) for answer in request["response_outputs"])
+        assert not any(prompt in text for prompt in PROMPTS[:4]), "the prompt is left out"
+        assert request["response_outputs"][-1]["finish_reason"] in ("length", "end")
+    assert max(len(request["response_timestamps"]) for request in requests) > 1, "some came in pieces"
 
 
 @needs_schema

@@ -19,13 +19,13 @@ from tests.exported import DROPPED, LAYERS, Made, onnx_of
 from tests.integration.test_check import trsp_deploy
 from tests.tiny import english, tiny_tokenizer
 from tests.triton_server import TritonServer, client, why_not
+from trsp_deploy.artifacts import RUN_MARK
 from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.stages.build import build_engine
 from trsp_deploy.tools.graphs.nodes import NoMatch
 from trsp_deploy.tools.graphs.static_cache import fix_cache
 from trsp_deploy.tools.graphs.step import State, keep_state
 from trsp_deploy.tools.library import load_engine_spec
-from trsp_deploy.tools.measuring.subjects import RUN_MARK
 from trsp_deploy.tools.runners import open_engine
 from trsp_deploy.tools.runners.generation import Sampling, generate
 from trsp_deploy.tools.sources.packaged import find_asset
@@ -160,6 +160,16 @@ def test_the_repository_has_the_bare_engine(repository: Path, run: Path) -> None
 
 
 @needs_schema
+def test_a_later_call_without_steps_keeps_what_the_readme_says_of_them(
+    repository: Path, run: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(repository, tmp_path / "repository"))
+    done = trsp_deploy("triton", "run", "--out", str(copy), "--name", "other", cwd=run.parent)
+    assert done.code == 0, done.said
+    assert 'client.infer("pruned_step"' in (copy / "README.md").read_text()
+
+
+@needs_schema
 def test_an_engine_may_be_in_several_repositories(repository: Path, run: Path, tmp_path: Path) -> None:
     weights = run / "engines" / ENGINE / "pruned" / "model.onnx.data"
     assert weights.stat().st_nlink > 1
@@ -232,7 +242,9 @@ def test_the_readmes_loop_gives_the_engines_tokens(server: TritonServer, reposit
     found = client("steps.py", stdin={**asked, "count": COUNT, "most": 64})
     readme_prompt = tokenizer.encode("The capital of France is")
     with open_engine(run / "engines" / ENGINE / "pruned") as runner:
-        texts = [generate(runner, [prompt], Sampling(max_new_tokens=COUNT))[0] for prompt in (*prompts, readme_prompt)]
+        texts = [
+            generate(runner, [prompt], Sampling(max_new_tokens=COUNT))[0].tokens for prompt in (*prompts, readme_prompt)
+        ]
     assert found["alone"] == texts[:-1] and found["interleaved"] == texts[:-1]
     assert found["printed"].rstrip("\n") == tokenizer.decode(texts[-1]).rstrip("\n")
     full = found["past the end"]

@@ -29,10 +29,12 @@ from trsp_deploy.tools.graphs.logits import cut_logits
 from trsp_deploy.tools.graphs.static_cache import fix_cache
 from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.runners import trt
+from trsp_deploy.tools.runners.generation import Sampling, generate
 from trsp_deploy.tools.runners.ort_session import bindings_of
 from trsp_deploy.tools.runners.requirements import CudaDevice
 from trsp_deploy.tools.runners.trt_build import profile_shape
 
+RTX_CARDS = ["NONE", "CURRENT", "SM75", "SM80", "SM86", "SM89", "SM120"]
 PROMPTS = [[5, 9, 200, 17], [30, 31, 7, 8, 90, 12, 55, 60, 61]]
 Shape = tuple[int, ...]
 
@@ -181,6 +183,7 @@ def opened(graph: Path, spec: EngineSpec, monkeypatch: pytest.MonkeyPatch, path:
     engine = Engine(graph, spec)
     module = SimpleNamespace(
         Runtime=lambda log: SimpleNamespace(deserialize_cuda_engine=lambda blob: engine),
+        ComputeCapability=SimpleNamespace(__members__=dict.fromkeys(RTX_CARDS)),
         CudaGraphStrategy=SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole"),
         DynamicShapesKernelSpecializationStrategy=SimpleNamespace(EAGER="eager", NONE="none"),
     )
@@ -229,8 +232,30 @@ def test_a_cache_of_fixed_length_is_one_memory_and_decoding_is_replayed(
         last = runner.prefill(reference.input_ids, reference.attention_mask, last_only=True)
         assert last.shape[1] == 1 and context.active_optimization_profile == 1
         np.testing.assert_allclose(last[:, 0], reference.logits[:, reference.input_ids.shape[1] - 1], atol=1e-4)
+        (text,) = generate(runner, [PROMPTS[1]], Sampling(max_new_tokens=100))
+        assert text.finish == "length" and len(text.tokens) == 64 - len(PROMPTS[1]) + 1
         with pytest.raises(EngineUnavailable, match="its cache holds 64 tokens, and the text has 70"):
             runner.prefill(np.ones((1, 70), np.int64), np.ones((1, 70), np.int64))
+
+
+@pytest.mark.usefixtures("cuda")
+def test_a_text_that_overflowed_leaves_nothing_to_the_next(
+    exported: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = exported("llama")
+    model = ir.load(onnx_of(source))
+    fix_cache(model, 64)
+    ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data")
+    profile = {"batch": {"min": 1, "opt": 1, "max": 2}, "sequence": {"min": 1, "opt": 1, "max": 32}}
+    spec = spec_of("tensorrt-fp16-static", cache_length=64, fuse=False, profiles=[profile])
+    runner, engine = opened(tmp_path / "model.onnx", spec, monkeypatch, tmp_path / "engine")
+    reference = parity.make_reference(source / "model", PROMPTS)
+    with runner:
+        Graph.context = engine.contexts[0]
+        runner.prefill(reference.input_ids, reference.attention_mask)
+        for memory in runner._cache.values():
+            memory.fill_(np.nan)
+        assert parity.check_parity(reference, runner, "trt", "dense", "fp32").max_error < 1e-4
 
 
 @pytest.mark.usefixtures("cuda")
@@ -247,11 +272,13 @@ def test_a_growing_cache_is_read_and_written_in_turn(
             for name, address in addresses.items():
                 if name.startswith("past_key_values."):
                     assert address != addresses[name.replace("past_key_values.", "present.")]
+        assert runner.longest_text == 2049, "the profiles' longest past, and a token"
+        short = trt.TrtRunner(runner.engine, runner.spec, inputs=engine.inputs, outputs=engine.outputs, longest=8)
+        with short, pytest.raises(EngineUnavailable, match="holds for texts of up to 8 tokens, and this one has 9"):
+            assert short.longest_text == 8
+            short.prefill(reference.input_ids, reference.attention_mask)
         with pytest.raises(EngineUnavailable, match="no profile covers"):
             runner.prefill(np.ones((9, 4), np.int64), np.ones((9, 4), np.int64))
-
-
-RTX_CARDS = ["NONE", "CURRENT", "SM75", "SM80", "SM86", "SM89", "SM120"]
 
 
 @pytest.mark.parametrize(
@@ -273,3 +300,15 @@ def test_rtx_engines_run_on_what_they_are_compiled_for(
         return trt._check_capability(spec, gpu, RTX_CARDS)
     with pytest.raises(EngineUnavailable, match=re.escape(words)):
         trt._check_capability(spec, gpu, RTX_CARDS)
+
+
+@pytest.mark.usefixtures("cuda")
+def test_an_rtx_engine_is_not_loaded_on_a_card_that_it_is_not_compiled_for(
+    exported: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server, a bench's process and `generate` open engines without asking `check_can_run` first."""
+    spec = spec_of("tensorrt-rtx-fp16", compute_capabilities=("sm86",))
+    runner, engine = opened(onnx_of(exported("opt")), spec, monkeypatch, tmp_path / "engine")
+    with pytest.raises(EngineUnavailable, match=r"is not compiled for a card \(SM89\)"), runner:
+        pass
+    assert not engine.contexts

@@ -13,8 +13,9 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from tests.breadth import by_default
 from tests.families import family_model
-from tests.tiny import random_model, tiny_model
+from tests.tiny import POSITIONS, random_model, tiny_model
 from trsp_deploy.decoder import max_positions
 from trsp_deploy.errors import EngineUnavailable, ModelError
 from trsp_deploy.pipeline.engines import Engines
@@ -111,6 +112,28 @@ def test_an_export_of_before_is_told_by_its_config_alone(tmp_path: Path) -> None
     build_engine(graph, spec, tmp_path / "engine")
     with open_engine(tmp_path / "engine") as runner, pytest.raises(EngineUnavailable, match="of up to 32 tokens"):
         runner.prefill(np.full((1, ORIGINAL + 1), 5), np.ones((1, ORIGINAL + 1), dtype=np.int64))
+
+
+@pytest.mark.parametrize("exporter", by_default(["optimum"], ["optimum", "dynamo"]))
+@pytest.mark.parametrize("family", ["opt", "gpt2"])
+def test_a_table_of_positions_ends_the_texts(family: str, exporter: str, tmp_path: Path) -> None:
+    """On a GPU nobody else looks: what lies behind the table is read as if it were a row of it."""
+    graph = exported(tiny_model(family, num_hidden_layers=2), tmp_path, exporter=exporter)
+    ids = np.random.default_rng(0).integers(3, 380, size=(1, POSITIONS + 1))
+    with OrtRunner(graph) as runner, pytest.raises(EngineUnavailable, match="holds for texts of up to 256 tokens"):
+        runner.prefill(ids, np.ones_like(ids))
+    # A foreign graph: no metadata, no config beside it.
+    model = onnx.load(graph, load_external_data=False)
+    del model.metadata_props[:]
+    onnx.save(model, graph)
+    graph.with_name("config.json").unlink()
+    spec = load_engine_spec("ort-cpu-fp32").model_copy(update={"fuse": False})
+    assert build_engine(graph, spec, tmp_path / "engine").longest_text == POSITIONS
+    with open_engine(tmp_path / "engine") as runner:
+        assert runner.longest_text == POSITIONS
+        runner.prefill(ids[:, :POSITIONS], np.ones_like(ids[:, :POSITIONS]))
+        with pytest.raises(EngineUnavailable, match="holds for texts of up to 256 tokens, and this one has 257"):
+            runner.decode(ids[:, :1])
 
 
 def test_a_pass_that_fails_is_left_out_with_its_reason(tmp_path: Path) -> None:

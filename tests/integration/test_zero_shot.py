@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 from pathlib import Path
 
@@ -120,6 +121,28 @@ def test_an_engine_answers_as_the_model_does(own_items: None, exported: Made, tm
         through_engine = evaluate_zero_shot_engine(runner, folder, ("piqa",), None, "dense")
     by_torch = evaluate_zero_shot(folder, ("piqa",), None, "dense", RECIPE)
     assert through_engine.tasks[0].correct == by_torch.tasks[0].correct
+
+
+@needs_lm_eval
+def test_an_item_that_is_too_long_loses_its_beginning_in_an_engine_too(
+    own_items: None, exported: Made, tmp_path: Path
+) -> None:
+    made = exported("llama")
+    folder = Path(shutil.copytree(made / "model", tmp_path / "model"))
+    tiny_tokenizer().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 24}))
+    with OrtRunner(onnx_of(made)) as runner:
+        seen: list[int] = []
+        prefill = runner.prefill
+        runner.prefill = lambda ids, *rest: seen.append(ids.shape[1]) or prefill(ids, *rest)  # type: ignore[method-assign]
+        through_engine = evaluate_zero_shot_engine(runner, folder, ("piqa",), None, "dense")
+        assert max(seen) == 24
+        evaluate_zero_shot_engine(runner, folder, ("piqa",), 1, "dense", longest_prompt=20)
+        assert seen[-1] == 20
+    assert (
+        through_engine.tasks[0].correct == evaluate_zero_shot(folder, ("piqa",), None, "dense", RECIPE).tasks[0].correct
+    )
 
 
 @needs_lm_eval

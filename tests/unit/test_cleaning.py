@@ -58,6 +58,20 @@ def test_without_keep_only_leftovers_go(run: Path) -> None:
     assert files(run) == before and verify(run).whole
 
 
+def test_the_dense_models_own_text_goes_too_and_can_be_kept(run: Path) -> None:
+    text = run / "self-generated.jsonl"
+    with RunFolder(run) as folder:
+
+        def write() -> Nothing:
+            text.write_text("{}")
+            return Nothing()
+
+        folder.step("self-generated", write, Nothing, settings={}, inputs={}, outputs=[text.name])
+        assert text.name not in plan_cleaning(folder, ("self-generated",)).paths
+        plan = plan_cleaning(folder, ("engines", "reports"))
+    assert text.name in plan.paths and "self-generated" in plan.redone
+
+
 def test_one_engine_of_several(run: Path) -> None:
     (run / "engines" / "other" / "dense").mkdir(parents=True)
     (run / "engines" / "other" / "dense" / "model.onnx").write_text("x")

@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import nn
 
-from tests.tiny import LAYERS, save_tiny, tiny_model, tokens
+from tests.tiny import LAYERS, next_token_loss, save_tiny, tiny_model, tokens
 from trsp_deploy.decoder import (
     count_weights,
     decoder_layers,
@@ -20,7 +20,6 @@ from trsp_deploy.decoder import (
     graph_positions,
     known_positions,
     load_model,
-    next_token_loss,
     remove_layers,
 )
 from trsp_deploy.errors import ModelError

@@ -17,7 +17,7 @@ from trsp_deploy.errors import StorageError
 from trsp_deploy.recipe import EngineSpec, Recipe, read_recipe
 from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.resources import disk
-from trsp_deploy.tools.resources.disk import DiskPlan, check_disk, plan_disk
+from trsp_deploy.tools.resources.disk import DiskPlan, check_disk, plan_disk, plan_sweep
 
 MB = 1e6
 SMOLLM2 = LlamaConfig(
@@ -120,14 +120,30 @@ def test_a_checkpoint_holds_what_moves_under_adapters() -> None:
 def test_too_small_a_disk_is_one_line_with_what_would_fit(tmp_path: Path) -> None:
     plan = smollm2(tmp_path / "run", free=4_000_000_000)
     with pytest.raises(StorageError) as caught:
-        check_disk(plan, recipe(), SMOLLM2, SPECS)
+        check_disk(plan, alone(tmp_path / "run", 4_000_000_000))
     line = str(caught.value)
     assert "\n" not in line and "4.00 GB are free" in line and "--ignore-disk" in line
     assert "--engine ort-cpu-fp32 alone (3." in line and "--out on a larger disk" in line and "clean" not in line
     (tmp_path / "run").mkdir()
     with pytest.raises(StorageError, match="trsp-deploy clean"):
-        check_disk(smollm2(tmp_path / "run", free=10), recipe(), SMOLLM2, SPECS)
-    check_disk(smollm2(tmp_path / "run", free=10**11), recipe(), SMOLLM2, SPECS)
+        check_disk(smollm2(tmp_path / "run", free=10), alone(tmp_path / "run", 10))
+    check_disk(smollm2(tmp_path / "run", free=10**11), {})
+
+
+def alone(run: Path, free: int) -> dict[str, DiskPlan]:
+    return {spec.name: smollm2(run, [spec], free) for spec in SPECS}
+
+
+def test_a_sweep_needs_a_run_for_every_number_of_layers(tmp_path: Path) -> None:
+    def planned(*counts: int) -> DiskPlan:
+        return plan_sweep(tmp_path, recipe(), SMOLLM2, SPECS, counts, free=10**10)
+
+    few, many, both = planned(3), planned(12), planned(3, 12)
+    assert few.needed_bytes > many.needed_bytes, "fewer layers go"
+    assert [stage.stage for stage in both.stages] == ["drop-3", "drop-12"]
+    assert both.needed_bytes == few.stages[0].kept_bytes + many.needed_bytes
+    with pytest.raises(StorageError, match="drop-12"):
+        check_disk(plan_sweep(tmp_path, recipe(), SMOLLM2, SPECS, (3, 12), free=both.needed_bytes - 1), {})
 
 
 def test_the_command_asks_before_the_work() -> None:

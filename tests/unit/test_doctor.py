@@ -11,6 +11,7 @@ import pytest
 from trsp_deploy.tools.library import engine_names
 from trsp_deploy.tools.resources import doctor
 from trsp_deploy.tools.resources.doctor import Finding, diagnose
+from trsp_deploy.tools.runners.requirements import CudaDevice
 
 
 def by_subject(findings: list[Finding]) -> dict[str, Finding]:
@@ -53,6 +54,13 @@ def test_works_with_nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert findings["onnxruntime"].install == "pip install 'trsp_deploy[cpu]'"
     assert findings["engine ort-cpu-fp32"].state == "missing"
     assert findings["engine ort-cpu-fp32"].install == "pip install 'trsp_deploy[cpu]'"
+
+
+@pytest.mark.parametrize("driver", ["580.65.06", None])
+def test_a_gpu_with_its_driver(monkeypatch: pytest.MonkeyPatch, driver: str | None) -> None:
+    monkeypatch.setattr(doctor, "cuda_devices", lambda: [CudaDevice("Card", "sm89", 24 * 2**30)])
+    monkeypatch.setattr(doctor, "driver_version", lambda: driver)
+    assert doctor._gpu().detail == f"Card (sm89, 24 GiB); driver {driver or 'unknown'}"
 
 
 def test_memory_is_what_a_container_leaves(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from trsp_deploy.errors import EngineSpecError, EngineUnavailable
 from trsp_deploy.recipe import Backend, EngineSpec, Range, ShapeProfile, read_engine_spec
 from trsp_deploy.tools.graphs import decoder_io
 from trsp_deploy.tools.library import engine_names, load_engine_spec
-from trsp_deploy.tools.runners import BACKENDS, check_can_build, check_can_run, ort, requirements, trt
+from trsp_deploy.tools.runners import BACKENDS, check_can_build, check_can_run, ort, requirements, trt, trt_build
 from trsp_deploy.tools.runners.manifest import spec_sha256
 from trsp_deploy.tools.runners.requirements import load_package
 
@@ -207,3 +207,53 @@ def test_runners_import_no_torch() -> None:
     code = f"import sys, {modules}; sys.exit(', '.join({heavy} & sys.modules.keys()) or None)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("backend", "settings", "words"),
+    [
+        ("onnxruntime-cpu", {"precision": "int4", "head_bits": 32, "embedding_bits": 8}, None),
+        ("onnxruntime-cpu", {"precision": "int8", "head_bits": 32}, None),
+        ("tensorrt", {"precision": "int4", "head_bits": 16, "block_size": 64}, None),
+        ("tensorrt", {"precision": "int4", "head_bits": 4, "block_size": 64}, "int4 on tensorrt takes 8, 16"),
+        ("onnxruntime-cpu", {"precision": "int4", "head_bits": 16}, "int4 on onnxruntime-cpu takes 4, 8, 32"),
+        ("onnxruntime-cpu", {"precision": "int8", "head_bits": 4}, "int8 on onnxruntime-cpu takes 8, 32"),
+        ("tensorrt-rtx", {"precision": "fp16", "head_bits": 4}, "fp16 on tensorrt-rtx has none"),
+        (
+            "tensorrt",
+            {"precision": "int8", "embedding_bits": 8},
+            "`embedding_bits` is for precision int4 on ONNX Runtime",
+        ),
+    ],
+)
+def test_heads_and_embeddings_have_the_bits_that_a_backend_can_hold(
+    backend: Backend, settings: dict[str, object], words: str | None
+) -> None:
+    if words is None:
+        spec(backend, **settings)
+        return
+    with pytest.raises(ValueError, match=words):
+        spec(backend, **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "refused"),
+    [
+        ("tensorrt-fp16-static", "10.14.1.48", True),
+        ("tensorrt-fp16-static", "10.15.1.29", False),
+        ("tensorrt-fp16-static", "11.0.0.1", False),
+        ("tensorrt-fp16", "10.9.0.34", False),
+        ("tensorrt-rtx-fp16-static", "1.7.1.116", False),
+    ],
+)
+def test_a_fixed_cache_wants_a_tensorrt_that_can_write_it(
+    name: str, version: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trt_build, "load_package", lambda backend: types.SimpleNamespace(__version__=version))
+    monkeypatch.setattr(trt_build, "cuda_devices", list)
+    if not refused:
+        check_can_build(load_engine_spec(name))
+        return
+    words = r"TensorRT 10\.14\.1\.48 has no TensorScatter.*upgrade to 10\.15 or later, or leave `cache_length` out"
+    with pytest.raises(EngineUnavailable, match=words):
+        check_can_build(load_engine_spec(name))

@@ -25,8 +25,10 @@ from trsp_deploy.artifacts import storage_errors
 from trsp_deploy.recipe import BenchSettings, parse_drops
 from trsp_deploy.stages import zeroshot
 from trsp_deploy.stages.bench import compare_engines
+from trsp_deploy.tools.graphs.fp16_range import METADATA
 from trsp_deploy.tools.measuring.subjects import find_subject
 from trsp_deploy.tools.runners import trt, trt_build
+from trsp_deploy.tools.runners.half_range import guard_range
 from trsp_deploy.tools.runners.inspection import tokenizer_folder
 from trsp_deploy.tools.runners.manifest import check_files, read_manifest
 from trsp_deploy.tools.runners.requirements import load_package
@@ -197,6 +199,15 @@ def test_a_weight_that_fp16_has_lost(tmp_path: Path) -> None:
     says("cannot become bf16: ", lambda: trt_build._to_bf16(path, tmp_path / "out/m.onnx"), errors.EngineUnavailable)
 
 
+def test_a_graph_whose_range_cannot_be_read(tmp_path: Path) -> None:
+    path = graph_of([helper.make_node("Relu", ["x"], ["y"])], {}, "y", tmp_path / "model.onnx")
+    model = onnx.load(path)
+    helper.set_model_props(model, {METADATA: '{"tokens": 1, "larges": 2}'})
+    onnx.save(model, path)
+    same, found = guard_range(path, None, tmp_path)
+    assert same == path and found.reason == "unknown key 'larges'; did you mean 'largest'?"
+
+
 # -- what runs ---------------------------------------------------------------------------------------------------------
 
 
@@ -263,7 +274,11 @@ def test_tasks_that_an_engine_does_not_answer() -> None:
     pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'trsp_deploy[eval]'")
     from trsp_deploy.tools.runners.engine_lm import EngineLM
 
-    engine = EngineLM(ANYTHING, ANYTHING, 1)
+    engine = EngineLM(ANYTHING, ANYTHING, 1, longest=3)
+    says(
+        "a choice of 4 tokens: model and engine read 3",
+        lambda: engine._loglikelihood_tokens([(ANYTHING, [1], [2] * 4)]),
+    )
     says("asks for generated text; engines answer", lambda: engine.generate_until([]))
     says("asks for whole texts' likelihoods; engines", lambda: engine.loglikelihood_rolling([]))
 

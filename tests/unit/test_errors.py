@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import ast
 import errno
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
-from trsp_deploy import cli
+from trsp_deploy import cli, errors
 from trsp_deploy.cli import app
-from trsp_deploy.errors import ModelError, first_line, machine_reason, shown
+from trsp_deploy.errors import (
+    EngineUnavailable,
+    ModelError,
+    first_line,
+    machine_reason,
+    named,
+    one_line,
+    passes_through,
+    shown,
+)
 
 
 def wrapped(cause: Exception) -> Exception:
@@ -67,19 +79,49 @@ def test_long_values_are_shortened():
 
 
 @pytest.mark.parametrize(
-    ("problem", "line"),
+    ("problem", "whole", "first", "with_kind"),
     [
-        (ValueError(" bad   value \n at line 3"), "bad value"),
-        (ValueError("x" * 400), "x" * 300),
-        (RuntimeError(""), "RuntimeError"),
-        (OSError("\n\t"), "OSError"),
+        (
+            ValueError(" bad   value \n at line 3"),
+            "bad value at line 3",
+            "bad value",
+            "ValueError: bad value at line 3",
+        ),
+        (ValueError("x" * 400), "x" * 400, "x" * 300, "ValueError: " + "x" * 300),
+        (RuntimeError(""), "RuntimeError", "RuntimeError", "RuntimeError"),
+        (OSError("\n\t"), "OSError", "OSError", "OSError"),
     ],
 )
-def test_what_a_library_says_becomes_one_line(problem: Exception, line: str) -> None:
-    assert first_line(problem) == line
+def test_what_a_library_says_becomes_one_line(problem: Exception, whole: str, first: str, with_kind: str) -> None:
+    assert (one_line(problem), first_line(problem), named(problem)) == (whole, first, with_kind)
+
+
+def test_a_text_that_says_nothing_stays_so() -> None:
+    assert one_line(" a \n b ") == "a b" and one_line("\n") == ""
+
+
+def test_what_has_its_line_already_is_not_a_librarys() -> None:
+    assert passes_through(EngineUnavailable("no GPU")) and passes_through(wrapped(MemoryError()))
+    assert not passes_through(wrapped(ValueError("an odd shape")))
 
 
 def test_a_full_gpu_is_no_matter_of_the_machines_limits() -> None:
     found = machine_reason(torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"))
     assert found is not None and found.startswith("the GPU's memory is full ('CUDA out of memory. Tried to")
     assert "--plan-memory" in found and "ulimit" not in found
+
+
+def test_every_error_is_in_the_tree_that_is_drawn() -> None:
+    root = Path(errors.__file__).parent
+    parents = {
+        kind.name: [base.id for base in kind.bases if isinstance(base, ast.Name)]
+        for path in root.rglob("*.py")
+        for kind in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(kind, ast.ClassDef)
+    }
+    tree = {"TrspError"}
+    while more := {name for name, bases in parents.items() if tree.intersection(bases)} - tree:
+        tree |= more
+    assert "RequestError" in tree  # of another module
+    drawn = re.findall(r"^    [|` -]*(\w+)", errors.__doc__ or "", re.MULTILINE)
+    assert sorted(drawn) == sorted(tree)

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from tests.families import DROPPED, FAMILIES, GEMMA, GROUPED, LAYERS, MLP, family_config, family_model, layer_types
-from tests.tiny import random_model, tokens
+from tests.tiny import next_token_loss, random_model, tokens
 from trsp_deploy.decoder import (
     cache_per_token,
     check_prunable,
@@ -18,7 +18,6 @@ from trsp_deploy.decoder import (
     load_model,
     load_widened,
     meta_model,
-    next_token_loss,
     remove_layers,
 )
 from trsp_deploy.errors import ModelError

@@ -44,7 +44,8 @@ def test_tests_without_an_outcome_are_counted_and_named() -> None:
     assert set(found["figures"]) == set(found["met"]) == set(TARGETS)
     text = table(tests, ["t::c"])
     assert "Without an outcome: `t::c`." in text and "| `ulimit -f` | 0 | 0 | not tried |" in text
-    assert f"On A, {provenance().cores} cores; B, {provenance().cores} cores." in text
+    day = (provenance().time or "")[:10]
+    assert f"On A, {provenance().cores} cores; B, {provenance().cores} cores; tried on {day}." in text
     assert "Without" not in table(tests, []) and verdict(tests, [])["met"]["tests_without_an_outcome"]
     assert " and 2 more." in table(tests, [f"t::{number}" for number in range(NAMED + 2)])
 

@@ -239,12 +239,11 @@ def test_the_head_runs_on_kept_positions_alone(model: Path, graphs: list[Any], c
         if getattr(module, "out_features", None) == TINY.vocabulary:
             read.append(inputs[0].shape[1])
 
-    hook = torch.nn.modules.module.register_module_forward_hook(note)
-    try:
-        with TorchRunner(model, "cpu", TINY, compiled=compiled) as runner:
-            last, whole = runner.prefill(ids, mask, last_only=True), runner.prefill(ids, mask)
-    finally:
-        hook.remove()
+    with (
+        torch.nn.modules.module.register_module_forward_hook(note),
+        TorchRunner(model, "cpu", TINY, compiled=compiled) as runner,
+    ):
+        last, whole = runner.prefill(ids, mask, last_only=True), runner.prefill(ids, mask)
     assert read == [1, 12]
     np.testing.assert_allclose(last, expected[:, -1:], atol=1e-5)
     np.testing.assert_allclose(whole, expected, atol=1e-5)

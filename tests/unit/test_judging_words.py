@@ -32,10 +32,11 @@ from trsp_deploy.tools.reports.baselines import (
     check_machine,
     check_model,
     engine_baseline,
+    other_versions,
     read_baseline,
     speedups_of,
     this_machine,
-    too_few_replicates,
+    weaknesses,
 )
 
 CUT = Cut(name="tiny", num_layers_dense=6, num_layers_pruned=4)
@@ -177,6 +178,14 @@ def test_a_baseline_is_of_a_model(tmp_path: Path) -> None:
     assert "does not say of which model" in check_model(read(older, path), path, CUT)[0]
 
 
+def test_another_toolkit_and_another_python_are_noted(tmp_path: Path) -> None:
+    values = made_baseline()
+    assert other_versions(read(values, tmp_path / "b.json")) == []
+    values["provenance"] |= {"trsp_deploy": "0.0.1", "python": "3.9.0", "cpu": "another"}
+    lines = other_versions(read(values, tmp_path / "b.json"))
+    assert [line.partition(" in the baseline, ")[0] for line in lines] == ["trsp_deploy 0.0.1", "Python 3.9.0"]
+
+
 def test_processors_of_one_name_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Int8 products take twice as long without VNNI, and both kinds may call themselves "AMD EPYC"."""
     found, path = read(made_baseline(), tmp_path / "b.json"), tmp_path / "b.json"
@@ -191,10 +200,29 @@ def test_processors_of_one_name_are_told_apart(tmp_path: Path, monkeypatch: pyte
 
 def test_a_baseline_of_few_replicates_says_so() -> None:
     many, few = (engine_baseline(made_up(speedup=2, replicates=count), {}) for count in (5, 4))
-    assert too_few_replicates(many) == []
-    assert too_few_replicates(few)[0].startswith("the baseline has 4 replicates, 5 are the fewest that decide")
+    assert weaknesses(many) == []
+    assert weaknesses(few)[0].startswith("the baseline has 4 replicates, 5 are the fewest that decide")
     ((case, found),) = speedups_of(many)
+    without = engine_baseline(made_up(control=False), {})
+    assert without.control == () and weaknesses(without)[0].startswith("the baseline has no control")
     assert case.new_tokens == 4 and found.low <= 2 <= found.high
+
+
+def test_a_baseline_keeps_the_control_and_an_older_one_has_none(tmp_path: Path) -> None:
+    path = tmp_path / "b.json"
+    made = read(made_baseline(), path).engines["e"]
+    assert len(made.control[0]["total"]) == 6
+    older = made_baseline()
+    del older["engines"]["e"]["control"]
+    assert read(older, path).engines["e"].control == ()
+    short = made_baseline()
+    short["engines"]["e"]["control"][0]["decode"] = []
+    with pytest.raises(BaselineError, match="`control` needs two samples or more"):
+        read(short, path)
+    infinite = made_baseline()
+    infinite["engines"]["e"]["control"][0]["decode"][0] = math.inf
+    with pytest.raises(BaselineError, match=r"control\.0\.decode\.0: expected a finite number"):
+        read(infinite, path)
 
 
 # -- comparisons -------------------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 from tests.tiny import save_tiny
 from trsp_deploy.decoder import DecoderSize, WeightCounts
 from trsp_deploy.errors import EngineUnavailable, ParityError
+from trsp_deploy.pipeline.proof import Proof
 from trsp_deploy.recipe import Case
 from trsp_deploy.results import Perplexity, Rates
 from trsp_deploy.stages import parity
@@ -58,7 +61,30 @@ def test_measured_rates_tell_which_resource_binds():
     assert by_operations.prefill > by_operations.decode, "the LM head multiplies for one position of the prompt"
     assert by_operations.decode < by_operations.total < by_operations.prefill
     unknown = speed_limit(dense, pruned, stored("int8"), shape(), rates=slow_memory)
-    assert unknown.total == max(unknown.prefill, unknown.decode)
+    assert unknown.total == max(unknown.prefill, unknown.decode) and unknown.assumed and not by_bytes.assumed
+
+
+@pytest.mark.parametrize(
+    ("name", "computes"),
+    [
+        ("ort-cpu-fp32", "fp32"),
+        ("ort-cpu-int8", None),  # products in integers, of weights and activations
+        ("ort-cpu-int4", None),  # MatMulNBits at an accuracy level that rounds its inputs too
+        ("tensorrt-fp16", "fp16"),
+        ("tensorrt-bf16", "bf16"),
+        ("tensorrt-int4", "fp16"),  # weights alone are integers
+        ("tensorrt-int8", None),
+    ],
+)
+def test_a_limit_says_whether_it_is_by_measured_rates(name: str, computes: str | None) -> None:
+    spec = load_engine_spec(name)
+    assert stored_by(spec).computes == computes
+    rates = Rates(bytes_per_s=1e9, operations_per_s={"fp32": 1e15, "fp16": 1e15, "bf16": 1e15})
+    found = speed_limit(opt_6_7b(32), opt_6_7b(24), stored_by(spec), shape(new=100), rates=rates)
+    assert found.assumed == (computes is None)
+    if computes is not None:
+        assert found.prefill == pytest.approx(found.decode, rel=0.01), "memory is so slow that it binds the prompt too"
+    assert speed_limit(opt_6_7b(32), opt_6_7b(24), stored_by(spec), shape()).assumed
 
 
 def test_a_head_of_4_bits_raises_what_layers_can_gain():
@@ -124,6 +150,54 @@ def test_padding_positions_do_not_count(reference):
     assert parity.compare(reference, logits, "x", "dense", "fp32").passed
 
 
+def on_text(ppl: float, role: str = "pruned", tokens: int = 63) -> Perplexity:
+    return Perplexity(text="t", role=role, origin="", context_length=tokens + 1, nll=(math.log(ppl),))
+
+
+@pytest.mark.parametrize(
+    ("precision", "kept", "broken"),
+    [
+        ("fp32", 10.04, 10.06),
+        ("fp16", 10.19, 10.21),
+        ("bf16", 10.19, 10.21),
+        ("int8", 10.9, 11.1),
+        ("int4", 14.9, 15.1),
+    ],
+)
+def test_an_engines_perplexity_is_pytorchs(precision, kept, broken):
+    reference = on_text(10.0)
+    found = parity.check_perplexity(reference, on_text(kept), "ort", precision)
+    assert found.ratio == pytest.approx(kept / 10) and (found.role, found.text) == ("pruned", "t")
+    for wrong in (broken, 100 / broken):  # lower is no better: it is another model
+        with pytest.raises(ParityError, match=rf"parity: ort \(pruned, {precision}\) has perplexity .* PyTorch 10.00"):
+            parity.check_perplexity(reference, on_text(wrong), "ort", precision)
+
+
+def test_a_perplexity_that_is_no_number_is_refused_and_a_gpus_reference_is_rounded():
+    with pytest.raises(ParityError, match="has perplexity inf on t"):
+        parity.check_perplexity(on_text(10.0), on_text(10.0).model_copy(update={"nll": (math.nan,)}), "ort", "int4")
+    assert parity.check_perplexity(on_text(10.0), on_text(10.1), "ort", "fp32", rounded=True).tolerance == 0.02
+    huge = on_text(10.0).model_copy(update={"nll": (1000.0,)})
+    assert parity.check_perplexity(huge, huge, "ort", "fp32").ratio == 1
+
+
+@pytest.mark.parametrize(("scale", "sound"), [(1.2, True), (1.7, False)])
+def test_damage_that_hits_both_models_alike_is_found(monkeypatch, scale, sound):
+    """Their ratio says nothing of it."""
+    recipe = SimpleNamespace(evaluation={"t": "t.txt"}, device="cpu")
+    proof = Proof(SimpleNamespace(run=None, recipe=recipe), None, None)
+    ppl = {"dense": 10.0, "pruned": 12.0}
+    monkeypatch.setattr(proof, "_perplexity", lambda text, role: on_text(ppl[role], role))
+    monkeypatch.setattr(proof, "_engine_perplexity", lambda spec, text, role: on_text(scale * ppl[role], role))
+    spec = load_engine_spec("ort-cpu-int4")
+    if sound:
+        assert proof.engine_quality(spec)["t"].ratio == pytest.approx(1.2)
+        assert [round(each.ratio, 3) for each in proof.check_perplexity(spec)] == [1.2, 1.2]
+    else:
+        with pytest.raises(ParityError, match=r"ort-cpu-int4 \(dense, int4\) has perplexity 17.00 on t, PyTorch 10.00"):
+            proof.engine_quality(spec)
+
+
 def test_a_failed_parity_stops_with_one_line(reference):
     class Broken:
         def prefill(self, input_ids, attention_mask):
@@ -185,6 +259,12 @@ def test_a_gpu_that_torch_cannot_use_has_no_rates(monkeypatch):
             rates.measure_rates("cpu")
     finally:
         rates.measure_rates.cache_clear()
+
+
+def test_a_planted_slow_down_is_for_every_engine_or_for_one():
+    dense, pruned = Path("run/engines/e/dense"), Path("run/engines/e/pruned")
+    assert [bench_worker.planted_share("0.05", engine) for engine in (dense, pruned)] == [0.05, 0.05]
+    assert [bench_worker.planted_share("pruned=0.05", engine) for engine in (dense, pruned)] == [0.0, 0.05]
 
 
 def test_a_worker_that_cannot_start_says_why(tmp_path):

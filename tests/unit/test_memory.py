@@ -14,16 +14,18 @@ import transformers
 from transformers import LlamaConfig, OPTConfig
 
 from benchmarks.kept import RESULTS
-from benchmarks.memory import OPT_1B3, Memory
+from benchmarks.memory import BUILD, ENGINES, OPT_1B3, Memory
 from tests.breadth import by_default
 from tests.families import GROUPED, family_config
 from tests.tiny import FAMILIES, tiny_config
-from trsp_deploy.decoder import count_weights
+from trsp_deploy.decoder import WeightCounts, count_config, count_weights
 from trsp_deploy.errors import DeviceMemoryError
 from trsp_deploy.recipe import Recipe, override, read_recipe
 from trsp_deploy.tools.host_memory import available_host_bytes
+from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.resources import device_memory
-from trsp_deploy.tools.resources.device_memory import check_memory, plan_memory
+from trsp_deploy.tools.resources.device_memory import Engines, check_memory, plan_memory
+from trsp_deploy.tools.resources.later_memory import PROCESS_BYTES, later_stages
 from trsp_deploy.tools.resources.memory import MemoryEstimate
 
 GIB = 2**30
@@ -123,13 +125,17 @@ def test_the_parts_that_are_arithmetic(estimates):
 
 
 @pytest.mark.parametrize("measured", sorted(RESULTS.glob("memory-*.json")), ids=lambda path: path.stem)
-def test_an_export_needs_what_the_bench_measured(measured):
-    estimate = MemoryEstimate(OPTConfig(**OPT_1B3, word_embed_proj_dim=OPT_1B3["hidden_size"]), "cpu", fast_bf16=False)
+def test_exports_and_builds_need_what_the_bench_measured(measured):
+    config = OPTConfig(**OPT_1B3, word_embed_proj_dim=OPT_1B3["hidden_size"])
     found = Memory.model_validate_json(measured.read_bytes())
-    assert found.parameters == estimate.counts.total
-    peaks = {row.precision: row.peak_bytes for row in found.rows if row.job == "export"}
-    for precision, peak in peaks.items():
-        assert peak <= estimate.export_bytes(precision) < 1.15 * peak
+    specs = [load_engine_spec(name) for names in ENGINES.values() for name in names]
+    planned = later_stages(recipe(), config, count_config(config), specs, [], "cpu")
+    needed = {stage.stage: stage.needed_bytes - PROCESS_BYTES for stage in planned}
+    for row in found.rows:
+        if row.job == "export and parity" or row.job.startswith(BUILD):
+            stage = f"onnx {row.precision}" if row.job == "export and parity" else row.job.replace(BUILD, "engine ")
+            held = row.anonymous_bytes - row.libraries_bytes
+            assert 0.95 * held - 0.5 * GIB < needed[stage] < 1.3 * held + 0.5 * GIB, row.job
 
 
 @pytest.mark.parametrize("family", by_default(["llama", "opt"], FAMILIES))
@@ -177,16 +183,42 @@ def test_a_model_that_reads_a_value_while_it_is_made_is_counted():
     assert all(stage.peak.total_bytes for stage in estimate.stages(recipe("plan.method=shortgpt")))
 
 
-def test_what_depends_on_data_is_said():
-    from transformers import MixtralConfig
-
-    from trsp_deploy.errors import ModelError
-
-    config = MixtralConfig(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2
+def test_a_step_in_parts_keeps_gradients_and_few_activations():
+    config = tiny_config("llama", hidden_size=256, intermediate_size=1024)
+    whole, parts = (
+        {m.name: m for m in plan_memory(recipe(*SMALL, "transfer.batch_size=8", *more), config).stages[1].moments}
+        for more in ([], ["transfer.micro_batch=1"])
     )
-    with pytest.raises(ModelError, match="Mixtral: its memory cannot be told"):
-        plan_memory(recipe("drop=1"), config)
+    assert parts["forward"].activations_bytes < whole["forward"].activations_bytes / 6
+    assert (
+        parts["forward"].gradients_bytes == parts["backward"].gradients_bytes == parts["optimiser step"].gradients_bytes
+    )
+    assert not whole["forward"].gradients_bytes
+
+
+def test_of_what_depends_on_data_the_rest_is_told_and_checked(card):
+    config = transformers.MixtralConfig(
+        hidden_size=64, intermediate_size=512, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=2
+    )
+    chosen = recipe("drop=1", "transfer.form=anneal", "transfer.refit=none", "device=cpu")
+    found = plan_memory(chosen, config)
+    trained = sum(weights for weights in MemoryEstimate(config, "cpu", False).counts.layers)
+    moments = {moment.name: moment for moment in found.stages[1].moments}
+    assert found.at_least and not moments["forward"].activations_bytes
+    assert moments["optimiser step"].gradients_bytes == 4 * trained
+    assert moments["optimiser step"].optimizer_bytes == 2 * 4 * trained
+    card(1_000_000)
+    with pytest.raises(DeviceMemoryError, match="transfer needs at least"):
+        check_memory(chosen, config, ["transfer"])
+
+
+def test_what_is_planned_is_refused_with_what_would_fit(card):
+    """`--plan-memory` says the same as a run that would not begin."""
+    config = tiny_config("llama", hidden_size=256, intermediate_size=1024)
+    peaks = {stage.stage: stage.peak.total_bytes for stage in plan_memory(recipe(*SMALL), config).stages}
+    card(peaks["transfer"] - 1_000_000)
+    with pytest.raises(DeviceMemoryError, match=r"transfer needs about .*would fit: --set"):
+        device_memory.check_plan(recipe(*SMALL), config, plan_memory(recipe(*SMALL), config))
 
 
 @pytest.fixture
@@ -211,6 +243,50 @@ def test_a_refusal_names_what_would_fit(card):
     assert "--set transfer.gradient_checkpointing=true (" in line and "--ignore-memory" in line
     card(peaks["transfer"])
     check_memory(recipe(*SMALL), config, ["transfer"])
+
+
+def test_what_comes_after_training_is_refused_with_the_engines_that_would_fit(card):
+    config = tiny_config("llama", hidden_size=512, intermediate_size=4096, vocab_size=100_000)
+    small, large = (load_engine_spec(f"ort-cpu-{precision}") for precision in ("fp32", "int8"))
+    both = Engines([small, large], [small, large])
+    chosen = recipe(*SMALL, "evaluate.context_length=64")
+    needed = {stage.stage: stage.needed_bytes for stage in plan_memory(chosen, config, engines=both).later}
+    engines = [f"{what} ort-cpu-{precision}" for what in ("engine", "run") for precision in ("fp32", "int8")]
+    assert list(needed) == ["onnx fp32", *engines, "evaluation"]
+    card(needed["engine ort-cpu-int8"] - 1_000_000)
+    found = plan_memory(chosen, config, engines=both)
+    assert [stage.stage for stage in found.later if not found.later_fits(stage)] == ["engine ort-cpu-int8"]
+    (line,) = found.lines()
+    assert line.startswith("needs main memory: selection ") and "engine ort-cpu-int8 " in line
+    with pytest.raises(DeviceMemoryError) as refusal:
+        check_memory(chosen, config, list(needed), engines=both)
+    said = str(refusal.value)
+    assert said.startswith("engine ort-cpu-int8 needs about ") and "\n" not in said
+    assert "would fit: --engine ort-cpu-fp32 alone (" in said and "ort-cpu-int8 alone" not in said
+    check_memory(chosen, config, ["selection", "engine ort-cpu-fp32"], engines=both)  # the other is there already
+    card(1000)
+    with pytest.raises(DeviceMemoryError, match="no engine of this recipe would fit"):
+        check_memory(chosen, config, ["onnx fp32"], engines=both)
+
+
+@pytest.mark.parametrize("kind", ["Llama4Config", "FuyuConfig", "MambaConfig", "BltConfig", "RwkvConfig"])
+def test_what_comes_after_training_is_told_of_configs_that_say_it_otherwise(kind):
+    """The decoder's config within another, no attention heads, no vocabulary."""
+    counts = WeightCounts(total=1000, layers=(300, 300), lm_head=200, embeddings=200)
+    spec = load_engine_spec("ort-cpu-fp32")
+    chosen = recipe("evaluation={text: wiki-demo}")
+    found = later_stages(chosen, getattr(transformers, kind)(), counts, [spec], [spec], "cpu")
+    assert [stage.stage for stage in found][-2:] == ["run ort-cpu-fp32", "evaluation"]
+    assert all(stage.needed_bytes > PROCESS_BYTES for stage in found)
+
+
+def test_an_engine_of_a_gpu_is_held_against_that(monkeypatch):
+    config = tiny_config("llama")
+    there = {"cpu": 10**12, "cuda": 1000}
+    monkeypatch.setattr(device_memory, "available_bytes", there.get)
+    spec = load_engine_spec("ort-cuda-fp16")
+    with pytest.raises(DeviceMemoryError, match=r"run ort-cuda-fp16 needs about .* GB of GPU memory"):
+        check_memory(recipe(*SMALL), config, ["run ort-cuda-fp16"], engines=Engines([spec], [spec]))
 
 
 def test_settings_are_tried_together_and_nothing_is_promised(card):

@@ -10,16 +10,16 @@ import torch
 import transformers
 from torch import nn
 
-from tests.tiny import COMMON, FAMILIES, LAYERS, ROTARY, english, tiny_model, tiny_tokenizer, tokens
+from tests.tiny import COMMON, FAMILIES, LAYERS, ROTARY, english, next_token_loss, tiny_model, tiny_tokenizer, tokens
 from trsp_deploy.decoder import (
     decoder_layers,
     layer_input,
-    next_token_loss,
     remove_layers,
     with_layer_output,
 )
 from trsp_deploy.errors import ModelError, RecipeError, TextError
 from trsp_deploy.tools.closed_form import span
+from trsp_deploy.tools.closed_form.equations import sink_positions
 from trsp_deploy.tools.closed_form.hidden_states import visit_layers
 from trsp_deploy.tools.closed_form.span import (
     RIDGE,
@@ -28,11 +28,10 @@ from trsp_deploy.tools.closed_form.span import (
     output_projection,
     projections_before,
     runs,
-    sink_positions,
     write_fold,
 )
 from trsp_deploy.tools.gates import LayerGates
-from trsp_deploy.tools.methods import METHODS
+from trsp_deploy.tools.methods import METHODS, base
 from trsp_deploy.tools.methods.uidl import angular_distance
 from trsp_deploy.tools.training.shared import batches, mean_loss
 
@@ -133,6 +132,22 @@ def test_at_least_one_layer_goes_and_one_stays(name, num_dropped):
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_a_layer_that_cannot_go_stays_though_it_does_nothing(name, monkeypatch):
+    monkeypatch.setattr(base, "fixed_ends", lambda _: frozenset({0, 5}))
+    model = tiny_model("llama")
+    make_idle(model, [0, 5])
+    assert set(METHODS[name].select(model, tokens(8), 2, 4).dropped) <= {1, 2, 3, 4}
+    with pytest.raises(RecipeError, match=r"5 of the model's 6 layers.*valid: 1 to 4"):
+        METHODS[name].select(model, tokens(8), 5, 4)
+
+
+def test_no_span_to_fold(monkeypatch):
+    monkeypatch.setattr(base, "fixed_ends", lambda _: frozenset({5}))
+    with pytest.raises(RecipeError, match="no span of 5 layers leaves both layer 0 and what cannot go"):
+        METHODS["fold"].select(tiny_model("llama"), tokens(8), 5, 4)
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_no_windows(name):
     with pytest.raises(TextError, match="no calibration windows"):
         METHODS[name].select(tiny_model("llama"), tokens()[:0], 1, 2)
@@ -209,12 +224,13 @@ def plant_linear_layer(model, index) -> None:
     """Let layer `index` add nothing but a linear map (and constant) of what the layer before it wrote last."""
     layer = decoder_layers(model)[index]
     projection = output_projection(model, index - 1, tokens(2, 8))
+    (module,) = projection.modules
     width = model.config.hidden_size
     generator = torch.Generator().manual_seed(1)
     matrix = torch.randn(width, width, generator=generator) / width**0.5
-    constant = torch.randn(width, generator=generator) if projection.module.bias is not None else torch.zeros(width)
+    constant = torch.randn(width, generator=generator) if projection.has_bias else torch.zeros(width)
     written = {}
-    projection.module.register_forward_hook(lambda module, args, output: written.update(added=output))
+    module.register_forward_hook(lambda module, args, output: written.update(added=output))
 
     class Planted(type(layer)):
         def forward(self, *args, **kwargs):
@@ -238,8 +254,8 @@ def test_a_linear_span_folds_without_loss(family):
     before = weights(model)
     fold_dropped_layers(model, [2], tokens(64, 20, seed=5), 16, ridge=1e-12)
     changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
-    projection = output_projection(model, 1, tokens(2, 8)).module
-    assert len(changed) == len(list(projection.parameters()))
+    (module,) = output_projection(model, 1, tokens(2, 8)).modules
+    assert len(changed) == len(list(module.parameters()))
     remove_layers(model, [2])
     assert torch.allclose(logits(model), dense, atol=1e-4)
 
@@ -346,15 +362,13 @@ def test_fold_keeps_the_attention_sink(windows):
 
 def fit_without_sinks(model, ids):
     (fit,) = fit_spans(model, projections_before(model, [(2, 3)], ids), ids, 8)
-    fit.gram.zero_()
+    fit.equations.gram.zero_()
     inputs = []
-    hook = decoder_layers(model)[1].mlp.down_proj.register_forward_pre_hook(
-        lambda m, args: inputs.append(args[0][:, 1:])
-    )
-    logits(model, ids)
-    hook.remove()
+    projection = decoder_layers(model)[1].mlp.down_proj
+    with projection.register_forward_pre_hook(lambda module, args: inputs.append(args[0][:, 1:])):
+        logits(model, ids)
     features = torch.cat(inputs).flatten(0, 1).double()
-    fit.gram += features.T @ features
+    fit.equations.gram += features.T @ features
     return fit
 
 
@@ -404,7 +418,8 @@ def test_architectures_that_cannot_be_folded(config):
 
 def test_fold_wants_enough_text():
     with pytest.raises(
-        TextError, match="40 calibration tokens cannot fit a projection to a hidden size of 48: give at least 48"
+        TextError,
+        match="2 calibration windows of 20 tokens cannot fit a projection of hidden size 48: give at least 48 tok",
     ):
         fold_dropped_layers(tiny_model("llama"), [2], tokens(2, 20), 2)
     with pytest.raises(TextError, match="at least 2 calibration windows"):
@@ -419,5 +434,5 @@ def test_fold_in_half_precision(windows):
 
 
 def test_the_projection_found_is_an_nn_linear_or_conv1d():
-    assert isinstance(output_projection(tiny_model("phi"), 0, tokens(2, 8)).module, nn.Linear)
-    assert output_projection(tiny_model("gpt2"), 3, tokens(2, 8)).module.nf == 48
+    assert isinstance(output_projection(tiny_model("phi"), 0, tokens(2, 8)).modules[0], nn.Linear)
+    assert output_projection(tiny_model("gpt2"), 3, tokens(2, 8)).modules[0].nf == 48

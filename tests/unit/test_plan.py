@@ -42,9 +42,9 @@ def test_complement():
         ({"dropped": [], "kept": [0, 1, 2, 3, 4, 5]}, "at least one layer must be dropped and one kept"),
         ({"dropped": [0, 1, 2, 3, 4, 5], "kept": []}, "at least one layer must be dropped and one kept"),
         ({"num_layers": 12}, "made for a model of 12 layers, this one has 6"),
-        ({"dropped": [-1, 4]}, "dropped.0: input should be greater than or equal to 0, got -1"),
-        ({"droped": [1]}, "droped: extra inputs are not permitted"),
-        ({"dropped": "1,4"}, "dropped: input should be a valid tuple"),
+        ({"dropped": [-1, 4]}, "key 'dropped.0': should be greater than or equal to 0, got -1"),
+        ({"droped": [1]}, "unknown key 'droped'; did you mean 'dropped'?"),
+        ({"dropped": "1,4"}, "key 'dropped': should be a valid array, got '1,4'"),
     ],
 )
 def test_each_mistake_has_its_line(tmp_path, changes, words):
@@ -60,6 +60,7 @@ def test_each_mistake_has_its_line(tmp_path, changes, words):
 def test_missing_and_garbled_files(tmp_path):
     with pytest.raises(PlanError, match="no such file"):
         read_plan(tmp_path / "none.json", 6)
-    (tmp_path / "plan.json").write_text("{")
-    with pytest.raises(PlanError, match="not valid JSON"):
-        read_plan(tmp_path / "plan.json", 6)
+    for content, words in (("{", "is not valid JSON"), ("[]", "holds a list, expected an object")):
+        (tmp_path / "plan.json").write_text(content)
+        with pytest.raises(PlanError, match=words):
+            read_plan(tmp_path / "plan.json", 6)

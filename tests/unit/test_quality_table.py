@@ -102,7 +102,12 @@ def test_a_row_survives_the_file(tmp_path: Path) -> None:
 def test_a_broken_line_is_named(tmp_path: Path) -> None:
     path = filled(tmp_path / "quality.jsonl", QUICK).path
     path.write_text(path.read_text() + '{"key": 1}\n')
-    with pytest.raises(RunError, match=f"line {len(rows(QUICK)) + 1}: .*delete the line"):
+    with pytest.raises(
+        RunError, match=f"line {len(rows(QUICK)) + 1}: key 'key': should be a valid string, got 1; delete"
+    ):
+        Store(path)
+    path.write_text("{")
+    with pytest.raises(RunError, match=r"line 1: is not valid JSON \(.*\); delete the line"):
         Store(path)
 
 

@@ -12,8 +12,9 @@ from tests.unit.test_methods import plant_linear_layer
 from trsp_deploy.decoder import decoder_layers, remove_layers
 from trsp_deploy.errors import TextError
 from trsp_deploy.recipe import TransferSettings
+from trsp_deploy.tools.closed_form.equations import NormalEquations
 from trsp_deploy.tools.closed_form.layer_modules import Group, layer_calls, linear_groups
-from trsp_deploy.tools.closed_form.layers import Equations, Streams, choose_solution, refit_kept_layers
+from trsp_deploy.tools.closed_form.layers import Streams, choose_solution, refit_kept_layers
 from trsp_deploy.tools.gates import LayerGates
 from trsp_deploy.tools.training.forms import FORMS
 from trsp_deploy.tools.training.processes import Processes
@@ -124,20 +125,20 @@ def test_one_window_is_refused_in_one_line():
 
 
 def test_equations_that_do_not_carry_over_to_held_out_text_change_nothing():
-    linear = torch.nn.Linear(4, 3, bias=False)
-    fit, held_out = (Equations.empty(Group((linear,), 1.0), torch.device("cpu")) for _ in range(2))
-    states, residual, none = torch.randn(2, 50, 4), torch.randn(2, 50, 3), torch.zeros(2, 50, dtype=torch.bool)
-    fit.add(states, states @ torch.ones(4, 3) + 0 * residual, none)
-    held_out.add(states, -states @ torch.ones(4, 3), none)
+    group = Group((torch.nn.Linear(4, 3, bias=False),), 1.0)
+    fit, held_out, alike = (NormalEquations.empty(group, torch.float32) for _ in range(3))
+    states, now, no_sinks = torch.randn(2, 50, 4), torch.randn(2, 50, 3), torch.zeros(2, 50, dtype=torch.bool)
+    lacking = states @ torch.ones(4, 3)
+    fit.add(states, now, now + lacking, no_sinks)
+    held_out.add(states, now, now - lacking, no_sinks)
     assert choose_solution(fit, held_out) is None
-    held_out = Equations.empty(Group((linear,), 1.0), torch.device("cpu"))
-    held_out.add(states, states @ torch.ones(4, 3), none)
-    solution = choose_solution(fit, held_out)
+    alike.add(states, now, now + lacking, no_sinks)
+    solution = choose_solution(fit, alike)
     assert solution is not None
     assert torch.allclose(solution.float(), torch.ones(4, 3), atol=0.05)
 
 
-def test_what_bf16_cannot_add_is_kept_back_until_it_can(monkeypatch):
+def test_what_bf16_cannot_add_is_a_residue_until_it_can(monkeypatch):
     """A hundredth of the way is less than the last bit of most weights."""
     model = tiny_model("llama").to(torch.bfloat16)
     weight = decoder_layers(model)[1].mlp.up_proj.weight
@@ -157,7 +158,7 @@ def test_what_bf16_cannot_add_is_kept_back_until_it_can(monkeypatch):
         for step in range(settings.steps):
             form.before_step(step)
         form.finish()
-    assert len(form.moved()) == 1, "what was kept back goes into checkpoints"
+    assert len(form.moved()) == 1, "the residue goes into checkpoints"
     undone = (weight.float() - wanted).norm() / (before.float() - wanted).norm()
     assert undone < 0.1, "0.95 without"
 

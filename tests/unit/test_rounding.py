@@ -111,6 +111,29 @@ def test_onnx_runtime_reads_the_bytes_as_they_are_meant(inputs: int, zero_points
     assert np.abs(found - wanted).max() < 0.02 * np.abs(wanted).max()  # it rounds activations to 8 bits
 
 
+@pytest.mark.parametrize("width", [4, 8])
+def test_a_list_that_is_looked_up_is_no_table_of_tokens(width: int, tmp_path: Path) -> None:
+    table, numbers_of = numbers(20, 48), np.arange(20, dtype=np.float32)
+    ids = ir.Value(name="input_ids", shape=ir.Shape([3]), type=ir.TensorType(ir.DataType.INT64))
+    constants = [
+        ir.Value(
+            name=name, shape=ir.Shape(value.shape), type=ir.TensorType(ir.DataType.FLOAT), const_value=ir.tensor(value)
+        )
+        for name, value in (("table", table), ("list", numbers_of))
+    ]
+    nodes = [ir.node("Gather", [constant, ids]) for constant in constants]
+    for node, name in zip(nodes, ("row", "number"), strict=True):
+        node.outputs[0].name, node.outputs[0].type = name, ir.TensorType(ir.DataType.FLOAT)
+    outputs = [node.outputs[0] for node in nodes]
+    graph = ir.Graph([ids], outputs, nodes=nodes, initializers=constants, opset_imports={"": 21}, name="g")
+    quantised = quantize.quantize_int4(ir.Model(graph, ir_version=10), 32, "none", {}, embedding_bits=width)
+    ir.save(quantised, tmp_path / "int4.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "int4.onnx", providers=["CPUExecutionProvider"])
+    row, number = session.run(["row", "number"], {"input_ids": np.array([2, 19, 0])})
+    np.testing.assert_array_equal(number, [2, 19, 0])
+    assert 0 < np.abs(row - table[[2, 19, 0]]).max() < np.abs(table).max() / (2 ** (width - 1) - 2)
+
+
 def test_what_reads_no_numbers_is_refused() -> None:
     broken = together(10, 32)
     broken[3, 4] = np.inf

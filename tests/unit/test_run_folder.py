@@ -9,9 +9,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from trsp_deploy.artifacts import RunFolder, fingerprint, provenance, size_bytes, storage_errors, write_json, writing
+from trsp_deploy.artifacts import (
+    RunFolder,
+    RunLayout,
+    fingerprint,
+    model_of_engine,
+    provenance,
+    size_bytes,
+    storage_errors,
+    write_json,
+    writing,
+)
 from trsp_deploy.errors import RunError, StorageError
 from trsp_deploy.recipe import Strict
 
@@ -115,7 +126,8 @@ def test_record_says_where_it_comes_from(job):
     record = job.run.record("double")
     assert record.inputs["source"] == fingerprint(job.source)
     assert record.outputs["out.txt"] == fingerprint(job.run.path / "out.txt")
-    assert record.provenance == provenance()
+    assert record.provenance.differences(provenance()) == {} and record.provenance.time is not None
+    assert job.run.made == {"double": record.provenance}
     assert record.provenance.cores >= 1 and "torch" in record.provenance.packages
 
 
@@ -211,11 +223,20 @@ def test_old_folder_comes_back_when_the_new_one_cannot_take_its_place(tmp_path, 
 def test_full_disk_is_seen_before_room_is_made_again(tmp_path, monkeypatch):
     """torch says no word about the disk, and what it wrote in vain is removed at once."""
     monkeypatch.setattr(
-        "trsp_deploy.artifacts.storage._free_bytes", lambda path: 0 if list(tmp_path.glob(".*")) else 1 << 30
+        "trsp_deploy.artifacts.storage.free_bytes", lambda path: 0 if list(tmp_path.glob(".*")) else 1 << 30
     )
     with pytest.raises(StorageError, match="disk is full"), writing(tmp_path / "state.pt") as partial:
         partial.write_bytes(b"half")
         raise RuntimeError("PytorchStreamWriter failed writing file")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+@pytest.mark.parametrize(("free", "said"), [(0, "the disk is full"), (1 << 30, "a file may not be that large here")])
+def test_numpys_short_write_has_no_number_of_its_own(tmp_path, monkeypatch, free, said):
+    """onnx_ir writes weights with it."""
+    monkeypatch.setattr("trsp_deploy.artifacts.storage.free_bytes", lambda path: free)
+    with pytest.raises(StorageError, match=said), storage_errors(tmp_path), Path("/dev/full").open("wb") as full:
+        np.zeros(100_000).tofile(full)
 
 
 def test_fingerprint_sees_names_and_contents(tmp_path):
@@ -268,3 +289,16 @@ def test_full_disk_under_a_library_that_raises_its_own_error(small_disk):
     with pytest.raises(StorageError, match="the disk is full"), writing(small_disk / "model.safetensors") as partial:
         save_file({"weight": torch.zeros(2 << 20)}, partial)
     assert names(small_disk) == []
+
+
+def test_an_engine_leads_to_the_model_that_it_is_of(tmp_path):
+    run = RunLayout(tmp_path / "run")
+    assert model_of_engine(run.engine("ort-cpu-fp32", "pruned")) == run.model("pruned")
+    assert model_of_engine(tmp_path / "run" / "mine" / "ort-cpu-fp32" / "pruned") is None, "of no run"
+    assert model_of_engine(Path("/engine")) is None
+
+
+def test_only_the_first_engines_precision_has_the_plain_folder():
+    run = RunLayout(Path("run"))
+    folders = [run.below(run.onnx("dense", precision, plain="fp32")) for precision in ("fp32", "fp16")]
+    assert folders == ["onnx/dense", "onnx/dense-fp16"]

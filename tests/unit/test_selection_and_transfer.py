@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.families import family_model
-from tests.tiny import english, save_tiny, tiny_model, tiny_tokenizer
+from tests.tiny import english, next_token_loss, save_tiny, tiny_model, tiny_tokenizer
 from tests.training import same_weights
-from trsp_deploy.decoder import decoder_layers, load_model, next_token_loss, stored_dtype
+from trsp_deploy.decoder import decoder_layers, load_model, stored_dtype
 from trsp_deploy.errors import ModelError
 from trsp_deploy.recipe import read_recipe
 from trsp_deploy.stages import selection
@@ -122,7 +122,14 @@ def run_transfer(dense, out, windows, checkpoints=None, **transfer):
     source = ModelSource(name="tiny", kind="folder", path=str(dense), origin=str(dense))
     settings = {"steps": 12, "batch_size": 4, "learning_rate": 3e-3, **transfer}
     return transfer_and_remove(
-        dense, source, PLAN, windows[:32], windows[32:40], recipe(transfer=settings), out, checkpoints
+        dense=dense,
+        source=source,
+        plan=PLAN,
+        train=windows[:32],
+        validation=windows[32:40],
+        recipe=recipe(transfer=settings),
+        out=out,
+        checkpoints=checkpoints,
     )
 
 
@@ -134,7 +141,7 @@ def test_annealed_removal_is_exact(dense, tmp_path, windows):
 
 
 @pytest.mark.parametrize("form", ["l1", "l2"])
-def test_penalty_lowers_what_the_doomed_layers_add(dense, tmp_path, windows, form):
+def test_penalty_lowers_what_the_dropped_layers_add(dense, tmp_path, windows, form):
     result = run_transfer(dense, tmp_path / "out", windows, form=form, weight=1.0)
     assert result.penalty[-1] < 0.9 * result.penalty[0]
     assert result.ppl_before_removal != result.ppl_after_removal  # small is not zero; the jump is reported

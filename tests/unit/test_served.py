@@ -14,6 +14,7 @@ from tests.tiny import save_tiny
 from trsp_deploy.errors import RunError
 from trsp_deploy.stages.serve_bench import _order
 from trsp_deploy.tools.reports import markdown
+from trsp_deploy.tools.triton_server import load
 from trsp_deploy.tools.triton_server.load import LoadGenerator, prompts_of
 from trsp_deploy.tools.triton_server.served import METRICS, derive, inter_token_s, served_rows, served_sentence
 
@@ -94,6 +95,12 @@ def test_a_server_that_fails_is_one_line(tmp_path: Path, code: str, tokens: int,
     with pytest.raises(RunError, match=r"m on 127.0.0.1:1: ") as caught:
         generator(tmp_path, code).window("127.0.0.1:1", "m", ["x"], tokens, 1, 1.0)
     assert words in str(caught.value)
+
+
+def test_a_server_that_never_answers_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "PATIENCE_S", 0.2)
+    with pytest.raises(RunError, match=r"m on 127\.0\.0\.1:1: perf_analyzer was not done after 0 s"):
+        generator(tmp_path, "import time; time.sleep(60)").window("127.0.0.1:1", "m", ["x"], 4, 1, 0.1)
 
 
 def test_a_window_in_which_nothing_ends_is_empty(tmp_path: Path) -> None:

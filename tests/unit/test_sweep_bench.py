@@ -11,6 +11,7 @@ from benchmarks import sweep as bench
 from tests.breadth import BREADTH
 from tests.samples import made_up, made_up_point
 from trsp_deploy.artifacts import provenance
+from trsp_deploy.tools.judging.statistics import speedup
 from trsp_deploy.tools.reports.sweeps import Sweep, Targets, choose
 
 
@@ -47,10 +48,22 @@ def test_the_page_and_the_plot_are_written_from_what_is_kept(
     monkeypatch.setattr("sys.argv", ["sweep", "--report"])
     assert bench.main() == 2
     lines = capsys.readouterr().out.splitlines()
-    assert json.loads(lines[-1]) == bench.verdict(found)
+    assert json.loads(lines[-1]) == bench.verdict(bench.read(found.model_dump_json().encode()))
     page = (tmp_path / "docs/choosing-a-drop.md").read_text()
     assert "| 3 of 30 |" in page and "not run" in page and page.startswith("before") and page.endswith("after\n")
     assert (tmp_path / "docs/img/sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_intervals_are_derived_again_from_what_was_timed(found: bench.Found) -> None:
+    """The file keeps the intervals of the code that measured; the page says what today's code makes of the blocks."""
+    noisy = made_up(speedup=1.1, noise=0.05, seed=3)
+    read = bench.read(found.model_copy(update={"comparisons": {3: noisy}}).model_dump_json().encode())
+    for point, kept in zip(read.sweep.points, found.sweep.points, strict=True):
+        if point.num_dropped != 3 or point.comparison is None:
+            assert point == kept
+            continue
+        for phase in point.comparison.phases:
+            assert phase.speedup == speedup(noisy.replicates, 0, phase.phase).found and phase.limit == 1.11
 
 
 @BREADTH

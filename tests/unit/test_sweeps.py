@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
-from tests.samples import made_up_point
+from tests.samples import made_up, made_up_point, made_up_report, made_up_sweep
 from trsp_deploy.artifacts import provenance
 from trsp_deploy.errors import RecipeError
+from trsp_deploy.pipeline.reporting import sweep_of
 from trsp_deploy.recipe import parse_drops
-from trsp_deploy.tools.reports import sweep_page
-from trsp_deploy.tools.reports.sweeps import Sweep, Targets, choose
+from trsp_deploy.tools.judging.comparisons import compare
+from trsp_deploy.tools.reports import markdown, sweep_page
+from trsp_deploy.tools.reports.rows import sweep_row
+from trsp_deploy.tools.reports.sweeps import SWEEP, Sweep, Targets, choose
 
 POINTS = [
     made_up_point(2, 1.1, 1.05),
@@ -78,6 +85,49 @@ def test_the_page_has_the_answer_every_point_and_two_plots() -> None:
     assert all(f'href="drop-{count}/report.html"' in page for count in (2, 4, 6, 8))
     unmeasured = found.model_copy(update={"points": (POINTS[0].model_copy(update={"comparison": None}),)})
     assert "not measured" in sweep_page.render(unmeasured)
+
+
+def test_every_shape_has_to_keep_a_target() -> None:
+    point = made_up_point(4, 1.4, 1.2)
+    several = compare(made_up(speedup=1.4, noise=1e-6, shapes=(1.0, 0.8)))
+    slow = [
+        p.model_copy(update={"pruned_s": 0.5}) if p.phase == "decode" and not i else p
+        for i, p in enumerate(sorted(several.phases, key=lambda p: p.phase))
+    ]
+    found = point.model_copy(update={"comparison": several.model_copy(update={"phases": tuple(slow)})})
+    refused = choose([found], Targets(min_speedup=1.25))
+    assert refused.num_dropped is None
+    assert "1.12x (1.12 to 1.12) at batch 1, prompt 256, the least of 2 shapes of 1.25x end to end" in refused.reason
+    assert choose([found], Targets(min_speedup=1.1)).num_dropped == 4
+    assert choose([found], Targets(max_latency_s=0.1)).num_dropped is None, "a token takes 0.5 s at one shape"
+    assert "at batch 1, prompt 256, the least of 2 shapes" in sweep_row(found)[3]
+
+
+def test_a_runs_report_keeps_the_sweep_that_it_is_a_point_of(tmp_path: Path) -> None:
+    said: list[str] = []
+    found = made_up_sweep()
+    (tmp_path / "drop-4").mkdir()
+    inputs: Any = SimpleNamespace(run=SimpleNamespace(path=tmp_path / "drop-4"), say=said.append)
+    report = made_up_report(made_up())
+    report = report.model_copy(update={"plan": report.plan.model_copy(update={"dropped": (0, 1, 2, 3)})})
+    assert sweep_of(inputs, report) is None and not said, "a run by itself"
+    (tmp_path / SWEEP).write_text(found.model_dump_json())
+    assert sweep_of(inputs, report) == found
+    other: Any = SimpleNamespace(run=SimpleNamespace(path=tmp_path / "drop-5"), say=said.append)
+    assert sweep_of(other, report) is None and not said, "beside a sweep, and none of it"
+    changed = report.model_copy(update={"plan": report.plan.model_copy(update={"dropped": (0, 1, 2, 7)})})
+    assert sweep_of(inputs, changed) is None and "is of another cut than drop-4 is now" in said.pop()
+    (tmp_path / SWEEP).write_text("{}")
+    assert sweep_of(inputs, report) is None and "is no sweep of this version" in said.pop()
+
+
+def test_every_report_of_a_point_has_the_other_points() -> None:
+    report = made_up_report(made_up()).model_copy(update={"sweep": made_up_sweep()})
+    text = markdown.render(report)
+    assert "## Other cuts of this model" in text and "Drop 6 of 10 layers (drop-6)" in text
+    assert all(f"| -{count} | " in text for count in (2, 4, 6))
+    assert type(report).model_validate_json(report.model_dump_json()) == report
+    assert "Other cuts" not in markdown.render(made_up_report(made_up()))
 
 
 @pytest.mark.parametrize(

@@ -234,15 +234,42 @@ def test_no_warning_about_long_sequences(tokenizer, capfd: pytest.CaptureFixture
     assert capfd.readouterr() == ("", "")
 
 
-def test_split_keeps_training_and_held_out_windows_apart():
+def test_split_draws_from_the_whole_text_and_holds_out_its_end():
     windows = torch.arange(40).view(20, 2)
-    train, held_out = split_windows(windows, 4, seed=0)
-    assert len(train) == 16 and len(held_out) == 4
-    assert sorted(torch.cat([train, held_out]).flatten().tolist()) == list(range(40))
-    again, _ = split_windows(windows, 4, seed=0)
+    train, held_out = split_windows(windows, 16, 4, seed=0)
+    assert torch.equal(held_out, windows[16:])
+    assert sorted(train.flatten().tolist()) == list(range(32)) and not torch.equal(train, windows[:16])
+    again, _ = split_windows(windows, 16, 4, seed=0)
     assert torch.equal(train, again)
-    assert [len(part) for part in split_windows(windows[:5], 4, seed=0)] == [4, 1]  # three quarters stay
-    assert [len(part) for part in split_windows(windows[:1], 4, seed=0)] == [1, 1]
+    few, _ = split_windows(windows, 5, 4, seed=0)
+    assert torch.equal(few, train[:5]) and few.max() > 10  # not the text's beginning
+    assert [len(part) for part in split_windows(windows[:5], 9, 4, seed=0)] == [4, 1]  # three quarters stay
+    assert [len(part) for part in split_windows(windows[:1], 9, 4, seed=0)] == [1, 1]
+
+
+def test_rows_of_one_wikitext_article_are_one_document() -> None:
+    """Paragraphs of an article say much the same of a model: ten of them are no ten samples."""
+    rows = (
+        "",
+        " = One title = \n",
+        "",
+        " It begins here . \n",
+        " = = A section = = \n",
+        " And goes on . \n",
+        " = = = Below it = = = \n",
+        " = Another title = \n",
+        " The second article . \n",
+    )
+    texts, tokenizer = Texts(name="t", origin="", documents=rows, fingerprint=""), tiny_tokenizer()
+    ids = tokenizer("\n\n".join(rows), add_special_tokens=False)["input_ids"]
+    found = documents_of(texts, tokenizer, len(ids))
+    assert found is not None and found.tolist() == sorted(found.tolist())
+    second = tokenizer("\n\n".join(rows[7:]), add_special_tokens=False)["input_ids"]
+    assert set(found) - {0} == {1, 2} and (found == 2).sum() == pytest.approx(len(second), abs=1)
+    alone = tokenizer("x = 1 =\n\n= y", add_special_tokens=False)["input_ids"]
+    plain = Texts(name="t", origin="", documents=("x = 1 =", "= y"), fingerprint="")
+    found = documents_of(plain, tokenizer, len(alone))
+    assert found is not None and set(found) == {0, 1}, "no heading, so each is a document of its own"
 
 
 def test_tokens_know_their_document() -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from benchmarks import bench_train, kept
-from benchmarks.bench_train import ENGINES, one_gpu, parse, verdict
+from benchmarks.bench_train import ENGINES, Job, one_gpu, parse, verdict
+from tests.tiny import english, save_tiny
 
 
 def sample(step_s: float, peak_bytes: int) -> dict[str, Any]:
@@ -30,6 +31,15 @@ def test_targets_are_judged_before_they_are_rounded() -> None:
     assert all(
         found["met"] != {} and 0 < abs(found["figures"][name] - found["targets"][name]) < 5e-4 for name in found["met"]
     )
+
+
+@pytest.mark.parametrize(("engine", "weights"), [("stage 2", (1, 0)), ("stage 2 with teacher", (0.5, 1))])
+def test_what_is_judged_has_trainers_loss(tmp_path: Path, engine: str, weights: tuple[float, float]) -> None:
+    save_tiny("llama", tmp_path / "model")
+    (tmp_path / "text.txt").write_text(english()[:20_000])
+    places = ["--model", str(tmp_path / "model"), "--texts", str(tmp_path / "text.txt")]
+    job = Job(parse([*places, "--context", "32", "--steps", "1", "--worker", engine]))
+    assert (job.recipe.transfer.ce_weight, job.recipe.transfer.kl_weight) == weights
 
 
 def test_both_see_the_first_visible_gpu() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -14,10 +16,9 @@ from trsp_deploy.tools.gates import LayerGates
 from trsp_deploy.tools.resources.rehearsal import LiveBytes
 from trsp_deploy.tools.training import losses
 from trsp_deploy.tools.training.losses import TokenLosses
+from trsp_deploy.tools.training.optimizers import clip_gradients, make_optimizer, rounded_at_random
 from trsp_deploy.tools.training.parameters import (
     add_adapters,
-    clip_gradients,
-    make_optimizer,
     merge_adapters,
     recomputed_layers,
 )
@@ -144,6 +145,21 @@ def test_recomputed_layers_have_the_same_gradients(family, checkpointing):
     assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][1])
 
 
+def test_what_stood_in_front_of_a_recomputed_layer_comes_back():
+    model = tiny_model("llama")
+    layer, calls = decoder_layers(model)[2], []
+    forward = layer.forward
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return forward(*args, **kwargs)
+
+    layer.forward = counted
+    with recomputed_layers(model, True), LayerGates(model):
+        TokenLosses(model)(tokens())
+    assert vars(layer)["forward"] is counted and calls
+
+
 def test_recomputed_layers_keep_less_for_backward():
     def kept(checkpointing):
         model = tiny_model("llama")
@@ -214,6 +230,51 @@ def test_8_bit_moments_train_as_well_and_take_a_quarter(dense, tmp_path):
     assert held["adamw-8bit"] < 0.3 * held["adamw"]
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw-8bit"])
+@pytest.mark.parametrize("size", [0.02, 1.0])  # a weight matrix's, a norm's
+def test_weights_in_bf16_move_as_far_as_in_fp32(optimizer, size):
+    if optimizer == "adamw-8bit":
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'trsp_deploy[train]'")
+    draws = torch.Generator().manual_seed(0)
+    start = (size * torch.randn(64, 128, generator=draws)).bfloat16()
+    pull = torch.randn(64, 128, generator=draws)  # what all gradients have in common
+    moved = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = torch.nn.Parameter(start.to(dtype, copy=True))
+        settings = recipe(transfer={"optimizer": optimizer, "learning_rate": 2e-5}).transfer
+        made = make_optimizer(torch.nn.ParameterList([weight]), settings)
+        for step in range(64):
+            noise = torch.randn(64, 128, generator=torch.Generator().manual_seed(step))
+            weight.grad = (1e-3 * (pull + noise)).to(dtype)
+            made.step()
+        moved[dtype] = weight.detach().float() - start.float()
+    exact, rounded = moved[torch.float32], moved[torch.bfloat16]
+    along = (exact * rounded).mean() / exact.square().mean()  # 1: as far, on average
+    assert along.item() == pytest.approx(1, abs=0.1)
+
+
+def test_rounding_at_random_is_right_on_average_and_to_a_neighbour():
+    values = torch.tensor([1.001, -0.3, 1e-3, 0.0, 2.0]).repeat(20_000, 1)
+    found = rounded_at_random(values, torch.Generator().manual_seed(0)).float()
+    assert (found - values).abs().max(0).values.le(values[0].abs() / 128).all()
+    assert torch.allclose(found.mean(0), values[0], rtol=2e-4)
+    assert torch.equal(found[:, 3:], values[:, 3:])  # what bf16 holds stays
+
+
+def test_replicas_round_alike_and_so_does_a_training_that_goes_on():
+    weights = [torch.nn.Parameter(torch.full((300,), 0.7, dtype=torch.bfloat16)) for _ in range(3)]
+    optimizers = [make_optimizer(torch.nn.ParameterList([weight]), recipe().transfer) for weight in weights]
+    for step in range(4):
+        if step == 2:  # the third goes on from a checkpoint of the first
+            weights[2].data.copy_(weights[0].data)
+            optimizers[2].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+        for weight, optimizer in zip(weights, optimizers, strict=True):
+            torch.rand(1)  # other random numbers are drawn beside it
+            weight.grad = torch.linspace(-1, 1, 300).bfloat16()
+            optimizer.step() if step >= 2 or weight is not weights[2] else None
+    assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
+
+
 def test_gradients_are_clipped_to_a_norm_of_1():
     weight = torch.nn.Parameter(torch.zeros(4))
     optimizer = torch.optim.AdamW([weight])
@@ -221,6 +282,25 @@ def test_gradients_are_clipped_to_a_norm_of_1():
         weight.grad = torch.full((4,), size)
         clip_gradients(optimizer)
         assert weight.grad.norm().item() == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("form", ["anneal", "train"])
+def test_a_step_in_parts_is_the_same_step(dense, tmp_path, form):
+    settings = {"form": form, "steps": 4, "batch_size": 4, "kl_weight": 0.5}
+    whole = transfer(dense, tmp_path / "whole", **settings)
+    for size in (1, 3):  # 3: and one window is left over
+        parts = transfer(dense, tmp_path / f"parts-{size}", **settings, micro_batch=size)
+        assert parts.lm_loss == pytest.approx(whole.lm_loss, abs=2e-5)
+        assert parts.ppl_after_removal == pytest.approx(whole.ppl_after_removal, rel=1e-4)
+        assert parts.tokens == whole.tokens
+
+
+@pytest.mark.parametrize("form", ["l1", "l2"])
+def test_a_penalty_is_not_taken_in_parts(form):
+    with pytest.raises(
+        RecipeError, match=f"transfer.micro_batch: the penalty of form {form} is a norm over all windows"
+    ):
+        recipe(transfer={"form": form, "refit": "none", "micro_batch": 1})
 
 
 def test_adapters_for_all_weights_make_no_sense():

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from trsp_deploy.errors import RunError
+from trsp_deploy.errors import EngineUnavailable, RunError
 from trsp_deploy.tools.sources.packaged import find_asset
+from trsp_deploy.tools.triton_server import lint_plan
 from trsp_deploy.tools.triton_server.config import SCHEMA
 from trsp_deploy.tools.triton_server.lint import lint
 
@@ -79,12 +82,52 @@ def test_a_good_model_has_nothing_wrong(model: Path) -> None:
             '"x" data_type: TYPE_FP32 dims: [ -1 ]',
             "dims [-1, -1] with the batch",
         ),
+        ('backend: "onnxruntime"', 'backend: "onnxrutime"', "libtriton_onnxrutime.so; did you mean 'onnxruntime'?"),
+        ('backend: "onnxruntime"', 'platform: "onnxruntime"', "did you mean 'onnxruntime_onnx'?"),
+        ('backend: "onnxruntime"', 'backend: "pytorch"', "1/model.pt is missing"),
+        ('backend: "onnxruntime"', 'platform: "torch_aoti"', "1/model.pt2 is missing"),
+        # The server takes the backend from the file that is there.
+        ('backend: "onnxruntime"\nmax_batch_size: 4', "", "dims [3] with the batch, [-1, 3] in the graph"),
+        (
+            'backend: "onnxruntime"',
+            'default_model_filename: "my.onnx"',
+            "has neither backend nor platform, and no file that tells",
+        ),
+        (
+            '"x" data_type: TYPE_FP32 dims: [ 3 ]',
+            '"x" data_type: TYPE_FP32 dims: [ 3 ] optional: true',
+            "optional input 'x': the onnxruntime backend takes none where max_batch_size is set",
+        ),
+        ("TYPE_FP32 dims: [ 3 ] } ]\noutput", "TYPE_BF16 dims: [ 3 ] } ]\noutput", "from before March 2026"),
+        (
+            'backend: "onnxruntime"',
+            'platform: "ensemble" ensemble_scheduling { step [ { model_name: "nowhere" } ] }',
+            "a step of the ensemble is model 'nowhere', which is not here",
+        ),
     ],
 )
 def test_each_fault_is_found(model: Path, old: str, new: str, line: str) -> None:
     assert old in GOOD
     (model / "config.pbtxt").write_text(GOOD.replace(old, new))
     assert line in said(model)
+
+
+@pytest.mark.parametrize(
+    ("backend", "file"), [("mine", "libtriton_mine.so"), ("pytorch", "model.pt"), ("vllm", "model.json")]
+)
+def test_other_backends_are_fine(backend: str, file: str, model: Path) -> None:
+    (model / "config.pbtxt").write_text(GOOD.replace('"onnxruntime"', f'"{backend}"'))
+    (model / "1" / file).touch()
+    assert said(model) == ""
+
+
+def test_an_ensemble_of_models_that_are_here_is_fine(model: Path) -> None:
+    ensemble = model.parent / "e"
+    (ensemble / "1").mkdir(parents=True)
+    steps = 'ensemble_scheduling { step [ { model_name: "m" model_version: -1 } ] }'
+    text = GOOD.replace('"m"', '"e"').replace('backend: "onnxruntime"', 'platform: "ensemble"')
+    (ensemble / "config.pbtxt").write_text(text + steps)
+    assert said(model) == ""
 
 
 def state(
@@ -114,6 +157,79 @@ def test_a_state_begins_with_something(model: Path) -> None:
     )
 
 
+class Plan:
+    """TensorRT's module, runtime and engine as far as reading a plan takes: x (1 to 8, 3) in, y the same out."""
+
+    __version__ = "10.15"
+    TensorIOMode = SimpleNamespace(INPUT="in", OUTPUT="out")
+    num_io_tensors, num_optimization_profiles = 2, 2
+
+    def __init__(self, log: object = None) -> None:
+        pass
+
+    Runtime = property(lambda self: Plan)
+
+    def deserialize_cuda_engine(self, data: bytes) -> Plan | None:
+        return self if data == b"a plan" else None
+
+    def get_tensor_name(self, index: int) -> str:
+        return "xy"[index]
+
+    def get_tensor_mode(self, name: str) -> str:
+        return "in" if name == "x" else "out"
+
+    def get_tensor_dtype(self, name: str) -> object:
+        return SimpleNamespace(name="FLOAT")
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return (-1, 3)
+
+    def is_shape_inference_io(self, name: str) -> bool:
+        return False
+
+    def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
+        return [(1, 3), (1, 3), (1 if profile == 0 else 8, 3)]
+
+
+PLANNED = GOOD.replace('backend: "onnxruntime"', 'platform: "tensorrt_plan"')
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        ("", "", ""),
+        ("max_batch_size: 4", "max_batch_size: 512", "max_batch_size 512, and the plan's profiles end at a batch of 8"),
+        ('name: "x" ', 'name: "z" ', "input 'z': the plan has x"),
+        ('name: "y" data_type: TYPE_FP32', 'name: "y" data_type: TYPE_FP16', "TYPE_FP16 in the config, TYPE_FP32"),
+        ("max_batch_size: 4", "", "dims [3] with the batch, [-1, 3] in the plan"),
+    ],
+)
+def test_a_plan_is_held_against_its_config(
+    old: str, new: str, line: str, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where TensorRT and a GPU are here."""
+    monkeypatch.setattr(lint_plan, "load_package", lambda backend: Plan())
+    monkeypatch.setattr(lint_plan, "cuda_devices", list)
+    monkeypatch.setattr(lint_plan, "logger", lambda trt: SimpleNamespace(errors=[], complaint=lambda: "bad magic"))
+    (model / "1" / "model.plan").write_bytes(b"a plan")
+    (model / "config.pbtxt").write_text(PLANNED.replace(old, new) if old else PLANNED)
+    assert line in said(model) and bool(line) == bool(said(model))
+    (model / "1" / "model.plan").write_bytes(b"no plan")
+    assert "1/model.plan does not load with TensorRT 10.15 here: bad magic" in said(model)
+
+
+def test_a_plan_that_cannot_be_read_here_is_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(backend: str) -> None:
+        raise EngineUnavailable("tensorrt is not installed")
+
+    monkeypatch.setattr(lint_plan, "load_package", absent)
+    (model / "1" / "model.plan").write_bytes(b"a plan")
+    (model / "config.pbtxt").write_text(PLANNED)
+    assert said(model) == (
+        "warning: m: 1/model.plan was not looked into: that takes TensorRT and a GPU (tensorrt is not installed)"
+    )
+
+
 def test_missing_parts(model: Path, tmp_path: Path) -> None:
     (model / "1" / "model.onnx").write_bytes(b"no")
     assert "not an ONNX file" in said(model)
@@ -135,6 +251,62 @@ def test_a_graph_of_one_batch_size_cannot_batch(model: Path) -> None:
     assert said(model).count("dims [-1, 3] with the batch, [1, 3] in the graph") == 2
     (model / "config.pbtxt").write_text(GOOD.replace("max_batch_size: 4", "").replace("[ 3 ]", "[ 1, 3 ]"))
     assert said(model) == ""
+
+
+@pytest.mark.parametrize("kind", ["UINT16", "UINT32", "UINT64"])
+def test_every_number_that_a_graph_may_have_is_known(kind: str, model: Path) -> None:
+    x, y = (helper.make_tensor_value_info(name, TensorProto.DataType.Value(kind), ["batch", 3]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", [x], [y])
+    onnx.save(helper.make_model(graph), model / "1" / "model.onnx")
+    (model / "config.pbtxt").write_text(GOOD.replace("TYPE_FP32", f"TYPE_{kind}"))
+    assert said(model) == ""
+
+
+@pytest.mark.parametrize(
+    ("policy", "found"),
+    [
+        ("", []),
+        ("latest { num_versions: 3 }", ["2"]),
+        ("all { }", ["1", "2"]),
+        ("specific { versions: [ 1, 3 ] }", ["1"]),
+    ],
+)
+def test_only_versions_that_are_served_have_to_be_whole(policy: str, found: list[str], model: Path) -> None:
+    """The latest one where the config does not say: 10, which comes after 3."""
+    (model / "1").rename(model / "10")
+    for version in ("1", "2"):
+        (model / version).mkdir()
+    shutil.copytree(model / "10", model / "3")
+    (model / "config.pbtxt").write_text(GOOD + (f"version_policy {{ {policy} }}" if policy else ""))
+    assert sorted(said(model).splitlines()) == [f"error: m: {version}/model.onnx is missing" for version in found]
+
+
+def with_weight(folder: Path, ir_version: int = 8) -> None:
+    """A model whose `w` has a value that a request may replace."""
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [3]) for name in "xw"]
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [3])
+    weight = helper.make_tensor("w", TensorProto.FLOAT, [3], [1.0, 1.0, 1.0])
+    graph = helper.make_graph([helper.make_node("Add", ["x", "w"], ["y"])], "g", inputs, [y], [weight])
+    onnx.save(helper.make_model(graph, ir_version=ir_version), folder / "1" / "model.onnx")
+
+
+@pytest.mark.parametrize(
+    ("ir_version", "line", "message"),
+    [
+        (8, '{ name: "w" data_type: TYPE_FP32 dims: [ 3 ] optional: true }', ""),
+        (8, '{ name: "w" data_type: TYPE_FP32 dims: [ 3 ] }', "input 'w': the graph has x"),
+        (8, '{ name: "w" data_type: TYPE_INT8 dims: [ 3 ] optional: true }', "TYPE_INT8 in the config, TYPE_FP32"),
+        # Before version 4 of the format initial values are constants.
+        (3, '{ name: "w" data_type: TYPE_FP32 dims: [ 3 ] optional: true }', "optional input 'w': the graph has none"),
+    ],
+)
+def test_an_input_with_a_value_of_its_own_may_be_left_out(
+    ir_version: int, line: str, message: str, model: Path
+) -> None:
+    with_weight(model, ir_version)
+    text = GOOD.replace("max_batch_size: 4", "").replace("dims: [ 3 ] } ]\noutput", f"dims: [ 3 ] }}, {line} ]\noutput")
+    (model / "config.pbtxt").write_text(text)
+    assert message in said(model) and bool(message) == bool(said(model))
 
 
 @pytest.mark.parametrize("fixed", ["x", "y"])

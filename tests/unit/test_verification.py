@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.made_run import OUTPUTS, SPEC, made_run
+from tests.made_run import OUTPUTS, SPEC, Nothing, made_run
 from trsp_deploy import cli
 from trsp_deploy.artifacts import MANIFEST, RunFolder, fingerprint, provenance, write_json
 from trsp_deploy.errors import EngineUnavailable, RunError
 from trsp_deploy.recipe import read_engine_spec, read_recipe
 from trsp_deploy.tools.delivery.verification import verify
+from trsp_deploy.tools.runners import check_of_run
 from trsp_deploy.tools.runners.manifest import Bound, check_manifest, read_manifest
+from trsp_deploy.tools.triton_server import process
 from trsp_deploy.tools.triton_server.repository import RepositoryManifest, ServedModel, read_repository
 
 ENGINE = "engines/ort-cpu-fp32/pruned"
+ONNX = "onnx/pruned"
 
 
 @pytest.fixture
@@ -36,6 +40,10 @@ def repository(tmp_path: Path) -> Path:
         name="m",
         role="pruned",
         engine="e",
+        backend="onnxruntime-cpu",
+        backend_version="1",
+        precision="fp32",
+        packages=(),
         max_batch=1,
         max_length=8,
         files={"1/model.py": fingerprint(folder / "m" / "1" / "model.py")},
@@ -94,7 +102,8 @@ def test_records_and_reports_are_among_them(run: Path) -> None:
 def test_what_lies_beside_is_nobodys(run: Path) -> None:
     (run / "checkpoints" / "prune").mkdir(parents=True)
     (run / "checkpoints" / "prune" / "state.pt").write_text("x")
-    (run / "engines" / "ort-cpu-fp32" / "dense-failed.log").write_text("x")
+    for beside in ("dense-failed.log", "dense-trtexec.engine"):
+        (run / "engines" / "ort-cpu-fp32" / beside).write_text("x")
     assert verify(run).whole
 
 
@@ -189,12 +198,68 @@ def test_an_engine_that_its_manifest_does_not_vouch_for_is_not_opened(run: Path)
         check_manifest(run / ENGINE, manifest.model_copy(update={"file": "other.onnx"}), "1", Bound())
 
 
+@pytest.mark.parametrize(("step", "output"), [("prune", "pruned"), ("export-pruned-fp32", ONNX)])
+def test_an_engine_of_the_model_that_a_run_had_before_is_not_opened(
+    step: str, output: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with RunFolder(run) as folder:
+        for name, key, source in (
+            ("export-pruned-fp32", "model", "pruned"),
+            ("build-ort-cpu-fp32-pruned", "onnx", ONNX),
+        ):
+            inputs: dict[str, Path | str] = {key: run / source}
+            folder.step(name, Nothing, Nothing, settings={}, inputs=inputs, outputs=[OUTPUTS[name]])
+    check_of_run(run / ENGINE, read_manifest(run / ENGINE))
+    check_of_run(tmp_path / "of" / "no" / "run", read_manifest(run / ENGINE))
+    with RunFolder(run) as folder:
+        folder.forget(step)
+        folder.step(step, _other(run / output), Nothing, settings={}, inputs={"model": "new"}, outputs=[output])
+        if step == "export-pruned-fp32":  # of the same checkpoint, by another exporter
+            folder.forget("prune")
+    wanted = f"is of another {output} than {run} has by now; build it again: trsp-deploy build {run} --engine"
+    for command in (
+        ["generate", str(run / ENGINE), "--prompt", "a"],
+        ["compare", str(run / ENGINE), str(run / ENGINE)],
+        ["triton", str(run), "--out", str(tmp_path / "repository"), "--engine", "ort-cpu-fp32"],
+        ["triton", str(run), "--out", str(tmp_path / "repository")],
+    ):
+        assert cli.run(command) == 1
+        assert wanted in capsys.readouterr().err
+    check_of_run(run / ENGINE.replace("pruned", "dense"), read_manifest(run / ENGINE))
+
+
+def _other(folder: Path) -> Callable[[], Nothing]:
+    def make() -> Nothing:
+        (folder / "other").write_text("another model")
+        return Nothing()
+
+    return make
+
+
 @pytest.mark.parametrize("name", ["../../up", "a/b", ".hidden", ""])
 def test_names_that_become_paths_are_names(name: str) -> None:
     with pytest.raises(Exception, match="name"):
         read_engine_spec({**SPEC.model_dump(), "name": name}, "test")
     with pytest.raises(Exception, match="evaluation"):
         read_recipe({"model": "m", "evaluation": {name: "texts"}}, "test")
+
+
+def test_a_damaged_manifest_says_what_is_wrong_with_it_and_what_helps(repository: Path) -> None:
+    manifest = repository / MANIFEST
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"gpus": 1}))
+    reason = r"\(unknown key 'gpus'; did you mean 'gpu'\?\)"
+    with pytest.raises(RunError, match=rf"or damaged {reason}; write it again: trsp-deploy triton RUN --out"):
+        read_repository(repository)
+    with pytest.raises(RunError, match=rf"damaged, unsafe, or of another version {reason}$"):
+        verify(repository)
+
+
+def test_a_record_of_a_server_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "_folder", lambda repository: tmp_path)
+    assert process.find(tmp_path) is None
+    (tmp_path / process.STATE).write_text('{"repository": ""}')
+    with pytest.raises(RunError, match=r"is no record of a server \(key 'pid' is missing\); delete it"):
+        process.find(tmp_path)
 
 
 def test_a_repository(repository: Path) -> None:

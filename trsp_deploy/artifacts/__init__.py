@@ -1,27 +1,48 @@
 """Artefacts on disk: fingerprints, whole-or-nothing writes, where they come from, and the run folder. No torch."""
 
 from trsp_deploy.artifacts.fingerprints import SIGNATURE, Sealed, files_below, fingerprint, leaves, seal, size_bytes
+from trsp_deploy.artifacts.layout import (
+    ENGINE_MANIFEST,
+    MANIFEST,
+    RUN_MARK,
+    RunLayout,
+    check_is_run,
+    model_of_engine,
+    run_of_engine,
+)
+from trsp_deploy.artifacts.locks import locked, writing_alone
 from trsp_deploy.artifacts.provenance import Provenance, provenance
-from trsp_deploy.artifacts.run_folder import MANIFEST, RunFolder, RunManifest, StepRecord, is_main_process
-from trsp_deploy.artifacts.storage import link_tree, storage_errors, write_json, writing
+from trsp_deploy.artifacts.run_folder import RunFolder, RunManifest, StepRecord, check_made, is_main_process
+from trsp_deploy.artifacts.storage import free_bytes, link_tree, nearest_existing, storage_errors, write_json, writing
 
 __all__ = [
+    "ENGINE_MANIFEST",
     "MANIFEST",
+    "RUN_MARK",
     "SIGNATURE",
     "Provenance",
     "RunFolder",
+    "RunLayout",
     "RunManifest",
     "Sealed",
     "StepRecord",
+    "check_is_run",
+    "check_made",
     "files_below",
     "fingerprint",
+    "free_bytes",
     "is_main_process",
     "leaves",
     "link_tree",
+    "locked",
+    "model_of_engine",
+    "nearest_existing",
     "provenance",
+    "run_of_engine",
     "seal",
     "size_bytes",
     "storage_errors",
     "write_json",
     "writing",
+    "writing_alone",
 ]

@@ -12,10 +12,11 @@ from typing import Any
 
 from pydantic import model_validator
 
+from trsp_deploy.artifacts.layout import ENGINE_MANIFEST
 from trsp_deploy.recipe import Strict
 
 SIGNATURE = ".sig"  # behind a manifest's name
-SIGNED = f"manifest.json{SIGNATURE}"  # in an engine's folder; it may come, go and change with the engine as it was
+SIGNED = f"{ENGINE_MANIFEST}{SIGNATURE}"  # in an engine's folder; it may come, go and change with the engine as it was
 
 
 class Sealed(Strict):

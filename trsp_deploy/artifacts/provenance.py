@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 import importlib.metadata
 import os
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 
 from trsp_deploy import __version__
+from trsp_deploy.artifacts.nvml import driver_version, visible_gpus
 from trsp_deploy.recipe import Strict
 
 PACKAGES = (
@@ -26,7 +28,9 @@ PACKAGES = (
     "tensorrt-rtx",
     "datasets",
     "numpy",
+    "lm-eval",
 )
+LATER = ("lm-eval",)  # of PACKAGES; provenance that knows no time was made before they were looked up
 
 
 class Provenance(Strict):
@@ -39,15 +43,38 @@ class Provenance(Strict):
     cores: int
     memory_bytes: int
     gpus: tuple[str, ...]
+    driver: str | None = None  # of the GPUs; None without one, and in files that are older than this key
+    time: str | None = None  # UTC, such as 2026-11-28T09:30:00Z; None in files that are older than this key
+
+    def differences(self, now: Provenance) -> dict[str, tuple[str, str]]:
+        """What is another one now: its name, as it was and as it is. Times are not compared."""
+        older = self.time is None
+        names = [name for name in PACKAGES if not (older and name in LATER)]
+        pairs = {
+            "trsp_deploy": (self.trsp_deploy, now.trsp_deploy),
+            "Python": (self.python, now.python),
+            **{name: (self.packages.get(name, "absent"), now.packages.get(name, "absent")) for name in names},
+            "processor": (self.cpu, now.cpu),
+            "cores": (str(self.cores), str(now.cores)),
+            "GPU": (", ".join(self.gpus) or "none", ", ".join(now.gpus) or "none"),
+            "driver": (now.driver if older else self.driver, now.driver),
+        }
+        return {name: (was or "none", is_ or "none") for name, (was, is_) in pairs.items() if was != is_}
+
+
+def provenance() -> Provenance:
+    """Versions and hardware of this process, and what time it is."""
+    now = datetime.datetime.now(datetime.UTC)
+    return _here().model_copy(update={"time": now.isoformat(timespec="seconds").replace("+00:00", "Z")})
 
 
 @functools.cache
-def provenance() -> Provenance:
-    """Versions and hardware of this process."""
+def _here() -> Provenance:
     versions = {}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
+    gpus = _gpu_names()
     return Provenance(
         trsp_deploy=__version__,
         python=platform.python_version(),
@@ -55,7 +82,8 @@ def provenance() -> Provenance:
         cpu=_cpu_name(),
         cores=len(os.sched_getaffinity(0)),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        gpus=_gpu_names(),
+        gpus=gpus,
+        driver=driver_version() if gpus else None,
     )
 
 
@@ -72,16 +100,4 @@ def _gpu_names() -> tuple[str, ...]:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         return tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        named = {pynvml.nvmlDeviceGetUUID(handle): pynvml.nvmlDeviceGetName(handle) for handle in handles}
-    except pynvml.NVMLError:  # no driver
-        return ()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return tuple(named.values())
-    numbered = dict(zip(map(str, range(len(named))), named.values(), strict=True)) | named
-    return tuple(numbered[each] for each in visible.split(",") if each in numbered)
+    return tuple(gpu.name for gpu in visible_gpus())

@@ -7,7 +7,7 @@ only what no longer matches.
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import hashlib
 import json
 import os
@@ -20,6 +20,8 @@ from pydantic import BaseModel, ValidationError
 
 from trsp_deploy import __version__
 from trsp_deploy.artifacts.fingerprints import SIGNED, Sealed, files_below, fingerprint, leaves
+from trsp_deploy.artifacts.layout import LOCK, MANIFEST, PARTS, RunLayout
+from trsp_deploy.artifacts.locks import locked
 from trsp_deploy.artifacts.provenance import Provenance, provenance
 from trsp_deploy.artifacts.storage import storage_errors, write_json
 from trsp_deploy.errors import RunError
@@ -27,11 +29,8 @@ from trsp_deploy.recipe import RelativePath, Strict
 
 # Raise when a step's code changes what it makes from the same inputs, so that old records no longer match.
 FORMAT = 1
-PATIENCE_S = 1.0  # with the lock of a run that was killed and has not quite gone
-MANIFEST = "MANIFEST.json"
 MANIFEST_SCHEMA = 1
-# What a run has beside its steps' outputs and their records.
-LOOSE_FILES = ("recipe.yaml", "plan.json", "report.json", "report.md", "report.html", "served.json")
+STOPPED = "stopped"  # what is announced of a step that raised; the error says the rest
 Result = TypeVar("Result", bound=BaseModel)
 
 
@@ -70,10 +69,12 @@ class RunFolder:
 
     def __init__(self, path: Path, announce: Callable[[str, str], None] = lambda step, state: None) -> None:
         self.path = path
+        self.layout = RunLayout(path)
         self.main = is_main_process()
+        self.made: dict[str, Provenance] = {}  # of each step that was asked for: when and with what it was done
         self.from_main: Callable[[Any], Any] = lambda value: value
         self._announce = announce if self.main else lambda step, state: None
-        self._lock: int | None = None
+        self._held = contextlib.ExitStack()  # the lock
 
     def __enter__(self) -> RunFolder:
         if self.main:
@@ -90,25 +91,15 @@ class RunFolder:
                 raise RunError(
                     f"{self.path}: cannot be created ({problem.strerror}); choose another --out"
                 ) from problem
-            self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        if not _locked(self._lock, PATIENCE_S):
-            holder = os.pread(self._lock, 32, 0).decode() or "unknown"
-            os.close(self._lock)
-            self._lock = None
-            raise RunError(f"{self.path}: in use by another trsp-deploy (process {holder.strip()})")
-        with storage_errors(self.path):
-            os.ftruncate(self._lock, 0)
-            os.pwrite(self._lock, str(os.getpid()).encode(), 0)
+        self._held.enter_context(locked(self.path / LOCK, self.path))
 
     def __exit__(self, *_: object) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._held.close()
 
     def record(self, step: str) -> StepRecord | None:
         """The record of a finished step, or None when there is none that can be read, or it is another step's."""
         try:
-            found = StepRecord.model_validate_json((self.path / _record_file(step)).read_bytes())
+            found = StepRecord.model_validate_json(self.layout.record(step).read_bytes())
         except (OSError, ValidationError):
             return None
         return found if found.step == step else None
@@ -116,20 +107,21 @@ class RunFolder:
     def forget(self, step: str) -> None:
         """Drop a step's record, so that it is done again whatever its key says."""
         if self.main:
-            (self.path / _record_file(step)).unlink(missing_ok=True)
+            self.layout.record(step).unlink(missing_ok=True)
 
     def write_manifest(self) -> RunManifest:
         """Write down the SHA-256 of every file that the steps left; what no longer is what a step made stays out."""
-        made = {path for name in LOOSE_FILES if (path := self.path / name).is_file()}
+        loose = (self.path / name for part in PARTS if part.loose for name in part.paths)
+        made = {path for path in loose if path.is_file()}
         for record in map(self.record, self.recorded()):
             if record is None:
                 continue
-            made.add(self.path / "records" / f"{record.step}.json")
+            made.add(self.layout.record(record.step))
             for output in record.outputs:
                 if self._output_matches(record, output):
                     folder = self.path / output
                     made.update(file for file in files_below(folder) if file != folder / SIGNED)
-        names = {path.relative_to(self.path).as_posix(): path for path in made if not leaves(self.path, path)}
+        names = {self.layout.below(path): path for path in made if not leaves(self.path, path)}
         manifest = RunManifest(
             schema_version=MANIFEST_SCHEMA,
             trsp_deploy=__version__,
@@ -144,7 +136,7 @@ class RunFolder:
 
     def recorded(self) -> list[str]:
         """Names of the steps that have a record."""
-        return sorted(path.stem for path in (self.path / "records").glob("*.json"))
+        return sorted(path.stem for path in self.layout.records.glob("*.json"))
 
     def key(self, name: str, *, settings: BaseModel | Mapping[str, Any], inputs: Mapping[str, Path | str]) -> str:
         """What a step's result depends on, as one SHA-256; arguments as in `step`."""
@@ -193,8 +185,8 @@ class RunFolder:
         """The recorded result of a step, where it still holds."""
         record = self.record(name)
         if record is None:
-            if (self.path / _record_file(name)).exists():
-                self._announce(name, f"{_record_file(name)} is damaged, or of another version; done again")
+            if (file := self.layout.record(name)).exists():
+                self._announce(name, f"{self.layout.below(file)} is damaged, or of another version; done again")
             return None
         if record.key != self.key(name, settings=settings, inputs=inputs):
             return None
@@ -203,9 +195,11 @@ class RunFolder:
             self._announce(name, f"{', '.join(changed)} is not what was made (SHA-256); made again")
             return None
         try:
-            return result_type.model_validate(record.result)
+            result = result_type.model_validate(record.result)
         except ValidationError:
             return None  # written by another version of the toolkit: redo
+        self.made[name] = record.provenance
+        return result
 
     def _run(
         self,
@@ -220,8 +214,12 @@ class RunFolder:
         self._announce(name, "started")
         self.outdate_manifest()
         began = time.perf_counter()
-        with storage_errors(self.path):
-            result = work()
+        try:
+            with storage_errors(self.path):
+                result = work()
+        except BaseException:
+            self._announce(name, STOPPED)
+            raise
         elapsed = time.perf_counter() - began
         record = StepRecord(
             step=name,
@@ -233,7 +231,8 @@ class RunFolder:
             elapsed_s=elapsed,
             provenance=provenance(),
         )
-        write_json(self.path / _record_file(name), record)
+        write_json(self.layout.record(name), record)
+        self.made[name] = record.provenance
         self._announce(name, f"done in {elapsed:.1f} s")
         return result
 
@@ -245,21 +244,11 @@ class RunFolder:
         return path.exists() and not leaves(self.path, path) and fingerprint(path) == record.outputs[output]
 
 
-def _locked(file: int, patience_s: float) -> bool:
-    """Lock an open file, or give up; the kernel drops a lock with its holder, so a killed run leaves nothing behind."""
-    until = time.monotonic() + patience_s
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() > until:
-                return False
-        time.sleep(0.02)
-
-
-def _record_file(step: str) -> str:
-    return f"records/{step}.json"
+def check_made(run: Path, step: str, output: str) -> None:
+    """Raise RunError where a step's output is not what the step made; without a record of it there is no telling."""
+    record, path = RunFolder(run).record(step), run / output
+    if record is not None and (leaves(run, path) or fingerprint(path) != record.outputs.get(output)):
+        raise RunError(f"{path}: is not what its step made (`trsp-deploy verify {run}` names the file); make it again")
 
 
 def _plain(settings: BaseModel | Mapping[str, Any]) -> dict[str, Any]:

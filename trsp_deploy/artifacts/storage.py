@@ -18,44 +18,52 @@ from trsp_deploy.artifacts.fingerprints import Sealed, seal
 from trsp_deploy.errors import RunError, StorageError, TrspError
 
 NOTHING_LEFT = 1 << 20  # bytes: a disk with less is full, whatever a library calls its error
+SHORT = ("file too large", "unexpected pos", "requested and")  # torch's and NumPy's words for a write that is not whole
 
 
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
     """Turn a full disk or a refused write below `path` into one StorageError line.
 
-    Writers outside Python (safetensors, protobuf, ONNX Runtime, TensorRT) report a full disk as
+    Writers outside Python (safetensors, protobuf, NumPy, ONNX Runtime, TensorRT) report a full disk as
     errors of their own, so an unknown error on a disk with nothing left counts as one too.
     """
     try:
         yield
-    except OSError as problem:
-        if problem.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _disk_full(path) from problem
-        if problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise StorageError(f"{problem.filename or path}: no permission to write ({problem.strerror})") from problem
-        raise
     except TrspError:
         raise
     except Exception as problem:
-        said = str(problem).lower()
-        if "no space left" in said or _free_bytes(path) < NOTHING_LEFT:
-            raise _disk_full(path) from problem
-        if "file too large" in said or "unexpected pos" in said:  # torch's words for a write that came out short
-            raise StorageError(f"{path}: a file may not be that large here (`ulimit -f`); {problem}") from problem
-        raise
+        refusal = _refusal(path, problem)
+        if refusal is None:
+            raise
+        raise refusal from problem
 
 
-def _disk_full(path: Path) -> StorageError:
-    return StorageError(
-        f"{path}: the disk is full ({_free_bytes(path) / 1e6:.0f} MB free); "
-        "free some space and run the same command again: finished steps are kept"
-    )
+def _refusal(path: Path, problem: Exception) -> StorageError | None:
+    """What a disk's error means; None for errors that are no disk's."""
+    number = problem.errno if isinstance(problem, OSError) else None
+    said = str(problem).lower()
+    full = "no space left" in said or free_bytes(path) < NOTHING_LEFT
+    if number in (errno.ENOSPC, errno.EDQUOT) or (number is None and full):
+        return StorageError(
+            f"{path}: the disk is full ({free_bytes(path) / 1e6:.0f} MB free); "
+            "free some space and run the same command again: finished steps are kept"
+        )
+    if isinstance(problem, OSError) and number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return StorageError(f"{problem.filename or path}: no permission to write ({problem.strerror})")
+    if number is None and any(words in said for words in SHORT):
+        return StorageError(f"{path}: a file may not be that large here (`ulimit -f`); {problem}")
+    return None
 
 
-def _free_bytes(path: Path) -> int:
-    existing = next(p for p in (path, *path.parents) if p.exists())
-    return shutil.disk_usage(existing).free
+def nearest_existing(path: Path) -> Path:
+    """A path that may not be there yet, or the nearest folder around it that is."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
+
+
+def free_bytes(path: Path) -> int:
+    """Free on the disk that a path is on, or would be."""
+    return shutil.disk_usage(nearest_existing(path)).free
 
 
 def place_to_write(path: Path) -> Path:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
 
-from trsp_deploy.cli.supervision import interrupted, supervised
-from trsp_deploy.errors import ModelError, TrspError, machine_reason, redacted
+from trsp_deploy.cli.supervision import ENDINGS, asked_to_end, supervised
+from trsp_deploy.errors import ModelError, TrspError, machine_reason, one_line, redacted
 
-INTERRUPTED = 130
 BUG = 70
 LONGEST_LINE = 2000  # characters of an error, whatever a user or a library put into it
 
@@ -24,8 +24,8 @@ def main() -> None:
     # Threads that spin at barriers make two busy processes on few cores five times slower, and gain nothing alone.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     code = _said(lambda: supervised(lambda: run(sys.argv[1:])))
-    if code == INTERRUPTED:  # all is cleaned up; torch would take a second or more to unload
-        with contextlib.suppress(OSError):  # whoever read it is gone, too
+    if code - 128 in ENDINGS:  # all is cleaned up; torch would take a second or more to unload
+        with contextlib.suppress(OSError):  # its reader is gone, too
             sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
@@ -49,7 +49,7 @@ def _said(work: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return _interrupted()
     except Exception as problem:
-        if interrupted():  # a library made an error of its own of it
+        if asked_to_end():  # a library made an error of its own of it
             return _interrupted()
         # A model is not to blame for a library's error that was the machine's, as running out of memory is.
         machine = isinstance(problem, ModelError) and machine_reason(problem) is not None
@@ -64,10 +64,13 @@ def _said(work: Callable[[], int]) -> int:
 
 
 def _interrupted() -> int:
-    return _say("interrupted; finished steps are kept, and the same command goes on from there", INTERRUPTED)
+    return _say(
+        "interrupted; finished steps are kept, and the same command goes on from there",
+        128 + (asked_to_end() or signal.SIGINT),
+    )
 
 
 def _say(message: str, code: int) -> int:
-    line = redacted(" ".join(message.split()))
+    line = redacted(one_line(message))
     print(f"error: {line if len(line) <= LONGEST_LINE else f'{line[:LONGEST_LINE]}…'}", file=sys.stderr)
     return code

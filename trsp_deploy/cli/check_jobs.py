@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from trsp_deploy.cli.options import Json, Run, Tasks, file_to_write, finite
-from trsp_deploy.cli.terminal import lasting_streams
-from trsp_deploy.errors import RecipeError, TrspError, first_line, machine_reason, redacted
+from trsp_deploy.cli.terminal import Output, lasting_streams
+from trsp_deploy.errors import RecipeError, TrspError, machine_reason, named, one_line, redacted
 
 if TYPE_CHECKING:
     from trsp_deploy.checks import Check, Tolerances
@@ -43,7 +42,7 @@ MinSpeedup = Annotated[
     list[str] | None,
     typer.Option(
         "--min-speedup",
-        help="Least dense time / pruned time: 1.2 end to end, or prefill=1.2, decode=1.2; once a phase.",
+        help="Least dense time / pruned time: 1.2 end to end, or prefill=1.2, decode=1.2; once per phase.",
         metavar="[PHASE=]X",
     ),
 ]
@@ -65,7 +64,9 @@ MaxPerplexity = Annotated[
 ]
 Budgeted = Annotated[
     str | None,
-    typer.Option("--quality-budget", help="99% or 99.9%: perplexity may grow by so little.", metavar="SHARE"),
+    typer.Option(
+        "--quality-budget", help="Quality to keep, 99% or 99.9%: limits how much perplexity may grow.", metavar="SHARE"
+    ),
 ]
 MinAccuracy = Annotated[
     str | None,
@@ -114,12 +115,11 @@ def compare(
     from trsp_deploy.cli.tables import print_comparison
     from trsp_deploy.stages import bench
     from trsp_deploy.tools.judging.comparisons import sentence
-    from trsp_deploy.tools.judging.goals import least_speedup
     from trsp_deploy.tools.judging.verdicts import EXIT_CODES, worst
 
     pair = bench.find_pair(dense, pruned, engine)
     bench.check_pair(*pair, settings)
-    goals = [least_speedup(phase, bound, "--min-speedup", len(settings.cases)) for phase, bound in least.items()]
+    goals = bench.speedup_goals(*pair, least, settings)
     label = bench.label_of(*pair)
     comparison = bench.compare_engines(*pair, label, settings, seed=0, goals=goals)
     found = bench.derive(*pair, comparison)
@@ -128,19 +128,18 @@ def compare(
         from trsp_deploy.artifacts import write_json
 
         write_json(out, comparison)
-    stream = sys.stderr if as_json else sys.stdout
-    print_comparison(label, found, stream)
+    output = Output(as_json)
+    print_comparison(label, found, output.stream)
     said = bench.pair_notes(*pair)
-    for line in (*said, *(outcome.sentence for outcome in outcomes)):
-        print(line, file=stream)
-    if as_json:
-        plain = {
+    output.say(*said, *(outcome.sentence for outcome in outcomes))
+    output.result(
+        {
             "verdict": sentence(label, found),
             "comparison": found.model_dump(mode="json"),
             "outcomes": [outcome.model_dump(mode="json") for outcome in outcomes],
             "notes": said,
         }
-        print(json.dumps(plain))
+    )
     raise typer.Exit(EXIT_CODES[worst(outcome.word for outcome in outcomes)])
 
 
@@ -156,21 +155,19 @@ def baseline(
     """Measure a run's engines and write the file that later checks are held against."""
     from trsp_deploy.checks import make_baseline
     from trsp_deploy.cli.running import existing
-    from trsp_deploy.tools.reports.baselines import speedups_of, too_few_replicates
+    from trsp_deploy.tools.reports.baselines import speedups_of, weaknesses
 
     with existing(run) as job:
         settings = _settings(job.recipe.bench.model_dump(), budget, sets)
         made = make_baseline(job, engine, settings, out)
-    stream = sys.stderr if as_json else sys.stdout
-    print(f"{out}: {', '.join(made.engines)} on {made.machine}", file=stream)
+    output = Output(as_json)
+    output.say(f"{out}: {', '.join(made.engines)} on {made.machine}")
     for name, part in made.engines.items():
         for case, found in speedups_of(part):
-            interval = f"{found.ratio:.2f}x ({found.low:.2f} to {found.high:.2f})"
-            print(f"{name}: end to end, {case.title}: {interval}, {part.replicates} replicates", file=stream)
-        for line in too_few_replicates(part):
-            print(f"warning: {name}: {line}", file=stream)
-    if as_json:
-        plain = {
+            output.say(f"{name}: end to end, {case.title}: {found.text()}, {part.replicates} replicates")
+        output.say(*(f"warning: {name}: {line}" for line in weaknesses(part)))
+    output.result(
+        {
             "baseline": str(out),
             "machine": made.machine.model_dump(),
             "engines": list(made.engines),
@@ -180,7 +177,7 @@ def baseline(
                 for name, part in made.engines.items()
             },
         }
-        print(json.dumps(plain))
+    )
 
 
 @lasting_streams()
@@ -202,7 +199,8 @@ def check(
     as_json: Json = False,
 ) -> None:
     """The regression check for CI: exit code 0 pass, 2 fail, 3 inconclusive, 1 error."""
-    with _errors_told(junit, as_json):
+    output = Output(as_json)
+    with _errors_told(junit, output):
         if out is not None and junit is not None and out.resolve() == junit.resolve():
             raise RecipeError(f"check: --out and --junit are both {out}; give each a file of its own")
         if quality_budget is not None and (max_ppl_ratio is not None or min_accuracy_retained is not None):
@@ -220,7 +218,7 @@ def check(
             min_accuracy_retained=_kept("--min-accuracy-retained", min_accuracy_retained),
         )
         found = _check(run, tolerances, share, against, engine, task, budget, sets)
-        _publish(found, out, junit, as_json)
+        _publish(found, out, junit, output)
     from trsp_deploy.tools.judging.verdicts import EXIT_CODES
 
     raise typer.Exit(EXIT_CODES[found.verdict])
@@ -256,32 +254,31 @@ def _check(
 
 
 @contextlib.contextmanager
-def _errors_told(junit: Path | None, as_json: bool) -> Iterator[None]:
+def _errors_told(junit: Path | None, output: Output) -> Iterator[None]:
     """Tell a CI system of an error too, and leave it no JUnit of an earlier check for this one's."""
     if junit is not None:
         junit.unlink(missing_ok=True)  # also for a check that is killed
     try:
         yield
     except Exception as problem:
-        said = str(problem) if isinstance(problem, TrspError) else machine_reason(problem)
-        line = redacted(" ".join((said or f"{type(problem).__name__}: {first_line(problem)}").split()))
-        _publish_error(line, junit, sys.stderr if as_json else sys.stdout)
+        said = problem if isinstance(problem, TrspError) else machine_reason(problem) or named(problem)
+        _publish_error(redacted(one_line(said)), junit, output)
         raise
 
 
-def _publish_error(line: str, junit: Path | None, stream: TextIO) -> None:
-    """Wherever a CI system looks for a verdict; a disk that takes nothing more does not hide why the check ended."""
+def _publish_error(line: str, junit: Path | None, output: Output) -> None:
+    """Write an error wherever a CI system looks for a verdict; a full disk does not hide why the check ended."""
     from trsp_deploy.tools.reports import ci
 
     if junit is not None:
         with contextlib.suppress(OSError, TrspError):
             _write_text(junit, ci.junit_of_error(line))
     if _in_github():
-        print(ci.github_error(line), file=stream)
+        output.say(ci.github_error(line))
 
 
-def _publish(found: Check, out: Path | None, junit: Path | None, as_json: bool) -> None:
-    """The verdict wherever a CI system looks for it, and on the terminal. Files first: a reader may have left."""
+def _publish(found: Check, out: Path | None, junit: Path | None, output: Output) -> None:
+    """Write the verdict wherever a CI system looks for it, and to the terminal. Files first: a reader may have left."""
     from trsp_deploy.artifacts import write_json
     from trsp_deploy.cli.tables import print_comparison
     from trsp_deploy.tools.judging.comparisons import notes
@@ -292,16 +289,12 @@ def _publish(found: Check, out: Path | None, junit: Path | None, as_json: bool) 
     if junit is not None:
         _write_text(junit, ci.junit(found.engine, found.outcomes, found.comparison.elapsed_s))
     _add_step_summary(ci.step_summary(found.engine, found.verdict, found.outcomes, found.notes))
-    stream = sys.stderr if as_json else sys.stdout
-    print_comparison(found.engine, found.comparison, stream)
+    print_comparison(found.engine, found.comparison, output.stream)
     more = [note for note in found.notes if note not in notes(found.comparison)]  # those of the comparison are shown
-    for line in (*more, *(outcome.sentence for outcome in found.outcomes), found.verdict.upper()):
-        print(line, file=stream)
+    output.say(*more, *(outcome.sentence for outcome in found.outcomes), found.verdict.upper())
     if _in_github():
-        for line in ci.github_annotations(found.outcomes):
-            print(line, file=stream)
-    if as_json:
-        print(json.dumps(found.model_dump(mode="json", exclude={"provenance", "samples"})))
+        output.say(*ci.github_annotations(found.outcomes))
+    output.result(found.model_dump(mode="json", exclude={"provenance", "samples"}))
 
 
 def _add_step_summary(text: str) -> None:
@@ -340,7 +333,7 @@ def _settings(values: dict[str, Any], budget: float | None, sets: list[str] | No
 
 
 def _no_shapes(sets: list[str]) -> None:
-    """A baseline says at which shapes to measure."""
+    """Raise RecipeError where --set names a shape: a baseline says at which shapes to measure."""
     from trsp_deploy.checks import SHAPES
 
     named = {assignment.partition("=")[0].strip() for assignment in sets} & set(SHAPES)
@@ -381,7 +374,7 @@ def _share(option: str, text: str | None) -> float | None:
 
 
 def _kept(option: str, text: str | None) -> float | None:
-    """The share of quality that has to be kept."""
+    """The share of quality that an option wants kept, as a fraction; None without it."""
     if text is None:
         return None
     share = _percent(text)

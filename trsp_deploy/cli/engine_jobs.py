@@ -1,21 +1,21 @@
-"""The commands that work on an engine folder, whoever made its graph: inspect and generate."""
+"""The commands that work on an engine folder, wherever its graph comes from: inspect and generate."""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from trsp_deploy.cli.options import finite
+from trsp_deploy.cli.options import Json, finite
 
 Engine = Annotated[Path, typer.Argument(help="An engine folder, such as runs/NAME/engines/ort-cpu-fp32/pruned.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON line instead of text.")]
 Prompt = Annotated[list[str], typer.Option("--prompt", help="Text to continue; repeat for a batch.", metavar="TEXT")]
 Tokens = Annotated[int, typer.Option("--max-tokens", help="New tokens at most.", min=1)]
 Temperature = Annotated[float, typer.Option("--temperature", help="0 is greedy.", min=0.0, callback=finite)]
-TopK = Annotated[int, typer.Option("--top-k", help="Choose among so many tokens; 0 is all.", min=0)]
+TopK = Annotated[int, typer.Option("--top-k", help="Choose among this many tokens; 0 is all.", min=0)]
 TopP = Annotated[
     float, typer.Option("--top-p", help="Choose among tokens that hold this probability.", min=1e-6, callback=finite)
 ]
@@ -74,11 +74,14 @@ def generate(
     # With the prompt and without: by itself the first token's space is lost to some tokenizers.
     plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     texts = [
-        words.decode([*before, *new], **plain)[len(words.decode(before, **plain)) :]
-        for before, new in zip(prompts, found, strict=True)
+        words.decode([*before, *each.tokens], **plain)[len(words.decode(before, **plain)) :]
+        for before, each in zip(prompts, found, strict=True)
     ]
+    if any(each.finish == "length" and len(each.tokens) < max_tokens for each in found):
+        print(f"{engine}: holds {runner.longest_text} tokens of a text, which ended there", file=sys.stderr)
     if as_json:
-        print(json.dumps({"texts": texts, "tokens": found}))
+        tokens, finish = [each.tokens for each in found], [each.finish for each in found]
+        print(json.dumps({"texts": texts, "tokens": tokens, "finish": finish}))
         return
     for text, new in zip(prompt, texts, strict=True):
         print(f"{text}{new}")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import sys
+import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -31,10 +30,12 @@ from trsp_deploy.cli.options import (
 )
 from trsp_deploy.cli.recipe_options import recipe_from_options, task_sets
 from trsp_deploy.cli.running import check_disk, check_memory, existing, run_of, show_memory
+from trsp_deploy.cli.terminal import Output
 from trsp_deploy.errors import RecipeError, RunError
 
 if TYPE_CHECKING:
     from trsp_deploy.pipeline import Pipeline
+    from trsp_deploy.tools.reports.record import Report
 
 
 OptionalRun = Annotated[Path | None, typer.Argument(help="Folder of a run.", metavar="RUN")]
@@ -43,6 +44,20 @@ OnnxFile = Annotated[
 ]
 BuildOut = Annotated[
     Path | None, typer.Option("--out", help="Folder of the engine that --onnx is built into.", metavar="DIR")
+]
+BuildText = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        help="With --onnx: text that 4, 8 and 16-bit engines make their choices on; random tokens when not given.",
+        metavar="TEXTS",
+    ),
+]
+BuildTokenizer = Annotated[
+    Path | None,
+    typer.Option(
+        "--tokenizer", help="With --calibration: folder of the tokenizer, where it is not beside the ONNX file."
+    ),
 ]
 
 
@@ -73,15 +88,26 @@ def prune_and_build(
 ) -> None:
     """The whole job: prune, export, build engines, and judge the result against the dense model."""
     sets = [*(sets or []), *task_sets(task)]
-    chosen = recipe_from_options(model, drop, recipe, engine, calibration, evaluation, seed, sets, method, then)
+    chosen = recipe_from_options(
+        model=model,
+        drop=drop,
+        recipe=recipe,
+        engine=engine,
+        calibration=calibration,
+        evaluation=evaluation,
+        seed=seed,
+        sets=sets,
+        method=method,
+        then=then,
+    )
     if plan_memory:
-        return show_memory(chosen, plan, as_json)
+        return show_memory(chosen, plan, Output(as_json))
     with run_of(chosen, out, plan) as job:
-        check_memory(job, plan, ignore_memory)
+        check_memory(job, plan, ignore_memory, whole=True)
         check_disk(job, ignore_disk)
         from trsp_deploy.pipeline import prune_and_build as run_all
 
-        _finish(job, run_all(job), as_json)
+        _finish(job, run_all(job), Output(as_json))
 
 
 def prune(
@@ -100,32 +126,40 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Choose the layers, move their knowledge, remove them: writes plan.json and pruned/."""
-    chosen = recipe_from_options(model, drop, recipe, None, calibration, None, seed, sets, method, then)
+    chosen = recipe_from_options(
+        model=model,
+        drop=drop,
+        recipe=recipe,
+        calibration=calibration,
+        seed=seed,
+        sets=sets,
+        method=method,
+        then=then,
+    )
     if plan_memory:
-        return show_memory(chosen, plan, as_json)
+        return show_memory(chosen, plan, Output(as_json))
     with run_of(chosen, out, plan) as job:
         check_memory(job, plan, ignore_memory)
         result = job.pruning.prune()
-        _print_json(
-            as_json,
-            {**result.model_dump(mode="json", exclude={"lm_loss", "penalty"}), "run": str(job.run.path)},
+        output = Output(as_json)
+        output.say(
             f"dropped {', '.join(map(str, result.dropped))}; perplexity on held-out calibration text "
             f"{result.ppl_dense:.2f} dense, {result.ppl_after_removal:.2f} pruned; "
-            f"checkpoint: {job.run.path / 'pruned'}",
+            f"checkpoint: {job.run.path / 'pruned'}"
         )
+        plain = result.model_dump(mode="json", exclude={"lm_loss", "penalty"})
+        output.result({**plain, "run": str(job.run.path)})
 
 
 def export(run: Run, sets: Sets = None, as_json: Json = False) -> None:
     """Export dense and pruned to ONNX."""
-    with existing(run, None, None, sets) as job:
-        models = job.engines.export()
-        _print_json(
-            as_json,
-            {"onnx": [model.model_dump(mode="json") for model in models.values()]},
-            "\n".join(
-                f"{run / model.folder}: {model.precision}, {model.size_bytes / 1e6:.0f} MB" for model in models.values()
-            ),
+    with existing(run, sets=sets) as job:
+        models = job.engines.export().values()
+        output = Output(as_json)
+        output.say(
+            *(f"{run / model.folder}: {model.precision}, {model.size_bytes / 1e6:.0f} MB" for model in models),
         )
+        output.result({"onnx": [model.model_dump(mode="json") for model in models]})
 
 
 def build(
@@ -133,63 +167,91 @@ def build(
     engine: Engines = None,
     onnx: OnnxFile = None,
     out: BuildOut = None,
+    calibration: BuildText = None,
+    tokenizer: BuildTokenizer = None,
     sets: Sets = None,
     as_json: Json = False,
 ) -> None:
     """Build engines for a run's dense and pruned models, or one engine from any decoder's ONNX file."""
     if onnx is not None:
-        return _build_from_onnx(run, onnx, engine or [], out, as_json)
+        return _build_from_onnx(run, onnx, engine or [], out, calibration, tokenizer, Output(as_json))
     if run is None or out is not None:
         raise RecipeError("build: give a run's folder, or --onnx FILE with --engine E and --out DIR")
-    with existing(run, engine, None, sets) as job:
+    if calibration is not None or tokenizer is not None:
+        raise RecipeError("build RUN: --calibration and --tokenizer are for --onnx; a run has its own text")
+    with existing(run, engine=engine, sets=sets) as job:
         outcomes = job.engines.build()
-        lines = []
+        output = Output(as_json)
         for outcome in outcomes:
-            state = ("built" if outcome.manifests else "unavailable") + (
-                f" ({outcome.reason})" if outcome.reason else ""
-            )
-            lines.append(f"{outcome.spec.name}: {state}")
-        _print_json(
-            as_json,
+            state = "built" if outcome.manifests else "unavailable"
+            output.say(f"{outcome.spec.name}: {state}" + (f" ({outcome.reason})" if outcome.reason else ""))
+        output.result(
             {
                 "engines": [
                     {"name": o.spec.name, "built": bool(o.manifests), "runs": o.reason is None, "reason": o.reason}
                     for o in outcomes
                 ]
-            },
-            "\n".join(lines),
+            }
         )
 
 
-def _build_from_onnx(run: Path | None, onnx: Path, engines: list[str], out: Path | None, as_json: bool) -> None:
+def _build_from_onnx(
+    run: Path | None,
+    onnx: Path,
+    engines: list[str],
+    out: Path | None,
+    calibration: str | None,
+    tokenizer: Path | None,
+    output: Output,
+) -> None:
     if run is not None or len(engines) != 1 or out is None:
         raise RecipeError("build --onnx FILE: needs one --engine and --out DIR, and no run's folder")
-    from trsp_deploy.stages.build import build_engine
+    from trsp_deploy.artifacts import writing_alone
+    from trsp_deploy.cli.running import say
+    from trsp_deploy.stages.build import build_engine, finished, read_calibration
     from trsp_deploy.tools.library import load_engine_spec
     from trsp_deploy.tools.quiet import quiet_libraries
 
     spec = load_engine_spec(engines[0])
     _check_engine_folder(out)
-    with quiet_libraries():
-        manifest = build_engine(onnx, spec, out)
+    text = None
+    if calibration is not None:
+        if not spec.reads_text:
+            raise RecipeError(f"--calibration: {spec.name} is of {spec.precision}, whose build reads no text")
+        folder = tokenizer or onnx.parent
+        if not (folder / "tokenizer_config.json").is_file():
+            raise RecipeError(f"--calibration: no tokenizer in {folder}; give its folder with --tokenizer")
+        with quiet_libraries():
+            text = read_calibration(calibration, folder)
+    elif spec.reads_text:
+        say(f"{spec.name}: makes its choices on random tokens; --calibration TEXTS lets it read a text")
+    command = ["trsp-deploy", "build", "--onnx", str(onnx), "--engine", engines[0], "--out", str(out)]
+    command += ["--calibration", calibration] if calibration is not None else []
+    command += ["--tokenizer", str(tokenizer)] if tokenizer is not None else []
+    with writing_alone(out), quiet_libraries():
+        known = finished(onnx, spec, out, text)
+        manifest = known or build_engine(
+            onnx, spec, out, text, text_name=calibration or "", rebuild=shlex.join(command)
+        )
     size = f"{manifest.size_bytes / 1e6:.0f} MB"
-    text = f"{out}: {spec.name}, {size}, built in {manifest.build_s:.0f} s (`trsp-deploy inspect {out}`)"
-    _print_json(as_json, {"engine": manifest.model_dump(mode="json")}, text)
+    how = f"built in {manifest.build_s:.0f} s" if known is None else "as it was built, for nothing has changed"
+    output.say(f"{out}: {spec.name}, {size}, {how} (`trsp-deploy inspect {out}`)")
+    output.result({"engine": manifest.model_dump(mode="json"), "reused": known is not None})
 
 
 def _check_engine_folder(out: Path) -> None:
     """Raise RecipeError for a folder that an engine would replace, and that is none."""
-    from trsp_deploy.tools.measuring.subjects import ENGINE_MARK
+    from trsp_deploy.artifacts import ENGINE_MANIFEST
 
     if Path.cwd().is_relative_to(out.resolve()):
         raise RecipeError(f"--out {out}: is the folder that this runs in, or one around it; name a new one")
-    if out.is_dir() and any(out.iterdir()) and not (out / ENGINE_MARK).is_file():
+    if out.is_dir() and any(out.iterdir()) and not (out / ENGINE_MANIFEST).is_file():
         raise RecipeError(f"--out {out}: holds other things than an engine; name a new folder, or an engine's")
 
 
 def bench(run: Run, engine: Engines = None, sets: Sets = None, as_json: Json = False) -> None:
     """Measure dense and pruned in turn on every engine that runs here."""
-    with existing(run, engine, None, sets) as job:
+    with existing(run, engine=engine, sets=sets) as job:
         from trsp_deploy.tools.judging.comparisons import sentence
 
         job.proof.check_engines()
@@ -199,40 +261,32 @@ def bench(run: Run, engine: Engines = None, sets: Sets = None, as_json: Json = F
         failed = [f"{name} {reason}" for name, reason in job.proof.failed.items()]
         if failed and not found:
             raise RunError(f"{run}: {'; '.join(failed)}")
-        _print_json(
-            as_json,
-            {"comparisons": plain, "failed": job.proof.failed},
-            "\n".join([*lines, *failed]) or "no engine of this run can run on this machine",
-        )
+        output = Output(as_json)
+        output.say(*([*lines, *failed] or ["no engine of this run can run on this machine"]))
+        output.result({"comparisons": plain, "failed": job.proof.failed})
 
 
 def evaluate(run: Run, evaluation: Evaluation = None, sets: Sets = None, as_json: Json = False) -> None:
     """Perplexity of dense and pruned on held-out text."""
-    with existing(run, None, evaluation, sets) as job:
+    with existing(run, evaluation=evaluation, sets=sets) as job:
         found = {
             name: {role: ppl.ppl for role, ppl in by_role.items()} for name, by_role in job.proof.evaluate().items()
         }
-        lines = [f"{name}: {ppl['dense']:.2f} dense, {ppl['pruned']:.2f} pruned" for name, ppl in found.items()]
-        _print_json(as_json, {"perplexity": found}, "\n".join(lines))
+        output = Output(as_json)
+        output.say(*(f"{name}: {ppl['dense']:.2f} dense, {ppl['pruned']:.2f} pruned" for name, ppl in found.items()))
+        output.result({"perplexity": found})
 
 
 def report(run: Run, as_json: Json = False) -> None:
     """Write report.json, report.md and report.html again, finishing what is missing."""
-    with existing(run, None, None, None) as job:
-        _finish(job, job.report(), as_json)
+    with existing(run) as job:
+        _finish(job, job.report(), Output(as_json))
 
 
-def _print_json(as_json: bool, value: dict[str, Any], text: str) -> None:
-    print(text, file=sys.stderr if as_json else sys.stdout)
-    if as_json:
-        print(json.dumps(value))
-
-
-def _finish(job: Pipeline, found: Any, as_json: bool) -> None:
-    """Show the report's table and verdict; with --json its summary is the last line of stdout."""
+def _finish(job: Pipeline, found: Report, output: Output) -> None:
+    """Show the report's table and verdict."""
     from trsp_deploy.cli.tables import print_report
     from trsp_deploy.stages.report import summary
 
-    print_report(found, job.run.path, sys.stderr if as_json else sys.stdout)
-    if as_json:
-        print(json.dumps(summary(found, job.run.path)))
+    print_report(found, job.run.path, output.stream)
+    output.result(summary(found, job.run.path))

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from trsp_deploy.cli import completion
 from trsp_deploy.errors import RecipeError, StorageError, shown
 
 
@@ -53,17 +54,31 @@ def named_texts(pairs: list[str] | None) -> list[str] | None:
 
 
 Model = Annotated[
-    str | None, typer.Option("--model", help="A folder, a hub id, or a short name such as opt-6.7b.", metavar="M")
+    str | None,
+    typer.Option(
+        "--model",
+        help="A folder, a hub id, or a short name such as opt-6.7b.",
+        metavar="M",
+        autocompletion=completion.models,
+    ),
 ]
 Drop = Annotated[
     str | None, typer.Option("--drop", help="Share of layers (25%) or count of layers (8) to remove.", metavar="D")
 ]
 RecipeName = Annotated[
-    str | None, typer.Option("--recipe", help="A name from `recipes ls` or a YAML file.", metavar="R")
+    str | None,
+    typer.Option(
+        "--recipe", help="A name from `recipes ls` or a YAML file.", metavar="R", autocompletion=completion.recipes
+    ),
 ]
 Engines = Annotated[
     list[str] | None,
-    typer.Option("--engine", help="A name from `engines ls` or a YAML file; repeat for more.", metavar="E"),
+    typer.Option(
+        "--engine",
+        help="A name from `engines ls` or a YAML file; repeat for more.",
+        metavar="E",
+        autocompletion=completion.engines_or_auto,
+    ),
 ]
 Calibration = Annotated[
     str | None,
@@ -79,7 +94,12 @@ Evaluation = Annotated[
 ]
 Tasks = Annotated[
     list[str] | None,
-    typer.Option("--task", help="Zero-shot choice task: piqa, copa (`fetch piqa`), or lm-eval's; repeat.", metavar="T"),
+    typer.Option(
+        "--task",
+        help="Zero-shot choice task: piqa, copa (`fetch piqa`), or lm-eval's; repeat.",
+        metavar="T",
+        autocompletion=completion.tasks,
+    ),
 ]
 Out = Annotated[
     Path | None, typer.Option("--out", help="Run folder; runs/<model>-drop<k> when not given.", metavar="DIR")
@@ -94,17 +114,30 @@ PlanFile = Annotated[
 MethodName = Annotated[
     str | None,
     typer.Option(
-        "--method", help="trsp, trsp-fold, trsp-anneal, trsp-refit, shortgpt, sleb, uidl or fold.", metavar="M"
+        "--method",
+        help="trsp, trsp-fold, trsp-anneal, trsp-refit, shortgpt, sleb, uidl or fold.",
+        metavar="M",
+        autocompletion=completion.methods,
     ),
 ]
 Then = Annotated[
     str | None,
-    typer.Option("--then", help="Transfer after any selection: anneal, l2, l1, train or none.", metavar="FORM"),
+    typer.Option(
+        "--then",
+        help="Transfer after any selection: anneal, l2, l1, train or none.",
+        metavar="FORM",
+        autocompletion=completion.transfers,
+    ),
 ]
 PlanMemory = Annotated[
-    bool, typer.Option("--plan-memory", help="Show what training would need and what there is; load and train nothing.")
+    bool,
+    typer.Option(
+        "--plan-memory", help="Show the memory that each stage would need and what there is; load and train nothing."
+    ),
 ]
-IgnoreMemory = Annotated[bool, typer.Option("--ignore-memory", help="Train even if the estimate does not fit.")]
+IgnoreMemory = Annotated[bool, typer.Option("--ignore-memory", help="Begin even if the estimate does not fit.")]
 IgnoreDisk = Annotated[bool, typer.Option("--ignore-disk", help="Begin even if the disk looks too small.")]
-Json = Annotated[bool, typer.Option("--json", help="End stdout with one JSON line; all else goes to stderr.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON line on stdout; text, where there is any, goes to stderr.")
+]
 Run = Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")]

@@ -1,4 +1,4 @@
-"""From options to a recipe."""
+"""Turns command-line options into a recipe."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ if TYPE_CHECKING:
 
 
 def recipe_from_options(
-    model: str | None,
-    drop: str | None,
-    recipe: str | None,
-    engine: list[str] | None,
-    calibration: str | None,
-    evaluation: list[str] | None,
-    seed: int | None,
-    sets: list[str] | None,
-    method: str | None,
-    then: str | None,
+    *,
+    model: str | None = None,
+    drop: str | None = None,
+    recipe: str | None = None,
+    engine: list[str] | None = None,
+    calibration: str | None = None,
+    evaluation: list[str] | None = None,
+    seed: int | None = None,
+    sets: list[str] | None = None,
+    method: str | None = None,
+    then: str | None = None,
 ) -> Recipe:
     """The recipe named, or the model's own, or the default one, with every option on top."""
     from trsp_deploy.recipe import override, read_recipe
@@ -35,6 +36,8 @@ def recipe_from_options(
         if value is not None:
             values[key] = value
     options = {f"{group}.{key}": value for group, of in _method_settings(method).items() for key, value in of.items()}
+    if (values.get("transfer") or {}).get("lora_rank") is not None:  # adapters are for the layers alone
+        options.pop("transfer.train", None)
     if calibration is not None:
         options["calibration.texts"] = calibration
     if then is not None:

@@ -1,4 +1,4 @@
-"""Reference pages out of what they are about: commands, a recipe's keys, and the recipes and specs that ship.
+"""Reference pages from what they are about: commands, a recipe's keys, and the recipes and specs that ship.
 
     python -m trsp_deploy.cli.reference docs
 
@@ -37,7 +37,7 @@ TYPES = {
 }
 HEADER = """# Command line
 
-Written by `python -m trsp_deploy.cli.reference docs` out of the code; a test compares. `--help` on any command
+Written by `python -m trsp_deploy.cli.reference docs` from the code; a test compares. `--help` on any command
 says the same. Exit codes: [exit-codes.md](exit-codes.md). Methods and transfers: [methods.md](methods.md). What a text
 or a model may be: [own-model.md](own-model.md).
 
@@ -47,7 +47,7 @@ it instead.
 
 CATALOGUE = """# Recipes and engine specs
 
-Written by `python -m trsp_deploy.cli.reference docs` out of `recipes/` and `engines/`; a test compares. A recipe called
+Written by `python -m trsp_deploy.cli.reference docs` from `recipes/` and `engines/`; a test compares. A recipe called
 like a model is taken for that model (`--model opt-1.3b`), any other with `--recipe`. `trsp-deploy recipes show NAME`
 and `trsp-deploy engines show NAME` print a file and its comments: on what it was measured, or that it was not.
 Memory is what `--plan-memory` estimates for selection and transfer; no GPU has confirmed it. fp16 has not the range of
@@ -57,7 +57,7 @@ parity check (exit code 4) says whether an fp16 engine holds.
 
 KEYS = """# A recipe's keys
 
-Written by `python -m trsp_deploy.cli.reference docs` out of `trsp_deploy/recipe/settings.py`; a test compares. A recipe
+Written by `python -m trsp_deploy.cli.reference docs` from `trsp_deploy/recipe/settings.py`; a test compares. A recipe
 is a YAML file of these keys, `transfer.steps` being `steps` below `transfer`; `--set transfer.steps=500` overrides one.
 An unknown key is an error that names the nearest valid one. Where a model has a recipe of its own, `trsp-deploy recipes
 show NAME` prints it: what it does not say is the default here.
@@ -93,7 +93,7 @@ def keys_page() -> str:
     lines = [KEYS]
     groups = {name: field for name, field in Recipe.model_fields.items() if _is_group(field.annotation)}
     top = [_key_row(Recipe, name, "") for name in Recipe.model_fields if name not in groups]
-    lines += ["## Of the whole run", "", *KEY_TABLE, *top, ""]
+    lines += ["## The whole run", "", *KEY_TABLE, *top, ""]
     for name, field in groups.items():
         group: Any = field.annotation
         said = " ".join((group.__doc__ or "").split())

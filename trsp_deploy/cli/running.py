@@ -1,47 +1,47 @@
-"""Entering a run: its folder and lock, what it needs of memory and disk, and what is said meanwhile."""
+"""Entering a run: its folder and lock, the memory and disk it needs, and the lines it prints."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trsp_deploy.cli.recipe_options import with_lists
-from trsp_deploy.errors import DeviceMemoryError, ModelError, RunError
+from trsp_deploy.errors import DeviceMemoryError, ModelError, RunError, one_line, redacted
 from trsp_deploy.reading import user_path
 
 if TYPE_CHECKING:
+    from trsp_deploy.cli.terminal import Output
     from trsp_deploy.pipeline import Pipeline
-    from trsp_deploy.recipe import Recipe
+    from trsp_deploy.recipe import EngineSpec, Recipe
+    from trsp_deploy.tools.resources.device_memory import Engines
+    from trsp_deploy.tools.resources.disk import DiskPlan
 
 
-PARTS = (
-    *("dense", "pruned", "onnx", "engines", "plans", "plan.json", "self-generated.jsonl"),
-    *("report.md", "report.html", "report.json", "served.json"),
-)
 LIBRARIES_BYTES = 1_100_000_000  # of addresses; 1.05e9 were seen with torch 2.13 for the CPU
 
 
 @contextlib.contextmanager
 def existing(
     run: Path,
+    *,
     engine: list[str] | None = None,
     evaluation: list[str] | None = None,
     sets: list[str] | None = None,
 ) -> Iterator[Pipeline]:
     """Enter the folder of a run that was begun, with its recipe and the options on top."""
     _check_address_space()
+    from trsp_deploy.artifacts import RUN_MARK
     from trsp_deploy.pipeline.runs import load_recipe, place_of
     from trsp_deploy.recipe import override, read_recipe
 
     place = place_of(run)
     named = _seen_from_here(place, engine, evaluation)
     values = override(with_lists(load_recipe(run), *named), sets or [])
-    with run_of(read_recipe(values, str(run / "recipe.yaml")), run, None, place) as job:
+    with run_of(read_recipe(values, str(run / RUN_MARK)), run, place=place) as job:
         yield job
 
 
@@ -62,7 +62,7 @@ def _seen_from_here(
 
 
 @contextlib.contextmanager
-def run_of(recipe: Recipe, out: Path | None, plan: Path | None, place: Path | None = None) -> Iterator[Pipeline]:
+def run_of(recipe: Recipe, out: Path | None, plan: Path | None = None, place: Path | None = None) -> Iterator[Pipeline]:
     """Enter the run folder and keep the resolved recipe in it.
 
     place: that the recipe's relative paths are relative to; None is the working directory.
@@ -75,7 +75,7 @@ def run_of(recipe: Recipe, out: Path | None, plan: Path | None, place: Path | No
 
     folder = out or default_folder(recipe, say)
     _check_folder(folder)
-    with RunFolder(folder, _announce) as run:
+    with RunFolder(folder, _Announcer()) as run:
         job = Pipeline(run, recipe, plan, say, place)
         before = saved_recipe(run)
         if before is not None and out is None:
@@ -88,11 +88,11 @@ def run_of(recipe: Recipe, out: Path | None, plan: Path | None, place: Path | No
 
 def _check_folder(folder: Path) -> None:
     """Raise RunError for a folder that a run would replace parts of, and that is none."""
-    from trsp_deploy.tools.measuring.subjects import RUN_MARK
+    from trsp_deploy.artifacts.layout import LOCK, PARTS, RunLayout
 
-    if (folder / ".lock").exists() or (folder / RUN_MARK).is_file():
+    if (folder / LOCK).exists() or RunLayout(folder).is_run:
         return
-    taken = [name for name in PARTS if (folder / name).exists()]
+    taken = [name for part in PARTS for name in part.paths if (folder / name).exists()]
     if taken:
         raise RunError(f"{folder}: has {', '.join(taken)} and is no run of trsp-deploy; choose another --out")
 
@@ -134,58 +134,107 @@ def _check_address_space() -> None:
         )
 
 
-def show_memory(recipe: Recipe, plan_file: Path | None, as_json: bool) -> None:
-    """The table of `--plan-memory`; with --json the same figures are the last line of stdout."""
+def show_memory(recipe: Recipe, plan_file: Path | None, output: Output) -> None:
+    """The table of `--plan-memory`; with --json the same figures are the last line of stdout.
+
+    Raises DeviceMemoryError, with settings that would fit, where a stage needs more than this machine has.
+    """
     from trsp_deploy.cli.tables import print_memory
+    from trsp_deploy.pipeline.engines import buildable, runnable, specs_of
     from trsp_deploy.tools.plan import read_plan
-    from trsp_deploy.tools.resources.device_memory import model_config, plan_memory
+    from trsp_deploy.tools.resources.device_memory import Engines, check_plan, model_config, plan_memory
 
     config = model_config(recipe.model, say)
     dropped = None if plan_file is None else read_plan(plan_file, config.num_hidden_layers).dropped
-    found = plan_memory(recipe, config, dropped)
-    print_memory(found, sys.stderr if as_json else sys.stdout)
-    if as_json:
-        print(json.dumps(found.summary()))
+    specs = specs_of(recipe.engines)
+    engines = Engines(buildable(specs), runnable(specs))
+    found = plan_memory(recipe, config, dropped, engines)
+    print_memory(found, output.stream)
+    output.result(found.summary())
+    check_plan(recipe, config, found, dropped, engines)
 
 
-def check_memory(job: Pipeline, plan_file: Path | None, ignore: bool) -> None:
-    """Refuse what cannot fit before anything slow begins; stages whose result is there are not asked about."""
+def check_memory(
+    job: Pipeline, plan_file: Path | None, ignore: bool, *, whole: bool = False, counts: Sequence[int] = ()
+) -> None:
+    """Refuse what cannot fit before anything slow begins; stages whose result is there are not asked about.
+
+    whole: exports, engines and evaluation will follow. counts: of layers, where this is a sweep of them.
+    """
+    from trsp_deploy.pipeline.engines import runnable
     from trsp_deploy.tools.plan import read_plan
-    from trsp_deploy.tools.resources.device_memory import check_memory, launched_as_several, model_config
+    from trsp_deploy.tools.resources.device_memory import Engines, check_memory, launched_as_several, model_config
     from trsp_deploy.tools.training.shared import pick_device
 
-    plan = plan_file or job.run.path / "plan.json"
-    missing = [stage for stage in job.pruning.unfinished() if stage != "selection" or plan_file is None]
+    plan = plan_file or job.run.layout.plan
+    missing: list[str] = [stage for stage in job.pruning.unfinished() if stage != "selection" or plan_file is None]
     if missing:
         pick_device(job.recipe)  # before a model is fetched for a device that is not here
-    if ignore or not missing or launched_as_several():
+    engines = Engines(job.engines.buildable(), runnable(job.engines.specs)) if whole and job.run.main else None
+    if ignore or launched_as_several() or not (missing or engines):
         return
     with contextlib.suppress(ModelError):  # of a model that cannot be used the pipeline says more
         config = model_config(job.inputs.model, say)
         dropped = read_plan(plan, config.num_hidden_layers).dropped if plan.is_file() else None
-        found = check_memory(job.recipe, config, missing, dropped)
-        parts = ", ".join(f"{each.stage} {each.peak.total_bytes / 1e9:.2f} GB" for each in found.stages)
-        there = "unknown" if found.available_bytes is None else f"{found.available_bytes / 1e9:.2f} GB"
-        say(f"needs {found.device} memory: {parts}; {there} there")
+        if engines is not None:
+            missing += _later_to_do(job, config, engines, counts)
+        for line in check_memory(job.recipe, config, missing, dropped, engines).lines():
+            say(line)
 
 
-def check_disk(job: Pipeline, ignore: bool) -> None:
-    """Say what each stage will leave on the disk, and refuse what cannot fit there."""
+def _later_to_do(job: Pipeline, config: Any, engines: Engines, counts: Sequence[int]) -> list[str]:
+    """Stages after training whose result is not there; of a sweep all of them, until every run is whole."""
+    if counts and all(stage.there for stage in _disk_plan(job, config, engines.built, counts).stages):
+        return []
+    stages = [stage.stage for stage in _disk_plan(job, config, engines.built, ()).stages if not stage.there]
+    return [*stages, "evaluation", *(f"run {spec.name}" for spec in engines.run)] if "report" in stages else stages
+
+
+def _disk_plan(job: Pipeline, config: Any, specs: Sequence[EngineSpec], counts: Sequence[int]) -> DiskPlan:
+    from trsp_deploy.tools.resources.disk import plan_disk, plan_sweep
+
+    plain = job.engines.specs[0].graph_precision
+    if counts:
+        return plan_sweep(job.run.path, job.recipe, config, specs, counts, plain)
+    return plan_disk(job.run.path, job.recipe, config, specs, plain)
+
+
+def check_disk(job: Pipeline, ignore: bool, counts: Sequence[int] = ()) -> None:
+    """Say what each stage will leave on the disk, and refuse what cannot fit there; counts: as in `check_memory`."""
     from trsp_deploy.tools.resources.device_memory import model_config
-    from trsp_deploy.tools.resources.disk import check_disk, plan_disk
+    from trsp_deploy.tools.resources.disk import check_disk
 
     if not job.run.main:
         return
     with contextlib.suppress(ModelError):  # of a model that cannot be used the pipeline says more
         config, specs = model_config(job.inputs.model, say), job.engines.buildable()
-        plan = plan_disk(job.run.path, job.recipe, config, specs, job.engines.specs[0].graph_precision)
+        plan = _disk_plan(job, config, specs, counts)
         say(plan.line())
         if not ignore:
-            check_disk(plan, job.recipe, config, specs)
+            check_disk(plan, {spec.name: _disk_plan(job, config, [spec], counts) for spec in specs})
 
 
-def _announce(step: str, state: str) -> None:
-    say(f"{step}: {state}")
+class _Announcer:
+    """Says when a step begins and ends, with its highest memory, and now and then that it goes on."""
+
+    def __init__(self) -> None:
+        self._going_on = contextlib.ExitStack()
+
+    def __call__(self, step: str, state: str) -> None:
+        from trsp_deploy.artifacts.run_folder import STOPPED
+        from trsp_deploy.tools.host_memory import forget_peak, peak_resident_bytes
+        from trsp_deploy.tools.progress import Heartbeat
+
+        self._going_on.close()
+        peak = peak_resident_bytes()
+        if state == "started":
+            forget_peak()
+        elif state != STOPPED and state.startswith("done") and peak is not None:
+            state = f"{state}, at most {peak / 1e9:.2f} GB"
+        if state != STOPPED:
+            say(f"{step}: {state}")
+        if state == "started":
+            self._going_on.enter_context(Heartbeat(step))
 
 
 def say(line: str) -> None:
@@ -193,10 +242,9 @@ def say(line: str) -> None:
     from rich.markup import escape
 
     from trsp_deploy.artifacts import is_main_process
-    from trsp_deploy.errors import redacted
 
     if not is_main_process():
         return
     Console(file=sys.stderr, highlight=False, soft_wrap=True).print(
-        f"[bold cyan]>[/] {escape(redacted(' '.join(line.split())))}"
+        f"[bold cyan]>[/] {escape(redacted(one_line(line)))}"
     )

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from trsp_deploy.cli.options import Json, file_to_write, finite
+from trsp_deploy.cli.terminal import Output
 from trsp_deploy.errors import RecipeError
 
 Repository = Annotated[Path, typer.Argument(help="A model repository, ours or not.", metavar="REPO")]
@@ -25,7 +24,7 @@ Environment = Annotated[
 ]
 Port = Annotated[
     int | None,
-    typer.Option("--port", help="Of HTTP on 127.0.0.1; gRPC and metrics take the next two.", min=1, max=65533),
+    typer.Option("--port", help="Port of HTTP on 127.0.0.1; gRPC and metrics take the next two.", min=1, max=65533),
 ]
 RunFolder = Annotated[
     Path | None,
@@ -34,8 +33,8 @@ RunFolder = Annotated[
 Concurrency = Annotated[
     str, typer.Option("--concurrency", help="Requests at once, one or several such as 1,8.", metavar="N,N")
 ]
-PromptTokens = Annotated[int, typer.Option("--prompt-tokens", help="Of each prompt.", min=1)]
-NewTokens = Annotated[int, typer.Option("--new-tokens", help="Of each answer.", min=2)]
+PromptTokens = Annotated[int, typer.Option("--prompt-tokens", help="Tokens of each prompt.", min=1)]
+NewTokens = Annotated[int, typer.Option("--new-tokens", help="Tokens of each answer.", min=2)]
 Window = Annotated[
     float, typer.Option("--window", help="Seconds of load at a time, at least.", min=1.0, callback=finite)
 ]
@@ -64,16 +63,16 @@ def triton_start(repository: Repository, server: Environment = None, port: Port 
     """Serve a repository on this machine alone, in the background; returns when every model is loaded."""
     from trsp_deploy.tools.triton_server.process import find_installation, start
 
-    stream = sys.stderr if as_json else sys.stdout
-    print(f"{repository}: starting tritonserver", file=stream, flush=True)
+    output = Output(as_json)
+    output.say(f"{repository}: starting tritonserver")
+    output.stream.flush()  # loading takes minutes
     started = start(repository, find_installation(server), None if port is None else (port, port + 1, port + 2))
-    print(
-        f"ready: http 127.0.0.1:{started.http}, grpc 127.0.0.1:{started.grpc}, metrics 127.0.0.1:{started.metrics}\n"
-        f"log: {started.log}\nstop it: trsp-deploy triton-stop {repository}",
-        file=stream,
+    output.say(
+        f"ready: http 127.0.0.1:{started.http}, grpc 127.0.0.1:{started.grpc}, metrics 127.0.0.1:{started.metrics}",
+        f"log: {started.log}",
+        f"stop it: trsp-deploy triton-stop {repository}",
     )
-    if as_json:
-        print(started.model_dump_json())
+    output.result(started.model_dump(mode="json"))
 
 
 def triton_stop(repository: Repository, as_json: Json = False) -> None:
@@ -83,12 +82,9 @@ def triton_stop(repository: Repository, as_json: Json = False) -> None:
     found = stop(repository)
     said = "stopped" if found.was_running else "was not running"
     left = f"; removed {found.killed} processes and {len(found.removed)} files in /dev/shm that were left"
-    print(
-        f"{repository}: {said}{left if found.killed or found.removed else ''}",
-        file=sys.stderr if as_json else sys.stdout,
-    )
-    if as_json:
-        print(found.model_dump_json())
+    output = Output(as_json)
+    output.say(f"{repository}: {said}{left if found.killed or found.removed else ''}")
+    output.result(found.model_dump(mode="json"))
 
 
 def bench_server(
@@ -107,7 +103,7 @@ def bench_server(
     """Load dense and pruned on one Triton server in turn (perf_analyzer): first token, inter-token, throughput."""
     levels = _concurrencies(concurrency)
     where = None if url is None else _address(url)
-    from trsp_deploy.artifacts import write_json
+    from trsp_deploy.artifacts import RunLayout, write_json
     from trsp_deploy.pipeline.runs import load_recipe
 
     if run is not None:
@@ -117,7 +113,7 @@ def bench_server(
     from trsp_deploy.stages.serve_bench import Address, LoadSettings, measure_served, started
     from trsp_deploy.tools.triton_server.load import find_load_generator
     from trsp_deploy.tools.triton_server.process import environment_of
-    from trsp_deploy.tools.triton_server.served import SERVED, derive
+    from trsp_deploy.tools.triton_server.served import derive
 
     generator = find_load_generator(environment_of(server))
     settings = LoadSettings(
@@ -132,17 +128,17 @@ def bench_server(
         return started(repository, server) if where is None else contextlib.nullcontext(Address(*where))
 
     found = measure_served(repository, serve, generator, settings, fresh=where is None)
-    for path in (out, None if run is None else run / SERVED):
+    for path in (out, None if run is None else RunLayout(run).served):
         if path is not None:
             write_json(path, found)
     report = derive(found)
-    print_served(report, sys.stderr if as_json else sys.stdout)
+    output = Output(as_json)
+    print_served(report, output.stream)
     if run is not None:
-        with existing(run, None, None, None) as job:
+        with existing(run) as job:
             job.report()
-        print(f"report: {run / 'report.html'}", file=sys.stderr if as_json else sys.stdout)
-    if as_json:
-        print(json.dumps(report.model_dump(mode="json")))
+        output.say(f"report: {run / 'report.html'}")
+    output.result(report.model_dump(mode="json"))
 
 
 def _concurrencies(text: str) -> tuple[int, ...]:
@@ -152,7 +148,7 @@ def _concurrencies(text: str) -> tuple[int, ...]:
 
 
 def _address(url: str) -> tuple[str, str]:
-    """Addresses of HTTP and gRPC."""
+    """The addresses of HTTP and gRPC in a --url."""
     found = re.fullmatch(r"([^:/]+):(\d+):(\d+)", url)
     if found is None:
         raise RecipeError(f"--url '{url}': expected HOST:HTTP_PORT:GRPC_PORT, such as localhost:8000:8001")

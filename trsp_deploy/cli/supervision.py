@@ -1,9 +1,11 @@
 """A command line as two processes: one works, and the other only waits and sees to how it ends.
 
 Python hears of Ctrl-C between two bytecodes. Native code keeps it from there for as long as a large graph takes to be
-optimised, a library may swallow the KeyboardInterrupt, and whoever takes too much memory is killed without a word. The
-process that waits can always give the terminal back, say a line and return an exit code. It may end the other by
-SIGKILL, which loses nothing: files appear whole or not at all (`artifacts.writing`).
+optimised, a library may swallow the KeyboardInterrupt, and a process that takes too much memory is killed without a
+word. The process that waits can always give the terminal back, say a line and return an exit code. It may end the other
+by SIGKILL, which loses nothing: files appear whole or not at all (`artifacts.writing`).
+
+SIGTERM (`timeout`, Slurm, a cancelled CI job) and SIGHUP (a terminal that is closed) are heard as Ctrl-C is.
 """
 
 from __future__ import annotations
@@ -30,11 +32,13 @@ CAUSES = {
     signal.SIGXCPU: "out of CPU time (`ulimit -t`)",
 }
 
-_heard = False  # whether Ctrl-C came to this process
+ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+_heard: int | None = None  # the signal by which this process was asked to end
 
 
-def interrupted() -> bool:
-    """Whether the user wants this process to end; errors may be what came of that."""
+def asked_to_end() -> int | None:
+    """The signal by which this process was asked to end, if it was; errors may be what came of that."""
     return _heard
 
 
@@ -42,29 +46,31 @@ def supervised(work: Callable[[], int]) -> int:
     """The exit code of `work`, done in a process of its own that ends with this one.
 
     Call it before there are threads. It returns in both processes, with the same code. Raises KeyboardInterrupt in the
-    one that waits when the other had to be killed after Ctrl-C, and ProcessEnded when a signal ended it.
+    one that waits when the other had to be killed after one of ENDINGS, and ProcessEnded when a signal ended it.
     """
     terminal = _terminal()
-    awaited = {signal.SIGCHLD}
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in the background of a shell script
-        awaited.add(signal.SIGINT)
+    # Ignored is SIGINT in the background of a shell script, and SIGHUP under nohup.
+    endings = {number for number in ENDINGS if signal.getsignal(number) is not signal.SIG_IGN}
+    awaited = {signal.SIGCHLD, *endings}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
     child = os.fork()
     if child == 0:
         end_with_parent()
-        if signal.SIGINT in awaited:
-            signal.signal(signal.SIGINT, _stop)
+        for number in endings:
+            signal.signal(number, _stop)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return work()
     adopt_orphans()
     code = _end_of(child, awaited)
-    if code < 0 or (_heard and code):  # who was interrupted need not have come to stop what it had started
+    asked = _heard is not None
+    # An interrupted process may not have stopped what it had started.
+    if code < 0 or (asked and code) or code - 128 in ENDINGS:
         _kill_descendants()
-    if _heard or code < 0:
+    if asked or code < 0:
         _give_back(terminal)
     if code < 0:
-        if _heard:
+        if asked:
             raise KeyboardInterrupt
         name = signal.Signals(-code).name
         cause = CAUSES.get(signal.Signals(-code), "native code failed, as some does when memory runs out")
@@ -72,17 +78,19 @@ def supervised(work: Callable[[], int]) -> int:
     return code
 
 
-def _stop(*_: object) -> None:
-    """The working process's answer to Ctrl-C, once: a second one must not interrupt the clean-up."""
+def _stop(number: int, _: object) -> None:
+    """The working process's answer to one of ENDINGS, once: a second one must not interrupt the clean-up."""
     global _heard
-    _heard = True
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.unraisablehook = lambda _: None  # of what is caught in the middle nobody needs a traceback
+    _heard = number
+    for ending in ENDINGS:
+        signal.signal(ending, signal.SIG_IGN)
+    sys.unraisablehook = lambda _: None  # what is caught in the middle needs no traceback
     raise KeyboardInterrupt
 
 
 def _end_of(child: int, awaited: set[signal.Signals]) -> int:
-    """Wait for a process, pass Ctrl-C on, which may have come to this one alone, and kill it where that is not heard.
+    """Wait for a process, pass the first of ENDINGS on, which may have come to this one alone, and kill it where that
+    has no effect.
 
     Returns its exit code, or the negative number of the signal that ended it.
     """
@@ -99,9 +107,9 @@ def _end_of(child: int, awaited: set[signal.Signals]) -> int:
         if came is None:
             _send(child, signal.SIGKILL)
             until = None
-        elif came.si_signo == signal.SIGINT and not _heard:
-            _heard, until = True, time.monotonic() + GRACE_S
-            _send(child, signal.SIGINT)
+        elif came.si_signo in ENDINGS and _heard is None:
+            _heard, until = came.si_signo, time.monotonic() + GRACE_S
+            _send(child, came.si_signo)
 
 
 def _send(process: int, number: int) -> None:
@@ -110,7 +118,7 @@ def _send(process: int, number: int) -> None:
 
 
 def _kill_descendants() -> None:
-    """Whom the working process left, such as a tritonserver: they are this process's children now."""
+    """Kill what the working process left, such as a tritonserver: this process's children now."""
     import psutil
 
     for process in psutil.Process().children(recursive=True):
@@ -127,7 +135,7 @@ def _terminal() -> list[Any] | None:
 
 
 def _in_background() -> bool:
-    """Whether a shell runs this beside something else: who sets a terminal from there is stopped until it is back."""
+    """Whether a shell runs this beside something else: a process that sets the terminal from there is stopped."""
     try:
         return os.tcgetpgrp(0) != os.getpgrp()
     except OSError:  # stdin is not the terminal that controls this process
@@ -135,7 +143,7 @@ def _in_background() -> bool:
 
 
 def _give_back(terminal: list[Any] | None) -> None:
-    """Echo and cursor as they were: a progress bar hides the cursor."""
+    """Restore echo and cursor: a progress bar hides the cursor."""
     if terminal is not None and not _in_background():
         termios.tcsetattr(0, termios.TCSANOW, terminal)
     if os.isatty(2):

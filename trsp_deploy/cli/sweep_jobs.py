@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +13,7 @@ from trsp_deploy.cli.options import (
     Calibration,
     Engines,
     Evaluation,
+    IgnoreDisk,
     IgnoreMemory,
     Json,
     MethodName,
@@ -25,6 +24,7 @@ from trsp_deploy.cli.options import (
     Then,
     finite,
 )
+from trsp_deploy.cli.terminal import Output
 from trsp_deploy.errors import RecipeError
 
 Drops = Annotated[
@@ -34,14 +34,18 @@ Drops = Annotated[
 Out = Annotated[Path | None, typer.Option("--out", help="Folder; runs/<model>-sweep when not given.", metavar="DIR")]
 TargetSpeedup = Annotated[
     float | None,
-    typer.Option("--target-speedup", help="End to end, such as 1.25.", min=1.0, callback=finite, metavar="X"),
+    typer.Option(
+        "--target-speedup", help="Least speed-up end to end, such as 1.25.", min=1.0, callback=finite, metavar="X"
+    ),
 ]
 TargetLatency = Annotated[
-    str | None, typer.Option("--target-latency", help="Of a new token, such as 20ms.", metavar="TIME")
+    str | None, typer.Option("--target-latency", help="Most time for a new token, such as 20ms.", metavar="TIME")
 ]
 MaxPerplexity = Annotated[
     float | None,
-    typer.Option("--max-ppl-ratio", help="Pruned / dense, on every text.", min=1.0, callback=finite, metavar="X"),
+    typer.Option(
+        "--max-ppl-ratio", help="Most pruned / dense perplexity, on every text.", min=1.0, callback=finite, metavar="X"
+    ),
 ]
 
 CHOICE_MISSING = 2  # exit code where targets were given and no point keeps them
@@ -68,12 +72,13 @@ def sweep(
     method: MethodName = None,
     then: Then = None,
     ignore_memory: IgnoreMemory = False,
+    ignore_disk: IgnoreDisk = False,
     as_json: Json = False,
 ) -> None:
     """Quality, latency, memory and size for each number of layers, through real engines; targets choose one."""
     max_latency_s = _seconds(target_latency)
     from trsp_deploy.cli.recipe_options import recipe_from_options
-    from trsp_deploy.cli.running import check_memory, run_of, say
+    from trsp_deploy.cli.running import check_disk, check_memory, run_of, say
     from trsp_deploy.cli.tables import print_sweep
     from trsp_deploy.recipe import parse_drops
     from trsp_deploy.tools.reports.sweeps import Targets
@@ -82,17 +87,30 @@ def sweep(
         raise RecipeError("sweep: is one process's work; `accelerate launch` a `prune` of the cut that it chose")
     parse_drops(drop)  # what cannot be a range is said before anything slow
     first = drop.split("..")[0].split(",")[0]
-    chosen = recipe_from_options(model, first, recipe, engine, calibration, evaluation, seed, sets, method, then)
+    chosen = recipe_from_options(
+        model=model,
+        drop=first,
+        recipe=recipe,
+        engine=engine,
+        calibration=calibration,
+        evaluation=evaluation,
+        seed=seed,
+        sets=sets,
+        method=method,
+        then=then,
+    )
     targets = Targets(min_speedup=target_speedup, max_latency_s=max_latency_s, max_ppl_ratio=max_ppl_ratio)
     folder = out or Path("runs") / f"{Path(chosen.model).name}-sweep"
-    with run_of(chosen, folder, None) as job:
+    with run_of(chosen, folder) as job:
         from trsp_deploy.sweep import sweep as sweep_all
 
-        check_memory(job, None, ignore_memory)
-        found = sweep_all(job, parse_drops(drop, job.inputs.num_layers()), targets, say)
-    print_sweep(found, folder, sys.stderr if as_json else sys.stdout)
-    if as_json:
-        print(json.dumps(found.model_dump(mode="json", exclude={"provenance"})))
+        counts = parse_drops(drop, job.inputs.num_layers())
+        check_memory(job, None, ignore_memory, whole=True, counts=counts)
+        check_disk(job, ignore_disk, counts)
+        found = sweep_all(job, counts, targets, say)
+    output = Output(as_json)
+    print_sweep(found, folder, output.stream)
+    output.result(found.model_dump(mode="json", exclude={"provenance"}))
     wanted = targets != Targets()
     raise typer.Exit(CHOICE_MISSING if wanted and found.choice.num_dropped is None else 0)
 

@@ -18,10 +18,11 @@ from trsp_deploy.tools.reports.rows import (
     engine_notes,
     engine_rows,
     model_rows,
+    sweep_columns,
+    sweep_row,
 )
-from trsp_deploy.tools.reports.sweep_page import columns, row
 from trsp_deploy.tools.reports.sweeps import Sweep, answer
-from trsp_deploy.tools.resources.device_memory import MemoryPlan
+from trsp_deploy.tools.resources.device_memory import NAMES, MemoryPlan
 from trsp_deploy.tools.triton_server.served import (
     SERVED_COLUMNS,
     ServedReport,
@@ -87,10 +88,10 @@ def print_served(found: ServedReport, file: TextIO) -> None:
 
 
 def print_sweep(found: Sweep, folder: Path, file: TextIO) -> None:
-    """A row a number of layers, and the answer."""
+    """A row per number of layers, and the answer."""
     out = console(file)
     out.print()
-    out.print(plain_table(columns(list(found.points[0].quality)), [row(point) for point in found.points]))
+    out.print(plain_table(sweep_columns(found), [sweep_row(point) for point in found.points]))
     out.print()
     out.print(Text(answer(found), style="bold"), soft_wrap=True)
     out.print(f"page: {folder / 'sweep.html'}, and the same as sweep.json", soft_wrap=True)
@@ -105,7 +106,9 @@ def print_memory(plan: MemoryPlan, file: TextIO) -> None:
         for part, label in MEMORY_LABELS.items()
         if any(peak.parts[part] for peak in peaks)
     ]
-    rows.append(["needed", *(f"{peak.total_bytes / 1e9:.2f}" for peak in peaks)])
+    rows.append(
+        ["needed at least" if plan.at_least else "needed", *(f"{peak.total_bytes / 1e9:.2f}" for peak in peaks)]
+    )
     rows.append(["highest at", *(peak.name for peak in peaks)])
     rows.append(["fits", *("yes" if plan.fits(stage) else "no" for stage in plan.stages)])
     there = "unknown: it is not in this machine or does not tell"
@@ -114,6 +117,11 @@ def print_memory(plan: MemoryPlan, file: TextIO) -> None:
     else:
         rows.pop()
     out.print(plain_table(("GB", *(stage.stage for stage in plan.stages)), rows))
-    out.print(f"{plan.model}, {plan.weights} weights; {plan.device} memory available: {there}", soft_wrap=True)
-    exports = ", ".join(f"{size / 1e9:.2f} GB in {precision}" for precision, size in plan.export_bytes.items())
-    out.print(f"export, in main memory: {exports}", soft_wrap=True)
+    out.print(f"{plan.model}, {plan.weights} weights; {NAMES[plan.device]} available: {there}", soft_wrap=True)
+    if plan.at_least:
+        out.print("activations are missing: this architecture's cannot be told without its data", soft_wrap=True)
+    rows = [
+        [each.stage, NAMES[each.device], f"{each.needed_bytes / 1e9:.2f}", "yes" if plan.later_fits(each) else "no"]
+        for each in plan.later
+    ]
+    out.print(plain_table(("after training, GB", "in", "needed", "fits"), rows))

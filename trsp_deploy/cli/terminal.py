@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TextIO, cast
 
 from rich.console import Console
@@ -26,6 +27,28 @@ def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     for cells in rows:
         table.add_row(*(Text(cell) for cell in cells))  # Text: a `[gpu]` in a pip command is no markup
     return table
+
+
+class Output:
+    """What a command prints: text on stdout; with --json text on stderr, and stdout is one line of JSON."""
+
+    def __init__(self, as_json: bool) -> None:
+        self._as_json = as_json
+
+    @property
+    def stream(self) -> TextIO:
+        """Where text goes, as the streams are at this moment."""
+        return sys.stderr if self._as_json else sys.stdout
+
+    def say(self, *lines: object) -> None:
+        """Text, a line each."""
+        for line in lines:
+            print(line, file=self.stream)
+
+    def result(self, found: Mapping[str, Any]) -> None:
+        """What the command found, for programs; without --json nothing."""
+        if self._as_json:
+            print(json.dumps(found))
 
 
 @contextlib.contextmanager

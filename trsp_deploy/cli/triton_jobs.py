@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +9,7 @@ import typer
 
 from trsp_deploy.cli.options import Json, Run
 from trsp_deploy.cli.serving_jobs import Repository
+from trsp_deploy.cli.terminal import Output
 
 if TYPE_CHECKING:
     from trsp_deploy.results import Role
@@ -19,7 +18,9 @@ Out = Annotated[Path, typer.Option("--out", help="Folder of the repository.", me
 Engine = Annotated[
     str | None, typer.Option("--engine", help="One of the run's engines; else the first that runs here.", metavar="E")
 ]
-Name = Annotated[str | None, typer.Option("--name", help="Of the model; <run>-pruned when not given.", metavar="NAME")]
+Name = Annotated[
+    str | None, typer.Option("--name", help="Name of the model; <run>-pruned when not given.", metavar="NAME")
+]
 Dense = Annotated[bool, typer.Option("--dense", help="The dense model too, as NAME-dense, for comparisons.")]
 MaxBatch = Annotated[int, typer.Option("--max-batch", help="Texts at once.", min=1, max=1024)]
 MaxLength = Annotated[
@@ -41,12 +42,9 @@ def triton_lint(repository: Repository, as_json: Json = False) -> None:
 
     found = lint(repository)
     errors = sum(finding.severity == "error" for finding in found)
-    stream = sys.stderr if as_json else sys.stdout
-    for finding in found:
-        print(finding, file=stream)
-    print(f"{repository}: {errors} errors, {len(found) - errors} warnings", file=stream)
-    if as_json:
-        print(json.dumps({"findings": [finding.model_dump() for finding in found]}))
+    output = Output(as_json)
+    output.say(*found, f"{repository}: {errors} errors, {len(found) - errors} warnings")
+    output.result({"findings": [finding.model_dump() for finding in found]})
     raise typer.Exit(WRONG if errors else 0)
 
 
@@ -62,16 +60,22 @@ def triton(
     as_json: Json = False,
 ) -> None:
     """Write a Triton model repository that generates text with a run's engine."""
+    from trsp_deploy.artifacts import RunLayout, check_made, writing_alone
     from trsp_deploy.stages.triton_repository import write_repository
-    from trsp_deploy.tools.measuring.subjects import find_engine
+    from trsp_deploy.tools.measuring.subjects import common_engine, find_engine
 
     roles: list[Role] = ["pruned", *(["dense"] if dense else [])]  # type: ignore[list-item]
+    if dense and engine is None and RunLayout(run).is_run:
+        engine = common_engine(run, run)  # two engines beside each other would say nothing of the models
     engines = {role: find_engine(run, role, engine) for role in roles}
+    check_made(run, "prune", "pruned")  # its tokenizer goes along
     base = name or f"{run.resolve().name}-pruned"
     names: dict[Role, str] = {"pruned": base, "dense": f"{base}-dense"}
-    made = write_repository(engines, run / "pruned", names, out, max_batch, max_length, step=step)
-    lines = [f"{out / model.name}: {model.limits}" for model in made.models]
-    lines.append(f"the server's Python needs: {' '.join(made.packages)}")
-    print("\n".join(lines), file=sys.stderr if as_json else sys.stdout)
-    if as_json:
-        print(json.dumps({"repository": str(out), "models": [model.name for model in made.models]}))
+    with writing_alone(out):
+        made = write_repository(engines, run / "pruned", names, out, max_batch, max_length, step=step)
+    output = Output(as_json)
+    output.say(
+        *(f"{out / model.name}: {model.limits}" for model in made.models),
+        f"the server's Python needs: {' '.join(made.packages)}",
+    )
+    output.result({"repository": str(out), "models": [model.name for model in made.models]})

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from trsp_deploy.cli.options import Json, Run
+from trsp_deploy.cli.terminal import Output
 
 Folder = Annotated[Path, typer.Argument(help="A run folder, an engine folder or a Triton repository.", metavar="PATH")]
 PublicKey = Annotated[
@@ -23,7 +22,11 @@ Out = Annotated[
 ]
 Keep = Annotated[
     str | None,
-    typer.Option("--keep", help="Parts that stay: dense, pruned, onnx, engines, engines/NAME, reports.", metavar="A,B"),
+    typer.Option(
+        "--keep",
+        help="Parts that stay: dense, pruned, onnx, engines, engines/NAME, reports, plans, self-generated.",
+        metavar="A,B",
+    ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would go, and remove nothing.")]
 Repo = Annotated[str, typer.Argument(help="Repository on the hub.", metavar="OWNER/NAME")]
@@ -46,24 +49,24 @@ def verify(path: Folder, public_key: PublicKey = None, as_json: Json = False) ->
     from trsp_deploy.tools.delivery.verification import verify as verified
 
     found = verified(path)
-    stream = sys.stderr if as_json else sys.stdout
-    for finding in found.findings:
-        print(finding, file=stream)
+    output = Output(as_json)
     against = (
         "its steps' records, for it has no MANIFEST.json (`trsp-deploy report RUN` writes it)"
         if found.against == "records"
         else found.against
     )
-    print(f"{path}: {found.kind}, {found.checked} held against {against}, {len(found.findings)} wrong", file=stream)
+    output.say(
+        *found.findings,
+        f"{path}: {found.kind}, {found.checked} held against {against}, {len(found.findings)} wrong",
+    )
     signature, whole = None, found.whole
     if public_key is not None:
         from trsp_deploy.tools.delivery.signing import check_signature
 
         problem = check_signature(path, public_key)
         signature, whole = problem or "valid", whole and problem is None
-        print(f"signature: {signature}", file=stream)
-    if as_json:
-        print(json.dumps({**found.model_dump(mode="json"), "signature": signature, "whole": whole}))
+        output.say(f"signature: {signature}")
+    output.result({**found.model_dump(mode="json"), "signature": signature, "whole": whole})
     raise typer.Exit(0 if whole else WRONG)
 
 
@@ -72,9 +75,9 @@ def sign(path: Folder, key: Key, as_json: Json = False) -> None:
     from trsp_deploy.tools.delivery.signing import sign as signed
 
     signature = signed(path, key)
-    print(f"{signature}: signed with {key}", file=sys.stderr if as_json else sys.stdout)
-    if as_json:
-        print(json.dumps({"signature": str(signature)}))
+    output = Output(as_json)
+    output.say(f"{signature}: signed with {key}")
+    output.result({"signature": str(signature)})
 
 
 def convert(model: Model, out: Out = None, as_json: Json = False) -> None:
@@ -83,10 +86,9 @@ def convert(model: Model, out: Out = None, as_json: Json = False) -> None:
     from trsp_deploy.tools.sources.safe_copy import convert as converted
 
     folder = converted(model, out, say)
-    called = model if out is None else folder
-    print(f"{folder}: safetensors; prune it with --model {called}", file=sys.stderr if as_json else sys.stdout)
-    if as_json:
-        print(json.dumps({"model": str(folder)}))
+    output = Output(as_json)
+    output.say(f"{folder}: safetensors; prune it with --model {model if out is None else folder}")
+    output.result({"model": str(folder)})
 
 
 def clean(run: Run, keep: Keep = None, dry_run: DryRun = False, as_json: Json = False) -> None:
@@ -100,16 +102,15 @@ def clean(run: Run, keep: Keep = None, dry_run: DryRun = False, as_json: Json = 
         plan = plan_cleaning(folder, None if keep is None else [part.strip() for part in keep.split(",")])
         if not dry_run:
             cleaned(folder, plan)
-    stream = sys.stderr if as_json else sys.stdout
+    output = Output(as_json)
     for removal in plan.removals:
         shared = removal.size_bytes - removal.freed_bytes
         note = f", of which {shared / 1e6:,.1f} MB are in use elsewhere too" if shared else ""
-        print(f"{run / removal.path}: {removal.size_bytes / 1e6:,.1f} MB{note}", file=stream)
+        output.say(f"{run / removal.path}: {removal.size_bytes / 1e6:,.1f} MB{note}")
     if plan.redone:
-        print(f"made again by a later run that needs them: {', '.join(plan.redone)}", file=stream)
-    print(f"{run}: {'would free' if dry_run else 'freed'} {plan.freed_bytes / 1e6:,.1f} MB", file=stream)
-    if as_json:
-        print(json.dumps({**plan.model_dump(mode="json"), "removed": not dry_run}))
+        output.say(f"made again by a later run that needs them: {', '.join(plan.redone)}")
+    output.say(f"{run}: {'would free' if dry_run else 'freed'} {plan.freed_bytes / 1e6:,.1f} MB")
+    output.result({**plan.model_dump(mode="json"), "removed": not dry_run})
 
 
 def push(run: Run, repo: Repo, private: Private = False, dry_run: DryPush = False, as_json: Json = False) -> None:
@@ -118,12 +119,11 @@ def push(run: Run, repo: Repo, private: Private = False, dry_run: DryPush = Fals
     from trsp_deploy.tools.delivery.publishing import push as pushed
 
     plan = plan_push(run, repo)
-    stream = sys.stderr if as_json else sys.stdout
+    output = Output(as_json)
     if dry_run:
-        print(plan.card, file=stream)
+        output.say(plan.card)
     what = f"{len(plan.files) + 2} files, {plan.size_bytes / 1e6:,.1f} MB"
     url = None if dry_run else pushed(plan, private)
-    print(f"{repo}: would upload {what}" if dry_run else f"{url}: {what}", file=stream)
-    if as_json:
-        names = sorted([*plan.files, "README.md", "plan.json"])
-        print(json.dumps({"repo": repo, "files": names, "size_bytes": plan.size_bytes, "commit": url}))
+    output.say(f"{repo}: would upload {what}" if dry_run else f"{url}: {what}")
+    names = sorted([*plan.files, "README.md", "plan.json"])
+    output.result({"repo": repo, "files": names, "size_bytes": plan.size_bytes, "commit": url})

@@ -5,13 +5,14 @@ architecture needs no entry here. In exchange `removal` checks what it made.
 """
 
 from trsp_deploy.decoder.config import cut_config
+from trsp_deploy.decoder.forwards import forward_replaced
 from trsp_deploy.decoder.layers import (
     body,
     decoder_layers,
+    kept_layers,
     layer_input,
     layer_output,
     next_token_logits,
-    next_token_loss,
     with_layer_output,
 )
 from trsp_deploy.decoder.loading import (
@@ -52,7 +53,9 @@ __all__ = [
     "decoder_layers",
     "decoder_size",
     "fixed_ends",
+    "forward_replaced",
     "graph_positions",
+    "kept_layers",
     "known_positions",
     "layer_input",
     "layer_output",
@@ -64,7 +67,6 @@ __all__ = [
     "max_positions",
     "meta_model",
     "next_token_logits",
-    "next_token_loss",
     "remove_layers",
     "stored_dtype",
     "with_layer_output",

@@ -7,7 +7,7 @@ from typing import Any
 
 # Lists in a config that have nothing to do with layers, whatever their length.
 NOT_PER_LAYER = frozenset({"architectures", "eos_token_id", "bos_token_id", "pad_token_id", "suppress_tokens"})
-# Lists in a config that hold layer indices instead of one entry a layer.
+# Lists in a config that hold layer indices instead of one entry per layer.
 LAYER_INDEX_LISTS = frozenset({"mlp_only_layers", "moe_layers", "attn_layer_indices"})
 # Numbers in a config that count the first layers, and the last ones.
 FIRST_LAYERS = frozenset({"max_window_layers", "first_k_dense_replace", "moe_layer_start_index"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,6 +44,12 @@ def layer_list_place(model: PreTrainedModel) -> tuple[nn.Module, str]:
     return model.get_submodule(parent_path), name
 
 
+def kept_layers(dropped: Sequence[int], num_layers: int) -> list[int]:
+    """The layers that stay when `dropped` go, as sorted indices of the dense model."""
+    gone = set(dropped)
+    return [index for index in range(num_layers) if index not in gone]
+
+
 def body(model: PreTrainedModel) -> nn.Module:
     """The model without its LM head. Gemma 3's text model says that its body is itself, and knows it as its decoder."""
     found: nn.Module = model.get_decoder() if model.base_model is model else model.base_model
@@ -67,8 +74,3 @@ def with_layer_output(output: torch.Tensor | tuple[Any, ...], hidden: torch.Tens
 def next_token_logits(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
     """Logits (batch, sequence - 1, vocabulary) float32 of each next token; input_ids is (batch, sequence) int64."""
     return model(input_ids=input_ids, use_cache=False).logits[:, :-1].float()
-
-
-def next_token_loss(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
-    """Mean negative log likelihood in nats of each next token; input_ids is (batch, sequence) int64."""
-    return nn.functional.cross_entropy(next_token_logits(model, input_ids).flatten(0, 1), input_ids[:, 1:].flatten())

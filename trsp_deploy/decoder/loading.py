@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from trsp_deploy.errors import ModelError, TrspError, first_line, machine_reason
+from trsp_deploy.errors import ModelError, first_line, passes_through
 from trsp_deploy.model_code import TOKENIZER_FILES, refuse_own_generate, trusted
 
 try:
@@ -33,7 +33,7 @@ FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  #
 def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype | str = "auto") -> PreTrainedModel:
     """Load a causal language model from a local folder in eval mode; "auto" keeps the stored dtype.
 
-    Raises ModelError for a folder that lacks weights of its model, or would run code that nobody asked for.
+    Raises ModelError for a folder that lacks weights of its model, or would run code that the user did not ask for.
     """
     refuse_own_generate(folder)
     # By name, although models without are refused before: a pickle that appears in the folder later is not loaded.
@@ -145,7 +145,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             folder, local_files_only=True, trust_remote_code=trusted(folder)
         )
     except Exception as problem:  # the tokenizers library's own errors are bare Exceptions
-        if isinstance(problem, TrspError) or machine_reason(problem) is not None:
+        if passes_through(problem):
             raise
         raise ModelError(f"{folder}: has no tokenizer that can be read ({first_line(problem)})") from problem
     return found

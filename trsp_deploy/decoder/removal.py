@@ -17,9 +17,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trsp_deploy.decoder.config import cut_config
-from trsp_deploy.decoder.layers import decoder_layers, layer_input, layer_list_place, layer_output, with_layer_output
+from trsp_deploy.decoder.layers import (
+    decoder_layers,
+    kept_layers,
+    layer_input,
+    layer_list_place,
+    layer_output,
+    with_layer_output,
+)
 from trsp_deploy.decoder.loading import meta_model
-from trsp_deploy.errors import ModelError
+from trsp_deploy.errors import ModelError, one_line
 
 PROBE_TOKENS = 16
 # Largest difference of a probe's logits over their standard deviation. The two models run the same operations on the
@@ -39,8 +46,9 @@ def check_prunable(model: PreTrainedModel) -> None:
     try:
         calls = _layer_calls(model, layers)
     except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError) as problem:
-        reason = " ".join(str(problem).split())[:300]
-        raise ModelError(f"{name} cannot run on token ids alone, or not from a KV cache ({reason})") from problem
+        raise ModelError(
+            f"{name} cannot run on token ids alone, or not from a KV cache ({one_line(problem)[:300]})"
+        ) from problem
     if [index for index, _ in calls] != 3 * list(range(len(layers))) or not all(same for _, same in calls):
         raise ModelError(
             f"{name}: its layers do not each run once, in order, from hidden states to hidden states of the same "
@@ -78,7 +86,7 @@ def _layer_calls(model: PreTrainedModel, layers: nn.ModuleList) -> list[tuple[in
             def note(module: nn.Module, args: Any, kwargs: Any, output: Any, index: int = index) -> None:
                 calls.append((index, layer_output(output).shape == layer_input(args, kwargs).shape))
 
-            hooks.callback(layer.register_forward_hook(note, with_kwargs=True).remove)
+            hooks.enter_context(layer.register_forward_hook(note, with_kwargs=True))
         _probe_logits(model)
     return calls
 
@@ -91,7 +99,7 @@ def remove_layers(model: PreTrainedModel, dropped: Sequence[int]) -> None:
     numbers = _checked_numbers(model, dropped)
     parent, name = layer_list_place(model)
     layers = getattr(parent, name)
-    kept = [index for index in range(len(layers)) if index not in set(dropped)]
+    kept = kept_layers(dropped, len(layers))
     for (old, path, attribute), number in numbers.items():
         # The KV cache is addressed by these; a stale one exports without a word and fails at run time.
         setattr(layers[old].get_submodule(path), attribute, number)
@@ -116,7 +124,7 @@ Place = tuple[int, str, str]
 def _checked_numbers(model: PreTrainedModel, dropped: Sequence[int]) -> dict[Place, int]:
     """Check a removal and return the layer numbers that it changes, with their new values."""
     everything = range(len(decoder_layers(model)))
-    kept = [index for index in everything if index not in set(dropped)]
+    kept = kept_layers(dropped, len(everything))
     try:
         dense, cut = meta_model(copy.deepcopy(model.config), model.dtype), _reloaded_meta_model(model, kept)
         _share_weights(model, everything, dense)
@@ -144,7 +152,7 @@ def _reloaded_meta_model(model: PreTrainedModel, kept: Sequence[int]) -> PreTrai
         reloaded.name_or_path = config.name_or_path  # where code of its own lies
         return meta_model(reloaded, model.dtype)
     except (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError) as problem:
-        raise ModelError(f"its config cannot describe what is left ({' '.join(str(problem).split())})") from problem
+        raise ModelError(f"its config cannot describe what is left ({one_line(problem)})") from problem
 
 
 def _share_weights(model: PreTrainedModel, kept: Sequence[int], skeleton: PreTrainedModel) -> None:
@@ -206,7 +214,7 @@ def _check_same_function(dense: PreTrainedModel, cut: PreTrainedModel, kept: Seq
     with contextlib.ExitStack() as hooks:
         for index, layer in enumerate(decoder_layers(dense)):
             if index not in kept:
-                hooks.callback(layer.register_forward_hook(_skip, with_kwargs=True).remove)
+                hooks.enter_context(layer.register_forward_hook(_skip, with_kwargs=True))
         wanted = _probe_logits(dense)
     error, scale = (_probe_logits(cut) - wanted).abs().max(), wanted.std()
     if not torch.isfinite(scale):

@@ -44,7 +44,7 @@ def count_weights(model: PreTrainedModel) -> WeightCounts:
 
 
 def count_config(config: Any) -> WeightCounts:
-    """The same of the model that a config describes: no weights are read or made."""
+    """Count the parameters of the model that a config describes: no weights are read or made."""
     return count_weights(meta_model(config))
 
 
@@ -62,7 +62,7 @@ def max_positions(folder: Path) -> int:
 
 
 def graph_positions(config: Any) -> int | None:
-    """Tokens from where on the model turns keys by other angles, which a traced graph does not; None for most.
+    """Number of tokens from which the model turns keys by other angles, which a traced graph does not; None for most.
 
     LongRoPE (arXiv 2402.13753) has a second set of frequencies for texts beyond the original length (Phi-3 128k), and
     dynamic NTK scaling new ones for every length beyond the model's positions.
@@ -101,8 +101,11 @@ def cache_per_token(config: Any) -> int:
 
 
 def _latent_per_token(config: Any) -> int:
-    """The same of latent attention (DeepSeek-V2, arXiv 2405.04434): transformers 5 (5.24) caches the latent and the
-    rotated part that all heads share, transformers 4 the keys and values that heads make of them."""
+    """Numbers that one layer of latent attention keeps of a token (DeepSeek-V2, arXiv 2405.04434).
+
+    transformers 5 (5.24) caches the latent and the rotated part that all heads share, transformers 4 the keys and
+    values that heads make of them.
+    """
     if int(transformers.__version__.partition(".")[0]) >= 5:
         return int(config.kv_lora_rank + config.qk_rope_head_dim)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from trsp_deploy.stages import build, export
 from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.measuring.subjects import Subject, find_subject
 from trsp_deploy.tools.runners import EngineManifest, bound_to, check_can_build, check_can_run
-from trsp_deploy.tools.runners.calibration import INT4_TEXTS
+from trsp_deploy.tools.runners.calibration import INT4_TEXTS, READ_TOKENS
 from trsp_deploy.tools.runners.manifest import Bound
 from trsp_deploy.tools.runners.passes import VERSION as PASSES
 from trsp_deploy.tools.runners.requirements import package_version
@@ -31,7 +31,6 @@ AUTO_ENGINES = {
     "cpu": ("ort-cpu-fp32", "tensorrt-rtx-fp16"),
     "cuda": ("ort-cuda-fp16", "tensorrt-fp16", "tensorrt-rtx-fp16"),
 }
-CALIBRATION_TOKENS = 512  # of each text that an engine's choices are made on
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,9 @@ class Engines:
         self.pruning = pruning
         self.run = inputs.run
         self.recipe = inputs.recipe
-        self.specs = self._specs()  # a wrong name is found before anything slow begins
+        self.specs = specs_of(
+            [inputs.engine(name) for name in inputs.recipe.engines]
+        )  # a wrong name is found before anything slow begins
 
     def export(self) -> dict[tuple[Role, Float], OnnxModel]:
         """Every ONNX model that an engine of the recipe can be built from here."""
@@ -60,9 +61,8 @@ class Engines:
 
     @functools.cache
     def onnx(self, role: Role, precision: Float) -> OnnxModel:
-        """One exported model. The first engine's precision has the plain folder, `onnx/dense` and `onnx/pruned`."""
-        plain = precision == self.specs[0].graph_precision
-        folder = f"onnx/{role}" if plain else f"onnx/{role}-{precision}"
+        """One exported model."""
+        folder = self.run.layout.below(self.run.layout.onnx(role, precision, self.specs[0].graph_precision))
         model = self.pruning.ready(role)
         guarded = precision == "fp16"  # the text shows what has to stay in fp32
         inputs: dict[str, Path | str] = {"model": model}
@@ -99,7 +99,7 @@ class Engines:
 
     def buildable(self) -> list[EngineSpec]:
         """The recipe's engines that this machine can build."""
-        return [spec for spec in self.specs if why_not(check_can_build, spec) is None]
+        return buildable(self.specs)
 
     def build(self) -> list[EngineOutcome]:
         """Every engine of the recipe that can be built here, dense and pruned."""
@@ -126,7 +126,7 @@ class Engines:
 
     def path(self, spec: EngineSpec, role: Role) -> Path:
         """The engine's folder, there or not."""
-        return self.run.path / "engines" / spec.name / role
+        return self.run.layout.engine(spec.name, role)
 
     def _build(self, spec: EngineSpec, role: Role) -> EngineManifest:
         model = self.onnx(role, spec.graph_precision)
@@ -147,35 +147,48 @@ class Engines:
                 spec,
                 folder,
                 self._calibration() if spec.reads_text else None,
+                text_name=self.recipe.public.calibration.texts,
             ),
             EngineManifest,
             settings=spec,
             inputs=inputs,
-            outputs=[folder.relative_to(self.run.path).as_posix()],
+            outputs=[self.run.layout.below(folder)],
         )
 
     def _calibration(self) -> np.ndarray:
         """(texts, tokens) of calibration text, for a graph or an engine that has choices to make."""
         train, _ = self.inputs.calibration_windows()
         tokens: np.ndarray = train.flatten().numpy()
-        length = min(len(tokens), CALIBRATION_TOKENS)
-        texts = min(len(tokens) // length, INT4_TEXTS)  # who needs fewer reads fewer
+        length = min(len(tokens), READ_TOKENS)
+        texts = min(len(tokens) // length, INT4_TEXTS)  # what needs fewer reads fewer
         return tokens[: texts * length].reshape(texts, length)
 
     def _calibration_sha256(self) -> str:
-        """Of its tokens: which of a text are read hangs on the seed and on windows."""
+        """SHA-256 of the calibration tokens: which parts of a text are read depends on the seed and the windows."""
         return hashlib.sha256(self._calibration().tobytes()).hexdigest()
 
-    def _specs(self) -> list[EngineSpec]:
-        names: list[str] = []
-        for name in self.recipe.engines:
-            names += AUTO_ENGINES["cuda" if torch.cuda.is_available() else "cpu"] if name == "auto" else [name]
-        specs = [load_engine_spec(self.inputs.engine(name)) for name in dict.fromkeys(names)]
-        counts = Counter(spec.name for spec in specs)
-        twice = [name for name, spec in zip(dict.fromkeys(names), specs, strict=True) if counts[spec.name] > 1]
-        if twice:  # they would share a folder
-            raise EngineSpecError(f"engines {' and '.join(twice)} have the same name; rename one file")
-        return specs
+
+def specs_of(engines: Sequence[str]) -> list[EngineSpec]:
+    """The specs of engines' names and files, `auto` being what this machine is for; raises EngineSpecError."""
+    names: list[str] = []
+    for name in engines:
+        names += AUTO_ENGINES["cuda" if torch.cuda.is_available() else "cpu"] if name == "auto" else [name]
+    specs = [load_engine_spec(name) for name in dict.fromkeys(names)]
+    counts = Counter(spec.name for spec in specs)
+    twice = [name for name, spec in zip(dict.fromkeys(names), specs, strict=True) if counts[spec.name] > 1]
+    if twice:  # they would share a folder
+        raise EngineSpecError(f"engines {' and '.join(twice)} have the same name; rename one file")
+    return specs
+
+
+def buildable(specs: Sequence[EngineSpec]) -> list[EngineSpec]:
+    """Those that this machine can build."""
+    return [spec for spec in specs if why_not(check_can_build, spec) is None]
+
+
+def runnable(specs: Sequence[EngineSpec]) -> list[EngineSpec]:
+    """Those that this machine can build and run."""
+    return [spec for spec in buildable(specs) if why_not(check_can_run, spec) is None]
 
 
 def why_not(check: Callable[[EngineSpec], None], spec: EngineSpec) -> str | None:

@@ -24,6 +24,9 @@ from trsp_deploy.tools.sources.names import SHORT_NAMES
 from trsp_deploy.tools.sources.texts import SHORT_NAMES as TEXT_NAMES
 from trsp_deploy.tools.sources.texts import Texts, documents_of, load_texts, split_windows, tokenize_windows
 
+# Windows are drawn from so many times as much text as is read: all of WikiText-2, and a part of a corpus of gigabytes.
+POOL = 16
+
 
 class Done(Strict):
     """Result of a step whose only result is its files."""
@@ -44,12 +47,12 @@ class Inputs:
         return seen_from(self.place, self.recipe.model, SHORT_NAMES)
 
     def engine(self, name: str) -> str:
-        """One of the recipe's engines, likewise."""
+        """One of the recipe's engine specs as this process finds it."""
         return seen_from(self.place, name) if name.endswith((".yaml", ".yml")) else name
 
     def path(self, role: Role) -> Path:
         """The role's Hugging Face folder, there or not."""
-        return self.run.path / role
+        return self.run.layout.model(role)
 
     @functools.cache
     def dense(self) -> ModelSource:
@@ -105,20 +108,20 @@ class Inputs:
 
     @functools.cache
     def num_layers(self) -> int:
-        """Of the dense model."""
+        """Number of layers of the dense model."""
         self.dense()
         count: int = load_config(self.path("dense")).num_hidden_layers
         return count
 
     @functools.cache
     def tokenizer(self) -> Any:
-        """The dense model's."""
+        """Tokenizer of the dense model."""
         self.dense()
         return load_tokenizer(self.path("dense"))
 
     @functools.cache
     def calibration_texts(self) -> Texts:
-        """What is trained and calibrated on."""
+        """The texts that the run trains and calibrates on."""
         return load_texts(seen_from(self.place, self.recipe.calibration.texts, TEXT_NAMES), "calibration")
 
     @functools.cache
@@ -126,14 +129,14 @@ class Inputs:
         """Windows to train on and windows held out, (windows, context_length) each."""
         settings = self.recipe.calibration
         self._check({"calibration.context_length": settings.context_length})
-        wanted = settings.max_windows + settings.validation_windows
+        drawn_from = POOL * (settings.max_windows + settings.validation_windows)
         texts, source = self.calibration_texts(), f"--calibration {settings.texts}"
-        windows = tokenize_windows(texts, self.tokenizer(), settings.context_length, wanted, source)
-        return split_windows(windows, settings.validation_windows, self.recipe.seed)
+        windows = tokenize_windows(texts, self.tokenizer(), settings.context_length, drawn_from, source)
+        return split_windows(windows, settings.max_windows, settings.validation_windows, self.recipe.seed)
 
     @functools.cache
     def evaluation_texts(self, name: str) -> Texts:
-        """What quality is measured on, by the recipe's name for it."""
+        """The texts that quality is measured on, by the recipe's names for them."""
         return load_texts(seen_from(self.place, self.recipe.evaluation[name], TEXT_NAMES), "evaluation")
 
     @functools.cache

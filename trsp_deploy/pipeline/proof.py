@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,12 +16,13 @@ from trsp_deploy.pipeline.engines import Engines
 from trsp_deploy.pipeline.inputs import Inputs
 from trsp_deploy.pipeline.pruning import Pruning
 from trsp_deploy.recipe import EngineSpec, Precision
-from trsp_deploy.results import ROLES, Comparison, Parity, Perplexity, Role, ZeroShot
+from trsp_deploy.results import ROLES, Comparison, Parity, Perplexity, PerplexityParity, Role, ZeroShot
 from trsp_deploy.stages import bench, evaluate, export, parity, zeroshot
 from trsp_deploy.tools.judging.comparisons import ComparisonReport
 from trsp_deploy.tools.quiet import quiet_libraries
-from trsp_deploy.tools.reports.record import ChoicesReport, QualityReport, choices_report, quality_report
+from trsp_deploy.tools.reports.quality import ChoicesReport, QualityReport, choices_report, quality_report
 from trsp_deploy.tools.runners import Runner, open_engine
+from trsp_deploy.tools.runners.half_range import write_widened
 from trsp_deploy.tools.training.shared import pick_device
 
 Measured = TypeVar("Measured")
@@ -39,10 +42,22 @@ class Proof:
 
     @functools.cache
     def check_onnx(self) -> tuple[Parity, ...]:
-        """PyTorch against every ONNX model, before engines are built from it; raises ParityError."""
+        """PyTorch against every ONNX model, before engines are built from it; raises ParityError.
+
+        A graph in fp16 that only bf16 engines are made of is read in fp32, for its numbers may pass fp16's range.
+        """
+        exported = self.engines.export()
+        built = {(spec.graph_precision, spec.precision) for spec in self.engines.buildable()}
         return tuple(
-            self._parity("onnx", role, precision, self.run.path / model.folder, self._open_onnx)
-            for (role, precision), model in self.engines.export().items()
+            self._parity(
+                "onnx",
+                role,
+                precision,
+                self.run.path / model.folder,
+                self._open_onnx,
+                widened={each for graph, each in built if graph == precision} == {"bf16"},
+            )
+            for (role, precision), model in exported.items()
         )
 
     @functools.cache
@@ -75,28 +90,63 @@ class Proof:
         return {name: {role: self._perplexity(name, role) for role in ROLES} for name in self.recipe.evaluation}
 
     @functools.cache
-    def engine_quality(self, spec: EngineSpec) -> dict[str, QualityReport]:
-        """Perplexity of dense and pruned through an engine that runs here, by text."""
-        found = {}
+    def engine_perplexity(self, spec: EngineSpec) -> dict[str, dict[Role, Perplexity]]:
+        """Perplexity of dense and pruned through an engine that runs here, by text, as far as it reads them."""
+        found: dict[str, dict[Role, Perplexity]] = {}
         for name in self.recipe.evaluation:
             try:
-                ppl = {role: self._engine_perplexity(spec, name, role) for role in ROLES}
+                found[name] = {role: self._engine_perplexity(spec, name, role) for role in ROLES}
             except EngineUnavailable as problem:  # such as windows that are longer than its profiles
                 self.inputs.say(f"{spec.name}: its perplexity on {name} is not measured ({problem})")
-                continue
-            found[name] = quality_report(ppl["dense"], ppl["pruned"])
         return found
+
+    @functools.cache
+    def check_perplexity(self, spec: EngineSpec) -> tuple[PerplexityParity, ...]:
+        """An engine's perplexity against PyTorch's, of each model on each text that it reads; raises ParityError."""
+        rounded = str(pick_device(self.recipe)) != "cpu"
+        return tuple(
+            parity.check_perplexity(self._perplexity(text, role), found, spec.name, spec.precision, rounded)
+            for text, both in self.engine_perplexity(spec).items()
+            for role, found in both.items()
+        )
+
+    @functools.cache
+    def engine_quality(self, spec: EngineSpec) -> dict[str, QualityReport]:
+        """What the cut costs through an engine that runs here, by text; raises ParityError where the engine itself
+        costs more than its precision explains, for a ratio of two damaged models hides what is damaged in both."""
+        self.check_perplexity(spec)
+        return {
+            name: quality_report(both["dense"], both["pruned"]) for name, both in self.engine_perplexity(spec).items()
+        }
 
     @functools.cache
     def engine_choices(self, spec: EngineSpec) -> ChoicesReport | None:
         """Choice tasks through an engine that runs here; None where the recipe asks for none, or it cannot."""
+        answers = self.engine_answers(spec)
+        return choices_report(answers["dense"], answers["pruned"]) if answers else None
+
+    @functools.cache
+    def engine_answers(self, spec: EngineSpec) -> dict[Role, ZeroShot]:
+        """Item by item; empty where the recipe asks for no tasks, or the engine cannot."""
         if not self.recipe.evaluate.tasks:
-            return None
+            return {}
         try:
-            return choices_report(*(self._engine_zero_shot(spec, role) for role in ROLES))
+            return {role: self._engine_zero_shot(spec, role) for role in ROLES}
         except EngineUnavailable as problem:  # such as items that are longer than its profiles
             self.inputs.say(f"{spec.name}: its accuracy is not measured ({problem})")
-            return None
+            return {}
+
+    def answers(self) -> dict[str, Perplexity | ZeroShot]:
+        """What quality is derived from, in PyTorch and through each engine that was timed: losses of every window and
+        document, and whether each item was answered rightly; by the step that has it."""
+        found: dict[str, Perplexity | ZeroShot] = {
+            f"evaluate-{text}-{role}": ppl for text, both in self.evaluate().items() for role, ppl in both.items()
+        }
+        for spec in (spec for spec in self.engines.specs if spec.name in self.bench()):
+            for text, both in self.engine_perplexity(spec).items():
+                found |= {f"evaluate-{spec.name}-{text}-{role}": ppl for role, ppl in both.items()}
+            found |= {f"zero-shot-{spec.name}-{role}": score for role, score in self.engine_answers(spec).items()}
+        return found
 
     def _of_each(self, lack: str, measure: Callable[[EngineSpec], Measured]) -> dict[str, Measured]:
         """A measurement of every engine that runs here; one that fails at it leaves the others theirs.
@@ -116,24 +166,45 @@ class Proof:
         return found
 
     def _parity(
-        self, subject: str, role: Role, precision: Precision, folder: Path, open_it: Callable[[Path], Runner]
+        self,
+        subject: str,
+        role: Role,
+        precision: Precision,
+        folder: Path,
+        open_it: Callable[[Path], Runner],
+        widened: bool = False,
     ) -> Parity:
+        """widened: `folder` holds a graph, which is read in fp32."""
+
         def work() -> Parity:
             reference = self._reference(role)  # before the engine is opened: never both in memory
-            with open_it(folder) as runner:
+            with contextlib.ExitStack() as stack:
+                where = stack.enter_context(self._widened(folder)) if widened else folder
+                runner = stack.enter_context(open_it(where))
                 return parity.check_parity(reference, runner, subject, role, precision)
 
         return self.run.step(
             f"parity-{subject}-{role}-{precision}",
             work,
             Parity,
-            settings={"prompts": PARITY_PROMPTS, "tolerance": parity.TOLERANCES[precision]},
+            settings={
+                "prompts": PARITY_PROMPTS,
+                "tolerance": parity.TOLERANCES[precision],
+                **({"widened": True} if widened else {}),
+            },
             inputs={
                 "model": self.pruning.ready(role),
                 "engine": folder,
                 "text": self.inputs.calibration_texts().fingerprint,
             },
         )
+
+    @contextlib.contextmanager
+    def _widened(self, folder: Path) -> Iterator[Path]:
+        """A folder, for as long as it is needed, with an exported fp16 graph that computes in fp32."""
+        with tempfile.TemporaryDirectory(prefix="fp32-", dir=self.run.path) as scratch:
+            write_widened(folder / export.FILE, Path(scratch) / export.FILE)
+            yield Path(scratch)
 
     def _open_onnx(self, folder: Path) -> Runner:
         return parity.open_graph(folder / export.FILE)
@@ -201,7 +272,7 @@ class Proof:
         def work() -> ZeroShot:
             with open_engine(folder) as runner:
                 return zeroshot.evaluate_zero_shot_engine(
-                    runner, self.pruning.ready(role), settings.tasks, settings.task_items, role
+                    runner, self.pruning.ready(role), settings.tasks, settings.task_items, role, spec.longest_prompt
                 )
 
         return self.run.step(

@@ -6,12 +6,13 @@ import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from pydantic import BaseModel
 from transformers import PreTrainedModel
 
-from trsp_deploy.artifacts import StepRecord, fingerprint, write_json, writing
+from trsp_deploy.artifacts import fingerprint, write_json, writing
 from trsp_deploy.decoder import check_prunable, load_model
 from trsp_deploy.errors import PlanError
 from trsp_deploy.pipeline.inputs import Done, Inputs
@@ -26,6 +27,8 @@ from trsp_deploy.tools.training.checkpoints import Checkpoints
 from trsp_deploy.tools.training.self_calibration import self_generated_windows, write_texts
 from trsp_deploy.tools.training.shared import TRAINING_DTYPES, pick_device
 
+Result = TypeVar("Result", bound=BaseModel)
+
 
 class Pruning:
     """Selection, transfer and removal."""
@@ -39,56 +42,51 @@ class Pruning:
     @functools.cache
     def plan(self) -> PruningPlan:
         """Which layers go, as `plan.json`: chosen, handed in, or edited by hand."""
-        path = self.run.path / "plan.json"
-        count = parse_drop(self.recipe.drop, self.inputs.num_layers())
-        settings, record = self._plan_settings(count), self.run.record("plan")
-        given = None if self._plan_file is None else read_plan(self._plan_file, self.inputs.num_layers())
-        if given is not None and (record is None or record.result != given.model_dump(mode="json")):
-            self.run.forget("plan")
-        known = record if record is not None and record.settings == settings and path.is_file() else None
-        if given is None and known is not None and fingerprint(path) != known.outputs["plan.json"]:
-            edited = read_plan(path, self.inputs.num_layers())
-            self.inputs.say(f"plan.json was edited by hand: dropping {', '.join(map(str, edited.dropped))}")
+        settings, given = self._plan_settings, self._given_plan()
+        edited = self._edited_plan(settings) if given is None else None
+        if edited is not None:
             return edited
-        if given is None and known is None and self._is_edited(path, record):
+        return self._resumable(
+            "plan",
+            lambda checkpoints: self._write(given or self._select(checkpoints)),
+            PruningPlan,
+            settings=settings,
+            inputs=self._model_and_text(),
+            output="plan.json",
+            together=True,
+        )
+
+    def _given_plan(self) -> PruningPlan | None:
+        """The plan handed in, if any; a recorded one that is another is forgotten."""
+        if self._plan_file is None:
+            return None
+        given, record = read_plan(self._plan_file, self.inputs.num_layers()), self.run.record("plan")
+        if record is None or record.result != given.model_dump(mode="json"):
+            self.run.forget("plan")
+        return given
+
+    def _edited_plan(self, settings: dict[str, Any]) -> PruningPlan | None:
+        """`plan.json` as a person left it; None where it is not there, or is what the step made.
+
+        Raises PlanError where settings that choose layers are others now: the person's choice or theirs?
+        """
+        path, record = self._plan_path, self.run.record("plan")
+        if record is None or not path.is_file() or fingerprint(path) == record.outputs["plan.json"]:
+            return None
+        if record.settings != settings:
             raise PlanError(
                 f"{path}: was edited by hand, and settings that choose layers are others now; keep it with "
                 f"--plan {path}, or delete it to have them chosen anew"
             )
-        inputs: dict[str, Path | str] = {
-            "model": self.inputs.path("dense"),
-            "calibration": self.inputs.calibration_texts().fingerprint,
-        }
-        checkpoints = self._checkpoints("plan", settings, inputs)
-        plan = self.run.step(
-            "plan",
-            lambda: self._write(given or self._select(count, checkpoints), path),
-            PruningPlan,
-            settings=settings,
-            inputs=inputs,
-            outputs=["plan.json"],
-            together=True,
-        )
-        if self.run.main:
-            checkpoints.remove()
-        return plan
-
-    @staticmethod
-    def _is_edited(path: Path, record: StepRecord | None) -> bool:
-        return record is not None and path.is_file() and fingerprint(path) != record.outputs["plan.json"]
+        edited = read_plan(path, self.inputs.num_layers())
+        self.inputs.say(f"plan.json was edited by hand: dropping {', '.join(map(str, edited.dropped))}")
+        return edited
 
     def plans(self, counts: tuple[int, ...]) -> dict[int, Path]:
         """A plan for each number of layers, as `plans/drop-K.json`, from one search; methods as the recipe says."""
         folder = self.run.path / "plans"
-        settings = {**self._plan_settings(max(counts)), "counts": list(counts)}
-        inputs: dict[str, Path | str] = {
-            "model": self.inputs.path("dense"),
-            "calibration": self.inputs.calibration_texts().fingerprint,
-        }
-        self.inputs.num_layers()  # `dense/` has to be there
-        checkpoints = self._checkpoints("plans", settings, inputs)
 
-        def work() -> Done:
+        def work(checkpoints: Checkpoints) -> Done:
             train, validation = self.inputs.calibration_windows()
             with quiet_libraries(), writing(folder) as partial:
                 model = self._checked_model()
@@ -98,8 +96,8 @@ class Pruning:
                     write_json(partial / f"drop-{count}.json", plan)
             return Done()
 
-        self.run.step("plans", work, Done, settings=settings, inputs=inputs, outputs=["plans"])
-        checkpoints.remove()
+        settings = {**self._selection_settings(max(counts)), "counts": list(counts)}
+        self._resumable("plans", work, Done, settings=settings, inputs=self._model_and_text(), output="plans")
         return {count: folder / f"drop-{count}.json" for count in counts}
 
     @functools.cache
@@ -110,12 +108,8 @@ class Pruning:
         if not tokens:
             return None
         path = self.run.path / "self-generated.jsonl"
-        chosen = {"seed", "device", "weights"}
-        described = {**self.recipe.model_dump(mode="json", include=chosen), "tokens": tokens, "context_length": length}
-        inputs = {"model": self.inputs.path("dense")}
-        checkpoints = self._checkpoints("self-generated", described, inputs)
 
-        def work() -> Done:
+        def work(checkpoints: Checkpoints) -> Done:
             with quiet_libraries(), writing(path) as partial:
                 model = self._checked_model()
                 tokenizer = self.inputs.tokenizer()
@@ -123,36 +117,29 @@ class Pruning:
                 partial.write_text(jsonl(documents), encoding="utf-8")
             return Done()
 
-        self.run.step("self-generated", work, Done, settings=described, inputs=inputs, outputs=[path.name])
-        if self.run.main:
-            checkpoints.remove()
+        chosen = self._chosen("seed", "device", "weights")
+        settings = {**chosen, "tokens": tokens, "context_length": length}
+        inputs = {"model": self.inputs.path("dense")}
+        self._resumable("self-generated", work, Done, settings=settings, inputs=inputs, output=path.name)
         return path
 
     @functools.cache
     def prune(self) -> PrunedCheckpoint:
         """Transfer and removal: the checkpoint `pruned/`."""
         plan, own = self.plan(), self.self_generated()
-        settings = self._prune_settings()
-        inputs: dict[str, Path | str] = {
-            "model": self.inputs.path("dense"),
-            "plan": self.run.path / "plan.json",
-            "calibration": self.inputs.calibration_texts().fingerprint,
-            **({} if own is None else {"self-generated": own}),
-        }
-        checkpoints = self._checkpoints("prune", settings, inputs)
-        result = self.run.step(
+        inputs = {**self._model_and_text(), "plan": self._plan_path}
+        result = self._resumable(
             "prune",
-            lambda: self._transfer(plan, own, checkpoints),
+            lambda checkpoints: self._transfer(plan, own, checkpoints),
             PrunedCheckpoint,
-            settings=settings,
-            inputs=inputs,
-            outputs=["pruned"],
+            settings=self._prune_settings,
+            inputs=inputs if own is None else {**inputs, "self-generated": own},
+            output="pruned",
             together=True,
         )
         if not self.run.main:
             raise SystemExit(0)  # the rest is the main process's work
         self.run.from_main = lambda value: value  # nobody is left to tell
-        checkpoints.remove()
         return result
 
     def ready(self, role: Role) -> Path:
@@ -163,36 +150,65 @@ class Pruning:
             self.prune()
         return self.inputs.path(role)
 
-    def _select(self, count: int, checkpoints: Checkpoints) -> PruningPlan:
+    def unfinished(self) -> list[Stage]:
+        """The stages whose result is not there, or is of other settings."""
+        finished: dict[Stage, bool] = {
+            "selection": self._is_there("plan", "plan.json", lambda: self._plan_settings),
+            "transfer": self._is_there("prune", "pruned", lambda: self._prune_settings),
+        }
+        return [stage for stage, done in finished.items() if not done]
+
+    def _is_there(self, step: str, output: str, settings: Callable[[], dict[str, Any]]) -> bool:
+        """Whether a step's output is, and was made with `settings`, which may take a model to say: asked for last."""
+        record = self.run.record(step)
+        return (self.run.path / output).exists() and record is not None and record.settings == settings()
+
+    def _resumable(
+        self,
+        step: str,
+        work: Callable[[Checkpoints], Result],
+        result_type: type[Result],
+        *,
+        settings: dict[str, Any],
+        inputs: Mapping[str, Path | str],
+        output: str,
+        together: bool = False,
+    ) -> Result:
+        """A step of the run (`RunFolder.step`) that goes on where a killed one was, on the same settings and inputs.
+
+        work: is handed what to go on from; the finished step leaves none of it behind.
+        """
+        key = self.run.key(step, settings=settings, inputs=inputs)
+        checkpoints = Checkpoints(self.run.path / "checkpoints" / step, key, self.recipe.checkpoint_s)
+        result = self.run.step(
+            step,
+            lambda: work(checkpoints),
+            result_type,
+            settings=settings,
+            inputs=inputs,
+            outputs=[output],
+            together=together,
+        )
+        if self.run.main:
+            checkpoints.remove()
+        return result
+
+    def _select(self, checkpoints: Checkpoints) -> PruningPlan:
         train, validation = self.inputs.calibration_windows()
         with quiet_libraries():
             return selection.select_layers(
                 self._checked_model(),
                 train,
                 validation,
-                count,
+                self._count,
                 self.recipe,
                 self.inputs.calibration_texts().origin,
                 checkpoints,
             )
 
-    def unfinished(self) -> list[Stage]:
-        """The stages whose result is not there, or is of other settings."""
-        finished: dict[Stage, bool] = {
-            "selection": self._is_of("plan", "plan.json", self._count_settings),
-            "transfer": self._is_of("prune", "pruned", self._prune_settings),
-        }
-        return [stage for stage, done in finished.items() if not done]
-
-    def _is_of(self, step: str, output: str, settings: Callable[[], dict[str, Any]]) -> bool:
-        if not (self.run.path / output).exists():
-            return False
-        record = self.run.record(step)
-        return record is not None and record.settings == settings()
-
-    def _write(self, plan: PruningPlan, path: Path) -> PruningPlan:
+    def _write(self, plan: PruningPlan) -> PruningPlan:
         if self.run.main:
-            write_json(path, plan)
+            write_json(self._plan_path, plan)
         return plan
 
     def _transfer(self, plan: PruningPlan, own: Path | None, checkpoints: Checkpoints) -> PrunedCheckpoint:
@@ -204,14 +220,14 @@ class Pruning:
         path = self.inputs.path("pruned")
         with quiet_libraries(), writing(path) if self.run.main else contextlib.nullcontext(path) as folder:
             return transfer.transfer_and_remove(
-                self.inputs.path("dense"),
-                self.inputs.dense(),
-                plan,
-                train,
-                validation,
-                self.recipe,
-                folder,
-                checkpoints,
+                dense=self.inputs.path("dense"),
+                source=self.inputs.dense(),
+                plan=plan,
+                train=train,
+                validation=validation,
+                recipe=self.recipe,
+                out=folder,
+                checkpoints=checkpoints,
             )
 
     def _self_generated_windows(self) -> int:
@@ -228,21 +244,34 @@ class Pruning:
         check_prunable(model)
         return model
 
-    def _checkpoints(self, step: str, settings: dict[str, Any], inputs: Mapping[str, Path | str]) -> Checkpoints:
-        """Where a killed training of this step goes on; only from what these very settings and inputs left."""
-        key = self.run.key(step, settings=settings, inputs=inputs)
-        return Checkpoints(self.run.path / "checkpoints" / step, key, self.recipe.checkpoint_s)
+    def _model_and_text(self) -> dict[str, Path | str]:
+        """What every choice and training starts from, as inputs of a step."""
+        texts = self.inputs.calibration_texts()
+        self.inputs.dense()  # the folder has to be there
+        return {"model": self.inputs.path("dense"), "calibration": texts.fingerprint}
 
+    @property
+    def _plan_path(self) -> Path:
+        return self.run.path / "plan.json"
+
+    @functools.cached_property
+    def _count(self) -> int:
+        """How many layers go."""
+        return parse_drop(self.recipe.drop, self.inputs.num_layers())
+
+    @functools.cached_property
+    def _plan_settings(self) -> dict[str, Any]:
+        return self._selection_settings(self._count)
+
+    @functools.cached_property
     def _prune_settings(self) -> dict[str, Any]:
-        chosen = {"seed", "device", "autocast", "weights", "calibration", "transfer"}
-        return self.recipe.model_dump(mode="json", include=chosen)
+        return self._chosen("seed", "device", "autocast", "weights", "calibration", "transfer")
 
-    def _count_settings(self) -> dict[str, Any]:
-        return self._plan_settings(parse_drop(self.recipe.drop, self.inputs.num_layers()))
-
-    def _plan_settings(self, count: int) -> dict[str, Any]:
-        chosen = self.recipe.model_dump(
-            mode="json", include={"seed", "device", "weights", "autocast", "calibration", "plan"}
-        )
+    def _selection_settings(self, count: int) -> dict[str, Any]:
+        chosen = self._chosen("seed", "device", "weights", "autocast", "calibration", "plan")
         # Text by the dense model is the transfer's: layers are chosen without.
         return {**chosen, "calibration": {**chosen["calibration"], "self_generated": 0.0}, "num_dropped": count}
+
+    def _chosen(self, *keys: str) -> dict[str, Any]:
+        """What the recipe says of these, as a record keeps it."""
+        return self.recipe.model_dump(mode="json", include=set(keys))

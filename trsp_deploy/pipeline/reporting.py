@@ -6,26 +6,26 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from trsp_deploy.artifacts import fingerprint, provenance
+from trsp_deploy.artifacts import ENGINE_MANIFEST, fingerprint, provenance
 from trsp_deploy.pipeline.engines import EngineOutcome
 from trsp_deploy.pipeline.inputs import Inputs
 from trsp_deploy.pipeline.proof import Proof
 from trsp_deploy.results import Served
 from trsp_deploy.stages.report import write_report
+from trsp_deploy.tools.reports.quality import quality_report
 from trsp_deploy.tools.reports.record import (
     SCHEMA_VERSION,
     EngineFigures,
     EngineReport,
     Report,
+    measured_by,
     model_report,
-    quality_report,
     removal_report,
     verdict,
 )
-from trsp_deploy.tools.reports.sweeps import Sweep
-from trsp_deploy.tools.runners.manifest import MANIFEST
+from trsp_deploy.tools.reports.sweeps import SWEEP, Sweep
 from trsp_deploy.tools.sources.model_folders import check_decoder_only
-from trsp_deploy.tools.triton_server.served import SERVED, derive
+from trsp_deploy.tools.triton_server.served import derive
 
 
 def make_report(proof: Proof) -> Report:
@@ -37,6 +37,9 @@ def make_report(proof: Proof) -> Report:
     engines = [_engine_report(proof, outcome) for outcome in proof.engines.build()]
     served = served_of(inputs)
     as_served = None if served is None else derive(served)
+    now, made = provenance(), dict(proof.run.made)
+    if served is not None:
+        made["bench-server"] = served.provenance
     decoder = check_decoder_only(inputs.path("dense"))
     report = Report(
         schema_version=SCHEMA_VERSION,
@@ -49,23 +52,47 @@ def make_report(proof: Proof) -> Report:
         parity=parity,
         recipe=proof.recipe.public,
         plan=pruning.plan(),
-        provenance=provenance(),
+        provenance=now,
+        measured=measured_by(made, now),
     )
-    write_pages(proof, report)
+    return write_pages(proof, report)
+
+
+def write_pages(proof: Proof, report: Report) -> Report:
+    """Write a report, with the sweep that the run is a point of as it is now, and the run's manifest anew; returns the
+    report as written."""
+    run = proof.run
+    report = report.model_copy(update={"sweep": sweep_of(proof.inputs, report)})
+    run.outdate_manifest()
+    write_report(report, proof.bench(), run.path, proof.answers(), served_of(proof.inputs))
+    run.write_manifest()
     return report
 
 
-def write_pages(proof: Proof, report: Report, curve: Sweep | None = None) -> None:
-    """Write a report, with the curve of the sweep that it is a point of, and the run's manifest anew."""
-    run = proof.run
-    run.outdate_manifest()
-    write_report(report, proof.bench(), run.path, curve, served=served_of(proof.inputs))
-    run.write_manifest()
+def sweep_of(inputs: Inputs, report: Report) -> Sweep | None:
+    """The sweep beside whose `sweep.json` a run's folder lies, where this cut is one of its points."""
+    folder = inputs.run.path.resolve()
+    path = folder.parent / SWEEP
+    try:
+        found = Sweep.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError):
+        inputs.say(f"{path}: is no sweep of this version; it is left out of the report")
+        return None
+    points = [point for point in found.points if point.folder == folder.name]
+    if not points:
+        return None
+    if found.model != report.recipe.model or points[0].dropped != report.plan.dropped:
+        inputs.say(f"{path}: is of another cut than {folder.name} is now; `trsp-deploy sweep` makes it again")
+        return None
+    return found
 
 
 def served_of(inputs: Inputs) -> Served | None:
     """What `bench-server` measured of this run's engines as they are now."""
-    run, path = inputs.run.path, inputs.run.path / SERVED
+    run = inputs.run.layout
+    path = run.served
     if not path.is_file():
         return None
     try:
@@ -74,7 +101,7 @@ def served_of(inputs: Inputs) -> Served | None:
         inputs.say(f"{path}: is no measurement of this version; it is left out of the report")
         return None
     for role, sha256 in found.engines.items():
-        manifest = run / "engines" / found.engine / role / MANIFEST
+        manifest = run.engine(found.engine, role) / ENGINE_MANIFEST
         if not manifest.is_file() or fingerprint(manifest) != sha256:
             inputs.say(f"{path}: is of another {role} engine; `trsp-deploy bench-server` measures this one")
             return None
@@ -101,6 +128,7 @@ def _engine_report(proof: Proof, outcome: EngineOutcome) -> EngineReport:
         reason=outcome.reason or proof.failed.get(spec.name),
         comparison=None if comparison is None else proof.compared(spec.name),
         quality={} if comparison is None else proof.engine_quality(spec),
+        to_pytorch=() if comparison is None else proof.check_perplexity(spec),
         choices=None if comparison is None else proof.engine_choices(spec),
         **figures,
     )

@@ -9,23 +9,19 @@ from typing import Any
 
 import yaml
 
-from trsp_deploy.artifacts import RunFolder, writing
-from trsp_deploy.decoder import load_config
+from trsp_deploy.artifacts import RUN_MARK, RunFolder, check_is_run, writing
+from trsp_deploy.artifacts.layout import PLACE
 from trsp_deploy.errors import RunError, UserError
 from trsp_deploy.reading import read_yaml, user_path
 from trsp_deploy.recipe import Recipe, parse_drop, read_recipe
-from trsp_deploy.tools.measuring.subjects import RUN_MARK
-from trsp_deploy.tools.sources.models import resolve_model
-
-PLACE = ".place"  # in a run's folder
+from trsp_deploy.tools.resources.device_memory import model_config
 
 
 def default_folder(recipe: Recipe, say: Callable[[str], None]) -> Path:
-    """`runs/<model>-drop<k>` for k layers: 25% and 8 of 32 are the same run. Resolves the model to count its layers."""
+    """`runs/<model>-drop<k>` for k layers: 25% and 8 of 32 are the same run. Of a hub model its config is read."""
     if "RANK" in os.environ:
         raise RunError("--out is missing: several processes have to be told where they meet")
-    source = resolve_model(recipe.model, say)
-    layers = load_config(Path(source.path)).num_hidden_layers
+    layers = model_config(recipe.model, say).num_hidden_layers
     return Path("runs") / f"{Path(recipe.model).name}-drop{parse_drop(recipe.drop, layers)}"
 
 
@@ -77,7 +73,5 @@ def saved_recipe(run: RunFolder) -> Recipe | None:
 
 def load_recipe(run: Path) -> dict[str, Any]:
     """The values of the recipe that a run folder was made with; raises RunError when it is no run folder."""
-    path = run / RUN_MARK
-    if not path.is_file():
-        raise RunError(f"{run}: no run of trsp-deploy ({RUN_MARK} is missing); make one with `trsp-deploy prune`")
-    return read_yaml(path, RunError)
+    check_is_run(run, "make one with `trsp-deploy prune`")
+    return read_yaml(run / RUN_MARK, RunError)

@@ -50,10 +50,12 @@ class EngineSpec(Strict):
     cuda_graphs: bool = True  # TensorRT backends with `cache_length`: replay decoding as a CUDA graph
     weight_streaming_gib: Positive | None = None  # TensorRT backends: of weights on the GPU at once; None is all
     hardware_compatibility: Literal["none", "ampere-plus", "same-compute-capability"] = "none"  # TensorRT: other GPUs
-    threads: Count | None = None  # ONNX Runtime CPU: intra-op threads; None = every core of this machine
+    threads: Count | None = None  # ONNX Runtime CPU: intra-op threads; None = every core that it may use
     fuse: bool = True  # graph passes before the engine is made (tools/graphs); false leaves the graph be
     block_size: Literal[16, 32, 64, 128] = 32  # int8, int4: weights that share a scale
-    head_bits: Literal[4, 8] = 8  # int4 on ONNX Runtime: of the LM head's weights
+    # int8, int4: of the LM head's weights; 4 with int4 on ONNX Runtime, in floats 16 on TensorRT, 32 on ONNX Runtime.
+    head_bits: Literal[4, 8, 16, 32] = 8
+    embedding_bits: Literal[4, 8, 32] = 4  # int4 on ONNX Runtime: of the table of tokens; 32 leaves it in floats
     zero_points: bool = True  # int4 on ONNX Runtime: each block has its own; false is quicker without VNNI
     # int4, int8: products whose weights get 8 bits in the one and stay in floats in the other; so many of those whose
     # rounding costs most on the calibration text, or names of the graph's nodes.
@@ -65,6 +67,19 @@ class EngineSpec(Strict):
         integers = self.precision in ("int8", "int4")  # what is not quantised stays in floats
         half = integers and self.backend.startswith("tensorrt")
         return "fp16" if half or self.precision in ("fp16", "bf16") else "fp32"
+
+    @property
+    def longest_text(self) -> int | None:
+        """Tokens that a text may have, its prompt among them; None where the engine sets no limit of its own."""
+        if self.cache_length is not None:
+            return self.cache_length
+        return max((each.past.max + 1 for each in self.profiles if each.past is not None), default=None)
+
+    @property
+    def longest_prompt(self) -> int | None:
+        """Tokens that can be read in one call; None where the engine sets no limit of its own."""
+        limits = [max((each.sequence.max for each in self.profiles), default=None), self.longest_text]
+        return min((limit for limit in limits if limit is not None), default=None)
 
     @property
     def reads_text(self) -> bool:
@@ -89,7 +104,8 @@ class EngineSpec(Strict):
             raise ValueError(f"precision {self.precision} is not for backend {self.backend}")
         if self.keep_high_precision and self.precision not in ("int8", "int4"):
             raise ValueError(f"`keep_high_precision` is for precision int8 and int4, got {self.precision}")
-        for name, default in (("head_bits", 8), ("zero_points", True)):
+        self._head_fits()
+        for name, default in (("embedding_bits", 4), ("zero_points", True)):
             if getattr(self, name) != default and (tensorrt or self.precision != "int4"):
                 raise ValueError(
                     f"`{name}` is for precision int4 on ONNX Runtime, got {self.precision}, {self.backend}"
@@ -107,3 +123,15 @@ class EngineSpec(Strict):
             if self.cache_length is not None and profile.sequence.max > self.cache_length:
                 raise ValueError(f"a profile reads {profile.sequence.max} tokens, and `cache_length` is less")
         return self
+
+    def _head_fits(self) -> None:
+        """Raise ValueError for an LM head whose weights this backend does not hold so."""
+        if self.head_bits == 8:
+            return
+        floats = 8 * FLOAT_BYTES[self.graph_precision]  # of what is not quantised
+        valid = [8, floats] if self.precision in ("int8", "int4") else []
+        if self.precision == "int4" and self.backend.startswith("onnxruntime"):
+            valid.append(4)
+        if self.head_bits not in valid:
+            said = f"takes {', '.join(map(str, sorted(valid)))}" if valid else "has none"
+            raise ValueError(f"`head_bits` {self.head_bits}: precision {self.precision} on {self.backend} {said}")

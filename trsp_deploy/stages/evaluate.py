@@ -60,7 +60,7 @@ def evaluate_engine(
     engine: str,
     documents: np.ndarray | None = None,
 ) -> Perplexity:
-    """The same through an open engine: what is shipped is what is judged."""
+    """Losses of windows through an open engine: what is shipped is what is judged."""
 
     def losses(window: torch.Tensor) -> np.ndarray:
         ids = window[None].numpy()  # (1, context_length)

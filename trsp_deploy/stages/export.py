@@ -18,6 +18,7 @@ from trsp_deploy.recipe import ExportSettings, Float
 from trsp_deploy.tools.exporters import dynamo, optimum
 from trsp_deploy.tools.graphs.decoder_io import write_longest
 from trsp_deploy.tools.quiet import quiet_libraries
+from trsp_deploy.tools.runners.calibration import longest_text
 from trsp_deploy.tools.runners.half_range import guard_range
 
 FILE = "model.onnx"
@@ -49,17 +50,19 @@ def export_onnx(
 
 
 def _note_longest(model: Path, out: Path) -> None:
-    """Let graph and config say how long a text may be where the model turns keys of longer ones otherwise.
+    """Let the graph say how long a text may be, where something in it ends.
 
-    What was traced is the shorter of two ways (LongRoPE), or one of many (dynamic NTK).
+    That is a table of learned positions, or where the model turns keys of longer texts otherwise: what was traced is
+    the shorter of two ways (LongRoPE), or one of many (dynamic NTK). The config says that too.
     """
     limit = graph_positions(load_config(model))
-    if limit is None:
-        return
-    config = out / "config.json"
-    values = read_json(config, ModelError)
-    config.write_text(json.dumps({**values, "max_position_embeddings": limit}, indent=2), encoding="utf-8")
-    write_longest(out / FILE, limit)
+    if limit is not None:
+        config = out / "config.json"
+        values = read_json(config, ModelError)
+        config.write_text(json.dumps({**values, "max_position_embeddings": limit}, indent=2), encoding="utf-8")
+    longest = longest_text(out / FILE)
+    if longest is not None:
+        write_longest(out / FILE, longest)
 
 
 def _guard(out: Path, calibration: np.ndarray | None) -> None:

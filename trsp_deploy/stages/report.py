@@ -6,28 +6,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trsp_deploy.artifacts import write_json, writing
-from trsp_deploy.results import Comparison, Served
+from trsp_deploy.artifacts import RunLayout, write_json, writing
+from trsp_deploy.results import Comparison, Perplexity, Served, ZeroShot
 from trsp_deploy.tools.reports import markdown
 from trsp_deploy.tools.reports.record import Report
-from trsp_deploy.tools.reports.sweeps import Sweep
 
 
 def write_report(
     report: Report,
     comparisons: Mapping[str, Comparison],
     run: Path,
-    sweep: Sweep | None = None,
+    answers: Mapping[str, Perplexity | ZeroShot],
     served: Served | None = None,
 ) -> None:
     """Write the report into the run folder; arguments as for the page."""
     from trsp_deploy.tools.reports import html  # draws with matplotlib, which takes a second to load
 
-    write_json(run / "report.json", report)
-    with writing(run / "report.md") as partial:
+    path = RunLayout(run).report
+    write_json(path, report)
+    with writing(path.with_suffix(".md")) as partial:
         partial.write_text(markdown.render(report), encoding="utf-8")
-    with writing(run / "report.html") as partial:
-        partial.write_text(html.render(report, comparisons, sweep, served), encoding="utf-8")
+    with writing(path.with_suffix(".html")) as partial:
+        partial.write_text(html.render(report, comparisons, answers, served), encoding="utf-8")
 
 
 def summary(report: Report, run: Path) -> dict[str, Any]:
@@ -35,4 +35,5 @@ def summary(report: Report, run: Path) -> dict[str, Any]:
     plain = report.model_dump(
         mode="json", include={"schema_version", "verdict", "model", "removal", "quality", "engines", "served"}
     )
-    return {**plain, "run": str(run), "report": str(run / "report.json"), "page": str(run / "report.html")}
+    path = RunLayout(run).report
+    return {**plain, "run": str(run), "report": str(path), "page": str(path.with_suffix(".html"))}

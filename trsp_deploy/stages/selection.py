@@ -13,9 +13,11 @@ What differs from the paper:
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -73,29 +75,35 @@ def select_for_counts(
     """
     model.requires_grad_(False)
     if recipe.plan.method == "trsp":
-        dense_loss, found = _by_gates(model, train, validation, counts, recipe, checkpoints)
+        found = _by_gates(model, train, validation, counts, recipe, checkpoints)
     else:
-        dense_loss, found = _by_rival(model, train, validation, counts, recipe)
+        found = _by_rival(model, train, validation, counts, recipe)
     num_layers = len(decoder_layers(model))
     return {
         count: PruningPlan(
             model=recipe.public.model,
             num_layers=num_layers,
-            dropped=dropped,
-            kept=complement(dropped, num_layers),
+            dropped=chosen.dropped,
+            kept=complement(chosen.dropped, num_layers),
             method=recipe.plan.method,
             seed=recipe.seed,
-            settings=settings,
+            settings=chosen.settings,
             calibration=calibration,
-            dense_loss=round(dense_loss, 6),
-            picks=picks,
+            dense_loss=round(chosen.dense_loss, 6),
+            picks=chosen.picks,
         )
-        for count, (dropped, settings, picks) in found.items()
+        for count, chosen in found.items()
     }
 
 
-# By count: the layers, settings for the plan's record, picks.
-Chosen = dict[int, tuple[Layers, dict[str, Any], tuple[Pick, ...]]]
+@dataclass(frozen=True)
+class Chosen:
+    """What a search came to for one number of layers."""
+
+    dropped: Layers
+    dense_loss: float  # nats over the validation windows
+    settings: dict[str, Any]  # of the method, and what it measured, for the plan's record
+    picks: tuple[Pick, ...] = ()
 
 
 def _by_gates(
@@ -105,23 +113,21 @@ def _by_gates(
     counts: Sequence[int],
     recipe: Recipe,
     checkpoints: Checkpoints | None,
-) -> tuple[float, Chosen]:
-    """The dense model's held-out loss in nats, and what was chosen."""
+) -> dict[int, Chosen]:
     picking = GatePicking(model, train, validation, recipe, checkpoints)
     dense_loss = picking.held_out_loss()
-    picks, finals = picking.run(counts)
-    chosen: Chosen = {}
-    for count, tried in finals.items():
+    found: dict[int, Chosen] = {}
+    for count, finals in picking.run(counts).items():
         settings = recipe.plan.model_dump()
-        if len(tried) > 1:
-            settings["finals"] = {runs_text(layers): loss for layers, loss in tried.items()}
-        chosen[count] = (next(iter(tried)), settings, picks[:count])
-    return dense_loss, chosen
+        if len(finals) > 1:
+            settings["finals"] = {runs_text(layers): loss for layers, loss in finals.items()}
+        found[count] = Chosen(next(iter(finals)), dense_loss, settings, picking.picks[:count])
+    return found
 
 
 def _by_rival(
     model: PreTrainedModel, train: torch.Tensor, validation: torch.Tensor, counts: Sequence[int], recipe: Recipe
-) -> tuple[float, Chosen]:
+) -> dict[int, Chosen]:
     """As above, by a method of the table."""
     method, batch_size = METHODS[recipe.plan.method], recipe.plan.batch_size
     with torch.no_grad(), autocast(recipe, pick_device(recipe)):
@@ -131,17 +137,28 @@ def _by_rival(
         with autocast(recipe, pick_device(recipe)) if method.mixed_precision else contextlib.nullcontext():
             return method.select(model, train, count, batch_size)
 
-    def record(found: Selection) -> dict[str, Any]:
-        return {"batch_size": batch_size, "scores": found.scores, "forward_passes": found.forward_passes}
-
     largest = select(max(counts))
     order = largest.scores.get("order")
-    chosen: Chosen = {}
+    found: dict[int, Chosen] = {}
     for count in counts:
-        found = largest if count == max(counts) or order is not None else select(count)
-        dropped = found.dropped if order is None else tuple(sorted(order[:count]))
-        chosen[count] = (dropped, record(found), ())
-    return dense_loss, chosen
+        selection = largest if count == max(counts) or order is not None else select(count)
+        dropped = selection.dropped if order is None else tuple(sorted(order[:count]))
+        settings = {
+            "batch_size": batch_size,
+            "scores": selection.scores,
+            "forward_passes": selection.forward_passes,
+        }
+        found[count] = Chosen(dropped, dense_loss, settings)
+    return found
+
+
+@dataclass
+class Round:
+    """The gate updates between two picks."""
+
+    optimizer: torch.optim.Optimizer  # that knows nothing at the start
+    lm_losses: list[float] = field(default_factory=list)  # nats, one an update
+    trajectory: list[tuple[float, ...]] = field(default_factory=list)  # all gates, after each update
 
 
 class GatePicking:
@@ -169,41 +186,53 @@ class GatePicking:
         self._trials = Trials(self._losses, self._gates)
         self._module = self._processes.wrap(self._losses)
         self._picks: list[Pick] = []
-        self._start_round()
+        self._round = self._new_round()
 
-    def _start_round(self) -> None:
-        """A round begins with the gates as the last one left them, and with an optimiser that knows nothing."""
-        self._optimizer = torch.optim.Adam([self._gates.values], lr=self._settings.learning_rate)
-        self._lm_losses: list[float] = []  # nats, one an update
-        self._trajectory: list[tuple[float, ...]] = []  # all gates, after each update
+    def _new_round(self) -> Round:
+        """It begins with the gates as the last one left them."""
+        return Round(torch.optim.Adam([self._gates.values], lr=self._settings.learning_rate))
+
+    @property
+    def picks(self) -> tuple[Pick, ...]:
+        """What was picked so far, in that order."""
+        return tuple(self._picks)
 
     def held_out_loss(self) -> float:
         """Mean loss in nats over the validation windows, in the training's precision."""
         with autocast(self._recipe, self._device):
             return mean_loss(self._losses, self._validation, self._settings.batch_size)
 
-    def run(self, counts: Sequence[int]) -> tuple[tuple[Pick, ...], dict[int, dict[Layers, float]]]:
+    def run(self, counts: Sequence[int]) -> dict[int, dict[Layers, float]]:
         """Pick layers until the largest of `counts` are closed; then try, for each count, spans against the picks.
 
-        A greedy search cannot see that a span is cheap until most of it is gone. Returns the picks, and for each count
-        the mean loss in nats without each of the last sets of layers tried, best first.
+        A greedy search cannot see that a span is cheap until most of it is gone. Returns for each count the mean loss
+        in nats without each of the last sets of layers tried, best first.
         """
-        steps, gates = self._settings.steps, self._gates
-        trials = num_trials(min(self._settings.candidates, len(gates.open) - len(self._fixed)))
         self._restore()
-        done = len(self._picks) * (steps + trials) + len(self._lm_losses)
-        total = max(counts) * (steps + trials) + sum(num_trials(len(self._spans(count)) + 1) for count in counts)
-        order = batch_order(len(self._windows), self._settings.batch_size, self._recipe.seed)
-        order = itertools.islice(order, len(self._picks) * steps + len(self._lm_losses), None)
-        with gates, Meter("selection", total, done) as meter:
+        rows = self._rows_left()
+        with self._gates, self._meter(counts) as meter:
             while len(self._picks) < max(counts):
-                while len(self._lm_losses) < steps:
-                    self._update(next(order))
+                while len(self._round.lm_losses) < self._settings.steps:
+                    self._update(next(rows))
                     self._save_if_due()
-                    meter.advance(f"picked {len(self._picks)}, loss {self._lm_losses[-1]:.3f}")
+                    meter.advance(f"picked {len(self._picks)}, loss {self._round.lm_losses[-1]:.3f}")
                 self._pick(meter)
                 self._save_if_due()
-            return tuple(self._picks), {count: self._finals(count, meter) for count in counts}
+            return {count: self._finals(count, meter) for count in counts}
+
+    def _rows_left(self) -> Iterator[torch.Tensor]:
+        """Indices of each gate update's windows, from the update that comes next."""
+        done = len(self._picks) * self._settings.steps + len(self._round.lm_losses)
+        order = batch_order(len(self._windows), self._settings.batch_size, self._recipe.seed)
+        return itertools.islice(order, done, None)
+
+    def _meter(self, counts: Sequence[int]) -> Meter:
+        """Counts gate updates and losses of trials, from the one that comes next."""
+        free = len(self._gates.values) - len(self._fixed)
+        a_round = self._settings.steps + num_trials(min(self._settings.candidates, free))
+        finals = sum(num_trials(len(self._spans(count)) + 1) for count in counts)
+        done = len(self._picks) * a_round + len(self._round.lm_losses)
+        return Meter("selection", max(counts) * a_round + finals, done)
 
     def _finals(self, count: int, meter: Meter) -> dict[Layers, float]:
         picked, spans = tuple(sorted(pick.layer for pick in self._picks[:count])), self._spans(count)
@@ -220,16 +249,16 @@ class GatePicking:
     def _update(self, rows: torch.Tensor) -> None:
         """One step of the open gates on windows `rows`."""
         values = self._gates.values
-        part = self._windows[self._processes.share(rows, "plan.batch_size")]
+        part = self._windows[self._processes.local_rows(rows, "plan.batch_size")]
         with autocast(self._recipe, self._device):
             found = self._module(part.to(self._device))
         loss = found.total + self._settings.l1 * values[self._gates.open].abs().sum()
         (values.grad,) = torch.autograd.grad(loss, [values])
         values.grad = self._processes.mean(values.grad)
-        self._optimizer.step()
+        self._round.optimizer.step()
         checked_finite(values.tolist(), "a gate")
-        self._lm_losses.append(round(self._processes.mean(found.lm).item(), 5))
-        self._trajectory.append(tuple(round(value, 5) for value in values.tolist()))
+        self._round.lm_losses.append(round(self._processes.mean(found.lm).item(), 5))
+        self._round.trajectory.append(tuple(round(value, 5) for value in values.tolist()))
 
     def _pick(self, meter: Meter) -> None:
         """Close, of the layers with the smallest gates, the one whose removal costs least."""
@@ -238,44 +267,35 @@ class GatePicking:
         smallest = sorted(free, key=lambda index: abs(gates.values[index].item()))[: self._settings.candidates]
         # With one candidate there is nothing to choose between and the gate alone has decided.
         gone = tuple(pick.layer for pick in self._picks)
-        losses = {
-            trial[-1]: loss
-            for trial, loss in self._try([(*gone, layer) for layer in smallest], len(gone), meter).items()
-        }
+        tried = self._try([(*gone, layer) for layer in smallest], len(gone), meter)
+        losses = {trial[-1]: loss for trial, loss in tried.items()}
         layer = min(losses, key=losses.__getitem__)
         gates.closed.add(layer)
+        learned = self._round
         self._picks.append(
-            Pick(layer=layer, lm_loss=tuple(self._lm_losses), gates=tuple(self._trajectory), removal_loss=losses)
+            Pick(
+                layer=layer,
+                lm_loss=tuple(learned.lm_losses),
+                gates=tuple(learned.trajectory),
+                removal_loss=losses,
+            )
         )
-        self._start_round()
+        self._round = self._new_round()
 
     def _try(self, trials: list[Layers], turn: int, meter: Meter) -> dict[Layers, float]:
-        """Loss without the layers of each trial, all other gates at 1.
+        """Loss in nats without the layers of each of the last trials, all other gates at 1 (`successive_halving`).
 
-        Successive halving (Jamieson and Talwalkar 2016): all trials read `trial_windows` windows, the better half as
-        many more as cost the same again, and so on, so that most windows go to those that are hard to tell apart.
-        Returned are mean losses in nats over what each has read, of the last two or three: the others read less.
         turn: decides the windows' order, by itself, so that one search for several numbers of layers and one for each
         give the same.
         """
         learned = self._gates.values.detach().clone()
         self._gates.reset()
         rows = next(batch_order(len(self._windows), len(self._windows), self._recipe.seed + turn))
-        total, read, count = dict.fromkeys(trials, 0.0), 0, self._settings.trial_windows
-        while True:
-            part = self._windows[rows[read : read + count]]
-            read, count = read + len(part), 2 * count
-            if len(part):
-                for trial, loss in self._losses_without(trials, part, meter).items():
-                    total[trial] += len(part) * loss
-            checked_finite((total[trial] for trial in trials), "the loss without some layers")
-            trials = sorted(trials, key=total.__getitem__)
-            if len(trials) <= LAST_TRIALS:
-                break
-            trials = trials[: math.ceil(len(trials) / 2)]
+        measure = functools.partial(self._losses_without, meter=meter)
+        found = successive_halving(trials, self._windows[rows], self._settings.trial_windows, measure)
         with torch.no_grad():
             self._gates.values.copy_(learned)
-        return {trial: total[trial] / read for trial in trials}
+        return found
 
     def _losses_without(self, trials: list[Layers], windows: torch.Tensor, meter: Meter) -> dict[Layers, float]:
         def report(trial: Layers, loss: float, read: int) -> None:
@@ -292,10 +312,10 @@ class GatePicking:
             self._checkpoints.save(
                 {
                     "gates": self._gates.values.detach(),
-                    "optimizer": self._optimizer.state_dict(),
+                    "optimizer": self._round.optimizer.state_dict(),
                     "picks": [pick.model_dump() for pick in self._picks],
-                    "lm_losses": self._lm_losses,
-                    "trajectory": self._trajectory,
+                    "lm_losses": self._round.lm_losses,
+                    "trajectory": self._round.trajectory,
                 }
             )
 
@@ -305,10 +325,38 @@ class GatePicking:
             return
         with torch.no_grad():
             self._gates.values.copy_(state["gates"])
-        self._optimizer.load_state_dict(state["optimizer"])
+        self._round.optimizer.load_state_dict(state["optimizer"])
         self._picks = [Pick.model_validate(pick) for pick in state["picks"]]
         self._gates.closed.update(pick.layer for pick in self._picks)
-        self._lm_losses, self._trajectory = state["lm_losses"], state["trajectory"]
+        self._round.lm_losses, self._round.trajectory = state["lm_losses"], state["trajectory"]
+
+
+def successive_halving(
+    trials: list[Layers],
+    windows: torch.Tensor,
+    first: int,
+    measure: Callable[[list[Layers], torch.Tensor], Mapping[Layers, float]],
+) -> dict[Layers, float]:
+    """Tell the best of many trials by losses over windows (windows, sequence), most of them read by few trials.
+
+    Source: Jamieson and Talwalkar 2016, arXiv 1502.07943. All trials read the `first` windows, the better half as many
+    more as cost the same again, and so on, so that most windows go to those that are hard to tell apart.
+    measure: (trials, windows) -> mean loss in nats of each trial.
+    Returns mean losses over what each has read, best first, of the last two or three: the others read less. Raises
+    ModelError when one is not finite.
+    """
+    total, read, count = dict.fromkeys(trials, 0.0), 0, first
+    while True:
+        part = windows[read : read + count]
+        read, count = read + len(part), 2 * count
+        if len(part):
+            for trial, loss in measure(trials, part).items():
+                total[trial] += len(part) * loss
+        checked_finite((total[trial] for trial in trials), "the loss without some layers")
+        trials = sorted(trials, key=total.__getitem__)
+        if len(trials) <= LAST_TRIALS:
+            return {trial: total[trial] / read for trial in trials}
+        trials = trials[: math.ceil(len(trials) / 2)]
 
 
 def num_trials(trials: int) -> int:

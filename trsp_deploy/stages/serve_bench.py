@@ -1,27 +1,27 @@
-"""Load on a server that holds dense and pruned: who is served how fast, in turn on one machine."""
+"""Load on a server that holds dense and pruned: how fast each is served, in turn on one machine."""
 
 from __future__ import annotations
 
 import contextlib
 import http.client
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from trsp_deploy.artifacts import fingerprint, provenance
+from trsp_deploy.artifacts import ENGINE_MANIFEST, fingerprint, provenance
 from trsp_deploy.errors import RunError
 from trsp_deploy.recipe import Strict
 from trsp_deploy.results import ROLES, Role, Served, ServedRequest, ServedWindow, Subject
 from trsp_deploy.tools.measuring.telemetry import Recorder
 from trsp_deploy.tools.progress import Meter
-from trsp_deploy.tools.runners.manifest import MANIFEST as ENGINE_MANIFEST
+from trsp_deploy.tools.runners.manifest import read_manifest
 from trsp_deploy.tools.serving.text import read_tokenizer
 from trsp_deploy.tools.triton_server import process as triton_server
 from trsp_deploy.tools.triton_server.load import LoadGenerator, prompts_of
-from trsp_deploy.tools.triton_server.repository import read_repository
+from trsp_deploy.tools.triton_server.repository import ServedModel, read_repository
 from trsp_deploy.tools.triton_server.served import tokens_per_s
 
 PROMPTS = 16
@@ -36,7 +36,7 @@ class Address:
     grpc: str
 
     def version(self) -> str:
-        """Name and version; raises RunError when nobody answers."""
+        """Name and version; raises RunError when nothing answers."""
         try:
             with triton_server.DIRECT.open(f"http://{self.http}/v2", timeout=10) as reply:
                 said = json.load(reply)
@@ -81,16 +81,18 @@ def measure_served(
 
     serve: a server of the repository; fresh: whether another one each time, as it should be: where a process has its
     memory decides by some percent how fast it is. before: called with each replicate's number, while no server runs.
-    Raises RunError when the repository is none of ours, a text does not fit its models, or the server fails.
+    Raises RunError when the repository is none of ours, dense and pruned have two engines, a text does not fit its
+    models, or the server fails.
     """
     models = read_repository(repository).texts
+    engine = _common_engine(repository, models)
     load = Load(repository, generator, settings)
     names = {role: model.name for role, model in models.items()}
     with Recorder() as recorder:
         windows, versions = _windows(load, names, settings, recorder, serve, before)
         elapsed_s = recorder.now_s
     return Served(
-        engine=next(iter(models.values())).engine,
+        engine=engine,
         models=names,
         engines={
             role: fingerprint(repository / name / "1" / "engine" / ENGINE_MANIFEST) for role, name in names.items()
@@ -107,6 +109,22 @@ def measure_served(
         provenance=provenance(),
         elapsed_s=elapsed_s,
     )
+
+
+def _common_engine(repository: Path, models: Mapping[Role, ServedModel]) -> str:
+    """The engine's name; raises RunError where dense and pruned are served by two, for then neither is faster."""
+    found = {model.name: read_manifest(repository / model.name / "1" / "engine") for model in models.values()}
+    kinds = {
+        name: f"{each.name} ({each.spec.backend} {each.backend_version}, settings {each.spec_sha256[:8]})"
+        for name, each in found.items()
+    }
+    if len(set(kinds.values())) > 1:
+        said = " and ".join(f"'{name}' by {kind}" for name, kind in kinds.items())
+        raise RunError(
+            f"{repository}: serves {said}: a comparison is of one engine; write both with "
+            "`trsp-deploy triton RUN --dense`"
+        )
+    return next(iter(models.values())).engine
 
 
 class Load:
@@ -127,7 +145,7 @@ class Load:
         self._new_tokens = settings.new_tokens
 
     def window(self, address: Address, model: str, concurrency: int, seconds: float) -> tuple[ServedRequest, ...]:
-        """At least one finished request; raises RunError when none ends even in a much longer time."""
+        """The requests that finish in a window, at least one; raises RunError when none does even in a longer one."""
         for longer in (1, 4, 16):  # the machine may be busy
             found = self._generator.window(
                 address.grpc, model, self.prompts, self._new_tokens, concurrency, longer * seconds
@@ -177,7 +195,7 @@ def _windows(
 
 
 def _window_s(requests: Sequence[ServedRequest]) -> float:
-    """Long enough for a few requests after each other."""
+    """Length of a window: enough for a few requests one after the other."""
     return FEWEST_REQUESTS * float(np.median([request.answered_s[-1] for request in requests]))
 
 

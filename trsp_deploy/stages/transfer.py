@@ -1,8 +1,8 @@
-"""Stage 2: move the doomed layers' knowledge into the kept ones, then remove them.
+"""Stage 2: move the dropped layers' knowledge into the kept ones, then remove them.
 
 Source: TRSP, arXiv 2505.18232, section 3.2: loss = LM loss + lambda_2 * sum over P of ||f_i(h) - h||.
 A small penalty is not zero, so that form pays a jump in perplexity at the removal; it is measured and
-reported. The `anneal` form lowers the doomed layers' branch gates from 1 to exactly 0 in the first part
+reported. The `anneal` form lowers the dropped layers' branch gates from 1 to exactly 0 in the first part
 of the training instead, so that removing them changes nothing. `train` removes first and trains afterwards, with the
 same tokens, optimiser and loss: the control that every claim for a transfer has to beat (`tools/training/forms.py`).
 """
@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,10 @@ from trsp_deploy.tools.training.checkpoints import Checkpoints, put_back, traini
 from trsp_deploy.tools.training.forms import FORMS, Form
 from trsp_deploy.tools.training.heap import kept_heap
 from trsp_deploy.tools.training.losses import TokenLosses
+from trsp_deploy.tools.training.optimizers import clip_gradients, make_optimizer
 from trsp_deploy.tools.training.parameters import (
     add_adapters,
     choose_trained,
-    clip_gradients,
-    make_optimizer,
     merge_adapters,
     recomputed_layers,
 )
@@ -62,7 +62,23 @@ from trsp_deploy.tools.training.shared import (
 from trsp_deploy.tools.training.teacher import DenseStates
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What the training made of the dense model, whose layers are all still there."""
+
+    adapted: Any  # the model under its adapters, which are to be merged; None where weights trained
+    parameters: int
+    refit: str
+    unfitted_because: str
+    lm_losses: tuple[float, ...]  # nats, one a step
+    penalties: tuple[float, ...]
+    tokens: int
+    ppl_dense: float
+    ppl_before_removal: float
+
+
 def transfer_and_remove(
+    *,
     dense: Path,
     source: ModelSource,
     plan: PruningPlan,
@@ -78,50 +94,83 @@ def transfer_and_remove(
     train, validation: (windows, sequence) int64 token ids; the latter are never trained on.
     checkpoints: where to go on from after a kill, and what to leave for the next; None keeps nothing.
     """
-    device, settings = pick_device(recipe), recipe.transfer
-    processes = Processes(device)
-    model = load_model(dense, device, TRAINING_DTYPES[recipe.weights])
+    processes = Processes(pick_device(recipe))
+    model = load_model(dense, pick_device(recipe), TRAINING_DTYPES[recipe.weights])
     check_removal(model, plan.dropped)
-    parameters_dense = count_weights(model).total
-    choose_trained(model, settings)
-    losses = TokenLosses(model, settings.ce_weight, settings.kl_weight)
-    # Whoever computes each layer twice is short of memory, and a kept heap has gaps.
-    heap = contextlib.nullcontext() if settings.gradient_checkpointing is True else kept_heap()
-    with heap:
-        ppl_dense = _perplexity(losses, validation, recipe)
-        training = Training(losses, train, recipe, processes, checkpoints)
-        with recomputed_layers(model, settings.gradient_checkpointing), LayerGates(model, "branch") as gates:
-            form = FORMS[settings.form](model, gates, plan.dropped, settings, processes)
-            form.prepare(train, autocast(recipe, device), training.resumed)
-            adapted = _adapters(model, recipe)
-            training.run(form)
-            form.finish()
-            ppl_before = _perplexity(losses, validation, recipe)
-    model = _whole(model, adapted, dense, recipe, processes)
+    with _heap(recipe):
+        trained = _train(model, plan, train, validation, recipe, processes, checkpoints)
+    model = _whole(model, trained.adapted, dense, recipe, processes)
     result: PrunedCheckpoint | None = None
     if processes.main:
-        remove_layers(model, plan.dropped)
-        result = PrunedCheckpoint(
-            form=settings.form,
-            refit=form.fitted,
-            unfitted_because=form.unfitted_because,
-            dropped=plan.dropped,
-            num_layers_dense=plan.num_layers,
-            num_layers_pruned=len(decoder_layers(model)),
-            parameters_dense=parameters_dense,
-            parameters_pruned=count_weights(model).total,
-            lm_loss=tuple(training.lm_losses),
-            penalty=tuple(training.penalties),
-            tokens=len(training.lm_losses) * settings.batch_size * train.shape[1],
-            ppl_dense=ppl_dense,
-            ppl_before_removal=ppl_before,
-            ppl_after_removal=_perplexity(model, validation, recipe),
-        )
+        result = _remove(model, plan, trained, validation, recipe)
         _write(model, dense, out)
         write_model_card(out, source, plan, recipe, result)
     finished = processes.from_main(result)
     assert finished is not None  # the main process has made it
     return finished
+
+
+def _heap(recipe: Recipe) -> contextlib.AbstractContextManager[None]:
+    """Whoever computes each layer twice is short of memory, and a kept heap has gaps."""
+    return contextlib.nullcontext() if recipe.transfer.gradient_checkpointing is True else kept_heap()
+
+
+def _train(
+    model: PreTrainedModel,
+    plan: PruningPlan,
+    train: torch.Tensor,
+    validation: torch.Tensor,
+    recipe: Recipe,
+    processes: Processes,
+    checkpoints: Checkpoints | None,
+) -> Trained:
+    """Train the dense model in place, as far as the form wants it."""
+    settings, parameters = recipe.transfer, count_weights(model).total
+    choose_trained(model, settings)
+    losses = TokenLosses(model, settings.ce_weight, settings.kl_weight)
+    ppl_dense = _perplexity(losses, validation, recipe)
+    training = Training(losses, train, recipe, processes, checkpoints)
+    with recomputed_layers(model, settings.gradient_checkpointing), LayerGates(model, "branch") as gates:
+        form = FORMS[settings.form](model, gates, plan.dropped, settings, processes)
+        form.prepare(train, autocast(recipe, pick_device(recipe)), training.resumed)
+        adapted = _adapters(model, recipe)
+        training.run(form)
+        form.finish()
+        ppl_before_removal = _perplexity(losses, validation, recipe)
+    return Trained(
+        adapted=adapted,
+        parameters=parameters,
+        refit=form.fitted,
+        unfitted_because=form.unfitted_because,
+        lm_losses=tuple(training.lm_losses),
+        penalties=tuple(training.penalties),
+        tokens=len(training.lm_losses) * settings.batch_size * train.shape[1],
+        ppl_dense=ppl_dense,
+        ppl_before_removal=ppl_before_removal,
+    )
+
+
+def _remove(
+    model: PreTrainedModel, plan: PruningPlan, trained: Trained, validation: torch.Tensor, recipe: Recipe
+) -> PrunedCheckpoint:
+    """Take the layers out, in place, and say what that came to."""
+    remove_layers(model, plan.dropped)
+    return PrunedCheckpoint(
+        form=recipe.transfer.form,
+        refit=trained.refit,
+        unfitted_because=trained.unfitted_because,
+        dropped=plan.dropped,
+        num_layers_dense=plan.num_layers,
+        num_layers_pruned=len(decoder_layers(model)),
+        parameters_dense=trained.parameters,
+        parameters_pruned=count_weights(model).total,
+        lm_loss=trained.lm_losses,
+        penalty=trained.penalties,
+        tokens=trained.tokens,
+        ppl_dense=trained.ppl_dense,
+        ppl_before_removal=trained.ppl_before_removal,
+        ppl_after_removal=_perplexity(model, validation, recipe),
+    )
 
 
 def _write(model: PreTrainedModel, dense: Path, out: Path) -> None:
@@ -153,7 +202,7 @@ def _whole(model: PreTrainedModel, adapted: Any, dense: Path, recipe: Recipe, pr
 
 
 def _perplexity(model: PreTrainedModel | TokenLosses, windows: torch.Tensor, recipe: Recipe) -> float:
-    return perplexity_of(mean_loss(model, windows, recipe.transfer.batch_size))
+    return perplexity_of(mean_loss(model, windows, recipe.transfer.forward_batch))
 
 
 class Training:
@@ -184,7 +233,7 @@ class Training:
         if self._settings.kl_weight and left:
             order = torch.tensor(list(dict.fromkeys(torch.cat(self._rows).tolist())))  # each once, the first use counts
             with autocast(recipe, self._device):
-                self._dense = DenseStates(losses, windows, order, self._settings.batch_size, torch.cat(left))
+                self._dense = DenseStates(losses, windows, order, self._settings.forward_batch, torch.cat(left))
 
     @property
     def resumed(self) -> bool:
@@ -196,7 +245,7 @@ class Training:
         settings = self._settings
         steps = 0 if settings.form == "none" else settings.steps
         order = batch_order(len(self._windows), settings.batch_size, self._recipe.seed)
-        return [self._processes.share(rows, "transfer.batch_size") for rows in itertools.islice(order, steps)]
+        return [self._processes.local_rows(rows, "transfer.batch_size") for rows in itertools.islice(order, steps)]
 
     def run(self, form: Form) -> None:
         """Train the model in place."""
@@ -220,15 +269,19 @@ class Training:
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * learning_rate(step, settings.steps, settings.warmup_share)
         form.before_step(step)
-        with autocast(self._recipe, self._device):
-            dense = None if self._dense is None else self._dense[rows].to(self._device)
-            found = module(self._windows[rows].to(self._device), dense)
-        penalty = form.penalty()
-        (found.total + settings.weight * penalty).backward()
+        lm, penalty = torch.zeros((), device=self._device), torch.zeros((), device=self._device)
+        for part in rows.split(settings.forward_batch):
+            share = len(part) / len(rows)
+            with autocast(self._recipe, self._device):
+                dense = None if self._dense is None else self._dense[part].to(self._device)
+                found = module(self._windows[part].to(self._device), dense)
+            penalty = form.penalty()
+            (share * (found.total + settings.weight * penalty)).backward()
+            lm += share * found.lm
         clip_gradients(optimizer)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)  # here, so that gradients and activations never add up
-        lm_loss = self._processes.mean(found.lm).item()
+        lm_loss = self._processes.mean(lm).item()
         if not math.isfinite(lm_loss):  # before such weights are saved
             raise ModelError(
                 f"the training's loss is {lm_loss} at step {step + 1} of {settings.steps}, at a learning rate of "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import onnx
@@ -13,7 +13,7 @@ from trsp_deploy.artifacts import MANIFEST, files_below, fingerprint, link_tree,
 from trsp_deploy.decoder import max_positions
 from trsp_deploy.errors import EngineUnavailable, ModelError, RunError
 from trsp_deploy.results import Role
-from trsp_deploy.tools.graphs.decoder_io import IN_PLACE
+from trsp_deploy.tools.graphs import decoder_io
 from trsp_deploy.tools.runners import device_of, open_engine, read_manifest
 from trsp_deploy.tools.runners.generation import end_tokens
 from trsp_deploy.tools.runners.manifest import EngineManifest, check_files
@@ -21,15 +21,15 @@ from trsp_deploy.tools.runners.ort import OrtRunner
 from trsp_deploy.tools.runners.rotation import engine_rotations
 from trsp_deploy.tools.runners.running_batch import Rotation, texts_can_move
 from trsp_deploy.tools.serving.engine import batches
-from trsp_deploy.tools.serving.readme import CONTAINER, readme, step_readme
+from trsp_deploy.tools.serving.loop import MOST_WAITING
+from trsp_deploy.tools.serving.readme import CONTAINER, dockerfile, readme
 from trsp_deploy.tools.serving.step_model import check_can_step, write_step_model
 from trsp_deploy.tools.serving.vendor import model_file, vendor
 from trsp_deploy.tools.triton_server.config import WARMUP, generation_config, parse_config
 from trsp_deploy.tools.triton_server.repository import RepositoryManifest, ServedModel, read_repository
 
-ON_GPU = ("onnxruntime-gpu", "tensorrt")  # packages whose engines need one
-# What MatMulInteger multiplies is rounded with one scale for all texts of a step.
-SHARED_SCALE = "An int8 engine's answer, with one seed too, may differ with what others ask at the same time."
+README, DOCKERFILE = "README.md", "Dockerfile"
+SAME_FOLDER = {"onnxruntime-gpu": "onnxruntime"}  # packages that install into another's place
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -50,8 +50,9 @@ def write_repository(
     step: the bare engines too, as `<name>_step`.
     Raises RunError for a name that Triton does not take, an engine that cannot be served so, or too long texts.
     """
-    if (out / "README.md").exists() and not (out / MANIFEST).is_file():
-        raise RunError(f"--out {out}: has a README.md that is not of a model repository of ours; name another folder")
+    for file in (README, DOCKERFILE):
+        if (out / file).exists() and not (out / MANIFEST).is_file():
+            raise RunError(f"--out {out}: has a {file} that is not of a model repository of ours; name another folder")
     for engine in engines.values():
         if step:
             check_can_step(engine)
@@ -60,46 +61,61 @@ def write_repository(
     if max_length is not None and max_length > longest:
         raise RunError(f"--max-length {max_length}: the model and its engines take {longest} tokens")
     max_length = max_length or longest
+    for name in names.values():
+        if NAME.fullmatch(name) is None:
+            raise RunError(f"--name '{name}': letters, digits, dots, dashes and underscores, a letter or digit first")
+    others = _others(out, {*names.values(), *(f"{name}_step" for name in names.values() if step)})
+    needed = {names[role]: _packages(read_manifest(engine)) for role, engine in engines.items()}
+    packages = _together(out, needed | {model.name: model.packages for model in others})
     models = []
     for role, engine in engines.items():
         name = names[role]
-        if NAME.fullmatch(name) is None:
-            raise RunError(f"--name '{name}': letters, digits, dots, dashes and underscores, a letter or digit first")
         models.append(_write_model(engine, role, model_folder, name, out, max_batch, max_length))
         if step:
             models.append(_write_step(engine, role, f"{name}_step", out, max_batch, max_length))
-    first = read_manifest(next(iter(engines.values())))
-    others = _others(out, {model.name for model in models})
-    before = read_repository(out) if others else None
+    every = (*models, *others)
     manifest = RepositoryManifest(
-        models=(*models, *others),
-        packages=_packages(first, before.packages if before else ()),
-        gpu=first.bound.gpu or (before.gpu if before else None),
+        models=every,
+        packages=packages,
+        gpu=next((model.bound.gpu for model in every if model.bound.gpu is not None), None),
         container=CONTAINER,
         provenance=provenance(),
     )
+    _write_text(out / DOCKERFILE, dockerfile(manifest))
+    manifest = manifest.model_copy(update={"files": {DOCKERFILE: fingerprint(out / DOCKERFILE)}})
     write_json(out / MANIFEST, manifest)
-    limits = [f"`{model.name}`: {model.limits}" for model in manifest.models]
-    if first.spec.precision == "int8" and any(model.max_batch > 1 for model in models):
-        limits.append(SHARED_SCALE)
-    with writing(out / "README.md") as partial:
-        on_gpu = any(package.startswith(ON_GPU) for package in manifest.packages)
-        text = readme([model.name for model in models], manifest.packages, on_gpu, manifest.gpu, limits)
-        if step:
-            text += step_readme(models[0].name, models[1].name, max_length, first.backend_version)
-        partial.write_text(text, encoding="utf-8")
+    _write_text(out / README, readme(manifest))
     return manifest
 
 
-def _packages(engine: EngineManifest, others: Sequence[str]) -> tuple[str, ...]:
-    """What the server's Python needs for an engine, and for models that an earlier call has put beside it."""
+def _write_text(path: Path, text: str) -> None:
+    with writing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def _together(out: Path, needed: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """The packages of all models, by name; raises RunError where one Python cannot have them all."""
+    chosen: dict[str, tuple[str, str]] = {}  # what is installed once -> package and the model that wants it
+    for model, packages in needed.items():
+        for package in packages:
+            name = re.split(r"[=<>]", package)[0]
+            there, wants_it = chosen.setdefault(SAME_FOLDER.get(name, name), (package, model))
+            if there != package:
+                raise RunError(
+                    f"--out {out}: '{wants_it}' needs {there} and '{model}' {package}, and one server's Python cannot "
+                    "have both; write them to folders of their own, or build one of the engines again"
+                )
+    return tuple(package for package, _ in chosen.values())
+
+
+def _packages(engine: EngineManifest) -> tuple[str, ...]:
+    """What the server's Python needs for an engine."""
     backend = engine.spec.backend
     package = {"onnxruntime-cpu": "onnxruntime", "onnxruntime-cuda": "onnxruntime-gpu"}.get(backend, backend)
     wanted = [f"{package}=={engine.backend_version}", "tokenizers", "pydantic>=2.12", "pyyaml", "numpy"]
     if backend.startswith("tensorrt"):  # its runner has torch's memory and streams
         wanted.append("torch")
-    names = {re.split(r"[=<>]", each)[0] for each in wanted}
-    return (*wanted, *(each for each in others if re.split(r"[=<>]", each)[0] not in names))
+    return tuple(wanted)
 
 
 def _others(out: Path, written: set[str]) -> list[ServedModel]:
@@ -111,12 +127,8 @@ def _others(out: Path, written: set[str]) -> list[ServedModel]:
 
 def _longest_text(engines: dict[Role, Path], model_folder: Path) -> int:
     """Tokens that a text may have, its prompt among them: the model's positions, and what engines were built for."""
-    limits = [max_positions(model_folder)]
-    for engine in engines.values():
-        spec = read_manifest(engine).spec
-        pasts = [profile.past.max + 1 for profile in spec.profiles if profile.past is not None]
-        limits += [spec.cache_length] if spec.cache_length is not None else pasts and [max(pasts)]
-    return min(limits)
+    limits = [max_positions(model_folder), *(read_manifest(engine).spec.longest_text for engine in engines.values())]
+    return min(limit for limit in limits if limit is not None)
 
 
 def _batching(engine: Path) -> tuple[bool, tuple[Rotation, ...]]:
@@ -130,7 +142,7 @@ def _batching(engine: Path) -> tuple[bool, tuple[Rotation, ...]]:
     path = engine / manifest.file
     if not batches(manifest.spec):
         return False, ()
-    if not any(each.key == IN_PLACE for each in onnx.load(path, load_external_data=False).metadata_props):
+    if not any(each.key == decoder_io.IN_PLACE for each in onnx.load(path, load_external_data=False).metadata_props):
         return False, ()
     try:
         rotations = engine_rotations(path)
@@ -147,10 +159,16 @@ def _write_step(engine: Path, role: Role, name: str, out: Path, sequences: int, 
     with writing(out / name) as folder:
         state_bytes = write_step_model(engine, name, folder, max_length, sequences)
         files = _fingerprints(folder)
+    manifest = read_manifest(engine)
     return ServedModel(
         name=name,
         role=role,
-        engine=read_manifest(engine).spec.name,
+        engine=manifest.spec.name,
+        backend=manifest.spec.backend,
+        backend_version=manifest.backend_version,
+        precision=manifest.spec.precision,
+        packages=(),
+        bound=manifest.bound,
         serves="steps",
         max_batch=sequences,
         max_length=max_length,
@@ -162,13 +180,14 @@ def _write_step(engine: Path, role: Role, name: str, out: Path, sequences: int, 
 def _write_model(
     engine: Path, role: Role, model_folder: Path, name: str, out: Path, max_batch: int, max_length: int
 ) -> ServedModel:
-    spec = read_manifest(engine).spec
+    manifest = read_manifest(engine)
+    spec = manifest.spec
     joins, rotations = _batching(engine)
     max_batch = max_batch if joins else 1
     tokenizer = model_folder / "tokenizer.json"
     if not tokenizer.is_file():
         raise ModelError(f"{model_folder}: has no tokenizer.json, so a server cannot read text")
-    config = generation_config(name, "KIND_CPU" if device_of(spec) == "cpu" else "KIND_GPU")
+    config = generation_config(name, "KIND_CPU" if device_of(spec) == "cpu" else "KIND_GPU", MOST_WAITING)
     parse_config(config, f"{name}/config.pbtxt")
     with writing(out / name) as folder:
         version = folder / "1"
@@ -189,7 +208,21 @@ def _write_model(
         for file, data in WARMUP.items():
             (folder / "warmup" / file).write_bytes(data)
         files = _fingerprints(folder)
-    return ServedModel(name=name, role=role, engine=spec.name, max_batch=max_batch, max_length=max_length, files=files)
+    return ServedModel(
+        name=name,
+        role=role,
+        engine=spec.name,
+        backend=spec.backend,
+        backend_version=manifest.backend_version,
+        precision=spec.precision,
+        packages=_packages(manifest),
+        bound=manifest.bound,
+        compute_capabilities=spec.compute_capabilities,
+        max_batch=max_batch,
+        max_length=max_length,
+        cache_bytes=max_batch * (max_length + 1) * decoder_io.cache_bytes(manifest.inputs),
+        files=files,
+    )
 
 
 def _fingerprints(folder: Path) -> dict[str, str]:

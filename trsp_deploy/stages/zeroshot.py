@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 import yaml
 
-from trsp_deploy.decoder import load_model, load_tokenizer
+from trsp_deploy.decoder import load_model, load_tokenizer, max_positions
 from trsp_deploy.errors import TextError, UserError, first_line, nearest
 from trsp_deploy.recipe import Recipe, Strict
 from trsp_deploy.results import Role, TaskScore, ZeroShot
@@ -73,14 +73,23 @@ def evaluate_zero_shot(
 
 @kept_heap()
 def evaluate_zero_shot_engine(
-    runner: Runner, model_folder: Path, tasks: Sequence[str], limit: int | None, role: Role
+    runner: Runner,
+    model_folder: Path,
+    tasks: Sequence[str],
+    limit: int | None,
+    role: Role,
+    longest_prompt: int | None = None,
 ) -> ZeroShot:
-    """The same through an open engine; `model_folder` has its tokenizer."""
+    """Answer the first `limit` items of each task through an open engine; `model_folder` has its tokenizer.
+
+    longest_prompt: tokens that the engine reads in one call; None is as many as its model.
+    """
 
     def subject() -> Any:
         from trsp_deploy.tools.runners.engine_lm import EngineLM
 
-        return EngineLM(runner, load_tokenizer(model_folder), BATCH_SIZE)
+        longest = min(limit for limit in (max_positions(model_folder), longest_prompt) if limit is not None)
+        return EngineLM(runner, load_tokenizer(model_folder), BATCH_SIZE, longest)
 
     return _answer_all(subject, tasks, limit, role)
 
@@ -159,7 +168,7 @@ def _answer(subject: Any, name: str, items: Path | None, limit: int | None) -> T
 
 
 def _metric(name: str, sample: dict[str, Any]) -> Literal["acc", "acc_norm"]:
-    """acc_norm where a task has it, as the pruning papers report."""
+    """The metric of a task: acc_norm where it has that, as the pruning papers report."""
     if "acc_norm" in sample:
         return "acc_norm"
     if "acc" not in sample:

@@ -1,1 +1,1 @@
-"""Parts that stages share, a package a concern; gates, plans and the library of named files stand beside them."""
+"""Parts that stages share, one package per concern; gates, plans and the library of named files stand beside them."""

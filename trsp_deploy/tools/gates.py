@@ -1,4 +1,4 @@
-"""One learnable scalar a layer, in the paper's form and in the residual-branch form.
+"""One learnable scalar per layer, in the paper's form and in the residual-branch form.
 
 Source: TRSP, arXiv 2505.18232, section 3.1 (the output form). The branch form gates what a layer *adds*:
 
@@ -8,14 +8,16 @@ Source: TRSP, arXiv 2505.18232, section 3.1 (the output form). The branch form g
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Literal, Self
 
 import torch
 from transformers import PreTrainedModel
 
-from trsp_deploy.decoder import decoder_layers, layer_input, layer_output, with_layer_output
+from trsp_deploy.decoder import decoder_layers, forward_replaced, layer_input, layer_output, with_layer_output
 
 GateForm = Literal["branch", "output"]
 
@@ -41,23 +43,16 @@ class LayerGates:
         self.entering: dict[int, torch.Tensor | None] = {}
         self.start = 0
         self._returned: dict[int, torch.Tensor | tuple[Any, ...]] = {}
-        self._before: list[Any] = []  # what stood in front of each layer's forward already; None: nothing
+        self._attached = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        self._before = [vars(layer).get("forward") for layer in self._layers]
-        for index, layer in enumerate(self._layers):
-            # An instance attribute in front of the class's forward: attributes that the model reads from
-            # its layers (`attention_type`, …) stay reachable, which a wrapping module would hide.
-            layer.forward = functools.partial(self._forward, index, layer.forward)
+        self._attached.enter_context(forward_replaced(self._layers, self._gated))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for layer, before in zip(self._layers, self._before, strict=True):
-            del layer.forward
-            if before is not None:
-                layer.forward = before
+        self._attached.close()
         self.changes.clear()
 
     @property
@@ -69,6 +64,9 @@ class LayerGates:
         """Set every gate back to 1; closed layers stay closed."""
         with torch.no_grad():
             self.values.fill_(1.0)
+
+    def _gated(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.partial(self._forward, index, forward)
 
     def _forward(self, index: int, forward: Any, *args: Any, **kwargs: Any) -> Any:
         hidden = layer_input(args, kwargs)  # (batch, sequence, hidden)

@@ -1,39 +1,50 @@
-"""How much of the machine's main memory a new process could have, in a container too."""
+"""How much of the machine's main memory this process has, and a new one could have, in a container too."""
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from trsp_deploy.tools.control_groups import control_groups, text_of
+
 
 def available_host_bytes(host: Path = Path("/")) -> int | None:
     """Bytes within every control group's limit; None on systems without /proc. host: where /proc and /sys are."""
-    found = re.search(r"MemAvailable:\s+(\d+) kB", _text(host / "proc/meminfo"))
-    return min([int(found[1]) * 1024, *_control_groups(host)]) if found else None
+    found = re.search(r"MemAvailable:\s+(\d+) kB", text_of(host / "proc/meminfo"))
+    return min([int(found[1]) * 1024, *_left_by_groups(host)]) if found else None
 
 
-def _control_groups(host: Path) -> Iterator[int]:
+def _left_by_groups(host: Path) -> Iterator[int]:
     """What each limit that this process is under leaves; caches that the kernel would drop count as free."""
-    for line in _text(host / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory") and "memory" not in controllers.split(","):
-            continue
-        new = controllers == ""  # version 2 has one tree for all controllers
-        root = host / "sys/fs/cgroup" / ("" if new else "memory")
+    for new, folder in control_groups(host, "memory"):
         limit, usage = ("memory.max", "memory.current") if new else ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        group = root / path.lstrip("/")
-        for folder in [group, *group.parents]:
-            most, used = _text(folder / limit).strip(), _text(folder / usage).strip()
-            if most.isdecimal() and used.isdecimal():
-                cached = re.search(r"^(?:total_)?inactive_file (\d+)", _text(folder / "memory.stat"), re.MULTILINE)
-                yield int(most) - int(used) + (int(cached[1]) if cached else 0)
-            if folder == root:
-                break
+        most, used = text_of(folder / limit).strip(), text_of(folder / usage).strip()
+        if most.isdecimal() and used.isdecimal():
+            cached = re.search(r"^(?:total_)?inactive_file (\d+)", text_of(folder / "memory.stat"), re.MULTILINE)
+            yield int(most) - int(used) + (int(cached[1]) if cached else 0)
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError:
-        return ""
+def resident_bytes() -> int | None:
+    """What this process has of main memory now; None on systems without /proc."""
+    return _status("VmRSS")
+
+
+def peak_resident_bytes() -> int | None:
+    """The most that it had since `forget_peak`, or since it began.
+
+    Not getrusage's ru_maxrss, which begins at the size of the process that forked this one.
+    """
+    return _status("VmHWM")
+
+
+def forget_peak() -> None:
+    """Let the peak be counted from now on, where the kernel allows it."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def _status(name: str) -> int | None:
+    found = re.search(rf"^{name}:\s+(\d+) kB", text_of(Path("/proc/self/status")), re.MULTILINE)
+    return int(found[1]) * 1024 if found else None

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from trsp_deploy.errors import PlanError
-from trsp_deploy.reading import read_json
+from trsp_deploy.reading import read_record
 from trsp_deploy.recipe import Strict
 
 Index = Annotated[int, Field(ge=0)]
@@ -41,18 +41,12 @@ class PruningPlan(Strict):
 
 def complement(dropped: Sequence[int], num_layers: int) -> tuple[int, ...]:
     """The layers that stay when `dropped` go."""
-    return tuple(index for index in range(num_layers) if index not in set(dropped))
+    return tuple(sorted(set(range(num_layers)) - set(dropped)))
 
 
 def read_plan(path: Path, num_layers: int) -> PruningPlan:
     """Read and check a plan for a model of `num_layers`; raises PlanError with one line."""
-    values = read_json(path, PlanError)
-    try:
-        plan = PruningPlan.model_validate(values)
-    except ValidationError as problem:
-        first = problem.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise PlanError(f"{path}: {where}: {first['msg'].lower()}, got {first['input']!r:.80}") from problem
+    plan = read_record(path, PruningPlan, PlanError)
     _check(plan, path, num_layers)
     return plan
 

@@ -17,7 +17,7 @@ def end_with_parent() -> None:
 
 
 def adopt_orphans() -> None:
-    """Become the parent of those descendants whose own parent ends."""
+    """Become the parent of descendants whose own parent ends."""
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 

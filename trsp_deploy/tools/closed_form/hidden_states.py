@@ -38,10 +38,10 @@ def visit_layers(
     device = next(model.parameters()).device
     with contextlib.ExitStack() as hooks, Meter(description, len(windows)) as meter:
         for index, layer in enumerate(decoder_layers(model)):
-            hook = layer.register_forward_hook(functools.partial(_show, visit, index), with_kwargs=True)
-            hooks.callback(hook.remove)
+            shown = functools.partial(_show, visit, index)
+            hooks.enter_context(layer.register_forward_hook(shown, with_kwargs=True))
         if last is not None:  # hooks run in their order: after the visitor's
-            hooks.callback(decoder_layers(model)[last].register_forward_hook(_stop).remove)
+            hooks.enter_context(decoder_layers(model)[last].register_forward_hook(_stop))
         for part in windows.split(batch_size):
             with contextlib.suppress(_Stopped):
                 body(model)(input_ids=part.to(device), use_cache=False)
@@ -72,6 +72,6 @@ def last_inputs(modules: dict[int, nn.Module]) -> Iterator[dict[int, torch.Tenso
 
     with contextlib.ExitStack() as hooks:
         for key, module in modules.items():
-            hooks.callback(module.register_forward_pre_hook(functools.partial(keep, key)).remove)
+            hooks.enter_context(module.register_forward_pre_hook(functools.partial(keep, key)))
         yield inputs
         inputs.clear()

@@ -18,6 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from trsp_deploy.decoder import body, decoder_layers, layer_input, layer_output
 
+PROBE_TOKENS = 16  # of a window that show how a layer is put together
+
 
 @dataclass(frozen=True)
 class LayerCall:
@@ -53,12 +55,29 @@ class Group:
     """Linear modules that read one input; a module that adds to the residual stream is a group of its own."""
 
     modules: tuple[nn.Linear | Conv1D, ...]
-    scale: float | None = None  # the layer returns rest + scale * output; None where it makes more of the output
+    # The layer returns rest + scale * output, with 1 but for models with a residual multiplier (Granite); None where it
+    # makes more of the output.
+    scale: float | None = None
 
     @property
     def writes(self) -> bool:
         """Whether the output is added to the residual stream as it is."""
         return self.scale is not None
+
+    @property
+    def has_bias(self) -> bool:
+        """Of all its modules, or of none."""
+        return self.modules[0].bias is not None
+
+    @property
+    def features(self) -> int:
+        """What an output is a linear map of: the modules' inputs, and a 1 where they have a bias."""
+        return in_width(self.modules[0]) + self.has_bias
+
+    @property
+    def outputs(self) -> int:
+        """Outputs of all modules side by side."""
+        return sum(map(out_width, self.modules))
 
 
 @dataclass
@@ -107,8 +126,7 @@ def layer_calls(model: PreTrainedModel, input_ids: torch.Tensor) -> list[LayerCa
 
     with contextlib.ExitStack() as hooks:
         for index, layer in enumerate(decoder_layers(model)):
-            hook = layer.register_forward_pre_hook(functools.partial(keep, index), with_kwargs=True)
-            hooks.callback(hook.remove)
+            hooks.enter_context(layer.register_forward_pre_hook(functools.partial(keep, index), with_kwargs=True))
         body(model)(input_ids=input_ids.to(next(model.parameters()).device), use_cache=False)
     return [calls[index] for index in sorted(calls)]
 
@@ -119,7 +137,7 @@ def watched(modules: Sequence[nn.Module]) -> Iterator[Watch]:
     watch = Watch()
     with contextlib.ExitStack() as hooks:
         for module in modules:
-            hooks.callback(module.register_forward_hook(watch.keep).remove)
+            hooks.enter_context(module.register_forward_hook(watch.keep))
         yield watch
 
 
@@ -147,7 +165,7 @@ def linear_groups(layer: nn.Module, call: LayerCall) -> list[Group]:
             and module not in scales
             and not previous.writes
             and watch.inputs[previous.modules[0]] is watch.inputs[module]
-            and (previous.modules[0].bias is None) == (module.bias is None)
+            and previous.has_bias == (module.bias is not None)
         ):
             groups[-1] = Group((*previous.modules, module))
         else:
@@ -175,7 +193,7 @@ def _writers(layer: nn.Module, call: LayerCall, modules: Sequence[nn.Linear | Co
             scale = _measured_scale(layer, module, call)
             if scale is not None:
                 scales[module] = scale
-                silence.callback(module.register_forward_hook(_zeros).remove)
+                silence.enter_context(module.register_forward_hook(_zeros))
     return scales
 
 
@@ -199,11 +217,8 @@ def _measured_scale(layer: nn.Module, module: nn.Linear | Conv1D, call: LayerCal
         added.append(amplitude.to(output) * torch.randn(output.shape, generator=generator).to(output))
         return output + added[-1]
 
-    hook = module.register_forward_hook(disturb)
-    try:
+    with module.register_forward_hook(disturb):
         disturbed = call.run(layer)
-    finally:
-        hook.remove()
     if len(added) != 1 or added[0].numel() != plain.numel():
         return None
     amount = added[0].reshape(plain.shape).double()

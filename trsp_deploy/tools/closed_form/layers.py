@@ -24,30 +24,27 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from trsp_deploy.decoder import body, decoder_layers, layer_input
-from trsp_deploy.errors import ModelError, TextError
+from trsp_deploy.decoder import body, decoder_layers, kept_layers, layer_input
+from trsp_deploy.errors import ModelError
+from trsp_deploy.tools.closed_form.equations import NormalEquations, check_tokens, sink_positions
 from trsp_deploy.tools.closed_form.layer_modules import (
+    PROBE_TOKENS,
     Group,
     add_to_weights,
-    in_width,
     layer_calls,
     linear_groups,
-    out_width,
     watched,
 )
-from trsp_deploy.tools.closed_form.span import sink_positions
 from trsp_deploy.tools.progress import Meter
 
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # relative to the mean square of the features over ordinary tokens
 HELD_OUT = 8  # one batch of this many is held out to choose the ridge
-PROBE_TOKENS = 16
 
 
 @torch.no_grad()
@@ -68,8 +65,9 @@ def refit_kept_layers(
     Raises TextError when the windows hold too few tokens, ModelError when a layer cannot be run on its own.
     """
     layers = decoder_layers(model)
-    kept = [index for index in range(len(layers)) if index not in set(dropped)]
-    batches = _whole_batches(windows, batch_size, model.config.hidden_size)
+    kept = kept_layers(dropped, len(layers))
+    check_tokens(windows, model.config.hidden_size, "refit layers", fewest_windows=2, ample=64)
+    batches = _whole_batches(windows, batch_size)
     streams = Streams(model, batches, autocast or contextlib.nullcontext())
     with Meter("refit", len(layers)) as meter:
         streams.leave_out(kept[0])
@@ -81,15 +79,10 @@ def refit_kept_layers(
             meter.advance(f"layer {index}", by=following - index)
 
 
-def _whole_batches(windows: torch.Tensor, batch_size: int, hidden: int) -> tuple[torch.Tensor, ...]:
-    size = min(batch_size, max(1, len(windows) // 2))
-    batches = windows[: len(windows) // size * size].split(size)
-    if len(batches) < 2 or windows.numel() < hidden:
-        raise TextError(
-            f"{len(windows)} calibration windows of {windows.shape[-1]} tokens cannot refit layers of hidden size "
-            f"{hidden}: give at least 2 windows and {hidden} tokens, better {64 * hidden}"
-        )
-    return batches
+def _whole_batches(windows: torch.Tensor, batch_size: int) -> tuple[torch.Tensor, ...]:
+    """At least two of them, one to fit to and one held out."""
+    size = min(batch_size, len(windows) // 2)
+    return windows[: len(windows) // size * size].split(size)
 
 
 class Streams:
@@ -148,14 +141,14 @@ class Streams:
 
     def _fit(self, index: int, group: Group, targets: Sequence[torch.Tensor]) -> None:
         """Refit one group to targets (batch, sequence, out), with everything before it in its final form."""
-        fit, held_out = Equations.empty(group, self._device), Equations.empty(group, self._device)
+        fit, held_out = (NormalEquations.empty(group, torch.float32) for _ in range(2))
         with watched(group.modules) as watch:
             for number, (state, target) in enumerate(zip(self._pruned, targets, strict=True)):
                 leaving, target = self._run(index, state.to(self._device)), target.to(self._device)
                 now = leaving if group.writes else _outputs(group, watch.outputs, leaving)
                 sinks = sink_positions(leaving) | (sink_positions(target) if group.writes else False)
                 equations = held_out if number in self._held_out else fit
-                equations.add(watch.inputs[group.modules[0]], target.float() - now.float(), sinks)
+                equations.add(watch.inputs[group.modules[0]], now, target, sinks)
         solution = choose_solution(fit, held_out)
         if solution is not None:
             add_to_weights(group.modules, solution)
@@ -176,56 +169,24 @@ def _outputs(group: Group, outputs: dict[nn.Module, torch.Tensor], hidden: torch
     return torch.cat([outputs[module].reshape(*hidden.shape[:-1], -1) for module in group.modules], dim=-1)
 
 
-@dataclass
-class Equations:
-    """Normal equations of one group in fp64; `dim` is its input width, plus 1 where it has a bias."""
-
-    gram: torch.Tensor  # U'U, (dim, dim)
-    cross: torch.Tensor  # U'R with R = 0 at sinks, (dim, out)
-    scale: float
-    bias: bool
-    ordinary_energy: float = 0.0  # sum of U^2 over ordinary tokens
-
-    @classmethod
-    def empty(cls, group: Group, device: torch.device) -> Equations:
-        """No tokens yet."""
-        bias = group.modules[0].bias is not None
-        dim = in_width(group.modules[0]) + bias
-        out = sum(out_width(module) for module in group.modules)
-        gram, cross = (torch.zeros(dim, n, dtype=torch.float64, device=device) for n in (dim, out))
-        return cls(gram, cross, group.scale or 1.0, bias)
-
-    def add(self, entered: torch.Tensor, residual: torch.Tensor, sinks: torch.Tensor) -> None:
-        """Take in a batch: U (tokens in any shape, width), R (batch, sequence, out), sinks (batch, sequence) bool."""
-        features = entered.reshape(*residual.shape[:-1], -1).float()
-        if self.bias:
-            features = torch.cat([features, features.new_ones(*features.shape[:-1], 1)], dim=-1)
-        features = self.scale * features
-        ordinary = features[~sinks]
-        flat = features.flatten(0, 1)
-        self.gram += (flat.T @ flat).double()
-        self.cross += (ordinary.T @ residual[~sinks]).double()
-        self.ordinary_energy += ordinary.square().sum().item()
+def choose_solution(fit: NormalEquations, held_out: NormalEquations) -> torch.Tensor | None:
+    """S in fp64 for the ridge that does best on the held-out tokens, fitted to all; None when none helps."""
+    ridge = _best_ridge(fit, held_out)
+    return None if ridge is None else (fit + held_out).solve(ridge)
 
 
-def choose_solution(fit: Equations, held_out: Equations) -> torch.Tensor | None:
-    """S (dim, out) in fp64 for the ridge that does best on the held-out tokens, fitted to all; None when none helps."""
-    values, vectors = torch.linalg.eigh(fit.gram)
+def _best_ridge(fit: NormalEquations, held_out: NormalEquations) -> float | None:
+    """The one of RIDGES whose fit lowers the error over the held-out tokens most; None where none lowers it."""
+    values, vectors = torch.linalg.eigh(fit.gram)  # once for all ridges
     turned = vectors.T @ fit.cross
-    mean_square = max(fit.ordinary_energy / len(fit.gram), torch.finfo(torch.float64).tiny)
 
     def change(ridge: float) -> float:  # of the squared error over the held-out tokens
-        solution = vectors @ (turned / (values.clamp(min=0) + ridge * mean_square)[:, None])
+        solution = vectors @ (turned / (values.clamp(min=0) + fit.penalty(ridge))[:, None])
         return ((held_out.gram @ solution - 2 * held_out.cross) * solution).sum().item()
 
     changes = {ridge: change(ridge) for ridge in RIDGES}
     best = min(changes, key=changes.__getitem__)
-    if not changes[best] < 0:
-        return None
-    penalty = best * (fit.ordinary_energy + held_out.ordinary_energy) / len(fit.gram)
-    gram = fit.gram + held_out.gram
-    gram.diagonal().add_(penalty)
-    return torch.linalg.solve(gram, fit.cross + held_out.cross)
+    return best if changes[best] < 0 else None
 
 
 class _Stopped(Exception):
@@ -239,11 +200,9 @@ def _entering(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
     def stop(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
         raise _Stopped(layer_input(args, kwargs))
 
-    hook = decoder_layers(model)[0].register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        body(model)(input_ids=input_ids, use_cache=False)
+        with decoder_layers(model)[0].register_forward_pre_hook(stop, with_kwargs=True):
+            body(model)(input_ids=input_ids, use_cache=False)
     except _Stopped as stopped:
         return stopped.hidden
-    finally:
-        hook.remove()
     raise ModelError(f"{type(model).__name__}: its first layer does not run, so it cannot be refitted")

@@ -27,62 +27,34 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from trsp_deploy.decoder import decoder_layers
-from trsp_deploy.errors import ModelError, TextError
+from trsp_deploy.errors import ModelError
+from trsp_deploy.tools.closed_form.equations import NormalEquations, check_tokens, sink_positions
 from trsp_deploy.tools.closed_form.hidden_states import last_inputs, visit_layers
-from trsp_deploy.tools.closed_form.layer_modules import add_to_weights, in_width, last_writer, layer_calls
+from trsp_deploy.tools.closed_form.layer_modules import PROBE_TOKENS, Group, add_to_weights, last_writer, layer_calls
 
 RIDGE = 0.1  # relative to the mean square of the features over ordinary tokens
-SINK_NORM = 5.0  # multiple of the median norm; SmolLM2-135M's ordinary tokens reach 2.5, its sinks 5.6 to 190
-PROBE_TOKENS = 16
 EQUATIONS_BYTES = 4 * 10**9  # of normal equations at a time; more spans than fit take a pass over the windows each time
 
 
 @dataclass(frozen=True)
-class OutputProjection:
-    """The module whose output a layer adds to the residual stream last: layer output = rest + scale * module output."""
-
-    module: nn.Linear | Conv1D
-    scale: float  # 1 but for models with a residual multiplier (Granite)
-
-    @property
-    def dim(self) -> int:
-        """Features that a fold is fitted to: the module's inputs, and a 1 where it has a bias."""
-        return in_width(self.module) + (self.module.bias is not None)
-
-
-@dataclass
 class SpanFit:
-    """Normal equations of one span in float64; `dim` is the projection's input width, plus 1 where it has a bias."""
+    """The equations that fold one span into the layer before it."""
 
     kept: int  # the layer that the map is folded into
     last: int  # last layer of the span
-    projection: OutputProjection
-    gram: torch.Tensor  # U'U over all tokens, (dim, dim)
-    cross: torch.Tensor  # U'R over all tokens, with R = 0 at sinks, (dim, hidden)
-    ordinary_energy: float = 0.0  # sum of U^2 over ordinary tokens
+    equations: NormalEquations  # of the kept layer's output projection
+
+    @property
+    def projection(self) -> Group:
+        """The module whose output the kept layer adds to the residual stream last: its weights become others."""
+        return self.equations.group
 
     def add(self, entered: torch.Tensor, kept_out: torch.Tensor, span_out: torch.Tensor) -> None:
         """Take in a batch: U (tokens in any shape, width), Y + U W and X, both (batch, sequence, hidden)."""
-        features = entered.reshape(*kept_out.shape[:-1], -1).double()
-        if self.projection.module.bias is not None:
-            features = torch.cat([features, features.new_ones(*features.shape[:-1], 1)], dim=-1)
-        features = self.projection.scale * features
-        ordinary = ~(sink_positions(kept_out) | sink_positions(span_out))
-        residual = (span_out.double() - kept_out.double())[ordinary]  # (ordinary tokens, hidden)
-        self.gram += features.flatten(0, 1).T @ features.flatten(0, 1)
-        self.cross += features[ordinary].T @ residual
-        self.ordinary_energy += features[ordinary].square().sum().item()
-
-    def solve(self, ridge: float) -> torch.Tensor:
-        """Return S (dim, hidden) float64; its last row belongs to the bias where there is one."""
-        # Not the gram's own trace, which the sinks rule. A layer that computes nothing has nothing to map: S = 0.
-        penalty = max(ridge * self.ordinary_energy / len(self.gram), torch.finfo(torch.float64).tiny)
-        return torch.linalg.solve(self.gram + penalty * torch.eye(len(self.gram)).to(self.gram), self.cross)
+        self.equations.add(entered, kept_out, span_out, sink_positions(kept_out) | sink_positions(span_out))
 
 
 def fold_dropped_layers(
@@ -105,7 +77,7 @@ def fold_dropped_layers(
     # From the last one on: what is written into a layer changes no state that an earlier span is fitted to.
     waiting = sorted(projections)
     while waiting:
-        count = spans_at_a_time(projections[waiting[-1]].dim, model.config.hidden_size)
+        count = spans_at_a_time(projections[waiting[-1]].features, model.config.hidden_size)
         together = {span: projections[span] for span in waiting[-count:]}
         for fit in fit_spans(model, together, windows, batch_size, autocast):
             write_fold(fit, ridge)
@@ -114,7 +86,7 @@ def fold_dropped_layers(
 
 def foldable_spans(
     model: PreTrainedModel, dropped: Sequence[int], windows: torch.Tensor
-) -> dict[tuple[int, int], OutputProjection]:
+) -> dict[tuple[int, int], Group]:
     """The runs (first, last) of `dropped` that have a layer before them, each with that layer's output projection.
 
     Raises TextError when windows (windows, sequence) hold too few tokens, ModelError when the architecture cannot be
@@ -125,20 +97,16 @@ def foldable_spans(
 
 def projections_before(
     model: PreTrainedModel, spans: Sequence[tuple[int, int]], windows: torch.Tensor
-) -> dict[tuple[int, int], OutputProjection]:
+) -> dict[tuple[int, int], Group]:
     """The output projection of the layer before each span (first, last); raises what `foldable_spans` does."""
-    hidden = model.config.hidden_size
-    if spans and windows.numel() < hidden:
-        raise TextError(
-            f"{windows.numel()} calibration tokens cannot fit a projection to a hidden size of {hidden}: "
-            f"give at least {hidden}, better {32 * hidden}"
-        )
+    if spans:
+        check_tokens(windows, model.config.hidden_size, "fit a projection", fewest_windows=1, ample=32)
     return {span: output_projection(model, span[0] - 1, windows[:2, :PROBE_TOKENS]) for span in spans}
 
 
-def spans_at_a_time(dim: int, hidden: int) -> int:
-    """How many spans' normal equations, (dim x dim) and (dim x hidden) in fp64, are held together; at least one."""
-    return max(1, EQUATIONS_BYTES // (8 * dim * (dim + hidden)))
+def spans_at_a_time(features: int, hidden: int) -> int:
+    """How many spans' normal equations, (features x features + hidden) in fp64, are held together; at least one."""
+    return max(1, EQUATIONS_BYTES // (8 * features * (features + hidden)))
 
 
 def runs(dropped: Sequence[int]) -> list[tuple[int, int]]:
@@ -150,7 +118,7 @@ def runs(dropped: Sequence[int]) -> list[tuple[int, int]]:
 
 def fit_spans(
     model: PreTrainedModel,
-    projections: Mapping[tuple[int, int], OutputProjection],
+    projections: Mapping[tuple[int, int], Group],
     windows: torch.Tensor,
     batch_size: int,
     autocast: contextlib.AbstractContextManager[None] | None = None,
@@ -160,12 +128,14 @@ def fit_spans(
     projections: by span, that of the layer before it.
     Memory: one intermediate x intermediate matrix in float64 a span, 1 GB each at a width of 11,008.
     """
-    hidden = model.config.hidden_size
-    fits = [_empty_fit(first - 1, last, projection, hidden) for (first, last), projection in projections.items()]
+    fits = [
+        SpanFit(first - 1, last, NormalEquations.empty(projection, torch.float64))
+        for (first, last), projection in projections.items()
+    ]
     kept_out: dict[int, torch.Tensor] = {}
     # The projection was found in full precision: in less, what a layer adds is not to be told from what it rounds.
     with (
-        last_inputs({fit.kept: fit.projection.module for fit in fits}) as entered,
+        last_inputs({fit.kept: fit.projection.modules[0] for fit in fits}) as entered,
         autocast or contextlib.nullcontext(),
     ):
 
@@ -180,49 +150,34 @@ def fit_spans(
     return fits
 
 
-def _empty_fit(kept: int, last: int, projection: OutputProjection, hidden: int) -> SpanFit:
-    dim, device = projection.dim, projection.module.weight.device
-    gram, cross = (torch.zeros(dim, columns, dtype=torch.float64, device=device) for columns in (dim, hidden))
-    return SpanFit(kept, last, projection, gram, cross)
-
-
-def sink_positions(hidden: torch.Tensor) -> torch.Tensor:
-    """Which tokens of (batch, sequence, hidden) are attention sinks, as (batch, sequence) bool: those of massive norm.
-
-    Found by norm and not by place: position 0 is an ordinary token before a model's layers have made it a sink, and
-    delimiters further on can be sinks too.
-    """
-    norm = torch.linalg.vector_norm(hidden.float(), dim=-1)
-    return norm > SINK_NORM * norm.median()
-
-
 def write_fold(fit: SpanFit, ridge: float) -> None:
     """Add S to the projection's weight, and its last row to the bias where there is one."""
-    add_to_weights([fit.projection.module], fit.solve(ridge))
+    add_to_weights(fit.projection.modules, fit.equations.solve(ridge))
 
 
 @contextlib.contextmanager
 def folded(fit: SpanFit, ridge: float) -> Iterator[None]:
     """Fold for the length of a `with` block and put the very same weights back."""
-    before = {name: parameter.detach().clone() for name, parameter in fit.projection.module.named_parameters()}
+    (module,) = fit.projection.modules
+    before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     try:
         write_fold(fit, ridge)
         yield
     finally:
         with torch.no_grad():
-            for name, parameter in fit.projection.module.named_parameters():
+            for name, parameter in module.named_parameters():
                 parameter.copy_(before[name])
 
 
-def output_projection(model: PreTrainedModel, index: int, probe: torch.Tensor) -> OutputProjection:
+def output_projection(model: PreTrainedModel, index: int, probe: torch.Tensor) -> Group:
     """Find the module whose output layer `index` adds to the residual stream last; probe: a few (batch, sequence) ids.
 
     Raises ModelError with one line when the layer cannot be folded into (`layer_modules.py` says when).
     """
     found = last_writer(decoder_layers(model)[index], layer_calls(model, probe)[index])
-    if found is None or found.scale is None:
+    if found is None:
         raise ModelError(
             f"{type(model).__name__} cannot be folded: layer {index} does not end by adding a linear module's output "
             "to the residual stream; the other methods work"
         )
-    return OutputProjection(found.modules[0], found.scale)
+    return found

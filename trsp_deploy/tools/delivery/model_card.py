@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
-import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from trsp_deploy import __version__
@@ -16,7 +14,7 @@ from trsp_deploy.recipe import Recipe, shown_name
 from trsp_deploy.results import PrunedCheckpoint
 from trsp_deploy.tools.methods import METHODS
 from trsp_deploy.tools.plan import PruningPlan
-from trsp_deploy.tools.sources.models import ModelSource
+from trsp_deploy.tools.sources.models import LEGAL_FILES, ModelSource, card_metadata
 from trsp_deploy.tools.sources.names import SHORT_NAMES
 
 TAGS = ("depth-pruning", "trsp_deploy")
@@ -27,7 +25,6 @@ CARRIED = ("language", "license_name", "license_link", "datasets")
 NOT_CARRIED = re.compile(
     r"(?i)(gguf|onnx|openvino|mlx|safetensors|pytorch|tf|jax|flax|transformers\.js|.*:.*|.*_compatible)$"
 )
-LEGAL_FILES = re.compile(r"(?i)(LICEN[CS]E|NOTICE|USE_POLICY|COPYING)(\.\w+)?")
 
 FITTED = {  # in closed form, before the transfer
     "span": "after the removed spans were folded into the projections before them, ",
@@ -68,7 +65,7 @@ def write_model_card(
     # A path says nothing to others, and something about this machine.
     name = Path(source.name).name if source.kind == "folder" else source.name
     base = source.origin.partition("@")[0] if source.kind == "hub" else name
-    carried = _base_card(Path(source.path))
+    carried = card_metadata(Path(source.path))
     # A packaged model is one of the hub's, too; and a folder's card may name what it was made of.
     hub_id = base if source.kind == "hub" else SHORT_NAMES.get(base) or carried.get("base_model")
     for file in sorted(Path(source.path).glob("*")):
@@ -119,12 +116,3 @@ def _by(method: str) -> str:
     if method == "trsp":
         return TRSP
     return f"{method} ({METHODS[method].source})" if method in METHODS else method
-
-
-def _base_card(folder: Path) -> dict[str, Any]:
-    """Metadata of the base's model card; empty where it has none that can be read."""
-    try:
-        data: dict[str, Any] = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict()
-    except (OSError, ValueError, TypeError, yaml.YAMLError):
-        return {}
-    return data

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from trsp_deploy.artifacts import RunFolder, files_below, fingerprint, leaves
+from trsp_deploy.artifacts import RunFolder, RunLayout, files_below, fingerprint, leaves
 from trsp_deploy.errors import RunError, UserError
 from trsp_deploy.recipe import Strict, shown_name
 from trsp_deploy.results import PrunedCheckpoint
@@ -24,7 +24,7 @@ from trsp_deploy.tools.reports.record import Report, removal_report
 from trsp_deploy.tools.sources.hub import hub_errors, hub_problem
 from trsp_deploy.tools.sources.names import HUB_ID
 
-CARD, PLAN = "README.md", "plan.json"
+CARD, PLAN = "README.md", "plan.json"  # names in the repository
 
 
 class Push(Strict):
@@ -47,21 +47,22 @@ def plan_push(run: Path, repo: str) -> Push:
     """What would be uploaded; raises RunError where there is no checkpoint, or it is not the one that was made."""
     if HUB_ID.fullmatch(repo) is None:
         raise UserError(f"'{repo}': no name of a repository; expected OWNER/NAME")
-    record, pruned = RunFolder(run).record("prune"), run / "pruned"
+    record, layout = RunFolder(run).record("prune"), RunLayout(run)
+    pruned, plan = layout.model("pruned"), layout.plan
     if record is None or not pruned.is_dir():
         raise RunError(f"{run}: has no pruned checkpoint; `trsp-deploy prune` or `prune-and-build` makes one")
     files = {file.relative_to(pruned).as_posix(): file for file in files_below(pruned)}
     if any(leaves(run, file) for file in files.values()) or fingerprint(pruned) != record.outputs.get("pruned"):
         raise RunError(f"{pruned}: is not what its step made (`trsp-deploy verify {run}`); nothing is pushed")
-    if not (run / PLAN).is_file() or fingerprint(run / PLAN) != record.inputs.get("plan"):
-        raise RunError(f"{run / PLAN}: is not the plan that made {pruned}; `trsp-deploy prune` makes it again")
+    if not plan.is_file() or fingerprint(plan) != record.inputs.get("plan"):
+        raise RunError(f"{plan}: is not the plan that made {pruned}; `trsp-deploy prune` makes it again")
     card = (pruned / CARD).read_text(encoding="utf-8")
     report = _report(run, record.result)
     return Push(
         repo=repo,
         files={name: str(path) for name, path in files.items() if name != CARD},
         card=card if report is None else _with_figures(card, report, repo),
-        plan=_shown_plan(run / PLAN),
+        plan=_shown_plan(plan),
         message="Pruned with trsp_deploy",
     )
 
@@ -100,7 +101,7 @@ def _report(run: Path, made: dict[str, Any]) -> Report | None:
     """What the run measured of this very checkpoint, its step's result; None before there is a report of it."""
     try:
         checkpoint = PrunedCheckpoint.model_validate(made)
-        report = Report.model_validate_json((run / "report.json").read_bytes())
+        report = Report.model_validate_json(RunLayout(run).report.read_bytes())
     except (OSError, ValidationError):
         return None
     same = report.model.dropped_layers == checkpoint.dropped and report.removal == removal_report(checkpoint)
@@ -125,8 +126,7 @@ def _with_figures(card: str, report: Report, repo: str) -> str:
         for name, text in report.quality.items()
     ] or None
     rows = [
-        f"| {name} | {text.dense_ppl:.2f} | {text.pruned_ppl:.2f} | {text.ratio:.2f}x ({text.ratio_low:.2f} to "
-        f"{text.ratio_high:.2f}) | {text.tokens:,} |"
+        f"| {name} | {text.dense_ppl:.2f} | {text.pruned_ppl:.2f} | {text.interval.text()} | {text.tokens:,} |"
         for name, text in report.quality.items()
     ]
     table = ["| perplexity on | dense | pruned | ratio (95%) | tokens |", "|---|---|---|---|---|", *rows]

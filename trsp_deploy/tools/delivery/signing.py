@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from trsp_deploy.artifacts import SIGNATURE, writing
-from trsp_deploy.errors import RunError
+from trsp_deploy.errors import RunError, one_line
 from trsp_deploy.tools.delivery.verification import manifest_of, verify
 
 INSTALL = "pip install 'trsp_deploy[signing]'"
@@ -77,4 +77,4 @@ def _library(option: str) -> Iterator[None]:
 
 
 def _reason(problem: Exception) -> str:
-    return (" ".join(str(problem).split()) or type(problem).__name__)[:120].rstrip(". ")
+    return one_line(problem)[:120].rstrip(". ")

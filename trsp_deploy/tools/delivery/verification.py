@@ -13,29 +13,40 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
-from pydantic import BaseModel, ValidationError
-
-from trsp_deploy.artifacts import MANIFEST, SIGNATURE, RunFolder, RunManifest, files_below, fingerprint, leaves
+from trsp_deploy.artifacts import (
+    ENGINE_MANIFEST,
+    MANIFEST,
+    SIGNATURE,
+    RunFolder,
+    RunLayout,
+    RunManifest,
+    files_below,
+    fingerprint,
+    leaves,
+)
+from trsp_deploy.artifacts.layout import CHECKPOINTS, ENGINES, FAILED_LOGS, LOCK, PLACE
 from trsp_deploy.errors import RunError
-from trsp_deploy.reading import read_json
+from trsp_deploy.reading import read_json, read_record
 from trsp_deploy.recipe import Strict
-from trsp_deploy.tools.measuring.subjects import RUN_MARK
-from trsp_deploy.tools.runners.manifest import MANIFEST as ENGINE_MANIFEST
+from trsp_deploy.tools.runners.inspection import TRTEXEC_ENGINE
 from trsp_deploy.tools.runners.manifest import EngineManifest
 from trsp_deploy.tools.triton_server.repository import RepositoryManifest
 
-Record = TypeVar("Record", bound=BaseModel)
 State = Literal["missing", "changed", "unknown", "outside", "unreadable"]
 Kind = Literal["run", "engine", "repository"]
 
 # What lies beside the artefacts, is written anew by whoever works there, and is read as data by nobody.
 BESIDE: dict[Kind, tuple[str, ...]] = {
-    "run": (".lock", ".place", "checkpoints/*", "engines/*/*-failed.log", f"engines/*/*/{ENGINE_MANIFEST}{SIGNATURE}"),
+    "run": (
+        *(LOCK, PLACE, f"{CHECKPOINTS}/*", FAILED_LOGS, f"{ENGINES}/*/*{TRTEXEC_ENGINE}"),
+        f"{ENGINES}/*/*/{ENGINE_MANIFEST}{SIGNATURE}",
+    ),
     "engine": ("build.log",),
     "repository": ("README.md",),
 }
+UNREADABLE = "damaged, unsafe, or of another version"  # what a manifest is that is no record
 
 
 class Finding(Strict):
@@ -71,18 +82,20 @@ def verify(path: Path) -> Verification:
     """
     kind = kind_of(path)
     if kind == "engine":
-        manifest = _read(path / ENGINE_MANIFEST, EngineManifest)
+        manifest = read_record(path / ENGINE_MANIFEST, EngineManifest, RunError, UNREADABLE)
         if manifest.spec.backend.startswith("tensorrt") and not manifest.beside:
             raise RunError(
                 f"{path}: was built by an earlier version, which kept no SHA-256 of its graph; build it again"
             )
         return _held_against(path, "engine", ENGINE_MANIFEST, {**manifest.files, **manifest.beside})
     if kind == "repository":
-        models = _read(path / MANIFEST, RepositoryManifest).models
-        files = {f"{model.name}/{file}": sha256 for model in models for file, sha256 in model.files.items()}
-        return _held_against(path, "repository", MANIFEST, files)
+        repository = read_record(path / MANIFEST, RepositoryManifest, RunError, UNREADABLE)
+        files = {f"{model.name}/{file}": sha256 for model in repository.models for file, sha256 in model.files.items()}
+        return _held_against(path, "repository", MANIFEST, {**repository.files, **files})
     if (path / MANIFEST).is_file():
-        return _held_against(path, "run", MANIFEST, _read(path / MANIFEST, RunManifest).files)
+        return _held_against(
+            path, "run", MANIFEST, read_record(path / MANIFEST, RunManifest, RunError, UNREADABLE).files
+        )
     return _unfinished(path)
 
 
@@ -92,7 +105,8 @@ def kind_of(path: Path) -> Kind:
         return "engine"
     if (path / MANIFEST).is_file() and "models" in read_json(path / MANIFEST, RunError):
         return "repository"
-    if (path / MANIFEST).is_file() or (path / RUN_MARK).is_file() or (path / "records").is_dir():
+    run = RunLayout(path)
+    if (path / MANIFEST).is_file() or run.is_run or run.records.is_dir():
         return "run"
     there = "is a file" if path.is_file() else "holds no manifest" if path.is_dir() else "is not there"
     raise RunError(f"{path}: {there}; give a run folder, an engine folder or a repository of `trsp-deploy triton`")
@@ -122,7 +136,7 @@ def _unfinished(folder: Path) -> Verification:
     for step in run.recorded():
         record = run.record(step)
         if record is None:
-            findings.append(_unreadable(folder / "records" / f"{step}.json", folder))
+            findings.append(_unreadable(run.layout.below(run.layout.record(step))))
         else:
             outputs |= record.outputs
     for name, expected in sorted(outputs.items()):
@@ -177,18 +191,6 @@ def _in_order(findings: list[Finding]) -> tuple[Finding, ...]:
     return tuple(sorted(findings, key=lambda finding: (finding.path, finding.state)))
 
 
-def _unreadable(path: Path, folder: Path) -> Finding:
+def _unreadable(name: str) -> Finding:
     detail = "no record of this version, or damaged; the step is done again by the same command"
-    return Finding(state="unreadable", path=path.relative_to(folder).as_posix(), detail=detail)
-
-
-def _read(path: Path, kind: type[Record]) -> Record:
-    try:
-        return kind.model_validate_json(path.read_bytes())
-    except OSError as problem:
-        raise RunError(f"{path}: cannot be read ({problem.strerror})") from problem
-    except ValidationError as problem:
-        first = problem.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        reason = f"{where}: {first['msg'].removeprefix('Value error, ')}".removeprefix(": ")
-        raise RunError(f"{path}: damaged, unsafe, or of another version ({reason})") from problem
+    return Finding(state="unreadable", path=name, detail=detail)

@@ -25,9 +25,8 @@ from trsp_deploy.tools.exporters.weights import WithoutProducts, hollow_model, t
 from trsp_deploy.tools.graphs.decoder_io import PAST, PRESENT
 
 DTYPES: dict[Float, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
-OPSET = (
-    20  # the lowest that this exporter writes all of its decoders in; 23 has an Attention that ONNX Runtime gets wrong
-)
+# The lowest that this exporter writes all of its decoders in; 23 has an Attention that ONNX Runtime gets wrong.
+OPSET = 20
 # Example lengths: 0 and 1 would be taken for constants, and equal ones for one length.
 BATCH, SEQUENCE, CACHED = 2, 3, 5
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # colours, which torch's exporter puts into its errors
@@ -42,7 +41,7 @@ def export(model: Path, precision: Float, opset: int, out: Path) -> None:
 
     network = load_model(model, dtype=DTYPES[precision]).requires_grad_(False)
     network.config.use_cache = True
-    with _one_line(model), torch.no_grad():
+    with _as_model_error(model), torch.no_grad():
         arguments, shapes = _example(_cache_sizes(network), DTYPES[precision])
         parts = [f"{layer}.{part}" for layer in range(len(arguments[-1]) // 2) for part in ("key", "value")]
         program = torch.onnx.export(
@@ -65,7 +64,7 @@ def export(model: Path, precision: Float, opset: int, out: Path) -> None:
 
 def check_traceable(model: Path) -> None:
     """Raise ModelError where torch cannot trace the model; takes seconds and no weights, for a call before training."""
-    with _one_line(model), torch.no_grad():
+    with _as_model_error(model), torch.no_grad():
         try_on_ends(model, _try)
 
 
@@ -155,8 +154,8 @@ def _name_lengths(graph: ir.Graph) -> None:
 
 
 @contextlib.contextmanager
-def _one_line(model: Path) -> Iterator[None]:
-    """Turn whatever tracing raises into a ModelError of one line, and keep what torch prints meanwhile to itself."""
+def _as_model_error(model: Path) -> Iterator[None]:
+    """Turn whatever tracing raises into a ModelError of one line, and hide what torch prints on the way."""
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # of a model that fails, all of its graph
             yield

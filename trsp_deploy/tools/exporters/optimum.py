@@ -25,7 +25,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trsp_deploy.decoder import decoder_layers
-from trsp_deploy.errors import ModelError, TrspError, machine_reason
+from trsp_deploy.errors import ModelError, one_line, passes_through
 from trsp_deploy.reading import read_json
 from trsp_deploy.recipe import Float
 from trsp_deploy.tools.exporters.weights import Read, build_skeleton, open_weights, quick_model, try_on_ends
@@ -51,7 +51,7 @@ def export(model: Path, precision: Float, opset: int, slim: bool, out: Path) -> 
     traced is not all of the model.
     """
     network = build_skeleton(model, DTYPES[precision])
-    with _one_line(model):
+    with _as_model_error(model):
         traced = _trace(model, network, opset, out)
     read = open_weights(model, network)
     weights = network.state_dict().keys() & {value.name for value in traced.graph.inputs}
@@ -86,19 +86,19 @@ def check_traceable(model: Path, opset: int) -> None:
         with tempfile.TemporaryDirectory() as folder:
             _trace(model, quick_model(config, torch.float32), opset, Path(folder) / "model.onnx")
 
-    with _one_line(model):
+    with _as_model_error(model):
         try_on_ends(model, attempt)
 
 
 @contextlib.contextmanager
-def _one_line(model: Path) -> Iterator[None]:
+def _as_model_error(model: Path) -> Iterator[None]:
     """Turn whatever an architecture that Optimum does not fit runs into, shapes among it, into a ModelError."""
     try:
         yield
     except Exception as problem:
-        if isinstance(problem, TrspError) or machine_reason(problem) is not None:
+        if passes_through(problem):
             raise
-        reason = " ".join(str(problem).split())[:200]
+        reason = one_line(problem)[:200]
         raise ModelError(f"{model}: Optimum cannot export it to ONNX ({reason}); {OTHER}") from problem
 
 
@@ -147,7 +147,7 @@ def _trace(model: Path, network: PreTrainedModel, opset: int, out: Path) -> ir.M
 
 
 def _slimmed(traced: ir.Model) -> ir.Model:
-    """The graph after onnxslim."""
+    """The traced graph, simplified by onnxslim."""
     from onnxslim import slim
     from onnxslim.third_party.onnx_graphsurgeon.ir.tensor import Variable
 
@@ -158,7 +158,7 @@ def _slimmed(traced: ir.Model) -> ir.Model:
 
 
 def _turn(graph: ir.Graph, matrices: set[str]) -> set[str]:
-    """Let those that the graph only ever uses transposed stand in it as such; returns their names."""
+    """Declare matrices that the graph only uses transposed in that form; returns their names."""
     turned = set()
     for value in graph.inputs:
         nodes = value.consumers()

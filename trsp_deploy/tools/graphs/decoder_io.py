@@ -28,9 +28,10 @@ LOGITS_POSITIONS = "logits_positions"  # input, (kept,) int64: for which of the 
 WRITE_INDICES = "write_indices"
 # Metadata of a graph whose `past` and `present` may be one memory, longer than the text that it holds.
 IN_PLACE = "trsp_deploy.cache_in_place"
-# Metadata of a graph that holds for texts of up to so many tokens, and says nothing when it computes a longer one.
+# Metadata: the most tokens of a text that a graph holds for. It says nothing when it computes a longer one.
 LONGEST = "trsp_deploy.longest_text"
 CACHE_DTYPE = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # numpy itself knows no bfloat16
 
 TOKENS: dict[int, Dimension] = {0: "batch", 1: "sequence"}
 DYNAMIC_AXES: dict[str, dict[int, Dimension]] = {
@@ -101,6 +102,12 @@ def cache_length(inputs: Bindings) -> int | None:
     return length if isinstance(length, int) else None
 
 
+def cache_bytes(inputs: Bindings) -> int:
+    """Bytes of keys and values that one token of one text takes."""
+    shapes = (inputs[name] for name in cache_inputs(inputs))
+    return sum(int(shape[1]) * int(shape[3]) * DTYPE_BYTES[dtype] for dtype, shape in shapes)
+
+
 def present(name: str) -> str:
     """The output that becomes the cache input `name` of the next step."""
     return PRESENT + name.removeprefix(PAST)
@@ -112,7 +119,7 @@ def token_inputs(
     """Every input but the cache, in the graph's dtypes.
 
     input_ids: (batch, sequence). attention_mask: (batch, past + sequence), 0 on left padding.
-    keep: logits are wanted for the last so many of the new tokens, where the graph can be told; 0 is all.
+    keep: for how many of the last new tokens logits are wanted, where the graph can be told; 0 is all.
     """
     batch, sequence = input_ids.shape
     past = attention_mask.shape[1] - sequence
@@ -134,7 +141,7 @@ def token_inputs(
 
 
 def write_longest(graph: Path, tokens: int) -> None:
-    """Let an ONNX file say that it holds for texts of up to so many tokens; one that says fewer is left as it is.
+    """Let an ONNX file say that it holds for texts of up to `tokens` tokens; one that says fewer is left as it is.
 
     The weights stay in their file.
     """

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from trsp_deploy.tools.graphs.fp16_range import LARGEST, LIMIT, Kept
-from trsp_deploy.tools.graphs.nodes import NoMatch, Writer
+from trsp_deploy.tools.graphs.nodes import SMALL_BYTES, NoMatch, Writer
 
 # What hides a score. The lowest number of fp16, which exporters take, becomes -inf as soon as a score below -16 is
 # added; where every score of a row is hidden, as on left padding, softmax then gives NaN, and NaN times 0 is NaN too.
@@ -24,12 +24,11 @@ HIDDEN, HIDES = -1e4, -6e4
 HALF, WHOLE, BRAIN = ir.DataType.FLOAT16, ir.DataType.FLOAT, ir.DataType.BFLOAT16
 CONSTANTS = ("Constant", "ConstantOfShape")
 MOVES = ("Gather", "Transpose")  # copy numbers, whatever their type
-SMALL = 1 << 20  # bytes of a weight that may be held
 GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 
 def infer_types(model: ir.Model) -> None:
-    """Let every value know its type; raises NoMatch for graphs within graphs, whose values nobody follows here."""
+    """Let every value know its type; raises NoMatch for graphs within graphs, whose values are not followed here."""
     from onnx_ir.passes.common import ShapeInferencePass
 
     inner = next((node.name for node in model.graph for a in node.attributes.values() if a.type in GRAPHS), None)
@@ -174,7 +173,7 @@ def to_bf16(model: ir.Model) -> None:
         tensor = value.const_value
         if tensor is not None and tensor.dtype == HALF:
             convert = functools.partial(_in_bf16, tensor)
-            large = tensor.nbytes > SMALL
+            large = tensor.nbytes > SMALL_BYTES
             value.const_value = (
                 ir.LazyTensor(convert, BRAIN, ir.Shape(tensor.shape.numpy()), name=value.name) if large else convert()
             )
@@ -204,7 +203,7 @@ def _retype(node: ir.Node, old: ir.DataType, new: ir.DataType) -> None:
 
 
 def _cast(writer: Writer, value: ir.Value, dtype: ir.DataType, kept: Sequence[ir.Node] = ()) -> ir.Value:
-    """Let whoever reads a value, the graph's outputs among them and `kept` not, read it in another type."""
+    """Let every reader of a value, the graph's outputs among them but not `kept`, read it in another type."""
     uses = [use for use in value.uses() if use.node not in kept]
     cast = writer.one("Cast", [value], {"to": dtype})
     cast.type, cast.shape = ir.TensorType(dtype), value.shape

@@ -19,11 +19,13 @@ class NoMatch(Exception):
 LOWEST_OPSET = 18  # that onnxscript's converter begins at; ONNX Runtime's quantiser converts nothing at all
 
 
-def check_opset(model: ir.Model, lowest: int = LOWEST_OPSET) -> None:
-    """Raise NoMatch for a graph older than `lowest`, which a higher opset would make invalid as it stands."""
+def check_opset(model: ir.Model) -> None:
+    """Raise NoMatch for a graph older than LOWEST_OPSET, which a higher opset would make invalid as it stands."""
     opset = model.graph.opset_imports.get("", 0)
-    if opset < lowest:
-        raise NoMatch(f"the graph is of opset {opset}, and {lowest} is the lowest that can be: export.opset={lowest}")
+    if opset < LOWEST_OPSET:
+        raise NoMatch(
+            f"the graph is of opset {opset}, and {LOWEST_OPSET} is the lowest that can be: export.opset={LOWEST_OPSET}"
+        )
 
 
 def load(path: Path) -> ir.Model:
@@ -34,6 +36,32 @@ def load(path: Path) -> ir.Model:
         raise
     except Exception as problem:  # whatever the parser stumbles over
         raise NoMatch(f"onnx_ir cannot read it ({type(problem).__name__})") from problem
+
+
+SMALL_BYTES = 1 << 20  # of a weight that is loaded: what passes read are factors, shapes and vectors
+
+
+def leave_in_files(model: ir.Model) -> dict[str, ir.ExternalTensor]:
+    """Load the small weights, and return the matrices, which stay in their files: together they are the model."""
+    found = {}
+    for name, value in model.graph.initializers.items():
+        if isinstance(tensor := value.const_value, ir.ExternalTensor):
+            if tensor.nbytes > SMALL_BYTES:
+                found[name] = tensor
+            else:
+                value.const_value = ir.tensor(tensor.numpy().copy(), name=name)
+    return found
+
+
+def put_down(model: ir.Model, path: Path) -> ir.Model:
+    """Write a graph, weights beside it in `<name>.data`, and return it as it lies there: no matrix is in memory.
+
+    model: of no use from then on: its weights go.
+    """
+    ir.save(model, path, external_data=f"{path.name}.data")
+    for value in model.graph.initializers.values():  # a graph is full of cycles: it would go at some later time
+        value.const_value = None
+    return ir.load(path)
 
 
 def constant(value: ir.Value | None) -> np.ndarray | None:
@@ -78,7 +106,10 @@ class Part:
     """What makes a value of a graph out of some of the graph's inputs, to be computed for a few of them."""
 
     def __init__(self, model: ir.Model, value: ir.Value, inputs: Sequence[str]) -> None:
-        """inputs: names; those that the graph lacks are left out. Raises NoMatch when the value needs others too."""
+        """Take what lies between some inputs and the value.
+
+        inputs: names; those that the graph lacks are left out. Raises NoMatch when the value needs others too.
+        """
         import onnx.reference
 
         given = [found for found in model.graph.inputs if found.name in inputs]
@@ -163,7 +194,7 @@ class Writer:
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
 
     def finish(self) -> None:
-        """Sort the nodes, say nothing twice, and drop what nobody reads any more."""
+        """Sort the nodes, say nothing twice, and drop what is no longer read."""
         from onnx_ir.passes import common
 
         self.graph.sort()
@@ -171,7 +202,7 @@ class Writer:
         self.drop_unread()
 
     def drop_unread(self) -> None:
-        """Drop what nobody reads any more."""
+        """Drop the nodes that nothing reads any more."""
         from onnx_ir.passes import common
 
         common.RemoveUnusedNodesPass()(self.model)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from trsp_deploy.tools.graphs.nodes import leave_in_files
 from trsp_deploy.tools.quiet import quiet_libraries
 
 MICROSOFT = "com.microsoft"
@@ -26,7 +27,7 @@ def fuse_norms(model: ir.Model) -> int:
     from onnxruntime.transformers.fusion_skiplayernorm import FusionSkipLayerNormalization
     from onnxruntime.transformers.onnx_model import OnnxModel
 
-    ir.external_data.load_to_model(model)
+    in_files = leave_in_files(model)
     wrapped = OnnxModel(ir.to_proto(model))
     with quiet_libraries():
         FusionSimplifiedLayerNormalization(wrapped).apply()
@@ -35,5 +36,8 @@ def fuse_norms(model: ir.Model) -> int:
         FusionSkipLayerNormalization(wrapped).apply()
         wrapped.prune_graph(allow_remove_graph_inputs=False)
         model.graph = ir.from_proto(wrapped.model).graph
+        for name, value in model.graph.initializers.items():
+            if name in in_files:  # the tools know a matrix by where it lies in its file, and not in which folder
+                value.const_value = in_files[name]
         model.graph.opset_imports.setdefault(MICROSOFT, 1)  # the tools leave it out, and onnx's shape inference asks
     return sum(node.op_type in FUSED for node in model.graph)

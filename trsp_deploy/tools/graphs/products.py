@@ -27,7 +27,7 @@ class Activations:
 
     @classmethod
     def of(cls, found: np.ndarray, *, symmetric: bool) -> Activations:
-        """What stands in (..., features); symmetric: the 8-bit scale has no zero point."""
+        """Activations from values (..., features); symmetric: the 8-bit scale has no zero point."""
         tokens = found.reshape(-1, found.shape[-1]).astype(np.float32)
         decibels = signal_to_noise(found, symmetric=symmetric)
         # A massive token weighs as much as any other: its own product is as large, and errors are seen beside that.
@@ -37,11 +37,11 @@ class Activations:
 
     @property
     def quantisable(self) -> bool:
-        """Whether enough is left of it."""
+        """Whether rounding the product's input to 8 bits leaves enough of it."""
         return self.decibels >= SIGNAL
 
     def joined(self, other: Activations) -> Activations:
-        """What both read: a product is quantisable where it is in every text."""
+        """The activations of both texts: a product is quantisable where it is in every text."""
         return Activations(
             float(np.minimum(self.lowest, other.lowest)),  # of nan and a number nan
             float(np.maximum(self.highest, other.highest)),
@@ -56,12 +56,11 @@ class Activations:
 
 
 def open_products(model: ir.Model) -> str:
-    """Load all weights and give every product with one the form MatMul(x, weight); returns the LM head's name.
+    """Give every product with a constant weight the form MatMul(x, weight); returns the LM head's name.
 
     model: changed in place. Gemm becomes MatMul and Add (GPT-2, OPT), and an LM head that transposes the embedding gets
     a weight of its own. Raises NoMatch when no LM head is found.
     """
-    ir.external_data.load_to_model(model)
     writer = Writer(model, "products")
     for node in [node for node in model.graph if node.op_type == "Gemm"]:
         _split(writer, node)
@@ -134,9 +133,9 @@ def measure_activations(
 
     A product that read nothing, such as an expert's that no token of the text was sent to, is left out.
 
-    past: an empty cache of one row by input name. ids: (texts, sequence) int64 tokens of real text, read one text after
-    the other: what their products read would else be in memory at once. scratch: a folder.
-    symmetric: the 8-bit scale has no zero point.
+    model: as it lies in a file (nodes.py: put_down). past: an empty cache of one row by input name. ids: (texts,
+    sequence) int64 tokens of real text, read one text after the other: what their products read would else be in memory
+    at once. scratch: the folder of that file. symmetric: the 8-bit scale has no zero point.
     """
     import onnxruntime
 
@@ -145,7 +144,7 @@ def measure_activations(
     outputs = list(model.graph.outputs)
     model.graph.outputs.extend(value for value in inputs if value not in outputs)
     path = scratch / "probe.onnx"
-    ir.save(model, path, external_data=f"{path.name}.data")
+    ir.save(model, path)  # the weights stay in their file
     del model.graph.outputs[len(outputs) :]
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     measured: dict[str | None, Activations] = {}

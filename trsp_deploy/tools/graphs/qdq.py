@@ -22,6 +22,7 @@ from trsp_deploy.tools.graphs.products import Activations, weight_of
 from trsp_deploy.tools.graphs.rounding import round_weight
 from trsp_deploy.tools.progress import Meter
 
+HEAD_BITS = 8
 OPSET = 21  # the first whose DequantizeLinear has blocks; with scales in fp16 since 19
 SMALLEST = 2.0**-14  # of a scale: fp16's smallest normal number; a column of zeros has one too
 
@@ -33,15 +34,19 @@ def quantize_products(
     head: str,
     activations: Mapping[str, Activations],
     kept: Collection[str] = (),
+    *,
+    head_bits: int = HEAD_BITS,
 ) -> int:
     """Quantise every product with a constant weight; returns how many.
 
     model: after `open_products`, which names the `head`; changed in place. bits: 8 or 4; 4-bit weights share a scale in
     blocks of `block_size` inputs. activations: by product, for 8 bits. kept: products that
-    get 8-bit weights in place of 4-bit ones, and stay in floats in place of 8 bits.
+    get 8-bit weights in place of 4-bit ones, and stay in floats in place of 8 bits. head_bits: 8, or 16, which leaves
+    it in floats.
     """
     writer = Writer(model, "qdq")
-    products = [node for node in model.graph if weight_of(node) is not None and (bits == 4 or node.name not in kept)]
+    floats = {*(() if bits == 4 else kept), *((head,) if head_bits > HEAD_BITS else ())}
+    products = [node for node in model.graph if weight_of(node) is not None and node.name not in floats]
     with Meter(f"rounding to {bits} bits", len(products)) as meter:
         for node in products:
             weight = constant(node.inputs[1])

@@ -2,7 +2,8 @@
 
 int4: the layers' weights in 4 bits, blocks of them sharing a scale (MatMulNBits), rounded by what a calibration text
 shows (rounding.py). The LM head keeps 8 bits unless the spec says otherwise, as errors there go straight into the
-logits. The embedding is looked up and not multiplied; it gets 4 bits, the only width that ONNX Runtime's tool has.
+logits. The tokens' embedding is looked up and not multiplied; it gets 4 bits unless the spec says otherwise. Other
+tables that are looked up (learned positions, a foreign graph's constants) are small, and stay as they are.
 
 int8: products of 8-bit weights and activations with one scale a tensor (MatMulInteger) are the quickest for prompts,
 and wrong where a few massive activations set that scale: in SmolLM2-135M's layers 1, 2, 9, 11 and 28 less is left of
@@ -13,8 +14,7 @@ activations scaled in blocks too.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from pathlib import Path
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -27,6 +27,7 @@ from trsp_deploy.tools.quiet import quiet_libraries
 
 HEAD_BITS, HEAD_BLOCK = 8, 64
 LOOKUP_BITS, LOOKUP_BLOCK = 4, 32
+MOVES = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze")  # leave indices what they are
 ACCURACY_LEVEL = 4  # of MatMulNBits: activations in int8 too, so that products run in integers
 
 
@@ -38,15 +39,16 @@ def quantize_int4(
     kept: Collection[str] = (),
     *,
     head_bits: int = HEAD_BITS,
+    embedding_bits: int = LOOKUP_BITS,
     zero_points: bool = True,
 ) -> ir.Model:
     """Return the model with 4-bit weights, `block_size` along the inputs sharing a scale and, or not, a zero point.
 
     model: after `open_products` (products.py), which names the `head`; changed in place. activations: what each product
-    reads. kept: products that get 8 bits.
+    reads. kept: products that get 8 bits. head_bits, embedding_bits: 4, 8, or 32, which leaves these weights be.
     """
     writer = Writer(model, "int4")
-    wide = [*kept, head] if head_bits == HEAD_BITS else kept
+    wide = [*kept, head] if head_bits > LOOKUP_BITS else kept
     products = [node for node in model.graph if weight_of(node) is not None and node.name not in wide]
     with Meter("rounding to 4 bits", len(products)) as meter:
         for node in products:
@@ -56,13 +58,54 @@ def quantize_int4(
                 rounded = round_weight(weight, block_size, moments, symmetric=not zero_points)
                 writer.replace_output(node.outputs[0], _product(writer, node, rounded, block_size, zero_points))
             meter.advance(node.name or "")
+    embeddings = _token_tables(model)
+    if embedding_bits == HEAD_BITS:
+        for node in embeddings:
+            writer.replace_output(node.outputs[0], _lookup(writer, node))
     writer.finish()
-    proto = _in_blocks(ir.to_proto(model), "MatMul", HEAD_BITS, HEAD_BLOCK)
-    return ir.from_proto(_in_blocks(proto, "Gather", LOOKUP_BITS, LOOKUP_BLOCK))
+    ir.external_data.load_to_model(model)  # what is left in floats: the head, tables and vectors
+    proto = _in_blocks(
+        ir.to_proto(model), "MatMul", HEAD_BITS, HEAD_BLOCK, exclude=[head] if head_bits > HEAD_BITS else []
+    )
+    if embedding_bits == LOOKUP_BITS:
+        wanted = {node.name for node in embeddings}
+        others = [node.name or "" for node in model.graph if node.op_type == "Gather" and node.name not in wanted]
+        proto = _in_blocks(proto, "Gather", LOOKUP_BITS, LOOKUP_BLOCK, exclude=others)
+    return ir.from_proto(proto)
+
+
+def _token_tables(model: ir.Model) -> list[ir.Node]:
+    """The Gathers, each with a name, that look tokens up in a table of floats: by `input_ids`, moved at the most."""
+    found = []
+    for number, node in enumerate(node for node in model.graph if node.op_type == "Gather"):
+        node.name = node.name or f"gather_{number}"
+        table, index = node.inputs
+        while index is not None and (producer := index.producer()) is not None and producer.op_type in MOVES:
+            index = producer.inputs[0]
+        tensor = None if table is None else ir.convenience.get_const_tensor(table)
+        if index is None or index.name != "input_ids" or tensor is None:
+            continue
+        if tensor.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16) and len(tensor.shape) == 2:
+            found.append(node)
+    return found
+
+
+def _lookup(writer: Writer, node: ir.Node) -> ir.Value:
+    """A Gather of a table (tokens, features) in 8 bits, LOOKUP_BLOCK features of a token sharing a scale."""
+    table = constant(node.inputs[0])
+    assert table is not None
+    rows, features = table.shape
+    blocks = np.pad(table, ((0, 0), (0, -features % LOOKUP_BLOCK))).reshape(rows, -1, LOOKUP_BLOCK)
+    scales = np.maximum(np.abs(blocks).max(axis=-1) / 127, np.finfo(np.float32).tiny).astype(table.dtype)
+    codes = np.rint(blocks / scales[..., None]).clip(-127, 127) + 128  # without a zero point it is 128
+    whole = codes.reshape(rows, -1)[:, :features].astype(np.uint8)
+    values = [writer.constant(whole, "table"), node.inputs[1], writer.constant(scales, "scale")]
+    sizes = {"bits": HEAD_BITS, "block_size": LOOKUP_BLOCK, "gather_axis": 0, "quantize_axis": 1}
+    return writer.one("GatherBlockQuantized", values, sizes, domain=MICROSOFT, name=f"{node.name}_Q8")
 
 
 def _product(writer: Writer, node: ir.Node, rounded: Rounded, block_size: int, zero_points: bool) -> ir.Value:
-    """The product of a node with a rounded weight as MatMulNBits, which has outputs in rows and two numbers a byte.
+    """The product of a node with a rounded weight as MatMulNBits, which has outputs in rows and two numbers per byte.
 
     Without zero points the operator takes 8 everywhere, and so does a symmetric rounding.
     """
@@ -87,44 +130,60 @@ def quantize_int8(
     block_size: int,
     head: str,
     activations: Mapping[str, Activations],
-    scratch: Path,
     kept: Collection[str] = (),
+    *,
     reduced: bool = False,
+    head_bits: int = HEAD_BITS,
 ) -> ir.Model:
     """Return the model with 8-bit weights.
 
-    model: after `open_products` (products.py), which names the `head`. activations: what each product reads.
-    scratch: a folder for the graph in between. kept: products that stay in floats. reduced: weights of 7 bits, whose
-    products with 8-bit activations can be added in pairs within 16 bits.
-    """
-    import onnx
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+    model: after `open_products` (products.py), which names the `head`; changed in place. activations: what each product
+    reads. kept: products that stay in floats. reduced: weights of 7 bits, whose products with 8-bit activations can be
+    added in pairs within 16 bits. head_bits: 8, or 32, which leaves it be.
 
-    names = [node.name or "" for node in model.graph if weight_of(node) is not None]
-    blocks = [name for name in names if name not in activations or not activations[name].quantisable]
-    path = scratch / "int8.onnx"
-    with quiet_libraries():
-        quantize_dynamic(
-            ir.to_proto(model),
-            path,
-            op_types_to_quantize=["MatMul"],
-            per_channel=True,
-            weight_type=QuantType.QInt8,
-            reduce_range=reduced,
-            nodes_to_exclude=[*blocks, *kept, head],
-            use_external_data_format=True,
-            extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},  # its shape inference ends at fused nodes
-        )
-    whole = ir.load(path)
-    ir.external_data.load_to_model(whole)
-    return ir.from_proto(_in_blocks(ir.to_proto(whole), "MatMul", 8, block_size, exclude=[*kept]))
+    The numbers and the form are those of ONNX Runtime's `quantize_dynamic`, which holds the model three times over.
+    """
+    writer = Writer(model, "int8")
+    floats = {*kept, head} if head_bits > HEAD_BITS else {*kept}
+    wanted = {name for name, found in activations.items() if found.quantisable} - {*kept, head}
+    products = [node for node in model.graph if weight_of(node) is not None and node.name in wanted]
+    inputs: dict[ir.Value | None, list[ir.Value]] = {}  # products that read the same share its rounding
+    with Meter("rounding to 8 bits", len(products)) as meter:
+        for node in products:
+            weight, value = constant(node.inputs[1]), node.inputs[0]
+            if weight is not None and weight.ndim == 2:
+                if value not in inputs:
+                    inputs[value] = writer.emit("DynamicQuantizeLinear", [value], outputs=3)
+                writer.replace_output(node.outputs[0], _integers(writer, node, weight, inputs[value], reduced))
+            meter.advance(node.name or "")
+    writer.finish()
+    ir.external_data.load_to_model(model)  # what is left in floats
+    return ir.from_proto(_in_blocks(ir.to_proto(model), "MatMul", HEAD_BITS, block_size, exclude=[*floats]))
+
+
+def _integers(
+    writer: Writer, node: ir.Node, weight: np.ndarray, rounded: Sequence[ir.Value], reduced: bool
+) -> ir.Value:
+    """The product of a node as MatMulInteger, its weight (in, out) in 8 bits with a scale for each output.
+
+    rounded: codes, scale and zero point of what it reads.
+    """
+    steps = 64 if reduced else 127
+    largest = np.abs(weight).max(axis=0).astype(np.float64)
+    scale = (largest / steps).astype(np.float32)  # (out,)
+    scale[largest / steps < np.finfo(np.float32).tiny] = 1
+    whole = np.rint(weight / scale).astype(np.int8)
+    codes, step, zero = rounded
+    weights = [writer.constant(array, "weight") for array in (whole, np.zeros(whole.shape[1], dtype=np.int8), scale)]
+    product = writer.one("MatMulInteger", [codes, weights[0], zero, weights[1]], name=f"{node.name}_quant")
+    sums = writer.one("Cast", [product], {"to": ir.DataType.FLOAT})
+    return writer.one("Mul", [sums, writer.one("Mul", [step, weights[2]])], name=f"{node.name}_Q8")
 
 
 def _in_blocks(proto: object, operator: str, bits: int, block_size: int, exclude: list[str] | None = None) -> object:
     """Quantise every MatMul, or every Gather, with a constant weight in floats."""
-    with (
-        quiet_libraries()
-    ):  # it sets up the root logger, by which other libraries would tell of their work from then on
+    # It sets up the root logger, by which other libraries would tell of their work from then on.
+    with quiet_libraries():
         from onnxruntime.quantization import matmul_nbits_quantizer as tool
 
     settings = tool.DefaultWeightOnlyQuantConfig(

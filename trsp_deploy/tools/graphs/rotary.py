@@ -51,7 +51,8 @@ def fuse_rotary(model: ir.Model, positions: int) -> int:
     if not found:
         find_rotation(nodes[0].inputs[QUERY])  # says why
         raise NoMatch(f"'{nodes[0].name}': queries and keys are not rotated alike")
-    tables = {value: table(model, value, positions) for value in {v for _, q, _ in found for v in (q.cos, q.sin)}}
+    values = dict.fromkeys(value for _, query, _ in found for value in (query.cos, query.sin))
+    tables = {value: table(model, value, positions) for value in values}
     writer = Writer(model, "rotary")
     caches = {value: writer.constant(array, "cache") for value, array in tables.items()}
     for node, query, key in found:

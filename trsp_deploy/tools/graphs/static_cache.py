@@ -21,7 +21,8 @@ import onnx_ir as ir
 from trsp_deploy.tools.graphs import masks
 from trsp_deploy.tools.graphs.attention import Attention, Lengths, cut_shapes, find_layers
 from trsp_deploy.tools.graphs.decoder_io import IN_PLACE, POSITIONS, WRITE_INDICES
-from trsp_deploy.tools.graphs.nodes import NoMatch, Part, Writer, check_opset
+from trsp_deploy.tools.graphs.nodes import NoMatch, Writer, check_opset
+from trsp_deploy.tools.graphs.positions import offset_of
 
 OPSET = 24  # the first with TensorScatter, and with Attention whose mask may be boolean
 
@@ -87,7 +88,7 @@ class Visible:
         self._made: dict[tuple[int, int | None], ir.Value] = {}
 
     def __call__(self, groups: int, window: int | None) -> ir.Value:
-        """The mask of layers with so many query heads a key, and this window."""
+        """The mask of layers with this many query heads per key, and this window."""
         if (groups, window) not in self._made:
             self._made[groups, window] = self._make(groups, window)
         return self._made[groups, window]
@@ -136,7 +137,7 @@ def _replace(writer: Writer, attention: Attention, indices: ir.Value, visible: i
 def _use_positions(model: ir.Model, writer: Writer) -> None:
     """Read learned positions by `position_ids`, where the graph counts them out of the mask (OPT)."""
     for node in [node for node in model.graph if node.op_type == "Gather"]:
-        offset = _offset(model, node)
+        offset = offset_of(model, node, ("input_ids", "attention_mask"))
         if offset is None:
             continue
         positions = next((value for value in model.graph.inputs if value.name == POSITIONS), None)
@@ -146,28 +147,6 @@ def _use_positions(model: ir.Model, writer: Writer) -> None:
             model.graph.inputs.append(positions)
         index = writer.one("Add", [positions, writer.constant(np.array(offset))], name="position")
         node.replace_input_with(1, index)
-
-
-def _offset(model: ir.Model, node: ir.Node) -> int | None:
-    """By how much a Gather's indices are above the tokens' positions; None where they are not positions."""
-    table, indices = node.inputs
-    if table is None or table.const_value is None or indices is None or indices.producer() is None:
-        return None
-    try:
-        part = Part(model, indices, ["input_ids", "attention_mask"])
-    except NoMatch:
-        return None
-    if "attention_mask" not in part.needs:
-        return None
-    offsets: set[int] = set()
-    for new, total in masks.LENGTHS:
-        there, feeds = masks.example(new, total)
-        positions = feeds.pop(POSITIONS)
-        found = part(feeds)
-        if found.shape != positions.shape:
-            return None
-        offsets.update((found - positions)[there[:, -new:] == 1].tolist())
-    return offsets.pop() if len(offsets) == 1 else None
 
 
 def _resize(graph: ir.Graph, length: int) -> None:

@@ -33,7 +33,7 @@ class State(Strict):
 
     @property
     def size_bytes(self) -> int:
-        """Of one sequence."""
+        """Bytes of the state of one sequence."""
         return int(np.prod(self.dims)) * np.dtype(self.dtype).itemsize
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+from pydantic import Field
 
 from trsp_deploy.recipe import Case, Strict
 from trsp_deploy.results import PHASES, ROLES, Comparison, Phase, Role, Stop, Subject, Telemetry
@@ -18,14 +18,24 @@ from trsp_deploy.tools.judging.statistics import (
     Ratio,
     Speedup,
     device_s,
+    device_speedup,
     median_s,
     samples_s,
     speedups,
 )
+from trsp_deploy.tools.judging.verdicts import Claim, claim
 
-Claim = Literal["CONFIRMED", "NOT THERE", "INCONCLUSIVE"]
 TAIL_SAMPLES = 20
 LimitOf = Callable[[Case], SpeedLimit]
+
+
+class DeviceTimes(Strict):
+    """One phase by CUDA events: the GPU's time, without the host's."""
+
+    dense_s: float  # median; of decoding, of a token
+    pruned_s: float
+    speedup: Ratio
+    control: Ratio | None
 
 
 class PhaseReport(Strict):
@@ -39,14 +49,16 @@ class PhaseReport(Strict):
     speedup: Ratio
     control: Ratio | None  # dense against itself
     noise_floor: float | None  # log units: the smallest difference that could be told from none
-    device_speedup: float | None  # of the medians by CUDA events; None on a CPU
+    device_speedup: float | None  # by CUDA events; None on a CPU, and end to end
     limit: float | None  # None where the models' sizes are not known
+    limit_assumed: bool = False  # not by measured rates: decoding bound by bytes, prefill by operations
     efficiency: float | None  # (speed-up - 1) / (limit - 1)
     above_limit: bool  # the whole interval: a measurement to distrust
+    device: DeviceTimes | None = None  # what `device_speedup` rests on; None too in files older than this key
 
     @property
     def title(self) -> str:
-        """Phase and shape."""
+        """Name of the phase and its shape, for people."""
         return f"{PHASE_TITLES[self.phase]}, {self.case.title}"
 
 
@@ -77,14 +89,31 @@ class ComparisonReport(Strict):
     elapsed_s: float
     stopped: Stop
     machine: MachineReport | None
+    cores: int | None = None  # that the processes might use; None in files that are older than this key
+    threads: dict[Role, int] = Field(default_factory=dict)  # of the engines' products; empty where they are on a GPU
+
+    @property
+    def headline(self) -> Case:
+        """The shape that one sentence is about: that of the least speed-up end to end, for the others do better."""
+        totals = [report for report in self.phases if report.phase == "total"]
+        return min(totals, key=lambda report: report.speedup.ratio).case
+
+    @property
+    def where(self) -> str:
+        """That shape, to be said behind a figure; empty where no other was measured."""
+        count = len(self.phases) // len(PHASES)
+        return f" at {self.headline.title}, the least of {count} shapes" if count > 1 else ""
 
     def of(self, phase: Phase) -> PhaseReport:
-        """A phase at the first shape."""
-        return next(report for report in self.phases if report.phase == phase)
+        """The report of a phase at the headline's shape."""
+        shape = self.headline
+        return next(report for report in self.phases if (report.phase, report.case) == (phase, shape))
 
 
-def compare(comparison: Comparison, limit_of: LimitOf | None = None) -> ComparisonReport:
-    """Derive every figure; `limit_of` gives the limits of a shape."""
+def compare(
+    comparison: Comparison, limit_of: LimitOf | None = None, threads: Mapping[Role, int] | None = None
+) -> ComparisonReport:
+    """Derive every figure; `limit_of` gives the limits of a shape. threads: of engines on a CPU."""
     cases = comparison.settings.cases
     found = speedups(comparison.replicates, len(cases))
     phases = tuple(
@@ -108,12 +137,14 @@ def compare(comparison: Comparison, limit_of: LimitOf | None = None) -> Comparis
         elapsed_s=comparison.elapsed_s,
         stopped=comparison.stopped,
         machine=_machine(comparison.telemetry),
+        cores=comparison.threads,
+        threads=dict(threads or {}),
     )
 
 
 def _phase(comparison: Comparison, case: int, phase: Phase, found: Speedup, limits: SpeedLimit | None) -> PhaseReport:
     limit = None if limits is None else getattr(limits, phase)
-    ratio = found.found
+    ratio, device = found.found, _device(comparison, case, phase)
     return PhaseReport(
         case=comparison.settings.cases[case],
         phase=phase,
@@ -123,8 +154,10 @@ def _phase(comparison: Comparison, case: int, phase: Phase, found: Speedup, limi
         speedup=ratio,
         control=found.control,
         noise_floor=found.noise_floor,
-        device_speedup=_device_speedup(comparison, case, phase),
+        device_speedup=None if device is None else device.speedup.ratio,
+        device=device,
         limit=limit,
+        limit_assumed=limits is not None and limits.assumed,
         efficiency=None if limit is None or limit <= 1 else (ratio.ratio - 1) / (limit - 1),
         above_limit=limit is not None and ratio.low > limit,
     )
@@ -141,24 +174,16 @@ def _tail(comparison: Comparison, case: int, phase: Phase) -> dict[str, tuple[fl
     return found
 
 
-def _device_speedup(comparison: Comparison, case: int, phase: Phase) -> float | None:
-    def middle(subject: Subject) -> float | None:
+def _device(comparison: Comparison, case: int, phase: Phase) -> DeviceTimes | None:
+    found = device_speedup(comparison.replicates, case, phase)
+    if found is None:
+        return None
+
+    def middle(subject: Subject) -> float:
         blocks = [block for replicate in comparison.replicates for block in replicate.blocks[subject][case]]
-        times = [device_s(block, phase) for block in blocks]
-        known = [time for time in times if time is not None]
-        return statistics.median(known) if known else None
+        return statistics.median(time for block in blocks if (time := device_s(block, phase)) is not None)
 
-    dense, pruned = middle("dense"), middle("pruned")
-    return None if dense is None or pruned is None else dense / pruned
-
-
-def claim(found: Sequence[Ratio], replicates: int) -> Claim:
-    """What the speed-ups of all phases say together; nothing where there are too few replicates."""
-    if replicates < FEWEST_REPLICATES:
-        return "INCONCLUSIVE"
-    if all(ratio.low > 1 for ratio in found):
-        return "CONFIRMED"
-    return "NOT THERE" if any(ratio.high < 1 for ratio in found) else "INCONCLUSIVE"
+    return DeviceTimes(dense_s=middle("dense"), pruned_s=middle("pruned"), speedup=found.found, control=found.control)
 
 
 def _machine(samples: Sequence[Telemetry]) -> MachineReport | None:
@@ -186,15 +211,14 @@ def sentence(name: str, found: ComparisonReport) -> str:
     parts = []
     for phase in shown:
         limit = "" if phase.limit is None else f", limit {phase.limit:.2f}x"
-        ratio = phase.speedup
-        parts.append(f"{PHASE_TITLES[phase.phase]} {ratio.ratio:.2f}x ({ratio.low:.2f} to {ratio.high:.2f}{limit})")
+        parts.append(f"{PHASE_TITLES[phase.phase]} {phase.speedup.text(more=limit)}")
     above = [phase.title for phase in found.phases if phase.above_limit]
     caution = f" Above its limit, so distrust it: {'; '.join(above)}." if above else ""
-    return f"{found.claim} on {name}: {', '.join(parts)}.{caution}"
+    return f"{found.claim} on {name}{found.where}: {', '.join(parts)}.{caution}"
 
 
 def notes(found: ComparisonReport) -> list[str]:
-    """How it was measured and what may have disturbed it, a line each."""
+    """How a comparison was measured and what may have disturbed it, one line each."""
     how = {
         "precise": "the interval was narrow enough",
         "decided": "every requirement was decided",
@@ -211,16 +235,25 @@ def notes(found: ComparisonReport) -> list[str]:
         )
     whole = found.of("total")
     if whole.control is not None and whole.noise_floor is not None:
-        control = whole.control
         lines.append(
-            f"control: dense against itself {control.ratio:.3f}x ({control.low:.3f} to {control.high:.3f}) end to end, "
-            f"in the same blocks; end to end, differences below {math.expm1(whole.noise_floor):.1%} cannot be told "
-            "from none"
+            f"control: dense against itself {whole.control.text('.3f')} end to end{found.where}, in the same blocks; "
+            f"end to end, differences below {math.expm1(whole.noise_floor):.1%} cannot be told from none"
         )
     else:
         lines.append("no control: dense was not measured against itself")
+    if any(phase.limit_assumed for phase in found.phases):
+        lines.append(
+            "limits are assumed, for this machine's rate of such products is not measured: decoding bound by bytes, "
+            "prefill by operations, end to end the larger of both"
+        )
+    for phase in found.phases:
+        if phase.limit is not None and phase.speedup.ratio > phase.limit:
+            how_far = "its whole interval is: distrust it" if phase.above_limit else "its interval reaches below"
+            above = f"{phase.speedup.ratio:.3f}x, above its limit of {phase.limit:.3f}x"
+            lines.append(f"{phase.title}: {above}; {how_far}")
     machine = found.machine
     if machine is not None:
+        lines.append(_load_note(found, machine))
         if machine.steal_share > 0.02:
             lines.append(f"the hypervisor took {machine.steal_share:.0%} of the processors' time")
         if machine.throttle_reasons:
@@ -228,3 +261,17 @@ def notes(found: ComparisonReport) -> list[str]:
         if machine.other_gpu_processes:
             lines.append(f"{machine.other_gpu_processes} other processes used the GPU")
     return lines
+
+
+def _load_note(found: ComparisonReport, machine: MachineReport) -> str:
+    """Who was at work meanwhile, the engines among them: one at a time, and on a GPU with one thread of the host."""
+    where = "" if found.cores is None else f" on {found.cores} cores"
+    counts = found.threads
+    own = ""
+    if counts:
+        same = len(set(counts.values())) == 1
+        said = str(max(counts.values())) if same else ", ".join(f"{role} {count}" for role, count in counts.items())
+        own = f", engine threads: {said}"
+    others = machine.load > max(counts.values(), default=1) + 1
+    doubt = "; more than the engines explain, so others were at work" if others else ""
+    return f"load {machine.load:.1f}{where}, {machine.busy_share:.0%} busy{own}{doubt}"

@@ -11,10 +11,18 @@ from dataclasses import dataclass
 
 from trsp_deploy.results import Phase, Replicate
 from trsp_deploy.tools.judging.statistics import Ratio, change, replicate_logs, replicate_ratios, speedup
-from trsp_deploy.tools.judging.verdicts import Outcome, Requirement, judge, settled, too_few
+from trsp_deploy.tools.judging.verdicts import (
+    Outcome,
+    Requirement,
+    above_limit,
+    judge,
+    settled,
+    too_few,
+    too_few_before,
+)
 
 PHASE_TITLES: dict[Phase, str] = {"prefill": "prefill", "decode": "decode", "total": "end to end"}
-Logs = dict[Phase, tuple[float, ...]]  # one a replicate
+Logs = dict[Phase, tuple[float, ...]]  # one per replicate
 
 
 @dataclass(frozen=True)
@@ -22,26 +30,45 @@ class Goal:
     """A requirement on one ratio of a comparison, at every shape that is measured."""
 
     requirement: Requirement
-    ratios: Callable[[Sequence[Replicate]], list[Ratio]]  # one a shape
+    ratios: Callable[[Sequence[Replicate]], list[Ratio]]  # one per shape
+    limits: tuple[float | None, ...] = ()  # one per shape, that no ratio can be above; empty where none is known
+    before: int | None = None  # replicates of the baseline; None without one
 
     def outcome(self, replicates: Sequence[Replicate]) -> Outcome:
         """What the samples say so far: of a shape that misses it, else of one that is open, else of the tightest."""
-        return min((self._judge(ratio, replicates) for ratio in self.ratios(replicates)), key=_leniency)
+        return min(self._outcomes(replicates), key=_leniency)
 
     def settled(self, replicates: Sequence[Replicate]) -> bool:
-        """Whether more of them would change nothing: one shape misses it for certain, or all are certain."""
+        """Whether more of them would change nothing: one shape misses it for certain, or all are certain.
+
+        Nor would they where the baseline has too few to decide.
+        """
+        if self._doubt_before:
+            return True
         words = [
-            self._judge(ratio, replicates).word if settled(self.requirement, ratio, len(replicates)) else None
-            for ratio in self.ratios(replicates)
+            outcome.word if not outcome.note and settled(self.requirement, outcome.found, len(replicates)) else None
+            for outcome in self._outcomes(replicates)
         ]
         return "fail" in words or None not in words
 
-    def _judge(self, ratio: Ratio, replicates: Sequence[Replicate]) -> Outcome:
-        return judge(self.requirement, ratio, too_few(len(replicates)))
+    def _outcomes(self, replicates: Sequence[Replicate]) -> list[Outcome]:
+        """One a shape."""
+        ratios = self.ratios(replicates)
+        limits = self.limits or (None,) * len(ratios)
+        return [self._judge(ratio, limit, replicates) for ratio, limit in zip(ratios, limits, strict=True)]
+
+    def _judge(self, ratio: Ratio, limit: float | None, replicates: Sequence[Replicate]) -> Outcome:
+        outcome = judge(self.requirement, ratio, self._doubt_before or too_few(len(replicates)))
+        # What is above its limit was measured wrong: it passes nothing. What it misses the truth misses too.
+        return judge(self.requirement, ratio, above_limit(ratio, limit)) if outcome.word == "pass" else outcome
+
+    @property
+    def _doubt_before(self) -> str:
+        return "" if self.before is None else too_few_before(self.before)
 
 
 def _leniency(outcome: Outcome) -> tuple[int, float]:
-    """Smallest for the shape that is worst off."""
+    """Sort key of an outcome, smallest for the shape that is worst off."""
     found = outcome.found
     margin = found.low if outcome.requirement.sense == "at least" else -found.high
     return ("fail", "inconclusive", "pass").index(outcome.word), margin
@@ -52,37 +79,64 @@ def settled_all(goals: Sequence[Goal], replicates: Sequence[Replicate]) -> bool:
     return all(goal.settled(replicates) for goal in goals)
 
 
-def least_speedup(phase: Phase, bound: float, source: str, cases: int) -> Goal:
-    """Speed-up of a phase."""
+def least_speedup(phase: Phase, bound: float, source: str, cases: int, limits: tuple[float | None, ...] = ()) -> Goal:
+    """The goal of a least speed-up in a phase at each of the shapes; limits: the phase's limit at each of them."""
 
     def ratios(replicates: Sequence[Replicate]) -> list[Ratio]:
         return [speedup(replicates, case, phase).found for case in range(cases)]
 
     name = f"speed-up, {PHASE_TITLES[phase]}"
-    return Goal(Requirement(name=name, source=source, sense="at least", bound=bound), ratios)
+    return Goal(Requirement(name=name, source=source, sense="at least", bound=bound), ratios, limits)
 
 
-def most_latency(phase: Phase, share: float, source: str, before: Sequence[Logs]) -> Goal:
-    """Pruned latency over the baseline's; `before` has a baseline's log seconds for each shape. Only on the machine
-    that the baseline was made on."""
+@dataclass(frozen=True)
+class Earlier:
+    """A baseline's log values at each shape, and its log ratios of dense against itself; none without a control."""
 
-    def ratios(replicates: Sequence[Replicate]) -> list[Ratio]:
-        return [
-            change(logs[phase], replicate_logs(replicates, "pruned", case, phase)) for case, logs in enumerate(before)
-        ]
+    values: Sequence[Logs]
+    control: Sequence[Logs] = ()
+
+    def replicates(self, phase: Phase) -> int:
+        """At the shape with the fewest."""
+        return min(len(logs[phase]) for logs in self.values)
+
+
+def most_latency(phase: Phase, share: float, source: str, before: Earlier) -> Goal:
+    """Pruned latency over the baseline's, of whose log seconds `before` is. Only on the machine that it was made on."""
+
+    def now(replicates: Sequence[Replicate], case: int) -> list[float]:
+        return replicate_logs(replicates, "pruned", case, phase)
 
     name = f"latency over the baseline's, {PHASE_TITLES[phase]}"
-    return Goal(Requirement(name=name, source=source, sense="at most", bound=1 + share), ratios)
+    wanted = Requirement(name=name, source=source, sense="at most", bound=1 + share)
+    return Goal(wanted, _changes(phase, before, now), before=before.replicates(phase))
 
 
-def most_speedup_lost(phase: Phase, share: float, source: str, before: Sequence[Logs]) -> Goal:
-    """Speed-up over the baseline's.
+def most_speedup_lost(phase: Phase, share: float, source: str, before: Earlier) -> Goal:
+    """Speed-up over the baseline's, of whose log ratios `before` is.
 
-    before: a baseline's log ratios for each shape. They carry over to other machines, for dense is measured on each.
+    They carry over to other machines, for dense is measured on each.
     """
 
-    def ratios(replicates: Sequence[Replicate]) -> list[Ratio]:
-        return [change(logs[phase], replicate_ratios(replicates, case, phase)[0]) for case, logs in enumerate(before)]
+    def now(replicates: Sequence[Replicate], case: int) -> list[float]:
+        return replicate_ratios(replicates, case, phase)[0]
 
     name = f"speed-up over the baseline's, {PHASE_TITLES[phase]}"
-    return Goal(Requirement(name=name, source=source, sense="at least", bound=1 - share), ratios)
+    wanted = Requirement(name=name, source=source, sense="at least", bound=1 - share)
+    return Goal(wanted, _changes(phase, before, now), before=before.replicates(phase))
+
+
+def _changes(
+    phase: Phase, before: Earlier, now: Callable[[Sequence[Replicate], int], Sequence[float]]
+) -> Callable[[Sequence[Replicate]], list[Ratio]]:
+    """Now over before at each shape, no narrower than what both controls show."""
+
+    def ratios(replicates: Sequence[Replicate]) -> list[Ratio]:
+        found = []
+        for case, logs in enumerate(before.values):
+            then = before.control[case][phase] if before.control else ()
+            controls = [then, replicate_ratios(replicates, case, phase)[1] or ()]
+            found.append(change(logs[phase], now(replicates, case), [each for each in controls if each]))
+        return found
+
+    return ratios

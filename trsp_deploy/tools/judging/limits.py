@@ -1,6 +1,6 @@
 """How much faster a cut model can be at most: bytes for decoding, operations for prefill.
 
-Batch-1 decoding reads every layer's weights, the LM head and the live KV cache once a token, so its time is at least
+Batch-1 decoding reads every layer's weights, the LM head and the live KV cache once per token, so its time is at least
 bytes over bandwidth; prefill of a long prompt is bound by its multiplications. Which of them binds is told by the
 machine's measured rates (tools/measuring/rates.py); where it is the same for dense and pruned the rate cancels in the
 ratio.
@@ -14,7 +14,7 @@ from trsp_deploy.decoder import DecoderSize
 from trsp_deploy.recipe import FLOAT_BYTES, Case, EngineSpec, Float, Precision, Strict
 from trsp_deploy.results import Rates
 
-# Bytes a weight of the layers and of the LM head, scales and zero points among them (tools/graphs/quantize.py).
+# Bytes per weight of the layers and of the LM head, scales and zero points among them (tools/graphs/quantize.py).
 WEIGHT_BYTES: dict[Precision, tuple[float, float]] = {
     "fp32": (4, 4),
     "fp16": (2, 2),
@@ -31,21 +31,29 @@ class Stored(NamedTuple):
     layers: float  # a weight of theirs
     head: float  # a weight of the LM head
     cached: float  # a key or a value
+    computes: Precision | None = None  # of its products, whose rate counts; None in integers, and in older results
 
 
 def stored(precision: Precision) -> Stored:
-    """What a precision alone says: a cache as wide as floats are, and in fp32 beside integers."""
+    """How a precision alone keeps numbers: a cache as wide as floats are, and in fp32 beside integers."""
     cached: Float = "fp16" if precision in ("fp16", "bf16") else "fp32"
-    return Stored(precision, *WEIGHT_BYTES[precision], FLOAT_BYTES[cached])
+    computes = None if precision in ("int8", "int4") else precision
+    return Stored(precision, *WEIGHT_BYTES[precision], FLOAT_BYTES[cached], computes)
 
 
 def stored_by(spec: EngineSpec) -> Stored:
-    """What an engine's spec says."""
+    """How an engine built from a spec keeps its numbers."""
     layers, head = WEIGHT_BYTES[spec.precision]
     if spec.precision == "int4" and not spec.backend.startswith("tensorrt"):
         layers = (4 + (32 + 4 * spec.zero_points) / spec.block_size) / 8  # a block has a scale of 32 bits
         head = layers if spec.head_bits == 4 else head
-    return Stored(spec.precision, layers, head, FLOAT_BYTES[spec.graph_precision])
+    if spec.head_bits > 8:
+        head = spec.head_bits / 8
+    computes = stored(spec.precision).computes
+    if spec.precision == "int4" and spec.backend.startswith("tensorrt"):
+        # Its weights alone are integers (tools/graphs/qdq.py); ONNX Runtime rounds a product's inputs too.
+        computes = spec.graph_precision
+    return Stored(spec.precision, layers, head, FLOAT_BYTES[spec.graph_precision], computes)
 
 
 class SpeedLimit(Strict):
@@ -54,6 +62,7 @@ class SpeedLimit(Strict):
     prefill: float
     decode: float
     total: float  # reading the prompt and decoding the new tokens
+    assumed: bool = False  # what binds each phase is, for the rate of such products was not measured
 
 
 class Work(Strict):
@@ -62,13 +71,13 @@ class Work(Strict):
     read_bytes: float
     operations: float
 
-    def seconds(self, rates: Rates, precision: Float) -> float:
-        """The least time that it takes: the slower of the two at this machine's best."""
+    def seconds(self, rates: Rates, precision: Precision) -> float:
+        """The least time that the work takes: the slower of the two at this machine's best."""
         return max(self.read_bytes / rates.bytes_per_s, self.operations / rates.operations_per_s[precision])
 
 
 def decode_bytes(size: DecoderSize, kept: Stored, batch: int, past: int) -> float:
-    """Bytes that one decode step must read: layers, LM head, and the KV cache of `past` tokens a sequence."""
+    """Bytes that one decode step must read: layers, LM head, and the KV cache of `past` tokens per sequence."""
     cache = batch * past * size.cache_per_token * len(size.weights.layers)
     return kept.layers * sum(size.weights.layers) + kept.head * size.weights.lm_head + kept.cached * cache
 
@@ -84,7 +93,7 @@ def prefill_operations(size: DecoderSize, batch: int, prompt: int, logits: int |
 
 
 def prefill_work(size: DecoderSize, kept: Stored, case: Case, logits: int | None = None) -> Work:
-    """Of reading the prompt: the weights once, and the cache written."""
+    """Work of reading the prompt: the weights once, and the cache written."""
     return Work(
         read_bytes=decode_bytes(size, kept, case.batch_size, case.prompt_tokens),
         operations=prefill_operations(size, case.batch_size, case.prompt_tokens, logits),
@@ -92,7 +101,7 @@ def prefill_work(size: DecoderSize, kept: Stored, case: Case, logits: int | None
 
 
 def decode_work(size: DecoderSize, kept: Stored, case: Case) -> Work:
-    """Of the median new token."""
+    """Work of the median new token."""
     past = case.prompt_tokens + case.new_tokens // 2
     attention = len(size.weights.layers) * 2 * past * size.attention_width
     return Work(
@@ -112,16 +121,16 @@ def speed_limit(
 ) -> SpeedLimit:
     """The limits of every phase at one shape; `logits` as above.
 
-    rates: this machine's, to know whether bytes or operations bind a phase. Without them, or for a precision whose
-    products they do not tell, decoding counts as bound by bytes, prefill by operations, and both together by the
-    larger of the two limits.
+    rates: this machine's, to know whether bytes or operations bind a phase. Without them, or for products that they do
+    not tell, it is assumed that decoding is bound by bytes, prefill by operations, and both together by the larger of
+    the two limits.
     """
     prefill = [prefill_work(size, kept, case, logits) for size in (dense, pruned)]
     decode = [decode_work(size, kept, case) for size in (dense, pruned)]
-    if rates is None or kept.precision not in rates.operations_per_s:
+    if rates is None or kept.computes is None or kept.computes not in rates.operations_per_s:
         by_operations = prefill[0].operations / prefill[1].operations
         by_bytes = decode[0].read_bytes / decode[1].read_bytes
-        return SpeedLimit(prefill=by_operations, decode=by_bytes, total=max(by_operations, by_bytes))
-    read, step = ([work.seconds(rates, kept.precision) for work in phase] for phase in (prefill, decode))
+        return SpeedLimit(prefill=by_operations, decode=by_bytes, total=max(by_operations, by_bytes), assumed=True)
+    read, step = ([work.seconds(rates, kept.computes) for work in phase] for phase in (prefill, decode))
     total = [first + case.new_tokens * each for first, each in zip(read, step, strict=True)]
     return SpeedLimit(prefill=read[0] / read[1], decode=step[0] / step[1], total=total[0] / total[1])

@@ -20,7 +20,7 @@ from trsp_deploy.results import PHASES, Block, Comparison, Perplexity, Phase, Re
 RESAMPLES = 5000
 CONFIDENCE = 0.95
 FEWEST_DOCUMENTS = 10
-FEWEST_REPLICATES = 5  # below it the largest and the smallest of them enclose the mean too seldom
+FEWEST_REPLICATES = 5  # below it an interval is wide, and rests on the normal distribution alone
 FEWEST_WINDOWS = 5  # of a text, for the same reason
 FEWEST_ITEMS = 50  # of all tasks together: fewer may all be answered alike by chance
 
@@ -34,8 +34,15 @@ class Ratio(Strict):
 
     @property
     def half_width(self) -> float:
-        """Of the interval, in log units: about the share that the ratio is uncertain by."""
+        """Half the interval's width in log units: about the share that the ratio is uncertain by."""
         return (math.log(self.high) - math.log(self.low)) / 2
+
+    def text(self, form: str = ".2f", unit: str = "x", more: str = "") -> str:
+        """The ratio for people, as "1.25x (1.20 to 1.30)".
+
+        form: how each of the three numbers is written, such as ".1%". more: what else stands within the brackets.
+        """
+        return f"{self.ratio:{form}}{unit} ({self.low:{form}} to {self.high:{form}}{more})"
 
 
 class Speedup(Strict):
@@ -43,7 +50,6 @@ class Speedup(Strict):
 
     found: Ratio  # the interval is never narrower than the control's deviation from 1
     control: Ratio | None  # dense / dense again; None where it was not measured
-    replicates: int
 
     @property
     def noise_floor(self) -> float | None:
@@ -52,17 +58,20 @@ class Speedup(Strict):
 
 
 def phase_s(block: Block, phase: Phase) -> float:
-    """Seconds of one phase of a block; of decoding the median token's."""
+    """Seconds of one phase of a block; for decoding, of the median token."""
     if phase == "decode":
         return float(np.median(block.decode_s))
     return block.prefill_s if phase == "prefill" else block.total_s
 
 
 def device_s(block: Block, phase: Phase) -> float | None:
-    """The same by CUDA events; None on a CPU, and end to end, where the host takes part."""
+    """Seconds of one phase of a block by CUDA events; None on a CPU, and end to end, where the host takes part."""
     if phase == "prefill" or block.device_decode_s is None:
         return block.device_prefill_s if phase == "prefill" else None
     return float(np.median(block.device_decode_s)) if phase == "decode" else None
+
+
+Clock = Callable[[Block, Phase], float]  # seconds of a phase of a block
 
 
 def speedup(replicates: Sequence[Replicate], case: int, phase: Phase) -> Speedup:
@@ -71,28 +80,50 @@ def speedup(replicates: Sequence[Replicate], case: int, phase: Phase) -> Speedup
 
 
 def widened(ratios: Sequence[float], against_itself: Sequence[float] | None) -> Speedup:
-    """Log ratios, one a replicate, as an interval that is never narrower than the control's deviation from 1."""
+    """Log ratios, one per replicate, as an interval that is never narrower than the control's deviation from 1."""
     found = interval(ratios)
     if against_itself is None:
-        return Speedup(found=found, control=None, replicates=len(ratios))
+        return Speedup(found=found, control=None)
     control = interval(against_itself)
     # Two copies of one engine that differ by so much say that this machine, now, tells nothing finer apart.
-    reach, middle = _reach(control), math.log(found.ratio)
-    low = min(math.log(found.low), middle - reach)
-    high = max(math.log(found.high), middle + reach)
-    wide = Ratio(ratio=found.ratio, low=math.exp(low), high=math.exp(high))
-    return Speedup(found=wide, control=control, replicates=len(ratios))
+    return Speedup(found=_no_narrower(found, _reach(control)), control=control)
+
+
+def _no_narrower(found: Ratio, reach: float) -> Ratio:
+    """An interval that reaches at least so far to both sides, in log units."""
+    middle = math.log(found.ratio)
+    low, high = min(math.log(found.low), middle - reach), max(math.log(found.high), middle + reach)
+    return Ratio(ratio=found.ratio, low=math.exp(low), high=math.exp(high))
+
+
+def device_speedup(replicates: Sequence[Replicate], case: int, phase: Phase) -> Speedup | None:
+    """Speed-up of one phase in times by CUDA events, with its control; None where a block has none."""
+    blocks = [block for replicate in replicates for cases in replicate.blocks.values() for block in cases[case]]
+    if any(device_s(block, phase) is None for block in blocks):
+        return None
+
+    def clock(block: Block, phase: Phase) -> float:
+        return device_s(block, phase) or 0.0
+
+    return widened(*replicate_ratios(replicates, case, phase, clock))
 
 
 def replicate_ratios(
-    replicates: Sequence[Replicate], case: int, phase: Phase
+    replicates: Sequence[Replicate], case: int, phase: Phase, clock: Clock = phase_s
 ) -> tuple[list[float], list[float] | None]:
-    """Log ratios dense / pruned and dense again / dense, one a replicate; None without a control."""
-    values = [_cycles(replicate, case, phase) for replicate in replicates]
+    """Log ratios dense / pruned and dense again / dense, one per replicate; None without a control.
+
+    Where every turn had a process of its own, dense's second turn of a cycle is its first one's control. A drift does
+    not cancel between these two, so that the noise floor is rather too high than too low.
+    clock: that every block was timed by.
+    """
+    values = [_cycles(replicate, case, phase, clock) for replicate in replicates]
     ratios = [_median(_dense(v) - v["pruned"]) for v in values]
-    if not all("again" in v for v in values):
+    if all("again" in v for v in values):
+        return ratios, [_median(v["again"] - v["dense"]) for v in values]
+    if any(replicate.together for replicate in replicates):
         return ratios, None
-    return ratios, [_median(v["again"] - v["dense"]) for v in values]
+    return ratios, [_median(second - first) for first, second in (_turns(r, case, phase, clock) for r in replicates)]
 
 
 Speedups = dict[tuple[int, Phase], Speedup]  # by index of the case, and phase
@@ -103,18 +134,26 @@ def speedups(replicates: Sequence[Replicate], cases: int) -> Speedups:
     return {(index, phase): speedup(replicates, index, phase) for index in range(cases) for phase in PHASES}
 
 
-def _cycles(replicate: Replicate, case: int, phase: Phase) -> dict[Subject, np.ndarray]:
+def _cycles(replicate: Replicate, case: int, phase: Phase, clock: Clock = phase_s) -> dict[Subject, np.ndarray]:
     """Mean log seconds of each cycle's turns, (cycles,): a drift that is linear over a cycle cancels."""
 
     def logs(subject: Subject) -> np.ndarray:
         blocks = replicate.blocks[subject][case]
-        return np.log([phase_s(block, phase) for block in blocks]).reshape(-1, replicate.blocks_per_cycle).mean(axis=1)
+        return np.log([clock(block, phase) for block in blocks]).reshape(-1, replicate.blocks_per_cycle).mean(axis=1)
 
     return {subject: logs(subject) for subject in replicate.blocks}
 
 
+def _turns(replicate: Replicate, case: int, phase: Phase, clock: Clock) -> tuple[np.ndarray, np.ndarray]:
+    """Mean log seconds of dense's first and of its last turn of each cycle, (cycles,) each."""
+    logs = np.log([clock(block, phase) for block in replicate.blocks["dense"][case]])
+    turns = logs.reshape(-1, replicate.blocks_per_cycle // replicate.blocks_per_turn, replicate.blocks_per_turn)
+    means = turns.mean(axis=2)  # (cycles, turns)
+    return means[:, 0], means[:, -1]
+
+
 def _dense(values: dict[Subject, np.ndarray]) -> np.ndarray:
-    """Both copies of dense count, so that the control costs little of the precision that its time would have bought."""
+    """Values of dense; both copies count, so that the control costs little of the precision that its time buys."""
     return (values["dense"] + values["again"]) / 2 if "again" in values else values["dense"]
 
 
@@ -127,11 +166,12 @@ def _reach(ratio: Ratio) -> float:
 
 
 def interval(logs: Sequence[float] | np.ndarray) -> Ratio:
-    """exp of the mean of logs, one a replicate or window, with a 95% bootstrap interval.
+    """exp of the mean of logs, one per replicate or window, with a 95% interval: at each end the further out of two.
 
-    Percentiles of a bootstrap are too narrow for few values; they are taken further out by what Student's t asks for
-    (the expanded percentile interval: Hesterberg, What Teachers Should Know About the Bootstrap, 2015, section 5.2).
-    Raises ValueError for fewer than two.
+    One is a bootstrap's percentiles, taken further out by what Student's t asks for (the expanded percentile interval:
+    Hesterberg, What Teachers Should Know About the Bootstrap, 2015, section 5.2), which sees skew. It cannot reach
+    beyond the smallest and the largest value, so that 95% are 92 to 93% for five or six of them; the other is Student's
+    t, which can. Raises ValueError for fewer than two.
     """
     values = np.asarray(logs, dtype=float)
     count, middle = len(values), float(np.mean(values))
@@ -139,14 +179,30 @@ def interval(logs: Sequence[float] | np.ndarray) -> Ratio:
         raise ValueError("one replicate has no interval")
     if np.ptp(values) == 0:
         return Ratio(ratio=math.exp(middle), low=math.exp(middle), high=math.exp(middle))
-    quantile = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * math.sqrt(count / (count - 1))
-    found = _bootstrap(np.mean, values, confidence=1 - 2 * float(scipy.stats.norm.sf(quantile)))
-    return Ratio(ratio=math.exp(middle), low=math.exp(found[0]), high=math.exp(found[1]))
+    low, high = bootstrap(np.mean, values, confidence=_expanded(count))
+    reach = _student(count) * float(scipy.stats.sem(values))
+    return Ratio(
+        ratio=math.exp(middle), low=math.exp(min(low, middle - reach)), high=math.exp(max(high, middle + reach))
+    )
 
 
-def _bootstrap(
+def _student(count: int) -> float:
+    """How many standard errors of a mean of so many values CONFIDENCE reaches to either side."""
+    return float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, count - 1))
+
+
+def _expanded(count: int) -> float:
+    """The confidence to ask of a bootstrap's percentiles over so many values, for CONFIDENCE of it."""
+    return 1 - 2 * float(scipy.stats.norm.sf(_student(count) * math.sqrt(count / (count - 1))))
+
+
+def bootstrap(
     statistic: Callable[..., Any], *data: np.ndarray, confidence: float = CONFIDENCE, paired: bool = False
 ) -> tuple[float, float]:
+    """Both ends of a statistic's percentile interval.
+
+    statistic: of arrays such as `data`, along their `axis`. paired: whether values of one index are drawn together.
+    """
     # A fixed seed: the same samples always show the same interval.
     found = scipy.stats.bootstrap(
         data,
@@ -161,14 +217,18 @@ def _bootstrap(
     return float(found.low), float(found.high)
 
 
-def change(before: Sequence[float], after: Sequence[float]) -> Ratio:
-    """after / before of logs taken at different times, one a replicate each, with a 95% interval (Welch)."""
+def change(before: Sequence[float], after: Sequence[float], controls: Sequence[Sequence[float]] = ()) -> Ratio:
+    """after / before of logs taken at different times, one per replicate, with a 95% interval (Welch).
+
+    controls: log ratios of dense against itself at either time, as far as they were measured. The interval is never
+    narrower than both deviations from 1 together; as errors of two times are, they are added in squares.
+    """
     old, new = np.asarray(before, dtype=float), np.asarray(after, dtype=float)
-    middle = float(new.mean() - old.mean())
-    if np.ptp(old) == 0 and np.ptp(new) == 0:
-        return Ratio(ratio=math.exp(middle), low=math.exp(middle), high=math.exp(middle))
-    low, high = scipy.stats.ttest_ind(new, old, equal_var=False).confidence_interval(CONFIDENCE)
-    return Ratio(ratio=math.exp(middle), low=math.exp(low), high=math.exp(high))
+    low = high = middle = float(new.mean() - old.mean())
+    if np.ptp(old) > 0 or np.ptp(new) > 0:
+        low, high = scipy.stats.ttest_ind(new, old, equal_var=False).confidence_interval(CONFIDENCE)
+    found = Ratio(ratio=math.exp(middle), low=math.exp(low), high=math.exp(high))
+    return _no_narrower(found, math.hypot(*(_reach(interval(each)) for each in controls)))
 
 
 def replicate_logs(replicates: Sequence[Replicate], subject: Subject, case: int, phase: Phase) -> list[float]:
@@ -183,7 +243,7 @@ def median_s(comparison: Comparison, subject: Subject, case: int, phase: Phase) 
 
 
 def samples_s(comparison: Comparison, subject: Subject, case: int, phase: Phase) -> list[float]:
-    """Every single time of a phase in seconds: of decoding, each token's."""
+    """Every single time of a phase in seconds; for decoding, of each token."""
     blocks = [block for replicate in comparison.replicates for block in replicate.blocks[subject][case]]
     if phase == "decode":
         return [time for block in blocks for time in block.decode_s]
@@ -191,9 +251,11 @@ def samples_s(comparison: Comparison, subject: Subject, case: int, phase: Phase)
 
 
 def perplexity_ratio(dense: Perplexity, pruned: Perplexity) -> Ratio:
-    """pruned / dense perplexity of the same tokens, with a bootstrap over documents, paired.
+    """pruned / dense perplexity of the same tokens, with a 95% interval over documents, paired.
 
-    Over windows instead where a text has fewer than FEWEST_DOCUMENTS; one window has no interval but its own ratio.
+    As in `interval`, at each end the further out of a bootstrap, taken further out for few documents, and Student's t:
+    that of the ratio of two sums, linear in each document's nats beyond its share. Over windows instead where a text
+    has fewer than FEWEST_DOCUMENTS; one window has no interval but its own ratio.
     """
     if not paired_by_documents(dense, pruned):
         windows = np.array(pruned.nll) - np.array(dense.nll)
@@ -209,8 +271,15 @@ def perplexity_ratio(dense: Perplexity, pruned: Perplexity) -> Ratio:
         return total
 
     middle = float(mean(lost, tokens))
-    low, high = (middle, middle) if not lost.any() else _bootstrap(mean, lost, tokens, paired=True)
-    return Ratio(ratio=math.exp(middle), low=math.exp(low), high=math.exp(high))
+    if not lost.any():
+        return Ratio(ratio=math.exp(middle), low=math.exp(middle), high=math.exp(middle))
+    count = len(lost)
+    low, high = bootstrap(mean, lost, tokens, confidence=_expanded(count), paired=True)
+    error = float(np.std(lost - middle * tokens, ddof=1)) * math.sqrt(count) / float(tokens.sum())
+    reach = _student(count) * error
+    return Ratio(
+        ratio=math.exp(middle), low=math.exp(min(low, middle - reach)), high=math.exp(max(high, middle + reach))
+    )
 
 
 def paired_by_documents(dense: Perplexity, pruned: Perplexity) -> bool:
@@ -226,7 +295,7 @@ class PairedAccuracy(Strict):
     pruned: float
     lost: int  # dense was right, pruned is wrong
     gained: int
-    p_value: float  # exact McNemar test: of so unequal a lost and gained by chance alone
+    p_value: float  # exact McNemar test: how likely chance alone makes lost and gained as unequal
 
 
 def paired_accuracy(dense: TaskScore, pruned: TaskScore) -> PairedAccuracy:
@@ -255,10 +324,3 @@ def retained_accuracy(dense: ZeroShot, pruned: ZeroShot) -> Ratio:
     some = means[0] > 0  # a resample without one right item says nothing of a ratio
     low, high = np.percentile(means[1, some] / means[0, some], [2.5, 97.5])
     return Ratio(ratio=middle, low=float(low), high=float(high))
-
-
-def paired_ratio(slow: Sequence[float], quick: Sequence[float]) -> Ratio:
-    """exp of the median log ratio of paired blocks, in seconds; the same index is the same moment."""
-    logs = np.log(np.asarray(slow) / np.asarray(quick))
-    low, high = (float(logs[0]),) * 2 if np.ptp(logs) == 0 else _bootstrap(np.median, logs)
-    return Ratio(ratio=float(np.exp(np.median(logs))), low=math.exp(low), high=math.exp(high))

@@ -6,15 +6,16 @@ A requirement is met when the whole interval meets it, missed when none of it do
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from trsp_deploy.recipe import Strict
 from trsp_deploy.tools.judging.statistics import FEWEST_REPLICATES, Ratio
 
 Word = Literal["pass", "fail", "inconclusive"]
+Claim = Literal["CONFIRMED", "NOT THERE", "INCONCLUSIVE"]
 EXIT_CODES: dict[Word, int] = {"pass": 0, "fail": 2, "inconclusive": 3}
-MARGIN = 2.0  # a measurement ends early when its verdict would also hold for an interval so many times as wide
+MARGIN = 2.0  # a measurement ends early when its verdict would also hold for an interval this many times as wide
 
 
 class Requirement(Strict):
@@ -36,11 +37,10 @@ class Outcome(Strict):
 
     @property
     def sentence(self) -> str:
-        """For people, on one line."""
+        """The outcome for people, on one line."""
         wanted, found = self.requirement, self.found
-        interval = f"{found.ratio:.3f} ({found.low:.3f} to {found.high:.3f})"
         note = f"; {self.note}" if self.note else ""
-        return f"{wanted.name}: {interval}, {wanted.sense} {wanted.bound:.4g} wanted: {self.word}{note}"
+        return f"{wanted.name}: {found.text('.3f', '')}, {wanted.sense} {wanted.bound:.4g} wanted: {self.word}{note}"
 
 
 def judge(requirement: Requirement, found: Ratio, doubt: str = "") -> Outcome:
@@ -52,16 +52,42 @@ def judge(requirement: Requirement, found: Ratio, doubt: str = "") -> Outcome:
 
 
 def too_few(replicates: int) -> str:
-    """The doubt about a speed-up of so many replicates; empty where they are enough."""
+    """Why this many replicates decide nothing; empty where they are enough."""
     if replicates >= FEWEST_REPLICATES:
         return ""
     return f"{replicates} replicates, {FEWEST_REPLICATES} are the fewest that decide: give a larger budget"
+
+
+def too_few_before(replicates: int) -> str:
+    """The doubt about whatever is held against a baseline of so many replicates; empty where they are enough."""
+    if replicates >= FEWEST_REPLICATES:
+        return ""
+    return (
+        f"the baseline has {replicates} replicates, {FEWEST_REPLICATES} are the fewest that decide: make it again with "
+        "a larger --budget"
+    )
+
+
+def above_limit(found: Ratio, limit: float | None) -> str:
+    """The doubt about a speed-up whose whole interval is above what is possible; empty where it is not."""
+    if limit is None or found.low <= limit:
+        return ""
+    return f"above its limit of {limit:.3f}, so the measurement is to be distrusted"
 
 
 def worst(words: Iterable[Word]) -> Word:
     """One word for several: a single failure fails, and what is not decided is not passed."""
     found = set(words)
     return "fail" if "fail" in found else "inconclusive" if "inconclusive" in found else "pass"
+
+
+def claim(found: Sequence[Ratio], replicates: int) -> Claim:
+    """What several speed-ups say together; nothing where there are too few replicates."""
+    if replicates < FEWEST_REPLICATES:
+        return "INCONCLUSIVE"
+    if all(ratio.low > 1 for ratio in found):
+        return "CONFIRMED"
+    return "NOT THERE" if any(ratio.high < 1 for ratio in found) else "INCONCLUSIVE"
 
 
 def settled(requirement: Requirement, found: Ratio, replicates: int) -> bool:

@@ -6,7 +6,8 @@ Speaks JSON lines: loads the engine when it is sent a first line, says {"load_s"
 with its raw samples. Imports no torch unless the engine needs it.
 
 TRSP_DEPLOY_PLANT=0.05 makes every call 5% longer by waiting in it: a slow-down whose size is known, with which
-`make bench-proof` tests whether a comparison finds it.
+`make bench-proof` tests whether a comparison finds it. TRSP_DEPLOY_PLANT=pruned=0.05 does so to engines in a folder of
+that name alone: a whole check can be tried.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from trsp_deploy.errors import TrspError
+from trsp_deploy.tools.host_memory import peak_resident_bytes
 from trsp_deploy.tools.measuring.telemetry import gpu_memory_own, gpu_memory_used
 from trsp_deploy.tools.prctl import end_with_parent
 from trsp_deploy.tools.runners import Runner, device_of, open_engine, read_manifest
@@ -33,7 +35,7 @@ def main() -> int:
     """Serve blocks until stdin ends; returns the exit code."""
     end_with_parent()  # while it is paused it would not see its stdin end
     engine = Path(sys.argv[1])
-    planted = float(os.environ.get(PLANTED, "0"))
+    planted = planted_share(os.environ.get(PLANTED, "0"), engine)
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries that print must not get between the replies
     sys.stdin.readline()
@@ -51,6 +53,12 @@ def main() -> int:
     return 0
 
 
+def planted_share(text: str, engine: Path) -> float:
+    """By how much longer this engine's calls are made; text: 0.05, or pruned=0.05 for folders of that name."""
+    name, _, share = text.rpartition("=")
+    return float(share) if name in ("", engine.name) else 0.0
+
+
 def measure_block(runner: Runner, prompt: list[list[int]], new_tokens: int, planted: float = 0.0) -> dict[str, Any]:
     """Prefill a prompt (batch, sequence) once, then decode greedily; seconds, the keys of `results.Block`."""
     input_ids = np.array(prompt, dtype=np.int64)
@@ -62,7 +70,7 @@ def measure_block(runner: Runner, prompt: list[list[int]], new_tokens: int, plan
     decode_s = []
     for _ in range(new_tokens):
         began = time.perf_counter()
-        token = logits[:, -1:].argmax(-1).astype(np.int64)  # (batch, 1); who generates has to choose, too
+        token = logits[:, -1:].argmax(-1).astype(np.int64)  # (batch, 1); generating has to choose, too
         logits = runner.decode(token)
         decode_s.append(_elapsed(began, planted))
         on_device.append(runner.device_s)
@@ -89,11 +97,9 @@ def _on_gpu(engine: Path) -> bool:
 def _peak_memory(used_before: int | None) -> dict[str, int | None]:
     """used_before: on the whole GPU before the engine was loaded; None where it is on none.
 
-    What the GPU holds more since is this process's as long as nobody else starts (`samples.py` asks then alone).
+    What the GPU holds more since is this process's as long as no other process starts (`samples.py` asks only then).
     """
-    # Not ru_maxrss: that one starts from the size of the process that forked this one.
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    peak = peak_resident_bytes()
     on_gpu, used = None, gpu_memory_used()
     if used_before is not None and used is not None:
         own = gpu_memory_own()

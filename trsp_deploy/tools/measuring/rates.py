@@ -8,29 +8,28 @@ from collections.abc import Callable
 
 import torch
 
-from trsp_deploy.recipe import Float
+from trsp_deploy.recipe import Precision
 from trsp_deploy.results import Rates
 from trsp_deploy.tools.runners.huge_pages import in_huge_pages
 
 ROUNDS = 7
 READ_BYTES = {"cpu": 512 << 20, "cuda": 2 << 30}
 SIDE = {"cpu": 2048, "cuda": 8192}
-DTYPES: dict[Float, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @functools.cache
 def measure_rates(device: str) -> Rates | None:
     """The best of a few rounds on "cpu" or "cuda", all cores together; about a second.
 
-    fp32 on a GPU is without TF32, as the engines are; fp16 is not measured on a CPU, where engines compute in fp32.
+    fp32 on a GPU is without TF32, as the engines are; halves are not measured on a CPU, where engines compute in fp32,
+    nor bf16 on a GPU without it. Products in integers are not measured: what binds a phase is then assumed.
     None where torch cannot use the GPU, as engines may without it, or finds no room there: limits are then not known.
     """
     try:
         return fresh_rates(device)
-    except (
-        AssertionError,
-        RuntimeError,
-    ):  # torch's own for a build without CUDA, and for a driver or memory that fails
+    # Torch's own for a build without CUDA, and for a driver or memory that fails.
+    except (AssertionError, RuntimeError):
         if device == "cpu":
             raise
         return None
@@ -40,13 +39,15 @@ def measure_rates(device: str) -> Rates | None:
 
 
 def fresh_rates(device: str) -> Rates:
-    """The same, measured now."""
+    """The rates of this machine, measured now."""
     with in_huge_pages():  # as a CPU engine's weights are
         elements = torch.ones(READ_BYTES[device] // 4, device=device)
     read_s = _best(elements.sum, device)
     del elements
-    products: dict[Float, float] = {}
-    precisions: tuple[Float, ...] = ("fp32",) if device == "cpu" else ("fp32", "fp16")
+    products: dict[Precision, float] = {}
+    precisions: list[Precision] = ["fp32"] if device == "cpu" else ["fp32", "fp16"]
+    if device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        precisions.append("bf16")
     for precision in precisions:
         matrix = torch.ones(SIDE[device], SIDE[device], dtype=DTYPES[precision], device=device)
         products[precision] = 2 * SIDE[device] ** 3 / _best(functools.partial(torch.mm, matrix, matrix), device)

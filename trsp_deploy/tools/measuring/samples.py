@@ -1,10 +1,11 @@
 """Raw samples of dense and pruned on one engine, taken so that nobody has to believe the ratio.
 
 A replicate is a fresh process for each subject. Within it they take turns in an order that a drift of the machine hits
-all alike (`results.TURNS`). Whoever has no turn is stopped by a signal, for thread pools spin on after their work and
-would slow down the next one's (docs/decisions/0011). Dense takes part twice: what it shows against itself is the noise
-floor. Replicates go on until the interval is narrow enough, or every requirement is decided, or the budget is spent.
-Raw samples are kept; `tools/judging/statistics.py` derives the rest.
+all alike (`results.TURNS`). A process that has no turn is stopped by a signal, for thread pools spin on after their
+work and would slow down the next one's (docs/decisions/0011). Dense takes part twice, or where memory has no room for
+that every turn is a fresh process: what dense shows against itself is the noise floor. Replicates go on until the
+interval is narrow enough, or every requirement is decided, or the budget is spent. Raw samples are kept;
+`tools/judging/statistics.py` derives the rest.
 """
 
 from __future__ import annotations
@@ -23,15 +24,16 @@ from trsp_deploy.artifacts import size_bytes
 from trsp_deploy.recipe import BenchSettings, Case
 from trsp_deploy.results import TURNS, Block, Comparison, Rates, Replicate, Stop, Subject
 from trsp_deploy.tools.host_memory import available_host_bytes
-from trsp_deploy.tools.judging.statistics import speedup, speedups
+from trsp_deploy.tools.judging.statistics import FEWEST_REPLICATES, speedup, speedups
 from trsp_deploy.tools.measuring.telemetry import Recorder, gpu_memory_free
 from trsp_deploy.tools.measuring.worker import Worker
 from trsp_deploy.tools.progress import Meter
+from trsp_deploy.tools.runners.manifest import read_manifest
 
 STEADY = 0.97  # a block that is not quicker than this share of the one before needs no more warm-up
 LONGEST_WARMUP = 6  # blocks
 MOST_CYCLES = 50  # in one replicate
-TURN_S = 0.05  # short blocks are repeated until a turn is about so long
+TURN_S = 0.05  # short blocks are repeated until a turn is about this long
 MOST_BLOCKS = 4  # of one shape in a turn
 WARM_SHARE = 4  # a turn begins with a block of a quarter of the tokens, untimed: caches are the other subject's
 CAUTION = 0.85  # of the time that is left is given out: the machine may slow down
@@ -63,11 +65,10 @@ def measure(
     environment: variables for a subject's processes.
     device: "cpu" or "cuda", where the engines run: its memory says whether all of them can be there at once.
     """
-    everyone = _with_control(subjects, settings, device)
+    everyone, together = _arranged(subjects, settings, device)
     starts: dict[Subject, Start] = {
         subject: _start(path, (environment or {}).get(subject, {})) for subject, path in everyone.items()
     }
-    together = _fit_together(list(everyone.values()), device)
     generator = np.random.default_rng(seed)
     work = [(case, _prompt(case, vocabulary, generator)) for case in settings.cases]
     replicates: list[Replicate] = []
@@ -98,6 +99,7 @@ class _Schedule:
     def __init__(self, settings: BenchSettings, decided: Decided | None) -> None:
         self._settings = settings
         self._decided = decided
+        self._wanted = max(settings.replicates, FEWEST_REPLICATES)  # ending with fewer, nothing could be said of them
         self._overhead_s = 0.0  # the longest start of a replicate
         self._cycle_s = 0.0
         self.cycles = 1
@@ -115,14 +117,14 @@ class _Schedule:
         self.blocks = min(MOST_BLOCKS, max(1, round(TURN_S / turn_s)))
         expected_s = len(TURNS[len(replicate.blocks)]) * turn_s * (self.blocks + 1 / WARM_SHARE)
         self._cycle_s = max(expected_s, replicate.cycles_s / self.cycles)
-        share_s = CAUTION * (self._settings.budget_s - now_s) / max(1, self._settings.replicates - done) - overhead_s
+        share_s = CAUTION * (self._settings.budget_s - now_s) / max(1, self._wanted - done) - overhead_s
         self.cycles = min(MOST_CYCLES, max(1, int(min(share_s, CYCLES_SHARE * overhead_s) / self._cycle_s)))
 
     def stop(self, replicates: Sequence[Replicate], now_s: float) -> Stop | None:
         """Why to stop now; None to go on."""
         if len(replicates) < 2:  # one has no interval
             return None
-        if len(replicates) >= self._settings.replicates:
+        if len(replicates) >= self._wanted:
             if self._decided is not None:
                 if self._decided(replicates):
                     return "decided"
@@ -136,19 +138,32 @@ class _Schedule:
         return all(each.found.half_width <= self._settings.precision for each in found.values())
 
 
-def _with_control(subjects: Mapping[Subject, Path], settings: BenchSettings, device: str) -> dict[Subject, Path]:
-    found: dict[Subject, Path] = dict(subjects)
-    if settings.control and _fit_together([subjects["dense"], *subjects.values()], device):
-        found = {"dense": subjects["dense"], "again": subjects["dense"], "pruned": subjects["pruned"]}
-    return found
+def _arranged(
+    subjects: Mapping[Subject, Path], settings: BenchSettings, device: str
+) -> tuple[dict[Subject, Path], bool]:
+    """Who takes part, and whether all of them stay in memory.
+
+    Without room for dense twice every turn has a process of its own: two turns of dense are then the control
+    (`judging.statistics.replicate_ratios`), which two that stay would not have.
+    """
+    if not settings.control:
+        return dict(subjects), _fit_together(list(subjects.values()), device)
+    three: dict[Subject, Path] = {"dense": subjects["dense"], "again": subjects["dense"], "pruned": subjects["pruned"]}
+    if _fit_together(list(three.values()), device):
+        return three, True
+    return dict(subjects), False
 
 
 def _fit_together(engines: Sequence[Path], device: str) -> bool:
     """Whether all of them can be in the device's memory at once."""
     free = gpu_memory_free() if device == "cuda" else None
     available = available_host_bytes() if free is None else free
-    needed = ROOM * sum(size_bytes(engine.parent if engine.is_file() else engine) for engine in engines)
-    return available is None or needed <= available
+    return available is None or ROOM * sum(map(_weights_bytes, engines)) <= available
+
+
+def _weights_bytes(engine: Path) -> int:
+    """Bytes that an engine is loaded from; beside one of TensorRT lies its graph, with the weights once more."""
+    return size_bytes(engine.parent) if engine.is_file() else read_manifest(engine).size_bytes
 
 
 def _start(engine: Path, environment: Mapping[str, str]) -> Start:
@@ -161,7 +176,7 @@ def _prompt(case: Case, vocabulary: int, generator: np.random.Generator) -> list
 
 
 def _rotated(subjects: list[Subject], by: int) -> list[Subject]:
-    """Each subject goes first in one replicate of so many."""
+    """The subjects in an order in which each goes first equally often over the replicates."""
     by %= len(subjects)
     return subjects[by:] + subjects[:by]
 
@@ -262,5 +277,4 @@ def _take(subject: Subject, worker: Worker, work: list[Work], blocks: int, taken
 def _progress(replicates: Sequence[Replicate]) -> str:
     if len(replicates) < 2:
         return "1 replicate"
-    found = speedup(replicates, 0, "total").found
-    return f"{len(replicates)} replicates, {found.ratio:.3f}x ({found.low:.3f} to {found.high:.3f})"
+    return f"{len(replicates)} replicates, {speedup(replicates, 0, 'total').found.text('.3f')}"

@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from trsp_deploy.artifacts import ENGINE_MANIFEST, RUN_MARK, RunLayout, check_is_run, model_of_engine
 from trsp_deploy.decoder import DecoderSize, decoder_size, known_positions, load_config, max_positions
 from trsp_deploy.errors import EngineUnavailable, RunError, nearest
 from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.results import Role
-from trsp_deploy.tools.runners import check_can_run, device_of, read_manifest
-
-RUN_MARK = "recipe.yaml"
-ENGINE_MARK = "manifest.json"
+from trsp_deploy.tools.runners import EngineManifest, check_can_run, check_of_run, device_of, read_manifest
 
 
 @dataclass(frozen=True)
@@ -30,12 +28,12 @@ class Subject:
 
     @property
     def device(self) -> str:
-        """Where it runs: "cpu" or "cuda"."""
+        """Device that the subject runs on: "cpu" or "cuda"."""
         return "cpu" if self.spec is None else device_of(self.spec)
 
     @property
     def name(self) -> str:
-        """For people: the engine's, or of a file that of the folder that it is in, else its own."""
+        """Name for people: the engine's; for a file its folder's, else its own."""
         return (self.path.parent.name or self.path.stem) if self.spec is None else self.spec.name
 
 
@@ -46,14 +44,16 @@ def find_subject(path: Path, role: Role, engine: str | None) -> Subject:
     """
     if path.suffix == ".onnx":
         return _from_onnx(path)
-    if (path / ENGINE_MARK).is_file():
+    if (path / ENGINE_MANIFEST).is_file():
         return _from_engine(path)
-    if (path / RUN_MARK).is_file():
+    if RunLayout(path).is_run:
         return _from_engine(find_engine(path, role, engine))
     if path.is_file():
         raise RunError(f"{path}: is no .onnx file; give an engine folder, a run folder or an .onnx file")
     there = "is a folder without" if path.is_dir() else "is not there, and so has no"
-    raise RunError(f"{path}: {there} {ENGINE_MARK} or {RUN_MARK}; give an engine folder, a run folder or an .onnx file")
+    raise RunError(
+        f"{path}: {there} {ENGINE_MANIFEST} or {RUN_MARK}; give an engine folder, a run folder or an .onnx file"
+    )
 
 
 def _from_onnx(path: Path) -> Subject:
@@ -78,21 +78,27 @@ def _from_onnx(path: Path) -> Subject:
 
 
 def _from_engine(folder: Path) -> Subject:
-    manifest = read_manifest(folder)
-    check_can_run(manifest.spec)
-    # RUN/engines/NAME/ROLE belongs to RUN/ROLE.
-    parents = folder.resolve().parents
-    model = parents[2] / folder.resolve().name if len(parents) > 2 else folder
-    known = (model / "config.json").is_file()
+    manifest = _usable(folder)
+    model = model_of_engine(folder)
+    if model is not None and not (model / "config.json").is_file():
+        model = None
     return Subject(
         path=folder,
         spec=manifest.spec,
         vocabulary=int(manifest.outputs["logits"][1][-1]),
         cuts_logits=any(outcome.changed for outcome in manifest.passes if outcome.name == "cut-logits"),
-        size=decoder_size(model) if known else None,
-        positions=positions_of(model) if known else None,
-        architecture=load_config(model).model_type if known else "",
+        size=None if model is None else decoder_size(model),
+        positions=None if model is None else positions_of(model),
+        architecture="" if model is None else load_config(model).model_type,
     )
+
+
+def _usable(folder: Path) -> EngineManifest:
+    """An engine's manifest; raises EngineUnavailable where it cannot run here or its run has another model by now."""
+    manifest = read_manifest(folder)
+    check_of_run(folder, manifest)
+    check_can_run(manifest.spec)
+    return manifest
 
 
 def positions_of(model: Path) -> int | None:
@@ -101,15 +107,20 @@ def positions_of(model: Path) -> int | None:
 
 
 def find_engine(run: Path, role: Role, name: str | None) -> Path:
-    """Folder of a run's engine, the one named or the first that runs here; raises RunError when there is none."""
-    if not (run / RUN_MARK).is_file():
-        raise RunError(f"{run}: no run of trsp-deploy ({RUN_MARK} is missing)")
+    """Folder of a run's engine, the one named or the first that runs here.
+
+    Raises RunError when there is none, EngineUnavailable when the one named is of another model than the run's.
+    """
+    check_is_run(run)
+    layout = RunLayout(run)
     built = _built(run, (role,))
     if name is None:
-        return run / "engines" / _first_that_runs(run, role, built) / role
+        return layout.engine(_first_that_runs(run, role, built), role)
     if name not in built:
         raise RunError(f"{run}: has no engine '{name}'{nearest(name, built)}; built: {', '.join(built) or 'none'}")
-    return run / "engines" / name / role
+    folder = layout.engine(name, role)
+    check_of_run(folder, read_manifest(folder))
+    return folder
 
 
 def common_engine(dense: Path, pruned: Path) -> str:
@@ -124,7 +135,7 @@ def common_engine(dense: Path, pruned: Path) -> str:
 
 
 def _built(run: Path, roles: Sequence[Role]) -> list[str]:
-    folders = sorted((run / "engines").glob("*"))
+    folders = sorted(RunLayout(run).engines.glob("*"))
     return [folder.name for folder in folders if all((folder / role).is_dir() for role in roles)]
 
 
@@ -132,7 +143,7 @@ def _first_that_runs(run: Path, role: Role, engines: Sequence[str]) -> str:
     reasons = []
     for engine in engines:
         try:
-            check_can_run(read_manifest(run / "engines" / engine / role).spec)
+            _usable(RunLayout(run).engine(engine, role))
             return engine
         except EngineUnavailable as problem:
             reasons.append(f"{engine}: {problem}")

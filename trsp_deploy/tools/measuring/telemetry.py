@@ -1,4 +1,4 @@
-"""What else the machine does while engines are measured: load, clocks, heat, and who shares it.
+"""What else the machine does while engines are measured: load, clocks, heat, and other processes on it.
 
 Nothing is changed: clocks are recorded, not locked.
 """
@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import psutil
 
+from trsp_deploy.artifacts.nvml import visible_gpus
 from trsp_deploy.results import GpuTelemetry, Telemetry
 
 EVERY_S = 1.0
@@ -33,7 +34,7 @@ THROTTLES = {
 
 
 class Recorder:
-    """Samples of the machine, one a second, for the length of a `with` block; they are in `samples`."""
+    """Samples of the machine, one per second, for the length of a `with` block; they are in `samples`."""
 
     def __init__(self) -> None:
         self.samples: list[Telemetry] = []
@@ -80,17 +81,11 @@ def sample(at_s: float) -> Telemetry:
 
 @functools.cache
 def _nvml() -> tuple[ModuleType, Any] | None:
-    """NVIDIA's management library and the first GPU that this process may use; None without a driver."""
+    """NVIDIA's management library and the first GPU that this process may use; None without one."""
     import pynvml
 
-    try:
-        pynvml.nvmlInit()
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
-        if visible and not visible.isdecimal():
-            return pynvml, pynvml.nvmlDeviceGetHandleByUUID(visible.encode())
-        return pynvml, pynvml.nvmlDeviceGetHandleByIndex(int(visible or 0))
-    except pynvml.NVMLError:
-        return None
+    gpus = visible_gpus()
+    return (pynvml, gpus[0].handle) if gpus else None
 
 
 def _gpu() -> GpuTelemetry | None:

@@ -26,7 +26,7 @@ class Worker:
 
     def __init__(self, engine: Path, command: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> None:
         self._engine = engine
-        # No pipe: nobody reads it meanwhile, and a full one would stop the worker.
+        # No pipe: nothing reads it during a block, and a full one would stop the worker.
         self._said = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (closed by `close`)
         self._process = subprocess.Popen(
             command or (sys.executable, "-m", "trsp_deploy.tools.measuring.bench_worker", str(engine)),

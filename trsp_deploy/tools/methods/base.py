@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from trsp_deploy.decoder import decoder_layers
+from trsp_deploy.decoder import decoder_layers, fixed_ends
 from trsp_deploy.errors import ModelError, RecipeError, TextError
 
 
@@ -39,19 +39,19 @@ class Method:
     mixed_precision: bool = False
 
 
-def checked_num_layers(model: PreTrainedModel, windows: torch.Tensor, num_dropped: int) -> int:
-    """Return the model's number of layers.
+def removable_layers(model: PreTrainedModel, windows: torch.Tensor, num_dropped: int) -> tuple[int, ...]:
+    """Return the indices of the layers that may go: all but an end that the model would not survive without.
 
     Raises RecipeError when not at least one layer would go and one stay, TextError when there are no windows.
     """
     num_layers = len(decoder_layers(model))
-    if not 1 <= num_dropped < num_layers:
-        raise RecipeError(
-            f"{num_dropped} of the model's {num_layers} layers cannot be dropped; valid: 1 to {num_layers - 1}"
-        )
+    free = tuple(sorted(set(range(num_layers)) - fixed_ends(model)))
+    most = min(len(free), num_layers - 1)
+    if not 1 <= num_dropped <= most:
+        raise RecipeError(f"{num_dropped} of the model's {num_layers} layers cannot be dropped; valid: 1 to {most}")
     if len(windows) == 0:
         raise TextError("no calibration windows: the calibration text is shorter than one context")
-    return num_layers
+    return free
 
 
 def checked_finite(scores: Iterable[float], what: str) -> list[float]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from trsp_deploy.errors import TextError
+from trsp_deploy.errors import RecipeError, TextError
+from trsp_deploy.tools.closed_form.equations import sink_positions
 from trsp_deploy.tools.closed_form.hidden_states import visit_layers
-from trsp_deploy.tools.closed_form.span import RIDGE, fit_spans, folded, projections_before, sink_positions
+from trsp_deploy.tools.closed_form.span import RIDGE, fit_spans, folded, projections_before
 from trsp_deploy.tools.gates import LayerGates
-from trsp_deploy.tools.methods.base import Selection, checked_finite, checked_num_layers
+from trsp_deploy.tools.methods.base import Selection, checked_finite, removable_layers
 from trsp_deploy.tools.progress import Meter
 from trsp_deploy.tools.training.shared import mean_loss
 
@@ -35,10 +36,15 @@ def select_span_by_folded_loss(
     Raises RecipeError or TextError (`base.py`; also when the windows hold too few tokens to fit a map) or ModelError
     when the architecture cannot be folded. The model is left as it was, to the last bit.
     """
-    num_layers = checked_num_layers(model, windows, num_dropped)
+    free = removable_layers(model, windows, num_dropped)
     fit_windows, held_out = _split(windows)
     distance = checked_finite(span_distances(model, windows, num_dropped, batch_size), "angular distance")
-    ranked = sorted(range(1, num_layers - num_dropped + 1), key=lambda first: distance[first - 1])[:SHORTLIST]
+    candidates = [first for first in free if first and first + num_dropped - 1 in free]
+    if not candidates:
+        raise RecipeError(
+            f"no span of {num_dropped} layers leaves both layer 0 and what cannot go; valid: fewer layers"
+        )
+    ranked = sorted(candidates, key=lambda first: distance[first - 1])[:SHORTLIST]
     spans = [(first, first + num_dropped - 1) for first in ranked]
     fits = fit_spans(model, projections_before(model, spans, fit_windows), fit_windows, batch_size)
     losses: dict[int, float] = {}
@@ -55,7 +61,7 @@ def select_span_by_folded_loss(
         dropped=tuple(range(first, first + num_dropped)),
         scores={
             "angular_distance": [None, *distance],
-            "folded_loss": [losses.get(index) for index in range(num_layers - num_dropped + 1)],
+            "folded_loss": [losses.get(index) for index in range(len(distance) + 1)],
         },
         forward_passes=1 + (len(fit_windows) + len(fits) * len(held_out)) / len(windows),
     )

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from trsp_deploy.tools.closed_form.hidden_states import visit_layers
-from trsp_deploy.tools.methods.base import Selection, checked_finite, checked_num_layers
+from trsp_deploy.tools.methods.base import Selection, checked_finite, removable_layers
 
 
 def select_by_block_influence(
@@ -21,9 +21,9 @@ def select_by_block_influence(
     scores: `block_influence`, one number a layer from 0 (direction kept) to 2. Costs one forward pass.
     Raises RecipeError, TextError or ModelError (`base.py`).
     """
-    num_layers = checked_num_layers(model, windows, num_dropped)
+    free = removable_layers(model, windows, num_dropped)
     influence = checked_finite(block_influence(model, windows, batch_size), "block influence")
-    lowest = sorted(range(num_layers), key=influence.__getitem__)[:num_dropped]
+    lowest = sorted(free, key=influence.__getitem__)[:num_dropped]
     return Selection(tuple(sorted(lowest)), {"block_influence": influence}, forward_passes=1)
 
 

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from trsp_deploy.tools.gates import LayerGates
-from trsp_deploy.tools.methods.base import Selection, checked_finite, checked_num_layers
+from trsp_deploy.tools.methods.base import Selection, checked_finite, removable_layers
 from trsp_deploy.tools.methods.trials import Layers, Trials
 from trsp_deploy.tools.progress import Meter
 from trsp_deploy.tools.training.losses import TokenLosses
@@ -24,14 +24,14 @@ def select_by_removal_loss(
     """Choose `num_dropped` layers greedily, trying every layer that is left in each round.
 
     windows: (windows, sequence) int64. scores: `order` (layers as they went) and `removal_loss` (rounds x layers, nats;
-    None where a layer was gone already). Costs num_layers + (num_layers - 1) + ... forward passes, one a trial,
-    of which each computes what is behind the candidate alone.
+    None where a layer was gone already or may not go). Costs num_layers + (num_layers - 1) + ... forward passes, one a
+    trial, of which each computes what is behind the candidate alone.
     Raises RecipeError, TextError or ModelError (`base.py`).
     """
-    num_layers = checked_num_layers(model, windows, num_dropped)
+    free = removable_layers(model, windows, num_dropped)
     order: list[int] = []
     rounds: list[list[float | None]] = []
-    passes = sum(num_layers - gone for gone in range(num_dropped))
+    passes = sum(len(free) - gone for gone in range(num_dropped))
     batches = math.ceil(len(windows) / batch_size)
     with LayerGates(model) as gates, Meter("sleb", passes * batches) as meter:
         trials = Trials(TokenLosses(model), gates)
@@ -40,11 +40,12 @@ def select_by_removal_loss(
             meter.advance(f"removed {len(order)}, without layer {layers[-1]} {loss:.3f}")
 
         for _ in range(num_dropped):
-            losses = trials.losses([(*order, layer) for layer in gates.open], windows, batch_size, report)
+            candidates = [(*order, layer) for layer in free if layer not in order]
+            losses = trials.losses(candidates, windows, batch_size, report)
             checked_finite(losses.values(), "loss without a layer")
             loss_of = {layers[-1]: loss for layers, loss in losses.items()}
             layer = min(loss_of, key=loss_of.__getitem__)
             gates.closed.add(layer)
             order.append(layer)
-            rounds.append([loss_of.get(index) for index in range(num_layers)])
+            rounds.append([loss_of.get(index) for index in range(len(gates.values))])
     return Selection(tuple(sorted(order)), {"order": order, "removal_loss": rounds}, forward_passes=passes)

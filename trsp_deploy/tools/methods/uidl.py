@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from trsp_deploy.tools.closed_form.hidden_states import visit_layers
-from trsp_deploy.tools.methods.base import Selection, checked_finite, checked_num_layers
+from trsp_deploy.tools.methods.base import Selection, checked_finite, removable_layers
 
 
 def select_span_by_angle(model: PreTrainedModel, windows: torch.Tensor, num_dropped: int, batch_size: int) -> Selection:
@@ -21,13 +21,13 @@ def select_span_by_angle(model: PreTrainedModel, windows: torch.Tensor, num_drop
     scores: `angular_distance`, one number for each first layer of a span, from 0 (same direction) to 1 (opposite).
     Costs one forward pass. Raises RecipeError, TextError or ModelError (`base.py`).
     """
-    num_layers = checked_num_layers(model, windows, num_dropped)
+    free = removable_layers(model, windows, num_dropped)
     states = last_token_states(model, windows, batch_size)  # (layers + 1, windows, hidden)
     distance = checked_finite(
-        (angular_distance(states[i], states[i + num_dropped]) for i in range(num_layers - num_dropped + 1)),
+        (angular_distance(states[i], states[i + num_dropped]) for i in range(len(states) - num_dropped)),
         "angular distance",
     )
-    first = min(range(len(distance)), key=distance.__getitem__)
+    first = min((i for i in free if i + num_dropped - 1 in free), key=distance.__getitem__)
     return Selection(tuple(range(first, first + num_dropped)), {"angular_distance": distance}, forward_passes=1)
 
 

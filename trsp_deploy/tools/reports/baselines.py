@@ -13,12 +13,13 @@ from pydantic import ValidationError, model_validator
 
 from trsp_deploy.artifacts import Provenance, Sealed, provenance
 from trsp_deploy.errors import BaselineError, nearest
-from trsp_deploy.reading import read_json
+from trsp_deploy.reading import read_json, what_is_wrong
 from trsp_deploy.recipe import BenchSettings, Case, Strict
 from trsp_deploy.results import PHASES, Comparison
 from trsp_deploy.tools.judging.goals import Logs
-from trsp_deploy.tools.judging.statistics import FEWEST_REPLICATES, Ratio, interval, replicate_logs, replicate_ratios
-from trsp_deploy.tools.reports.record import QualityReport
+from trsp_deploy.tools.judging.statistics import Ratio, replicate_logs, replicate_ratios, widened
+from trsp_deploy.tools.judging.verdicts import too_few_before
+from trsp_deploy.tools.reports.quality import QualityReport
 from trsp_deploy.tools.runners.requirements import driver_version, instruction_sets
 
 SCHEMA_VERSION = 1
@@ -52,22 +53,23 @@ class Cut(Strict):
 
 
 class EngineBaseline(Strict):
-    """One engine's samples, a value a replicate."""
+    """One engine's samples, one value per replicate."""
 
     settings: BenchSettings
     latency: tuple[Logs, ...]  # log seconds of pruned, for each shape of the settings
     speedup: tuple[Logs, ...]  # log ratios dense / pruned
+    control: tuple[Logs, ...] = ()  # of dense against itself; empty without one, and in files older than this key
     quality: dict[str, QualityReport]  # through the engine, by text
 
     @property
     def replicates(self) -> int:
-        """That its samples are of, at the shape with the fewest."""
+        """Number of replicates that the samples are of, at the shape with the fewest."""
         return min(len(logs["total"]) for logs in self.speedup)
 
     @model_validator(mode="after")
     def _samples_for_every_shape(self) -> EngineBaseline:
         shapes = len(self.settings.cases)
-        for name in ("latency", "speedup"):
+        for name in ("latency", "speedup", *(("control",) if self.control else ())):
             logs = getattr(self, name)
             if len(logs) != shapes or any(len(each.get(phase, ())) < 2 for each in logs for phase in PHASES):
                 raise ValueError(
@@ -99,17 +101,20 @@ def this_machine() -> Machine:
 
 
 def engine_baseline(comparison: Comparison, quality: dict[str, QualityReport]) -> EngineBaseline:
-    """What is kept of a comparison."""
+    """The part of a comparison that a baseline keeps."""
     cases = range(len(comparison.settings.cases))
     replicates = comparison.replicates
+    ratios = [{phase: replicate_ratios(replicates, case, phase) for phase in PHASES} for case in cases]
+    controlled = all(control is not None for phases in ratios for _, control in phases.values())
     return EngineBaseline(
         settings=comparison.settings,
         latency=tuple(
             {phase: tuple(replicate_logs(replicates, "pruned", case, phase)) for phase in PHASES} for case in cases
         ),
-        speedup=tuple(
-            {phase: tuple(replicate_ratios(replicates, case, phase)[0]) for phase in PHASES} for case in cases
-        ),
+        speedup=tuple({phase: tuple(values) for phase, (values, _) in phases.items()} for phases in ratios),
+        control=tuple({phase: tuple(control or ()) for phase, (_, control) in phases.items()} for phases in ratios)
+        if controlled
+        else (),
         quality=quality,
     )
 
@@ -130,14 +135,12 @@ def read_baseline(path: Path) -> Baseline:
     try:
         found = Baseline.model_validate(values)
     except ValidationError as problem:
-        first = problem.errors()[0]
-        where = "".join(f"{part}." for part in first["loc"]).rstrip(".")
-        said = first["msg"].removeprefix("Value error, ")
-        by_hand = (
-            "make it again with `trsp-deploy baseline`, or take its key `sha256` out to use what was edited by hand"
-        )
-        line = f"{where}: {said.lower()}" if where else f"{said}; {by_hand}"
-        raise BaselineError(f"--against {path}: {line}") from problem
+        reason = what_is_wrong(problem, Baseline)
+        # Of the file as a whole there is one check alone, its seal.
+        by_hand = "" if problem.errors()[0]["loc"] else ", or take its key `sha256` out to use what was edited by hand"
+        raise BaselineError(
+            f"--against {path}: {reason}; make it again with `trsp-deploy baseline RUN`{by_hand}"
+        ) from problem
     if not found.engines:
         raise BaselineError(f"--against {path}: engines: holds none; make it again with `trsp-deploy baseline RUN`")
     if unusable := next(_unusable(found), None):
@@ -161,7 +164,7 @@ def _unusable(baseline: Baseline) -> Iterator[str]:
 
 def _samples(part: EngineBaseline) -> Iterator[tuple[str, float]]:
     """Where each sample is in an engine's part, and its value."""
-    for name, shapes in (("latency", part.latency), ("speedup", part.speedup)):
+    for name, shapes in (("latency", part.latency), ("speedup", part.speedup), ("control", part.control)):
         for shape, logs in enumerate(shapes):
             for phase, values in logs.items():
                 for index, value in enumerate(values):
@@ -170,17 +173,18 @@ def _samples(part: EngineBaseline) -> Iterator[tuple[str, float]]:
 
 def speedups_of(part: EngineBaseline) -> list[tuple[Case, Ratio]]:
     """Each shape's speed-up, end to end; a check holds its own against it."""
-    return [(case, interval(logs["total"])) for case, logs in zip(part.settings.cases, part.speedup, strict=True)]
-
-
-def too_few_replicates(part: EngineBaseline) -> list[str]:
-    """A line where a baseline has fewer replicates than decide anything."""
-    if part.replicates >= FEWEST_REPLICATES:
-        return []
+    controls = part.control or ({},) * len(part.speedup)
     return [
-        f"the baseline has {part.replicates} replicates, {FEWEST_REPLICATES} are the fewest that decide: make it again "
-        "with a larger --budget"
+        (case, widened(logs["total"], control.get("total")).found)
+        for case, logs, control in zip(part.settings.cases, part.speedup, controls, strict=True)
     ]
+
+
+def weaknesses(part: EngineBaseline) -> list[str]:
+    """What keeps a baseline from deciding anything, or makes it decide more than it should, a line each."""
+    lines = [] if part.control else ["the baseline has no control: how much noise it was made in is not known"]
+    few = too_few_before(part.replicates)
+    return [few, *lines] if few else lines
 
 
 def check_model(baseline: Baseline, path: Path, here: Cut) -> list[str]:
@@ -197,7 +201,7 @@ def check_model(baseline: Baseline, path: Path, here: Cut) -> list[str]:
 
 
 def engine_of(baseline: Baseline, name: str, path: Path) -> EngineBaseline:
-    """The engine's part; raises BaselineError when it has none."""
+    """A baseline's part of an engine; raises BaselineError when it has none."""
     if name not in baseline.engines:
         hint = nearest(name, baseline.engines)
         raise BaselineError(f"--against {path}: has no engine '{name}'{hint}; it has {', '.join(baseline.engines)}")
@@ -217,10 +221,10 @@ def check_machine(baseline: Baseline, path: Path, option: str) -> None:
 
 
 def other_versions(baseline: Baseline) -> list[str]:
-    """Packages that have another version here, as lines."""
-    before, now = baseline.provenance.packages, provenance().packages
+    """What has another version here, as lines: the toolkit, Python, packages. Hardware is `check_machine`'s concern."""
+    hardware = ("processor", "cores", "GPU", "driver")
     return [
-        f"{name} {before.get(name, 'absent')} in the baseline, {now.get(name, 'absent')} here"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
+        f"{name} {there} in the baseline, {here} here"
+        for name, (there, here) in baseline.provenance.differences(provenance()).items()
+        if name not in hardware
     ]

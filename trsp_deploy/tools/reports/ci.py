@@ -14,7 +14,7 @@ SIGNS: dict[Word, str] = {"pass": "✅", "fail": "❌", "inconclusive": "⚠️"
 
 
 def junit(name: str, outcomes: Sequence[Outcome], seconds: float) -> str:
-    """One test case a requirement: a failure fails, what is not decided is skipped, neither passed nor failed."""
+    """One test case per requirement: a failure fails, what is not decided is skipped, neither passed nor failed."""
     words = [outcome.word for outcome in outcomes]
     root, suite = _suite(name, len(words), words.count("fail"), words.count("inconclusive"), 0, seconds)
     for outcome in outcomes:
@@ -72,7 +72,7 @@ def step_summary(name: str, verdict: Word, outcomes: Sequence[Outcome], notes: S
         wanted, found = outcome.requirement, outcome.found
         lines.append(
             f"| {SIGNS[outcome.word]} {outcome.word} | {wanted.name} | {wanted.sense} {wanted.bound:.4g} "
-            f"| {found.ratio:.3f} ({found.low:.3f} to {found.high:.3f}) {outcome.note} |"
+            f"| {found.text('.3f', '')} {outcome.note} |"
         )
     return "\n".join([*lines, "", *(f"- {note}" for note in notes), ""])
 
@@ -84,7 +84,7 @@ def github_annotations(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def github_error(line: str) -> str:
-    """The same for a check that ended before its verdict."""
+    """GitHub's workflow command for a check that ended before its verdict."""
     return _annotation("error", line)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,21 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from trsp_deploy.artifacts import Provenance
-from trsp_deploy.results import Comparison, Served
-from trsp_deploy.tools.judging.comparisons import Claim, ComparisonReport, notes
+from trsp_deploy.results import Comparison, Perplexity, Served, ZeroShot
+from trsp_deploy.tools.judging.comparisons import ComparisonReport, notes
 from trsp_deploy.tools.judging.statistics import FEWEST_REPLICATES, replicate_ratios
+from trsp_deploy.tools.judging.verdicts import Claim
 from trsp_deploy.tools.reports import plots
-from trsp_deploy.tools.reports.record import EngineReport, QualityReport, Report
-from trsp_deploy.tools.reports.rows import ENGINE_COLUMNS, engine_notes, engine_rows, model_rows, server_notes
+from trsp_deploy.tools.reports.quality import Price, QualityReport
+from trsp_deploy.tools.reports.record import EngineReport, Report, prices
+from trsp_deploy.tools.reports.rows import (
+    ENGINE_COLUMNS,
+    engine_notes,
+    engine_rows,
+    model_rows,
+    provenance_rows,
+    server_notes,
+)
 from trsp_deploy.tools.reports.sweeps import Sweep, answer
 from trsp_deploy.tools.triton_server.served import SERVED_COLUMNS, served_rows, served_sentence
 
@@ -42,13 +51,13 @@ FEW = (
 def render(
     report: Report,
     comparisons: Mapping[str, Comparison],
-    sweep: Sweep | None = None,
+    answers: Mapping[str, Perplexity | ZeroShot] | None = None,
     served: Served | None = None,
 ) -> str:
-    """The page.
+    """The report as one HTML page.
 
     comparisons: raw samples by engine, for the plots and to download.
-    sweep: the sweep that the run belongs to, for its curve. served: raw samples under load, to download.
+    answers: what quality is derived from, by step, to download. served: raw samples under load, to download.
     """
     measured = [engine for engine in report.engines if engine.comparison is not None]
     model = report.model
@@ -62,17 +71,13 @@ def render(
         engine_columns=ENGINE_COLUMNS,
         engine_rows=engine_rows(report),
         absent=[note for note in engine_notes(report) if not note.startswith(tuple(f"{e.name}:" for e in measured))],
-        sweep_plots=[] if sweep is None else sweep_plots(sweep),
-        sweep_answer="" if sweep is None else answer(sweep),
+        sweep_plots=[] if report.sweep is None else sweep_plots(report.sweep),
+        sweep_answer="" if report.sweep is None else answer(report.sweep),
         layer_map=Markup(plots.layers(report.plan)),
         layer_caption=_layer_caption(report),
         model_rows=model_rows(report),
         parity=report.parity,
-        provenance=[
-            *machine_rows(report.provenance, report.model.origin),
-            ("seed", str(report.recipe.seed)),
-            *((f"text {name}", text.origin) for name, text in report.quality.items()),
-        ],
+        provenance=provenance_rows(report),
         served_plot=Markup("" if report.served is None else plots.serving(report.served)),
         served_columns=SERVED_COLUMNS,
         served_rows=[] if report.served is None else served_rows(report.served),
@@ -80,6 +85,7 @@ def render(
         downloads=[
             _download("report.json", report.model_dump_json(indent=2), compress=False),
             *(_download(f"samples-{name}.json.gz", raw.model_dump_json()) for name, raw in comparisons.items()),
+            *([_download("quality.json.gz", _as_json(answers))] if answers else []),
             *([] if served is None else [_download("served.json.gz", served.model_dump_json())]),
         ],
         recipe=yaml.safe_dump(report.recipe.model_dump(mode="json"), sort_keys=False),
@@ -96,7 +102,7 @@ def _sentences(report: Report, measured: list[EngineReport]) -> list[str]:
         opening = FEW if few else OPENINGS[engine.comparison.claim]
         figures = {"ratio": ratio.ratio, "low": ratio.low, "high": ratio.high}
         counts = {"replicates": engine.comparison.replicates, "fewest": FEWEST_REPLICATES}
-        lines.append(opening.format(name=engine.name, **figures, **counts))
+        lines.append(opening.format(name=f"{engine.name}{_aside(engine.comparison)}", **figures, **counts))
         above = [phase.title for phase in engine.comparison.phases if phase.above_limit]
         if above:
             lines.append(f"Above what the hardware allows, so distrust it: {'; '.join(above)}.")
@@ -104,10 +110,27 @@ def _sentences(report: Report, measured: list[EngineReport]) -> list[str]:
         lines.append("Not measured: no engine could run on this machine, so no acceleration is claimed.")
     if report.served is not None:
         lines.append(served_sentence(report.served))
-    if report.quality:
-        costs = ", ".join(f"{_percent(text)} on {name}" for name, text in report.quality.items())
-        lines.append(f"The price: perplexity (how surprised the model is by held-out text) {costs}.")
-    return lines
+    return lines + [_price_sentence(price) for price in prices(report.engines, report.quality) if _costs(price)]
+
+
+def _aside(found: ComparisonReport) -> str:
+    """The shape that a sentence's figures are of, in brackets; empty where it is the only one."""
+    return f" ({found.where.strip()})" if found.where else ""
+
+
+def _price_sentence(price: Price) -> str:
+    return f"The price {price.where}: {'; '.join(_costs(price))}."
+
+
+def _costs(price: Price) -> list[str]:
+    """What the cut costs in perplexity and in accuracy, as far as either was asked for."""
+    costs = []
+    if price.quality:
+        texts = ", ".join(f"{_percent(text)} on {name}" for name, text in price.quality.items())
+        costs.append(f"perplexity (how surprised the model is by held-out text) {texts}")
+    if price.choices is not None:
+        costs.append(f"{price.choices.retained.ratio:.1%} of dense's accuracy on tasks is kept")
+    return costs
 
 
 def _percent(text: QualityReport) -> str:
@@ -128,15 +151,29 @@ def _cards(report: Report, measured: list[EngineReport]) -> list[tuple[str, str]
         assert engine.comparison is not None and engine.dense is not None and engine.pruned is not None
         for phase, what in (("total", "end to end"), ("decode", "each new token"), ("prefill", "reading the prompt")):
             found = engine.comparison.of(phase)  # type: ignore[arg-type]
-            cards.append((f"{found.speedup.ratio:.2f}x", what + _possible(found.speedup.ratio, found.limit)))
+            whose = "" if len(measured) == 1 else f"{engine.name}, "
+            possible = _possible(found.speedup.ratio, found.limit)
+            cards.append((f"{found.speedup.ratio:.2f}x", f"{whose}{what}{engine.comparison.where}{possible}"))
         share = 1 - engine.pruned.size_bytes / engine.dense.size_bytes
         cards.append((f"{share:.0%}", f"smaller: {engine.pruned.size_bytes / 1e6:.0f} MB"))
-    cards += [(f"{text.ratio:.2f}x", f"perplexity on {name}") for name, text in report.quality.items()]
+    return cards + _price_cards(prices(report.engines, report.quality), measured[0].name if measured else None)
+
+
+def _price_cards(found: list[Price], engine: str | None) -> list[tuple[str, str]]:
+    """Of the engine that the other cards are of; where it was not judged the source is named.
+
+    engine: its name; None where none ran.
+    """
+    price = next((price for price in found if price.engine == engine), found[-1])
+    whose = "" if engine is not None and price.engine == engine else f", {price.source}"
+    cards = [(f"{text.ratio:.2f}x", f"perplexity on {name}{whose}") for name, text in price.quality.items()]
+    if price.choices is not None:
+        cards.append((f"{price.choices.retained.ratio:.1%}", "of accuracy retained"))
     return cards
 
 
 def _possible(speedup: float, limit: float | None) -> str:
-    """What stands behind a speed-up: its limit, and where it lies above that, whose work the rest is."""
+    """What stands behind a speed-up: its limit, and where it lies above that, where the rest comes from."""
     if limit is None:
         return ""
     above = round(speedup, 2) > round(limit, 2)  # as they are shown
@@ -146,16 +183,17 @@ def _possible(speedup: float, limit: float | None) -> str:
 def _engine(engine: EngineReport, raw: Comparison) -> dict[str, Any]:
     found: ComparisonReport | None = engine.comparison
     assert found is not None
-    ratios, _ = replicate_ratios(raw.replicates, 0, "total")
+    case = raw.settings.cases.index(found.headline)
+    ratios, _ = replicate_ratios(raw.replicates, case, "total")
     drawn = [
         (
             plots.speedups(found),
             "Speed-up by phase. Where the bar of dense against itself reaches, no difference is seen.",
         ),
-        (plots.samples(raw), f"All {found.blocks:,} blocks: {raw.settings.cases[0].title}."),
+        (plots.samples(raw, case), f"Every block at {found.headline.title}."),
         (
             plots.replicates(raw, found, ratios),
-            "One dot a replicate: fresh processes each time. The band is the interval.",
+            f"One dot a replicate: fresh processes each time. The band is the interval{found.where}.",
         ),
         (plots.telemetry(raw.telemetry), "What else the machine did."),
     ]
@@ -181,17 +219,6 @@ def _layer_caption(report: Report) -> str:
     return f"{learned}{len(plan.dropped)} of {plan.num_layers} layers were dropped ({plan.method})."
 
 
-def machine_rows(made: Provenance, origin: str) -> list[tuple[str, str]]:
-    """Where and with what it was measured."""
-    return [
-        ("model", origin),
-        ("machine", f"{made.cpu}, {made.cores} cores, {made.memory_bytes / 1e9:.0f} GB"),
-        ("GPU", ", ".join(made.gpus) or "none"),
-        ("versions", f"trsp_deploy {made.trsp_deploy}, Python {made.python}"),
-        ("packages", ", ".join(f"{name} {version}" for name, version in made.packages.items())),
-    ]
-
-
 def fill(template: str, **values: Any) -> str:
     """A page from one of the templates beside this file."""
     environment = Environment(
@@ -203,8 +230,12 @@ def fill(template: str, **values: Any) -> str:
     return environment.get_template(template).render(**values)
 
 
+def _as_json(records: Mapping[str, Perplexity | ZeroShot]) -> str:
+    return json.dumps({name: each.model_dump(mode="json") for name, each in records.items()})
+
+
 def _download(name: str, text: str, compress: bool = True) -> dict[str, str]:
-    """A file inside the page."""
+    """A link that downloads a file held inside the page."""
     data = gzip.compress(text.encode(), mtime=0) if compress else text.encode()
     kind = "application/gzip" if compress else "application/json"
     uri = f"data:{kind};base64,{base64.b64encode(data).decode()}"

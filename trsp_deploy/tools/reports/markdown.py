@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from trsp_deploy.tools.reports.record import Report
-from trsp_deploy.tools.reports.rows import ENGINE_COLUMNS, engine_notes, engine_rows, model_rows, server_notes
+from trsp_deploy.tools.reports.rows import (
+    ENGINE_COLUMNS,
+    engine_notes,
+    engine_rows,
+    model_rows,
+    provenance_rows,
+    server_notes,
+    sweep_columns,
+    sweep_row,
+)
+from trsp_deploy.tools.reports.sweeps import answer
 from trsp_deploy.tools.triton_server.served import SERVED_COLUMNS, served_rows
 
 
@@ -20,14 +30,20 @@ def render(report: Report) -> str:
         "",
         f"{'; '.join(case.title for case in bench.cases)}; {bench.new_tokens} tokens a block. Dense, dense again (the "
         "control, where memory allows it) and pruned in turn, in replicates of fresh processes. Speed-up: mean over "
-        "replicates with a 95% bootstrap interval, never narrower than what the control shows. Limit: from bytes and "
-        "operations at this machine's measured rates.",
+        "replicates with a 95% interval (the wider of a bootstrap's and Student's t), never narrower than what the "
+        "control shows. Limit: from bytes and operations at this machine's measured rates, "
+        "or as assumed where an engine's notes say so.",
         "",
     ]
     if report.served is not None:
         lines += ["## On a server", "", f"| {' | '.join(SERVED_COLUMNS)} |", "|" + "---|" * len(SERVED_COLUMNS)]
         lines += [f"| {' | '.join(row)} |" for row in served_rows(report.served)]
         lines += ["", *(f"- {note}" for note in server_notes(report)), ""]
+    if report.sweep is not None:
+        columns = sweep_columns(report.sweep)
+        lines += ["## Other cuts of this model", "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+        lines += [f"| {' | '.join(sweep_row(point))} |" for point in report.sweep.points]
+        lines += ["", answer(report.sweep), ""]
     lines += [
         "## Parity with fp32 PyTorch",
         "",
@@ -39,9 +55,5 @@ def render(report: Report) -> str:
         f"| {p.tokens_equal} of {p.tokens_compared} |"
         for p in report.parity
     ]
-    made = report.provenance
-    versions = ", ".join(f"{name} {version}" for name, version in made.packages.items())
-    machine = f"{made.cpu}, {made.cores} cores, {made.memory_bytes / 1e9:.0f} GB; GPU: {', '.join(made.gpus) or 'none'}"
-    lines += ["", "## Provenance", "", f"- {report.model.origin}", f"- {machine}"]
-    lines += [f"- trsp_deploy {made.trsp_deploy}, Python {made.python}, {versions}", f"- seed {report.recipe.seed}", ""]
+    lines += ["", "## Provenance", "", *(f"- {label}: {value}" for label, value in provenance_rows(report)), ""]
     return "\n".join(lines)

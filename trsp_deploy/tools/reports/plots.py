@@ -75,20 +75,21 @@ def speedups(found: ComparisonReport) -> str:
         axes.set_yticks(range(len(titles)), titles)
         axes.invert_yaxis()
         axes.tick_params(axis="y", length=0)
-        axes.set_xlabel("times as fast as dense (95% interval)")
+        # Beside long titles there is room for a short label.
+        axes.set_xlabel("times as fast (95%)" if several else "times as fast as dense (95% interval)")
         axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1), ncols=3, handlelength=1)
         return _svg(figure, "speedups", "Speed-up of each phase with its 95% interval, its control and its limit")
 
 
-def samples(comparison: Comparison) -> str:
-    """Distribution of every block's time, dense and pruned, at the first shape."""
+def samples(comparison: Comparison, case: int) -> str:
+    """Distribution of every block's time at one shape, by its index, dense and pruned."""
     with rc_context(STYLE):
         figure, panels = _panels(len(PHASES), 4.2)
         for panel, phase in zip(panels, PHASES, strict=True):
             for subject, colour in (("dense", DENSE), ("pruned", PRUNED)):
-                times = np.sort([1e3 * phase_s(block, phase) for block in _blocks(comparison, subject)])  # type: ignore[arg-type]
+                times = np.sort([1e3 * phase_s(block, phase) for block in _blocks(comparison, subject, case)])  # type: ignore[arg-type]
                 panel.plot(times, np.arange(1, len(times) + 1) / len(times), color=colour, label=subject)
-            everything = [1e3 * phase_s(b, phase) for s in ("dense", "pruned") for b in _blocks(comparison, s)]  # type: ignore[arg-type]
+            everything = [1e3 * phase_s(b, phase) for s in ("dense", "pruned") for b in _blocks(comparison, s, case)]  # type: ignore[arg-type]
             panel.set_xlim(0.95 * min(everything), 1.1 * float(np.percentile(everything, 97)))
             panel.set_title(PHASE_TITLES[phase], loc="left")
             panel.set_yticks([0, 0.5, 1], ["0", "half", "all"])
@@ -98,7 +99,7 @@ def samples(comparison: Comparison) -> str:
 
 
 def replicates(comparison: Comparison, found: ComparisonReport, ratios: Sequence[float]) -> str:
-    """Each replicate's end-to-end speed-up in the order taken: a drift or an outlier would show."""
+    """Each replicate's end-to-end speed-up in the order taken, at the headline's shape: drifts and outliers show."""
     with rc_context(STYLE):
         figure, axes = _figure(2.2)
         axes.plot(range(1, len(ratios) + 1), np.exp(ratios), "o", color=PRUNED, markersize=5)
@@ -135,7 +136,7 @@ def layers(plan: PruningPlan) -> str:
 
 
 def telemetry(taken: Sequence[Telemetry]) -> str:
-    """What the machine did meanwhile; empty where nothing was recorded."""
+    """What the machine did during the comparison; empty where nothing was recorded."""
     if len(taken) < 2:
         return ""
     with rc_context(STYLE):
@@ -184,7 +185,7 @@ def serving(found: ServedReport) -> str:
 
 
 def pareto(found: Sweep) -> str:
-    """Perplexity ratio against end-to-end speed-up: a line a text, a number at each point; empty where nothing ran."""
+    """Perplexity ratio against end-to-end speed-up: one line per text, a number at each point; empty if nothing ran."""
     points = [point for point in found.points if point.comparison is not None]
     if not points:
         return ""
@@ -210,7 +211,7 @@ def pareto(found: Sweep) -> str:
             axes.axvline(found.targets.min_speedup, color=LIMIT, linewidth=1, linestyle="--")
         if found.targets.max_ppl_ratio is not None:
             axes.axhline(found.targets.max_ppl_ratio, color=LIMIT, linewidth=1, linestyle="--")
-        axes.set_xlabel("times as fast, end to end")
+        axes.set_xlabel(_end_to_end(found))
         axes.set_ylabel("perplexity, times dense")
         axes.legend(loc="upper left")
         return _svg(figure, "pareto", "Perplexity over dense against end-to-end speed-up for each number of layers")
@@ -235,13 +236,18 @@ def by_count(found: Sweep) -> str:
         axes.axhline(1, color=FAINT, linewidth=1)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("layers dropped")
-        axes.set_ylabel("times as fast, end to end")
+        axes.set_ylabel(_end_to_end(found))
         axes.legend(loc="upper left")
         return _svg(figure, "by-count", "End-to-end speed-up and its limit against the number of layers dropped")
 
 
-def _blocks(comparison: Comparison, subject: Subject) -> list:  # type: ignore[type-arg]
-    return [block for replicate in comparison.replicates for block in replicate.blocks[subject][0]]
+def _end_to_end(found: Sweep) -> str:
+    several = any(point.comparison is not None and point.comparison.where for point in found.points)
+    return "times as fast, end to end" + (", at the shape with the least" if several else "")
+
+
+def _blocks(comparison: Comparison, subject: Subject, case: int) -> list:  # type: ignore[type-arg]
+    return [block for replicate in comparison.replicates for block in replicate.blocks[subject][case]]
 
 
 def _figure(height: float) -> tuple[Figure, Axes]:

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from pydantic import Field
 
 from trsp_deploy.artifacts import Provenance
 from trsp_deploy.recipe import Backend, Precision, Recipe, Strict, shown_name
-from trsp_deploy.results import Parity, Perplexity, PrunedCheckpoint, ZeroShot
+from trsp_deploy.results import Parity, PerplexityParity, PrunedCheckpoint
 from trsp_deploy.tools.judging.comparisons import ComparisonReport, sentence
-from trsp_deploy.tools.judging.statistics import (
-    FEWEST_ITEMS,
-    FEWEST_WINDOWS,
-    PairedAccuracy,
-    Ratio,
-    paired_accuracy,
-    paired_by_documents,
-    perplexity_ratio,
-    retained_accuracy,
-)
 from trsp_deploy.tools.plan import PruningPlan
+from trsp_deploy.tools.reports.quality import ChoicesReport, Price, QualityReport, price_sentences
+from trsp_deploy.tools.reports.sweeps import Sweep
 from trsp_deploy.tools.triton_server.served import ServedReport, served_sentence
 
 SCHEMA_VERSION = 2
@@ -39,46 +32,6 @@ class ModelReport(Strict):
     parameters_pruned: int
     layers_dropped_share: float
     parameters_dropped_share: float
-
-
-class QualityReport(Strict):
-    """Perplexity of both on one text, on the same tokens."""
-
-    origin: str
-    dense_ppl: float
-    pruned_ppl: float
-    ratio: float
-    ratio_low: float
-    ratio_high: float
-    tokens: int
-    context_length: int
-    pairs: Literal["documents", "windows"]  # what the interval's bootstrap draws
-
-    @property
-    def doubt(self) -> str:
-        """Why the interval decides nothing, for people; empty where it does."""
-        windows = self.tokens // max(1, self.context_length - 1)
-        if self.pairs == "documents" or windows >= FEWEST_WINDOWS:
-            return ""
-        return (
-            f"{windows} window{'s' * (windows > 1)} of {self.context_length} tokens, {FEWEST_WINDOWS} are the fewest "
-            "that decide: give more text, or a smaller evaluate.context_length"
-        )
-
-
-class ChoicesReport(Strict):
-    """Both on multiple-choice tasks, on the same items."""
-
-    tasks: dict[str, PairedAccuracy]
-    retained: Ratio  # mean accuracy, pruned / dense
-
-    @property
-    def doubt(self) -> str:
-        """Why the interval decides nothing, for people; empty where it does."""
-        items = sum(task.items for task in self.tasks.values())
-        if items >= FEWEST_ITEMS:
-            return ""
-        return f"{items} items, {FEWEST_ITEMS} are the fewest that decide: ask more with evaluate.task_items"
 
 
 class RemovalReport(Strict):
@@ -112,7 +65,16 @@ class EngineReport(Strict):
     pruned: EngineFigures | None = None
     comparison: ComparisonReport | None = None
     quality: dict[str, QualityReport] = Field(default_factory=dict)  # through the engine, by text
+    to_pytorch: tuple[PerplexityParity, ...] = ()  # its perplexity over PyTorch's, by text and role
     choices: ChoicesReport | None = None  # through the engine; None where no task was asked for
+
+
+class Measured(Strict):
+    """When a figure of the report was taken, and what is another one now that the report is written."""
+
+    step: str  # such as "bench-ort-cpu-fp32"
+    time: str | None  # UTC; None of records that are older than this key
+    differs: dict[str, tuple[str, str]]  # by name: as it was and as it is, such as the version of a package
 
 
 class Report(Strict):
@@ -122,13 +84,27 @@ class Report(Strict):
     verdict: str
     model: ModelReport
     removal: RemovalReport
-    quality: dict[str, QualityReport]
+    quality: dict[str, QualityReport]  # in PyTorch, by text; engines have their own
     engines: tuple[EngineReport, ...]
     served: ServedReport | None = None  # on a Triton server; None where `bench-server` was not run
+    sweep: Sweep | None = None  # that the run is a point of
     parity: tuple[Parity, ...]
     recipe: Recipe
     plan: PruningPlan
-    provenance: Provenance
+    provenance: Provenance  # of writing the report
+    measured: tuple[Measured, ...] = ()  # each measurement that it rests on
+
+
+MEASURING = ("parity-", "bench-", "evaluate-", "zero-shot-")  # how steps begin whose results a report shows
+
+
+def measured_by(made: Mapping[str, Provenance], now: Provenance) -> tuple[Measured, ...]:
+    """What is said of the measurements among steps, by name; now: of who writes the report."""
+    return tuple(
+        Measured(step=step, time=then.time, differs=then.differences(now))
+        for step, then in made.items()
+        if step.startswith(MEASURING)
+    )
 
 
 def model_report(name: str, origin: str, architecture: str, checkpoint: PrunedCheckpoint) -> ModelReport:
@@ -160,40 +136,25 @@ def removal_report(checkpoint: PrunedCheckpoint) -> RemovalReport:
     )
 
 
-def quality_report(dense: Perplexity, pruned: Perplexity) -> QualityReport:
-    """Pair two models on one text."""
-    ratio = perplexity_ratio(dense, pruned)
-    return QualityReport(
-        origin=shown_name(dense.origin),
-        dense_ppl=dense.ppl,
-        pruned_ppl=pruned.ppl,
-        ratio=ratio.ratio,
-        ratio_low=ratio.low,
-        ratio_high=ratio.high,
-        tokens=dense.tokens,
-        context_length=dense.context_length,
-        pairs="documents" if paired_by_documents(dense, pruned) else "windows",
-    )
+def prices(engines: Sequence[EngineReport], quality: Mapping[str, QualityReport]) -> list[Price]:
+    """What the cut costs: through each engine that ran, for that is what is shipped. PyTorch's figures stand only for
+    texts that none of them has read, all of them where none ran.
 
-
-def choices_report(dense: ZeroShot, pruned: ZeroShot) -> ChoicesReport:
-    """Pair two models item by item."""
-    return ChoicesReport(
-        tasks={
-            before.task: paired_accuracy(before, after) for before, after in zip(dense.tasks, pruned.tasks, strict=True)
-        },
-        retained=retained_accuracy(dense, pruned),
-    )
+    quality: PyTorch's, by text.
+    """
+    ran = [engine for engine in engines if engine.comparison is not None]
+    found = [Price(each.name, each.quality, each.choices) for each in ran if each.quality or each.choices is not None]
+    read = {name for engine in ran for name in engine.quality}
+    unread = {name: text for name, text in quality.items() if name not in read}
+    return [*found, Price(None, unread)] if unread or not found else found
 
 
 def verdict(engines: list[EngineReport], quality: dict[str, QualityReport], served: ServedReport | None = None) -> str:
-    """One sentence an engine that ran, one for the server, then what the cut costs."""
+    """One sentence per engine that ran, one for the server, then what the cut costs."""
     sentences = [sentence(engine.name, engine.comparison) for engine in engines if engine.comparison is not None]
     if not sentences:
         sentences = ["NOT MEASURED: no engine could run on this machine, so no acceleration is claimed."]
     if served is not None:
         sentences.append(served_sentence(served))
-    if quality:
-        cost = ", ".join(f"{text.ratio:.2f}x on {name}" for name, text in quality.items())
-        sentences.append(f"Perplexity: {cost}.")
+    sentences += price_sentences(prices(engines, quality))
     return " ".join(sentences)

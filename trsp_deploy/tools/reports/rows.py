@@ -1,11 +1,16 @@
-"""A report as rows of text: what the pages and the terminal show of it."""
+"""A report, or a sweep, as rows of text: what the pages and the terminal show of it."""
 
 from __future__ import annotations
 
-from trsp_deploy.results import PHASES, ROLES
+from collections.abc import Sequence
+
+from trsp_deploy.artifacts import Provenance
+from trsp_deploy.results import PHASES, ROLES, PerplexityParity, Role
 from trsp_deploy.tools.judging.comparisons import ComparisonReport, notes
 from trsp_deploy.tools.judging.goals import PHASE_TITLES
-from trsp_deploy.tools.reports.record import ChoicesReport, QualityReport, Report
+from trsp_deploy.tools.reports.quality import ChoicesReport, budget_text
+from trsp_deploy.tools.reports.record import Report, prices
+from trsp_deploy.tools.reports.sweeps import Point, Sweep, token_s
 from trsp_deploy.tools.triton_server.served import served_notes
 
 FITTED = {"span": " after a fold", "layers": " after a refit"}  # in closed form, before the transfer
@@ -22,8 +27,7 @@ def choice_rows(found: ChoicesReport) -> list[tuple[str, str, str, str]]:
         )
         for name, task in found.tasks.items()
     ]
-    kept = found.retained
-    return [*rows, ("accuracy retained", "", "", f"{kept.ratio:.1%} ({kept.low:.1%} to {kept.high:.1%})")]
+    return [*rows, ("accuracy retained", "", "", found.retained.text(".1%", ""))]
 
 
 def model_rows(report: Report) -> list[tuple[str, str]]:
@@ -53,12 +57,13 @@ def model_rows(report: Report) -> list[tuple[str, str]]:
     for name, text in report.quality.items():
         rows.append(
             (
-                f"perplexity on {name}",
-                f"{text.dense_ppl:.2f} -> {text.pruned_ppl:.2f} = {text.ratio:.2f}x "
-                f"({text.ratio_low:.2f} to {text.ratio_high:.2f}; {text.tokens:,} tokens)",
+                f"perplexity on {name}, PyTorch",
+                f"{text.dense_ppl:.2f} -> {text.pruned_ppl:.2f} = "
+                f"{text.interval.text(more=f'; {text.tokens:,} tokens')}",
             )
         )
-    rows.append(("quality budgets", budget_text(report.quality)))
+    for price in prices(report.engines, report.quality):
+        rows.append((f"quality budgets, {price.source}", budget_text(price)))
     worst = max(report.parity, key=lambda parity: parity.max_error / parity.tolerance, default=None)
     if worst is not None:
         rows.append(
@@ -71,36 +76,44 @@ def model_rows(report: Report) -> list[tuple[str, str]]:
     return rows
 
 
-QUALITY_BUDGETS = (0.99, 0.999)  # of quality kept: MLPerf Inference's accuracy targets
+def provenance_rows(report: Report) -> list[tuple[str, str]]:
+    """With what the report was written, when its figures were taken, and what was another one then."""
+    rows = machine_rows(report.provenance, report.model.origin)
+    times = sorted(each.time for each in report.measured if each.time is not None)
+    if times:
+        rows.append(("measured", times[0] if times[0] == times[-1] else f"{times[0]} to {times[-1]}"))
+    steps: dict[str, list[str]] = {}  # by what differs
+    for each in report.measured:
+        if each.differs:
+            then = ", ".join(f"{name} {was} (now {now})" for name, (was, now) in each.differs.items())
+            steps.setdefault(then, []).append(each.step)
+    rows += [("measured otherwise", f"{then}: {', '.join(names)}") for then, names in steps.items()]
+    rows.append(("seed", str(report.recipe.seed)))
+    return [*rows, *((f"text {name}", text.origin) for name, text in report.quality.items())]
 
 
-def budget_text(quality: dict[str, QualityReport]) -> str:
-    """Whether perplexity on every text stays within each budget: a share kept of q allows a ratio of 1 / q.
-
-    A text that is too short to decide leaves a budget open, unless another misses it.
-    """
-    if not quality:
-        return "no text was evaluated"
-    worst = max(quality.values(), key=lambda text: text.ratio)
-    words = []
-    for share in QUALITY_BUDGETS:
-        met = [text.ratio_high <= 1 / share and not text.doubt for text in quality.values()]
-        missed = any(text.ratio_low > 1 / share and not text.doubt for text in quality.values())
-        words.append(f"{share:.1%} {'kept' if all(met) else 'not kept' if missed else 'not decided'}")
-    return f"{', '.join(words)} (worst text {worst.ratio:.2f}x; they allow 1.01x and 1.001x)"
+def machine_rows(made: Provenance, origin: str) -> list[tuple[str, str]]:
+    """Where, when and with what something was made."""
+    driver = "" if made.driver is None else f", driver {made.driver}"
+    rows = [
+        ("model", origin),
+        ("machine", f"{made.cpu}, {made.cores} cores, {made.memory_bytes / 1e9:.0f} GB"),
+        ("GPU", f"{', '.join(made.gpus)}{driver}" if made.gpus else "none"),
+        ("versions", f"trsp_deploy {made.trsp_deploy}, Python {made.python}"),
+        ("packages", ", ".join(f"{name} {version}" for name, version in made.packages.items())),
+    ]
+    return rows if made.time is None else [*rows, ("written", made.time)]
 
 
 def server_notes(report: Report) -> list[str]:
-    """How serving was measured, and what the engine alone gained, a line each; none where it was not."""
+    """How serving was measured, and what the engine alone gained, one line each; none where it was not."""
     if report.served is None:
         return []
     lines = served_notes(report.served)
     for engine in report.engines:
         if engine.name == report.served.engine and engine.comparison is not None:
-            ratio = engine.comparison.of("total").speedup
-            lines.append(
-                f"the engine alone, one text: {ratio.ratio:.2f}x end to end ({ratio.low:.2f} to {ratio.high:.2f})"
-            )
+            ratio, where = engine.comparison.of("total").speedup, engine.comparison.where or ", one text"
+            lines.append(f"the engine alone{where}: {ratio.text()} end to end")
     return lines
 
 
@@ -108,7 +121,7 @@ ENGINE_COLUMNS = ("engine", "status", "phase", "dense", "pruned", "speed-up (95%
 
 
 def engine_rows(report: Report) -> list[tuple[str, ...]]:
-    """The engines' table: a row a figure, in the order of ENGINE_COLUMNS."""
+    """The engines' table: a row per figure, in the order of ENGINE_COLUMNS."""
     rows: list[tuple[str, ...]] = []
     for engine in report.engines:
         if engine.dense is None or engine.pruned is None:
@@ -119,11 +132,28 @@ def engine_rows(report: Report) -> list[tuple[str, ...]]:
         if engine.comparison is not None:
             rows += [("", "", *row) for row in comparison_rows(engine.comparison)]
         for name, text in engine.quality.items():
-            interval = f"{text.ratio:.2f}x ({text.ratio_low:.2f} to {text.ratio_high:.2f})"
-            rows.append(("", "", f"ppl on {name}", f"{text.dense_ppl:.2f}", f"{text.pruned_ppl:.2f}", interval, "", ""))
+            ratio = text.interval.text()
+            rows.append(("", "", f"ppl on {name}", f"{text.dense_ppl:.2f}", f"{text.pruned_ppl:.2f}", ratio, "", ""))
+        rows += [("", "", *row, "", "") for row in to_pytorch_rows(engine.to_pytorch)]
         if engine.choices is not None:
             rows += [("", "", *row, "", "") for row in choice_rows(engine.choices)]
     return rows
+
+
+def to_pytorch_rows(found: Sequence[PerplexityParity]) -> list[tuple[str, str, str, str]]:
+    """Text, dense, pruned, and the tolerance: an engine's perplexity over PyTorch's of the same model."""
+    by_text: dict[str, dict[Role, PerplexityParity]] = {}
+    for each in found:
+        by_text.setdefault(each.text, {})[each.role] = each
+    return [
+        (
+            f"ppl on {text} to PyTorch",
+            f"{both['dense'].ratio:.4f}x",
+            f"{both['pruned'].ratio:.4f}x",
+            f"within {both['dense'].tolerance:.1%}",
+        )
+        for text, both in by_text.items()
+    ]
 
 
 COMPARISON_COLUMNS = ENGINE_COLUMNS[2:]
@@ -134,27 +164,40 @@ def comparison_rows(found: ComparisonReport) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     several = len(found.phases) > len(PHASES)
     for phase in found.phases:
-        ratio = phase.speedup
         rows.append(
             (
                 phase.title if several else PHASE_TITLES[phase.phase],
                 f"{1e3 * phase.dense_s:.1f} ms",
                 f"{1e3 * phase.pruned_s:.1f} ms",
-                f"{ratio.ratio:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})" + (" (!)" if phase.above_limit else ""),
+                phase.speedup.text() + (" (!)" if phase.above_limit else ""),
                 "" if phase.limit is None else f"{phase.limit:.2f}x",
                 "" if phase.efficiency is None else f"{phase.efficiency:.0%}",
             )
         )
     for phase in found.phases:
+        if phase.device is not None:
+            title = phase.title if several else PHASE_TITLES[phase.phase]
+            rows.append(
+                (
+                    f"{title}, GPU time by CUDA events",
+                    f"{1e3 * phase.device.dense_s:.1f} ms",
+                    f"{1e3 * phase.device.pruned_s:.1f} ms",
+                    phase.device.speedup.text(),
+                    "",
+                    "",
+                )
+            )
+    for phase in found.phases:
         title = phase.title if several else PHASE_TITLES[phase.phase]
         rows += [
             (f"{title}, {name}", f"{1e3 * dense:.1f} ms", f"{1e3 * pruned:.1f} ms", "", "", "")
             for name, (dense, pruned) in phase.tail.items()
-            if name == "p95"
         ]
     decode = found.of("decode")
     rates = (decode.case.batch_size / seconds for seconds in (decode.dense_s, decode.pruned_s))
-    rows.append(("rate", *(f"{rate:.1f} tokens/s" for rate in rates), "", "", ""))
+    rows.append(
+        (f"rate, {decode.case.title}" if several else "rate", *(f"{rate:.1f} tokens/s" for rate in rates), "", "", "")
+    )
     rows.append(("load", *(f"{found.load_s[role]:.2f} s" for role in ROLES), "", "", ""))
     rows.append(("peak memory", *(f"{found.peak_rss_bytes[role] / 1e6:.0f} MB" for role in ROLES), "", "", ""))
     if len(found.gpu_bytes) == len(ROLES):
@@ -163,7 +206,7 @@ def comparison_rows(found: ComparisonReport) -> list[tuple[str, ...]]:
 
 
 def engine_notes(report: Report) -> list[str]:
-    """How each engine was measured, or why it did not run, a line each: nothing is skipped in silence."""
+    """How each engine was measured, or why it did not run, one line each: nothing is skipped in silence."""
     states = {"built": "built, not run", "unavailable": "unavailable"}
     lines = []
     for engine in report.engines:
@@ -171,4 +214,32 @@ def engine_notes(report: Report) -> list[str]:
             lines.append(f"{engine.name}: {states[engine.status]} ({engine.reason})")
         else:
             lines += [f"{engine.name}: {note}" for note in notes(engine.comparison)]
+            unread = [name for name in report.quality if name not in engine.quality]
+            if unread:
+                lines.append(f"{engine.name}: its perplexity on {', '.join(unread)} is not measured")
     return lines
+
+
+def sweep_columns(found: Sweep) -> tuple[str, ...]:
+    """Heads of a sweep's table."""
+    perplexity = (f"perplexity, {text}" for text in found.points[0].quality)
+    return ("layers", "parameters", *perplexity, "end to end", "limit", "ms a token", "peak memory", "size")
+
+
+def sweep_row(point: Point) -> tuple[str, ...]:
+    """One point's figures, in the order of `sweep_columns`."""
+    perplexity = (text.interval.text() for text in point.quality.values())
+    cut = (f"-{point.num_dropped}", f"-{point.parameters_dropped_share:.1%}", *perplexity)
+    found = point.comparison
+    if found is None or point.size_bytes is None:
+        return (*cut, *["not measured"] * 5)
+    total = found.of("total")
+    memory = found.gpu_bytes.get("pruned") or found.peak_rss_bytes["pruned"]
+    return (
+        *cut,
+        total.speedup.text() + (" (!)" if total.above_limit else "") + found.where,
+        "" if total.limit is None else f"{total.limit:.2f}x",
+        f"{1e3 * token_s(found):.1f}",
+        f"{memory / 1e6:.0f} MB",
+        f"{point.size_bytes / 1e6:.0f} MB",
+    )

@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from trsp_deploy.artifacts import Provenance
 from trsp_deploy.recipe import Positive, Strict
 from trsp_deploy.tools.judging.comparisons import ComparisonReport
-from trsp_deploy.tools.reports.record import QualityReport
+from trsp_deploy.tools.reports.quality import QualityReport
+
+SWEEP = "sweep.json"  # of a sweep's folder
 
 
 class Targets(Strict):
@@ -105,10 +107,11 @@ def _speed_wishes(targets: Targets) -> list[Wish]:
 
 
 def _speedup(point: Point) -> float:
+    """At the shape where it is least; no shape's counts for more than its limit."""
     if point.comparison is None:
         return 0.0
-    total = point.comparison.of("total")
-    return total.speedup.ratio if total.limit is None else min(total.speedup.ratio, total.limit)
+    totals = [phase for phase in point.comparison.phases if phase.phase == "total"]
+    return min(min(total.speedup.ratio, total.limit or float("inf")) for total in totals)
 
 
 def _said_speedup(point: Point) -> str:
@@ -118,11 +121,16 @@ def _said_speedup(point: Point) -> str:
     above = (
         "" if total.limit is None or total.speedup.ratio <= total.limit else f", and the limit is {total.limit:.2f}x"
     )
-    return f"{total.speedup.ratio:.2f}x ({total.speedup.low:.2f} to {total.speedup.high:.2f}{above})"
+    return f"{total.speedup.text(more=above)}{point.comparison.where}"
 
 
 def _token_s(point: Point) -> float:
-    return float("inf") if point.comparison is None else point.comparison.of("decode").pruned_s
+    return float("inf") if point.comparison is None else token_s(point.comparison)
+
+
+def token_s(found: ComparisonReport) -> float:
+    """Seconds of a new token of the pruned model, at the slowest of the shapes."""
+    return max(phase.pruned_s for phase in found.phases if phase.phase == "decode")
 
 
 def _good(point: Point, targets: Targets) -> bool:

@@ -3,7 +3,7 @@
     with RunFolder(Path("runs/smollm2-135m-drop8")) as run:
         clean(run, plan_cleaning(run, keep=("engines", "reports")))
 
-Only the parts of PARTS and leftovers are ever removed, and of a link the link alone; the recipe, the plan and the
+Only the parts of CLEANABLE and leftovers are ever removed, and of a link the link alone; the recipe, the plan and the
 records of the steps always stay, so the next run knows what is missing and makes that again.
 """
 
@@ -16,23 +16,15 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from trsp_deploy.artifacts import MANIFEST, RunFolder, RunManifest, files_below, leaves, storage_errors, write_json
+from trsp_deploy.artifacts.layout import CHECKPOINTS, ENGINES, FAILED_LOGS, PARTS, RunLayout, check_is_run
 from trsp_deploy.errors import RunError, nearest
 from trsp_deploy.recipe import Strict
-from trsp_deploy.tools.measuring.subjects import RUN_MARK
 
-# What `--keep` can name -> where it is; one engine is `engines/NAME`.
-PARTS: dict[str, tuple[str, ...]] = {
-    "dense": ("dense",),
-    "pruned": ("pruned",),
-    "onnx": ("onnx",),
-    "engines": ("engines",),
-    "reports": ("report.html", "report.json", "report.md", "served.json"),
-    "plans": ("plans",),  # of a sweep
-}
+CLEANABLE = {part.name: part.paths for part in PARTS if part.cleanable}  # `--keep` names them, or `engines/NAME`
 LEFTOVERS = (
-    "checkpoints",
-    *(f"{place}.*.{state}" for place in ("", "*/", "engines/*/") for state in ("partial", "former")),  # of a kill
-    "engines/*/*-failed.log",
+    CHECKPOINTS,
+    *(f"{place}.*.{state}" for place in ("", "*/", f"{ENGINES}/*/") for state in ("partial", "former")),  # of a kill
+    FAILED_LOGS,
 )
 
 
@@ -65,7 +57,7 @@ def plan_cleaning(run: RunFolder, keep: Sequence[str] | None) -> Cleaning:
     """
     check_run(run.path)
     found = sorted(set(_leftovers(run.path)) | set(_parts(run.path, keep)))
-    names = [path.relative_to(run.path).as_posix() for path in found]
+    names = [run.layout.below(path) for path in found]
     removals = [
         Removal(path=name, size_bytes=_size(path), freed_bytes=_freed([path]))
         for name, path in zip(names, found, strict=True)
@@ -80,8 +72,7 @@ def plan_cleaning(run: RunFolder, keep: Sequence[str] | None) -> Cleaning:
 
 def check_run(folder: Path) -> None:
     """Raise RunError for a folder that is no run."""
-    if not (folder / RUN_MARK).is_file():
-        raise RunError(f"{folder}: no run of trsp-deploy ({RUN_MARK} is missing); nothing is removed")
+    check_is_run(folder, "nothing is removed")
 
 
 def clean(run: RunFolder, plan: Cleaning) -> None:
@@ -94,7 +85,7 @@ def clean(run: RunFolder, plan: Cleaning) -> None:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-        engines = run.path / "engines"
+        engines = run.layout.engines
         for folder in [] if engines.is_symlink() else [*engines.glob("*"), engines]:
             if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
                 folder.rmdir()
@@ -103,17 +94,18 @@ def clean(run: RunFolder, plan: Cleaning) -> None:
 def _parts(run: Path, keep: Sequence[str] | None) -> Iterator[Path]:
     if keep is None:
         return
-    engines = {name for part in keep if (name := part.removeprefix("engines/")) != part}
-    valid = [*PARTS, *(f"engines/{path.name}" for path in sorted((run / "engines").glob("*")) if path.is_dir())]
+    built = RunLayout(run).engines
+    engines = {name for part in keep if (name := part.removeprefix(f"{ENGINES}/")) != part}
+    valid = [*CLEANABLE, *(f"{ENGINES}/{path.name}" for path in sorted(built.glob("*")) if path.is_dir())]
     for part in keep:
         if part not in valid:
             raise RunError(f"--keep {part}: no such part{nearest(part, valid)}; this run has {', '.join(valid)}")
-    for part, names in PARTS.items():
+    for part, names in CLEANABLE.items():
         paths = [run / name for name in names if (run / name).exists() or (run / name).is_symlink()]
         if part in keep:
             continue
-        if part == "engines" and engines:
-            paths = [path for path in (run / "engines").iterdir() if path.name not in engines]
+        if part == ENGINES and engines:
+            paths = [path for path in built.iterdir() if path.name not in engines]
         yield from (path for path in paths if not leaves(run, path.parent))
 
 

@@ -1,7 +1,7 @@
-"""What the training device has, whether a recipe fits, and which other settings would: `--plan-memory`.
+"""What this machine's memories have, whether a job fits, and what else would: `--plan-memory`.
 
-plan = plan_memory(recipe, model_config(recipe.model, print))
-check_memory(plan, recipe, ["selection", "transfer"])   # raises DeviceMemoryError with what would fit
+plan = plan_memory(recipe, model_config(recipe.model, print), engines)
+check_memory(recipe, config, ["selection", "transfer"])   # raises DeviceMemoryError with what would fit
 """
 
 from __future__ import annotations
@@ -9,16 +9,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import torch
+from pydantic import Field
 
 from trsp_deploy.decoder import load_config
-from trsp_deploy.errors import DeviceMemoryError, ModelError, TrspError
+from trsp_deploy.errors import DeviceMemoryError, ModelError
 from trsp_deploy.model_code import CODE, CONFIGS
 from trsp_deploy.reading import read_json, user_path
-from trsp_deploy.recipe import FLOAT_BYTES, Float, Recipe, Strict, override, read_recipe
+from trsp_deploy.recipe import EngineSpec, Recipe, Strict, override, read_recipe
 from trsp_deploy.tools.host_memory import available_host_bytes
+from trsp_deploy.tools.resources.later_memory import Device, LaterStage, later_stages
 from trsp_deploy.tools.resources.memory import MemoryEstimate, Stage, StageMemory
 from trsp_deploy.tools.sources.hub import hub_errors, hub_problem
 from trsp_deploy.tools.sources.model_folders import check_decoder_only
@@ -27,24 +29,49 @@ from trsp_deploy.tools.sources.names import HUB_ID, SHORT_NAMES
 from trsp_deploy.tools.sources.packaged import ASSETS, dequantised_model
 from trsp_deploy.tools.training.shared import has_fast_bf16
 
-Device = Literal["cpu", "cuda"]
-
 GB = 1e9
+NAMES: dict[Device, str] = {"cpu": "main memory", "cuda": "GPU memory"}
+
+
+class Engines(NamedTuple):
+    """The engine specs of a job: those that can be built here, and those that can run, too."""
+
+    built: Sequence[EngineSpec] = ()
+    run: Sequence[EngineSpec] = ()
 
 
 class MemoryPlan(Strict):
-    """What a recipe needs on its training device, and what that has."""
+    """What a job needs on its training device and in main memory, and what these have."""
 
     model: str
     device: Device
     weights: str  # dtype in training
     available_bytes: int | None  # None where it cannot be told, or the device is not in this machine
     stages: tuple[StageMemory, ...]
-    export_bytes: dict[Float, int]  # main memory, by the export's precision
+    at_least: bool = False  # whether activations are missing: this architecture's cannot be told without its data
+    later: tuple[LaterStage, ...] = ()  # exports, engines, evaluation
+    later_available_bytes: dict[Device, int | None] = Field(default_factory=dict)  # where those run
 
     def fits(self, stage: StageMemory) -> bool:
         """Whether a stage's peak is within what is there; what cannot be told is not held against it."""
         return self.available_bytes is None or stage.peak.total_bytes <= self.available_bytes
+
+    def later_fits(self, stage: LaterStage) -> bool:
+        """The same of a stage after training."""
+        there = self.later_available_bytes[stage.device]
+        return there is None or stage.needed_bytes <= there
+
+    def lines(self) -> list[str]:
+        """For people, a line for each memory."""
+        least = "at least " if self.at_least else ""
+        parts = {self.device: [f"{each.stage} {_gb(each.peak.total_bytes)}" for each in self.stages]}
+        for each in self.later:
+            parts.setdefault(each.device, []).append(f"{each.stage} {_gb(each.needed_bytes)}")
+        there = {**self.later_available_bytes, self.device: self.available_bytes}
+        return [
+            f"needs {least}{NAMES[device]}: {', '.join(each)}; {_gb(there[device])} there"
+            for device, each in parts.items()
+        ]
 
     def summary(self) -> dict[str, Any]:
         """The figures for scripts, as `--json` prints them."""
@@ -58,7 +85,11 @@ class MemoryPlan(Strict):
             }
             for stage in self.stages
         }
-        return {"memory": {**self.model_dump(exclude={"stages"}), "stages": stages}}
+        later = {
+            stage.stage: {"needed_bytes": stage.needed_bytes, "fits": self.later_fits(stage), "device": stage.device}
+            for stage in self.later
+        }
+        return {"memory": {**self.model_dump(exclude={"stages", "later"}), "stages": stages, "later": later}}
 
 
 def model_config(name: str, progress: Callable[[str], None]) -> Any:
@@ -94,29 +125,61 @@ def _config_from_hub(name: str, repo: str) -> Path:
         ) from problem
 
 
-def plan_memory(recipe: Recipe, config: Any, dropped: tuple[int, ...] | None = None) -> MemoryPlan:
-    """Estimate both stages; dropped: the plan's layers, once they are known.
+def plan_memory(
+    recipe: Recipe, config: Any, dropped: tuple[int, ...] | None = None, engines: Engines | None = None
+) -> MemoryPlan:
+    """Estimate selection and transfer, and where `engines` are given what comes after them.
 
-    Raises ModelError for an architecture whose activations cannot be counted without its data.
+    dropped: the plan's layers, once they are known.
     """
-    return _plan(recipe, _estimate(recipe, config, dropped))
+    return _plan(recipe, _estimate(recipe, config, dropped), engines)
 
 
 def check_memory(
-    recipe: Recipe, config: Any, stages: Sequence[Stage], dropped: tuple[int, ...] | None = None
+    recipe: Recipe,
+    config: Any,
+    stages: Sequence[str],
+    dropped: tuple[int, ...] | None = None,
+    engines: Engines | None = None,
 ) -> MemoryPlan:
     """Raise DeviceMemoryError, one line with settings that would fit, when one of `stages` needs more than there is."""
     estimate = _estimate(recipe, config, dropped)
-    plan = _plan(recipe, estimate)
+    plan = _plan(recipe, estimate, engines)
+    _refuse(recipe, estimate, plan, stages, engines)
+    return plan
+
+
+def check_plan(
+    recipe: Recipe,
+    config: Any,
+    plan: MemoryPlan,
+    dropped: tuple[int, ...] | None = None,
+    engines: Engines | None = None,
+) -> None:
+    """Raise DeviceMemoryError, as `check_memory` does, when a stage of a plan needs more than there is."""
+    stages = [*(stage.stage for stage in plan.stages), *(stage.stage for stage in plan.later)]
+    _refuse(recipe, _estimate(recipe, config, dropped), plan, stages, engines)
+
+
+def _refuse(
+    recipe: Recipe, estimate: MemoryEstimate, plan: MemoryPlan, stages: Sequence[str], engines: Engines | None
+) -> None:
+    roughly = "at least" if plan.at_least else "about"
     problems = [
-        f"{stage.stage} needs about {stage.peak.total_bytes / GB:.1f} GB of {plan.device} memory and "
+        f"{stage.stage} needs {roughly} {stage.peak.total_bytes / GB:.1f} GB of {NAMES[plan.device]} and "
         f"{(plan.available_bytes or 0) / GB:.1f} GB are there; {_advice(recipe, estimate, plan, stage.stage)}"
         for stage in plan.stages
         if stage.stage in stages and not plan.fits(stage)
     ]
+    too_large = [stage for stage in plan.later if stage.stage in stages and not plan.later_fits(stage)]
+    if too_large:
+        sizes = ", ".join(f"{stage.stage} needs about {stage.needed_bytes / GB:.1f} GB" for stage in too_large)
+        device = too_large[0].device
+        there = (plan.later_available_bytes[device] or 0) / GB
+        advice = _other_engines(recipe, estimate, plan, engines)
+        problems.append(f"{sizes} of {NAMES[device]} and {there:.1f} GB are there; {advice}")
     if problems:
         raise DeviceMemoryError(f"{'; '.join(problems)}; --plan-memory shows the parts, --ignore-memory runs anyway")
-    return plan
 
 
 def _estimate(recipe: Recipe, config: Any, dropped: tuple[int, ...] | None) -> MemoryEstimate:
@@ -126,23 +189,24 @@ def _estimate(recipe: Recipe, config: Any, dropped: tuple[int, ...] | None) -> M
     return MemoryEstimate(config, device, fast, dropped)
 
 
-def _plan(recipe: Recipe, estimate: MemoryEstimate) -> MemoryPlan:
-    try:
-        stages = estimate.stages(recipe)
-    except TrspError:
-        raise
-    except Exception as problem:  # a model's own code, for which it is no mistake to want data
-        architecture = type(estimate.config).__name__.removesuffix("Config")
-        raise ModelError(f"{architecture}: its memory cannot be told without its data") from problem
+def _plan(recipe: Recipe, estimate: MemoryEstimate, engines: Engines | None) -> MemoryPlan:
+    stages = estimate.stages(recipe)
     device = _device(recipe)
+    later = _later(recipe, estimate, engines) if engines is not None else ()
     return MemoryPlan(
         model=recipe.public.model,
         device=device,
         weights=recipe.weights,
         available_bytes=available_bytes(device),
         stages=stages,
-        export_bytes={precision: estimate.export_bytes(precision) for precision in FLOAT_BYTES},
+        at_least=estimate.at_least,
+        later=later,
+        later_available_bytes={each: available_bytes(each) for each in dict.fromkeys(stage.device for stage in later)},
     )
+
+
+def _later(recipe: Recipe, estimate: MemoryEstimate, engines: Engines) -> tuple[LaterStage, ...]:
+    return later_stages(recipe, estimate.config, estimate.counts, engines.built, engines.run, _device(recipe))
 
 
 def _device(recipe: Recipe) -> Device:
@@ -168,6 +232,18 @@ def _advice(recipe: Recipe, estimate: MemoryEstimate, plan: MemoryPlan, stage: S
     return "no setting of this recipe would fit: take a smaller model or a larger device"
 
 
+def _other_engines(recipe: Recipe, estimate: MemoryEstimate, plan: MemoryPlan, engines: Engines | None) -> str:
+    """Each engine that would fit were it the only one, with what its highest stage needs."""
+    within = []
+    for spec in engines.built if engines is not None else ():
+        alone = _later(recipe, estimate, Engines([spec], [spec] if engines and spec in engines.run else []))
+        if all(map(plan.later_fits, alone)):
+            within.append(f"--engine {spec.name} alone ({max(each.needed_bytes for each in alone) / GB:.1f} GB)")
+    return (
+        f"would fit: {', or '.join(within)}" if within else "no engine of this recipe would fit: take a larger machine"
+    )
+
+
 def _limit(plan: MemoryPlan) -> int:
     assert plan.available_bytes is not None  # else everything fits and nobody asks
     return plan.available_bytes
@@ -180,6 +256,8 @@ def _changes(recipe: Recipe, stage: Stage) -> list[list[str]]:
     smaller = [[f"{group}.batch_size=1"]] if batch > 1 else []
     half = [["weights=bf16"]] if recipe.weights == "fp32" else []
     transfer = recipe.transfer
+    if stage == "transfer" and transfer.form in ("anneal", "train"):  # the same training, a window at a time
+        smaller = [["transfer.micro_batch=1"]] if transfer.forward_batch > 1 else []
     plain = [["transfer.refit=none"]] if stage == "transfer" and transfer.closed_form != "none" else []
     if stage == "selection" or transfer.form == "none":
         return smaller + half + plain
@@ -203,6 +281,10 @@ def _peak(recipe: Recipe, estimate: MemoryEstimate, changes: list[list[str]], st
 
 def _options(changes: list[list[str]]) -> str:
     return " ".join(f"--set {setting}" for change in changes for setting in change)
+
+
+def _gb(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / GB:.2f} GB"
 
 
 # -- what there is -----------------------------------------------------------------------------------------------------

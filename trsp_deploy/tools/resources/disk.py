@@ -1,7 +1,7 @@
 """How much disk a run will need, by stage, before anything is written.
 
     plan = plan_disk(Path("runs/opt-6.7b-drop8"), recipe, config, specs)
-    check_disk(plan, recipe)   # raises StorageError with what would fit
+    check_disk(plan, {})   # raises StorageError with what would fit
 
 From the model's config and the engine specs alone; docs/memory.md has the formulae and what was measured. Stages whose
 files are there already count nothing: made again, they take the place of the old ones once they are whole.
@@ -9,13 +9,13 @@ files are there already count nothing: made again, they take the place of the ol
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from trsp_deploy.artifacts import RunLayout, free_bytes, nearest_existing
 from trsp_deploy.decoder import WeightCounts, count_config
 from trsp_deploy.errors import StorageError
 from trsp_deploy.recipe import FLOAT_BYTES, EngineSpec, Float, Recipe, Strict, parse_drop
@@ -28,6 +28,7 @@ GB = 1e9
 TOKENIZER_BYTES = 72  # a token, in tokenizer.json and vocabulary files; SmolLM2's 49,152 take 3.5 MB
 GRAPH_BYTES = 30_000  # a layer, in an exported ONNX file; 24 to 35 kB were seen
 ENGINE_GRAPH_BYTES = 7_000  # a layer, fused
+EIGHT_BIT_BYTES = 1.125  # a number in 8 bits, 32 of which share a scale
 TENSORRT_LOG_BYTES = 200_000  # a layer: build.log with every kernel
 REPORT_BYTES = 150_000  # pages, records and raw samples of a short run
 
@@ -82,6 +83,7 @@ def plan_disk(
     of the graphs in `onnx/dense`, else of the first spec. free: bytes; None asks the disk that `run` is or would be on.
     Raises RecipeError when the recipe's `drop` does not suit the model.
     """
+    layout = RunLayout(run)
     dense = counts_of(config)
     dropped = parse_drop(recipe.drop, len(dense.layers))
     pruned = _without(dense, dropped)
@@ -91,48 +93,75 @@ def plan_disk(
     shared = bool(config._name_or_path) and _shares_blocks(Path(config._name_or_path), run)
     stages = [
         StageDisk(
-            stage="dense", kept_bytes=0 if shared else width * dense.total + words, there=(run / "dense").is_dir()
+            stage="dense", kept_bytes=0 if shared else width * dense.total + words, there=layout.model("dense").is_dir()
         ),
         StageDisk(
             stage="pruned",
             kept_bytes=width * pruned.total + words,
             scratch_bytes=_checkpoint(recipe, dense),
-            there=(run / "pruned").is_dir(),
+            there=layout.model("pruned").is_dir(),
         ),
     ]
     for precision in dict.fromkeys(spec.graph_precision for spec in specs):
         kept = sum(_graph(counts[role], precision) + words for role in ROLES)
-        folders = [
-            run / "onnx" / (role if precision == (plain or specs[0].graph_precision) else f"{role}-{precision}")
-            for role in ROLES
-        ]
-        there = all(folder.is_dir() for folder in folders)
+        there = all(layout.onnx(role, precision, plain or specs[0].graph_precision).is_dir() for role in ROLES)
         # The copy of an fp16 graph that reads the calibration text in fp32.
         scratch = _graph(dense, precision) if precision == "fp16" else 0
         stages.append(StageDisk(stage=f"onnx {precision}", kept_bytes=kept, scratch_bytes=scratch, there=there))
     for spec in specs:
         kept = sum(_engine(spec, counts[role]) for role in ROLES)
-        there = all((run / "engines" / spec.name / role).is_dir() for role in ROLES)
+        there = all(layout.engine(spec.name, role).is_dir() for role in ROLES)
         # Two graphs at a time while the passes run; then an engine in floats, as large as one, takes a place of these.
         graphs = 0 if not spec.fuse and spec.precision == spec.graph_precision else 1
         graphs += spec.precision != spec.graph_precision
         scratch = graphs * _graph(dense, spec.graph_precision)
         stages.append(StageDisk(stage=f"engine {spec.name}", kept_bytes=kept, scratch_bytes=scratch, there=there))
-    stages.append(StageDisk(stage="report", kept_bytes=REPORT_BYTES, there=(run / "report.json").is_file()))
-    if free is None:
-        free = shutil.disk_usage(next(path for path in (run, *run.absolute().parents) if path.exists())).free
-    return DiskPlan(run=str(run), free_bytes=free, stages=tuple(stages))
+    stages.append(StageDisk(stage="report", kept_bytes=REPORT_BYTES, there=layout.report.is_file()))
+    return DiskPlan(run=str(run), free_bytes=free_bytes(run) if free is None else free, stages=tuple(stages))
 
 
-def check_disk(plan: DiskPlan, recipe: Recipe, config: Any, specs: Sequence[EngineSpec]) -> None:
-    """Raise StorageError, one line with what would fit, when the run needs more disk than is free."""
+def plan_sweep(
+    folder: Path,
+    recipe: Recipe,
+    config: Any,
+    specs: Sequence[EngineSpec],
+    counts: Sequence[int],
+    plain: Float | None = None,
+    free: int | None = None,
+) -> DiskPlan:
+    """Estimate a sweep, a run for each number of layers; the arguments are those of `plan_disk`.
+
+    folder: of the sweep. A run's graphs and engines of the dense model are copies (sweep.py: EXTERNAL_DATA).
+    """
+    stages = []
+    for count in counts:
+        one = plan_disk(
+            folder / f"drop-{count}", recipe.model_copy(update={"drop": str(count)}), config, specs, plain, free
+        )
+        kept = sum(stage.kept_bytes for stage in one.stages if not stage.there)
+        stages.append(
+            StageDisk(
+                stage=f"drop-{count}",
+                kept_bytes=kept or one.total_bytes,
+                scratch_bytes=one.needed_bytes - kept,
+                there=not kept,
+            )
+        )
+    return DiskPlan(run=str(folder), free_bytes=free_bytes(folder) if free is None else free, stages=tuple(stages))
+
+
+def check_disk(plan: DiskPlan, alone: Mapping[str, DiskPlan]) -> None:
+    """Raise StorageError, one line with what would fit, when the job needs more disk than is free.
+
+    alone: the same job with one engine, by the engine's name.
+    """
     if plan.needed_bytes <= plan.free_bytes:
         return
-    advice = []
-    for spec in specs:
-        one = plan_disk(Path(plan.run), recipe, config, [spec], free=plan.free_bytes)
-        if len(specs) > 1 and one.needed_bytes <= one.free_bytes:
-            advice.append(f"--engine {spec.name} alone ({_gb(one.needed_bytes)})")
+    advice = [
+        f"--engine {name} alone ({_gb(one.needed_bytes)})"
+        for name, one in alone.items()
+        if len(alone) > 1 and one.needed_bytes <= one.free_bytes
+    ]
     if Path(plan.run).is_dir():
         advice.append(f"`trsp-deploy clean {plan.run}` and --keep to free what it holds")
     advice.append("--out on a larger disk")
@@ -156,7 +185,8 @@ def _without(dense: WeightCounts, dropped: int) -> WeightCounts:
     return dense.model_copy(update={"total": dense.total - gone, "layers": dense.layers[dropped:]})
 
 
-def _tied(counts: WeightCounts) -> bool:
+def tied(counts: WeightCounts) -> bool:
+    """Whether the LM head is the embedding."""
     return counts.total < sum(counts.layers) + counts.lm_head + counts.embeddings
 
 
@@ -166,21 +196,27 @@ def _graph(counts: WeightCounts, precision: Float) -> int:
 
 def _engine(spec: EngineSpec, counts: WeightCounts) -> int:
     """Both what runs and, of TensorRT, the graph that it was compiled from and the log."""
-    _, layers, head, _ = stored_by(spec)
-    width = FLOAT_BYTES[spec.graph_precision]
-    if spec.precision in ("fp32", "fp16", "bf16"):
-        # A tied head is stored a second time, the way its product wants it.
-        weights = width * (counts.total + (counts.lm_head if _tied(counts) else 0))
-    else:
-        table = layers if spec.precision == "int4" and not spec.backend.startswith("tensorrt") else width
-        weights = round(layers * sum(counts.layers) + head * counts.lm_head + table * counts.embeddings)
+    weights = weights_bytes(spec, counts)
     size = weights + ENGINE_GRAPH_BYTES * len(counts.layers)
     if spec.backend.startswith("tensorrt"):
         changed = spec.fuse or spec.cache_length is not None or spec.precision in ("bf16", "int8", "int4")
         quantised = spec.precision in ("int8", "int4")
-        graph = weights if quantised else width * counts.total
+        graph = weights if quantised else FLOAT_BYTES[spec.graph_precision] * counts.total
         size += (graph if changed else 0) + TENSORRT_LOG_BYTES * len(counts.layers)
     return size
+
+
+def weights_bytes(spec: EngineSpec, counts: WeightCounts) -> int:
+    """Weights of an engine, as it keeps them in its file and in memory."""
+    kept = stored_by(spec)
+    layers, head = kept.layers, kept.head
+    width = FLOAT_BYTES[spec.graph_precision]
+    if spec.precision in ("fp32", "fp16", "bf16"):
+        # A tied head is stored a second time, the way its product wants it.
+        return width * (counts.total + (counts.lm_head if tied(counts) else 0))
+    packed = spec.precision == "int4" and not spec.backend.startswith("tensorrt")
+    table = {4: layers, 8: EIGHT_BIT_BYTES, 32: width}[spec.embedding_bits] if packed else width
+    return round(layers * sum(counts.layers) + head * counts.lm_head + table * counts.embeddings)
 
 
 def _checkpoint(recipe: Recipe, dense: WeightCounts) -> int:
@@ -190,18 +226,17 @@ def _checkpoint(recipe: Recipe, dense: WeightCounts) -> int:
         return 0
     width = TRAINING_DTYPES[recipe.weights].itemsize
     moves = settings.form == "anneal" and settings.closed_form != "none"
-    kept_back = sum(dense.layers) if moves and width < 4 else 0  # of weights that move in less than fp32
+    residue = sum(dense.layers) if moves and width < 4 else 0  # of weights that move in less than fp32
     if settings.lora_rank is not None:  # adapters are small, and what moves under them is not
-        return 2 * width * ((sum(dense.layers) if moves else 0) + kept_back)
+        return 2 * width * ((sum(dense.layers) if moves else 0) + residue)
     trained = dense.total if settings.train == "all" else sum(dense.layers)
     moment = MOMENT_8BIT_BYTES if settings.optimizer == "adamw-8bit" else width
-    return round(2 * (trained * (width + 2 * moment) + width * kept_back))
+    return round(2 * (trained * (width + 2 * moment) + width * residue))
 
 
 def _shares_blocks(source: Path, run: Path) -> bool:
     """Whether the dense copy can be hard links, which it is on one file system."""
-    place = next(path for path in (run, *run.absolute().parents) if path.exists())
-    return source.is_dir() and source.stat().st_dev == place.stat().st_dev
+    return source.is_dir() and source.stat().st_dev == nearest_existing(run).stat().st_dev
 
 
 def _gb(size: int) -> str:

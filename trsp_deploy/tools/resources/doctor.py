@@ -7,7 +7,6 @@ import importlib
 import importlib.metadata
 import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -18,14 +17,14 @@ import psutil
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from trsp_deploy.errors import EngineSpecError, EngineUnavailable
+from trsp_deploy.errors import EngineSpecError, EngineUnavailable, one_line
 from trsp_deploy.recipe import Backend, EngineSpec, Strict
 from trsp_deploy.tools.exporters import optimum
 from trsp_deploy.tools.host_memory import available_host_bytes
 from trsp_deploy.tools.library import engine_names, load_engine_spec
 from trsp_deploy.tools.runners import BACKENDS, check_can_build, check_can_run
 from trsp_deploy.tools.runners.ort_session import create_session
-from trsp_deploy.tools.runners.requirements import cuda_devices, load_package, one_line
+from trsp_deploy.tools.runners.requirements import cuda_devices, driver_version, load_package
 
 State = Literal["ok", "missing", "conflict", "warning"]
 
@@ -201,16 +200,7 @@ def _gpu() -> Finding:
     except EngineUnavailable as problem:
         return Finding(subject="gpu", state="missing", detail=str(problem))
     names = "; ".join(f"{d.name} ({d.compute_capability}, {d.memory_bytes / 2**30:.0f} GiB)" for d in devices)
-    return Finding(subject="gpu", state="ok", detail=f"{names}; driver {_driver_version()}")
-
-
-def _driver_version() -> str:
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split()
-        if answer:
-            return answer[0]
-    return "unknown (no answer from nvidia-smi)"
+    return Finding(subject="gpu", state="ok", detail=f"{names}; driver {driver_version() or 'unknown'}")
 
 
 def _disk(folder: Path) -> Finding:

@@ -1,6 +1,6 @@
-"""How much memory selection and transfer will need on the training device, and an export, before weights are loaded.
+"""How much memory selection and transfer will need on the training device, before weights are loaded.
 
-    estimate = MemoryEstimate(config, "cuda")
+    estimate = MemoryEstimate(config, "cuda", fast_bf16=True)
     [stage.peak.total_bytes for stage in estimate.stages(recipe)]
 
 A stage has a few moments at which memory is high, each a sum of weights, gradients, optimiser state, the teacher's
@@ -20,7 +20,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from trsp_deploy.decoder import cache_per_token, count_weights, decoder_layers, meta_model
-from trsp_deploy.recipe import FLOAT_BYTES, Float, Recipe, Strict, parse_drop
+from trsp_deploy.errors import TrspError
+from trsp_deploy.recipe import FLOAT_BYTES, Recipe, Strict, parse_drop
 from trsp_deploy.tools.closed_form.span import spans_at_a_time
 from trsp_deploy.tools.methods.fold import SHORTLIST
 from trsp_deploy.tools.resources.rehearsal import (
@@ -47,8 +48,6 @@ WRITING_SCORES = 5  # logits, scores, and what softmax and sampling make of them
 TEACHER_SLICES = 2  # the dense model's logits and probabilities
 MOMENT_8BIT_BYTES = 1 + 4 / 256  # a parameter: 8 bits, and an fp32 scale for each 256 of them
 SHARD_BYTES = 5 * 10**9  # of transformers' save_pretrained
-EXPORT_LIBRARIES_BYTES = 530_000_000  # torch, transformers, Optimum, and the graph; `make bench-memory` measures
-EXPORT_COPIES = 3  # of the largest matrix
 DOUBLE = 8  # equations are in float64
 
 
@@ -94,7 +93,9 @@ class MemoryEstimate:
 
     config: transformers' config of the dense model. device: "cpu" or "cuda". fast_bf16: whether `autocast: auto` means
     bf16 there. dropped: the plan's layers, once they are known.
-    What was rehearsed for one recipe is not rehearsed again for the next. `stages` raises what `rehearse` does.
+    What was rehearsed for one recipe is not rehearsed again for the next.
+    at_least: whether `stages` came to an architecture whose steps cannot be rehearsed without data, as most mixtures of
+    experts; activations are then not in what it returns, weights, gradients and optimiser state are.
     """
 
     def __init__(self, config: Any, device: str, fast_bf16: bool, dropped: tuple[int, ...] | None = None) -> None:
@@ -102,9 +103,9 @@ class MemoryEstimate:
         self.device = device
         self.fast_bf16 = fast_bf16
         self.dropped = dropped
+        self.at_least = False
         skeleton = meta_model(copy.deepcopy(config))
         self.counts = count_weights(skeleton)
-        self._largest = max(weight.numel() for weight in skeleton.parameters())
         self._buffers_bytes = sum(buffer.nbytes for buffer in skeleton.buffers())
         self._linear = [_shape(module) for module in decoder_layers(skeleton)[0].modules() if _is_linear(module)]
 
@@ -114,16 +115,6 @@ class MemoryEstimate:
             StageMemory(stage="selection", moments=self._with_slack(self._selection(recipe))),
             StageMemory(stage="transfer", moments=self._with_slack(self._transfer(recipe))),
         )
-
-    def export_bytes(self, precision: Float) -> int:
-        """Main memory of an export by Optimum's exporter, which never holds the weights.
-
-        Of an fp16 graph a text is read in fp32 afterwards: its file is mapped then, and one matrix at a time is fp32.
-        """
-        if precision == "fp16":
-            mapped = FLOAT_BYTES[precision] * self.counts.total
-            return EXPORT_LIBRARIES_BYTES + mapped + EXPORT_COPIES * FLOAT_BYTES["fp32"] * self._largest
-        return EXPORT_LIBRARIES_BYTES + EXPORT_COPIES * FLOAT_BYTES[precision] * self._largest
 
     def _with_slack(self, moments: list[Moment]) -> tuple[Moment, ...]:
         share = SLACK_SHARE[self.device]
@@ -162,12 +153,12 @@ class MemoryEstimate:
     def _transfer(self, recipe: Recipe) -> list[Moment]:
         settings = recipe.transfer
         held = {"weights_bytes": self._weights_bytes(recipe), "teacher_bytes": self._teacher_bytes(recipe)}
-        moments = [self._measuring(recipe, settings.batch_size, **held)]
+        moments = [self._measuring(recipe, settings.forward_batch, **held)]
         if recipe.calibration.self_generated:
             moments.append(self._writing(recipe))
         if settings.closed_form == "span":
             together = min(self._spans(recipe), spans_at_a_time(self._fold_dim, self.config.hidden_size))
-            fold = self._fold("fold", recipe, settings.batch_size, together, **held)
+            fold = self._fold("fold", recipe, settings.forward_batch, together, **held)
             dense = sum(self.counts.layers) * self._width(recipe) if settings.form == "anneal" else 0  # kept meanwhile
             moments.append(fold.model_copy(update={"refit_bytes": fold.refit_bytes + dense}))
         if settings.closed_form == "layers":
@@ -198,18 +189,23 @@ class MemoryEstimate:
     def _training(self, recipe: Recipe, held: dict[str, int]) -> list[Moment]:
         """The highs of a step: when the forward pass is done, on the way back, and when the optimiser has its turn."""
         settings, gradients = recipe.transfer, self._gradients_bytes(recipe)
-        step = self._rehearsed(recipe, settings.batch_size, transfer_step, settings, self._num_dropped(recipe))
+        step = self._rehearsed(recipe, settings.forward_batch, transfer_step, settings, self._num_dropped(recipe))
         held = {**held, "optimizer_bytes": self._optimizer_bytes(recipe), "refit_bytes": self._moves_bytes(recipe)}
         # The loss works out the head's gradient while it has the logits, and adds to it slice by slice.
         head = 0 if settings.train == "layers" else 2 * self.counts.lm_head * self._width(recipe)
         slices = SLICES + (TEACHER_SLICES if settings.kl_weight else 0)
-        loss = self._loss_bytes(recipe, settings.batch_size, slices) + head
-        # Gradients come into being as activations go; the last step's are gone before the forward pass.
+        loss = self._loss_bytes(recipe, settings.forward_batch, slices) + head
+        # Gradients come into being as activations go; the last step's are gone before the forward pass, those of a
+        # step's earlier passes are not.
         arisen = min(gradients, step.backward_bytes)
         back = step.backward_bytes - arisen
+        earlier = gradients if settings.forward_batch < settings.batch_size else 0
+        forward = _moment("forward", step.kept_bytes, step.forward_bytes, loss, **held)
         return [
-            _moment("forward", step.kept_bytes, step.forward_bytes, loss, **held),
-            Moment(name="backward", gradients_bytes=arisen, activations_bytes=back, loss_bytes=head, **held),
+            forward.model_copy(update={"gradients_bytes": earlier}),
+            Moment(
+                name="backward", gradients_bytes=max(arisen, earlier), activations_bytes=back, loss_bytes=head, **held
+            ),
             Moment(name="optimiser step", gradients_bytes=gradients, **held),
         ]
 
@@ -241,7 +237,7 @@ class MemoryEstimate:
         if not settings.kl_weight or settings.form == "none":
             return 0
         windows = min(recipe.calibration.max_windows, settings.steps * settings.batch_size)
-        held = windows if self.device == "cpu" else settings.batch_size
+        held = windows if self.device == "cpu" else settings.forward_batch
         states = 2 * held * recipe.calibration.context_length * self.config.hidden_size
         return states + (self.counts.lm_head * self._width(recipe) if settings.train == "all" else 0)
 
@@ -277,7 +273,7 @@ class MemoryEstimate:
         windows = recipe.calibration.max_windows * recipe.calibration.context_length  # tokens
         inner = sum(outputs for _, outputs, _ in self._linear)
         states = windows * (3 * self.config.hidden_size + inner) * self._width(recipe) if self.device == "cpu" else 0
-        step = self._rehearsed(recipe, recipe.transfer.batch_size, measuring_step)
+        step = self._rehearsed(recipe, recipe.transfer.forward_batch, measuring_step)
         size = DOUBLE * equations + states + self._moves_bytes(recipe)
         return Moment(name="refit", activations_bytes=step.forward_bytes, refit_bytes=size, **held)
 
@@ -320,7 +316,13 @@ class MemoryEstimate:
         self, weights: str, autocast: bool, batch_size: int, length: int, step: Step, *options: Any
     ) -> Rehearsal:
         shape = (batch_size, length)
-        return rehearse(self.config, TRAINING_DTYPES[weights], autocast, shape, functools.partial(step, *options))
+        try:
+            return rehearse(self.config, TRAINING_DTYPES[weights], autocast, shape, functools.partial(step, *options))
+        except TrspError:
+            raise
+        except Exception:  # of the model's own code, for which it is no mistake to want data
+            self.at_least = True
+            return Rehearsal(kept_bytes=0, forward_bytes=0, backward_bytes=0)
 
 
 def _moment(name: str, kept: int, highest: int, loss: int, **held: int) -> Moment:

@@ -83,15 +83,15 @@ def gate_step(form: GateForm, attached: ExitStack, model: PreTrainedModel, input
 
 
 def transfer_step(
-    settings: TransferSettings, doomed: int, attached: ExitStack, model: PreTrainedModel, input_ids: torch.Tensor
+    settings: TransferSettings, num_dropped: int, attached: ExitStack, model: PreTrainedModel, input_ids: torch.Tensor
 ) -> torch.Tensor:
-    """Stage 2, its gates' forms included; which layers are doomed makes no difference, so the last ones are."""
+    """Stage 2, its gates' forms included; which layers are dropped makes no difference, so the last ones are."""
     choose_trained(model, settings)
     attached.enter_context(recomputed_layers(model, settings.gradient_checkpointing))
     gates = attached.enter_context(LayerGates(model, "branch"))
     gates.values.requires_grad_(False)
     layers = decoder_layers(model)
-    last = range(len(layers) - doomed, len(layers))
+    last = range(len(layers) - num_dropped, len(layers))
     gates.closed.update(last if settings.form == "train" else ())
     gates.watched.update(last if settings.form in ("l1", "l2") else ())
     if settings.lora_rank is not None:

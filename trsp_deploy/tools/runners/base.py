@@ -22,6 +22,14 @@ class Runner(abc.ABC):
 
     device_s: float | None = None
 
+    @property
+    def longest_text(self) -> int | None:
+        """Tokens that a text may have, its prompt and padding among them; None where nothing is known to end it.
+
+        Of an engine that has been entered.
+        """
+        return None
+
     @abc.abstractmethod
     def __enter__(self) -> Self: ...
 

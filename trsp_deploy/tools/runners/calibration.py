@@ -15,6 +15,7 @@ from trsp_deploy.tools.runners.ort import OrtRunner
 
 TOKENS = 256  # of a text that is made up
 INT4_TEXTS = 8  # to round weights to 4 bits by; more gain little (docs/log.md). Everything else is seen in one
+READ_TOKENS = 512  # of each text that an engine's choices are made on
 POSITION_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")  # by family
 
 
@@ -30,15 +31,16 @@ def read_text(
 ) -> dict[str, Any]:
     """What every product reads (graphs/products.py: Activations), by the product's name.
 
-    model: an onnx_ir model after `open_products`, of the file `graph`. exported: the file as it was exported, with its
-    config.json. calibration: (texts, sequence) tokens of real text, of which as many rows are read as the precision
-    needs; None takes random ones, as what a product reads depends on the model more than on the text.
+    model: an onnx_ir model after `open_products`, of the file `graph`, as it lies in a file in `scratch`
+    (graphs/nodes.py: put_down). exported: the file as it was exported, with its config.json. calibration: (texts,
+    sequence) tokens of real text, of which as many rows are read as the precision needs; None takes random ones, as
+    what a product reads depends on the model more than on the text.
     symmetric: 8-bit scales have no zero point.
     """
     from trsp_deploy.tools.graphs.products import measure_activations
 
     texts = INT4_TEXTS if spec.precision == "int4" else 1
-    with OrtRunner(graph, threads=spec.threads) as runner:
+    with OrtRunner(graph, threads=spec.threads, lean=True) as runner:
         if calibration is None:
             calibration = np.random.default_rng(0).integers(runner.vocabulary, size=(texts, text_length(exported)))
         calibration = fitting(calibration[:texts], exported)
@@ -78,6 +80,26 @@ def max_positions(exported: Path) -> int:
 
 
 def longest_text(exported: Path) -> int | None:
+    """Tokens of the longest text that an exported graph holds for; None where nothing ends it.
+
+    By where its angles become others (`longest_turned`), where its table of learned positions ends, and what the graph
+    says itself.
+    """
+    from trsp_deploy.tools.graphs.decoder_io import LONGEST
+    from trsp_deploy.tools.graphs.nodes import NoMatch, load
+    from trsp_deploy.tools.graphs.positions import table_end
+
+    limits = [longest_turned(exported)]
+    try:
+        model = load(exported)
+    except NoMatch:
+        return limits[0]  # whoever builds from it says so
+    said = model.metadata_props.get(LONGEST)
+    limits += [table_end(model), None if said is None else int(said)]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def longest_turned(exported: Path) -> int | None:
     """Tokens beyond which an exported graph turns keys otherwise than its model (LongRoPE, dynamic NTK); None for most.
 
     By the config.json that an export leaves beside its graph.

@@ -9,7 +9,8 @@ from lm_eval.api.model import TemplateLM
 from scipy.special import log_softmax
 
 from trsp_deploy.errors import UserError
-from trsp_deploy.tools.runners import Runner
+from trsp_deploy.tools.runners.base import Runner
+from trsp_deploy.tools.runners.generation import left_padded
 
 Request = tuple[tuple[str, str], list[int], list[int]]  # texts, tokens of the context, tokens of the continuation
 
@@ -17,11 +18,13 @@ Request = tuple[tuple[str, str], list[int], list[int]]  # texts, tokens of the c
 class EngineLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     """Wraps an open runner and the model's tokenizer; batches are padded on the left, as in generation."""
 
-    def __init__(self, runner: Runner, tokenizer: Any, batch_size: int) -> None:
+    def __init__(self, runner: Runner, tokenizer: Any, batch_size: int, longest: int) -> None:
+        """longest: tokens that model and engine read in one call."""
         super().__init__()
         self._runner = runner
         self.tokenizer = tokenizer
         self._batch_size = batch_size
+        self._longest = longest
 
     @property
     def eot_token_id(self) -> int:
@@ -43,14 +46,13 @@ class EngineLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         return [found[index] for index in range(len(requests))]
 
     def _batch(self, requests: list[Request]) -> list[tuple[float, bool]]:
-        texts = [(context + continuation)[:-1] for _, context, continuation in requests]
-        longest = max(map(len, texts))
-        input_ids = np.zeros((len(texts), longest), dtype=np.int64)
-        mask = np.zeros_like(input_ids)
-        for row, text in enumerate(texts):
-            input_ids[row, longest - len(text) :] = text
-            mask[row, longest - len(text) :] = 1
-        logits = self._runner.prefill(input_ids, mask)  # (batch, longest, vocabulary)
+        longest = max(len(continuation) for _, _, continuation in requests)
+        if longest > self._longest:
+            raise UserError(f"a choice of {longest} tokens: model and engine read {self._longest} in one call")
+        # An item that is longer loses its beginning, as it does where lm-eval asks transformers.
+        texts = [(context + continuation)[:-1][-self._longest :] for _, context, continuation in requests]
+        input_ids, mask = left_padded(texts)
+        logits = self._runner.prefill(input_ids, mask)  # (batch, sequence, vocabulary)
         return [self._score(logits[row], continuation) for row, (_, _, continuation) in enumerate(requests)]
 
     def _score(self, logits: np.ndarray, continuation: list[int]) -> tuple[float, bool]:

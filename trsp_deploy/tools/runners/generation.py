@@ -1,12 +1,15 @@
 """Text from an engine: greedy or sampled, several prompts of unequal length at once, each until it ends.
 
 texts = generate(runner, [[5, 9], [7, 3, 1]], Sampling(max_new_tokens=32, end=(2,)))
+texts[0].tokens, texts[0].finish
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -30,6 +33,14 @@ class Sampling(Strict):
     end: tuple[int, ...] = ()  # tokens after which a text is over
 
 
+@dataclass(frozen=True)
+class Continued:
+    """What an engine made of one prompt."""
+
+    tokens: list[int]  # new ones, without the one that ended it
+    finish: Literal["stop", "length"]  # ended by one of `Sampling.end`, or by the tokens that were wanted or have room
+
+
 def end_tokens(model_folder: Path) -> tuple[int, ...]:
     """Tokens that end a text: of the generation config where there is one, else of the model's."""
     for file in ("generation_config.json", "config.json"):
@@ -41,10 +52,11 @@ def end_tokens(model_folder: Path) -> tuple[int, ...]:
     return ()
 
 
-def generate(runner: Runner, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
-    """Continue every prompt; returns the new tokens of each, the ending one not among them.
+def generate(runner: Runner, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Continued]:
+    """Continue every prompt, as far as the engine has room: in a batch all texts are as long as the longest.
 
-    runner: entered. Raises RecipeError for an empty prompt, EngineUnavailable where the engine's shapes or numbers end.
+    runner: entered. Raises RecipeError for an empty prompt, EngineUnavailable for a prompt that the engine's shapes do
+    not hold, and where its numbers end.
     """
     if not prompts or not all(prompts):
         raise RecipeError("nothing to continue: a prompt has no tokens")
@@ -53,17 +65,20 @@ def generate(runner: Runner, prompts: Sequence[Sequence[int]], sampling: Samplin
     texts: list[list[int]] = [[] for _ in prompts]
     running = set(range(len(prompts)))
     logits = runner.prefill(input_ids, mask, last_only=True)
-    for number in range(sampling.max_new_tokens):
+    count = sampling.max_new_tokens
+    if runner.longest_text is not None:  # the last token of all is chosen and not read
+        count = min(count, max(1, runner.longest_text - input_ids.shape[1] + 1))
+    for number in range(count):
         tokens = choose(logits[:, -1], sampling, random)  # (batch,)
         for row in sorted(running):
             if int(tokens[row]) in sampling.end:
                 running.discard(row)
             else:
                 texts[row].append(int(tokens[row]))
-        if not running or number == sampling.max_new_tokens - 1:
+        if not running or number == count - 1:
             break
         logits = runner.decode(tokens[:, None])  # a text that is over goes on unheard
-    return texts
+    return [Continued(text, "length" if row in running else "stop") for row, text in enumerate(texts)]
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -85,7 +100,7 @@ def penalised(logits: np.ndarray, tokens: Sequence[int], penalty: float) -> np.n
 
 
 def choose(logits: np.ndarray, sampling: Sampling, random: np.random.Generator) -> np.ndarray:
-    """One token a row, (batch,) int64, from logits (batch, vocabulary). Raises EngineUnavailable for NaN."""
+    """One token per row, (batch,) int64, from logits (batch, vocabulary). Raises EngineUnavailable for NaN."""
     likeliest: np.ndarray = logits.argmax(axis=-1).astype(np.int64)  # a NaN where there is one
     if not np.isfinite(np.take_along_axis(logits, likeliest[:, None], axis=-1)).all():
         raise EngineUnavailable("the engine gives logits that are no numbers; an fp32 engine holds what overflows here")

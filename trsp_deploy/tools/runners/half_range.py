@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from trsp_deploy.errors import EngineUnavailable
+from trsp_deploy.errors import EngineUnavailable, one_line
+from trsp_deploy.reading import what_is_wrong
 from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.tools.graphs import check, decoder_io
 from trsp_deploy.tools.graphs.fp16_range import METADATA, HalfRange
 from trsp_deploy.tools.runners.calibration import fitting, text_length
 from trsp_deploy.tools.runners.ort import OrtRunner
 from trsp_deploy.tools.runners.ort_session import bindings_of, create_session, one_line_errors
-from trsp_deploy.tools.runners.requirements import one_line
 
-PADDING = 4  # one of so many tokens is left padding in front of the text: what stands there must be a number too
+PADDING = 4  # one token in this many is left padding in front of the text: what stands there must be a number too
 
 
 def within_range(
@@ -41,7 +41,7 @@ def within_range(
 def guard_range(
     onnx: Path, calibration: np.ndarray | None, scratch: Path, threads: int | None = None
 ) -> tuple[Path, HalfRange]:
-    """Returns a graph that stays within fp16's range, and what the text showed.
+    """Make and return a graph that stays within fp16's range, and what the text showed.
 
     onnx: an fp16 decoder; stays as it is, and is itself what comes back where it has been through this before, or where
     ONNX Runtime on the CPU cannot read it in fp32. calibration: (batch, sequence) tokens of real text, of which the
@@ -68,7 +68,9 @@ def guard_range(
             wide, half.half_values(model), onnx, fp32 / f"largest-{onnx.name}", calibration, threads
         )
     except (NoMatch, EngineUnavailable, FileNotFoundError, ValidationError) as problem:
-        return onnx, HalfRange(tokens=0, largest=0, reason=one_line(problem))  # the backend says what it thinks of it
+        # The backend says what it thinks of it.
+        wrong = what_is_wrong(problem, HalfRange) if isinstance(problem, ValidationError) else one_line(problem)
+        return onnx, HalfRange(tokens=0, largest=0, reason=wrong)
     beyond = next((name for name, magnitude in largest.items() if not np.isfinite(magnitude)), None)
     if beyond is not None:
         raise EngineUnavailable(f"{onnx}: '{beyond}' is no number even in fp32; take precision fp32")
@@ -87,6 +89,26 @@ def guard_range(
         shutil.copy(config, scratch)  # says how long a text may be
     shutil.rmtree(fp32)
     return out, found
+
+
+def write_widened(onnx: Path, out: Path) -> None:
+    """Write a graph that computes in fp32 what `onnx`, which stays as it is, computes in fp16, with the same weights.
+
+    What a graph is for that will run in bf16, whose range is fp32's and which ONNX Runtime does not multiply in on a
+    CPU. Raises EngineUnavailable for a graph that cannot be followed.
+    """
+    import onnx_ir as ir
+
+    from trsp_deploy.tools.graphs import half
+    from trsp_deploy.tools.graphs.nodes import NoMatch, load
+
+    try:
+        model = load(onnx)
+        half.infer_types(model)
+        half.widen(model)
+    except NoMatch as problem:
+        raise EngineUnavailable(f"{onnx}: cannot be read in fp32: {problem}") from problem
+    ir.save(model, out, external_data=f"{out.name}_data")
 
 
 def _read(
@@ -136,7 +158,7 @@ def _error(wide: Path, out: Path, threads: int | None) -> float:
 
 
 def _write_record(graph: Path, found: HalfRange) -> None:
-    """Into the graph itself, so that whoever builds from it reads no text again."""
+    """Write the record into the graph itself, so that a build from it reads no text again."""
     import onnx_ir as ir
 
     model = ir.load(graph)

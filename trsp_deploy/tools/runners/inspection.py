@@ -6,6 +6,7 @@ import shlex
 from collections import Counter
 from pathlib import Path
 
+from trsp_deploy.artifacts import model_of_engine
 from trsp_deploy.errors import ModelError
 from trsp_deploy.recipe import EngineSpec, Strict
 from trsp_deploy.tools.graphs import decoder_io
@@ -16,6 +17,7 @@ from trsp_deploy.tools.runners.trt_build import profile_shape
 from trsp_deploy.tools.runners.trt_log import BUILD_LOG, BuildLog, read_log
 
 HARDWARE = {"ampere-plus": "ampere+", "same-compute-capability": "sameComputeCapability"}  # trtexec's words
+TRTEXEC_ENGINE = "-trtexec.engine"  # behind the name of the engine's folder
 COSTLIEST = 5  # layers shown
 SHOWN = 15  # operators or layers in the text; --json has all
 
@@ -26,7 +28,7 @@ class Inspection(Strict):
     manifest: EngineManifest
     operators: dict[str, int]  # operator or layer type -> how many; empty where neither graph nor log is at hand
     build: BuildLog | None = None  # of TensorRT engines: layers, kernels, precisions, memory
-    trtexec: str | None  # command line that builds the same engine; None for other backends
+    trtexec: str | None  # command line, in the folder, that builds the same engine; None for other backends
 
 
 def inspect_engine(folder: Path) -> Inspection:
@@ -43,7 +45,7 @@ def inspect_engine(folder: Path) -> Inspection:
         manifest=manifest,
         operators=dict(Counter(layer.kind for layer in build.layers).most_common()),
         build=build,
-        trtexec=trtexec(manifest.spec, manifest.inputs, _graph_of(manifest)),
+        trtexec=trtexec(manifest.spec, manifest.inputs, graph_of(manifest), folder.resolve().name),
     )
 
 
@@ -54,15 +56,23 @@ def _graph_operators(path: Path) -> dict[str, int]:
     return dict(Counter(node.op_type for node in graph.node).most_common())
 
 
-def _graph_of(manifest: EngineManifest) -> str:
-    return next((name for name in manifest.beside if name.endswith(".onnx")), "model.onnx")
+def graph_of(manifest: EngineManifest) -> str:
+    """The graph that TensorRT compiled, as a path from the engine's folder: what the passes left there, or the source.
+
+    An engine of an earlier version does not know its source; "model.onnx" then.
+    """
+    return next((name for name in manifest.beside if name.endswith(".onnx")), manifest.source or "model.onnx")
 
 
-def trtexec(spec: EngineSpec, inputs: decoder_io.Bindings, graph: str = "model.onnx") -> str:
-    """The trtexec command line that builds the spec's engine from `graph`: one --profile for each of its own."""
+def trtexec(spec: EngineSpec, inputs: decoder_io.Bindings, graph: str, name: str) -> str:
+    """The trtexec command line that builds the spec's engine from `graph`: one --profile for each of its own.
+
+    To be run in the engine's folder, called `name`. What it builds goes beside that folder: within it, it would
+    overwrite the engine, or change what the folder's fingerprint is of.
+    """
     program = "tensorrt_rtx" if spec.backend == "tensorrt-rtx" else "trtexec"
-    parts = [program, f"--onnx={graph}", "--saveEngine=model.engine", "--stronglyTyped"]
-    parts.append("--profilingVerbosity=detailed")
+    parts = [program, f"--onnx={graph}", f"--saveEngine=../{name}{TRTEXEC_ENGINE}", "--stronglyTyped"]
+    parts += ["--profilingVerbosity=detailed", "--skipInference"]
     if spec.workspace_gib is not None:
         parts.append(f"--memPoolSize=workspace:{round(spec.workspace_gib * 1024)}M")
     if spec.precision == "fp32":
@@ -88,7 +98,7 @@ def trtexec(spec: EngineSpec, inputs: decoder_io.Bindings, graph: str = "model.o
 
 
 def describe(found: Inspection) -> str:
-    """The inspection as text."""
+    """An inspection as text for people."""
     manifest, spec = found.manifest, found.manifest.spec
     cache, gpus = decoder_io.cache_inputs(manifest.inputs), ", ".join(map(str, manifest.built_on.gpus))
     lines = [
@@ -105,18 +115,22 @@ def describe(found: Inspection) -> str:
         lines.append(f"profile    {', '.join(ranges)}{_compiled(found.build, index)}")
     if manifest.half_range is not None:
         lines.append(f"fp16       {_range(manifest.half_range)}")
+    if manifest.text is not None:
+        lines.append(f"choices    on {manifest.text.name}")
     lines += [f"pass       {outcome.name}: {_done(outcome)}" for outcome in manifest.passes]
     shown = list(found.operators.items())[:SHOWN]
     if shown:
         more = f", and {len(found.operators) - SHOWN} more kinds" if len(found.operators) > SHOWN else ""
         lines.append(f"operators  {', '.join(f'{name} {count}' for name, count in shown)}{more}")
-    if found.build is not None:
+    if found.build is not None and not found.build.layers:
+        lines.append(f"layers     not known: {BUILD_LOG} has none in a form that this version reads")
+    elif found.build is not None:
         lines += _memory(found.build)
-    return "\n".join(lines + ([f"trtexec    {found.trtexec}"] if found.trtexec else []))
+    return "\n".join(lines + ([f"trtexec    in its folder: {found.trtexec}"] if found.trtexec else []))
 
 
 def _compiled(build: BuildLog | None, profile: int) -> str:
-    """What became of one profile."""
+    """Lines about what one profile was compiled to."""
     if build is None or not build.of(profile):
         return ""
     layers, attention, in_place = build.of(profile), build.attention_kernels(profile), build.written_in_place(profile)
@@ -165,13 +179,12 @@ def _binding(name: str, bindings: decoder_io.Bindings) -> str:
 
 
 def tokenizer_folder(engine: Path) -> Path:
-    """The Hugging Face folder of an engine in a run: RUN/engines/NAME/ROLE -> RUN/ROLE; raises ModelError elsewhere."""
-    role = engine.resolve()
-    if role.parent.parent.name != "engines":
+    """The Hugging Face folder of an engine in a run; raises ModelError for any other engine."""
+    folder = model_of_engine(engine)
+    if folder is None:
         raise ModelError(
             f"{engine}: is in no run's engines, so its tokenizer is not known; give its folder with --tokenizer"
         )
-    folder = role.parents[2] / role.name
     if not (folder / "tokenizer_config.json").is_file():
         raise ModelError(f"{engine}: no tokenizer in {folder}; give its folder with --tokenizer")
     return folder

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from trsp_deploy.artifacts import Provenance, Sealed, fingerprint, leaves
+from trsp_deploy.artifacts import ENGINE_MANIFEST, Provenance, Sealed, fingerprint, leaves, run_of_engine
 from trsp_deploy.errors import EngineUnavailable
+from trsp_deploy.reading import DAMAGED, read_record
 from trsp_deploy.recipe import EngineSpec, RelativePath, Strict
 from trsp_deploy.tools.graphs.decoder_io import Bindings
 from trsp_deploy.tools.graphs.fp16_range import HalfRange
 from trsp_deploy.tools.runners.requirements import adds_int8_exactly, cuda_devices, driver_version
-
-MANIFEST = "manifest.json"
 
 
 class PassOutcome(Strict):
@@ -48,6 +49,14 @@ class BuiltEngine:
     outputs: Bindings
     passes: tuple[PassOutcome, ...] = ()
     half_range: HalfRange | None = None  # of graphs in fp16
+    longest_text: int | None = None  # tokens that the graph holds for
+
+
+class ReadText(Strict):
+    """What a build read before it made choices: how to round weights, what stays in floats, what of fp16 in fp32."""
+
+    name: str  # as the user named it; "random tokens" where nothing was named
+    sha256: str | None = None  # of the tokens; None for random ones, which are the same every time
 
 
 class Bound(Strict):
@@ -93,6 +102,10 @@ class EngineManifest(Sealed):
 
     name: str
     spec: EngineSpec
+    text: ReadText | None = None  # None where the build reads none, and in what older versions wrote
+    passes_version: str | None = None  # of the code that changes graphs (passes.py)
+    rebuild: str | None = None  # the command that built it; None of a run's engine
+    source: str | None = None  # that ONNX file, as a path from the engine's folder; None in what older versions wrote
     onnx_sha256: str  # over the ONNX file and its external data
     spec_sha256: str
     backend_version: str
@@ -108,6 +121,7 @@ class EngineManifest(Sealed):
     outputs: Bindings
     passes: tuple[PassOutcome, ...] = ()
     half_range: HalfRange | None = None  # what computes in fp32 within an fp16 graph, and why
+    longest_text: int | None = None  # tokens that the graph holds for, whatever its shapes allow; None is any number
 
 
 def spec_sha256(spec: EngineSpec) -> str:
@@ -117,23 +131,15 @@ def spec_sha256(spec: EngineSpec) -> str:
 
 def read_manifest(folder: Path) -> EngineManifest:
     """Read an engine folder's manifest; raises EngineUnavailable when there is none that can be read."""
-    try:
-        return EngineManifest.model_validate_json((folder / MANIFEST).read_bytes())
-    except OSError as problem:
-        raise EngineUnavailable(f"{folder}: no engine here; {build_command(folder.name)}") from problem
-    except ValidationError as problem:
-        first = problem.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        reason = f"{where} {first['msg'].removeprefix('Value error, ')}".strip()
-        raise EngineUnavailable(
-            f"{folder / MANIFEST}: written by another version of trsp_deploy, or damaged ({reason}); "
-            f"{build_command(folder.name)}"
-        ) from problem
+    again = build_command(folder.name)
+    if not (folder / ENGINE_MANIFEST).exists():
+        raise EngineUnavailable(f"{folder}: no engine here; {again}")
+    return read_record(folder / ENGINE_MANIFEST, EngineManifest, EngineUnavailable, DAMAGED, again)
 
 
 def check_manifest(folder: Path, manifest: EngineManifest, backend_version: str, here: Bound) -> None:
     """Raise EngineUnavailable when the files, the backend, the GPU or the driver are not those of the build."""
-    again = build_command(manifest.name)
+    again = rebuild(manifest, folder)
     misfit = manifest.bound.misfit(here)
     if misfit is not None:
         raise EngineUnavailable(f"engine {manifest.name} was built {misfit}; {again}")
@@ -147,7 +153,7 @@ def check_manifest(folder: Path, manifest: EngineManifest, backend_version: str,
 
 def check_files(folder: Path, manifest: EngineManifest) -> None:
     """Raise EngineUnavailable when a file is missing, is not the one that was built, or lies outside the folder."""
-    again = build_command(manifest.name)
+    again = rebuild(manifest, folder)
     if manifest.file not in manifest.files:
         raise EngineUnavailable(f"engine {manifest.name}: its manifest has no SHA-256 of {manifest.file}; {again}")
     for name, expected in manifest.files.items():
@@ -163,6 +169,20 @@ def check_files(folder: Path, manifest: EngineManifest) -> None:
             )
 
 
-def build_command(name: str) -> str:
-    """What to type to get this engine again."""
-    return f"build it again: trsp-deploy build RUN --engine {name}"
+def rebuild(manifest: EngineManifest, folder: Path) -> str:
+    """What to type to get an engine again."""
+    if manifest.rebuild is not None:
+        return f"build it again: {manifest.rebuild}"
+    run = run_of_engine(folder)
+    if manifest.source is None or (run is not None and run.is_run):
+        return build_command(manifest.name, folder)
+    onnx = os.path.normpath(folder / manifest.source)
+    parts = ["trsp-deploy", "build", "--onnx", onnx, "--engine", manifest.name, "--out", str(folder)]
+    return f"build it again: {shlex.join(parts)}"
+
+
+def build_command(name: str, folder: Path | None = None) -> str:
+    """What to type to get the engine in a folder again; RUN stands for a run that is not known."""
+    run = None if folder is None else run_of_engine(folder)
+    place = "RUN" if run is None or not run.is_run else shlex.quote(str(run.root))
+    return f"build it again: trsp-deploy build {place} --engine {shlex.quote(name)}"

@@ -110,7 +110,7 @@ class OrtRunner(Runner):
         return self._cache
 
     def allocate(self, batch: int, capacity: int) -> None:
-        """A cache of so many rows and places, in place of the one there is; its contents are undefined."""
+        """Allocate a cache of this many rows and places in place of the current one; its contents are undefined."""
         self._capacity = capacity
         shapes = self._cache_shapes(batch, capacity)
         self._cache = {name: self._allocate(shape, dtype) for name, (dtype, shape) in shapes.items()}
@@ -125,8 +125,12 @@ class OrtRunner(Runner):
         return self._step(input_ids, attention_mask)
 
     @property
+    def longest_text(self) -> int | None:
+        return min((limit for limit in (self._fixed, self._longest) if limit is not None), default=None)
+
+    @property
     def vocabulary(self) -> int:
-        """Width of the logits."""
+        """Size of the vocabulary: the width of the logits."""
         return int(self._outputs["logits"][1][-1])
 
     def __exit__(
@@ -180,8 +184,8 @@ class OrtRunner(Runner):
             self._cache = dict(zip(self._cache, present, strict=True))
             self._bind_cache()
         self._attention_mask = attention_mask
-        result = logits.astype(np.float32)  # a copy: the buffer is written again by the next step
-        return result[:, -keep:] if keep else result  # (batch, sequence or keep, vocabulary)
+        wanted = logits[:, -keep:] if keep else logits  # (batch, sequence or keep, vocabulary)
+        return wanted.astype(np.float32)  # a copy: the buffer is written again by the next step
 
     def _bind_logits(self, batch: int, positions: int) -> np.ndarray:
         """The host memory that a run writes logits into, (batch, positions, vocabulary); kept from step to step."""

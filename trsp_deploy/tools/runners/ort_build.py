@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -31,8 +30,8 @@ def build_cpu(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.ndarra
     with tempfile.TemporaryDirectory(prefix="passes-", dir=folder) as scratch:
         source, found = within_range(onnx, spec, Path(scratch), calibration)
         graph, passes = prepare(source, spec, Path(scratch), calibration)
-        session = create_session(graph, spec.backend, spec.threads, save_to=folder / ENGINE)
-    return _built(session, spec, onnx, folder / ENGINE, passes, found)
+        bindings = _accepted(graph, spec, save_to=folder / ENGINE)
+    return _built(bindings, spec, onnx, folder / ENGINE, passes, found)
 
 
 def build_cuda(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.ndarray | None) -> BuiltEngine:
@@ -44,24 +43,37 @@ def build_cuda(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.ndarr
     with tempfile.TemporaryDirectory(prefix="passes-", dir=folder) as scratch:
         source, found = within_range(onnx, spec, Path(scratch), calibration)
         graph, passes = prepare(source, spec, Path(scratch), calibration)
-        session = create_session(graph, spec.backend, spec.threads)
+        bindings = _accepted(graph, spec)
         for source in sorted(graph.parent.glob(f"{graph.name}*")):  # external data is found by its name
             shutil.copy(source, folder / source.name)
-    return _built(session, spec, onnx, folder / graph.name, passes, found)
+    return _built(bindings, spec, onnx, folder / graph.name, passes, found)
+
+
+def _accepted(
+    graph: Path, spec: EngineSpec, save_to: Path | None = None
+) -> tuple[decoder_io.Bindings, decoder_io.Bindings]:
+    """Inputs and outputs as a session that has read the graph tells them; it is gone when this returns."""
+    session = create_session(graph, spec.backend, spec.threads, save_to=save_to)
+    return bindings_of(session.get_inputs()), bindings_of(session.get_outputs())
 
 
 def _built(
-    session: Any, spec: EngineSpec, onnx: Path, engine: Path, passes: tuple[PassOutcome, ...], found: HalfRange | None
+    bindings: tuple[decoder_io.Bindings, decoder_io.Bindings],
+    spec: EngineSpec,
+    onnx: Path,
+    engine: Path,
+    passes: tuple[PassOutcome, ...],
+    found: HalfRange | None,
 ) -> BuiltEngine:
-    """What is in the engine's folder. onnx: the graph as it was exported."""
-    inputs, outputs = bindings_of(session.get_inputs()), bindings_of(session.get_outputs())
+    """What is in the engine's folder. bindings: its inputs and outputs. onnx: the graph as it was exported."""
+    inputs, outputs = bindings
     decoder_io.check_decoder(inputs, outputs)
     decoder_io.check_precision(inputs, spec.graph_precision)
     longest = longest_text(onnx)
     if longest is not None:
         decoder_io.write_longest(engine, longest)
     files = tuple(sorted(path.name for path in engine.parent.iterdir()))
-    return BuiltEngine(engine.name, files, inputs, outputs, passes, found)
+    return BuiltEngine(engine.name, files, inputs, outputs, passes, found, longest)
 
 
 def prepare(
@@ -74,8 +86,8 @@ def prepare(
     differ, is left out and says why: the engine is then slower, and right.
     """
     wanted = fusions(onnx) if spec.fuse else {}
-    if spec.backend == "onnxruntime-cuda" and spec.precision == "fp32":
-        # CUDA has no fp32 kernel of the fused attention: it would run on the CPU, its cache copied to and fro.
+    if spec.backend == "onnxruntime-cuda":
+        # CUDA's GroupQueryAttention refuses a mask of the graph's own (`attention_bias`) and has no fp32 kernel.
         wanted = {name: wanted[name] for name in ("fuse-norms", "cut-logits") if name in wanted}
     current, outcomes = run_passes(onnx, wanted, spec, scratch)
     if spec.precision in ("int8", "int4"):
@@ -109,7 +121,7 @@ def _quantise(
     import onnx_ir as ir
 
     from trsp_deploy.tools.graphs import costs, products, quantize
-    from trsp_deploy.tools.graphs.nodes import NoMatch, check_opset
+    from trsp_deploy.tools.graphs.nodes import NoMatch, check_opset, put_down
 
     out.parent.mkdir()
     model = ir.load(graph)
@@ -117,11 +129,12 @@ def _quantise(
         if spec.precision == "int4":
             check_opset(model)
         head = products.open_products(model)
+        products.pack_products(model, head)  # fewer kernels: 10% of an int8 step on two cores, 2 to 8% of an int4 one
+        model = put_down(model, out.parent / "opened.onnx")
         activations = read_text(model, graph, onnx, spec, calibration, out.parent)
         products.check_finite(activations, spec.graph_precision)
     except NoMatch as problem:
         raise EngineUnavailable(f"{graph}: cannot be quantised: {problem}") from problem
-    products.pack_products(model, head)  # fewer kernels: 10% of an int8 step on two cores, 2 to 8% of an int4 one
     kept = costs.chosen(model, head, activations, spec)
     if spec.precision == "int4":
         model = quantize.quantize_int4(
@@ -131,10 +144,18 @@ def _quantise(
             activations,
             kept,
             head_bits=spec.head_bits,
+            embedding_bits=spec.embedding_bits,
             zero_points=spec.zero_points,
         )
     else:
-        reduced = not adds_int8_exactly()
-        model = quantize.quantize_int8(model, spec.block_size, head, activations, out.parent, kept, reduced)
+        model = quantize.quantize_int8(
+            model,
+            spec.block_size,
+            head,
+            activations,
+            kept,
+            reduced=not adds_int8_exactly(),
+            head_bits=spec.head_bits,
+        )
     ir.save(model, out, external_data=f"{out.name}.data")
     return out, kept

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from trsp_deploy.errors import EngineUnavailable
+from trsp_deploy.errors import EngineUnavailable, one_line
 from trsp_deploy.recipe import Backend, EngineSpec
+from trsp_deploy.tools.control_groups import usable_cores
 from trsp_deploy.tools.graphs import decoder_io
-from trsp_deploy.tools.runners.requirements import PACKAGES, cuda_devices, load_package, one_line
+from trsp_deploy.tools.runners.requirements import PACKAGES, cuda_devices, load_package
 
 PROVIDERS: dict[Backend, str] = {
     "onnxruntime-cpu": "CPUExecutionProvider",
@@ -66,17 +66,17 @@ def create_session(
 ) -> Any:
     """An InferenceSession that really runs on the wanted provider.
 
-    threads: intra-op threads; None takes every core that this process may use.
+    threads: intra-op threads; None takes every core that this process may use, in a container as many as its limit is.
     optimised: the file was saved after optimisation, so none is done again.
     lean: hold as little as can be, at the price of time: nothing is folded (on the CPU fp16 weights stay fp16 until
-        they are multiplied, and only one at a time is fp32), nodes run in the order of the file, so that whoever wrote
-        it decides what has to be held at a time, and what is freed goes back to the system.
+        they are multiplied, and only one at a time is fp32), nodes run in the order of the file, so that its writer
+        decides what has to be held at a time, and what is freed goes back to the system.
     save_to: write the optimised graph there, with its weights beside it in `<name>.data`.
     Raises EngineUnavailable when the file is refused, or when ONNX Runtime falls back to the CPU.
     """
     ort = load_package(backend)
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.intra_op_num_threads = threads or usable_cores()
     if lean:
         options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
         options.enable_cpu_mem_arena = False

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from trsp_deploy.errors import EngineUnavailable, TrspError, first_line, machine_reason
+from trsp_deploy.errors import EngineUnavailable, named, one_line, passes_through
 from trsp_deploy.recipe import Backend, EngineSpec
 from trsp_deploy.tools.graphs import check
+from trsp_deploy.tools.runners.half_range import write_widened
 from trsp_deploy.tools.runners.manifest import PassOutcome
 from trsp_deploy.tools.runners.ort import OrtRunner
-from trsp_deploy.tools.runners.requirements import one_line
 
 VERSION = "3"  # raise when what the passes make of a graph changes: engines are then built anew
 Pass = Callable[[Any], int]  # changes an onnx_ir model in place; returns in how many places, or raises NoMatch
@@ -23,7 +24,7 @@ Pass = Callable[[Any], int]  # changes an onnx_ir model in place; returns in how
 def run_passes(
     onnx: Path, passes: Mapping[str, Pass], spec: EngineSpec, scratch: Path
 ) -> tuple[Path, tuple[PassOutcome, ...]]:
-    """Returns the graph that came out and what each pass did.
+    """Run the passes; returns the graph that came out and what each pass did.
 
     onnx: stays as it is. scratch: a folder for the graphs in between. A pass that does not fit the graph, or that
     changes the logits of a left-padded prompt and a few steps, is left out and says why.
@@ -31,7 +32,7 @@ def run_passes(
     if not passes:
         return onnx, ()
     try:
-        logits = _logits(onnx, spec)
+        logits = _logits(onnx, spec, scratch)
     except EngineUnavailable as problem:  # the backend itself may read it; without a proof nothing is changed
         return onnx, tuple(PassOutcome(name=name, reason=str(problem)) for name in passes)
     current, outcomes = onnx, []
@@ -55,36 +56,59 @@ def _try(
     """Run one pass; returns what it did and, when it is kept, the new graph's logits."""
     import onnx_ir as ir
 
-    from trsp_deploy.tools.graphs.nodes import NoMatch, load
+    from trsp_deploy.tools.graphs.nodes import NoMatch
 
     try:
-        model = load(before)
-        changed = work(model)
+        changed = _changed(work, before, after)
         if not changed:
             return PassOutcome(name=name, reason="there is nothing to change"), None
-        after.parent.mkdir()
-        ir.save(model, after, external_data=f"{after.name}.data")
     except NoMatch as problem:
         return PassOutcome(name=name, reason=str(problem)), None
     except ir.serde.SerdeError as problem:  # ONNX Runtime reads more than is valid
         return PassOutcome(name=name, reason=f"onnx_ir: {one_line(problem)}"), None
     except Exception as problem:  # of ours or of ONNX Runtime's tools; the graph before it is right
-        if isinstance(problem, TrspError) or machine_reason(problem) is not None:
+        if passes_through(problem):
             raise
-        return PassOutcome(name=name, reason=f"it failed ({type(problem).__name__}: {first_line(problem)})"), None
+        return PassOutcome(name=name, reason=f"it failed ({named(problem)})"), None
     try:
-        logits = _logits(after, spec)
+        logits = _logits(after, spec, after.parent)
     except EngineUnavailable as problem:  # the form fits and the kernel has limits of its own
         return PassOutcome(name=name, reason=str(problem).partition(": ")[2]), None
-    error, tolerance = check.difference(expected, logits), check.TOLERANCES[spec.graph_precision]
+    read_in = "fp32" if spec.precision == "bf16" else spec.graph_precision
+    error, tolerance = check.difference(expected, logits), check.TOLERANCES[read_in]
     if error > tolerance:
         reason = f"the logits would differ by {error:.2g} standard deviations (tolerance {tolerance:g})"
         return PassOutcome(name=name, error=error, reason=reason), None
     return PassOutcome(name=name, changed=changed, error=error), logits
 
 
-def _logits(graph: Path, spec: EngineSpec) -> np.ndarray:
-    """By the engine's own backend where that is ONNX Runtime, else by ONNX Runtime on the CPU."""
+def _changed(work: Pass, before: Path, after: Path) -> int:
+    """Write the graph that a pass makes of another and return in how many places it differs; 0: it is not written.
+
+    What the pass held in memory is gone when this returns: the proof after it needs room for a model of its own.
+    """
+    from trsp_deploy.tools.graphs.nodes import load, put_down
+
+    model = load(before)
+    changed = work(model)
+    if changed:
+        after.parent.mkdir()
+        put_down(model, after)
+    return changed
+
+
+def _logits(graph: Path, spec: EngineSpec, scratch: Path) -> np.ndarray:
+    """Logits by the engine's own backend where that is ONNX Runtime, else by ONNX Runtime on the CPU.
+
+    For bf16 in fp32: the graph is in fp16 still, whose range may be too small for what bf16 holds. scratch: a folder
+    where such a graph may lie meanwhile.
+    """
+    if spec.precision == "bf16":
+        with tempfile.TemporaryDirectory(prefix="fp32-", dir=scratch) as folder:
+            wide = Path(folder) / graph.name
+            write_widened(graph, wide)
+            with OrtRunner(wide, threads=spec.threads, lean=True) as runner:
+                return check.sample_logits(runner, runner.vocabulary)
     backend: Backend = "onnxruntime-cuda" if spec.backend == "onnxruntime-cuda" else "onnxruntime-cpu"
     with OrtRunner(graph, backend=backend, threads=spec.threads, brief=True) as runner:
         return check.sample_logits(runner, runner.vocabulary)

@@ -1,4 +1,8 @@
-"""What each backend needs of this machine: a package, and for most a CUDA device."""
+"""What each backend needs of this machine: a package, and for most a CUDA device.
+
+A model repository carries this module into a server's Python, which has neither torch nor pynvml: the driver's
+libraries are asked through ctypes. Elsewhere `artifacts/nvml.py` knows the GPUs.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from trsp_deploy.errors import EngineUnavailable
+from trsp_deploy.errors import EngineUnavailable, one_line
 from trsp_deploy.recipe import Backend
 
 
@@ -149,8 +153,3 @@ def _status_text(driver: ctypes.CDLL, status: int) -> str:
     text = ctypes.c_char_p()
     driver.cuGetErrorString(status, ctypes.byref(text))
     return text.value.decode() if text.value else f"error {status}"
-
-
-def one_line(problem: object) -> str:
-    """A message of any library as one line."""
-    return " ".join(str(problem).split())

@@ -1,4 +1,4 @@
-"""How an engine's graph turns keys by their place in the cache, for those who move them to another place."""
+"""How an engine's graph turns keys by their place in the cache, for code that moves them to another place."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def engine_rotations(path: Path) -> tuple[Rotation, ...]:
 
 
 def _table(tensor: onnx.TensorProto, folder: Path) -> np.ndarray:
-    """(places, pairs) of cosines or sines."""
+    """A table (places, pairs) of cosines or sines."""
     if not uses_external_data(tensor):
         return np.asarray(onnx.numpy_helper.to_array(tensor), dtype=np.float64)
     # By hand: onnx reads no file with several hard links, and an engine has them as soon as it is in a repository.
@@ -49,7 +49,7 @@ def _table(tensor: onnx.TensorProto, folder: Path) -> np.ndarray:
 
 
 def _angles(cos: np.ndarray, sin: np.ndarray, path: Path) -> tuple[float, ...]:
-    """Radians a place; the tables may hold a factor besides, as YaRN's do."""
+    """Radians per place; the tables may hold a factor besides, as YaRN's do."""
     places = np.arange(len(cos))[:, None]
     # The last place tells a small angle best, and the first a large one: refine from place to place, doubling.
     angles = np.arctan2(sin[1], cos[1])

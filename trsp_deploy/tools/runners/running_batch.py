@@ -44,7 +44,7 @@ class Rotation(Strict):
     caches: tuple[str, ...]  # names of the caches whose keys are turned; those of other layers stay what they are
 
     def turned(self, keys: np.ndarray, places: int) -> np.ndarray:
-        """Keys (heads, tokens, head_dim) as they would be so many places further on."""
+        """Keys (heads, tokens, head_dim) as they would be `places` places further on."""
         if places == 0:
             return keys
         half, turn = len(self.angles), places * np.asarray(self.angles)
@@ -62,7 +62,7 @@ class Rotation(Strict):
 
 @dataclass
 class _Text:
-    """Where a running text is, and how long."""
+    """A running text: its row and its length."""
 
     row: int
     tokens: int
@@ -137,7 +137,7 @@ class RunningBatch:
             self._move(longest)
         self._settle()
         self._reserve(self._length + 1)
-        input_ids = np.zeros((len(self._mask), 1), dtype=np.int64)  # rows without a text compute what nobody reads
+        input_ids = np.zeros((len(self._mask), 1), dtype=np.int64)  # rows without a text compute what is not read
         for number, token in tokens.items():
             input_ids[self._texts[number].row] = token
         self._mask[:, self._length] = 1
@@ -178,9 +178,12 @@ class RunningBatch:
             self._spacious = 0
 
     def _reserve(self, length: int) -> None:
-        """Make room for `length` places. Texts leave at most SLACK of them unused, so this ends."""
+        """Make room for `length` places, more than are needed so that this is rare.
+
+        No text ends beyond the longest that is allowed; one place is behind it, for the next token.
+        """
         if length > self._mask.shape[1]:
-            self._allocate(max(1, len(self._mask)), max(FIRST_CAPACITY, 2 * length))
+            self._allocate(max(1, len(self._mask)), min(max(FIRST_CAPACITY, 2 * length), self._max_length + 1))
 
     def _move(self, length: int) -> None:
         """Let all texts end at `length` instead."""
@@ -195,7 +198,7 @@ class RunningBatch:
         self._length = length
 
     def _moved(self, name: str, values: np.ndarray, places: int) -> np.ndarray:
-        """Part of a cache (heads, tokens, head_dim) as it has to be so many places further on."""
+        """Part of a cache (heads, tokens, head_dim) as it has to be `places` places further on."""
         return self._rotations[name].turned(values, places) if name in self._rotations else values
 
     def _allocate(self, rows: int, capacity: int) -> None:
@@ -232,7 +235,7 @@ def texts_can_move(runner: OrtRunner, rotations: Sequence[Rotation] = ()) -> boo
 
 
 class OneText:
-    """The same for any runner, one text at a time."""
+    """`RunningBatch` for any runner, one text at a time."""
 
     def __init__(self, runner: Runner, max_length: int) -> None:
         self._runner = runner
@@ -250,7 +253,7 @@ class OneText:
         return self._length > 0
 
     def join(self, prompt: Sequence[int]) -> tuple[int, np.ndarray]:
-        """As RunningBatch."""
+        """Read a prompt as the only text; returns its number, 0, and the logits (vocabulary,) of its next token."""
         if self.full:
             raise EngineUnavailable("the batch is full: 1 text")
         if not 0 < len(prompt) < self._max_length:
@@ -261,7 +264,7 @@ class OneText:
         return 0, logits[0, -1]
 
     def step(self, tokens: Mapping[int, int]) -> dict[int, np.ndarray]:
-        """As RunningBatch."""
+        """Append one token to the text; returns the logits (vocabulary,) of its next one."""
         if self._length >= self._max_length:
             raise EngineUnavailable(f"a text has reached {self._max_length} tokens")
         logits = self._runner.decode(np.array([[tokens[0]]], dtype=np.int64))
@@ -269,7 +272,7 @@ class OneText:
         return {0: logits[0, -1]}
 
     def leave(self, row: int) -> None:
-        """As RunningBatch."""
+        """End the text; another can join."""
         self._length = 0
 
 

@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 def check_run(spec: EngineSpec) -> None:
     """Raise EngineUnavailable unless engines of this backend can run here."""
     trt: Any = load_package(spec.backend)
-    gpu = cuda_devices()[0]
+    _check_machine(trt, spec, cuda_devices()[0])
+
+
+def _check_machine(trt: Any, spec: EngineSpec, gpu: CudaDevice) -> None:
+    """Raise EngineUnavailable unless the backend and the torch that are here run an engine of this spec on the GPU."""
     if spec.backend == "tensorrt-rtx":
         _check_capability(spec, gpu, list(trt.ComputeCapability.__members__))
     _check_torch()
@@ -56,24 +60,38 @@ def _check_torch() -> None:
 
 def open_engine(folder: Path, manifest: EngineManifest) -> TrtRunner:
     """A runner for a built engine."""
-    return TrtRunner(folder / manifest.file, manifest.spec, inputs=manifest.inputs, outputs=manifest.outputs)
+    return TrtRunner(
+        folder / manifest.file,
+        manifest.spec,
+        inputs=manifest.inputs,
+        outputs=manifest.outputs,
+        longest=manifest.longest_text,
+    )
 
 
 class TrtRunner(Runner):
     """Generates with a built TensorRT or TensorRT-RTX engine on the first GPU of this process.
 
     engine: the serialised engine. spec: what it was built from.
-    inputs, outputs: the graph's, as the engine's manifest has them.
+    inputs, outputs: the graph's, as the engine's manifest has them. longest: tokens that the graph holds for, whatever
+        its shapes allow: behind a table of positions lies other memory. None is any number.
 
     A cache of fixed length is one memory for `past` and `present`, and decoding, whose shapes then stand still, is
     replayed as a CUDA graph. A cache that grows has two, read and written in turn.
     """
 
     def __init__(
-        self, engine: Path, spec: EngineSpec, *, inputs: decoder_io.Bindings, outputs: decoder_io.Bindings
+        self,
+        engine: Path,
+        spec: EngineSpec,
+        *,
+        inputs: decoder_io.Bindings,
+        outputs: decoder_io.Bindings,
+        longest: int | None = None,
     ) -> None:
         self.engine = engine
         self.spec = spec
+        self._longest = longest
         self._inputs = inputs
         self._outputs = outputs
         self._fixed = decoder_io.cache_length(inputs)
@@ -99,7 +117,7 @@ class TrtRunner(Runner):
         self._trt = load_package(self.spec.backend)
         # Before anything of TensorRT: a Runtime made without a usable driver can crash the process.
         devices = cuda_devices()
-        _check_torch()
+        _check_machine(self._trt, self.spec, devices[0])
         cuda: Any = torch.cuda
         cuda.init()
         log = logger(self._trt)
@@ -134,6 +152,11 @@ class TrtRunner(Runner):
         return self._engine.create_execution_context(self._runtime_config)
 
     @property
+    def longest_text(self) -> int | None:
+        shapes = self._fixed if self._fixed is not None else self.spec.longest_text
+        return min((limit for limit in (shapes, self._longest) if limit is not None), default=None)
+
+    @property
     def _captures(self) -> bool:
         """Whether decoding may become a CUDA graph."""
         return self.spec.cuda_graphs and self._fixed is not None
@@ -165,11 +188,15 @@ class TrtRunner(Runner):
         import torch
 
         batch, length = attention_mask.shape
+        decoder_io.check_longest(self.engine, self._longest, length)
         if self._fixed is not None and length > self._fixed:
             raise EngineUnavailable(f"{self.engine}: its cache holds {self._fixed} tokens, and the text has {length}")
         values = decoder_io.token_inputs(self._inputs, input_ids, attention_mask, keep)
         try:
             with torch.cuda.stream(self._stream):
+                if self._steps == 0 and self._fixed is not None and self._cache:
+                    # What a text leaves behind its successor's end is masked, and a masked NaN is a NaN: 0 times it.
+                    torch._foreach_zero_(list(self._cache.values()))
                 if self._steps < 2:  # later steps of a fixed length find everything where it was
                     self._tensors = {}
                 self._feed(values)
@@ -284,8 +311,10 @@ class TrtRunner(Runner):
         return memory
 
     def _limits(self, profile: int) -> dict[str, list[tuple[int, ...]]]:
-        limits = self._engine.get_tensor_profile_shape
-        return {name: [tuple(shape) for shape in limits(name, profile)] for name in self._inputs}
+        return {
+            name: [tuple(shape) for shape in self._engine.get_tensor_profile_shape(name, profile)]
+            for name in self._inputs
+        }
 
 
 def _covers(profile: dict[str, list[tuple[int, ...]]], shapes: dict[str, tuple[int, ...]]) -> bool:

@@ -15,20 +15,21 @@ from typing import Any
 import numpy as np
 
 from trsp_deploy.artifacts import writing
-from trsp_deploy.errors import EngineSpecError, EngineUnavailable, StorageError, nearest
+from trsp_deploy.errors import EngineSpecError, EngineUnavailable, StorageError, nearest, one_line
 from trsp_deploy.recipe import EngineSpec, ShapeProfile
 from trsp_deploy.tools.graphs import decoder_io
-from trsp_deploy.tools.runners.calibration import longest_text, read_text
+from trsp_deploy.tools.runners.calibration import longest_text, longest_turned, read_text
 from trsp_deploy.tools.runners.half_range import within_range
 from trsp_deploy.tools.runners.manifest import BuiltEngine, PassOutcome, kept_products
 from trsp_deploy.tools.runners.passes import Pass, run_passes
-from trsp_deploy.tools.runners.requirements import cuda_devices, load_package, one_line
+from trsp_deploy.tools.runners.requirements import cuda_devices, load_package
 from trsp_deploy.tools.runners.trt_log import BUILD_LOG, logger, made, with_advice
 from trsp_deploy.tools.sources.packaged import home
 
 ENGINE = "model.engine"
 NUMPY_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "INT32": "int32"}
 FIX_CACHE = "fix-cache"
+SCATTERS = (10, 15)  # the first TensorRT with TensorScatter
 
 
 def check_build(spec: EngineSpec) -> None:
@@ -38,8 +39,19 @@ def check_build(spec: EngineSpec) -> None:
     """
     trt = load_package(spec.backend)
     compute_capabilities(trt, spec)
+    _check_version(trt, spec)
     if spec.backend == "tensorrt":
         cuda_devices()
+
+
+def _check_version(trt: ModuleType, spec: EngineSpec) -> None:
+    """Raise EngineUnavailable where TensorRT is too old to write a cache in place."""
+    version = tuple(int(part) for part in trt.__version__.split(".")[:2])
+    if spec.backend == "tensorrt" and spec.cache_length is not None and version < SCATTERS:
+        raise EngineUnavailable(
+            f"TensorRT {trt.__version__} has no TensorScatter, which {spec.name} writes its cache with: upgrade to "
+            f"{'.'.join(map(str, SCATTERS))} or later, or leave `cache_length` out"
+        )
 
 
 def compute_capabilities(trt: ModuleType, spec: EngineSpec) -> list[Any]:
@@ -60,7 +72,7 @@ def compute_capabilities(trt: ModuleType, spec: EngineSpec) -> list[Any]:
 def build(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.ndarray | None) -> BuiltEngine:
     """Run the passes, compile the graph for every profile, and write model.engine and build.log into `folder`.
 
-    Where the passes changed the graph, it stays beside the engine, for `trtexec` and whoever else reads ONNX.
+    Where the passes changed the graph, it stays beside the engine, for `trtexec` and other tools that read ONNX.
 
     Raises EngineUnavailable with the parser's or the builder's errors as one line.
     """
@@ -88,15 +100,12 @@ def build(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.ndarray | 
             try:
                 with writing(timings) as partial:
                     partial.write_bytes(memoryview(config.get_timing_cache().serialize()))
-            except (
-                OSError,
-                StorageError,
-            ) as problem:  # all that is lost is time of the next build
+            except (OSError, StorageError) as problem:  # all that is lost is time of the next build
                 log.log(trt.ILogger.WARNING, f"timings are not kept: {problem}")
         if graph != onnx:
             for file in sorted(graph.parent.glob(f"{graph.name}*")):  # external data is found by its name
                 shutil.move(file, folder / file.name)
-    return BuiltEngine(ENGINE, (ENGINE,), inputs, outputs, outcomes, found)
+    return BuiltEngine(ENGINE, (ENGINE,), inputs, outputs, outcomes, found, longest_text(onnx))
 
 
 def _check_length(onnx: Path, spec: EngineSpec) -> None:
@@ -104,7 +113,7 @@ def _check_length(onnx: Path, spec: EngineSpec) -> None:
 
     An engine's shapes end where its profiles do, so that one which is built has no longer texts.
     """
-    limit = longest_text(onnx)
+    limit = longest_turned(onnx)
     pasts = [profile.past.max + 1 for profile in spec.profiles if profile.past is not None]
     longest = spec.cache_length or max([*pasts, *(profile.sequence.max for profile in spec.profiles)], default=0)
     if limit is not None and longest > limit:
@@ -176,7 +185,7 @@ def _quantise(
     from onnxscript import version_converter
 
     from trsp_deploy.tools.graphs import costs, products
-    from trsp_deploy.tools.graphs.nodes import NoMatch, check_opset
+    from trsp_deploy.tools.graphs.nodes import NoMatch, check_opset, put_down
     from trsp_deploy.tools.graphs.qdq import OPSET, quantize_products
 
     out.parent.mkdir()
@@ -187,13 +196,15 @@ def _quantise(
             version_converter.convert_version(model, OPSET)
         head = products.open_products(model)
         products.open_products(source)  # the text is read by the graph as it came, whose cache grows
+        source = put_down(source, out.parent / "opened.onnx")
         activations = read_text(source, onnx, onnx, spec, calibration, out.parent, symmetric=True)
         products.check_finite(activations, spec.graph_precision)
     except NoMatch as problem:
         raise EngineUnavailable(f"{onnx}: cannot be quantised: {problem}") from problem
     products.pack_products(model, head)
     kept = costs.chosen(model, head, activations, spec)
-    quantize_products(model, 8 if spec.precision == "int8" else 4, spec.block_size, head, activations, kept)
+    bits = 8 if spec.precision == "int8" else 4
+    quantize_products(model, bits, spec.block_size, head, activations, kept, head_bits=spec.head_bits)
     ir.save(model, out, external_data=f"{out.name}.data")
     return out, kept
 
@@ -270,8 +281,8 @@ def _optimisation_profile(builder: Any, inputs: decoder_io.Bindings, profile: Sh
     result = builder.create_optimization_profile()
     for name, (_, shape) in inputs.items():
         if any(isinstance(length, str) for length in shape):
-            limits = [profile_shape(name, shape, profile, end) for end in ("min", "opt", "max")]
-            result.set_shape(name, *limits)
+            low, usual, high = (profile_shape(name, shape, profile, end) for end in ("min", "opt", "max"))
+            result.set_shape(name, low, usual, high)
     return result
 
 

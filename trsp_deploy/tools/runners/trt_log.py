@@ -11,9 +11,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from trsp_deploy.errors import EngineUnavailable
+from trsp_deploy.errors import EngineUnavailable, one_line
 from trsp_deploy.recipe import Strict
-from trsp_deploy.tools.runners.requirements import one_line
+from trsp_deploy.tools.graphs import decoder_io
 
 BUILD_LOG = "build.log"
 
@@ -32,18 +32,26 @@ ADVICE = {
     "out of memory": "lower `workspace_gib` or the profiles' maxima",  # not met here: needs a GPU
 }
 
-# One compiled layer in a log of verbosity DETAILED.
+# One compiled layer in a log of verbosity DETAILED. TensorRT-RTX 1.7 lists constants by themselves; TensorRT 10 has
+# them among the inputs, and behind the outputs what its kinds of layer have besides (ParameterType, Weights).
+LIST = r"(?: ?\{.*?\} ?)?"  # of tensors, in braces each
 LAYER = re.compile(
-    r"Name: (?P<name>.+?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\], Constants: \[(?P<constants>.*?)\]"
-    r", Outputs: \[(?P<outputs>.*?)\], TacticName: (?P<tactic>[^,]*), StreamId"
+    rf"Name: (?P<name>.+?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>{LIST})\]"
+    rf"(?:, Constants: \[(?P<constants>{LIST})\])?, Outputs: \[(?P<outputs>{LIST})\](?P<rest>,.*|$)"
 )
-TENSOR = re.compile(r"Name: (?P<name>[^,]*), Dimensions: \[(?P<shape>[^\]]*)\].*?Datatype: (?P<dtype>\w+)")
+TENSOR = re.compile(
+    r"Name: (?P<name>[^,]*)(?:, Location: \w+)?, Dimensions: \[(?P<shape>[^\]]*)\].*?Datatype: (?P<dtype>[^,}]*)"
+)
+TACTIC = re.compile(r"TacticName: ([^,]*)")
+OWN_WEIGHTS = re.compile(r'(?:Weights|Bias): \{"Type": "(\w+)", "Count": (\d+)\}')
+FED = ("input_ids", "attention_mask", decoder_io.POSITIONS, decoder_io.LOGITS_POSITIONS, decoder_io.WRITE_INDICES)
 GRAPH = re.compile(r"_myl(\d+)_\d+$")
-OF_PROFILE = re.compile(r" \[profile \d+\]")  # behind the names of tensors, from the second profile on
+OF_PROFILE = re.compile(r" \[profile (\d+)\]")  # behind the names of tensors, from the second profile on
 WEIGHTS = re.compile(r"Total Weights Memory: (\d+) bytes")
 ACTIVATIONS = re.compile(r"Total Activation Memory: (\d+) bytes")  # once for every profile
 ATTENTION = "mha"  # in the name of every fused attention kernel
 BITS = {"Int4": 4, "FP4": 4, "Int8": 8, "Bool": 8, "FP8": 8, "Half": 16, "BFloat16": 16, "Int64": 64}  # others: 32
+WORDS = {"FP32": "Float", "FP16": "Half", "BF16": "BFloat16", "INT8": "Int8", "INT32": "Int32", "INT64": "Int64"}
 
 
 class Layer(Strict):
@@ -75,7 +83,7 @@ class BuildLog(Strict):
         return {name for layer in self.of(profile) for name in set(layer.reads) & set(layer.writes)}
 
     def of(self, profile: int) -> list[Layer]:
-        """A profile's layers."""
+        """The layers of one profile."""
         return [layer for layer in self.layers if layer.profile == profile]
 
 
@@ -84,12 +92,43 @@ def read_log(path: Path) -> BuildLog:
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     weights = WEIGHTS.search(text)
     found = [match for line in text.splitlines() if (match := LAYER.search(line))]
-    numbers = sorted({_graph(match) for match in found})  # one compiled graph a profile, not numbered from 0 throughout
+    listed = [match for match in found if match["constants"] is not None]
     return BuildLog(
-        layers=tuple(_layer(match, numbers.index(_graph(match))) for match in found),
+        layers=_listed(listed) if listed else _mixed(found),
         weight_bytes=int(weights[1]) if weights else None,
         activation_bytes=tuple(int(size) for size in ACTIVATIONS.findall(text)),
     )
+
+
+def _listed(found: list[re.Match[str]]) -> tuple[Layer, ...]:
+    """Layers as TensorRT-RTX tells of them: one compiled graph a profile, not numbered from 0 throughout."""
+    numbers = sorted({_graph(match) for match in found})
+    return tuple(
+        _layer(match, numbers.index(_graph(match)), _tensors(match["inputs"]), _tensors(match["constants"]))
+        for match in found
+    )
+
+
+def _mixed(found: list[re.Match[str]]) -> tuple[Layer, ...]:
+    """Layers as TensorRT 10 tells of them: what nobody writes and nobody feeds is a constant.
+
+    A profile may be several compiled graphs, and is told by the names of the tensors that a graph reads or writes.
+    """
+    written = {tensor["name"] for match in found for tensor in _tensors(match["outputs"])}
+    profiles: dict[int, int] = {}
+    for match in found:
+        marks = [int(number) for number in OF_PROFILE.findall(match["inputs"] + match["outputs"])]
+        profiles[_graph(match)] = max([profiles.get(_graph(match), 0), *marks])
+    layers = []
+    for match in found:
+        reads: list[re.Match[str]] = []
+        constants: list[re.Match[str]] = []
+        for tensor in _tensors(match["inputs"]):
+            name = tensor["name"]
+            fed = name in FED or name.startswith(decoder_io.PAST)
+            (reads if name in written or fed else constants).append(tensor)
+        layers.append(_layer(match, profiles[_graph(match)], reads, constants))
+    return tuple(layers)
 
 
 def _graph(match: re.Match[str]) -> int:
@@ -97,25 +136,34 @@ def _graph(match: re.Match[str]) -> int:
     return int(number[1]) if number else 0
 
 
-def _layer(match: re.Match[str], profile: int) -> Layer:
-    parts = (OF_PROFILE.sub("", match[part]) for part in ("inputs", "constants", "outputs"))
-    reads, constants, writes = (list(TENSOR.finditer(part)) for part in parts)
+def _tensors(part: str) -> list[re.Match[str]]:
+    return list(TENSOR.finditer(OF_PROFILE.sub("", part)))
+
+
+def _layer(match: re.Match[str], profile: int, reads: list[re.Match[str]], constants: list[re.Match[str]]) -> Layer:
+    tactic, own = TACTIC.search(match["rest"]), OWN_WEIGHTS.findall(match["rest"])
+    types = [*(_dtype(tensor["dtype"]) for tensor in (*reads, *constants)), *(kind for kind, _ in own)]
     return Layer(
         name=match["name"],
         kind=match["kind"],
         profile=profile,
-        kernel=match["tactic"].strip(),
-        precisions=tuple(dict.fromkeys(tensor["dtype"] for tensor in (*reads, *constants))),
+        kernel=tactic[1].strip() if tactic else "",
+        precisions=tuple(dict.fromkeys(types)),
         reads=tuple(tensor["name"] for tensor in reads),
-        writes=tuple(tensor["name"] for tensor in writes),
-        weight_bytes=sum(_bytes(tensor) for tensor in constants),
+        writes=tuple(tensor["name"] for tensor in _tensors(match["outputs"])),
+        weight_bytes=sum(map(_bytes, constants)) + sum(int(count) * BITS.get(kind, 32) // 8 for kind, count in own),
     )
+
+
+def _dtype(text: str) -> str:
+    """A tensor's type out of its format: "Half", "Row major linear FP16 format"."""
+    words = [WORDS.get(word.upper(), word) for word in text.split()]
+    return next((word for word in words if word in BITS or word == "Float"), words[0] if words else "")
 
 
 def _bytes(tensor: re.Match[str]) -> int:
-    return (
-        math.prod(int(length) for length in tensor["shape"].split(",") if length) * BITS.get(tensor["dtype"], 32) // 8
-    )
+    count = math.prod(int(length) for length in tensor["shape"].split(",") if length)
+    return count * BITS.get(_dtype(tensor["dtype"]), 32) // 8
 
 
 @functools.cache

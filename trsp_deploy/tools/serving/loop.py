@@ -1,4 +1,4 @@
-"""Serves many requests with one engine: who waits joins as soon as there is room, everyone gets a token a step.
+"""Serves many requests with one engine: one that waits joins when there is room, each gets a token per step.
 
     loop = ServingLoop(batch, tokenizer, end_tokens=(2,), max_length=2048)
     loop.submit(Ticket(request, send=print, cancelled=lambda: False))
@@ -9,8 +9,8 @@ Knows nothing of Triton: `triton_model.py` brings requests and takes answers.
 
 from __future__ import annotations
 
-import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
@@ -18,17 +18,18 @@ from typing import Literal, Protocol
 import numpy as np
 from tokenizers import Tokenizer
 
-from trsp_deploy.errors import TrspError
+from trsp_deploy.errors import TrspError, named, one_line
 from trsp_deploy.tools.runners.generation import Sampling, choose, penalised
 from trsp_deploy.tools.serving.requests import GenerationRequest, RequestError
 from trsp_deploy.tools.serving.text import TextStream
 
-JOINS = 8  # prompts read between two steps, so that those who are answered already do not wait for all who come
+JOINS = 8  # prompts read between two steps, so that requests being answered do not wait for all new ones
 # Whatever may go wrong with one request; a panic of the tokenizers' Rust is no Exception.
 ANYTHING = BaseException
 STOPPING = "the server is stopping"
+MOST_WAITING = 256  # requests; one that would wait behind so many is better off elsewhere, or told to come again
 Finish = Literal["length", "end", "stop", "cancelled", "error"]
-Fault = Literal["request", "engine", "stopping"]
+Fault = Literal["request", "engine", "busy", "stopping"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Answer:
     tokens: int  # new ones so far
     finish: Finish | None = None
     error: str | None = None
-    fault: Fault = "request"  # whose the error is
+    fault: Fault = "request"  # whose fault the error is
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,14 @@ class Batch(Protocol):
     def leave(self, row: int) -> None: ...
 
 
+@dataclass(frozen=True)
+class _Waiting:
+    """A request whose prompt is read and fits."""
+
+    ticket: Ticket
+    prompt: list[int]
+
+
 @dataclass
 class _Running:
     """One text in the batch."""
@@ -82,31 +91,72 @@ class ServingLoop:
     """A thread that owns the batch; requests come from any other.
 
     batch: empty. end_tokens: those that end a text. max_length: tokens of a text, its prompt among them.
+    most_waiting: requests beside those that are running; further ones are refused.
     """
 
-    def __init__(self, batch: Batch, tokenizer: Tokenizer, end_tokens: tuple[int, ...], max_length: int) -> None:
+    def __init__(
+        self,
+        batch: Batch,
+        tokenizer: Tokenizer,
+        end_tokens: tuple[int, ...],
+        max_length: int,
+        most_waiting: int = MOST_WAITING,
+    ) -> None:
         self._batch = batch
         self._tokenizer = tokenizer
         self._end_tokens = end_tokens
         self._max_length = max_length
+        # What is longer than so many tokens of the longest kind is refused unread, also where a tokenizer would have
+        # made one token for anything unknown of a part of it.
+        self._most_characters = max_length * max(map(len, tokenizer.get_vocab()))
         self._special = {
             token.content: number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special
         }
-        self._waiting: queue.Queue[Ticket | None] = queue.Queue()  # None: look up
+        self._most_waiting = most_waiting
+        self._waiting: deque[_Waiting] = deque()
+        self._news = threading.Condition()  # around `_waiting`: someone came, or the end has
         self._stopping = threading.Event()
         self._running: dict[int, _Running] = {}
         self._thread = threading.Thread(target=self._serve, name="trsp-deploy-serving", daemon=True)
         self._thread.start()
 
     def submit(self, ticket: Ticket) -> None:
-        """Take a request; its answers are sent from the loop's thread."""
-        self._waiting.put(ticket)
+        """Take a request; its answers are sent from the loop's thread, or from this one where it cannot be answered.
+
+        The prompt is read here: a megabyte of it takes half a second, which nobody's stream should wait for.
+        """
+        try:
+            waiting = self._read(ticket)
+        except ANYTHING as problem:
+            _refuse(ticket, problem)
+            return
+        with self._news:
+            if len(self._waiting) >= self._most_waiting:
+                self._forget_who_left()
+            if self._stopping.is_set():
+                ticket.send(Answer("", 0, "error", STOPPING, "stopping"))
+            elif len(self._waiting) >= self._most_waiting:
+                ticket.send(Answer("", 0, "error", f"busy: {len(self._waiting)} requests wait already", "busy"))
+            else:
+                self._waiting.append(waiting)
+                self._news.notify()
 
     def stop(self) -> None:
-        """End the thread; who is not finished gets an error."""
+        """End the thread; a request that is not finished gets an error."""
         self._stopping.set()
-        self._waiting.put(None)
+        with self._news:
+            self._news.notify()
         self._thread.join()
+
+    def _forget_who_left(self) -> None:
+        """Answer those who wait and whose client is gone; they would be in the way of others."""
+        there = []
+        for waiting in self._waiting:
+            if _cancelled(waiting.ticket):
+                waiting.ticket.send(Answer("", 0, "cancelled"))
+            else:
+                there.append(waiting)
+        self._waiting = deque(there)
 
     def _serve(self) -> None:
         while not self._stopping.is_set():
@@ -117,35 +167,44 @@ class ServingLoop:
                 self._step()
         for row in list(self._running):
             self._finish(row, "error", STOPPING, "stopping")
-        while not self._waiting.empty():
-            ticket = self._waiting.get()
-            if ticket is not None:
-                ticket.send(Answer("", 0, "error", STOPPING, "stopping"))
+        with self._news:
+            for waiting in self._waiting:
+                waiting.ticket.send(Answer("", 0, "error", STOPPING, "stopping"))
 
     def _admit(self) -> None:
-        """Let in who waits while there is room; with nobody running, wait for someone."""
+        """Let in waiting requests while there is room; with none running, wait for one."""
         for _ in range(JOINS):
             if self._batch.full:
                 return
-            try:
-                ticket = self._waiting.get(block=not self._running)
-            except queue.Empty:
+            waiting = self._next()
+            if waiting is None:
                 return
-            if ticket is None:
-                return
-            if _cancelled(ticket):
-                ticket.send(Answer("", 0, "cancelled"))
+            if _cancelled(waiting.ticket):
+                waiting.ticket.send(Answer("", 0, "cancelled"))
                 continue
             # Whatever goes wrong is one client's: a thread that ends would leave all of them waiting for ever.
             try:
-                self._join(ticket)
+                self._join(waiting)
             except ANYTHING as problem:
-                fault: Fault = "request" if isinstance(problem, RequestError) else "engine"
-                ticket.send(Answer("", 0, "error", _line(problem), fault))
+                _refuse(waiting.ticket, problem)
 
-    def _join(self, ticket: Ticket) -> None:
+    def _next(self) -> _Waiting | None:
+        """Who has waited longest; None where nobody does and texts are running, or at the end."""
+        with self._news:
+            while not (self._waiting or self._running or self._stopping.is_set()):
+                self._news.wait()
+            return self._waiting.popleft() if self._waiting and not self._stopping.is_set() else None
+
+    def _read(self, ticket: Ticket) -> _Waiting:
+        """Make tokens of a request's text; raises RequestError where they do not fit."""
         request = ticket.request
-        prompt = self._tokenizer.encode(request.text_input).ids
+        if len(request.text_input) > self._most_characters:
+            raise RequestError(
+                f"input 'text_input': {len(request.text_input)} characters, more than {self._max_length} tokens hold; "
+                f"at most {self._most_characters}"
+            )
+        # Of a batch, for that lets other threads go on meanwhile; reading one text alone does not.
+        prompt = self._tokenizer.encode_batch([request.text_input])[0].ids
         room = self._max_length - len(prompt)
         if not prompt:
             raise RequestError("input 'text_input': has no tokens")
@@ -154,8 +213,13 @@ class ServingLoop:
         if request.max_tokens > room:
             if "max_tokens" in request.model_fields_set:
                 raise RequestError(f"input 'max_tokens': {request.max_tokens}; after this prompt at most {room} fit")
-            request = request.model_copy(update={"max_tokens": room})  # nobody asked for the default
+            request = request.model_copy(update={"max_tokens": room})  # the client asked for no number
             ticket = replace(ticket, request=request)
+        return _Waiting(ticket, prompt)
+
+    def _join(self, waiting: _Waiting) -> None:
+        ticket, prompt = waiting.ticket, waiting.prompt
+        request = ticket.request
         running = _Running(
             ticket,
             prompt,
@@ -172,7 +236,7 @@ class ServingLoop:
     def _step(self) -> None:
         try:
             logits = self._batch.step({row: running.tokens[-1] for row, running in self._running.items()})
-        except ANYTHING as problem:  # the engine stopped: nobody's text can go on
+        except ANYTHING as problem:  # the engine stopped: no text can go on
             for row in list(self._running):
                 self._finish(row, "error", _line(problem))
             return
@@ -219,6 +283,11 @@ class ServingLoop:
         running.ticket.send(Answer(text, len(running.tokens), finish, error, fault))
 
 
+def _refuse(ticket: Ticket, problem: BaseException) -> None:
+    fault: Fault = "request" if isinstance(problem, RequestError) else "engine"
+    ticket.send(Answer("", 0, "error", _line(problem), fault))
+
+
 def _cancelled(ticket: Ticket) -> bool:
     """Whether a client is gone; so is one that cannot be asked."""
     try:
@@ -228,6 +297,5 @@ def _cancelled(ticket: Ticket) -> bool:
 
 
 def _line(problem: BaseException) -> str:
-    """One line for a client; of what is no error of ours with its kind."""
-    text = " ".join(str(problem).split())
-    return text if isinstance(problem, TrspError) else f"{type(problem).__name__}: {text}"
+    """An error as one line for a client, with its kind where it is none of ours."""
+    return one_line(problem) if isinstance(problem, TrspError) else named(problem)

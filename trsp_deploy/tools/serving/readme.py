@@ -2,36 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+from trsp_deploy.tools.serving.loop import MOST_WAITING
 from trsp_deploy.tools.triton_server.config import IDLE_S
+from trsp_deploy.tools.triton_server.repository import RepositoryManifest, ServedModel
 
 # Until 25.04 a cancelled gRPC stream may bring the server down (Triton's pull request 8078), and NVIDIA's security
 # bulletin 5816 asks for 26.02. Any later one will do for an ONNX Runtime engine, whose package is installed into it.
 # Not tried: no Docker was at hand.
 CONTAINER = "nvcr.io/nvidia/tritonserver:26.02-py3"
+# What MatMulInteger multiplies is rounded with one scale for all texts of a step.
+SHARED_SCALE = "An int8 engine's answer, with one seed too, may differ with what others ask at the same time."
 
 
-def readme(names: Sequence[str], packages: Sequence[str], on_gpu: bool, gpu: str | None, limits: Sequence[str]) -> str:
-    """Markdown. names: of the models. packages: that the server's Python needs. on_gpu: whether the engines are for
-    one, and gpu: for which alone. limits: a line for each model."""
-    name = names[0]
-    install = f"pip install {' '.join(repr(package) for package in packages)}"
-    device = "--gpus 1 " if on_gpu else ""
-    where = f"Its engines run on GPUs of compute capability {gpu} alone.\n" if gpu else ""
+def readme(repository: RepositoryManifest) -> str:
+    """Markdown about every model of a repository, whichever call wrote it."""
+    texts = [model for model in repository.models if model.serves == "text"]
+    steps = [model for model in repository.models if model.serves == "steps"]
+    return _texts_readme(repository, texts) + (_steps_readme(texts, steps) if steps else "")
+
+
+def dockerfile(repository: RepositoryManifest) -> str:
+    """An image of the server with what the models need; they themselves are mounted."""
+    return f"""# Triton with the packages that the models of this repository need; README.md has the words to it.
+FROM {repository.container}
+RUN PIP_BREAK_SYSTEM_PACKAGES=1 pip install --no-cache-dir {_quoted(repository.packages)}
+"""
+
+
+def _quoted(packages: tuple[str, ...]) -> str:
+    return " ".join(repr(package) for package in packages)
+
+
+def _texts_readme(repository: RepositoryManifest, texts: list[ServedModel]) -> str:
+    name = texts[0].name
+    install = f"pip install {_quoted(repository.packages)}"
+    device = "" if all(model.backend == "onnxruntime-cpu" for model in repository.models) else "--gpus 1 "
+    limits = [f"`{model.name}`: {model.limits}" for model in repository.models]
+    if any(model.precision == "int8" and model.max_batch > 1 for model in texts):
+        limits.append(SHARED_SCALE)
     listed = "\n".join(f"- {line}" for line in limits)
     return f"""# Model repository for Triton Inference Server
 
 Made by `trsp-deploy triton`. Text in, text out, streamed; requests that come together are answered in one batch.
-{where}
+
 {listed}
+
+Beside its weights a model holds the keys and values of the texts that it answers. Its cache grows with them up to the
+figure above; while it grows the smaller one is still there, so leave room for twice that.
 
 ## Serve it
 
     docker run --rm {device}--shm-size 1g -p 8000:8000 -p 8001:8001 -p 8002:8002 -v "$PWD:/models:ro" {CONTAINER} \\
         bash -c "{install} && tritonserver --model-repository=/models"
 
-The packages can be put into an image once instead of at every start.
+`Dockerfile` puts the packages into an image once instead of at every start, as a cluster wants it. The image holds no
+model, so it stays what it is where only models change:
+
+    docker build -t registry.example.com/tritonserver-trsp:1 - < Dockerfile
+    docker push registry.example.com/tritonserver-trsp:1
+    docker run --rm {device}--shm-size 1g -p 8000:8000 -p 8001:8001 -p 8002:8002 -v "$PWD:/models:ro" \\
+        registry.example.com/tritonserver-trsp:1 tritonserver --model-repository=/models
 
 ## Ask it
 
@@ -60,15 +90,19 @@ curl -sN localhost:8000/v2/models/{name}/generate_stream \\
 | `ignore_eos` | whether to go on after the end token | false |
 
 Answers have `text_output`, `output_tokens` and, at the end, `finish_reason` (`length`, `end`, `stop`). A request that
-cannot be answered gets one line that names the input.
+cannot be answered gets one line that names the input, one that finds more than {MOST_WAITING} waiting gets
+UNAVAILABLE (`max_waiting` in `config.pbtxt`). To be able to stop an answer ask over gRPC and cancel, or over HTTP at
+`/generate_stream` with `"stream": true` and close the connection; Triton does not notice who leaves a plain
+`/generate`, and the answer is computed to its end.
 """
 
 
-def step_readme(text_model: str, name: str, max_length: int, onnxruntime: str) -> str:
-    """What follows where the repository has step models.
-
-    text_model: has the tokenizer. name: of the step model. onnxruntime: the version that the engine was built with.
-    """
+def _steps_readme(texts: list[ServedModel], steps: list[ServedModel]) -> str:
+    """What follows where the repository has step models; the code asks the first of them."""
+    name, max_length = steps[0].name, steps[0].max_length
+    # Each was written beside a model that has its tokenizer.
+    text_model = next((model.name for model in texts if f"{model.name}_step" == name), texts[0].name)
+    versions = " and ".join(sorted({model.backend_version for model in steps}))
     return f"""
 ## Step by step
 
@@ -108,9 +142,9 @@ print(tokenizer.decode(greedy(tokenizer.encode("The capital of France is").ids, 
 
 - `sequence_start` begins anew, whatever the number had before. A sequence without `sequence_end` ends when nothing was
   heard of it for {IDLE_S} s. When as many sequences run as the list above says, further ones wait for an end.
-- A request that would make a sequence longer than {max_length} tokens gets an error that says
+- A request that would make a sequence of `{name}` longer than {max_length} tokens gets an error that says
   `a_sequence_has_at_most_{max_length}_tokens`; the sequence stays what it was.
 - The backend copies the whole state at every step: `--max-length` as long as needed and no longer.
-- The engine was built with ONNX Runtime {onnxruntime}, and an older one in the server may not know its operators; the
+- The engine was built with ONNX Runtime {versions}, and an older one in the server may not know its operators; the
   model is then not loaded, and `--exit-on-error=false` lets the others serve.
 """

@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field, ValidationError
 
 from trsp_deploy.errors import UserError
+from trsp_deploy.reading import what_is_wrong
 from trsp_deploy.recipe import Strict
 from trsp_deploy.tools.runners.generation import Sampling
 
@@ -49,17 +50,7 @@ def parse(values: dict[str, object]) -> GenerationRequest:
     try:
         found = GenerationRequest.model_validate(values)
     except ValidationError as problem:
-        first = problem.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "missing":
-            raise RequestError(f"input '{name}' is missing") from problem
-        if first["type"] == "extra_forbidden":
-            known = ", ".join(GenerationRequest.model_fields)
-            raise RequestError(f"input '{name}' is unknown; valid: {known}") from problem
-        message = first["msg"].removeprefix("Value error, ")
-        raise RequestError(
-            f"input '{name}': {message[0].lower()}{message[1:]}, got {first['input']!r:.60}"
-        ) from problem
+        raise RequestError(what_is_wrong(problem, GenerationRequest, "input")) from problem
     if len(found.stop) > MOST_STOPS:
         raise RequestError(f"input 'stop': {len(found.stop)} strings, at most {MOST_STOPS}")
     return found

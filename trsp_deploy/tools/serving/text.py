@@ -58,10 +58,15 @@ class TextStream:
         return self._decode(self._tokens[self._first :])[len(before) :]
 
     def _beginning(self, first: int) -> int:
-        """The last token up to `first` that begins a character: one byte of another makes its whole run unreadable."""
+        """The last token up to `first` from which there is text that begins with a whole character.
+
+        One byte of another makes its whole run unreadable; and where nothing is in front of a token, as behind special
+        tokens alone, it is decoded as a text's first one and loses its space.
+        """
         earliest = max(0, first - LONGEST_CONTEXT)
         for place in range(max(0, first), earliest - 1, -1):
-            if not self._decode(self._tokens[place : self._read]).startswith(INCOMPLETE):
+            text = self._decode(self._tokens[place : self._read])
+            if text and not text.startswith(INCOMPLETE):
                 return place
         return max(0, first)
 

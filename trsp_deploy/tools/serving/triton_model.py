@@ -23,15 +23,16 @@ sys.path.insert(0, str(HERE / "vendor"))
 from trsp_deploy.errors import TrspError  # noqa: E402
 from trsp_deploy.tools.runners.running_batch import Rotation  # noqa: E402
 from trsp_deploy.tools.serving.engine import open_batch  # noqa: E402
-from trsp_deploy.tools.serving.loop import Answer, ServingLoop, Ticket  # noqa: E402
+from trsp_deploy.tools.serving.loop import MOST_WAITING, Answer, ServingLoop, Ticket  # noqa: E402
 from trsp_deploy.tools.serving.requests import GenerationRequest, RequestError, parse  # noqa: E402
 from trsp_deploy.tools.serving.text import read_tokenizer  # noqa: E402
 
+WAITING = "max_waiting"  # of the config's parameters
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
 class TritonPythonModel:
-    """What the backend calls."""
+    """The class that Triton's python backend creates and calls."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Open the engine and start the loop; raises TritonModelException with one line."""
@@ -44,7 +45,9 @@ class TritonPythonModel:
             raise pb_utils.TritonModelException(str(problem)) from problem
         tokenizer = read_tokenizer(HERE / "tokenizer.json")
         self._outbox = Outbox()
-        self._loop = ServingLoop(batch, tokenizer, tuple(settings["end_tokens"]), settings["max_length"])
+        parameters = json.loads(args["model_config"]).get("parameters", {})
+        most_waiting = int(parameters.get(WAITING, {}).get("string_value", MOST_WAITING))
+        self._loop = ServingLoop(batch, tokenizer, tuple(settings["end_tokens"]), settings["max_length"], most_waiting)
 
     def execute(self, requests: list[Any]) -> None:
         """Hand requests to the loop; answers go out from its thread (decoupled)."""
@@ -123,8 +126,8 @@ class Outbox:
 def _send(sender: Any, answer: Answer) -> None:
     if answer.finish == "error":
         errors = pb_utils.TritonError
-        codes = {"request": errors.INVALID_ARG, "engine": errors.INTERNAL, "stopping": errors.UNAVAILABLE}
-        _fail(sender, answer.error or "unknown", codes[answer.fault])
+        codes = {"request": errors.INVALID_ARG, "engine": errors.INTERNAL}  # busy, stopping: another server may be free
+        _fail(sender, answer.error or "unknown", codes.get(answer.fault, errors.UNAVAILABLE))
     elif answer.finish == "cancelled":
         _fail(sender, "cancelled", pb_utils.TritonError.CANCELLED)
     else:

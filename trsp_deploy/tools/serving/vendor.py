@@ -13,6 +13,7 @@ PACKAGES = ("artifacts", "recipe")  # whole
 MODULES = (
     "errors.py",
     "reading.py",
+    "tools/control_groups.py",
     "tools/graphs/decoder_io.py",
     "tools/graphs/fp16_range.py",
     "tools/runners/base.py",
@@ -48,5 +49,5 @@ def vendor(target: Path) -> None:
 
 
 def model_file() -> Path:
-    """The python backend's `model.py`."""
+    """Path of the `model.py` that the python backend loads."""
     return Path(trsp_deploy.__file__).parent / MODEL

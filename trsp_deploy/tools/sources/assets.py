@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import model_validator
+
 from trsp_deploy.recipe import Strict
 
 
@@ -19,7 +21,18 @@ class Asset(Strict):
     download_bytes: int  # size of the distribution that holds it
     licence: str
     description: str
+    # Of an sdist: pip asks its build backend for metadata, so that what is in it runs before `sha256` is looked at.
+    archive_sha256: str | None = None
     stored_as: str | None = None  # file name in the cache where the distribution's own says nothing
+
+    @model_validator(mode="after")
+    def _sdists_are_pinned(self) -> Asset:
+        if self.form == "sdist" and self.archive_sha256 is None:
+            raise ValueError("an sdist needs archive_sha256")
+        return self
+
+
+LLAMAFACTORY = "1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f"
 
 
 def _task(file: str, stored_as: str, sha256: str, licence: str, description: str) -> Asset:
@@ -56,9 +69,10 @@ ASSETS: dict[str, Asset] = {
         form="sdist",
         file="data/wiki_demo.txt",
         sha256="69c0c4d067a95a1a65022f2ae1efff9654b1953b09f206f8832620ebbffa0daf",
+        archive_sha256=LLAMAFACTORY,
         download_bytes=5_208_876,
         licence="CC BY-SA (Wikipedia)",
-        description="30 long Wikipedia articles, one a line",
+        description="30 long Wikipedia articles, one per line",
     ),
     "c4-demo": Asset(
         kind="texts",
@@ -67,6 +81,7 @@ ASSETS: dict[str, Asset] = {
         form="sdist",
         file="data/c4_demo.jsonl",
         sha256="f51528081ef22279f2840c02c4cd7cdfc372138be0817c5b8714d200af692b78",
+        archive_sha256=LLAMAFACTORY,
         download_bytes=5_208_876,
         licence="ODC-BY (C4)",
         description="300 web pages of C4",
@@ -78,6 +93,7 @@ ASSETS: dict[str, Asset] = {
         form="sdist",
         file="data/alpaca_en_demo.json",
         sha256="bcc37c64db1a739a0789a1b81f251146fcf4459f903474bc9e3c21bbb5628318",
+        archive_sha256=LLAMAFACTORY,
         download_bytes=5_208_876,
         licence="not stated in the package; the Alpaca sets it resembles are CC BY-NC 4.0",
         description="999 instructions with their answers",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -32,10 +32,11 @@ from trsp_deploy.tools.sources.model_folders import (
 from trsp_deploy.tools.sources.names import HUB_ID, SHORT_NAMES, is_model_folder, not_found
 from trsp_deploy.tools.sources.packaged import ASSETS, dequantised_model, home
 
+LEGAL_FILES = re.compile(r"(?i:(LICEN[CS]E|NOTICE|USE_POLICY|COPYING)(\.\w+)?)")  # they go wherever the weights go
 COMPANIONS = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"
     r"|merges\.txt|vocab\.txt|tokenizer\.model|spiece\.model|chat_template\.jinja|README\.md"
-    r"|(LICENSE|NOTICE|USE_POLICY)(\.\w+)?"
+    rf"|{LEGAL_FILES.pattern}"
 )
 
 
@@ -128,7 +129,7 @@ def _from_hub(name: str, repo: str, progress: Callable[[str], None]) -> ModelSou
 
 
 def conversions(repo: str) -> Path:
-    """Where `trsp-deploy convert` keeps safetensors of a hub model whose weights are pickles, a folder a commit."""
+    """Where `trsp-deploy convert` keeps safetensors of a hub model whose weights are pickles, one folder per commit."""
     return home() / "models" / repo.replace("/", "--")
 
 
@@ -155,12 +156,18 @@ def _download(repo: str, progress: Callable[[str], None]) -> Path:
     return Path(snapshot_download(repo, allow_patterns=files))
 
 
-def _licence(folder: Path) -> str | None:
-    """The licence that the model card (README.md) states."""
+def card_metadata(folder: Path) -> dict[str, Any]:
+    """What a model's card (README.md) says for hubs; empty where it has none that can be read."""
     from huggingface_hub import ModelCard
 
     try:
-        licence = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.license
+        metadata: dict[str, Any] = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict()
     except (OSError, ValueError, TypeError, yaml.YAMLError):
-        return None
+        return {}
+    return metadata
+
+
+def _licence(folder: Path) -> str | None:
+    """The licence that the model's card states."""
+    licence = card_metadata(folder).get("license")
     return licence if isinstance(licence, str) else None

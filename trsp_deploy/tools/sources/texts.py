@@ -3,8 +3,9 @@
     texts = load_texts("wiki-demo", "evaluation")
     windows = tokenize_windows(texts, tokenizer, context_length=512)  # (windows, 512)
 
-A `.txt` file holds documents separated by blank lines (one file without any is one document); a `.jsonl`
-file holds one document a line under the key `text`; `owner/name[,config]:split` is a dataset of the hub.
+A `.txt` file holds documents separated by blank lines (one file without any is one document), so that of a text with
+blank lines within its documents each paragraph counts as one; a `.jsonl` file holds one document a line under the key
+`text`; `owner/name[,config]:split` is a dataset of the hub.
 """
 
 from __future__ import annotations
@@ -82,6 +83,7 @@ PACKAGED_TEXTS: dict[str, Literal["lines", "jsonl", "instructions", "doc-tags"]]
 SHORT_NAMES = (*HUB_DATASETS, *PACKAGED_TEXTS)
 MIN_DOC_CHARACTERS = 1000  # exl-wiki is mostly stubs of a line or two; 407 of its 2,349 articles are this long
 DATASET_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(,(?P<config>[\w.-]+))?(:(?P<split>[\w.\[\]:%+-]+))?")
+ARTICLE = re.compile(r"\s*= (?!=)[^\n]*(?<!=) =\s*")  # WikiText: a row ` = Title = `; ` = = Section = = ` is none
 TEXT_COLUMNS = ("text", "sentence", "content", "document")
 
 
@@ -149,7 +151,8 @@ def tokenize_windows(
 def documents_of(texts: Texts, tokenizer: Any, tokens: int) -> np.ndarray | None:
     """Which document each of the first `tokens` tokens of `tokenize_windows` belongs to, (tokens,) int64.
 
-    A separator counts to the document before it. None for a tokenizer that does not tell where its tokens stand.
+    A separator counts to the document before it. WikiText's rows are paragraphs: those of one article are one document
+    here, for they are no independent samples of text. None for a tokenizer that does not tell where its tokens stand.
     """
     if not getattr(tokenizer, "is_fast", False):
         return None
@@ -157,21 +160,25 @@ def documents_of(texts: Texts, tokenizer: Any, tokens: int) -> np.ndarray | None
     begins = np.array([begin for begin, _ in _encode(text, tokenizer, tokens, offsets=True)["offset_mapping"][:tokens]])
     lengths = np.array([len(document) + 2 for document in texts.documents])
     ends = np.cumsum(lengths)  # one past each document and its separator
-    return np.searchsorted(ends, begins, side="right")
+    articles = np.cumsum([ARTICLE.fullmatch(document) is not None for document in texts.documents])
+    rows = np.searchsorted(ends, begins, side="right")
+    return articles[rows] if articles[-1] else rows
 
 
-def split_windows(windows: torch.Tensor, held_out: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shuffle windows (windows, sequence) and split them: those to train on, and up to `held_out` to judge by.
+def split_windows(windows: torch.Tensor, wanted: int, held_out: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Split windows (windows, sequence): up to `wanted` to train on, drawn at random, and `held_out` to judge by.
 
-    A short text keeps at least three quarters for training; a single window has to serve as both.
+    Those held out end the text, so that they are of other documents than those trained on, all but one at most. A short
+    text keeps at least three quarters for training; a single window has to serve as both.
     """
     import torch
 
     if len(windows) == 1:
         return windows, windows
     held_out = min(held_out, max(1, len(windows) // 4))
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
-    return windows[order[held_out:]], windows[order[:held_out]]
+    pool = windows[:-held_out]
+    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
+    return pool[order[:wanted]], windows[-held_out:]
 
 
 def _encode(text: str, tokenizer: Any, wanted: int | None, *, offsets: bool = False) -> Any:

@@ -1,6 +1,6 @@
-"""The forms of stage 2: what happens to the doomed layers before, during and after the training.
+"""The forms of stage 2: what happens to the dropped layers before, during and after the training.
 
-form = FORMS[settings.form](model, gates, doomed, settings)
+form = FORMS[settings.form](model, gates, dropped, settings, processes)
 form.prepare(windows, autocast)
 for step in ...:
     form.before_step(step)
@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
@@ -27,21 +28,21 @@ from trsp_deploy.tools.training.processes import Processes
 
 
 class Form:
-    """Nothing happens to the doomed layers while the others train; afterwards they are removed (`none`)."""
+    """Nothing happens to the dropped layers while the others train; afterwards they are removed (`none`)."""
 
-    closes_first = False  # whether the training sees the model without the doomed layers
+    closes_first = False  # whether the training sees the model without the dropped layers
 
     def __init__(
         self,
         model: PreTrainedModel,
         gates: LayerGates,
-        doomed: Sequence[int],
+        dropped: Sequence[int],
         settings: TransferSettings,
         processes: Processes,
     ) -> None:
         self.model = model
         self.gates = gates  # attached, all at 1
-        self.doomed = list(doomed)
+        self.dropped = list(dropped)
         self.settings = settings
         self.processes = processes
         self.fitted: str = settings.closed_form  # in closed form
@@ -59,18 +60,18 @@ class Form:
         if not resumed or self.settings.lora_rank is not None:
             self.refit(windows, autocast)
         if self.fitted != "none" or self.closes_first:
-            self.gates.closed.update(self.doomed)
+            self.gates.closed.update(self.dropped)
 
     def refit(self, windows: torch.Tensor, autocast: AbstractContextManager[None]) -> None:
         """Fit what is kept to what goes, as the settings ask for."""
         if self.fitted == "span":
-            fold_dropped_layers(self.model, self.doomed, windows, self.settings.batch_size, autocast=autocast)
+            fold_dropped_layers(self.model, self.dropped, windows, self.settings.forward_batch, autocast=autocast)
         elif self.fitted == "layers":
-            refit_kept_layers(self.model, self.doomed, windows, self.settings.batch_size, autocast)
+            refit_kept_layers(self.model, self.dropped, windows, self.settings.forward_batch, autocast)
 
     def _look_before_folding(self, windows: torch.Tensor) -> None:
         try:
-            foldable_spans(self.model, self.doomed, windows)
+            foldable_spans(self.model, self.dropped, windows)
         except (ModelError, TextError) as problem:
             self.fitted, self.unfitted_because = "none", str(problem)
 
@@ -95,36 +96,68 @@ class Train(Form):
     closes_first = True
 
 
+@dataclass(frozen=True)
+class Move:
+    """A weight on its way from the dense model's value to the refitted one."""
+
+    weight: torch.nn.Parameter
+    way: torch.Tensor  # refitted minus dense
+    residue: torch.Tensor | None  # what a weight of less than fp32 has rounded off so far; None for fp32
+
+    @torch.no_grad()
+    def go_on(self, parts: int) -> None:
+        """Go one of `parts` equal parts of the way."""
+        if self.residue is None:
+            self.weight.add_(self.way, alpha=1 / parts)
+            return
+        # Compensated (Kahan) summation: a small part is less than a weight's last bit, and added as it is most of the
+        # way would never be gone.
+        wanted = self.weight.float() + self.way.float() / parts + self.residue.float()
+        self.weight.copy_(wanted)
+        self.residue.copy_(wanted - self.weight.float())
+
+
+@torch.no_grad()
+def _take_back(dense: list[tuple[torch.nn.Parameter, torch.Tensor]]) -> tuple[Move, ...]:
+    """Put the dense values back into refitted weights, and return the ways of those that a refit changed.
+
+    dense: weights and their dense values; emptied, one after the other: each copy is given up for its way, and a fold
+    changes few weights.
+    """
+    moves = []
+    while dense:
+        weight, before = dense.pop()
+        way = weight.detach() - before
+        weight.copy_(before)
+        if way.count_nonzero():
+            moves.append(Move(weight, way, None if weight.dtype == torch.float32 else torch.zeros_like(way)))
+    return tuple(reversed(moves))
+
+
 class Anneal(Form):
-    """Lower the doomed layers' gates linearly from 1 to exactly 0 over the first `anneal_share` of the steps.
+    """Lower the dropped layers' gates linearly from 1 to exactly 0 over the first `anneal_share` of the steps.
 
     With a refit, the kept layers move to their refitted weights by the same shares: the training starts from the dense
     model and ends, at gate 0, as it would have gone on from the refit.
     """
 
-    # Weights, refitted minus dense ones, and what rounding has kept from a weight of less than fp32 so far.
-    _moves: tuple[tuple[torch.nn.Parameter, torch.Tensor, torch.Tensor | None], ...] = ()
+    _moves: tuple[Move, ...] = ()
 
     def prepare(self, windows: torch.Tensor, autocast: AbstractContextManager[None], resumed: bool = False) -> None:
         """Work out the refit and put the dense weights back; a resumed training needs the moves too."""
         if self.fitted == "none":
             return
+        self._check_weights_are_whole()
+        dense = [(weight, weight.detach().clone()) for weight in decoder_layers(self.model).parameters()]
+        self.refit(windows, autocast)
+        self._moves = _take_back(dense)
+
+    def _check_weights_are_whole(self) -> None:
         if self.processes.sharded:
             raise RecipeError(
                 f"transfer.refit '{self.fitted}' with transfer.form 'anneal' moves whole weights at every step, which "
                 "under FSDP are in pieces; valid: transfer.form train, or a run without FSDP"
             )
-        dense = [(weight, weight.detach().clone()) for weight in decoder_layers(self.model).parameters()]
-        self.refit(windows, autocast)
-        moves = []
-        with torch.no_grad():
-            while dense:  # one after the other: each copy is given up for its move, and most moves of a fold are none
-                weight, before = dense.pop()
-                move = weight.detach() - before
-                weight.copy_(before)
-                if move.count_nonzero():
-                    moves.append((weight, move, None if weight.dtype == torch.float32 else torch.zeros_like(move)))
-        self._moves = tuple(reversed(moves))
 
     @property
     def _steps(self) -> int:
@@ -138,7 +171,7 @@ class Anneal(Form):
             self._close()
         else:
             with torch.no_grad():
-                self.gates.values[self.doomed] = 1.0 - (step + 1) / (self._steps + 1)
+                self.gates.values[self.dropped] = 1.0 - (step + 1) / (self._steps + 1)
 
     def finish(self) -> None:
         """Go what is left of the way, where the annealing took all steps."""
@@ -146,34 +179,27 @@ class Anneal(Form):
             self._move()
         self._close()
 
-    @torch.no_grad()
     def _move(self) -> None:
-        for weight, move, kept_back in self._moves:
-            if kept_back is None:
-                weight.add_(move, alpha=1 / (self._steps + 1))
-                continue
-            # A small part of a weight is less than its last bit: added as it is, most of the way would never be gone.
-            wanted = weight.float() + move.float() / (self._steps + 1) + kept_back.float()
-            weight.copy_(wanted)
-            kept_back.copy_(wanted - weight.float())
+        for move in self._moves:
+            move.go_on(parts=self._steps + 1)
 
     def moved(self) -> list[torch.Tensor]:
-        weights = [weight.detach() for weight, _, _ in self._moves if not weight.requires_grad]
-        return weights + [kept_back for _, _, kept_back in self._moves if kept_back is not None]
+        weights = [move.weight.detach() for move in self._moves if not move.weight.requires_grad]
+        return weights + [move.residue for move in self._moves if move.residue is not None]
 
     def _close(self) -> None:
-        self.gates.closed.update(self.doomed)  # a gate at 0 is the layer removed: no need to compute it
+        self.gates.closed.update(self.dropped)  # a gate at 0 is the layer removed: no need to compute it
 
 
 class L2(Form):
-    """The paper's penalty: the sum over doomed layers of the norm of f(h) - h over the whole batch, as its code has it.
+    """The paper's penalty: the norm of f(h) - h over the whole batch, summed over dropped layers, as its code has it.
 
     Small is not zero, so the removal costs a jump in perplexity, which is measured and reported.
     """
 
     def prepare(self, windows: torch.Tensor, autocast: AbstractContextManager[None], resumed: bool = False) -> None:
         super().prepare(windows, autocast, resumed)
-        self.gates.watched.update(self.doomed)
+        self.gates.watched.update(self.dropped)
 
     def penalty(self) -> torch.Tensor:
         norms = [self.norm(change.float()) for change in self.gates.changes.values()]  # of (batch, sequence, hidden)
@@ -183,14 +209,14 @@ class L2(Form):
         """Norm of what one layer adds to the rows of all processes."""
         if self.processes.count == 1:
             return torch.linalg.vector_norm(change)
-        return self.processes.sum_with_gradient(change.square().sum()).sqrt()
+        return self.processes.all_reduce_sum(change.square().sum()).sqrt()
 
 
 class L1(L2):
     """The same in the l1 norm over sqrt(number of elements), so that one lambda_2 means the same in both forms."""
 
     def norm(self, change: torch.Tensor) -> torch.Tensor:
-        total = self.processes.sum_with_gradient(torch.linalg.vector_norm(change, ord=1))
+        total = self.processes.all_reduce_sum(torch.linalg.vector_norm(change, ord=1))
         return total / math.sqrt(change.numel() * self.processes.count)
 
 

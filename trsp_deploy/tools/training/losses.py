@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from trsp_deploy.decoder import body
+from trsp_deploy.decoder import body, forward_replaced
 from trsp_deploy.errors import ModelError
 
 # fp32 logits at a time. On a CPU a larger slice leaves the cache (128 tokens of SmolLM2 are best), on a GPU a smaller
@@ -130,11 +130,11 @@ class _SlicedLosses(torch.autograd.Function):
             for part in _slices(len(hidden), weight):
                 states = hidden[part].to(dtype)
                 dense_logits = None if dense is None else linear(dense[part].to(dtype), *dense_head)
-                lm, divergence, slope = _slice_losses(
+                lm, divergence, grad_logits = _slice_losses(
                     linear(states, *head), targets[part, None], dense_logits, ce_weight, kl_weight
                 )
                 sums += torch.stack([lm, divergence])
-                _add_gradients(grads, part, states, head[0], slope)
+                _add_gradients(grads, part, states, head[0], grad_logits)
         ctx.grads = [None if grad is None else grad.div_(len(hidden)) for grad in grads]
         lm, divergence = (sums / len(hidden)).unbind()
         ctx.mark_non_differentiable(lm, divergence)
@@ -164,10 +164,10 @@ def _slice_losses(
         divergence = (log_sum - _log_sum(dense_logits, q)).sum()
         divergence = divergence + (dense_logits.sub_(logits)).mul_(q).sum(dtype=torch.float32)
         at_target += kl_weight * (p.gather(1, index).float() - q.gather(1, index).float())
-        slope = p.mul_(ce_weight + kl_weight).sub_(q, alpha=kl_weight)
+        grad_logits = p.mul_(ce_weight + kl_weight).sub_(q, alpha=kl_weight)
     else:
-        slope = p if ce_weight == 1 else p.mul_(ce_weight)
-    return lm, divergence, slope.scatter_(1, index, at_target.to(slope.dtype))
+        grad_logits = p if ce_weight == 1 else p.mul_(ce_weight)
+    return lm, divergence, grad_logits.scatter_(1, index, at_target.to(grad_logits.dtype))
 
 
 def _log_sum(logits: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
@@ -176,16 +176,16 @@ def _log_sum(logits: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
 
 
 def _add_gradients(
-    grads: list[torch.Tensor | None], part: slice, states: torch.Tensor, weight: torch.Tensor, slope: torch.Tensor
+    grads: list[torch.Tensor | None], part: slice, states: torch.Tensor, weight: torch.Tensor, grad_logits: torch.Tensor
 ) -> None:
     """Add what a slice gives to the gradients of hidden states, head weight and head bias, where they are wanted."""
     hidden, head, bias = grads
     if hidden is not None:
-        hidden[part] = slope @ weight
+        hidden[part] = grad_logits @ weight
     if head is not None:
-        head += slope.T @ states
+        head += grad_logits.T @ states
     if bias is not None:
-        bias += slope.sum(0, dtype=torch.float32)
+        bias += grad_logits.sum(0, dtype=torch.float32)
 
 
 def _cast(
@@ -205,20 +205,17 @@ def _last_hidden(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tenso
 
 def _logits(model: PreTrainedModel, hidden: torch.Tensor, head: nn.Module | None = None) -> torch.Tensor:
     """What the model makes of last hidden states (tokens, hidden): its own forward, with the layers left out."""
-    inner = body(model)
-    before = vars(inner).get("forward")
-    # BERT asks for cross attentions too, which a decoder alone has none of.
-    inner.forward = lambda *_, **__: BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden[None])
+
+    def known(*_: Any, **__: Any) -> BaseModelOutputWithPastAndCrossAttentions:
+        # BERT asks for cross attentions too, which a decoder alone has none of.
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden[None])
+
     own = model.get_output_embeddings()
     path = next(path for path, module in model.named_modules() if module is own)
     weights = {f"{path}.{name}": parameter for name, parameter in (head or own).named_parameters()}
     arguments = {"input_ids": torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device), "use_cache": False}
-    try:
+    with forward_replaced([body(model)], lambda *_: known):
         return torch.func.functional_call(model, weights, kwargs=arguments).logits[0]
-    finally:
-        del inner.forward
-        if before is not None:
-            inner.forward = before
 
 
 @torch.no_grad()

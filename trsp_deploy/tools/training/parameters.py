@@ -1,24 +1,21 @@
-"""Which parameters stage 2 trains, and what updates them: weights or adapters, AdamW in 32 or 8 bits."""
+"""Which parameters stage 2 trains, weights or adapters, and what backward computes again."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from trsp_deploy.decoder import decoder_layers
+from trsp_deploy.decoder import decoder_layers, forward_replaced
 from trsp_deploy.errors import RecipeError
 from trsp_deploy.recipe import TransferSettings
 
-MAX_NORM = 1.0  # of the gradient
 # What costs more to compute again than to keep.
 _aten = torch.ops.aten
 PRODUCTS = (
@@ -38,39 +35,6 @@ def choose_trained(model: PreTrainedModel, settings: TransferSettings) -> None:
     """Mark what trains: the layers, or everything."""
     model.requires_grad_(settings.train == "all")
     decoder_layers(model).requires_grad_(True)
-
-
-def make_optimizer(module: nn.Module, settings: TransferSettings, sharded: bool = False) -> torch.optim.Optimizer:
-    """AdamW over what trains in `module`, without weight decay; sharded: whether its weights are (FSDP)."""
-    if sharded and settings.optimizer != "adamw":
-        raise RecipeError(f"transfer.optimizer {settings.optimizer}: does not work with FSDP; valid: adamw")
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    if settings.optimizer == "adamw-8bit":
-        eight_bit: torch.optim.Optimizer = _adamw_8bit()(trained, lr=settings.learning_rate, weight_decay=0.0)
-        return eight_bit
-    # fused: one pass over the weights instead of a dozen, which a CPU feels most.
-    return torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.0, fused=True)
-
-
-def _adamw_8bit() -> Any:
-    try:
-        from bitsandbytes import optim
-    except ImportError as problem:
-        raise RecipeError(
-            "transfer.optimizer adamw-8bit: bitsandbytes is not installed; pip install 'trsp_deploy[train]', or adamw"
-        ) from problem
-    return optim.AdamW8bit
-
-
-@torch.no_grad()
-def clip_gradients(optimizer: torch.optim.Optimizer) -> None:
-    """Scale all gradients down to a common norm of MAX_NORM where it is larger."""
-    trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
-    if norm.item() > MAX_NORM:  # most steps are below it: no pass over the gradients for a factor of 1
-        nn.utils.clip_grads_with_norm_(trained, MAX_NORM, norm)
 
 
 def add_adapters(model: PreTrainedModel, rank: int, seed: int) -> Any:
@@ -101,8 +65,9 @@ def merge_adapters(adapted: Any) -> None:
     adapted.merge_and_unload()
 
 
-@contextlib.contextmanager
-def recomputed_layers(model: PreTrainedModel, checkpointing: bool | Literal["selective"]) -> Iterator[None]:
+def recomputed_layers(
+    model: PreTrainedModel, checkpointing: bool | Literal["selective"]
+) -> AbstractContextManager[None]:
     """Within the block, backward computes again what it needs of each layer's forward instead of finding it kept.
 
     checkpointing: True keeps nothing but a layer's input. "selective" keeps the results of matrix products and
@@ -112,13 +77,7 @@ def recomputed_layers(model: PreTrainedModel, checkpointing: bool | Literal["sel
     """
     layers = list(decoder_layers(model)) if checkpointing else []
     contexts = SELECTIVE if checkpointing == "selective" else noop_context_fn
-    for layer in layers:
-        layer.forward = functools.partial(_recomputed, layer.forward, contexts)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            vars(layer).pop("forward", None)
+    return forward_replaced(layers, lambda _, forward: functools.partial(_recomputed, forward, contexts))
 
 
 def _recomputed(forward: Any, contexts: Any, *args: Any, **kwargs: Any) -> Any:

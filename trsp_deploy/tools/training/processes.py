@@ -50,7 +50,7 @@ class Processes:
         """Whether each process holds a part of every weight (FSDP)."""
         return self._fsdp is not None
 
-    def share(self, rows: torch.Tensor, setting: str) -> torch.Tensor:
+    def local_rows(self, rows: torch.Tensor, setting: str) -> torch.Tensor:
         """This process's part of a batch's rows (batch_size,); `setting` is named when it does not divide."""
         if len(rows) % self.count:
             raise RecipeError(f"{setting} {len(rows)} with {self.count} processes; valid: a multiple of {self.count}")
@@ -64,7 +64,7 @@ class Processes:
                 shard(layer, reshard_after_forward=self._fsdp.reshard_after_forward)
             shard(losses)
         elif self.count > 1 and any(parameter.requires_grad for parameter in losses.parameters()):
-            # Doomed layers leave the graph in the course of the training.
+            # Dropped layers leave the graph in the course of the training.
             return DistributedDataParallel(losses, find_unused_parameters=True)
         return losses
 
@@ -75,7 +75,7 @@ class Processes:
         mean: torch.Tensor = self._accelerator.reduce(tensor, reduction="mean")
         return mean
 
-    def sum_with_gradient(self, tensor: torch.Tensor) -> torch.Tensor:
+    def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over processes that backward goes through: what a norm over the whole batch needs."""
         if self.count == 1:
             return tensor

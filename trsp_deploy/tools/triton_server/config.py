@@ -41,8 +41,8 @@ DATA_TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "int64": "TYPE_INT
 IDLE_S = 60  # of a sequence; the server's default of one second is shorter than a thoughtful caller's step
 
 
-def generation_config(name: str, kind: str) -> str:
-    """The text of the generating model's config. kind: "KIND_CPU" or "KIND_GPU"."""
+def generation_config(name: str, kind: str, waiting: int) -> str:
+    """The text of the generating model's config. kind: "KIND_CPU" or "KIND_GPU". waiting: requests that may."""
     inputs = ",\n".join(
         f'  {{ name: "{input_name}" data_type: {dtype} dims: [ {dims} ]{" optional: true" if optional else ""} }}'
         for input_name, (dtype, dims, optional) in INPUTS.items()
@@ -59,6 +59,8 @@ backend: "python"
 # Requests are batched by the model itself, token by token; Triton hands them over as they come.
 max_batch_size: 0
 model_transaction_policy {{ decoupled: true }}
+# Requests that may wait beside those that are answered; further ones get UNAVAILABLE at once.
+parameters {{ key: "max_waiting" value {{ string_value: "{waiting}" }} }}
 version_policy {{ specific {{ versions: [ 1 ] }} }}
 input [
 {inputs}
@@ -107,7 +109,7 @@ output [ {{ name: "logits" data_type: {DATA_TYPES[logits[0]]} dims: [ {logits[1]
 
 
 def _instances(kind: str) -> str:
-    """One. On a machine with several GPUs Triton would make one for each, and an engine runs on the first it sees."""
+    """One instance: with several GPUs Triton would make one for each, and an engine runs on the first it sees."""
     gpus = " gpus: [ 0 ]" if kind == "KIND_GPU" else ""
     return f"instance_group [ {{ count: 1 kind: {kind}{gpus} }} ]"
 

@@ -12,23 +12,45 @@ from typing import Any, Literal
 
 import onnx
 
-from trsp_deploy.artifacts import fingerprint
-from trsp_deploy.errors import EngineUnavailable, RunError
+from trsp_deploy.artifacts import ENGINE_MANIFEST, fingerprint
+from trsp_deploy.errors import EngineUnavailable, RunError, nearest
 from trsp_deploy.reading import read_json
 from trsp_deploy.recipe import Strict
-from trsp_deploy.tools.runners.manifest import MANIFEST, EngineManifest, read_manifest
-from trsp_deploy.tools.runners.requirements import cuda_devices, package_version
+from trsp_deploy.tools.runners.manifest import EngineManifest, read_manifest
+from trsp_deploy.tools.runners.requirements import cuda_devices, driver_version, package_version
 from trsp_deploy.tools.triton_server.config import parse_config
+from trsp_deploy.tools.triton_server.lint_plan import against_plan
 
 CONFIG = "config.pbtxt"
 # The file that each backend opens where the config names no other; a python model without it hangs the server for good.
-DEFAULT_FILES = {"python": "model.py", "onnxruntime": "model.onnx", "tensorrt": "model.plan"}
+# In the order in which the server looks for them where the config names no backend (AutoCompleteBackendFields in
+# triton-inference-server/core).
+DEFAULT_FILES = {
+    "tensorrt": "model.plan",
+    "onnxruntime": "model.onnx",
+    "openvino": "model.xml",
+    "pytorch": "model.pt",
+    "python": "model.py",
+}
 COMPLETED = ("model.onnx", "model.plan")  # of which the server can make up a config itself
-PLATFORMS = {"onnxruntime_onnx": "onnxruntime", "tensorrt_plan": "tensorrt"}
+PLATFORMS = {
+    "tensorrt_plan": "tensorrt",
+    "onnxruntime_onnx": "onnxruntime",
+    "pytorch_libtorch": "pytorch",
+    "libtorch": "pytorch",
+    "torch_aoti": "pytorch",
+    "tensorflow_graphdef": "tensorflow",
+    "tensorflow_savedmodel": "tensorflow",
+    "ensemble": "ensemble",
+}
+PLATFORM_FILES = {"torch_aoti": "model.pt2"}  # where a backend opens another file for it
+# Backends that some container of Triton's has; another one has to lie somewhere as libtriton_<name>.so.
+BACKENDS = (*DEFAULT_FILES, "tensorflow", "dali", "fil", "vllm", "tensorrtllm", "identity", "repeat", "square")
 ONNX_TYPES = {
     1: "TYPE_FP32",
     2: "TYPE_UINT8",
     3: "TYPE_INT8",
+    4: "TYPE_UINT16",
     5: "TYPE_INT16",
     6: "TYPE_INT32",
     7: "TYPE_INT64",
@@ -36,6 +58,8 @@ ONNX_TYPES = {
     9: "TYPE_BOOL",
     10: "TYPE_FP16",
     11: "TYPE_FP64",
+    12: "TYPE_UINT32",
+    13: "TYPE_UINT64",
     16: "TYPE_BF16",
 }
 
@@ -61,10 +85,13 @@ def lint(repository: Path) -> list[Finding]:
     folders = sorted(path for path in repository.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not folders:
         raise RunError(f"{repository}: holds no model (a model is a folder with {CONFIG} and numbered versions)")
-    return [finding for folder in folders for finding in _lint_model(folder)]
+    names = {folder.name for folder in folders}
+    return [finding for folder in folders for finding in _lint_model(folder, names)]
 
 
-def _lint_model(folder: Path) -> Iterator[Finding]:
+def _lint_model(folder: Path, names: set[str]) -> Iterator[Finding]:
+    """names: of the repository's models."""
+
     def error(message: str) -> Finding:
         return Finding(severity="error", model=folder.name, message=message)
 
@@ -95,9 +122,15 @@ def _lint_model(folder: Path) -> Iterator[Finding]:
     yield from _states(config, error, warning)
     yield from _instances(config, (folder / "configs" / "cpu.pbtxt").is_file(), warning)
     yield from _warmup(config, folder, error, warning)
-    backend = config.backend or PLATFORMS.get(config.platform, "")
-    for version in versions:
-        yield from _files(config, backend, version, error)
+    for step in config.ensemble_scheduling.step:
+        if step.model_name not in names:
+            yield error(f"a step of the ensemble is model '{step.model_name}', which is not here")
+    backend = _backend(config, versions)
+    yield from _known(config, backend, folder, error, warning)
+    if backend == "onnxruntime":
+        yield from _onnxruntime(config, error, warning)
+    for version in _served(config, versions):
+        yield from _files(config, backend, version, error, warning)
         yield from _served_engine(version, error)
 
 
@@ -112,6 +145,50 @@ def _versions(config: Any, versions: list[Path], error: Say) -> Iterator[Finding
     for wanted in config.version_policy.specific.versions:
         if wanted not in numbers:
             yield error(f"version_policy wants version {wanted}, and there is {sorted(numbers) or 'none'}")
+
+
+def _backend(config: Any, versions: list[Path]) -> str:
+    """The backend's name, found as the server finds it; empty where it would not know."""
+    if config.backend or config.platform:
+        return str(config.backend or PLATFORMS.get(config.platform, ""))
+    first = min(versions, key=lambda version: version.name, default=None)  # by its text, as the server sorts them
+    there = {path.name for path in first.iterdir()} if first is not None else set()
+    files = {config.default_model_filename} if config.default_model_filename else there
+    return next((backend for backend, file in DEFAULT_FILES.items() if file in files), "")
+
+
+def _known(config: Any, backend: str, folder: Path, error: Say, warning: Say) -> Iterator[Finding]:
+    """Whether the server would find the backend. A model without any word of it may be called model.<backend>."""
+    if not backend and config.platform:
+        yield error(f"platform '{config.platform}' is none of Triton's{nearest(config.platform, PLATFORMS)}")
+    elif not backend and (config.default_model_filename or "." not in folder.name):
+        yield error("has neither backend nor platform, and no file that tells")
+    elif config.backend and backend not in BACKENDS and not any(folder.rglob(f"libtriton_{backend}.so")):
+        hint = nearest(backend, BACKENDS)
+        yield warning(f"backend '{backend}' is none of Triton's own: the server needs libtriton_{backend}.so{hint}")
+
+
+def _onnxruntime(config: Any, error: Say, warning: Say) -> Iterator[Finding]:
+    """What the onnxruntime backend does not take, whatever the graph."""
+    for each in (*config.input, *config.output):
+        if each.DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_number[each.data_type].name == "TYPE_BF16":
+            yield warning(
+                f"'{each.name}': TYPE_BF16 is refused by onnxruntime backends from before March 2026 (their pull "
+                "request 335)"
+            )
+    for each in config.input:
+        if each.optional and config.max_batch_size:
+            yield error(f"optional input '{each.name}': the onnxruntime backend takes none where max_batch_size is set")
+
+
+def _served(config: Any, versions: list[Path]) -> list[Path]:
+    """Of the versions those that the server loads: the latest one where the config does not say."""
+    policy = config.version_policy
+    if policy.HasField("all"):
+        return versions
+    if policy.HasField("specific"):
+        return [version for version in versions if int(version.name) in policy.specific.versions]
+    return sorted(versions, key=lambda version: int(version.name))[-(policy.latest.num_versions or 1) :]
 
 
 def _batching(config: Any, error: Say, warning: Say) -> Iterator[Finding]:
@@ -147,7 +224,7 @@ def _states(config: Any, error: Say, warning: Say) -> Iterator[Finding]:
 
 
 def _instances(config: Any, on_cpu: bool, warning: Say) -> Iterator[Finding]:
-    """on_cpu: whether there is another config for a machine without a GPU."""
+    """Findings about instance groups. on_cpu: whether there is another config for a machine without a GPU."""
     kinds = {group.Kind.Name(group.kind) for group in config.instance_group}
     if "KIND_GPU" in kinds:
         try:
@@ -168,9 +245,10 @@ def _warmup(config: Any, folder: Path, error: Say, warning: Say) -> Iterator[Fin
                 yield error(f"warm-up '{sample.name}': warmup/{value.input_data_file} of input '{name}' is missing")
 
 
-def _files(config: Any, backend: str, version: Path, error: Say) -> Iterator[Finding]:
-    file = config.default_model_filename or DEFAULT_FILES.get(backend)
-    if file is None:
+def _files(config: Any, backend: str, version: Path, error: Say, warning: Say) -> Iterator[Finding]:
+    default = PLATFORM_FILES.get(config.platform, DEFAULT_FILES.get(backend))
+    file = config.default_model_filename or default
+    if file is None or config.runtime:  # a backend written in Python has files of its own
         return
     path = version / file
     if not path.exists():
@@ -179,33 +257,42 @@ def _files(config: Any, backend: str, version: Path, error: Say) -> Iterator[Fin
     elif backend == "onnxruntime":
         # A model of several files may be a folder of that name.
         yield from _against_graph(config, path / file if path.is_dir() else path, error)
+    elif backend == "tensorrt":
+        yield from against_plan(config, path, error, warning)
 
 
 def _against_graph(config: Any, path: Path, error: Say) -> Iterator[Finding]:
-    """Names, types and dimensions of the config beside the graph's; the server itself does not look at states."""
+    """Names, types and dimensions of the config beside the graph's; the server itself does not look at states.
+
+    The backend's own rules: ValidateInputs in triton-inference-server/onnxruntime_backend.
+    """
     try:
-        graph = onnx.load(path, load_external_data=False).graph
+        model = onnx.load(path, load_external_data=False)
     except Exception as problem:  # protobuf's own error, which is no OSError
         yield error(f"{path.parent.name}/{path.name}: not an ONNX file ({type(problem).__name__})")
         return
+    graph = model.graph
     if any(isinstance(value.name, bytes) for value in (*graph.input, *graph.output)):  # protobuf's form of no UTF-8
         yield error(f"{path.parent.name}/{path.name}: has a name that is not UTF-8")
         return
     initialisers = {tensor.name for tensor in graph.initializer}
     inputs = {node.name: node for node in graph.input if node.name not in initialisers}
+    # A request may bring another value for these, where the config has them as optional inputs.
+    optional = {node.name: node for node in graph.input if node.name in initialisers and model.ir_version >= 4}
     outputs = {node.name: node for node in graph.output}
     states = config.sequence_batching.state
     batches = bool(config.max_batch_size)
     shaped_by_the_batch = {name for each in config.batch_output for name in each.target_name}
     for title, wanted, found, fits in (
-        ("input", [(each.name, each) for each in config.input], inputs, _takes),
+        ("input", [(each.name, each) for each in config.input if not each.optional], inputs, _takes),
+        ("optional input", [(each.name, each) for each in config.input if each.optional], optional, _takes),
         ("output", [(each.name, each) for each in config.output], outputs, _gives),
         ("state input", [(each.input_name, each) for each in states], inputs, _may_be),
         ("state output", [(each.output_name, each) for each in states], outputs, _may_be),
     ):
         for name, each in wanted:
             if name not in found:
-                yield error(f"{title} '{name}': the graph has {', '.join(found)}")
+                yield error(f"{title} '{name}': the graph has {', '.join(found) or 'none'}")
             elif name not in shaped_by_the_batch:
                 tensor = found[name].type.tensor_type
                 yield from _against_tensor(each, f"{title} '{name}'", tensor, batches, fits, error)
@@ -224,12 +311,12 @@ def _takes(wanted: int, graph: int) -> bool:
 
 
 def _gives(wanted: int, graph: int) -> bool:
-    """The same of an output, which has to be as the graph says."""
+    """Whether an output is as the graph says."""
     return graph == wanted
 
 
 def _may_be(wanted: int, graph: int) -> bool:
-    """The same of a state, which the server does not look at."""
+    """Whether a state, which the server does not check, agrees with the graph or is open."""
     return wanted == graph or -1 in (wanted, graph)
 
 
@@ -263,14 +350,14 @@ def _weights(graph: Any, path: Path, error: Say) -> Iterator[Finding]:
 
 
 def _served_engine(version: Path, error: Say) -> Iterator[Finding]:
-    """Of a model that `trsp-deploy triton` wrote: its engine and what belongs to it."""
+    """Findings about a model that `trsp-deploy triton` wrote: its engine and what belongs to it."""
     settings, engine = version / "serving.json", version / "engine"
     if not settings.is_file():
         return
     if not (version / "tokenizer.json").is_file():
         yield error(f"{version.name}/tokenizer.json is missing")
-    if not (engine / MANIFEST).is_file():
-        yield error(f"{version.name}/engine/{MANIFEST} is missing")
+    if not (engine / ENGINE_MANIFEST).is_file():
+        yield error(f"{version.name}/engine/{ENGINE_MANIFEST} is missing")
         return
     try:
         manifest = read_manifest(engine)
@@ -297,18 +384,20 @@ def _served_engine(version: Path, error: Say) -> Iterator[Finding]:
 
 
 def _machine(manifest: EngineManifest, error: Say) -> Iterator[Finding]:
-    """Whether the engine is for the GPU and the package that are here, where there are any."""
+    """Whether the engine is for the package, the GPU and its driver that are here, where there are any."""
     try:
         version = package_version(manifest.spec.backend)
     except EngineUnavailable:
         version = manifest.backend_version  # nothing to compare with: the server is elsewhere
     if version != manifest.backend_version:
         yield error(f"the engine was built with {manifest.spec.backend} {manifest.backend_version}, here is {version}")
-    if manifest.bound.gpu is not None:
-        try:
-            here = cuda_devices()[0].compute_capability
-        except EngineUnavailable:
-            return
-        misfit = manifest.bound.misfit(manifest.bound.model_copy(update={"gpu": here, "driver": None}))
-        if misfit is not None:
-            yield error(f"the engine was built {misfit}")
+    try:
+        gpu = cuda_devices()[0].compute_capability
+    except EngineUnavailable:
+        return
+    misfit = manifest.bound.misfit(manifest.bound.model_copy(update={"gpu": gpu, "driver": driver_version()}))
+    if misfit is not None:
+        yield error(f"the engine was built {misfit}")
+    wanted = manifest.spec.compute_capabilities
+    if wanted and gpu not in [name.lower() for name in wanted]:
+        yield error(f"the engine was built for GPUs of compute capability {', '.join(wanted)}, here is {gpu}")

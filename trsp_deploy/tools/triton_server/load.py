@@ -3,7 +3,7 @@
     generator = find_load_generator(environment)
     requests = generator.window("127.0.0.1:8001", "pruned", prompts, new_tokens=64, concurrency=8, seconds=10)
 
-perf_analyzer keeps `concurrency` requests in the air: who has its last token is replaced at once.
+perf_analyzer keeps `concurrency` requests in the air: one that has its last token is replaced at once.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from trsp_deploy.results import ServedRequest
 
 PROGRAM = "perf_analyzer"
 TRIALS = 3  # windows that it wants at least; together they are ours
+PATIENCE_S = 120  # beyond its windows, for the answers that are still under way
 UNSTEADY = 10_000  # percent by which its windows may differ: what is steady enough is judged over replicates
 NS = 1e-9
 TOO_SHORT = "No valid requests recorded within time interval"  # its words
@@ -41,7 +42,7 @@ class LoadGenerator:
     program: Path
 
     def version(self) -> str:
-        """As it says it."""
+        """The version of perf_analyzer as it prints it."""
         done = subprocess.run([self.program, "--version"], capture_output=True, text=True, check=False)
         said = (done.stdout + done.stderr).strip()  # it says it as an error
         return said.splitlines()[0] if said else "unknown"
@@ -60,7 +61,11 @@ class LoadGenerator:
             command += ["--input-data", data, "--concurrency-range", str(concurrency)]
             command += ["--measurement-interval", str(math.ceil(1e3 * seconds / TRIALS)), "--max-trials", str(TRIALS)]
             command += ["--stability-percentage", str(UNSTEADY), "--profile-export-file", found]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            patience = 2 * seconds + PATIENCE_S
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=patience)
+            except subprocess.TimeoutExpired as problem:
+                raise RunError(f"{model} on {grpc}: {PROGRAM} was not done after {patience:.0f} s") from problem
             if TOO_SHORT in done.stdout + done.stderr:
                 return ()
             if not found.is_file():
@@ -88,7 +93,7 @@ def find_load_generator(environment: Path | None) -> LoadGenerator:
 
 
 def prompts_of(tokenizer: Tokenizer, tokens: int, count: int) -> list[str]:
-    """Texts of so many tokens each, no two with the same beginning; raises RunError when none has that many."""
+    """Texts of `tokens` tokens each, no two with the same beginning; raises RunError when none has that many."""
     texts = []
     for index in range(count):
         text = f"{index} {TEXT * (1 + tokens // len(TEXT.split()))}"

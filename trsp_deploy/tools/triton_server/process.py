@@ -27,10 +27,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-from pydantic import ValidationError
 
 from trsp_deploy.artifacts import write_json, writing
 from trsp_deploy.errors import RunError
+from trsp_deploy.reading import read_record
 from trsp_deploy.recipe import Strict
 from trsp_deploy.tools.sources.packaged import home
 
@@ -127,7 +127,6 @@ def start(
     installation: Installation,
     ports: tuple[int, int, int] | None = None,
     options: Sequence[str] = (),
-    ready_s: float = READY_S,
 ) -> Server:
     """Serve a repository on 127.0.0.1 in the background, and return once every model is loaded.
 
@@ -178,7 +177,7 @@ def start(
     )
     write_json(folder / STATE, server)
     try:
-        _wait(process, server, ready_s)
+        _wait(process, server)
     except BaseException:
         stop(repository, grace_s=0)
         raise
@@ -204,7 +203,7 @@ def stop(repository: Path, grace_s: float = GRACE_S) -> Stopped:
     for process in main if grace_s > 0 else []:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.send_signal(signal.SIGTERM)
-    # Its stubs end with it; those of a killed one have nobody who would end them.
+    # Its stubs end with it; nothing would end those of a killed one.
     psutil.wait_procs(running, timeout=grace_s if main else 0)
     killed, removed = _clear_up(repository)
     return Stopped(was_running=bool(main), killed=killed, removed=removed)
@@ -234,12 +233,9 @@ def _folder(repository: Path) -> Path:
 
 def _last(repository: Path) -> Server | None:
     path = _folder(repository) / STATE
-    try:
-        return Server.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except ValidationError as problem:
-        raise RunError(f"{path}: is no record of a server; delete it") from problem
+    return read_record(path, Server, RunError, "is no record of a server", "delete it")
 
 
 def _processes(server: Server) -> list[psutil.Process]:
@@ -264,8 +260,8 @@ def _backend_options(installation: Installation, folder: Path) -> list[str]:
     return [f"--backend-directory={backends}"]
 
 
-def _wait(process: subprocess.Popen[bytes], server: Server, ready_s: float) -> None:
-    until = time.monotonic() + ready_s
+def _wait(process: subprocess.Popen[bytes], server: Server) -> None:
+    until = time.monotonic() + READY_S
     while time.monotonic() < until:
         if process.poll() is not None:
             raise RunError(f"tritonserver ended: {_cause(Path(server.log))}")
@@ -274,7 +270,7 @@ def _wait(process: subprocess.Popen[bytes], server: Server, ready_s: float) -> N
                 return
         except (OSError, http.client.HTTPException):
             time.sleep(POLL_S)
-    raise RunError(f"tritonserver is not ready after {ready_s:.0f} s; see {server.log}")
+    raise RunError(f"tritonserver is not ready after {READY_S:.0f} s; see {server.log}")
 
 
 def _cause(log: Path) -> str:

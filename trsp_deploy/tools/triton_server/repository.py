@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
+from pydantic import Field
 
 from trsp_deploy.artifacts import MANIFEST, Provenance
 from trsp_deploy.errors import RunError
-from trsp_deploy.recipe import Name, RelativePath, Strict
+from trsp_deploy.reading import DAMAGED, read_record
+from trsp_deploy.recipe import Backend, Name, Precision, RelativePath, Strict
 from trsp_deploy.results import Role
+from trsp_deploy.tools.runners.manifest import Bound
 
 
 class ServedModel(Strict):
@@ -19,27 +21,51 @@ class ServedModel(Strict):
     name: Name
     role: Role
     engine: str  # the spec's name
+    backend: Backend
+    backend_version: str  # that the engine was built with
+    precision: Precision
+    packages: tuple[str, ...]  # that the server's Python needs for it; none in a stock backend
+    bound: Bound = Bound()  # where the engine may run
+    compute_capabilities: tuple[str, ...] = ()  # of TensorRT-RTX: the GPUs that it is compiled for; none is its default
     serves: Literal["text", "steps"] = "text"
     max_batch: int  # texts, or sequences, at once
     max_length: int  # tokens of a text
     state_bytes: int = 0  # that the server keeps for each sequence
+    cache_bytes: int = 0  # of keys and values at most, that the model itself keeps beside its weights
     files: dict[RelativePath, str]  # path below the model's folder -> SHA-256
 
     @property
     def limits(self) -> str:
-        """What it is and how much it takes, in a line."""
+        """What the model is, how much it takes and where it runs, in one line."""
+        where = f"; runs {self.runs_on} alone" if self.runs_on else ""
         if self.serves == "text":
-            return f"{self.engine}, {self.max_batch} texts at once, {self.max_length} tokens each"
+            cache = f"{self.cache_bytes / 1e6:.1f} MB of cache at most"
+            return f"{self.engine}, {self.max_batch} texts at once, {self.max_length} tokens each, {cache}{where}"
         size = f"{self.max_length} tokens and {self.state_bytes / 1e6:.1f} MB of state each"
-        return f"{self.engine}, one step of a loop of your own, {self.max_batch} sequences at once, {size}"
+        return f"{self.engine}, one step of a loop of your own, {self.max_batch} sequences at once, {size}{where}"
+
+    @property
+    def runs_on(self) -> str:
+        """The GPUs, driver or processors that the engine is for, such as "on GPUs of compute capability sm89"; empty
+        where it is for any."""
+        if self.backend == "tensorrt-rtx":
+            if not self.compute_capabilities:
+                return "on TensorRT-RTX's GPUs but sm75"
+            return f"on GPUs of compute capability {', '.join(self.compute_capabilities)}"
+        if self.bound.gpu is not None:
+            gpu = "sm80 and above" if self.bound.others == "ampere-plus" else self.bound.gpu
+            driver = f" under NVIDIA driver {self.bound.driver}" if self.bound.driver else ""
+            return f"on GPUs of compute capability {gpu}{driver}"
+        return "on processors that add int8 products exactly (of x86 those with VNNI)" if self.bound.exact_int8 else ""
 
 
 class RepositoryManifest(Strict):
     """`MANIFEST.json` of a repository."""
 
     models: tuple[ServedModel, ...]
-    packages: tuple[str, ...]  # that the server's Python needs
-    gpu: str | None  # compute capability that the engine is bound to
+    packages: tuple[str, ...]  # that the server's Python needs for all of them
+    gpu: str | None  # compute capability that an engine was compiled on; each model's `bound` has all of it
+    files: dict[RelativePath, str] = Field(default_factory=dict)  # beside the models: name -> SHA-256
     container: str  # image of Triton that the README's command takes
     provenance: Provenance
 
@@ -58,9 +84,7 @@ class RepositoryManifest(Strict):
 
 def read_repository(folder: Path) -> RepositoryManifest:
     """Read a repository's manifest; raises RunError when there is none or it is damaged."""
-    try:
-        return RepositoryManifest.model_validate_json((folder / MANIFEST).read_bytes())
-    except FileNotFoundError as problem:
-        raise RunError(f"{folder}: no repository of `trsp-deploy triton` ({MANIFEST} is missing)") from problem
-    except ValidationError as problem:
-        raise RunError(f"{folder / MANIFEST}: written by another version, or damaged; write it again") from problem
+    if not (folder / MANIFEST).exists():
+        raise RunError(f"{folder}: no repository of `trsp-deploy triton` ({MANIFEST} is missing)")
+    again = f"write it again: trsp-deploy triton RUN --out {folder}"
+    return read_record(folder / MANIFEST, RepositoryManifest, RunError, DAMAGED, again)

@@ -13,9 +13,9 @@ import numpy as np
 
 from trsp_deploy.recipe import Strict
 from trsp_deploy.results import ROLES, Role, Served, ServedRequest, ServedWindow, Subject
-from trsp_deploy.tools.judging.statistics import FEWEST_REPLICATES, Ratio, widened
+from trsp_deploy.tools.judging.statistics import Ratio, widened
+from trsp_deploy.tools.judging.verdicts import claim
 
-SERVED = "served.json"  # of a run folder
 Metric = Literal["throughput", "first", "inter_token", "request"]
 METRIC_TITLES: dict[Metric, str] = {
     "throughput": "throughput",
@@ -106,7 +106,7 @@ def _level(served: Served, concurrency: int) -> ServedLevel:
 def _logs(
     windows: dict[Subject, list[ServedWindow]], value: Callable[[ServedWindow], float | None]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Of dense, dense again and pruned, one a replicate; None where a window has no value."""
+    """Logs of a metric for dense, dense again and pruned, one per replicate; None where a window has no value."""
     found = [[value(window) for window in windows[subject]] for subject in SUBJECTS]
     if any(each is None for values in found for each in values):
         return None
@@ -126,7 +126,7 @@ def _figures(windows: Sequence[ServedWindow]) -> ServedFigures:
 
 
 def _quantiles(values: Iterable[float | None]) -> dict[str, float]:
-    """Of the values that there are."""
+    """QUANTILES of the values that are there; empty where there are none."""
     found = [value for value in values if value is not None]
     return {name: float(np.quantile(found, share)) for name, share in QUANTILES.items()} if found else {}
 
@@ -143,7 +143,7 @@ def inter_token_s(request: ServedRequest) -> float | None:
 
 
 def tokens_per_s(window: ServedWindow) -> float:
-    """New tokens a second of all requests: Little's law (Operations Research 9, 1961), requests in the air over the
+    """New tokens per second of all requests: Little's law (Operations Research 9, 1961), requests in the air over the
     mean time of one.
 
     Counting the tokens of a window instead would lose those of requests that its end cuts off.
@@ -168,13 +168,13 @@ SERVED_COLUMNS = ("concurrency", "metric", "dense", "pruned", "served speed-up (
 
 
 def served_rows(found: ServedReport) -> list[tuple[str, ...]]:
-    """A row a metric and concurrency, in the order of SERVED_COLUMNS."""
+    """A row per metric and concurrency, in the order of SERVED_COLUMNS."""
     rows: list[tuple[str, ...]] = []
     for level in found.levels:
         for metric, title in METRIC_TITLES.items():
             cells = [_cell(level.figures[role], metric, "p50") if role in level.figures else "" for role in ROLES]
             ratio = level.speedup.get(metric)
-            shown = ("", "") if ratio is None else (_interval(ratio.found), _interval(ratio.control))
+            shown = ("", "") if ratio is None else (ratio.found.text(), ratio.control.text())
             rows.append((str(level.concurrency), title, *cells, *shown))
             if metric != "throughput":
                 tails = [
@@ -189,24 +189,20 @@ def served_rows(found: ServedReport) -> list[tuple[str, ...]]:
 
 def served_sentence(found: ServedReport) -> str:
     """The verdict on serving, for people."""
-    parts, claims = [], []
+    speedups = []
     for level in found.levels:
         ratio = level.speedup.get("throughput")
         if ratio is None:
             return f"Served on {found.engine}: one model alone, so nothing is compared."
-        parts.append(f"{_interval(ratio.found)} at {level.concurrency} at once")
-        claims.append((ratio.found.low > 1, ratio.found.high < 1))
-    if found.replicates < FEWEST_REPLICATES:
-        claim = "INCONCLUSIVE"
-    elif all(faster for faster, _ in claims):
-        claim = "CONFIRMED"
-    else:
-        claim = "NOT THERE" if any(slower for _, slower in claims) else "INCONCLUSIVE"
-    return f"{claim} as served on {found.engine}: throughput {', '.join(parts)}."
+        speedups.append(ratio.found)
+    parts = [
+        f"{each.text()} at {level.concurrency} at once" for level, each in zip(found.levels, speedups, strict=True)
+    ]
+    return f"{claim(speedups, found.replicates)} as served on {found.engine}: throughput {', '.join(parts)}."
 
 
 def served_notes(found: ServedReport) -> list[str]:
-    """How it was measured, a line each."""
+    """How serving was measured, one line each."""
     server = "a fresh server" if found.fresh else "the same server, whose luck with its memory is in the figures,"
     return [
         f"{found.replicates} replicates on {server} ({found.server}): dense, dense again and pruned in turn, "
@@ -221,7 +217,3 @@ def _cell(figures: ServedFigures, metric: Metric, quantile: str) -> str:
         return f"{figures.tokens_per_s:.1f} tokens/s"
     times = {"first": figures.first_s, "inter_token": figures.inter_token_s, "request": figures.request_s}[metric]
     return f"{1e3 * times[quantile]:.1f} ms" if times else ""
-
-
-def _interval(ratio: Ratio) -> str:
-    return f"{ratio.ratio:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})"

@@ -1,0 +1,62 @@
+"""How many cores a container leaves, and that ONNX Runtime takes no more."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from trsp_deploy.tools.control_groups import usable_cores
+from trsp_deploy.tools.runners import ort_session
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, 16),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}, 16),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "250000 100000\n"}, 3),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "6400000 100000\n"}, 16),
+        # A group's limit holds for those within it.
+        ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/cpu.max": "50000 100000\n"}, 1),
+        (
+            {
+                "proc/self/cgroup": "4:cpu,cpuacct:/pod\n3:memory:/\n",
+                "sys/fs/cgroup/cpu/pod/cpu.cfs_quota_us": "-1\n",
+                "sys/fs/cgroup/cpu/pod/cpu.cfs_period_us": "100000\n",
+            },
+            16,
+        ),
+        (
+            {
+                "proc/self/cgroup": "4:cpu,cpuacct:/elsewhere\n",  # the container sees its own group as the root
+                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "200000\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+            },
+            2,
+        ),
+    ],
+)
+def test_a_containers_limit_counts(
+    files: dict[str, str], cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)))
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert usable_cores(tmp_path) == cores
+
+
+def test_onnx_runtime_has_as_many_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [3]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [x], [y])
+    opset = helper.make_opsetid("", 18)
+    onnx.save(helper.make_model(graph, ir_version=10, opset_imports=[opset]), tmp_path / "model.onnx")
+    monkeypatch.setattr(ort_session, "usable_cores", lambda: 3)
+    for threads, expected in ((None, 3), (1, 1)):
+        session = ort_session.create_session(tmp_path / "model.onnx", "onnxruntime-cpu", threads)
+        assert session.get_session_options().intra_op_num_threads == expected

@@ -1,0 +1,97 @@
+"""Locks: the second is refused and told by whom, and what a file system or a garbled file does to them."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from trsp_deploy.artifacts import locked, locks, writing, writing_alone
+from trsp_deploy.errors import RunError, StorageError
+
+
+def test_the_second_is_refused_and_told_by_whom(tmp_path: Path) -> None:
+    said = rf"engine: in use by another trsp-deploy \(process {os.getpid()}\)"
+    with writing_alone(tmp_path / "engine"):
+        with pytest.raises(RunError, match=said), writing_alone(tmp_path / "engine"):
+            pytest.fail("two at once")
+        with writing_alone(tmp_path / "other"):
+            pass
+    with writing_alone(tmp_path / "engine"):
+        pass
+    assert list(tmp_path.iterdir()) == []  # no lock file is left
+
+
+def test_two_writers_of_one_folder_do_not_mix(tmp_path: Path) -> None:
+    begun, ended = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with writing_alone(tmp_path / "engine"), writing(tmp_path / "engine") as partial:
+            partial.mkdir()
+            (partial / "model.onnx").write_text("first")
+            begun.set()
+            ended.wait(20)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert begun.wait(20)
+    with pytest.raises(RunError), writing_alone(tmp_path / "engine"), writing(tmp_path / "engine"):
+        pytest.fail("two at once")
+    ended.set()
+    thread.join()
+    assert (tmp_path / "engine" / "model.onnx").read_text() == "first"
+
+
+def test_a_lock_that_its_holder_removes_is_not_held_by_two(tmp_path: Path) -> None:
+    """The one that waits has the old file open; a third one would make a new one and lock that."""
+    lock, found = tmp_path / ".engine.lock", []
+
+    def wait() -> None:
+        with locked(lock, tmp_path, patience_s=20):
+            found.append(lock.is_file() and os.path.samestat(lock.stat(), lock.stat()))
+            with pytest.raises(RunError), locked(lock, tmp_path, patience_s=0):
+                pytest.fail("two at once")
+
+    with locked(lock, tmp_path):
+        thread = threading.Thread(target=wait)
+        thread.start()
+        time.sleep(0.2)
+        lock.unlink()
+    thread.join(20)
+    assert found == [True]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"\xff\xfe", "process "), (b"", "process unknown"), (b"12 elsewhere", "process 12 on elsewhere")],
+)
+def test_whatever_a_lock_file_holds_is_said(tmp_path: Path, content: bytes, said: str) -> None:
+    lock = tmp_path / ".lock"
+    lock.write_bytes(content)
+    with lock.open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(RunError) as caught, locked(lock, tmp_path, patience_s=0):
+            pytest.fail("two at once")
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_this_machine_is_not_named(tmp_path: Path) -> None:
+    with locked(tmp_path / ".lock", tmp_path):
+        assert (tmp_path / ".lock").read_text() == f"{os.getpid()} {socket.gethostname()}"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(locks.fcntl, "flock", refuse)
+    said = r"this file system has no locks .*name a folder on another one"
+    with pytest.raises(StorageError, match=said), locked(tmp_path / ".lock", tmp_path):
+        pytest.fail("not locked")

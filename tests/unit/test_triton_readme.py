@@ -1,0 +1,98 @@
+"""What the README of a model repository says, of models that one call or several have written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from trsp_deploy.artifacts import provenance
+from trsp_deploy.tools.runners.manifest import Bound
+from trsp_deploy.tools.serving.readme import SHARED_SCALE, dockerfile, readme
+from trsp_deploy.tools.triton_server.repository import RepositoryManifest, ServedModel
+
+
+def model(name: str, **changes: Any) -> ServedModel:
+    values: dict[str, Any] = {
+        "name": name,
+        "role": "pruned",
+        "engine": "e",
+        "backend": "onnxruntime-cpu",
+        "backend_version": "1.32.0",
+        "precision": "fp32",
+        "packages": ("onnxruntime==1.32.0", "tokenizers"),
+        "max_batch": 8,
+        "max_length": 64,
+        "files": {},
+    }
+    return ServedModel.model_validate({**values, **changes})
+
+
+def manifest(*models: ServedModel) -> RepositoryManifest:
+    packages = ("onnxruntime==1.32.0", "tokenizers")
+    return RepositoryManifest(models=models, packages=packages, gpu=None, container="c", provenance=provenance())
+
+
+def page(*models: ServedModel) -> str:
+    return readme(manifest(*models))
+
+
+def test_it_is_of_all_models_whichever_was_written_last() -> None:
+    step = model("old_step", serves="steps", max_length=32, backend_version="1.31.0", packages=())
+    int8 = model("old", precision="int8")
+    text = page(model("new"), int8, step)
+    assert all(f"`{name}`: " in text for name in ("new", "old", "old_step"))
+    assert "/v2/models/new/generate" in text and "--gpus" not in text
+    assert SHARED_SCALE in text, "of the second model"
+    assert 'Tokenizer.from_file("old/1/tokenizer.json")' in text and 'client.infer("old_step"' in text
+    assert "a_sequence_has_at_most_32_tokens" in text and "built with ONNX Runtime 1.31.0" in text
+
+
+def test_it_says_nothing_of_what_is_not_there() -> None:
+    text = page(model("m", precision="int8", max_batch=1))
+    assert "Step by step" not in text and SHARED_SCALE not in text
+
+
+def test_the_image_has_the_packages_and_the_cluster_its_name() -> None:
+    repository = manifest(model("m"))
+    _, start, install = dockerfile(repository).splitlines()
+    assert start == "FROM c" and install.endswith(" 'onnxruntime==1.32.0' 'tokenizers'")
+    _, deployment = yaml.safe_load_all((Path(__file__).parents[2] / "deploy/kubernetes/triton.yaml").read_text())
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    assert f"docker build -t {container['image']} - < Dockerfile" in readme(repository)
+    assert f"docker push {container['image']}" in readme(repository)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"backend": "tensorrt", "bound": Bound(gpu="sm89", driver="580.65.06")},
+            "; runs on GPUs of compute capability sm89 under NVIDIA driver 580.65.06 alone",
+        ),
+        (
+            {"backend": "tensorrt", "bound": Bound(gpu="sm89", others="ampere-plus")},
+            "; runs on GPUs of compute capability sm80 and above alone",
+        ),
+        (
+            {"backend": "tensorrt-rtx", "compute_capabilities": ("sm86", "sm89")},
+            "; runs on GPUs of compute capability sm86, sm89 alone",
+        ),
+        ({"backend": "tensorrt-rtx"}, "; runs on TensorRT-RTX's GPUs but sm75 alone"),
+        (
+            {"precision": "int8", "bound": Bound(exact_int8=True)},
+            "; runs on processors that add int8 products exactly (of x86 those with VNNI) alone",
+        ),
+        ({"backend": "onnxruntime-cuda"}, "MB of cache at most"),
+    ],
+)
+def test_each_model_says_where_its_engine_runs(changes: dict[str, Any], words: str) -> None:
+    (line,) = [line for line in page(model("m", **changes)).splitlines() if line.startswith("- `m`: ")]
+    assert line.endswith(words)
+
+
+def test_a_gpu_is_given_where_any_engine_wants_one() -> None:
+    text = page(model("m"), model("n", backend="onnxruntime-cuda"))
+    assert "docker run --rm --gpus 1 " in text

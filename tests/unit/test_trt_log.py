@@ -1,0 +1,66 @@
+"""Build logs as TensorRT 10 and TensorRT-RTX write them: the forms of public logs, with shapes of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trsp_deploy.tools.runners.trt_log import read_log
+
+TENSORRT_10 = """
+[VERBOSE] Engine Layer Information:
+[VERBOSE] Name: /model/embed_tokens/Gather, LayerType: Gather, Inputs: [ { Name: input_ids, Location: Device, \
+Dimensions: [1,-1], Format/Datatype: Row major linear INT64 format }, { Name: table_constantHalf, Location: Device, \
+Dimensions: [384,64], Format/Datatype: Row major linear FP16 format }], Outputs: [ { Name: embedded, Location: Device, \
+Dimensions: [1,-1,64], Format/Datatype: Half }], ParameterType: Gather, Axis: 0, TacticValue: 0x0, StreamId: 0, \
+Metadata: [ONNX Layer: /model/embed_tokens/Gather]
+[VERBOSE] Name: /layers.0/q/MatMul_myl9_1, LayerType: gemm, Inputs: [ { Name: embedded, Dimensions: [1,-1,64], \
+Format/Datatype: Half }, { Name: __mye116_dconst, Dimensions: [64,96], Format/Datatype: Half }], Outputs: [ { \
+Name: queries, Dimensions: [1,-1,96], Format/Datatype: Half }], TacticName: sm80_xmma_gemm_f16f16_f16f16_f16, \
+StreamId: 0, Metadata: [ONNX Layer: /layers.0/q/MatMul]
+[VERBOSE] Name: _gemm_mha_v2_myl9_2, LayerType: kgen, Inputs: [ { Name: queries, Dimensions: [1,-1,96], \
+Format/Datatype: Half }, { Name: past_key_values.0.key, Dimensions: [1,2,-1,16], Format/Datatype: Half }], Outputs: [ \
+{ Name: mixed, Dimensions: [1,-1,64], Format/Datatype: Half }], TacticName: _gemm_mha_v2_0xdd5e, StreamId: 0, Metadata: 
+[VERBOSE] Name: /head/Conv, LayerType: CaskConvolution, Inputs: [ { Name: mixed, Location: Device, Dimensions: \
+[1,-1,64], Format/Datatype: Half }], Outputs: [ { Name: logits, Location: Device, Dimensions: [1,-1,384], \
+Format/Datatype: Half }], ParameterType: Convolution, Kernel: [1,1], Weights: {"Type": "Half", "Count": 24576}, \
+Bias: {"Type": "Float", "Count": 384}, HasBias: 1, TacticName: sm80_xmma_fprop, TacticValue: 0x28, StreamId: 0
+[VERBOSE] Name: /layers.0/q/MatMul_myl12_1, LayerType: gemm, Inputs: [ { Name: input_ids [profile 1], Dimensions: \
+[1,-1], Format/Datatype: Int64 }, { Name: __mye7_dconst, Dimensions: [10,10], Format/Datatype: Float }], Outputs: [ { \
+Name: logits [profile 1], Dimensions: [1,-1,384], Format/Datatype: Half }], TacticName: , StreamId: 0, Metadata: 
+"""
+RTX = """
+[VERBOSE] Name: [ShapeHostToDeviceCopy 0], LayerType: ShapeHostToDevice, Inputs: [], Outputs: [ { Name: a, Location: \
+Device, Dimensions: [], Datatype: Int64, Format: none }], ParameterType: ShapeH2D, TacticValue: 0x0, StreamId: 0
+[VERBOSE] Name: __mye1_0_myl3_0, LayerType: shape_call, Inputs: [], Constants: [], Outputs: [], TacticName: , \
+StreamId: 0
+[VERBOSE] Name: __myl_Repl_myl3_1, LayerType: kgen, Inputs: [], Constants: [ { Name: f_constantFloat, Dimensions: \
+[1,32], Strides: [32,1], Datatype: Float, Format: (Linear) Row major }], Outputs: [ { Name: b, Dimensions: [-1,32], \
+Datatype: Float, Format: (Linear) Row major }], TacticName: __myl_Repl_0xbe, StreamId: 0, Metadata: 
+[VERBOSE] Name: gemm_myl5_1, LayerType: gemm, Inputs: [ { Name: x [profile 1], Dimensions: [1,-1], Strides: [-1,1], \
+Datatype: Half, Format: (Linear) Row major }], Constants: [ { Name: w_constantInt8, Dimensions: [64,32], Strides: \
+[32,1], Datatype: Int8, Format: (Linear) Row major }], Outputs: [ { Name: y, Dimensions: [1,-1], Datatype: Half, \
+Format: (Linear) Row major }], TacticName: , StreamId: 0, Metadata: 
+"""
+
+
+def test_layers_of_tensorrt_10(tmp_path: Path) -> None:
+    (tmp_path / "build.log").write_text(TENSORRT_10)
+    build = read_log(tmp_path / "build.log")
+    lookup, product, attention, head = build.of(0)
+    assert (lookup.kind, lookup.reads, lookup.weight_bytes) == ("Gather", ("input_ids",), 384 * 64 * 2)
+    assert lookup.precisions == ("Int64", "Half") and lookup.kernel == ""
+    assert (product.kind, product.reads, product.writes) == ("gemm", ("embedded",), ("queries",))
+    assert (product.weight_bytes, product.kernel) == (64 * 96 * 2, "sm80_xmma_gemm_f16f16_f16f16_f16")
+    assert attention.reads == ("queries", "past_key_values.0.key") and attention.weight_bytes == 0
+    assert (head.weight_bytes, head.precisions) == (24576 * 2 + 384 * 4, ("Half", "Float"))
+    assert build.attention_kernels(0) == 1
+    (other,) = build.of(1)
+    assert other.weight_bytes == 400 and other.writes == ("logits",)
+
+
+def test_layers_of_tensorrt_rtx(tmp_path: Path) -> None:
+    (tmp_path / "build.log").write_text(RTX)
+    first, repeated, second = read_log(tmp_path / "build.log").layers
+    assert (repeated.profile, repeated.reads, repeated.writes, repeated.weight_bytes) == (0, (), ("b",), 128)
+    assert (first.profile, first.kind, first.weight_bytes) == (0, "shape_call", 0)
+    assert (second.profile, second.reads, second.weight_bytes) == (1, ("x",), 64 * 32)

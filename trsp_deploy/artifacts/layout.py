@@ -1,0 +1,121 @@
+"""Where things lie in a run folder, and what its parts are.
+
+    run = RunLayout(Path("runs/smollm2-135m-drop8"))
+    run.engine("ort-cpu-fp32", "pruned")   # the folder, there or not
+
+A role is "dense" or "pruned".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from trsp_deploy.errors import RunError
+
+RUN_MARK = "recipe.yaml"  # a folder that has one is a run
+MANIFEST = "MANIFEST.json"
+LOCK = ".lock"
+PLACE = ".place"  # what the recipe's relative paths are relative to
+ENGINES = "engines"
+CHECKPOINTS = "checkpoints"  # of trainings that were killed
+FAILED_LOGS = f"{ENGINES}/*/*-failed.log"  # of builds
+ENGINE_MANIFEST = "manifest.json"  # in an engine's folder
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something that a run makes, by the name that `clean --keep` takes."""
+
+    name: str
+    paths: tuple[str, ...]  # below the run folder
+    cleanable: bool = True  # whether a later run makes it again
+    loose: bool = False  # in the manifest whatever the steps' records say of it
+
+
+PARTS = (
+    Part("dense", ("dense",)),
+    Part("pruned", ("pruned",)),
+    Part("onnx", ("onnx",)),
+    Part(ENGINES, (ENGINES,)),
+    Part("reports", ("report.html", "report.json", "report.md", "served.json"), loose=True),
+    Part("plans", ("plans",)),  # of a sweep
+    Part("self-generated", ("self-generated.jsonl",)),  # the dense model's text
+    Part("plan", ("plan.json",), cleanable=False, loose=True),
+    Part("recipe", (RUN_MARK,), cleanable=False, loose=True),
+)
+
+
+@dataclass(frozen=True)
+class RunLayout:
+    """Paths of one run, there or not."""
+
+    root: Path
+
+    @property
+    def is_run(self) -> bool:
+        """Whether the folder is a run."""
+        return (self.root / RUN_MARK).is_file()
+
+    @property
+    def plan(self) -> Path:
+        """Which layers go."""
+        return self.root / "plan.json"
+
+    @property
+    def report(self) -> Path:
+        """The report for programs; for people it is beside it, as `.md` and `.html`."""
+        return self.root / "report.json"
+
+    @property
+    def served(self) -> Path:
+        """What `bench-server` measured."""
+        return self.root / "served.json"
+
+    @property
+    def records(self) -> Path:
+        """The folder of the steps' records."""
+        return self.root / "records"
+
+    @property
+    def engines(self) -> Path:
+        """The folder of all engines, a folder each."""
+        return self.root / ENGINES
+
+    def record(self, step: str) -> Path:
+        """What a step read, did and wrote."""
+        return self.records / f"{step}.json"
+
+    def model(self, role: str) -> Path:
+        """A Hugging Face folder."""
+        return self.root / role
+
+    def onnx(self, role: str, precision: str, plain: str) -> Path:
+        """The folder of an exported model; plain: the first engine's precision, which has no suffix."""
+        return self.root / "onnx" / (role if precision == plain else f"{role}-{precision}")
+
+    def engine(self, name: str, role: str) -> Path:
+        """An engine's folder."""
+        return self.engines / name / role
+
+    def below(self, path: Path) -> str:
+        """How records and manifests name a path of the run."""
+        return path.relative_to(self.root).as_posix()
+
+
+def run_of_engine(engine: Path) -> RunLayout | None:
+    """The run, there or not, of an engine's folder that lies as in one (`RunLayout.engine`); None for any other."""
+    folder = engine.resolve()
+    return RunLayout(folder.parents[2]) if folder.parent.parent.name == ENGINES else None
+
+
+def model_of_engine(engine: Path) -> Path | None:
+    """The Hugging Face folder, there or not, of an engine in a run; None for any other engine."""
+    run = run_of_engine(engine)
+    return None if run is None else run.model(engine.resolve().name)
+
+
+def check_is_run(folder: Path, then: str = "") -> None:
+    """Raise RunError for a folder that is no run; then: what follows from it, for the message's end."""
+    if not RunLayout(folder).is_run:
+        raise RunError(f"{folder}: no run of trsp-deploy ({RUN_MARK} is missing){f'; {then}' if then else ''}")

@@ -1,0 +1,95 @@
+"""Lock files that keep a second command out of a folder; the kernel drops a lock with its holder, however that ends."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from trsp_deploy.artifacts.storage import storage_errors
+from trsp_deploy.errors import RunError, StorageError
+
+PATIENCE_S = 1.0  # with the lock of a process that was killed and has not quite gone
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
+@contextlib.contextmanager
+def locked(lock: Path, what: Path, patience_s: float | None = PATIENCE_S) -> Iterator[None]:
+    """Hold the file `lock`, and with it the right to write `what`.
+
+    patience_s: with who holds it already; None waits for as long as it takes.
+    Raises RunError that names the holder, and StorageError where the file cannot be made or has no locks.
+    """
+    handle = _open(lock)
+    try:
+        while True:
+            if not _taken(handle, lock, patience_s):
+                raise RunError(f"{what}: in use by another trsp-deploy ({_holder(handle)})")
+            if _is_there(lock, handle):
+                break
+            os.close(handle)  # its holder has removed it: a third command would lock the next one
+            handle = _open(lock)
+        with storage_errors(lock):
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"{os.getpid()} {socket.gethostname()}".encode(), 0)
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def writing_alone(folder: Path) -> Iterator[None]:
+    """Keep other commands from writing a folder that is no run and has no lock inside, by a lock beside it."""
+    lock = folder.absolute().with_name(f".{folder.absolute().name}.lock")
+    with storage_errors(folder):
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as problem:
+            raise StorageError(f"{folder}: cannot be created ({problem.strerror}); name another --out") from problem
+    with locked(lock, folder):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _open(lock: Path) -> int:
+    with storage_errors(lock):
+        return os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+
+
+def _is_there(lock: Path, handle: int) -> bool:
+    try:
+        return os.path.samestat(lock.stat(), os.fstat(handle))
+    except FileNotFoundError:
+        return False
+
+
+def _taken(handle: int, lock: Path, patience_s: float | None) -> bool:
+    until = None if patience_s is None else time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if until is None else fcntl.LOCK_NB))
+            return True
+        except BlockingIOError:
+            if until is not None and time.monotonic() > until:
+                return False
+        except OSError as problem:
+            if problem.errno not in NO_LOCKS:
+                raise
+            raise StorageError(
+                f"{lock}: this file system has no locks ({problem.strerror}), so two commands could mix their files; "
+                "name a folder on another one"
+            ) from problem
+        time.sleep(0.02)
+
+
+def _holder(handle: int) -> str:
+    """As its lock file says: a process, and on which machine where that is another one."""
+    process, _, host = os.pread(handle, 300, 0).decode("utf-8", "replace").partition(" ")
+    return f"process {process or 'unknown'}{f' on {host}' if host and host != socket.gethostname() else ''}"

@@ -1,0 +1,161 @@
+"""What a cut costs: perplexity and accuracy of dense and pruned in pairs, and whether a quality budget is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from trsp_deploy.recipe import Strict, shown_name
+from trsp_deploy.results import Perplexity, ZeroShot
+from trsp_deploy.tools.judging.statistics import (
+    FEWEST_ITEMS,
+    FEWEST_WINDOWS,
+    PairedAccuracy,
+    Ratio,
+    paired_accuracy,
+    paired_by_documents,
+    perplexity_ratio,
+    retained_accuracy,
+)
+
+QUALITY_BUDGETS = (0.99, 0.999)  # of quality kept: MLPerf Inference's accuracy targets
+
+
+class QualityReport(Strict):
+    """Perplexity of both on one text, on the same tokens."""
+
+    origin: str
+    dense_ppl: float
+    pruned_ppl: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    tokens: int
+    context_length: int
+    pairs: Literal["documents", "windows"]  # what the interval's bootstrap draws
+
+    @property
+    def interval(self) -> Ratio:
+        """pruned / dense perplexity as one value."""
+        return Ratio(ratio=self.ratio, low=self.ratio_low, high=self.ratio_high)
+
+    @property
+    def doubt(self) -> str:
+        """Why the interval decides nothing, for people; empty where it does."""
+        windows = self.tokens // max(1, self.context_length - 1)
+        if self.pairs == "documents" or windows >= FEWEST_WINDOWS:
+            return ""
+        return (
+            f"{windows} window{'s' * (windows > 1)} of {self.context_length} tokens, {FEWEST_WINDOWS} are the fewest "
+            "that decide: give more text, or a smaller evaluate.context_length"
+        )
+
+
+class ChoicesReport(Strict):
+    """Both on multiple-choice tasks, on the same items."""
+
+    tasks: dict[str, PairedAccuracy]
+    retained: Ratio  # mean accuracy, pruned / dense
+
+    @property
+    def doubt(self) -> str:
+        """Why the interval decides nothing, for people; empty where it does."""
+        items = sum(task.items for task in self.tasks.values())
+        if items >= FEWEST_ITEMS:
+            return ""
+        return f"{items} items, {FEWEST_ITEMS} are the fewest that decide: ask more with evaluate.task_items"
+
+
+@dataclass(frozen=True)
+class Price:
+    """What the cut costs, by what measured it."""
+
+    engine: str | None  # None: PyTorch, for texts that no engine of the run has read here
+    quality: Mapping[str, QualityReport]  # by text
+    choices: ChoicesReport | None = None
+
+    @property
+    def source(self) -> str:
+        """For people: what measured it."""
+        return self.engine or "PyTorch"
+
+    @property
+    def where(self) -> str:
+        """The same within a sentence."""
+        return "in PyTorch and through no engine" if self.engine is None else f"through {self.engine}"
+
+
+def quality_report(dense: Perplexity, pruned: Perplexity) -> QualityReport:
+    """Pair two models on one text."""
+    ratio = perplexity_ratio(dense, pruned)
+    return QualityReport(
+        origin=shown_name(dense.origin),
+        dense_ppl=dense.ppl,
+        pruned_ppl=pruned.ppl,
+        ratio=ratio.ratio,
+        ratio_low=ratio.low,
+        ratio_high=ratio.high,
+        tokens=dense.tokens,
+        context_length=dense.context_length,
+        pairs="documents" if paired_by_documents(dense, pruned) else "windows",
+    )
+
+
+def choices_report(dense: ZeroShot, pruned: ZeroShot) -> ChoicesReport:
+    """Pair two models item by item."""
+    return ChoicesReport(
+        tasks={
+            before.task: paired_accuracy(before, after) for before, after in zip(dense.tasks, pruned.tasks, strict=True)
+        },
+        retained=retained_accuracy(dense, pruned),
+    )
+
+
+def price_sentences(prices: list[Price]) -> list[str]:
+    """What the cut costs, one sentence per measure, such as "Perplexity through ort-cpu-fp32: 1.50x on wiki."."""
+    lines = []
+    for price in prices:
+        if price.quality:
+            costs = ", ".join(f"{text.ratio:.2f}x on {name}" for name, text in price.quality.items())
+            lines.append(f"Perplexity {price.where}: {costs}.")
+        if price.choices is not None:
+            lines.append(f"Accuracy {price.where}: {price.choices.retained.ratio:.1%} of dense's.")
+    return lines
+
+
+def budget_text(price: Price) -> str:
+    """Whether quality stays within each budget. A share kept of q allows a perplexity ratio of 1 / q on every text, and
+    asks for q of the mean accuracy.
+
+    What is too short or too little to decide leaves a budget open, unless something else misses it.
+    """
+    if not price.quality and price.choices is None:
+        return "neither a text nor a task was evaluated"
+    words = [f"{share:.1%} {_word(list(_judged(price, share)))}" for share in QUALITY_BUDGETS]
+    rests_on = []
+    if price.quality:
+        worst = max(text.ratio for text in price.quality.values())
+        rests_on.append(f"worst text {worst:.2f}x; they allow 1.01x and 1.001x")
+    if price.choices is not None:
+        rests_on.append(f"accuracy {price.choices.retained.ratio:.1%} retained")
+    return f"{', '.join(words)} ({'; '.join(rests_on)})"
+
+
+def _judged(price: Price, share: float) -> Iterator[bool | None]:
+    """For each figure whether it keeps a budget; None where that is open."""
+    for text in price.quality.values():
+        if text.doubt:
+            yield None
+        else:
+            yield True if text.ratio_high <= 1 / share else False if text.ratio_low > 1 / share else None
+    if price.choices is not None:
+        kept = price.choices.retained
+        if price.choices.doubt:
+            yield None
+        else:
+            yield True if kept.low >= share else False if kept.high < share else None
+
+
+def _word(judged: list[bool | None]) -> str:
+    return "not kept" if False in judged else "not decided" if None in judged else "kept"

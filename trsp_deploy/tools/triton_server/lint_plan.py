@@ -1,0 +1,87 @@
+"""A TensorRT plan beside the config that serves it. Only TensorRT on a GPU can read one; elsewhere that is said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from trsp_deploy.errors import EngineUnavailable
+from trsp_deploy.tools.runners.requirements import cuda_devices, load_package
+from trsp_deploy.tools.runners.trt_log import logger, made
+
+Found = TypeVar("Found")
+# TensorRT's names
+TYPES = {
+    "FLOAT": "TYPE_FP32",
+    "HALF": "TYPE_FP16",
+    "BF16": "TYPE_BF16",
+    "INT8": "TYPE_INT8",
+    "INT32": "TYPE_INT32",
+    "INT64": "TYPE_INT64",
+    "UINT8": "TYPE_UINT8",
+    "BOOL": "TYPE_BOOL",
+}
+
+
+def against_plan(
+    config: Any, path: Path, error: Callable[[str], Found], warning: Callable[[str], Found]
+) -> Iterator[Found]:
+    """Names, types and dimensions of the config beside the plan's, and max_batch_size beside its profiles.
+
+    error, warning: make findings of messages.
+    """
+    place = f"{path.parent.name}/{path.name}"
+    try:
+        trt: Any = load_package("tensorrt")
+        cuda_devices()  # before anything of TensorRT: a Runtime made without a usable driver can crash the process
+    except EngineUnavailable as problem:
+        yield warning(f"{place} was not looked into: that takes TensorRT and a GPU ({problem})")
+        return
+    log = logger(trt)
+    log.errors.clear()
+    try:
+        failure = f"{place} does not load with TensorRT {trt.__version__} here"
+        runtime = made(log, failure, lambda: trt.Runtime(log))
+        engine = made(log, failure, lambda: runtime.deserialize_cuda_engine(path.read_bytes()))
+    except EngineUnavailable as problem:
+        yield error(str(problem))
+        return
+    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+    inputs = {name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT}
+    for title, wanted, there in (
+        ("input", config.input, inputs),
+        ("output", config.output, set(names) - inputs),
+    ):
+        for each in wanted:
+            if each.name not in there:
+                yield error(f"{title} '{each.name}': the plan has {', '.join(sorted(there)) or 'none'}")
+            else:
+                yield from _against_tensor(config, each, f"{title} '{each.name}'", engine, error)
+    most = _largest_batch(engine, inputs)
+    if config.max_batch_size and most is not None and config.max_batch_size > most:
+        yield error(f"max_batch_size {config.max_batch_size}, and the plan's profiles end at a batch of {most}")
+
+
+def _against_tensor(config: Any, each: Any, title: str, engine: Any, error: Callable[[str], Found]) -> Iterator[Found]:
+    dtype = each.DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_number[each.data_type].name
+    there = TYPES.get(engine.get_tensor_dtype(each.name).name)
+    if dtype != there:
+        yield error(f"{title}: {dtype} in the config, {there} in the plan")
+    if each.is_shape_tensor or getattr(each, "allow_ragged_batch", False):
+        return
+    dims = ([-1] if config.max_batch_size else []) + list(each.reshape.shape if each.HasField("reshape") else each.dims)
+    shape = list(engine.get_tensor_shape(each.name))
+    fits = len(dims) == len(shape) and all(-1 in pair or pair[0] == pair[1] for pair in zip(dims, shape, strict=True))
+    if not fits:
+        yield error(f"{title}: dims {dims} with the batch, {shape} in the plan")
+
+
+def _largest_batch(engine: Any, inputs: set[str]) -> int | None:
+    """What stands first in every input's shape, at most over all profiles; None where no input has a shape."""
+    shaped = [name for name in inputs if len(engine.get_tensor_shape(name)) and not engine.is_shape_inference_io(name)]
+    if not shaped:
+        return None
+    profiles = range(engine.num_optimization_profiles)
+    # A profile's shapes are its smallest, its best and its largest.
+    return max(min(int(engine.get_tensor_profile_shape(name, one)[2][0]) for name in shaped) for one in profiles)
