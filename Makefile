@@ -31,7 +31,8 @@ test: $(READY) check ## style, types, import rule and the default tests, offline
 	$(BIN)/python -m pytest -q -m '$(DEFAULT) and alone'
 
 test-breadth: $(READY) ## whole jobs, and engines of more families, precisions and compilers than the default tests build: a quarter of an hour
-	$(BIN)/python -m pytest -q --numprocesses auto --dist loadfile -m breadth
+	$(BIN)/python -m pytest -q --numprocesses auto --dist loadfile -m 'breadth and not alone'
+	$(BIN)/python -m pytest -q -m 'breadth and alone'
 
 check: $(READY)
 	$(BIN)/ruff format --check --quiet .

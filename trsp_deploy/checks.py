@@ -17,8 +17,8 @@ from trsp_deploy.pipeline import Pipeline, engines
 from trsp_deploy.recipe import BenchSettings, EngineSpec, Positive, Strict
 from trsp_deploy.results import Comparison, Phase
 from trsp_deploy.stages import bench
-from trsp_deploy.tools.judging.comparisons import ComparisonReport, notes
-from trsp_deploy.tools.judging.goals import Earlier, Goal, most_latency, most_speedup_lost
+from trsp_deploy.tools.judging.comparisons import ComparisonReport, disturbance, notes
+from trsp_deploy.tools.judging.goals import Goal, most_latency, most_speedup_lost
 from trsp_deploy.tools.judging.verdicts import Outcome, Requirement, Word, judge, worst
 from trsp_deploy.tools.reports.baselines import (
     SCHEMA_VERSION,
@@ -112,7 +112,8 @@ def check_run(
     _check_judgeable(job, spec, tolerances, quality, choices)
     comparison, goals = _measure(job, spec, tolerances, before, settings)
     derived = bench.derive(*job.engines.pair(spec), comparison)
-    outcomes = [goal.outcome(comparison.replicates) for goal in goals] + _quality(quality, choices, tolerances)
+    outcomes = [goal.outcome(comparison.replicates, disturbance(derived)) for goal in goals]
+    outcomes += _quality(quality, choices, tolerances)
     for what, dense, pruned, tolerance in to_pytorch_rows(job.proof.check_perplexity(spec)):
         said.append(f"{what}: dense {dense}, pruned {pruned} ({tolerance})")
     said += [] if baseline is None else other_versions(baseline)
@@ -180,10 +181,10 @@ def _measure(
     goals = bench.speedup_goals(dense, pruned, tolerances.min_speedup, settings)
     if before is not None and tolerances.max_latency_regression is not None:
         share = tolerances.max_latency_regression
-        goals.append(most_latency("total", share, "--max-latency-regression", Earlier(before.latency, before.control)))
+        goals.append(most_latency("total", share, "--max-latency-regression", before.earlier_latency))
     if before is not None and tolerances.max_speedup_loss is not None:
-        earlier = Earlier(before.speedup, before.control)
-        goals.append(most_speedup_lost("total", tolerances.max_speedup_loss, "--max-speedup-loss", earlier))
+        share = tolerances.max_speedup_loss
+        goals.append(most_speedup_lost("total", share, "--max-speedup-loss", before.earlier_speedup))
     return bench.compare_engines(dense, pruned, spec.name, settings, job.recipe.seed, goals), goals
 
 
@@ -261,12 +262,14 @@ def make_baseline(job: Pipeline, engine: str | None, settings: BenchSettings, ou
         if spec.name in lacking:
             continue
         try:
-            comparison = bench.compare_engines(*job.engines.pair(spec), spec.name, settings, job.recipe.seed)
+            pair = job.engines.pair(spec)
+            comparison = bench.compare_engines(*pair, spec.name, settings, job.recipe.seed)
         except EngineUnavailable as problem:  # such as shapes beyond its profiles, or a GPU that is full
             lacking[spec.name] = f"cannot be timed: {problem}"
             job.inputs.say(f"{spec.name}: {lacking[spec.name]}; not in the baseline")
             continue
-        found[spec.name] = engine_baseline(comparison, job.proof.engine_quality(spec))
+        disturbed = disturbance(bench.derive(*pair, comparison))
+        found[spec.name] = engine_baseline(comparison, job.proof.engine_quality(spec), disturbed)
     if not found:
         raise RunError(f"{job.run.path}: no baseline ({'; '.join(f'{name} {why}' for name, why in lacking.items())})")
     baseline = Baseline(

@@ -128,6 +128,7 @@ class Telemetry(Strict):
     load: float  # runnable processes, mean of the last minute
     busy_share: float  # of all cores since the sample before
     steal_share: float  # taken by the hypervisor
+    others_share: float | None = None  # by processes that are none of the comparison's; None in files older than this
     mhz: float | None
     gpu: GpuTelemetry | None = None
 
@@ -148,6 +149,7 @@ class Comparison(Strict):
     engine: str
     settings: BenchSettings
     threads: int  # cores that the processes may use
+    host_cores: int | None = None  # that shares of the telemetry are of; None in files older than this key
     replicates: tuple[Replicate, ...]
     telemetry: tuple[Telemetry, ...]
     rates: Rates | None

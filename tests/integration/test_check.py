@@ -252,9 +252,16 @@ def test_quality_that_is_lost_fails(workspace: Path) -> None:
     assert worse.code == 2 and "FAIL" in worse.stdout
 
 
+def decided_on_a_quiet_machine(done: Done) -> None:
+    """Skip where the check left it open because of what else the machine does."""
+    if done.code == 3 and "other work took" in done.said:
+        pytest.skip("the machine is too busy to decide between two times")
+
+
 def test_a_regression_against_the_baseline_is_found(workspace: Path, baseline: Path, tmp_path: Path) -> None:
     limits = ["--max-speedup-loss", "60%", "--max-latency-regression", "90%"]
     done = trsp_deploy("check", "run", "--against", str(baseline), *limits, cwd=workspace)
+    decided_on_a_quiet_machine(done)
     assert done.code == 0, done.said
     values = unsealed(baseline)
     for logs in values["engines"]["ort-cpu-fp32"]["speedup"]:
@@ -263,6 +270,7 @@ def test_a_regression_against_the_baseline_is_found(workspace: Path, baseline: P
     slower = trsp_deploy(
         "check", "run", "--against", str(tmp_path / "faster.json"), "--max-speedup-loss", "3%", cwd=workspace
     )
+    decided_on_a_quiet_machine(slower)
     assert slower.code == 2, slower.said
 
 
@@ -630,9 +638,10 @@ def test_a_baseline_leaves_out_an_engine_that_cannot_be_timed(monkeypatch: pytes
     made = made_up()
     said: list[str] = []
     specs = [SimpleNamespace(name=name) for name in ("a", "b", "c")]
+    subject = Subject(path=tmp_path, spec=None, vocabulary=9, cuts_logits=True, size=None)
     job: Any = SimpleNamespace(
         engines=SimpleNamespace(
-            specs=specs, engine=lambda spec: SimpleNamespace(reason=None), pair=lambda spec: (None, None)
+            specs=specs, engine=lambda spec: SimpleNamespace(reason=None), pair=lambda spec: (subject, subject)
         ),
         proof=SimpleNamespace(
             failed={"c": "cannot be checked"},

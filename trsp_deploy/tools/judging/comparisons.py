@@ -26,6 +26,8 @@ from trsp_deploy.tools.judging.statistics import (
 from trsp_deploy.tools.judging.verdicts import Claim, claim
 
 TAIL_SAMPLES = 20
+HOST_THREADS = 1  # that an engine on a GPU keeps busy on the host
+MOST_LOST = 0.1  # cores: a quiet machine's own services take a few hundredths of one
 LimitOf = Callable[[Case], SpeedLimit]
 
 
@@ -68,6 +70,7 @@ class MachineReport(Strict):
     load: float  # mean
     busy_share: float
     steal_share: float
+    lost_cores: float | None = None  # of those that the engines computed on, to other work; None where it is not known
     mhz: tuple[float, float] | None  # lowest and highest
     gpu_mhz: tuple[int, int] | None
     gpu_watts: tuple[float, float] | None
@@ -136,7 +139,7 @@ def compare(
         blocks=sum(len(case) for r in replicates for subject in r.blocks.values() for case in subject),
         elapsed_s=comparison.elapsed_s,
         stopped=comparison.stopped,
-        machine=_machine(comparison.telemetry),
+        machine=_machine(comparison, max((threads or {}).values(), default=HOST_THREADS)),
         cores=comparison.threads,
         threads=dict(threads or {}),
     )
@@ -186,7 +189,9 @@ def _device(comparison: Comparison, case: int, phase: Phase) -> DeviceTimes | No
     return DeviceTimes(dense_s=middle("dense"), pruned_s=middle("pruned"), speedup=found.found, control=found.control)
 
 
-def _machine(samples: Sequence[Telemetry]) -> MachineReport | None:
+def _machine(comparison: Comparison, threads: int) -> MachineReport | None:
+    """What else went on. threads: that the engines computed with on the host."""
+    samples = comparison.telemetry
     if not samples:
         return None
     clocks = [sample.mhz for sample in samples if sample.mhz]
@@ -196,6 +201,7 @@ def _machine(samples: Sequence[Telemetry]) -> MachineReport | None:
         load=statistics.mean(sample.load for sample in samples),
         busy_share=statistics.mean(sample.busy_share for sample in samples),
         steal_share=statistics.mean(sample.steal_share for sample in samples),
+        lost_cores=_lost_cores(samples, comparison.host_cores, threads),
         mhz=(min(clocks), max(clocks)) if clocks else None,
         gpu_mhz=(min(g.sm_mhz for g in gpus), max(g.sm_mhz for g in gpus)) if gpus else None,
         gpu_watts=(min(g.power_w for g in gpus), max(g.power_w for g in gpus)) if gpus else None,
@@ -203,6 +209,26 @@ def _machine(samples: Sequence[Telemetry]) -> MachineReport | None:
         throttle_reasons=tuple(sorted({reason for gpu in gpus for reason in gpu.throttle_reasons})),
         other_gpu_processes=max((gpu.other_processes for gpu in gpus), default=0),
     )
+
+
+def _lost_cores(samples: Sequence[Telemetry], cores: int | None, threads: int) -> float | None:
+    """Cores' worth of time that other work had of the engines', whose threads left the rest of the machine's free."""
+    taken = [sample.others_share + sample.steal_share for sample in samples if sample.others_share is not None]
+    return None if cores is None or not taken else max(0.0, statistics.mean(taken) * cores - max(0, cores - threads))
+
+
+def disturbance(found: ComparisonReport) -> str:
+    """Why times and ratios may be those of a busy machine; empty where nothing is known to have disturbed them.
+
+    Turns of one comparison share what goes on, so that its ratios bear it; those of two times do not.
+    """
+    machine = found.machine
+    if machine is None:
+        return ""
+    if machine.lost_cores is not None and machine.lost_cores > MOST_LOST:
+        threads = max(found.threads.values(), default=HOST_THREADS)
+        return f"other work took {machine.lost_cores:.2f} of the {threads} cores that the engines compute on"
+    return f"{machine.other_gpu_processes} other processes used the GPU" if machine.other_gpu_processes else ""
 
 
 def sentence(name: str, found: ComparisonReport) -> str:
@@ -254,12 +280,12 @@ def notes(found: ComparisonReport) -> list[str]:
     machine = found.machine
     if machine is not None:
         lines.append(_load_note(found, machine))
+        if disturbed := disturbance(found):
+            lines.append(disturbed)
         if machine.steal_share > 0.02:
             lines.append(f"the hypervisor took {machine.steal_share:.0%} of the processors' time")
         if machine.throttle_reasons:
             lines.append(f"the GPU was throttled: {', '.join(machine.throttle_reasons)}")
-        if machine.other_gpu_processes:
-            lines.append(f"{machine.other_gpu_processes} other processes used the GPU")
     return lines
 
 
@@ -272,6 +298,7 @@ def _load_note(found: ComparisonReport, machine: MachineReport) -> str:
         same = len(set(counts.values())) == 1
         said = str(max(counts.values())) if same else ", ".join(f"{role} {count}" for role, count in counts.items())
         own = f", engine threads: {said}"
-    others = machine.load > max(counts.values(), default=1) + 1
+    # Of files that do not say what others did.
+    others = machine.lost_cores is None and machine.load > max(counts.values(), default=HOST_THREADS) + 1
     doubt = "; more than the engines explain, so others were at work" if others else ""
     return f"load {machine.load:.1f}{where}, {machine.busy_share:.0%} busy{own}{doubt}"

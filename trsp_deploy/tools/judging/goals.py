@@ -15,6 +15,8 @@ from trsp_deploy.tools.judging.verdicts import (
     Outcome,
     Requirement,
     above_limit,
+    disturbed_before,
+    disturbed_now,
     judge,
     settled,
     too_few,
@@ -32,18 +34,22 @@ class Goal:
     requirement: Requirement
     ratios: Callable[[Sequence[Replicate]], list[Ratio]]  # one per shape
     limits: tuple[float | None, ...] = ()  # one per shape, that no ratio can be above; empty where none is known
-    before: int | None = None  # replicates of the baseline; None without one
+    earlier: Earlier | None = None  # that it is held against
 
-    def outcome(self, replicates: Sequence[Replicate]) -> Outcome:
-        """What the samples say so far: of a shape that misses it, else of one that is open, else of the tightest."""
-        return min(self._outcomes(replicates), key=_leniency)
+    def outcome(self, replicates: Sequence[Replicate], disturbance: str = "") -> Outcome:
+        """What the samples say so far: of a shape that misses it, else of one that is open, else of the tightest.
+
+        disturbance: what the machine did beside, which decides nothing between two times; within one all turns bear it.
+        """
+        doubt = disturbed_now(disturbance) if self.earlier is not None and disturbance else ""
+        return min(self._outcomes(replicates, doubt), key=_leniency)
 
     def settled(self, replicates: Sequence[Replicate]) -> bool:
         """Whether more of them would change nothing: one shape misses it for certain, or all are certain.
 
         Nor would they where the baseline has too few to decide.
         """
-        if self._doubt_before:
+        if self.earlier is not None and self.earlier.doubt:
             return True
         words = [
             outcome.word if not outcome.note and settled(self.requirement, outcome.found, len(replicates)) else None
@@ -51,20 +57,18 @@ class Goal:
         ]
         return "fail" in words or None not in words
 
-    def _outcomes(self, replicates: Sequence[Replicate]) -> list[Outcome]:
+    def _outcomes(self, replicates: Sequence[Replicate], doubt: str = "") -> list[Outcome]:
         """One a shape."""
         ratios = self.ratios(replicates)
         limits = self.limits or (None,) * len(ratios)
-        return [self._judge(ratio, limit, replicates) for ratio, limit in zip(ratios, limits, strict=True)]
+        before = "" if self.earlier is None else self.earlier.doubt
+        doubt = before or too_few(len(replicates)) or doubt
+        return [self._judge(ratio, limit, doubt) for ratio, limit in zip(ratios, limits, strict=True)]
 
-    def _judge(self, ratio: Ratio, limit: float | None, replicates: Sequence[Replicate]) -> Outcome:
-        outcome = judge(self.requirement, ratio, self._doubt_before or too_few(len(replicates)))
+    def _judge(self, ratio: Ratio, limit: float | None, doubt: str) -> Outcome:
+        outcome = judge(self.requirement, ratio, doubt)
         # What is above its limit was measured wrong: it passes nothing. What it misses the truth misses too.
         return judge(self.requirement, ratio, above_limit(ratio, limit)) if outcome.word == "pass" else outcome
-
-    @property
-    def _doubt_before(self) -> str:
-        return "" if self.before is None else too_few_before(self.before)
 
 
 def _leniency(outcome: Outcome) -> tuple[int, float]:
@@ -95,10 +99,13 @@ class Earlier:
 
     values: Sequence[Logs]
     control: Sequence[Logs] = ()
+    disturbance: str = ""  # what the machine did beside, when it was made
 
-    def replicates(self, phase: Phase) -> int:
-        """At the shape with the fewest."""
-        return min(len(logs[phase]) for logs in self.values)
+    @property
+    def doubt(self) -> str:
+        """Why nothing can be decided against it; empty where something can."""
+        fewest = min(len(values) for logs in self.values for values in logs.values())
+        return too_few_before(fewest) or (disturbed_before(self.disturbance) if self.disturbance else "")
 
 
 def most_latency(phase: Phase, share: float, source: str, before: Earlier) -> Goal:
@@ -109,7 +116,7 @@ def most_latency(phase: Phase, share: float, source: str, before: Earlier) -> Go
 
     name = f"latency over the baseline's, {PHASE_TITLES[phase]}"
     wanted = Requirement(name=name, source=source, sense="at most", bound=1 + share)
-    return Goal(wanted, _changes(phase, before, now), before=before.replicates(phase))
+    return Goal(wanted, _changes(phase, before, now), earlier=before)
 
 
 def most_speedup_lost(phase: Phase, share: float, source: str, before: Earlier) -> Goal:
@@ -123,7 +130,7 @@ def most_speedup_lost(phase: Phase, share: float, source: str, before: Earlier) 
 
     name = f"speed-up over the baseline's, {PHASE_TITLES[phase]}"
     wanted = Requirement(name=name, source=source, sense="at least", bound=1 - share)
-    return Goal(wanted, _changes(phase, before, now), before=before.replicates(phase))
+    return Goal(wanted, _changes(phase, before, now), earlier=before)
 
 
 def _changes(

@@ -68,6 +68,16 @@ def too_few_before(replicates: int) -> str:
     )
 
 
+def disturbed_before(disturbance: str) -> str:
+    """The doubt about whatever is held against a baseline that was made beside other work."""
+    return f"when the baseline was made, {disturbance}: make it again on a quiet machine"
+
+
+def disturbed_now(disturbance: str) -> str:
+    """The doubt about what was measured beside other work, where it is held against another time."""
+    return f"{disturbance}: only what a quiet machine shows can be held against a baseline"
+
+
 def above_limit(found: Ratio, limit: float | None) -> str:
     """The doubt about a speed-up whose whole interval is above what is possible; empty where it is not."""
     if limit is None or found.low <= limit:

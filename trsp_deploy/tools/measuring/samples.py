@@ -25,7 +25,7 @@ from trsp_deploy.recipe import BenchSettings, Case
 from trsp_deploy.results import TURNS, Block, Comparison, Rates, Replicate, Stop, Subject
 from trsp_deploy.tools.host_memory import available_host_bytes
 from trsp_deploy.tools.judging.statistics import FEWEST_REPLICATES, speedup, speedups
-from trsp_deploy.tools.measuring.telemetry import Recorder, gpu_memory_free
+from trsp_deploy.tools.measuring.telemetry import HOST_CORES, Recorder, gpu_memory_free
 from trsp_deploy.tools.measuring.worker import Worker
 from trsp_deploy.tools.progress import Meter
 from trsp_deploy.tools.runners.manifest import read_manifest
@@ -85,6 +85,7 @@ def measure(
         engine=label,
         settings=settings,
         threads=len(os.sched_getaffinity(0)),
+        host_cores=HOST_CORES,
         replicates=tuple(replicates),
         telemetry=tuple(recorder.samples),
         rates=rates,

@@ -20,6 +20,7 @@ from trsp_deploy.artifacts.nvml import visible_gpus
 from trsp_deploy.results import GpuTelemetry, Telemetry
 
 EVERY_S = 1.0
+HOST_CORES = psutil.cpu_count() or 1  # whether or not this process may use them
 # NVML's bits of the reasons to run below the wanted clocks (nvml.h, nvmlClocksEventReasons); idleness is none of them.
 THROTTLES = {
     0x2: "application clocks",
@@ -59,13 +60,32 @@ class Recorder:
 
     def _record(self) -> None:
         psutil.cpu_times_percent()  # the next call of this thread tells what happened since this one
+        own_s, at_s = _own_s(), self.now_s
         while not self._stopped.wait(EVERY_S):
-            self.samples.append(sample(self.now_s))
+            before = own_s, at_s
+            own_s, at_s = _own_s(), self.now_s
+            own_share = (own_s - before[0]) / (at_s - before[1]) / HOST_CORES
+            self.samples.append(_sample(at_s, own_share))
 
 
-def sample(at_s: float) -> Telemetry:
-    """The machine now; shares are of the time since the last call."""
+def _own_s() -> float:
+    """Processor seconds of this process and of all that it started, those that have ended among them."""
+    found, here = 0.0, psutil.Process()
+    for process in (here, *here.children(recursive=True)):
+        with contextlib.suppress(psutil.Error):  # it has ended meanwhile: its parent's times have it
+            times = process.cpu_times()
+            found += times.user + times.system + times.children_user + times.children_system
+    return found
+
+
+def _sample(at_s: float, own_share: float) -> Telemetry:
+    """The machine now; shares are of all cores' time since the last call.
+
+    own_share: what the comparison's own processes had of it.
+    """
     times = psutil.cpu_times_percent()
+    steal_share = getattr(times, "steal", 0.0) / 100
+    worked_share = 1 - (times.idle + getattr(times, "iowait", 0.0)) / 100 - steal_share
     frequency = None
     with contextlib.suppress(OSError, NotImplementedError, RuntimeError):  # some virtual machines have none
         frequency = psutil.cpu_freq()
@@ -73,7 +93,8 @@ def sample(at_s: float) -> Telemetry:
         at_s=at_s,
         load=os.getloadavg()[0],
         busy_share=1 - times.idle / 100,
-        steal_share=getattr(times, "steal", 0.0) / 100,
+        steal_share=steal_share,
+        others_share=max(0.0, worked_share - own_share),
         mhz=None if frequency is None else frequency.current,
         gpu=_gpu(),
     )

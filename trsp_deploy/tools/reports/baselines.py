@@ -16,9 +16,8 @@ from trsp_deploy.errors import BaselineError, nearest
 from trsp_deploy.reading import read_json, what_is_wrong
 from trsp_deploy.recipe import BenchSettings, Case, Strict
 from trsp_deploy.results import PHASES, Comparison
-from trsp_deploy.tools.judging.goals import Logs
+from trsp_deploy.tools.judging.goals import Earlier, Logs
 from trsp_deploy.tools.judging.statistics import Ratio, replicate_logs, replicate_ratios, widened
-from trsp_deploy.tools.judging.verdicts import too_few_before
 from trsp_deploy.tools.reports.quality import QualityReport
 from trsp_deploy.tools.runners.requirements import driver_version, instruction_sets
 
@@ -59,12 +58,23 @@ class EngineBaseline(Strict):
     latency: tuple[Logs, ...]  # log seconds of pruned, for each shape of the settings
     speedup: tuple[Logs, ...]  # log ratios dense / pruned
     control: tuple[Logs, ...] = ()  # of dense against itself; empty without one, and in files older than this key
+    disturbance: str = ""  # what the machine did beside; empty in files older than this key
     quality: dict[str, QualityReport]  # through the engine, by text
 
     @property
     def replicates(self) -> int:
         """Number of replicates that the samples are of, at the shape with the fewest."""
         return min(len(logs["total"]) for logs in self.speedup)
+
+    @property
+    def earlier_latency(self) -> Earlier:
+        """Pruned times, to hold later ones against."""
+        return Earlier(self.latency, self.control, self.disturbance)
+
+    @property
+    def earlier_speedup(self) -> Earlier:
+        """Speed-ups, to hold later ones against."""
+        return Earlier(self.speedup, self.control, self.disturbance)
 
     @model_validator(mode="after")
     def _samples_for_every_shape(self) -> EngineBaseline:
@@ -100,8 +110,11 @@ def this_machine() -> Machine:
     )
 
 
-def engine_baseline(comparison: Comparison, quality: dict[str, QualityReport]) -> EngineBaseline:
-    """The part of a comparison that a baseline keeps."""
+def engine_baseline(comparison: Comparison, quality: dict[str, QualityReport], disturbance: str = "") -> EngineBaseline:
+    """The part of a comparison that a baseline keeps.
+
+    disturbance: what the machine did beside, as `judging.comparisons.disturbance` says it.
+    """
     cases = range(len(comparison.settings.cases))
     replicates = comparison.replicates
     ratios = [{phase: replicate_ratios(replicates, case, phase) for phase in PHASES} for case in cases]
@@ -115,6 +128,7 @@ def engine_baseline(comparison: Comparison, quality: dict[str, QualityReport]) -
         control=tuple({phase: tuple(control or ()) for phase, (_, control) in phases.items()} for phases in ratios)
         if controlled
         else (),
+        disturbance=disturbance,
         quality=quality,
     )
 
@@ -183,8 +197,8 @@ def speedups_of(part: EngineBaseline) -> list[tuple[Case, Ratio]]:
 def weaknesses(part: EngineBaseline) -> list[str]:
     """What keeps a baseline from deciding anything, or makes it decide more than it should, a line each."""
     lines = [] if part.control else ["the baseline has no control: how much noise it was made in is not known"]
-    few = too_few_before(part.replicates)
-    return [few, *lines] if few else lines
+    doubt = part.earlier_speedup.doubt
+    return [doubt, *lines] if doubt else lines
 
 
 def check_model(baseline: Baseline, path: Path, here: Cut) -> list[str]:
