@@ -87,6 +87,7 @@ def table(trials: list[Trial]) -> str:
         found = [trial for trial in trials if trial.kind == kind]
         if not found:
             continue
+        noticed = [trial.disturbance for trial in found]
         answers = [trial.answer for trial in found]
         widths = [trial.found["total"].half_width for trial in found]
         middle = math.exp(float(np.mean([math.log(trial.found["total"].ratio) for trial in found])))
@@ -99,9 +100,19 @@ def table(trials: list[Trial]) -> str:
                 f"{middle:.3f}",
                 f"{np.median(widths):.1%}",
                 f"{np.median([trial.elapsed_s for trial in found]):.0f} s",
+                "not recorded" if None in noticed else f"{sum(map(bool, noticed))} of {len(found)}",
             ]
         )
-    head = ["trials", "number", "answers", "right", "mean speed-up", "median half-width", "median time"]
+    head = [
+        "trials",
+        "number",
+        "answers",
+        "right",
+        "mean speed-up",
+        "median half-width",
+        "median time",
+        "other work noticed",
+    ]
     return "\n\n".join([markdown(head, rows), targets.table(TARGETS, figures(trials), "{:.4g}".format)])
 
 

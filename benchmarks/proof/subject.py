@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+
 from trsp_deploy.artifacts import writing
 from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.recipe import EngineSpec, ExportSettings
@@ -57,9 +59,9 @@ def fits(folder: Path, spec: EngineSpec) -> bool:
 @contextlib.contextmanager
 def background_load() -> Iterator[None]:
     """A neighbour that computes in bursts of up to two seconds, half of the time, on one core."""
-    process = subprocess.Popen([sys.executable, "-m", "benchmarks.proof.neighbour"])
+    command = [sys.executable, "-m", "benchmarks.proof.neighbour"]
+    neighbour = psutil.Process(int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
     try:
         yield
     finally:
-        process.kill()
-        process.wait()
+        neighbour.kill()

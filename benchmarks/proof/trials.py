@@ -11,8 +11,8 @@ from benchmarks.code import code_digest
 from benchmarks.proof.subject import VOCABULARY, background_load
 from trsp_deploy.artifacts import Provenance, provenance
 from trsp_deploy.recipe import BenchSettings, Strict
-from trsp_deploy.results import PHASES, Comparison, Phase
-from trsp_deploy.tools.judging.comparisons import compare
+from trsp_deploy.results import PHASES, ROLES, Comparison, Phase
+from trsp_deploy.tools.judging.comparisons import compare, disturbance
 from trsp_deploy.tools.judging.goals import Goal, least_speedup, settled_all
 from trsp_deploy.tools.judging.statistics import Ratio, replicate_ratios, widened
 from trsp_deploy.tools.judging.verdicts import claim, judge, too_few
@@ -60,6 +60,7 @@ class Trial(Strict):
     replicates: dict[Phase, tuple[float, ...]]  # log ratio of each
     control: dict[Phase, tuple[float, ...]]
     load: float  # mean number of runnable processes
+    disturbance: str | None = None  # what else the machine did, as it was noticed; None in trials older than this key
     terms: Terms | None = None  # None, and no code, where a trial is older than these
     code: str = ""  # digest
 
@@ -126,7 +127,7 @@ def make(kind: Kind, number: int, engine: Path) -> Trial:
             decided=(lambda replicates: settled_all([goal], replicates)) if goal else None,
             environment={"dense": dense, "again": dense, "pruned": pruned},
         )
-    beside = compare(comparison).machine
+    found = compare(comparison, threads=dict.fromkeys(ROLES, comparison.threads))
     return Trial(
         kind=kind,
         number=number,
@@ -134,7 +135,8 @@ def make(kind: Kind, number: int, engine: Path) -> Trial:
         elapsed_s=comparison.elapsed_s,
         replicates={phase: _ratios(comparison, phase)[0] for phase in PHASES},
         control={phase: _ratios(comparison, phase)[1] for phase in PHASES},
-        load=0.0 if beside is None else beside.load,
+        load=0.0 if found.machine is None else found.machine.load,
+        disturbance=disturbance(found),
         terms=terms,
         code=comparison_digest(),
     )
