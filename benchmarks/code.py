@@ -12,10 +12,11 @@ import trsp_deploy
 
 
 @functools.cache
-def code_digest(*starts: str, without: frozenset[str] = frozenset()) -> str:
+def code_digest(*starts: str, without: frozenset[str] = frozenset(), beside: tuple[Path, ...] = ()) -> str:
     """Hash of modules of the package and of what they import of it, without comments, docstrings, layout and places.
 
     starts: files below trsp_deploy/. without: modules and packages, imported but of no influence on the result.
+    beside: modules of a bench itself, which count alone.
     """
     package = Path(trsp_deploy.__file__).parent
     trees: dict[Path, ast.Module] = {}
@@ -25,6 +26,7 @@ def code_digest(*starts: str, without: frozenset[str] = frozenset()) -> str:
         if path not in trees and not without & {path.stem, path.parent.name}:
             trees[path] = ast.parse(path.read_text(encoding="utf-8"))
             waiting += _imported(trees[path], package)
+    trees |= {path: ast.parse(path.read_text(encoding="utf-8")) for path in beside}
     statements = set().union(*map(meaning, trees.values()))
     return hashlib.sha256("\n".join(sorted(statements)).encode()).hexdigest()[:16]
 

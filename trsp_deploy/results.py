@@ -128,7 +128,8 @@ class Telemetry(Strict):
     load: float  # runnable processes, mean of the last minute
     busy_share: float  # of all cores since the sample before
     steal_share: float  # taken by the hypervisor
-    others_share: float | None = None  # by processes that are none of the comparison's; None in files older than this
+    # To other processes and the hypervisor, of those that the comparison may use; None in files older than this key.
+    others_cores: float | None = None
     mhz: float | None
     gpu: GpuTelemetry | None = None
 
@@ -148,8 +149,8 @@ class Comparison(Strict):
 
     engine: str
     settings: BenchSettings
-    threads: int  # cores that the processes may use
-    host_cores: int | None = None  # that shares of the telemetry are of; None in files older than this key
+    threads: int  # cores that the processes may keep busy
+    cores: int | None = None  # that they may run on, more where a container has a quota; None in files older than this
     replicates: tuple[Replicate, ...]
     telemetry: tuple[Telemetry, ...]
     rates: Rates | None

@@ -39,6 +39,8 @@ CODE = (
 NO_INFLUENCE = frozenset(
     {"__init__", "artifacts", "errors", "limits", "manifest", "prctl", "progress", "recipe", "requirements"}
 )
+# Of this bench, what is compared and what disturbs it.
+BESIDE = tuple(Path(__file__).with_name(name) for name in ("neighbour.py", "subject.py"))
 PACKAGES = ("onnxruntime", "numpy")  # that a trial runs
 
 
@@ -97,8 +99,8 @@ class Trial(Strict):
 
 
 def comparison_digest() -> str:
-    """Hash of the code that compares."""
-    return code_digest(*CODE, without=NO_INFLUENCE)
+    """Hash of the code that compares, and of what it is tried on."""
+    return code_digest(*CODE, without=NO_INFLUENCE, beside=BESIDE)
 
 
 def terms_of(kind: Kind) -> Terms:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from trsp_deploy.tools.control_groups import usable_cores
+from trsp_deploy.artifacts.control_groups import usable_cores
 from trsp_deploy.tools.runners import ort_session
 
 
@@ -60,3 +61,10 @@ def test_onnx_runtime_has_as_many_threads(tmp_path: Path, monkeypatch: pytest.Mo
     for threads, expected in ((None, 3), (1, 1)):
         session = ort_session.create_session(tmp_path / "model.onnx", "onnxruntime-cpu", threads)
         assert session.get_session_options().intra_op_num_threads == expected
+
+
+def test_what_is_kept_with_a_figure_is_what_a_container_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A baseline made with a quota of 4 cores does not serve one of 2."""
+    module = importlib.import_module("trsp_deploy.artifacts.provenance")  # the package has a function of that name
+    monkeypatch.setattr(module, "usable_cores", lambda: 3)
+    assert module._here.__wrapped__().cores == 3

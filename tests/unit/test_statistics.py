@@ -209,35 +209,33 @@ def test_a_baseline_of_few_replicates_decides_nothing() -> None:
         assert goal.settled(now.replicates[:5]), "measuring longer now does not help"
 
 
-def busy(made: Comparison, others: float | None, steal: float = 0.0, cores: int | None = 2) -> Comparison:
-    """The same beside other work with such a share of the machine."""
+def busy(made: Comparison, others: float | None, cores: int | None = 2) -> Comparison:
+    """The same beside other work of so many cores."""
     samples = tuple(
-        Telemetry(at_s=at_s, load=2, busy_share=1, steal_share=steal, others_share=others, mhz=None)
-        for at_s in range(3)
+        Telemetry(at_s=at_s, load=2, busy_share=1, steal_share=0, others_cores=others, mhz=None) for at_s in range(3)
     )
-    return made.model_copy(update={"telemetry": samples, "host_cores": cores})
+    return made.model_copy(update={"telemetry": samples, "cores": cores})
 
 
 BOTH: dict[Role, int] = {"dense": 2, "pruned": 2}
 
 
 @pytest.mark.parametrize(
-    ("others", "steal", "cores", "threads", "said"),
+    ("others", "cores", "threads", "said"),
     [
-        (0.4, 0.0, 2, BOTH, "other work took 0.80 of the 2 cores that the engines compute on"),
-        (0.1, 0.2, 2, BOTH, "other work took 0.60 of the 2 cores"),
-        (0.04, 0.0, 2, BOTH, ""),  # what a machine does of itself
-        (0.4, 0.0, 8, BOTH, ""),  # on cores that the engines leave free
-        (0.9, 0.0, 8, BOTH, "other work took 1.20 of the 2 cores"),
-        (0.9, 0.0, 2, {}, "other work took 0.80 of the 1 cores"),  # engines on a GPU
-        (None, 0.0, 2, BOTH, ""),  # files older than this figure
-        (0.4, 0.0, None, BOTH, ""),
+        (0.8, 2, BOTH, "other work took the time of 0.80 cores from the engines, which compute on 2"),
+        (0.08, 2, BOTH, ""),  # what a machine does of itself
+        (0.8, 8, BOTH, ""),  # on cores that the engines leave free
+        (7.2, 8, BOTH, "other work took the time of 1.20 cores from the engines, which compute on 2"),
+        (1.8, 2, {}, "other work took the time of 0.80 cores from the engines, which compute on 1"),  # engines on a GPU
+        (None, 2, BOTH, ""),  # files older than this figure
+        (0.8, None, BOTH, ""),
     ],
 )
 def test_what_others_took_from_the_engines_is_counted(
-    others: float | None, steal: float, cores: int | None, threads: dict[Role, int], said: str
+    others: float | None, cores: int | None, threads: dict[Role, int], said: str
 ) -> None:
-    found = comparisons.compare(busy(made_up(), others, steal, cores), threads=threads)
+    found = comparisons.compare(busy(made_up(), others, cores), threads=threads)
     assert comparisons.disturbance(found).startswith(said) and bool(comparisons.disturbance(found)) == bool(said)
     assert not said or any(note.startswith(said) for note in comparisons.notes(found))
 
@@ -245,7 +243,7 @@ def test_what_others_took_from_the_engines_is_counted(
 def test_a_busy_machine_decides_nothing_between_two_times() -> None:
     """An engine that is unchanged fails where its baseline is of a busy machine, and a slower one would pass."""
     quiet = made_up(speedup=1.2, noise=0.001, seed=1)
-    disturbed = comparisons.disturbance(comparisons.compare(busy(quiet, 0.4), threads=BOTH))
+    disturbed = comparisons.disturbance(comparisons.compare(busy(quiet, 0.8), threads=BOTH))
     for now in (quiet, made_up(speedup=1.0, noise=0.001, seed=2)):
         word = "pass" if now is quiet else "fail"
         for share, kept in ((0.05, engine_baseline(quiet, {})), (0.05, engine_baseline(quiet, {}, disturbed))):
@@ -255,7 +253,7 @@ def test_a_busy_machine_decides_nothing_between_two_times() -> None:
             ):
                 assert goal.outcome(now.replicates).word == ("inconclusive" if kept.disturbance else word)
                 beside = goal.outcome(now.replicates, disturbed)
-                assert beside.word == "inconclusive" and "other work took 0.80 of the 2 cores" in beside.note
+                assert beside.word == "inconclusive" and "other work took the time of 0.80 cores" in beside.note
                 assert beside.note.startswith("when the baseline was made, ") == bool(kept.disturbance)
                 assert goal.settled(now.replicates), "measuring longer does not help"
     within = goals.least_speedup("total", 1.1, "x", cases=1)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import psutil
 import pytest
 
-from trsp_deploy.tools.measuring.telemetry import HOST_CORES, Recorder
+from trsp_deploy.tools.measuring.telemetry import Recorder
 
 SPIN = "import time\nend = time.monotonic() + {}\nwhile time.monotonic() < end: pass"
 
@@ -30,21 +33,37 @@ def test_own_processes_are_none_of_the_others() -> None:
                 pass
     taken = recorder.samples
     assert len(taken) >= 2
-    busy = sum(sample.busy_share for sample in taken) * HOST_CORES
-    others = sum(sample.others_share or 0.0 for sample in taken) * HOST_CORES
+    busy = sum(sample.busy_share for sample in taken) * psutil.cpu_count()
+    others = sum(sample.others_cores or 0.0 for sample in taken)
     assert busy > 1.5 and others < busy / 3, taken
 
 
-@pytest.mark.alone
-def test_what_another_process_takes_is_counted() -> None:
-    # Its parent ends at once, so that it is no child of ours.
-    start = f"subprocess.Popen([sys.executable, '-c', {SPIN.format(20)!r}], stdout=subprocess.DEVNULL)"
+@contextlib.contextmanager
+def neighbour(core: int) -> Iterator[None]:
+    """A process that is no child of ours and keeps a core busy."""
+    spinning = f"import os\nos.sched_setaffinity(0, [{core}])\n{SPIN.format(20)}"
+    # Its parent ends at once.
+    start = f"subprocess.Popen([sys.executable, '-c', {spinning!r}], stdout=subprocess.DEVNULL)"
     orphan = [sys.executable, "-c", f"import subprocess, sys\nprint({start}.pid)"]
-    pid = int(subprocess.run(orphan, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    process = psutil.Process(int(subprocess.run(orphan, check=True, stdout=subprocess.PIPE, text=True).stdout))
     try:
-        with Recorder() as recorder:
-            time.sleep(3.2)
+        yield
     finally:
-        psutil.Process(pid).kill()
-    others = [(sample.others_share or 0.0) * HOST_CORES for sample in recorder.samples]
-    assert len(others) >= 3 and min(others) > 0.5, recorder.samples
+        process.kill()
+
+
+@pytest.mark.alone
+def test_what_another_process_takes_of_our_cores_is_counted() -> None:
+    allowed = os.sched_getaffinity(0)
+    core, *others = allowed
+    taken = {}
+    try:
+        for ours in (core, *others[:1]):  # where the neighbour is, and elsewhere
+            os.sched_setaffinity(0, [ours])
+            with neighbour(core), Recorder() as recorder:
+                time.sleep(3.2)
+            taken[ours] = [sample.others_cores or 0.0 for sample in recorder.samples]
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert len(taken[core]) >= 2 and min(taken[core]) > 0.5, taken
+    assert all(min(found) < 0.5 for ours, found in taken.items() if ours != core), taken

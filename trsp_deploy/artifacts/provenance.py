@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from trsp_deploy import __version__
+from trsp_deploy.artifacts.control_groups import usable_cores
 from trsp_deploy.artifacts.nvml import driver_version, visible_gpus
 from trsp_deploy.recipe import Strict
 
@@ -80,7 +81,7 @@ def _here() -> Provenance:
         python=platform.python_version(),
         packages=versions,
         cpu=_cpu_name(),
-        cores=len(os.sched_getaffinity(0)),
+        cores=usable_cores(),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         gpus=gpus,
         driver=driver_version() if gpus else None,

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from trsp_deploy.tools.control_groups import control_groups, text_of
+from trsp_deploy.artifacts.control_groups import control_groups, text_of
 
 
 def available_host_bytes(host: Path = Path("/")) -> int | None:

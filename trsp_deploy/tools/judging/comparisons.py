@@ -201,7 +201,7 @@ def _machine(comparison: Comparison, threads: int) -> MachineReport | None:
         load=statistics.mean(sample.load for sample in samples),
         busy_share=statistics.mean(sample.busy_share for sample in samples),
         steal_share=statistics.mean(sample.steal_share for sample in samples),
-        lost_cores=_lost_cores(samples, comparison.host_cores, threads),
+        lost_cores=_lost_cores(samples, comparison.cores, threads),
         mhz=(min(clocks), max(clocks)) if clocks else None,
         gpu_mhz=(min(g.sm_mhz for g in gpus), max(g.sm_mhz for g in gpus)) if gpus else None,
         gpu_watts=(min(g.power_w for g in gpus), max(g.power_w for g in gpus)) if gpus else None,
@@ -212,9 +212,9 @@ def _machine(comparison: Comparison, threads: int) -> MachineReport | None:
 
 
 def _lost_cores(samples: Sequence[Telemetry], cores: int | None, threads: int) -> float | None:
-    """Cores' worth of time that other work had of the engines', whose threads left the rest of the machine's free."""
-    taken = [sample.others_share + sample.steal_share for sample in samples if sample.others_share is not None]
-    return None if cores is None or not taken else max(0.0, statistics.mean(taken) * cores - max(0, cores - threads))
+    """Cores' worth of time that other work had of the engines', whose threads leave the other cores free to it."""
+    taken = [sample.others_cores for sample in samples if sample.others_cores is not None]
+    return None if cores is None or not taken else max(0.0, statistics.mean(taken) - max(0, cores - threads))
 
 
 def disturbance(found: ComparisonReport) -> str:
@@ -227,7 +227,9 @@ def disturbance(found: ComparisonReport) -> str:
         return ""
     if machine.lost_cores is not None and machine.lost_cores > MOST_LOST:
         threads = max(found.threads.values(), default=HOST_THREADS)
-        return f"other work took {machine.lost_cores:.2f} of the {threads} cores that the engines compute on"
+        return (
+            f"other work took the time of {machine.lost_cores:.2f} cores from the engines, which compute on {threads}"
+        )
     return f"{machine.other_gpu_processes} other processes used the GPU" if machine.other_gpu_processes else ""
 
 

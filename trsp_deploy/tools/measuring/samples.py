@@ -21,11 +21,12 @@ from typing import Any
 import numpy as np
 
 from trsp_deploy.artifacts import size_bytes
+from trsp_deploy.artifacts.control_groups import usable_cores
 from trsp_deploy.recipe import BenchSettings, Case
 from trsp_deploy.results import TURNS, Block, Comparison, Rates, Replicate, Stop, Subject
 from trsp_deploy.tools.host_memory import available_host_bytes
 from trsp_deploy.tools.judging.statistics import FEWEST_REPLICATES, speedup, speedups
-from trsp_deploy.tools.measuring.telemetry import HOST_CORES, Recorder, gpu_memory_free
+from trsp_deploy.tools.measuring.telemetry import Recorder, gpu_memory_free
 from trsp_deploy.tools.measuring.worker import Worker
 from trsp_deploy.tools.progress import Meter
 from trsp_deploy.tools.runners.manifest import read_manifest
@@ -84,8 +85,8 @@ def measure(
     return Comparison(
         engine=label,
         settings=settings,
-        threads=len(os.sched_getaffinity(0)),
-        host_cores=HOST_CORES,
+        threads=usable_cores(),
+        cores=len(os.sched_getaffinity(0)),
         replicates=tuple(replicates),
         telemetry=tuple(recorder.samples),
         rates=rates,

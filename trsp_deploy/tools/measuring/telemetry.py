@@ -20,7 +20,6 @@ from trsp_deploy.artifacts.nvml import visible_gpus
 from trsp_deploy.results import GpuTelemetry, Telemetry
 
 EVERY_S = 1.0
-HOST_CORES = psutil.cpu_count() or 1  # whether or not this process may use them
 # NVML's bits of the reasons to run below the wanted clocks (nvml.h, nvmlClocksEventReasons); idleness is none of them.
 THROTTLES = {
     0x2: "application clocks",
@@ -60,12 +59,23 @@ class Recorder:
 
     def _record(self) -> None:
         psutil.cpu_times_percent()  # the next call of this thread tells what happened since this one
-        own_s, at_s = _own_s(), self.now_s
+        others_s, at_s = _others_s(), self.now_s
         while not self._stopped.wait(EVERY_S):
-            before = own_s, at_s
-            own_s, at_s = _own_s(), self.now_s
-            own_share = (own_s - before[0]) / (at_s - before[1]) / HOST_CORES
-            self.samples.append(_sample(at_s, own_share))
+            before = others_s, at_s
+            others_s, at_s = _others_s(), self.now_s
+            self.samples.append(_sample(at_s, max(0.0, (others_s - before[0]) / (at_s - before[1]))))
+
+
+def _others_s() -> float:
+    """Seconds that the cores which this process may run on have worked for others, the hypervisor among them."""
+    cores = psutil.cpu_times(percpu=True)
+    allowed = [cores[number] for number in os.sched_getaffinity(0) if number < len(cores)]
+    return sum(_worked_s(each) for each in allowed) - _own_s()
+
+
+def _worked_s(core: Any) -> float:
+    # Guests' time is in the user's.
+    return sum(getattr(core, name, 0.0) for name in ("user", "nice", "system", "irq", "softirq", "steal"))
 
 
 def _own_s() -> float:
@@ -78,14 +88,9 @@ def _own_s() -> float:
     return found
 
 
-def _sample(at_s: float, own_share: float) -> Telemetry:
-    """The machine now; shares are of all cores' time since the last call.
-
-    own_share: what the comparison's own processes had of it.
-    """
+def _sample(at_s: float, others_cores: float) -> Telemetry:
+    """The machine now; shares are of all cores' time since the last call."""
     times = psutil.cpu_times_percent()
-    steal_share = getattr(times, "steal", 0.0) / 100
-    worked_share = 1 - (times.idle + getattr(times, "iowait", 0.0)) / 100 - steal_share
     frequency = None
     with contextlib.suppress(OSError, NotImplementedError, RuntimeError):  # some virtual machines have none
         frequency = psutil.cpu_freq()
@@ -93,8 +98,8 @@ def _sample(at_s: float, own_share: float) -> Telemetry:
         at_s=at_s,
         load=os.getloadavg()[0],
         busy_share=1 - times.idle / 100,
-        steal_share=steal_share,
-        others_share=max(0.0, worked_share - own_share),
+        steal_share=getattr(times, "steal", 0.0) / 100,
+        others_cores=others_cores,
         mhz=None if frequency is None else frequency.current,
         gpu=_gpu(),
     )

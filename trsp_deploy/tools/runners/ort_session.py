@@ -10,9 +10,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from trsp_deploy.artifacts.control_groups import usable_cores
 from trsp_deploy.errors import EngineUnavailable, one_line
 from trsp_deploy.recipe import Backend, EngineSpec
-from trsp_deploy.tools.control_groups import usable_cores
 from trsp_deploy.tools.graphs import decoder_io
 from trsp_deploy.tools.runners.requirements import PACKAGES, cuda_devices, load_package
 

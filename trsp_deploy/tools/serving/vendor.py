@@ -13,7 +13,6 @@ PACKAGES = ("artifacts", "recipe")  # whole
 MODULES = (
     "errors.py",
     "reading.py",
-    "tools/control_groups.py",
     "tools/graphs/decoder_io.py",
     "tools/graphs/fp16_range.py",
     "tools/runners/base.py",
