@@ -94,7 +94,8 @@ bench-serving: $(READY) .venv-triton/.ready ## a real tritonserver under load: w
 bench-memory: $(READY) ## peak memory of exports, ours against plain Optimum, and of builds, on a random OPT-1.3B: half an hour, 20 GB of disk; QUICK=1: a small one
 	$(BIN)/python -m benchmarks.memory $(if $(QUICK),--quick) $(ARGS)
 
-faults: $(READY) ## kills, full disks, damage, Ctrl-C and 10,000 bad inputs, tried for real: under an hour; ARGS='-k killed'
+faults: $(VENV)/.ready-eval ## kills, full disks, damage, Ctrl-C and 10,000 bad inputs, tried for real: about an hour; ARGS='-k killed'
+	$(BIN)/trsp-deploy fetch piqa
 	$(BIN)/python -m benchmarks.faults $(ARGS)
 
 docs: $(VENV)/.ready-docs ## the docs as a site in site/, reference pages written anew; warnings are errors

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.harness import STEPS, Done, Job
+from tests.faults.harness import STEPS, SWEEP, WIDE, WIDE_STEPS, Done, Job
 from tests.tiny import english, save_tiny
+from trsp_deploy.tools.sources.packaged import find_asset
 
 with contextlib.suppress(ImportError):  # without hypothesis its tests are skipped and say so
     from hypothesis import HealthCheck, settings
@@ -41,6 +42,32 @@ def undisturbed(workspace: Path) -> tuple[Job, dict[bool, Done]]:
         assert tuple(each.steps("done")) == STEPS
     assert not job.leftovers()
     assert first.artefacts() == job.artefacts()
+    return job, done
+
+
+@pytest.fixture(scope="session")
+def undisturbed_wide(workspace: Path) -> Job:
+    """A whole run of what the other lacks; skips without lm-eval, or PIQA (`trsp-deploy fetch piqa`)."""
+    pytest.importorskip("lm_eval")
+    if find_asset("piqa") is None:
+        pytest.skip("needs a packaged task: trsp-deploy fetch piqa")
+    first, job = Job(workspace, "undisturbed-wide-first", WIDE), Job(workspace, "undisturbed-wide", WIDE)
+    for each in (first, job):
+        done = each.finish()
+        assert done.code == 0, done.stderr
+        assert tuple(done.steps("done")) == WIDE_STEPS
+    assert not job.leftovers()
+    assert first.artefacts() == job.artefacts()
+    return job
+
+
+@pytest.fixture(scope="session")
+def undisturbed_sweep(workspace: Path) -> tuple[Job, Done]:
+    """A whole sweep, and what it said."""
+    job = Job(workspace, "undisturbed-sweep", SWEEP)
+    done = job.finish()
+    assert done.code == 0, done.stderr
+    assert not job.leftovers()
     return job, done
 
 

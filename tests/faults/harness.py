@@ -13,6 +13,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -58,11 +59,79 @@ STEPS = (
     "evaluate-ort-cpu-fp32-manual-dense",
     "evaluate-ort-cpu-fp32-manual-pruned",
 )
+# What PLAIN lacks: other closed forms and precisions, text by the dense model, TensorRT-RTX, zero-shot tasks.
+WIDE_SETTINGS = (
+    *SETTINGS,
+    "plan.method=sleb",
+    "transfer.form=anneal",
+    "calibration.self_generated=0.5",
+    "evaluate.tasks=[piqa]",
+    "evaluate.task_items=4",
+)
+WIDE_STEPS = (
+    "dense",
+    "plan",
+    "self-generated",
+    "prune",
+    "export-dense-fp32",
+    "export-pruned-fp32",
+    "export-dense-fp16",
+    "export-pruned-fp16",
+    "parity-onnx-dense-fp32",
+    "parity-onnx-pruned-fp32",
+    "parity-onnx-dense-fp16",
+    "parity-onnx-pruned-fp16",
+    "build-ort-cpu-int8-dense",
+    "build-ort-cpu-int8-pruned",
+    "build-ort-cpu-int4-accurate-dense",
+    "build-ort-cpu-int4-accurate-pruned",
+    "build-tensorrt-rtx-fp16-dense",
+    "build-tensorrt-rtx-fp16-pruned",
+    "parity-ort-cpu-int8-dense-int8",
+    "parity-ort-cpu-int8-pruned-int8",
+    "parity-ort-cpu-int4-accurate-dense-int4",
+    "parity-ort-cpu-int4-accurate-pruned-int4",
+    "bench-ort-cpu-int8",
+    "bench-ort-cpu-int4-accurate",
+    "evaluate-manual-dense",
+    "evaluate-manual-pruned",
+    "evaluate-ort-cpu-int8-manual-dense",
+    "evaluate-ort-cpu-int8-manual-pruned",
+    "zero-shot-ort-cpu-int8-dense",
+    "zero-shot-ort-cpu-int8-pruned",
+    "evaluate-ort-cpu-int4-accurate-manual-dense",
+    "evaluate-ort-cpu-int4-accurate-manual-pruned",
+    "zero-shot-ort-cpu-int4-accurate-dense",
+    "zero-shot-ort-cpu-int4-accurate-pruned",
+)
+WIDE_ENGINES = ("ort-cpu-int8", "ort-cpu-int4-accurate", "tensorrt-rtx-fp16")
 # What carries times, or the fingerprint of something that does (MANIFEST.json has the records'), differs from run to
 # run; all the rest must not.
-TIMED = ("records/", "report.", "MANIFEST.json", "checkpoints/", ".lock", ".place")
+TIMED = ("records/", "report.", "sweep.", "MANIFEST.json", "checkpoints/", ".lock", ".place")
+# What TensorRT's compiler writes differs with the timings that it takes.
+COMPILED = re.compile(r"engines/tensorrt[^/]*/[^/]+/(model\.engine|build\.log)")
 DEADLINE_S = 1800  # where others share the machine a run may stand still for long
 PROGRAM = (sys.executable, "-c", "from trsp_deploy.cli import main; main()")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a job is asked for."""
+
+    engines: tuple[str, ...] = ("ort-cpu-fp32",)
+    settings: tuple[str, ...] = SETTINGS
+    command: tuple[str, ...] = ("prune-and-build", "--drop", "1")
+
+    def arguments(self, out: str | Path) -> list[str]:
+        """The command line, in a workspace."""
+        options = ["--model", "tiny", "--calibration", "train.txt", "--eval", "manual=test.txt", "--out", str(out)]
+        options += [part for name in self.engines for part in ("--engine", name)]
+        return [*self.command, *options, *(part for pair in self.settings for part in ("--set", pair))]
+
+
+PLAIN = Work()
+WIDE = Work(WIDE_ENGINES, WIDE_SETTINGS)
+SWEEP = Work(command=("sweep", "--drop", "1,2"))
 
 
 @dataclass(frozen=True)
@@ -75,8 +144,8 @@ class Done:
 
     def steps(self, state: str) -> list[str]:
         """The steps that were announced with this state: "reused", "started" or "done"."""
-        said = (line[2:].partition(": ") for line in self.stderr.splitlines() if line.startswith("> "))
-        return [step for step, _, what in said if step in STEPS and what.startswith(state)]
+        said = (line[2:].rpartition(": ") for line in self.stderr.splitlines() if line.startswith("> "))
+        return [step for step, _, what in said if what.startswith(state)]
 
     @property
     def last(self) -> str:
@@ -177,12 +246,10 @@ def zygote() -> subprocess.Popen[str]:
 class Job:
     """A run folder and the command line that makes it."""
 
-    def __init__(self, workspace: Path, out: str | Path) -> None:
+    def __init__(self, workspace: Path, out: str | Path, work: Work = PLAIN) -> None:
         self.workspace = workspace
         self.run = workspace / out
-        options = ["--model", "tiny", "--drop", "1", "--calibration", "train.txt", "--eval", "manual=test.txt"]
-        options += ["--engine", "ort-cpu-fp32", "--out", str(out)]
-        self.arguments = ["prune-and-build", *options, *(part for pair in SETTINGS for part in ("--set", pair))]
+        self.arguments = work.arguments(out)
 
     def start(self, before: Callable[[], None] | None = None, fresh: bool = False) -> Running:
         """Begin, as the leader of a session of its own.
@@ -196,21 +263,36 @@ class Job:
         """Run the command line to its end."""
         return self.start(before, fresh).wait()
 
+    @property
+    def folders(self) -> dict[str, Path]:
+        """The run folder, and those of a sweep within it, by what is announced before their steps."""
+        return {"": self.run} | {f"{folder.name}: ": folder for folder in sorted(self.run.glob("drop-*"))}
+
     def finished(self) -> set[str]:
         """Steps whose record is there and whole."""
-        found = set()
-        for path in (self.run / "records").glob("*.json"):
-            found.add(StepRecord.model_validate_json(path.read_bytes()).step)
+        return {
+            said + StepRecord.model_validate_json(path.read_bytes()).step
+            for said, folder in self.folders.items()
+            for path in (folder / "records").glob("*.json")
+        }
+
+    def _own_names(self) -> list[tuple[Path, str]]:
+        """Everything in the run folders, and its name within the one that it is of."""
+        inner = list(self.folders.values())[1:]
+        found = []
+        for path in sorted(self.run.rglob("*")):
+            folder = next((each for each in inner if each in path.parents), self.run)
+            found.append((path, path.relative_to(folder).as_posix()))
         return found
 
     def artefacts(self) -> dict[str, str]:
         """Every file that is the same in each run -> SHA-256: weights, plan, graphs, engines, tokenizers, recipe."""
-        found = {}
-        for path in sorted(self.run.rglob("*")):
-            name = path.relative_to(self.run).as_posix()
-            if path.is_file() and not _aside(name) and not name.startswith(TIMED) and path.name != "manifest.json":
-                found[name] = fingerprint(path)
-        return found
+        return {
+            path.relative_to(self.run).as_posix(): fingerprint(path)
+            for path, name in self._own_names()
+            if path.is_file() and not (_aside(name) or name.startswith(TIMED) or path.name == "manifest.json")
+            if not COMPILED.fullmatch(name)
+        }
 
     def half_made(self, whole: dict[str, str]) -> list[str]:
         """What stands under its own name and is not as the undisturbed run left it; `whole`: its artefacts."""
@@ -218,21 +300,17 @@ class Job:
         wrong = [name for name, sha256 in found.items() if whole.get(name) != sha256]
         for name in whole:  # a folder that is there has all of its files
             parent = (self.run / name).parent
-            if parent != self.run and parent.is_dir() and name not in found:
+            if parent not in self.folders.values() and parent.is_dir() and name not in found:
                 wrong.append(name)
-        for path in [
-            *(self.run / "records").glob("*.json"),
-            *self.run.rglob("manifest.json"),
-            *self.run.glob("*.json"),
-        ]:
-            if not _aside(path.relative_to(self.run).as_posix()) and not _is_json(path):
-                wrong.append(path.name)
+        for path, name in self._own_names():
+            ours = name.startswith("records/") or "/" not in name or path.name == "manifest.json"
+            if path.suffix == ".json" and ours and not _aside(name) and not _is_json(path):
+                wrong.append(name)
         return wrong
 
     def leftovers(self) -> list[str]:
         """Files and folders that no finished run may hold."""
-        names = (path.relative_to(self.run).as_posix() for path in self.run.rglob("*"))
-        return [name for name in names if _aside(name) or name.startswith("checkpoints")]
+        return [name for _, name in self._own_names() if _aside(name) or name.startswith("checkpoints")]
 
 
 def run_in(workspace: Path, arguments: list[str]) -> Done:

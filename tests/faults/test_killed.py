@@ -1,16 +1,19 @@
-"""`kill -9` of prune-and-build at 40 moments: in every step, and anywhere from its first import to its end."""
+"""`kill -9` at random moments: in every step, and anywhere from the first import to the end; then the same command."""
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import shutil
 import signal
 import time
+from collections.abc import Callable
 
 import pytest
 
-from tests.faults.harness import STEPS, Job, end_session
+from tests.faults.harness import STEPS, SWEEP, WIDE, WIDE_STEPS, Done, Job, Running, end_session
+from trsp_deploy.tools.delivery.verification import verify
 
 pytestmark = pytest.mark.faults
 MOMENTS = 40
@@ -20,29 +23,72 @@ _draw = random.Random(SEED).random
 WHEN = [(step, _draw()) for step in STEPS]
 WHEN += [("anywhere, fresh", _draw()) for _ in range(8)]
 WHEN += [("anywhere", _draw()) for _ in range(MOMENTS - len(WHEN))]
+# Of steps that come in pairs, dense and pruned, one.
+WIDE_WHEN = [(step, _draw()) for step in [step for step in WIDE_STEPS if step not in STEPS][::2]]
+SWEEP_WHEN = [_draw() for _ in range(4)]
 
 
 @pytest.mark.parametrize(("step", "share"), WHEN, ids=[f"{step}-{share:.2f}" for step, share in WHEN])
 def test_killed_run_goes_on(workspace, undisturbed, record_property, step, share):
     whole, first = undisturbed
     job = Job(workspace, f"killed-{step}-{share:.4f}")
-    fresh = step.endswith("fresh")
-    running = job.start(fresh=fresh)
+    if step.startswith("anywhere"):
+        fresh = step.endswith("fresh")
+        killed = kill_within(job, share, first[fresh].elapsed_s, fresh)
+    else:
+        killed = kill_in_step(job, step, share, whole)
+    goes_on(job, whole, killed, record_property)
+
+
+@pytest.mark.parametrize(("step", "share"), WIDE_WHEN, ids=[f"{step}-{share:.2f}" for step, share in WIDE_WHEN])
+def test_killed_run_of_other_precisions_and_methods_goes_on(workspace, undisturbed_wide, record_property, step, share):
+    job = Job(workspace, f"wide-{step}-{share:.4f}", WIDE)
+    goes_on(job, undisturbed_wide, kill_in_step(job, step, share, undisturbed_wide), record_property)
+
+
+@pytest.mark.parametrize("share", SWEEP_WHEN, ids=[f"{share:.2f}" for share in SWEEP_WHEN])
+def test_killed_sweep_goes_on(workspace, undisturbed_sweep, record_property, share):
+    whole, first = undisturbed_sweep
+    job = Job(workspace, f"sweep-{share:.4f}", SWEEP)
+    killed = kill_within(job, share, first.elapsed_s, fresh=False)
+    goes_on(job, whole, killed, record_property)
+
+
+def kill_in_step(job: Job, step: str, share: float, whole: Job) -> Done:
+    """Kill it so far into a step, by how long that took in the undisturbed run."""
+    running = job.start()
+
+    def wait() -> None:
+        assert running.wait_for(f"> {step}: started"), running.said
+        record = json.loads((whole.run / "records" / f"{step}.json").read_text())
+        time.sleep(share * record["elapsed_s"])
+
+    return _kill(running, wait)
+
+
+def kill_within(job: Job, share: float, whole_s: float, fresh: bool) -> Done:
+    """Kill it so far into the whole; on a machine that was busier before, again and earlier."""
+    while True:
+        running = job.start(fresh=fresh)
+        killed = _kill(running, functools.partial(time.sleep, share * whole_s))
+        if killed.code != 0:
+            return killed
+        shutil.rmtree(job.run)
+        share *= 0.8
+
+
+def _kill(running: Running, wait: Callable[[], None]) -> Done:
     try:
-        if step.startswith("anywhere"):
-            time.sleep(share * first[fresh].elapsed_s)
-            while running.poll() is not None:  # the machine was busier before: again, and earlier
-                shutil.rmtree(job.run)
-                running, share = job.start(fresh=fresh), 0.8 * share
-                time.sleep(share * first[fresh].elapsed_s)
-        else:
-            assert running.wait_for(f"> {step}: started"), running.said
-            record = json.loads((whole.run / "records" / f"{step}.json").read_text())
-            time.sleep(share * record["elapsed_s"])
-        running.send_signal(signal.SIGKILL)
-        killed = running.wait()
+        wait()
+        if running.poll() is None:
+            running.send_signal(signal.SIGKILL)
+        return running.wait()
     finally:
         end_session(running.pid)
+
+
+def goes_on(job: Job, whole: Job, killed: Done, note: Callable[[str, object], None]) -> None:
+    """The same command finishes what is left, and leaves what an undisturbed run does."""
     assert killed.code == -signal.SIGKILL
     wanted = whole.artefacts()
     assert not job.run.exists() or not job.half_made(wanted)
@@ -51,10 +97,11 @@ def test_killed_run_goes_on(workspace, undisturbed, record_property, step, share
     assert again.code == 0, again.stderr
     redone = finished - set(again.steps("reused"))
     in_step = [each for each in killed.steps("started") if each not in killed.steps("done")]
-    record_property("fault", "kill -9")
-    record_property("place", (in_step or ["between steps"])[0])
-    record_property("finished", len(finished))
-    record_property("redone", len(redone))
+    note("fault", "kill -9")
+    note("place", (in_step or ["between steps"])[0])
+    note("finished", len(finished))
+    note("redone", len(redone))
     assert not redone
     assert job.artefacts() == wanted
+    assert verify(job.run).whole
     assert not job.leftovers()
