@@ -61,10 +61,13 @@ def write_repository(
     if max_length is not None and max_length > longest:
         raise RunError(f"--max-length {max_length}: the model and its engines take {longest} tokens")
     max_length = max_length or longest
-    for name in names.values():
+    written = {*names.values(), *(f"{name}_step" for name in names.values() if step)}
+    for name in sorted(written, key=len):
         if NAME.fullmatch(name) is None:
             raise RunError(f"--name '{name}': letters, digits, dots, dashes and underscores, a letter or digit first")
-    others = _others(out, {*names.values(), *(f"{name}_step" for name in names.values() if step)})
+        if len(name) > LONGEST_NAME:
+            raise RunError(f"--name: a model would be '{name}', of {len(name)} characters; at most {LONGEST_NAME}")
+    others = _others(out, written)
     needed = {names[role]: _packages(read_manifest(engine)) for role, engine in engines.items()}
     packages = _together(out, needed | {model.name: model.packages for model in others})
     models = []

@@ -22,19 +22,20 @@ import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
-from trsp_deploy.artifacts import write_json, writing
+from trsp_deploy.artifacts import locked, write_json, writing
 from trsp_deploy.errors import RunError
 from trsp_deploy.reading import read_record
 from trsp_deploy.recipe import Strict
 from trsp_deploy.tools.sources.packaged import home
 
 VARIABLE = "TRSP_DEPLOY_TRITON"  # names a virtual environment that holds nvidia-pytriton
+ADDRESS = "127.0.0.1"
 SHARED_MEMORY = Path("/dev/shm")
 READY_S = 600.0  # loading an engine of many gigabytes takes minutes
 GRACE_S = 30.0  # for running requests, before a server is killed
@@ -49,7 +50,7 @@ class Server(Strict):
 
     repository: str
     pid: int
-    http: int  # ports on 127.0.0.1
+    http: int  # ports of ADDRESS
     grpc: int
     metrics: int
     shared_memory: str  # prefix of its files in /dev/shm
@@ -131,25 +132,44 @@ def start(
     """Serve a repository on 127.0.0.1 in the background, and return once every model is loaded.
 
     ports: of HTTP, gRPC and metrics; free ones when not given. options: further ones of tritonserver.
-    Raises RunError when a server of this repository runs already, when a model does not load (with the server's own
-    words), or when it is not ready in time.
+    Raises RunError when a server of this repository runs already, when a port is taken, when a model does not load
+    (with the server's own words), or when it is not ready in time.
     """
     if not repository.is_dir():
         raise RunError(f"{repository}: no such folder; `trsp-deploy triton RUN --out {repository}` writes one")
-    there = find(repository)
-    if there is not None:
-        raise RunError(f"{repository}: is served already on port {there.http}; `trsp-deploy triton-stop {repository}`")
-    _clear_up(repository)  # of a server that was killed
+    with _alone(repository):
+        there = find(repository)
+        if there is not None:
+            stop_it = f"`trsp-deploy triton-stop {repository}`"
+            raise RunError(f"{repository}: is served already on port {there.http}; {stop_it}")
+        last = _last(repository)
+        if last is not None:
+            _clear_up(last)  # it was killed
+        if ports is not None:
+            _check_free(ports)
+        process, server = _launch(repository, installation, ports or _free_ports(3), options)
+        write_json(_folder(repository) / STATE, server)
+    try:
+        _wait(process, server)
+    except BaseException:
+        with _alone(repository):
+            _clear_up(server)
+        raise
+    return server
+
+
+def _launch(
+    repository: Path, installation: Installation, ports: Sequence[int], options: Sequence[str]
+) -> tuple[subprocess.Popen[bytes], Server]:
     folder = _folder(repository)
-    folder.mkdir(parents=True, exist_ok=True)
-    http, grpc, metrics = ports or _free_ports(3)
+    http, grpc, metrics = ports
     prefix = f"trsp-{secrets.token_hex(4)}-"
     command = [
         str(installation.binary),
         f"--model-repository={repository.resolve()}",
         *_backend_options(installation, folder),
         f"--backend-config=python,shm-region-prefix-name={prefix}",
-        *(f"--{name}-address=127.0.0.1" for name in ("http", "grpc", "metrics")),
+        *(f"--{name}-address={ADDRESS}" for name in ("http", "grpc", "metrics")),
         f"--http-port={http}",
         f"--grpc-port={grpc}",
         f"--metrics-port={metrics}",
@@ -166,7 +186,7 @@ def start(
             stderr=file,
             start_new_session=True,  # Ctrl-C in this terminal is not meant for it
         )
-    server = Server(
+    return process, Server(
         repository=str(repository.resolve()),
         pid=process.pid,
         http=http,
@@ -175,13 +195,6 @@ def start(
         shared_memory=prefix,
         log=str(log),
     )
-    write_json(folder / STATE, server)
-    try:
-        _wait(process, server)
-    except BaseException:
-        stop(repository, grace_s=0)
-        raise
-    return server
 
 
 def find(repository: Path) -> Server | None:
@@ -195,25 +208,23 @@ def stop(repository: Path, grace_s: float = GRACE_S) -> Stopped:
 
     grace_s: seconds for running requests before it is killed.
     """
-    server = _last(repository)
-    if server is None:
-        return Stopped(was_running=False, killed=0, removed=())
-    running = _processes(server)
-    main = [process for process in running if process.pid == server.pid]
-    for process in main if grace_s > 0 else []:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.send_signal(signal.SIGTERM)
-    # Its stubs end with it; nothing would end those of a killed one.
-    psutil.wait_procs(running, timeout=grace_s if main else 0)
-    killed, removed = _clear_up(repository)
+    with _alone(repository):
+        server = _last(repository)
+        if server is None:
+            return Stopped(was_running=False, killed=0, removed=())
+        running = _processes(server)
+        main = [process for process in running if process.pid == server.pid]
+        for process in main if grace_s > 0 else []:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGTERM)
+        # Its stubs end with it; nothing would end those of a killed one.
+        psutil.wait_procs(running, timeout=grace_s if main else 0)
+        killed, removed = _clear_up(server)
     return Stopped(was_running=bool(main), killed=killed, removed=removed)
 
 
-def _clear_up(repository: Path) -> tuple[int, tuple[str, ...]]:
-    """Kill what is left of a repository's last server, and remove its shared memory: how many, and which files."""
-    server = _last(repository)
-    if server is None:
-        return 0, ()
+def _clear_up(server: Server) -> tuple[int, tuple[str, ...]]:
+    """Kill what is left of a server, and remove its shared memory and its record: how many, and which files."""
     left = _processes(server)
     for process in left:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -222,8 +233,19 @@ def _clear_up(repository: Path) -> tuple[int, tuple[str, ...]]:
     files = sorted(SHARED_MEMORY.glob(f"{server.shared_memory}*"))
     for file in files:
         file.unlink(missing_ok=True)
-    (_folder(repository) / STATE).unlink(missing_ok=True)
+    repository = Path(server.repository)
+    if _last(repository) == server:  # and none that another command has started since
+        (_folder(repository) / STATE).unlink()
     return len(left), tuple(file.name for file in files)
+
+
+@contextlib.contextmanager
+def _alone(repository: Path) -> Iterator[None]:
+    """Keep other commands from starting or stopping a server of this repository meanwhile; they wait."""
+    folder = _folder(repository)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / "lock", repository, patience_s=None):
+        yield
 
 
 def _folder(repository: Path) -> Path:
@@ -266,11 +288,25 @@ def _wait(process: subprocess.Popen[bytes], server: Server) -> None:
         if process.poll() is not None:
             raise RunError(f"tritonserver ended: {_cause(Path(server.log))}")
         try:
-            with DIRECT.open(f"http://127.0.0.1:{server.http}/v2/health/ready", timeout=2):
-                return
+            with DIRECT.open(f"http://{ADDRESS}:{server.http}/v2/health/ready", timeout=2):
+                if _listens(server):
+                    return
         except (OSError, http.client.HTTPException):
-            time.sleep(POLL_S)
+            pass
+        time.sleep(POLL_S)
     raise RunError(f"tritonserver is not ready after {READY_S:.0f} s; see {server.log}")
+
+
+def _listens(server: Server) -> bool:
+    """Whether it is this server that answers on its port, and none that took the port meanwhile."""
+    for process in _processes(server):
+        with contextlib.suppress(psutil.Error):
+            if any(
+                each.status == psutil.CONN_LISTEN and each.laddr.port == server.http
+                for each in process.net_connections("tcp")
+            ):
+                return True
+    return False
 
 
 def _cause(log: Path) -> str:
@@ -286,9 +322,20 @@ def _cause(log: Path) -> str:
     return f"{message} (all of it: {log})"
 
 
+def _check_free(ports: Sequence[int]) -> None:
+    for name, port in zip(("HTTP", "gRPC", "metrics"), ports, strict=True):
+        try:
+            socket.create_server((ADDRESS, port)).close()
+        except OSError as problem:
+            raise RunError(
+                f"port {port} of {ADDRESS}, for {name}, cannot be had ({os.strerror(problem.errno or 0)}); --port takes the first of "
+                "three free ones in a row, and without it some are found"
+            ) from problem
+
+
 def _free_ports(count: int) -> tuple[int, ...]:
     with contextlib.ExitStack() as held:  # all at once, so that no two are the same
         sockets = [held.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
-            each.bind(("127.0.0.1", 0))
+            each.bind((ADDRESS, 0))
         return tuple(each.getsockname()[1] for each in sockets)

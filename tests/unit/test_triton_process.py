@@ -1,0 +1,128 @@
+"""Starting and stopping a server's process, with a stand-in program: which one is ours, and one at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from trsp_deploy.errors import RunError
+from trsp_deploy.tools.triton_server import process
+from trsp_deploy.tools.triton_server.process import Installation, Server, find, start, stop
+
+# Answers "ready" at --http-port, as tritonserver does once it has loaded everything.
+READY = f"""#!{sys.executable}
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+class Ready(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+options = dict(option.removeprefix("--").split("=", 1) for option in sys.argv[1:])
+HTTPServer(("127.0.0.1", int(options["http-port"])), Ready).serve_forever()
+"""
+# Finds its port taken, after the other server has answered for it.
+ENDS = """#!/bin/sh
+while [ ! -e "$(dirname "$0")/answered" ]; do sleep 0.01; done
+echo 'E1128 19:30:00.000000 1 main.cc:1] failed to start HTTP service: Unavailable - Socket already in use'
+exit 1
+"""
+
+
+@pytest.fixture
+def another(tmp_path: Path) -> Iterator[int]:
+    """The port of a server of somebody else, which is ready."""
+
+    class Ready(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            (tmp_path / "answered").touch()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Ready) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield server.server_port
+        server.shutdown()
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("TRSP_DEPLOY_HOME", str(tmp_path / "home"))
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    yield folder
+    stop(folder, grace_s=0)
+
+
+def program(folder: Path, text: str) -> Installation:
+    path = folder.parent / "tritonserver"
+    path.write_text(text)
+    path.chmod(0o755)
+    return Installation(binary=path)
+
+
+def free_ports() -> tuple[int, int, int]:
+    http, grpc, metrics = process._free_ports(3)
+    return http, grpc, metrics
+
+
+@pytest.mark.parametrize("taken", [0, 1, 2])
+def test_a_port_that_is_taken_is_one_line_before_anything_starts(taken: int, repository: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        port = held.getsockname()[1]
+        free = free_ports()
+        ports = (*free[:taken], port, *free[taken + 1 :])
+        with pytest.raises(RunError) as caught:
+            start(repository, program(repository, READY), (ports[0], ports[1], ports[2]))
+    name = ("HTTP", "gRPC", "metrics")[taken]
+    assert str(caught.value) == (
+        f"port {port} of 127.0.0.1, for {name}, cannot be had (Address already in use); --port takes the first of three "
+        "free ones in a row, and without it some are found"
+    )
+
+
+def test_another_server_that_is_ready_on_our_port_is_not_ours(
+    another: int, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where it takes the port between our look and our server's."""
+    monkeypatch.setattr(process, "_check_free", lambda ports: None)
+    _, grpc, metrics = free_ports()
+    with pytest.raises(RunError, match="tritonserver ended: failed to start HTTP service"):
+        start(repository, program(repository, ENDS), (another, grpc, metrics))
+    assert find(repository) is None
+
+
+def test_of_two_starts_at_once_one_serves_and_is_found(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both_looked = threading.Barrier(2)
+
+    def found(folder: Path) -> Server | None:
+        server = find(folder)
+        with contextlib.suppress(threading.BrokenBarrierError):  # one waits for the other, which may not look yet
+            both_looked.wait(timeout=1)
+        return server
+
+    monkeypatch.setattr(process, "find", found)
+    installation = program(repository, READY)
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(start, repository, installation) for _ in range(2)]
+    (refused,) = [each.exception() for each in both if each.exception() is not None]
+    (served,) = [each.result() for each in both if each.exception() is None]
+    assert f"is served already on port {served.http}" in str(refused)
+    assert find(repository) == served
+    assert stop(repository).was_running and process._processes(served) == []
+
+
+def test_a_start_that_fails_leaves_alone_what_was_started_since(repository: Path) -> None:
+    first = start(repository, program(repository, READY))
+    last = first.model_copy(update={"shared_memory": "trsp-00000000-", "pid": 0})
+    process._clear_up(last)
+    assert find(repository) == first
