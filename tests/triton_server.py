@@ -12,7 +12,7 @@ import re
 import subprocess
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -84,8 +84,8 @@ class TritonServer:
         answer: dict[str, Any] = json.loads(self.post(model, json.dumps(inputs).encode()))
         return answer
 
-    def stream(self, model: str, **inputs: Any) -> Iterator[dict[str, Any]]:
-        """The pieces of one answer through /generate_stream."""
+    def stream(self, model: str, **inputs: Any) -> Generator[dict[str, Any], None, None]:
+        """The pieces of one answer through /generate_stream; closing it closes the connection."""
         with self._open(f"{model}/generate_stream", json.dumps(inputs).encode()) as reply:
             for line in reply:
                 if line.startswith(b"data:"):

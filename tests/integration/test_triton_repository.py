@@ -195,11 +195,15 @@ def test_the_kubernetes_manifest_probes_what_the_server_has() -> None:
         (["nowhere"], ["nowhere", "no run of trsp-deploy"]),
         (["run", "--name", "../x"], ["--name '../x'", "letters, digits, dots"]),
         (["run", "--engine", "ort"], ["no engine 'ort'"]),
+        (["run", "--name", "m" * 101], ["--name: a model would be 'mmm", "of 101 characters; at most 100"]),
+        (["run", "--name", "m" * 95, "--dense"], ["m-dense', of 101 characters"]),
+        (["run", "--name", "m" * 96, "--step"], ["m_step', of 101 characters"]),
     ],
 )
 def test_bad_input_is_one_line(run: Path, options: list[str], words: list[str]) -> None:
     done = trsp_deploy("triton", *options, cwd=run.parent)
     assert done.code == 1 and all(word in done.stderr.splitlines()[-1] for word in words), done.stderr
+    assert not (run.parent / "model_repository").exists()
 
 
 @needs_schema
@@ -382,6 +386,51 @@ def ask_and_cancel(server: TritonServer, run: Path) -> None:
     assert 300 <= found["cancelled"] <= 400  # some end before their turn to be cancelled
     assert found["texts"] == {str(index): [text] for index, text in enumerate(expected(run, 16))}
     assert memory(server) - before < 10e6
+
+
+# Added to a served model: steps take so long that nobody's answer is complete before it is noticed that he left, and
+# how each answer ended is written down.
+SLOW = """
+import time
+from trsp_deploy.tools.serving import loop
+
+step, finish = loop.ServingLoop._step, loop.ServingLoop._finish
+
+def slow_step(self):
+    time.sleep(0.1)
+    step(self)
+
+def noted(self, row, reason, *rest):
+    with (HERE / "ends").open("a") as file:
+        print(reason, len(self._running[row].tokens), file=file)
+    finish(self, row, reason, *rest)
+
+loop.ServingLoop._step, loop.ServingLoop._finish = slow_step, noted
+"""
+
+
+@needs_schema
+@needs_server
+def test_who_leaves_a_long_stream_makes_room_for_the_next(run: Path, tmp_path: Path) -> None:
+    options = ["--out", str(tmp_path / "repository"), "--name", "pruned", "--max-batch", "1"]
+    assert trsp_deploy("triton", "run", *options, cwd=run.parent).code == 0
+    version = tmp_path / "repository" / "pruned" / "1"
+    with (version / "model.py").open("a") as file:
+        file.write(SLOW)
+    long = {"max_tokens": 250, "ignore_eos": True}
+    with TritonServer(tmp_path / "repository") as server:
+        (version / "ends").unlink()  # the warm-up's
+        found = client("streams.py", server.grpc, "pruned", 1, 1, 0, stdin={"prompts": ["x"], **long})
+        assert found["cancelled"] == 1
+        answers = [server.generate("pruned", text_input="y", max_tokens=3, ignore_eos=True)]
+        pieces = server.stream("pruned", text_input="x", stream=True, **long)
+        assert [next(pieces)["finish_reason"] for _ in range(2)] == ["", ""]
+        pieces.close()
+        answers.append(server.generate("pruned", text_input="y", max_tokens=3, ignore_eos=True))
+    assert [answer["output_tokens"] for answer in answers] == [3, 3]
+    ends = [line.split() for line in (version / "ends").read_text().splitlines()]
+    assert [reason for reason, _ in ends] == ["cancelled", "length"] * 2
+    assert all(int(tokens) < 125 for _, tokens in ends), "left long before its end"
 
 
 def memory(server: TritonServer) -> int:

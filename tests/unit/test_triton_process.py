@@ -85,8 +85,8 @@ def test_a_port_that_is_taken_is_one_line_before_anything_starts(taken: int, rep
             start(repository, program(repository, READY), (ports[0], ports[1], ports[2]))
     name = ("HTTP", "gRPC", "metrics")[taken]
     assert str(caught.value) == (
-        f"port {port} of 127.0.0.1, for {name}, cannot be had (Address already in use); --port takes the first of three "
-        "free ones in a row, and without it some are found"
+        f"port {port} of 127.0.0.1, for {name}, cannot be had (Address already in use); --port takes the first of "
+        "three free ones in a row, and without it some are found"
     )
 
 

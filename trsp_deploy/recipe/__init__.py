@@ -20,10 +20,11 @@ from trsp_deploy.recipe.settings import (
     shown_name,
 )
 from trsp_deploy.recipe.validation import override, read_bench_settings, read_engine_spec, read_recipe
-from trsp_deploy.recipe.values import Count, Name, NonNegative, Positive, RelativePath, Strict
+from trsp_deploy.recipe.values import LONGEST_NAME, Count, Name, NonNegative, Positive, RelativePath, Strict
 
 __all__ = [
     "FLOAT_BYTES",
+    "LONGEST_NAME",
     "METHODS",
     "Backend",
     "BenchSettings",

@@ -15,8 +15,9 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0, le=MOST)]
 NonNegative = Annotated[float, Field(ge=0.0, le=MOST)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # torch's generators take 64 bits
+LONGEST_NAME = 100
 # What becomes the name of a file or folder.
-Name = Annotated[str, Field(pattern=r"^\w[\w .+-]*$", max_length=100)]
+Name = Annotated[str, Field(pattern=r"^\w[\w .+-]*$", max_length=LONGEST_NAME)]
 
 
 def _below(path: str) -> str:

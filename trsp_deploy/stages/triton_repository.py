@@ -12,6 +12,7 @@ import onnx
 from trsp_deploy.artifacts import MANIFEST, files_below, fingerprint, link_tree, provenance, write_json, writing
 from trsp_deploy.decoder import max_positions
 from trsp_deploy.errors import EngineUnavailable, ModelError, RunError
+from trsp_deploy.recipe import LONGEST_NAME
 from trsp_deploy.results import Role
 from trsp_deploy.tools.graphs import decoder_io
 from trsp_deploy.tools.runners import device_of, open_engine, read_manifest

@@ -327,9 +327,10 @@ def _check_free(ports: Sequence[int]) -> None:
         try:
             socket.create_server((ADDRESS, port)).close()
         except OSError as problem:
+            reason = os.strerror(problem.errno or 0)
             raise RunError(
-                f"port {port} of {ADDRESS}, for {name}, cannot be had ({os.strerror(problem.errno or 0)}); --port takes the first of "
-                "three free ones in a row, and without it some are found"
+                f"port {port} of {ADDRESS}, for {name}, cannot be had ({reason}); --port takes the first of three free "
+                "ones in a row, and without it some are found"
             ) from problem
 
 
