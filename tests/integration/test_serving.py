@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models
+from transformers import AutoModelForCausalLM
 
 from tests.exported import LAYERS, Made
 from tests.families import family_model
@@ -328,6 +330,14 @@ def test_a_bad_request_is_one_line(values: dict[str, object], line: str) -> None
     assert line in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_what_a_client_asks_for_is_how_its_tokens_are_chosen() -> None:
+    chosen = {"temperature": 0.5, "top_k": 3, "top_p": 0.25, "seed": 2**63 - 1}
+    request = parse({"text_input": "x", "max_tokens": 9, **chosen})
+    assert request.sampling((7,)) == Sampling.model_validate({"max_new_tokens": 9, "end": (7,), **chosen})
+    greedy = parse({"text_input": "x", "ignore_eos": True}).sampling((7,))
+    assert greedy == Sampling(max_new_tokens=64, temperature=0, top_k=0, top_p=1, seed=0, end=())
+
+
 # -- the loop ----------------------------------------------------------------------------------------------------------
 
 
@@ -390,6 +400,20 @@ def test_sampling_is_repeatable_by_seed_and_echo_is_on_request(loop: ServingLoop
     assert answer(seed=7, exclude_input_in_output=False) == "class " + answer(seed=7)
 
 
+def test_what_is_there_is_penalised_as_transformers_does(loop: ServingLoop, engine: Path, tokenizer: Tokenizer) -> None:
+    model = AutoModelForCausalLM.from_pretrained(engine.parent / "model", torch_dtype=torch.float32).eval()
+    ids = torch.tensor([tokenizer.encode("class ").ids])
+    options = {"do_sample": False, "min_new_tokens": 20, "max_new_tokens": 20, "eos_token_id": -1, "pad_token_id": 0}
+    texts = []
+    for penalty in (1.0, 1.3):
+        made = model.generate(ids, attention_mask=torch.ones_like(ids), repetition_penalty=penalty, **options)
+        texts.append(tokenizer.decode(made[0, ids.shape[1] :].tolist()))
+        client = Client(text_input="class ", max_tokens=20, ignore_eos=True, repetition_penalty=penalty)
+        loop.submit(client.ticket)
+        assert client.wait()[-1].text == texts[-1]
+    assert texts[0] != texts[1]
+
+
 def test_who_does_not_say_how_many_tokens_gets_what_fits(loop: ServingLoop, tokenizer: Tokenizer) -> None:
     long = " the" * (MAX_LENGTH - 40)
     room = MAX_LENGTH - len(tokenizer.encode(long).ids)
@@ -400,17 +424,31 @@ def test_who_does_not_say_how_many_tokens_gets_what_fits(loop: ServingLoop, toke
     assert (last.tokens, last.finish) == (room, "length")
 
 
-def test_a_client_that_goes_away_frees_its_row(loop: ServingLoop) -> None:
-    gone = [Client(text_input="x", max_tokens=150, ignore_eos=True) for _ in range(4)]
-    for client in gone:
-        loop.submit(client.ticket)
-    time.sleep(0.05)
-    for client in gone:
-        client.gone = True
-    after = Client(text_input="y", max_tokens=2, ignore_eos=True)
-    loop.submit(after.ticket)
-    assert after.wait()[-1].finish == "length"
-    assert {client.wait()[-1].finish for client in gone} <= {"cancelled", "length"}
+def test_a_client_that_goes_away_frees_its_row(engine: Path, tokenizer: Tokenizer) -> None:
+    asked, go_on = threading.Semaphore(0), threading.Semaphore(0)
+    with opened(engine, 1, MAX_LENGTH) as batch:
+        step = batch.step
+
+        def gated(tokens: dict[int, int]) -> dict[int, np.ndarray]:
+            asked.release()
+            assert go_on.acquire(timeout=30)
+            return step(tokens)
+
+        batch.step = gated  # type: ignore[method-assign]
+        loop = ServingLoop(batch, tokenizer, (), MAX_LENGTH)
+        gone, after = Client(text_input="x", max_tokens=150), Client(text_input="y", max_tokens=2)
+        for client in (gone, after):
+            loop.submit(client.ticket)
+        for _ in range(3):
+            go_on.release()
+            assert asked.acquire(timeout=30)
+        assert asked.acquire(timeout=30)  # the fourth step waits
+        gone.gone = True
+        go_on.release(MAX_LENGTH)
+        last = gone.wait()[-1]
+        assert after.wait()[-1].finish == "length"
+        loop.stop()
+    assert (last.finish, last.tokens) == ("cancelled", 5), "one of the prompt's, and four steps'"
 
 
 def test_what_the_engine_cannot_hold_is_an_error_and_the_loop_goes_on(loop: ServingLoop) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+from pydantic import ValidationError
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from trsp_deploy.errors import EngineUnavailable
-from trsp_deploy.tools.runners.generation import COLDEST, Sampling, choose
+from trsp_deploy.tools.runners.generation import COLDEST, Sampling, choose, penalised
 
 VOCABULARY = 700
 DRAWS = 3_000
@@ -76,3 +79,22 @@ def test_what_is_no_number_is_said_and_not_chosen_from(broken: list[float], temp
     rows = np.array([[0.0, 1.0, 2.0], broken], dtype=np.float32)
     with pytest.raises(EngineUnavailable, match="logits that are no numbers"):
         choose(rows, Sampling(temperature=temperature), np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.0, 1.3, 50.0])
+def test_what_is_there_is_less_likely_as_in_transformers(penalty: float) -> None:
+    generator = np.random.default_rng(0)
+    logits = (generator.standard_normal(VOCABULARY) * 3).astype(np.float32)
+    logits[:2] = 0, -np.inf
+    tokens = [0, 1, *generator.integers(0, VOCABULARY, 100).tolist(), 0]  # some of them more than once
+    wanted = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([tokens]), torch.tensor(logits[None]))
+    np.testing.assert_array_equal(penalised(logits, tokens, penalty), wanted[0].numpy())
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"top_k": -5}, {"top_p": 1.5}, {"top_p": 0}, {"temperature": -1}, {"seed": -1}], ids=str
+)
+def test_what_cannot_be_chosen_by_is_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Sampling.model_validate(wrong)
+    assert [error["loc"] for error in caught.value.errors()] == [tuple(wrong)]

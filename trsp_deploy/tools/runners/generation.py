@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
+from pydantic import Field
 
 from trsp_deploy.errors import EngineUnavailable, ModelError, RecipeError
 from trsp_deploy.reading import read_json
-from trsp_deploy.recipe import Count, NonNegative, Positive, Strict
+from trsp_deploy.recipe import Count, NonNegative, Strict
 from trsp_deploy.tools.runners.base import Runner
 
 FIRST_RANKED = 64  # tokens that mostly hold what top_p asks for
@@ -27,9 +28,9 @@ class Sampling(Strict):
 
     max_new_tokens: Count = 128
     temperature: NonNegative = 0.0  # 0 is greedy
-    top_k: int = 0  # most likely tokens to choose among; 0 is all
-    top_p: Positive = 1.0  # smallest set of most likely tokens that hold this probability
-    seed: int = 0
+    top_k: Annotated[int, Field(ge=0)] = 0  # most likely tokens to choose among; 0 is all
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # smallest set of most likely tokens that hold this probability
+    seed: Annotated[int, Field(ge=0)] = 0
     end: tuple[int, ...] = ()  # tokens after which a text is over
 
 
