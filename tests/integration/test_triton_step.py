@@ -19,7 +19,7 @@ from tests.exported import DROPPED, LAYERS, Made, onnx_of
 from tests.integration.test_check import trsp_deploy
 from tests.tiny import english, tiny_tokenizer
 from tests.triton_server import TritonServer, client, why_not
-from trsp_deploy.artifacts import RUN_MARK
+from trsp_deploy.artifacts import RUN_MARK, write_json
 from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.stages.build import build_engine
 from trsp_deploy.tools.graphs.nodes import NoMatch
@@ -28,6 +28,8 @@ from trsp_deploy.tools.graphs.step import State, keep_state
 from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.runners import open_engine
 from trsp_deploy.tools.runners.generation import Sampling, generate
+from trsp_deploy.tools.runners.manifest import read_manifest, spec_sha256
+from trsp_deploy.tools.serving.step_model import write_step_model
 from trsp_deploy.tools.sources.packaged import find_asset
 from trsp_deploy.tools.triton_server.config import SCHEMA, parse_config
 
@@ -157,6 +159,22 @@ def test_the_repository_has_the_bare_engine(repository: Path, run: Path) -> None
     keys_and_values = (LAYERS - len(DROPPED)) * 2 * 2 * 64 * 16 * 4  # layers, both, heads, tokens, head size, bytes
     assert step["serves"] == "steps" and step["state_bytes"] == keys_and_values + 8
     assert f"64 tokens and {keys_and_values / 1e6:.1f} MB of state each" in (repository / "README.md").read_text()
+
+
+@needs_schema
+def test_a_step_for_a_gpu_can_be_loaded_on_a_cpu(exported: Made, tmp_path: Path) -> None:
+    engine = engine_of(exported("llama"), tmp_path / "engine")
+    found = read_manifest(engine)
+    spec = found.spec.model_copy(update={"backend": "onnxruntime-cuda"})
+    write_json(engine / "manifest.json", found.model_copy(update={"spec": spec, "spec_sha256": spec_sha256(spec)}))
+    write_step_model(engine, "m", tmp_path / "m", LENGTH, 3)
+    files = [tmp_path / "m" / name for name in ("config.pbtxt", "configs/cpu.pbtxt")]
+    gpu, cpu = (parse_config(path.read_text(), path.name) for path in files)
+    for config, kind, gpus in ((gpu, "KIND_GPU", [0]), (cpu, "KIND_CPU", [])):
+        (group,) = config.instance_group
+        assert (group.Kind.Name(group.kind), group.count, list(group.gpus)) == (kind, 1, gpus)
+        config.ClearField("instance_group")
+    assert gpu == cpu and cpu.sequence_batching.oldest.max_candidate_sequences == 3
 
 
 @needs_schema

@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import tritonclient.grpc as grpc
+
 Step = Callable[..., Any]
 
 
@@ -56,14 +58,14 @@ def main() -> None:
     with contextlib.chdir(asked["folder"]), contextlib.redirect_stdout(printed):
         exec(asked["block"].replace("localhost:8001", asked["address"]), names)
     step, greedy, prompts, count = names["step"], names["greedy"], asked["prompts"], asked["count"]
-    found = {
-        "printed": printed.getvalue(),
-        "alone": [greedy(prompt, count, sequence=7) for prompt in prompts],
-        "interleaved": interleaved(step, prompts, count),
-        "past the end": past_the_end(step, prompts[0], asked["most"]),
-        "never begun": refused(step, [1], 300),
-    }
-    names["client"].close()
+    with grpc.InferenceServerClient(asked["address"]) as names["client"]:  # the README has closed its own
+        found = {
+            "printed": printed.getvalue(),
+            "alone": [greedy(prompt, count, sequence=7) for prompt in prompts],
+            "interleaved": interleaved(step, prompts, count),
+            "past the end": past_the_end(step, prompts[0], asked["most"]),
+            "never begun": refused(step, [1], 300),
+        }
     print(json.dumps(found))
 
 

@@ -117,8 +117,6 @@ import numpy as np
 import tritonclient.grpc as grpc
 from tokenizers import Tokenizer
 
-client = grpc.InferenceServerClient("localhost:8001")
-
 
 def step(ids, sequence, **flags):  # logits (vocabulary,) of what follows `ids`, the sequence's next tokens
     tensor = grpc.InferInput("input_ids", [1, len(ids)], "INT64")
@@ -136,7 +134,8 @@ def greedy(prompt, count, sequence):  # `sequence`: a number above 0 that no oth
 
 
 tokenizer = Tokenizer.from_file("{text_model}/1/tokenizer.json")
-print(tokenizer.decode(greedy(tokenizer.encode("The capital of France is").ids, 16, sequence=1)))
+with grpc.InferenceServerClient("localhost:8001") as client:
+    print(tokenizer.decode(greedy(tokenizer.encode("The capital of France is").ids, 16, sequence=1)))
 ```
 <!-- step:end -->
 
