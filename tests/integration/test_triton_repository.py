@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import psutil
 import pytest
 import torch
@@ -228,6 +229,7 @@ def test_the_linter_finds_what_went_missing(repository: Path, tmp_path: Path) ->
     ("changes", "message"),
     [
         ({}, None),
+        ({"backend_version": "1.0.0"}, f"with onnxruntime-cpu 1.0.0, here is {onnxruntime.__version__}"),
         ({"bound": Bound(gpu="sm89", driver="580.82.07")}, "under NVIDIA driver 580.82.07, here is 580.65.06"),
         ({"bound": Bound(gpu="sm89", driver="580.65.06")}, None),
         ({"bound": Bound(gpu="sm90")}, "for a GPU of compute capability sm90, here is sm89"),
@@ -235,14 +237,18 @@ def test_the_linter_finds_what_went_missing(repository: Path, tmp_path: Path) ->
         ({"compute_capabilities": ("SM89",)}, None),
     ],
 )
-def test_the_linter_holds_an_engine_against_gpu_and_driver(
+def test_the_linter_holds_an_engine_against_package_gpu_and_driver(
     changes: dict[str, Any], message: str | None, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a machine with a GPU, of engines whose manifests say so."""
     model = Path(shutil.copytree(repository / "pruned", tmp_path / "pruned"))
     found = read_manifest(model / "1" / "engine")
     spec = {"compute_capabilities": changes.get("compute_capabilities", ())}
-    changed = {"bound": changes.get("bound", Bound()), "spec": found.spec.model_copy(update=spec)}
+    changed = {
+        "bound": changes.get("bound", Bound()),
+        "backend_version": changes.get("backend_version", found.backend_version),
+        "spec": found.spec.model_copy(update=spec),
+    }
     monkeypatch.setattr(linter, "read_manifest", lambda folder: found.model_copy(update=changed))
     monkeypatch.setattr(linter, "cuda_devices", lambda: [CudaDevice("a GPU", "sm89", 2**30)])
     monkeypatch.setattr(linter, "driver_version", lambda: "580.65.06")

@@ -12,6 +12,7 @@ from onnx import TensorProto, helper
 
 from trsp_deploy.errors import EngineUnavailable, RunError
 from trsp_deploy.tools.sources.packaged import find_asset
+from trsp_deploy.tools.triton_server import lint as linter
 from trsp_deploy.tools.triton_server import lint_plan
 from trsp_deploy.tools.triton_server.config import SCHEMA
 from trsp_deploy.tools.triton_server.lint import lint
@@ -228,6 +229,55 @@ def test_a_plan_that_cannot_be_read_here_is_named(model: Path, monkeypatch: pyte
     assert said(model) == (
         "warning: m: 1/model.plan was not looked into: that takes TensorRT and a GPU (tensorrt is not installed)"
     )
+
+
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_a_gpu_that_is_not_here_is_named(on_cpu: bool, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (model / "config.pbtxt").write_text(GOOD + "instance_group [ { kind: KIND_GPU } ]")
+    if on_cpu:
+        (model / "configs").mkdir()
+        (model / "configs" / "cpu.pbtxt").write_text(GOOD)
+    monkeypatch.setattr(linter, "cuda_devices", list)  # as where there is one
+    assert said(model) == ""
+
+    def absent() -> None:
+        raise EngineUnavailable("no CUDA device: none")
+
+    monkeypatch.setattr(linter, "cuda_devices", absent)
+    other = "; `--model-config-name=cpu` takes configs/cpu.pbtxt" if on_cpu else ""
+    assert said(model) == f"warning: m: KIND_GPU does not load here (no CUDA device: none){other}"
+
+
+def with_tokenizer(folder: str) -> str:
+    return f'{GOOD}parameters {{ key: "tokenizer_dir" value {{ string_value: "{folder}" }} }}'
+
+
+@pytest.mark.parametrize(
+    ("folder", "line"),
+    [
+        (
+            "${tokenizer_dir}",
+            "error: m: parameter tokenizer_dir is '${tokenizer_dir}': the place of a tokenizer was never",
+        ),
+        ("", "error: m: parameter tokenizer_dir is ''"),
+        ("/no/where", "warning: m: parameter tokenizer_dir: there is no folder /no/where here"),
+        ("HuggingFaceTB/SmolLM2-135M", ""),
+    ],
+)
+def test_the_tokenizer_of_a_foreign_model_is_looked_for(folder: str, line: str, model: Path) -> None:
+    (model / "config.pbtxt").write_text(with_tokenizer(folder))
+    assert said(model).startswith(line) and bool(line) == bool(said(model))
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "vocab.json", "spiece.model"])
+def test_a_folder_without_a_tokenizer_is_named(file: str, model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / ".tokenizer"  # no model: its name begins with a dot
+    folder.mkdir()
+    (folder / "config.json").touch()
+    (model / "config.pbtxt").write_text(with_tokenizer(str(folder)))
+    assert said(model) == f"error: m: parameter tokenizer_dir: {folder} holds no tokenizer (such as tokenizer.json)"
+    (folder / file).touch()
+    assert said(model) == ""
 
 
 def test_missing_parts(model: Path, tmp_path: Path) -> None:

@@ -43,6 +43,8 @@ PLATFORMS = {
     "tensorflow_savedmodel": "tensorflow",
     "ensemble": "ensemble",
 }
+TOKENIZER_DIR = "tokenizer_dir"  # the parameter of models that make text into tokens for another (TensorRT-LLM's)
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 PLATFORM_FILES = {"torch_aoti": "model.pt2"}  # where a backend opens another file for it
 # Backends that some container of Triton's has; another one has to lie somewhere as libtriton_<name>.so.
 BACKENDS = (*DEFAULT_FILES, "tensorflow", "dali", "fil", "vllm", "tensorrtllm", "identity", "repeat", "square")
@@ -122,6 +124,7 @@ def _lint_model(folder: Path, names: set[str]) -> Iterator[Finding]:
     yield from _states(config, error, warning)
     yield from _instances(config, (folder / "configs" / "cpu.pbtxt").is_file(), warning)
     yield from _warmup(config, folder, error, warning)
+    yield from _tokenizer(config, error, warning)
     for step in config.ensemble_scheduling.step:
         if step.model_name not in names:
             yield error(f"a step of the ensemble is model '{step.model_name}', which is not here")
@@ -243,6 +246,21 @@ def _warmup(config: Any, folder: Path, error: Say, warning: Say) -> Iterator[Fin
         for name, value in sample.inputs.items():
             if value.input_data_file and not (folder / "warmup" / value.input_data_file).is_file():
                 yield error(f"warm-up '{sample.name}': warmup/{value.input_data_file} of input '{name}' is missing")
+
+
+def _tokenizer(config: Any, error: Say, warning: Say) -> Iterator[Finding]:
+    """Where a model looks for its tokenizer; a path that is relative may be a name on the hub, or the server's own."""
+    if TOKENIZER_DIR not in config.parameters:
+        return
+    named = config.parameters[TOKENIZER_DIR].string_value
+    folder = Path(named)
+    if "${" in named or not named:
+        yield error(f"parameter {TOKENIZER_DIR} is '{named}': the place of a tokenizer was never filled in")
+    elif folder.is_dir():
+        if not any(next(folder.glob(pattern), None) for pattern in TOKENIZER_FILES):
+            yield error(f"parameter {TOKENIZER_DIR}: {named} holds no tokenizer (such as tokenizer.json)")
+    elif folder.is_absolute():
+        yield warning(f"parameter {TOKENIZER_DIR}: there is no folder {named} here; the server needs it")
 
 
 def _files(config: Any, backend: str, version: Path, error: Say, warning: Say) -> Iterator[Finding]:
