@@ -138,6 +138,13 @@ def test_a_text_ends_where_the_engine_does(engine: Path, capsys: pytest.CaptureF
     assert f"holds for texts of up to {POSITIONS} tokens" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("option", "value"), [("--top-k", "-5"), ("--top-p", "1.5"), ("--max-tokens", "2000000000")])
+def test_what_cannot_be_chosen_by_is_one_line(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["generate", "nowhere", "--prompt", "x", option, value]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: Invalid value for '{option}': Input should be ")
+
+
 def test_chosen_tokens_follow_the_probabilities() -> None:
     logits = np.log(np.tile([0.5, 0.3, 0.15, 0.05], (4000, 1)))
     random = np.random.default_rng(0)

@@ -47,6 +47,7 @@ def test_it_is_of_all_models_whichever_was_written_last() -> None:
     assert "/v2/models/new/generate" in text and "--gpus" not in text
     assert SHARED_SCALE in text, "of the second model"
     assert 'Tokenizer.from_file("old/1/tokenizer.json")' in text and 'client.infer("old_step"' in text
+    assert 'with grpc.InferenceServerClient("localhost:8001") as client:' in text, "which closes it"
     assert "a_sequence_has_at_most_32_tokens" in text and "built with ONNX Runtime 1.31.0" in text
 
 
