@@ -90,6 +90,28 @@ def test_made_again(workspace, undisturbed, copied, record_property, name, damag
 
 
 @each_damage
+@pytest.mark.parametrize("kind", ["run", "repository"])
+def test_a_manifest_is_what_verify_names(workspace, undisturbed, copied, record_property, kind, damage):
+    """And none of the files that it speaks of; a rerun, or another `triton`, writes it again."""
+    record_property("fault", damage.__name__)
+    record_property("place", f"MANIFEST.json of a {kind}")
+    folder, again = copied.run, copied.arguments
+    if kind == "repository":
+        folder = workspace / f"{copied.run.name}-served"
+        again = ["triton", copied.run.name, "--name", "served", "--out", folder.name]
+        assert run_in(workspace, again).code == 0
+    other = copied.run / "report.json" if kind == "repository" else copied.run / ENGINE / "pruned" / "manifest.json"
+    damage(folder / "MANIFEST.json", other)
+    done = run_in(workspace, ["verify", folder.name])
+    assert done.code == 1 and done.is_one_line and f"{folder.name}/MANIFEST.json: " in done.last, done.stderr
+    if kind == "repository":
+        shutil.rmtree(folder)
+    assert run_in(workspace, again).code == 0
+    done = run_in(workspace, ["verify", folder.name])
+    assert done.code == 0, done.stderr
+
+
+@each_damage
 def test_external_data_of_a_graph(workspace, undisturbed, copied, record_property, damage):
     """torch's exporter keeps weights beside the graph at every size, Optimum's above 2 GB."""
     record_property("fault", damage.__name__)

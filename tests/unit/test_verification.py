@@ -91,6 +91,27 @@ def test_each_damage_is_named(run: Path, file: str) -> None:
     assert found(run) == {("unknown", f"{path.parent.relative_to(run)}/more.py")}
 
 
+@pytest.mark.parametrize("kind", ["run", "repository"])
+def test_a_manifest_is_itself_named_as_what_is_damaged(
+    kind: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another digit of a file's SHA-256 is no damage of the file; a manifest without a seal is as it was."""
+    folder: Path = request.getfixturevalue(kind)
+    manifest = folder / MANIFEST
+    values = json.loads(manifest.read_text())
+    digests = values["files"] if kind == "run" else values["models"][0]["files"]
+    name = next(iter(digests))
+    digests[name] = ("1" if digests[name][0] == "0" else "0") + digests[name][1:]
+    manifest.write_text(json.dumps(values))
+    assert cli.run(["verify", str(folder)]) == 1
+    said = capsys.readouterr()
+    assert "MANIFEST.json: damaged, unsafe, or of another version (is not what was written" in said.err
+    assert name not in said.out + said.err
+    del values["sha256"]
+    manifest.write_text(json.dumps(values))
+    assert found(folder) == {("changed", name if kind == "run" else f"m/{name}")}
+
+
 def test_records_and_reports_are_among_them(run: Path) -> None:
     (run / "records" / "prune.json").write_text("{}")
     (run / "report.html").write_text("fine")
@@ -246,7 +267,8 @@ def test_names_that_become_paths_are_names(name: str) -> None:
 
 def test_a_damaged_manifest_says_what_is_wrong_with_it_and_what_helps(repository: Path) -> None:
     manifest = repository / MANIFEST
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"gpus": 1}))
+    values = {name: value for name, value in json.loads(manifest.read_text()).items() if name != "sha256"}
+    manifest.write_text(json.dumps(values | {"gpus": 1}))
     reason = r"\(unknown key 'gpus'; did you mean 'gpu'\?\)"
     with pytest.raises(RunError, match=rf"or damaged {reason}; write it again: trsp-deploy triton RUN --out"):
         read_repository(repository)

@@ -25,7 +25,7 @@ from trsp_deploy.artifacts.locks import locked
 from trsp_deploy.artifacts.provenance import Provenance, provenance
 from trsp_deploy.artifacts.storage import storage_errors, write_json
 from trsp_deploy.errors import RunError
-from trsp_deploy.recipe import RelativePath, Strict
+from trsp_deploy.recipe import RelativePath
 
 # Raise when a step's code changes what it makes from the same inputs, so that old records no longer match.
 FORMAT = 1
@@ -47,7 +47,7 @@ class StepRecord(Sealed):
     provenance: Provenance
 
 
-class RunManifest(Strict):
+class RunManifest(Sealed):
     """`MANIFEST.json` of a finished run: every file that the toolkit made in it."""
 
     schema_version: int

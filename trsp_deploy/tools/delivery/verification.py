@@ -4,8 +4,8 @@
     found.whole, found.findings
 
 A run folder is held against its `MANIFEST.json`, or while it is not finished against the records of its steps; an
-engine folder against its `manifest.json`; a Triton repository against its `MANIFEST.json`. A manifest's own SHA-256
-stands nowhere, so whoever can write there can write both: `signing.py` is against that.
+engine folder against its `manifest.json`; a Triton repository against its `MANIFEST.json`. A manifest ends with its own
+SHA-256, which finds damage; whoever can write there can write both: `signing.py` is against that.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from trsp_deploy.artifacts import MANIFEST, Provenance
+from trsp_deploy.artifacts import MANIFEST, Provenance, Sealed
 from trsp_deploy.errors import RunError
 from trsp_deploy.reading import DAMAGED, read_record
 from trsp_deploy.recipe import Backend, Name, Precision, RelativePath, Strict
@@ -59,7 +59,7 @@ class ServedModel(Strict):
         return "on processors that add int8 products exactly (of x86 those with VNNI)" if self.bound.exact_int8 else ""
 
 
-class RepositoryManifest(Strict):
+class RepositoryManifest(Sealed):
     """`MANIFEST.json` of a repository."""
 
     models: tuple[ServedModel, ...]
