@@ -1,4 +1,4 @@
-"""A finished run of small made-up files, for what works on a run's files and never looks into them.
+"""A finished run or sweep of small made-up files, for what works on their files and never looks into them.
 
 run = made_run(tmp_path / "run")
 """
@@ -40,6 +40,22 @@ def made_run(folder: Path, finished: bool = True) -> Path:
             for name in ("report.json", "report.md", "report.html"):
                 _write(folder / name)
             run.write_manifest()
+    return folder
+
+
+def made_sweep(folder: Path, finished: bool = True) -> Path:
+    """Write a sweep of two cuts, drop-4 and drop-10; its own manifest too where it is finished."""
+    with RunFolder(folder) as sweep:
+        (folder / "recipe.yaml").write_text("model: tiny\n")
+        for step in ("dense", "plans"):
+            make = _maker(folder / step)
+            sweep.step(step, make, Nothing, settings={}, inputs={}, outputs=[step])
+        for count in (10, 4):
+            made_run(folder / f"drop-{count}")
+        for name in ("sweep.json", "sweep.html"):
+            _write(folder / name)
+        if finished:
+            sweep.write_manifest()
     return folder
 
 

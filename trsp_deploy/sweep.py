@@ -13,13 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trsp_deploy.artifacts import RunFolder, RunLayout, link_tree, provenance, write_json, writing
+from trsp_deploy.artifacts.layout import PLANS, SWEEP, SWEEP_PAGE
 from trsp_deploy.errors import RecipeError
 from trsp_deploy.pipeline import Pipeline, check_before_work, prune_and_build
 from trsp_deploy.pipeline.reporting import write_pages
 from trsp_deploy.pipeline.runs import save_recipe
 from trsp_deploy.tools.reports.quality import QualityReport
 from trsp_deploy.tools.reports.record import EngineReport, Report
-from trsp_deploy.tools.reports.sweeps import SWEEP, Point, Sweep, Targets, choose
+from trsp_deploy.tools.reports.sweeps import Point, Sweep, Targets, choose
 
 # Copied, not linked: onnx and onnx_ir refuse weights with a second hard link, and another engine may be built of them.
 EXTERNAL_DATA = (".onnx.data", ".onnx_data")
@@ -36,6 +37,8 @@ def sweep(job: Pipeline, counts: tuple[int, ...], targets: Targets, say: Callabl
     if targets.max_ppl_ratio is not None and not job.recipe.evaluation:
         raise RecipeError("sweep: --max-ppl-ratio needs texts, and the recipe has none: --eval NAME=TEXTS")
     check_before_work(job)
+    job.run.outdate_manifest()
+    (root / PLANS).mkdir(exist_ok=True)  # a sweep by its first sign, and no run to go on with
     plans = job.pruning.plans(counts)
     points: list[Point] = []
     runs: list[tuple[Pipeline, Report]] = []
@@ -58,6 +61,7 @@ def sweep(job: Pipeline, counts: tuple[int, ...], targets: Targets, say: Callabl
     for one, report in runs:  # again, with the curve that is now whole
         with one.run:
             write_pages(one.proof, report)
+    job.run.write_manifest()
     return found
 
 
@@ -77,6 +81,7 @@ def _adopt_dense(source: Path, target: Path) -> None:
         done, there = RunFolder(source).record(record.stem), RunFolder(target).record(record.stem)
         if done is None or (there is not None and there.key == done.key):
             continue
+        RunFolder(target).outdate_manifest()
         for output in done.outputs:
             link_tree(source / output, target / output, copied=EXTERNAL_DATA)
         link_tree(record, RunLayout(target).record(record.stem))
@@ -111,5 +116,5 @@ def _write(found: Sweep, root: Path) -> None:
     from trsp_deploy.tools.reports import sweep_page  # draws with matplotlib
 
     write_json(root / SWEEP, found)
-    with writing(root / "sweep.html") as partial:
+    with writing(root / SWEEP_PAGE) as partial:
         partial.write_text(sweep_page.render(found), encoding="utf-8")

@@ -67,11 +67,17 @@ def test_a_sweep_is_one_search_and_a_run_each_and_goes_on(workspace: Path) -> No
     assert "drop-2/report.html" in (workspace / "sweep" / "sweep.html").read_text()
     first, second = ((workspace / "sweep" / f"drop-{c}" / "dense" / "model.safetensors").stat() for c in (1, 2))
     assert first.st_ino == second.st_ino, "linked, not copied"
+    assert not (workspace / "sweep" / "MANIFEST.json").exists(), "a run within is another now"
     again = sweep(workspace, "--drop", "1..2", "--max-ppl-ratio", "0.0001", "--json")
     assert again.code == 1 and "--max-ppl-ratio" in again.stderr  # below 1 makes no sense
     again = sweep(workspace, "--drop", "1..2", "--target-speedup", "50", "--json")
     assert again.code == 2, again.said
     assert json.loads(again.stdout)["choice"]["num_dropped"] is None and "started" not in again.stderr
+    whole = trsp_deploy("verify", "sweep", "--json", cwd=workspace)
+    assert whole.code == 0 and json.loads(whole.stdout)["against"] == "MANIFEST.json", whole.said
+    (workspace / "sweep" / "sweep.json").write_text("{}")
+    broken = trsp_deploy("verify", "sweep", cwd=workspace)
+    assert broken.code == 2 and "changed: sweep.json" in broken.stdout, broken.said
 
 
 @pytest.mark.parametrize(

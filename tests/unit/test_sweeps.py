@@ -10,13 +10,14 @@ import pytest
 
 from tests.samples import made_up, made_up_point, made_up_report, made_up_sweep
 from trsp_deploy.artifacts import provenance
+from trsp_deploy.artifacts.layout import SWEEP
 from trsp_deploy.errors import RecipeError
 from trsp_deploy.pipeline.reporting import sweep_of
 from trsp_deploy.recipe import parse_drops
 from trsp_deploy.tools.judging.comparisons import compare
 from trsp_deploy.tools.reports import markdown, sweep_page
 from trsp_deploy.tools.reports.rows import sweep_row
-from trsp_deploy.tools.reports.sweeps import SWEEP, Sweep, Targets, choose
+from trsp_deploy.tools.reports.sweeps import Sweep, Targets, choose
 
 POINTS = [
     made_up_point(2, 1.1, 1.05),

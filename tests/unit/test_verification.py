@@ -300,7 +300,7 @@ def test_the_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr()
     assert json.loads(printed.out)["findings"][0]["path"] == "plan.json" and "changed: plan.json" in printed.err
     assert cli.run(["verify", str(run / "pruned")]) == 1
-    assert "holds no manifest; give a run folder" in capsys.readouterr().err
+    assert "holds no manifest; give the folder of a run" in capsys.readouterr().err
     (run / MANIFEST).write_text("{")
     assert cli.run(["verify", str(run)]) == 1
     assert "not valid JSON" in capsys.readouterr().err

@@ -7,6 +7,7 @@ from trsp_deploy.artifacts.layout import (
     RUN_MARK,
     RunLayout,
     check_is_run,
+    check_no_sweep,
     model_of_engine,
     run_of_engine,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "StepRecord",
     "check_is_run",
     "check_made",
+    "check_no_sweep",
     "files_below",
     "fingerprint",
     "free_bytes",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from trsp_deploy.errors import RunError
 
-RUN_MARK = "recipe.yaml"  # a folder that has one is a run
+RUN_MARK = "recipe.yaml"  # a folder that has one is a run, or a sweep
 MANIFEST = "MANIFEST.json"
 LOCK = ".lock"
 PLACE = ".place"  # what the recipe's relative paths are relative to
@@ -21,6 +21,9 @@ ENGINES = "engines"
 CHECKPOINTS = "checkpoints"  # of trainings that were killed
 FAILED_LOGS = f"{ENGINES}/*/*-failed.log"  # of builds
 ENGINE_MANIFEST = "manifest.json"  # in an engine's folder
+PLANS = "plans"  # of a sweep
+SWEEP, SWEEP_PAGE = "sweep.json", "sweep.html"
+POINTS = "drop-*"  # a sweep's runs, below its folder
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ PARTS = (
     Part("onnx", ("onnx",)),
     Part(ENGINES, (ENGINES,)),
     Part("reports", ("report.html", "report.json", "report.md", "served.json"), loose=True),
-    Part("plans", ("plans",)),  # of a sweep
+    Part(PLANS, (PLANS,)),
+    Part("sweep", (SWEEP, SWEEP_PAGE), cleanable=False, loose=True),
     Part("self-generated", ("self-generated.jsonl",)),  # the dense model's text
     Part("plan", ("plan.json",), cleanable=False, loose=True),
     Part("recipe", (RUN_MARK,), cleanable=False, loose=True),
@@ -54,8 +58,19 @@ class RunLayout:
 
     @property
     def is_run(self) -> bool:
-        """Whether the folder is a run."""
-        return (self.root / RUN_MARK).is_file()
+        """Whether the folder is a run, and no sweep of several."""
+        return (self.root / RUN_MARK).is_file() and not self.is_sweep
+
+    @property
+    def is_sweep(self) -> bool:
+        """Whether the folder is a sweep, begun or whole."""
+        return (self.root / PLANS).is_dir() or (self.root / SWEEP).is_file()
+
+    @property
+    def runs(self) -> list[RunLayout]:
+        """The runs within a sweep's folder, smallest cut first; none in a run's."""
+        found = [run for path in self.root.glob(POINTS) if (run := RunLayout(path)).is_run]
+        return sorted(found, key=lambda run: (len(run.root.name), run.root.name))
 
     @property
     def plan(self) -> Path:
@@ -117,5 +132,14 @@ def model_of_engine(engine: Path) -> Path | None:
 
 def check_is_run(folder: Path, then: str = "") -> None:
     """Raise RunError for a folder that is no run; then: what follows from it, for the message's end."""
+    check_no_sweep(folder)
     if not RunLayout(folder).is_run:
         raise RunError(f"{folder}: no run of trsp-deploy ({RUN_MARK} is missing){f'; {then}' if then else ''}")
+
+
+def check_no_sweep(folder: Path) -> None:
+    """Raise RunError for a sweep's folder where a run's is wanted; the message names one of its runs."""
+    sweep = RunLayout(folder)
+    if sweep.is_sweep:
+        hint = f"give one of its runs, such as {sweep.runs[0].root}" if sweep.runs else "it has no run yet"
+        raise RunError(f"{folder}: is a sweep and no run; {hint}")

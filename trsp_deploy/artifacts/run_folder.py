@@ -48,7 +48,7 @@ class StepRecord(Sealed):
 
 
 class RunManifest(Sealed):
-    """`MANIFEST.json` of a finished run: every file that the toolkit made in it."""
+    """`MANIFEST.json` of a finished run: every file that the toolkit made in it; of a sweep also its runs' ones."""
 
     schema_version: int
     trsp_deploy: str
@@ -110,8 +110,10 @@ class RunFolder:
             self.layout.record(step).unlink(missing_ok=True)
 
     def write_manifest(self) -> RunManifest:
-        """Write down the SHA-256 of every file that the steps left; what no longer is what a step made stays out."""
-        loose = (self.path / name for part in PARTS if part.loose for name in part.paths)
+        """Write down the SHA-256 of every file that the steps left, and of the manifests of a sweep's runs; what no
+        longer is what a step made stays out."""
+        loose = [self.path / name for part in PARTS if part.loose for name in part.paths]
+        loose += [run.root / MANIFEST for run in self.layout.runs]
         made = {path for path in loose if path.is_file()}
         for record in map(self.record, self.recorded()):
             if record is None:
@@ -131,8 +133,12 @@ class RunFolder:
         return manifest
 
     def outdate_manifest(self) -> None:
-        """Remove the manifest before something that it names is made anew: one that is there holds."""
+        """Remove the manifest, and that of the sweep which the run is of, before something that it names is made anew:
+        one that is there holds."""
         (self.path / MANIFEST).unlink(missing_ok=True)
+        around = RunLayout(self.path.resolve().parent)
+        if around.is_sweep:
+            (around.root / MANIFEST).unlink(missing_ok=True)
 
     def recorded(self) -> list[str]:
         """Names of the steps that have a record."""

@@ -62,8 +62,10 @@ def _seen_from_here(
 
 
 @contextlib.contextmanager
-def run_of(recipe: Recipe, out: Path | None, plan: Path | None = None, place: Path | None = None) -> Iterator[Pipeline]:
-    """Enter the run folder and keep the resolved recipe in it.
+def run_of(
+    recipe: Recipe, out: Path | None, plan: Path | None = None, place: Path | None = None, *, sweep: bool = False
+) -> Iterator[Pipeline]:
+    """Enter the folder of a run, or of a sweep, and keep the resolved recipe in it.
 
     place: that the recipe's relative paths are relative to; None is the working directory.
     """
@@ -74,7 +76,7 @@ def run_of(recipe: Recipe, out: Path | None, plan: Path | None = None, place: Pa
     from trsp_deploy.pipeline.runs import default_folder, place_of, save_recipe, saved_recipe, seen_from
 
     folder = out or default_folder(recipe, say)
-    _check_folder(folder)
+    _check_folder(folder, sweep)
     with RunFolder(folder, _Announcer()) as run:
         job = Pipeline(run, recipe, plan, say, place)
         before = saved_recipe(run)
@@ -86,11 +88,16 @@ def run_of(recipe: Recipe, out: Path | None, plan: Path | None = None, place: Pa
         yield job
 
 
-def _check_folder(folder: Path) -> None:
-    """Raise RunError for a folder that a run would replace parts of, and that is none."""
-    from trsp_deploy.artifacts.layout import LOCK, PARTS, RunLayout
+def _check_folder(folder: Path, sweep: bool) -> None:
+    """Raise RunError for a folder that a run would replace parts of and that is none; of sweeps the same."""
+    from trsp_deploy.artifacts.layout import LOCK, PARTS, RunLayout, check_no_sweep
 
-    if (folder / LOCK).exists() or RunLayout(folder).is_run:
+    layout = RunLayout(folder)
+    if not sweep:
+        check_no_sweep(folder)
+    elif layout.is_run and layout.plan.is_file():
+        raise RunError(f"{folder}: is a run of one cut and no sweep; choose another --out")
+    if (folder / LOCK).exists() or layout.is_run or layout.is_sweep:
         return
     taken = [name for part in PARTS for name in part.paths if (folder / name).exists()]
     if taken:

@@ -10,7 +10,9 @@ import typer
 from trsp_deploy.cli.options import Json, Run
 from trsp_deploy.cli.terminal import Output
 
-Folder = Annotated[Path, typer.Argument(help="A run folder, an engine folder or a Triton repository.", metavar="PATH")]
+Folder = Annotated[
+    Path, typer.Argument(help="Folder of a run, a sweep or an engine, or a Triton repository.", metavar="PATH")
+]
 PublicKey = Annotated[
     Path | None, typer.Option("--public-key", help="Check the manifest's signature too (PEM).", metavar="FILE")
 ]
@@ -50,11 +52,13 @@ def verify(path: Folder, public_key: PublicKey = None, as_json: Json = False) ->
 
     found = verified(path)
     output = Output(as_json)
-    against = (
-        "its steps' records, for it has no MANIFEST.json (`trsp-deploy report RUN` writes it)"
-        if found.against == "records"
-        else found.against
-    )
+    against = found.against
+    if against == "records":
+        against = (
+            "its steps' records, for it has no MANIFEST.json (`trsp-deploy report RUN` writes it)"
+            if found.kind == "run"
+            else "its steps' records and its runs, for it has no MANIFEST.json (the same `trsp-deploy sweep` writes it)"
+        )
     output.say(
         *found.findings,
         f"{path}: {found.kind}, {found.checked} held against {against}, {len(found.findings)} wrong",

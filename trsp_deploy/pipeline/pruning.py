@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from transformers import PreTrainedModel
 
 from trsp_deploy.artifacts import fingerprint, write_json, writing
+from trsp_deploy.artifacts.layout import PLANS
 from trsp_deploy.decoder import check_prunable, load_model
 from trsp_deploy.errors import PlanError
 from trsp_deploy.pipeline.inputs import Done, Inputs
@@ -84,7 +85,7 @@ class Pruning:
 
     def plans(self, counts: tuple[int, ...]) -> dict[int, Path]:
         """A plan for each number of layers, as `plans/drop-K.json`, from one search; methods as the recipe says."""
-        folder = self.run.path / "plans"
+        folder = self.run.path / PLANS
 
         def work(checkpoints: Checkpoints) -> Done:
             train, validation = self.inputs.calibration_windows()
@@ -97,7 +98,7 @@ class Pruning:
             return Done()
 
         settings = {**self._selection_settings(max(counts)), "counts": list(counts)}
-        self._resumable("plans", work, Done, settings=settings, inputs=self._model_and_text(), output="plans")
+        self._resumable("plans", work, Done, settings=settings, inputs=self._model_and_text(), output=PLANS)
         return {count: folder / f"drop-{count}.json" for count in counts}
 
     @functools.cache

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from trsp_deploy.artifacts import ENGINE_MANIFEST, fingerprint, provenance
+from trsp_deploy.artifacts.layout import SWEEP
 from trsp_deploy.pipeline.engines import EngineOutcome
 from trsp_deploy.pipeline.inputs import Inputs
 from trsp_deploy.pipeline.proof import Proof
@@ -23,7 +24,7 @@ from trsp_deploy.tools.reports.record import (
     removal_report,
     verdict,
 )
-from trsp_deploy.tools.reports.sweeps import SWEEP, Sweep
+from trsp_deploy.tools.reports.sweeps import Sweep
 from trsp_deploy.tools.sources.model_folders import check_decoder_only
 from trsp_deploy.tools.triton_server.served import derive
 

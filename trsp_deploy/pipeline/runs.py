@@ -66,7 +66,7 @@ def seen_from(place: Path, text: str, known: Collection[str] = ()) -> str:
 def saved_recipe(run: RunFolder) -> Recipe | None:
     """The recipe that a run's folder holds; None where there is none, or none that can be read."""
     try:
-        return read_recipe(load_recipe(run.path), str(run.path / RUN_MARK))
+        return read_recipe(read_yaml(run.path / RUN_MARK, RunError), str(run.path / RUN_MARK))
     except UserError:
         return None
 

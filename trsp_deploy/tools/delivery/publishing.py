@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from trsp_deploy.artifacts import RunFolder, RunLayout, files_below, fingerprint, leaves
+from trsp_deploy.artifacts import RunFolder, RunLayout, check_no_sweep, files_below, fingerprint, leaves
 from trsp_deploy.errors import RunError, UserError
 from trsp_deploy.recipe import Strict, shown_name
 from trsp_deploy.results import PrunedCheckpoint
@@ -47,6 +47,7 @@ def plan_push(run: Path, repo: str) -> Push:
     """What would be uploaded; raises RunError where there is no checkpoint, or it is not the one that was made."""
     if HUB_ID.fullmatch(repo) is None:
         raise UserError(f"'{repo}': no name of a repository; expected OWNER/NAME")
+    check_no_sweep(run)
     record, layout = RunFolder(run).record("prune"), RunLayout(run)
     pruned, plan = layout.model("pruned"), layout.plan
     if record is None or not pruned.is_dir():

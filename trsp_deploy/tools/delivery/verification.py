@@ -3,15 +3,16 @@
     found = verify(Path("runs/smollm2-135m-drop8"))
     found.whole, found.findings
 
-A run folder is held against its `MANIFEST.json`, or while it is not finished against the records of its steps; an
-engine folder against its `manifest.json`; a Triton repository against its `MANIFEST.json`. A manifest ends with its own
-SHA-256, which finds damage; whoever can write there can write both: `signing.py` is against that.
+A run folder is held against its `MANIFEST.json`, or while it is not finished against the records of its steps; a
+sweep's too, with every run within; an engine folder against its `manifest.json`; a Triton repository against its
+`MANIFEST.json`. A manifest ends with its own SHA-256, which finds damage; whoever can write there can write both:
+`signing.py` is against that.
 """
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -26,16 +27,16 @@ from trsp_deploy.artifacts import (
     fingerprint,
     leaves,
 )
-from trsp_deploy.artifacts.layout import CHECKPOINTS, ENGINES, FAILED_LOGS, LOCK, PLACE
+from trsp_deploy.artifacts.layout import CHECKPOINTS, ENGINES, FAILED_LOGS, LOCK, PLACE, POINTS
 from trsp_deploy.errors import RunError
 from trsp_deploy.reading import read_json, read_record
-from trsp_deploy.recipe import Strict
+from trsp_deploy.recipe import RelativePath, Strict
 from trsp_deploy.tools.runners.inspection import TRTEXEC_ENGINE
 from trsp_deploy.tools.runners.manifest import EngineManifest
 from trsp_deploy.tools.triton_server.repository import RepositoryManifest
 
 State = Literal["missing", "changed", "unknown", "outside", "unreadable"]
-Kind = Literal["run", "engine", "repository"]
+Kind = Literal["run", "sweep", "engine", "repository"]
 
 # What lies beside the artefacts, is written anew by whoever works there, and is read as data by nobody.
 BESIDE: dict[Kind, tuple[str, ...]] = {
@@ -43,6 +44,7 @@ BESIDE: dict[Kind, tuple[str, ...]] = {
         *(LOCK, PLACE, f"{CHECKPOINTS}/*", FAILED_LOGS, f"{ENGINES}/*/*{TRTEXEC_ENGINE}"),
         f"{ENGINES}/*/*/{ENGINE_MANIFEST}{SIGNATURE}",
     ),
+    "sweep": (LOCK, PLACE, f"{CHECKPOINTS}/*"),
     "engine": ("build.log",),
     "repository": ("README.md",),
 }
@@ -65,7 +67,7 @@ class Verification(Strict):
 
     path: str
     kind: Kind
-    against: str  # the manifest's name; of an unfinished run "records"
+    against: str  # the manifest's name; of an unfinished run or sweep "records"
     checked: int  # files and folders that have a SHA-256
     findings: tuple[Finding, ...]
 
@@ -76,7 +78,7 @@ class Verification(Strict):
 
 
 def verify(path: Path) -> Verification:
-    """Compare a run folder, an engine folder or a Triton repository with its manifest.
+    """Compare the folder of a run, a sweep or an engine, or a Triton repository, with its manifest.
 
     Raises RunError where there is nothing to compare with, or the manifest cannot be read.
     """
@@ -92,43 +94,89 @@ def verify(path: Path) -> Verification:
         repository = read_record(path / MANIFEST, RepositoryManifest, RunError, UNREADABLE)
         files = {f"{model.name}/{file}": sha256 for model in repository.models for file, sha256 in model.files.items()}
         return _held_against(path, "repository", MANIFEST, {**repository.files, **files})
-    if (path / MANIFEST).is_file():
-        return _held_against(
-            path, "run", MANIFEST, read_record(path / MANIFEST, RunManifest, RunError, UNREADABLE).files
-        )
-    return _unfinished(path)
+    return _run(path) if kind == "run" else _sweep(path)
 
 
 def kind_of(path: Path) -> Kind:
-    """What a folder is; raises RunError when it is none of the three."""
+    """What a folder is; raises RunError when it is none of the four."""
     if (path / ENGINE_MANIFEST).is_file():
         return "engine"
     if (path / MANIFEST).is_file() and "models" in read_json(path / MANIFEST, RunError):
         return "repository"
     run = RunLayout(path)
+    if run.is_sweep:
+        return "sweep"
     if (path / MANIFEST).is_file() or run.is_run or run.records.is_dir():
         return "run"
     there = "is a file" if path.is_file() else "holds no manifest" if path.is_dir() else "is not there"
-    raise RunError(f"{path}: {there}; give a run folder, an engine folder or a repository of `trsp-deploy triton`")
+    raise RunError(
+        f"{path}: {there}; give the folder of a run, a sweep or an engine, or a repository of `trsp-deploy triton`"
+    )
 
 
 def manifest_of(path: Path) -> Path:
     """The file that has the SHA-256 of everything in a folder; raises RunError where there is none yet."""
-    if kind_of(path) == "engine":
+    kind = kind_of(path)
+    if kind == "engine":
         return path / ENGINE_MANIFEST
     if not (path / MANIFEST).is_file():
-        raise RunError(f"{path}: has no {MANIFEST} yet; `trsp-deploy report {path}` finishes the run and writes it")
+        finishes = f"`trsp-deploy report {path}`" if kind == "run" else "its `trsp-deploy sweep` again"
+        raise RunError(f"{path}: has no {MANIFEST} yet; {finishes} finishes the {kind} and writes it")
     return path / MANIFEST
 
 
-def _held_against(folder: Path, kind: Kind, manifest: str, files: Mapping[str, str]) -> Verification:
+def _run(path: Path) -> Verification:
+    if (path / MANIFEST).is_file():
+        return _held_against(path, "run", MANIFEST, _files_of_run(path))
+    return _unfinished(path, "run")
+
+
+def _sweep(path: Path) -> Verification:
+    """What lies at a sweep's root, and every run within."""
+    if (path / MANIFEST).is_file():
+        files = _files_of_run(path)
+        runs = [name.removesuffix(f"/{MANIFEST}") for name in files if fnmatch.fnmatch(name, f"{POINTS}/{MANIFEST}")]
+        found = _held_against(path, "sweep", MANIFEST, files, tuple(f"{name}/*" for name in runs))
+    else:
+        runs = [run.root.name for run in RunLayout(path).runs]
+        found = _unfinished(path, "sweep")
+    checked, findings = found.checked, list(found.findings)
+    for name in runs:
+        within = path / name
+        if leaves(path, within):
+            findings.append(_outside(name))
+            continue
+        try:
+            one = _run(within)
+        except RunError as problem:
+            said = str(problem).removeprefix(f"{within / MANIFEST}: ")
+            findings.append(Finding(state="unreadable", path=f"{name}/{MANIFEST}", detail=said))
+            continue
+        checked += one.checked
+        findings += _seen_from_above(name, one.findings)
+    return found.model_copy(update={"checked": checked, "findings": _in_order(findings)})
+
+
+def _files_of_run(path: Path) -> dict[RelativePath, str]:
+    return read_record(path / MANIFEST, RunManifest, RunError, UNREADABLE).files
+
+
+def _seen_from_above(name: str, findings: Iterable[Finding]) -> list[Finding]:
+    """Findings of a folder within another, with paths below the other."""
+    return [finding.model_copy(update={"path": f"{name}/{finding.path}"}) for finding in findings]
+
+
+def _held_against(
+    folder: Path, kind: Kind, manifest: str, files: Mapping[str, str], elsewhere: tuple[str, ...] = ()
+) -> Verification:
+    """elsewhere: patterns of files that another manifest names."""
     findings = [finding for name, sha256 in sorted(files.items()) if (finding := _differs(folder, name, sha256))]
-    beside = (manifest, f"{manifest}{SIGNATURE}", *BESIDE[kind])
+    beside = (manifest, f"{manifest}{SIGNATURE}", *BESIDE[kind], *elsewhere)
     findings += _unknown(folder, files, beside, manifest)
     return Verification(path=str(folder), kind=kind, against=manifest, checked=len(files), findings=_in_order(findings))
 
 
-def _unfinished(folder: Path) -> Verification:
+def _unfinished(folder: Path, kind: Kind) -> Verification:
     """What the records of a run's steps say of their outputs, each one fingerprint, and the engines of their files."""
     findings: list[Finding] = []
     outputs: dict[str, str] = {}
@@ -146,7 +194,7 @@ def _unfinished(folder: Path) -> Verification:
         if finding is not None:
             findings += _files_of_engine(folder, name) or [finding]
     return Verification(
-        path=str(folder), kind="run", against="records", checked=len(outputs), findings=_in_order(findings)
+        path=str(folder), kind=kind, against="records", checked=len(outputs), findings=_in_order(findings)
     )
 
 
@@ -155,10 +203,9 @@ def _files_of_engine(folder: Path, name: str) -> list[Finding]:
     try:
         if not (folder / name / ENGINE_MANIFEST).is_file():
             return []
-        found = verify(folder / name).findings
+        return _seen_from_above(name, verify(folder / name).findings)
     except RunError:
         return []
-    return [finding.model_copy(update={"path": f"{name}/{finding.path}"}) for finding in found]
 
 
 def _differs(folder: Path, name: str, expected: str) -> Finding | None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trsp_deploy.artifacts import ENGINE_MANIFEST, RUN_MARK, RunLayout, check_is_run, model_of_engine
+from trsp_deploy.artifacts import ENGINE_MANIFEST, RUN_MARK, RunLayout, check_is_run, check_no_sweep, model_of_engine
 from trsp_deploy.decoder import DecoderSize, decoder_size, known_positions, load_config, max_positions
 from trsp_deploy.errors import EngineUnavailable, RunError, nearest
 from trsp_deploy.recipe import EngineSpec
@@ -48,6 +48,7 @@ def find_subject(path: Path, role: Role, engine: str | None) -> Subject:
         return _from_engine(path)
     if RunLayout(path).is_run:
         return _from_engine(find_engine(path, role, engine))
+    check_no_sweep(path)
     if path.is_file():
         raise RunError(f"{path}: is no .onnx file; give an engine folder, a run folder or an .onnx file")
     there = "is a folder without" if path.is_dir() else "is not there, and so has no"

@@ -9,8 +9,6 @@ from trsp_deploy.recipe import Positive, Strict
 from trsp_deploy.tools.judging.comparisons import ComparisonReport
 from trsp_deploy.tools.reports.quality import QualityReport
 
-SWEEP = "sweep.json"  # of a sweep's folder
-
 
 class Targets(Strict):
     """What the model is wanted to do; None asks for nothing."""

@@ -71,8 +71,9 @@ def plan_cleaning(run: RunFolder, keep: Sequence[str] | None) -> Cleaning:
 
 
 def check_run(folder: Path) -> None:
-    """Raise RunError for a folder that is no run."""
-    check_is_run(folder, "nothing is removed")
+    """Raise RunError for a folder that is no run and no sweep."""
+    if not RunLayout(folder).is_sweep:
+        check_is_run(folder, "nothing is removed")
 
 
 def clean(run: RunFolder, plan: Cleaning) -> None:
@@ -149,4 +150,5 @@ def _shorten_manifest(run: RunFolder, gone: Sequence[str]) -> None:
         if not any(name == each or name.startswith(f"{each}/") for each in gone)
     }
     if kept != manifest.files:
+        run.outdate_manifest()
         write_json(path, manifest.model_copy(update={"files": kept}))

@@ -1,0 +1,129 @@
+"""A sweep's folder: verified and signed with every run within, and never taken for a run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.made_run import made_run, made_sweep
+from trsp_deploy import cli
+from trsp_deploy.artifacts import MANIFEST, RunFolder
+from trsp_deploy.errors import RunError
+from trsp_deploy.tools.delivery.verification import manifest_of, verify
+from trsp_deploy.tools.resources.cleaning import clean, plan_cleaning
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    return made_sweep(tmp_path / "sweep")
+
+
+def found(folder: Path) -> set[tuple[str, str]]:
+    return {(finding.state, finding.path) for finding in verify(folder).findings}
+
+
+def test_a_finished_sweep_names_its_root_and_each_runs_manifest(sweep: Path) -> None:
+    names = set(json.loads((sweep / MANIFEST).read_text())["files"])
+    assert names == {
+        *("recipe.yaml", "sweep.json", "sweep.html", "records/dense.json", "records/plans.json"),
+        *("dense/model.safetensors", "plans/model.safetensors", "drop-4/MANIFEST.json", "drop-10/MANIFEST.json"),
+    }
+    whole = verify(sweep)
+    assert (whole.whole, whole.kind, whole.against) == (True, "sweep", MANIFEST)
+    assert whole.checked == len(names) + sum(verify(sweep / f"drop-{count}").checked for count in (4, 10))
+    assert manifest_of(sweep) == sweep / MANIFEST
+
+
+def test_each_damage_is_named_from_the_sweeps_folder(sweep: Path) -> None:
+    for name in ("sweep.json", "drop-4/pruned/model.safetensors", "plans/model.safetensors"):
+        (sweep / name).write_text("tampered")
+    (sweep / "drop-10" / "report.md").unlink()
+    (sweep / "drop-10" / "recipe.yaml").unlink()
+    (sweep / "drop-4" / "mine.txt").write_text("mine")
+    (sweep / "drop-6").mkdir()
+    (sweep / "drop-6" / "recipe.yaml").write_text("model: tiny\n")
+    assert found(sweep) == {
+        ("changed", "sweep.json"),
+        ("changed", "drop-4/pruned/model.safetensors"),
+        ("changed", "plans/model.safetensors"),
+        ("missing", "drop-10/report.md"),
+        ("missing", "drop-10/recipe.yaml"),
+        ("unknown", "drop-4/mine.txt"),
+        ("unknown", "drop-6/recipe.yaml"),
+    }
+
+
+def test_a_run_that_was_exchanged_whole_is_found(sweep: Path, tmp_path: Path) -> None:
+    """Its own manifest vouches for it, and the sweep's for another."""
+    shutil.rmtree(sweep / "drop-4")
+    shutil.move(made_run(tmp_path / "other"), sweep / "drop-4")
+    assert verify(sweep / "drop-4").whole and found(sweep) == {("changed", f"drop-4/{MANIFEST}")}
+    (sweep / "drop-4" / MANIFEST).write_text("{")
+    assert ("unreadable", f"drop-4/{MANIFEST}") in found(sweep)
+    shutil.move(sweep / "drop-4", tmp_path / "elsewhere")
+    (sweep / "drop-4").symlink_to(tmp_path / "elsewhere")
+    assert {state for state, _ in found(sweep)} == {"outside"}
+
+
+def test_a_sweep_that_is_not_finished_is_held_against_its_records(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = made_sweep(tmp_path / "sweep", finished=False)
+    with RunFolder(sweep / "drop-10") as run:
+        run.outdate_manifest()
+    assert cli.run(["verify", str(sweep)]) == 0
+    assert "has no MANIFEST.json (the same `trsp-deploy sweep` writes it)" in capsys.readouterr().out
+    for name in ("plans", "drop-4/pruned", "drop-10/dense"):
+        (sweep / name / "model.safetensors").write_text("tampered")
+    assert found(sweep) == {
+        ("changed", "plans"),
+        ("changed", "drop-4/pruned/model.safetensors"),
+        ("changed", "drop-10/dense"),
+    }
+    with pytest.raises(RunError, match="its `trsp-deploy sweep` again finishes the sweep and writes it"):
+        manifest_of(sweep)
+
+
+def test_a_manifest_that_is_there_holds(sweep: Path) -> None:
+    """A run that goes on, or is cleaned, is another than the sweep's manifest names."""
+    with RunFolder(sweep / "drop-4") as run:
+        clean(run, plan_cleaning(run, ("pruned",)))
+        assert not (sweep / MANIFEST).exists() and verify(sweep).whole
+        with RunFolder(sweep) as folder:
+            folder.write_manifest()
+        run.outdate_manifest()
+    assert not (sweep / MANIFEST).exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(["report"], ["export"], ["build"], ["bench"], ["evaluate"], ["baseline"], ["compare"]),
+        *(["check", "--min-speedup", "1.1"], ["push", "me/model"], ["triton", "--dense", "--out", "repository"]),
+    ],
+    ids=lambda command: command[0],
+)
+def test_commands_of_a_run_name_one_of_the_sweeps(
+    sweep: Path, command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(sweep.rglob("*"))
+    assert cli.run([command[0], str(sweep), *command[1:]]) == 1
+    said = f"error: {sweep}: is a sweep and no run; give one of its runs, such as {sweep}/drop-4\n"
+    assert capsys.readouterr().err == said
+    assert sorted(sweep.rglob("*")) == before
+
+
+def test_a_run_and_a_sweep_have_each_a_folder_of_their_own(
+    sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = made_run(tmp_path / "run")
+    for arguments, said in (
+        (["prune-and-build", "--drop", "1", "--out", str(sweep)], f"{sweep}: is a sweep and no run"),
+        (["sweep", "--drop", "1..2", "--out", str(run)], f"{run}: is a run of one cut and no sweep; choose another"),
+    ):
+        assert cli.run([*arguments, "--model", str(tmp_path)]) == 1
+        assert said in capsys.readouterr().err.splitlines()[-1]
+    assert verify(sweep).whole and verify(run).whole
