@@ -200,6 +200,12 @@ def redacted(text: str) -> str:
     for pattern, instead in SECRETS:
         text = pattern.sub(instead, text)
     for name, value in os.environ.items():
-        if len(value) >= SHORTEST_SECRET and SECRET_VARIABLE.search(name) and "/" not in value[:1]:
+        if len(value) >= SHORTEST_SECRET and SECRET_VARIABLE.search(name) and not _is_path(value):
             text = text.replace(value, "***")
     return text
+
+
+def _is_path(value: str) -> bool:
+    """Whether a value leads somewhere from the root, as the path of a file with a secret does; a key in base64 may
+    begin with a slash too, and names nothing that is there."""
+    return value.startswith("/") and os.path.exists(f"/{value.lstrip('/').partition('/')[0]}")  # noqa: PTH110

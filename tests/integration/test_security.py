@@ -208,3 +208,14 @@ def test_what_is_redacted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_PASSWORD", "correct-horse")
     monkeypatch.setenv("OTHER_TOKEN", "1")
     assert redacted("it was correct-horse 1") == "it was *** 1"
+
+
+def test_a_key_may_begin_like_a_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Base64 has slashes; the path of a file with a secret is none, whether the file is there or not."""
+    key = "/9uK7MDENG+bPxRfi/CYplanted="
+    monkeypatch.setenv("STORAGE_SECRET_KEY", key)
+    monkeypatch.setenv("HF_TOKEN_PATH", f"{tmp_path}/not-yet/token")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    assert redacted(f"refused: {key}") == "refused: ***"
+    for plain in (f"{tmp_path}/not-yet/token: no such file", f"{tmp_path}/run: no run"):
+        assert redacted(plain) == plain
