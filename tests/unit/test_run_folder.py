@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -167,6 +168,60 @@ def test_lock_of_a_killed_run_is_free(tmp_path):
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -9
     with RunFolder(tmp_path / "run") as run:
         assert run.path.is_dir()
+
+
+@pytest.fixture
+def synced(monkeypatch):
+    """Every fsync: of what, and the names that are there by then."""
+    found, fsync = [], os.fsync
+
+    def listen(handle):
+        path = Path(f"/proc/self/fd/{handle}").readlink()
+        found.append((path, names(path) if path.is_dir() else None))
+        fsync(handle)
+
+    monkeypatch.setattr("os.fsync", listen)
+    return found
+
+
+def test_a_power_cut_leaves_the_name_too(tmp_path, synced):
+    """Contents before the rename, and after it every folder that has a new name in it."""
+    with writing(tmp_path / "new" / "deep" / "a.json") as partial:
+        partial.write_text("{}")
+    deep = tmp_path / "new" / "deep"
+    assert synced == [
+        (deep / ".a.json.partial", None),
+        (deep, ["a.json"]),
+        (tmp_path / "new", ["deep"]),
+        (tmp_path, ["new"]),
+    ]
+    synced.clear()
+    for _ in range(2):  # the second takes the first one's place
+        with writing(tmp_path / "folder") as partial:
+            (partial / "inner").mkdir(parents=True)
+            (partial / "inner" / "file").write_text("x")
+    once = [
+        (tmp_path / ".folder.partial", ["inner"]),
+        (tmp_path / ".folder.partial" / "inner", ["file"]),
+        (tmp_path / ".folder.partial" / "inner" / "file", None),
+    ]
+    first, second = (tmp_path, ["folder", "new"]), (tmp_path, [".folder.former", "folder", "new"])
+    assert synced == [*once, first, *once, second]
+
+
+@pytest.mark.parametrize(("number", "taken"), [(errno.EINVAL, True), (errno.EIO, False)])
+def test_a_file_system_may_sync_no_folders(tmp_path, monkeypatch, number, taken):
+    fsync = os.fsync
+
+    def refuse(handle):
+        if Path(f"/proc/self/fd/{handle}").is_dir():
+            raise OSError(number, "refused")
+        fsync(handle)
+
+    monkeypatch.setattr("os.fsync", refuse)
+    with contextlib.nullcontext() if taken else pytest.raises(OSError, match="refused"):
+        write_json(tmp_path / "a.json", {"a": 1})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
 
 
 def test_file_keeps_its_old_content_when_writing_fails(tmp_path):

@@ -18,6 +18,7 @@ from trsp_deploy.artifacts.fingerprints import Sealed, seal
 from trsp_deploy.errors import RunError, StorageError, TrspError
 
 NOTHING_LEFT = 1 << 20  # bytes: a disk with less is full, whatever a library calls its error
+NO_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EACCES)  # of folders: some network drives; not readable
 SHORT = ("file too large", "unexpected pos", "requested and")  # torch's and NumPy's words for a write that is not whole
 
 
@@ -98,9 +99,11 @@ def _check_kind(target: Path) -> None:
 def writing(target: Path) -> Iterator[Path]:
     """Yield a path beside `target` to write a file or folder to; it takes target's place on success.
 
-    After an error or a kill the target is what it was before, or, of a folder, gone: it is never half of anything.
+    After an error or a kill the target is what it was before, or, of a folder, gone: it is never half of anything. When
+    this returns it is on the disk by its name, which a power cut then leaves.
     """
     partial, former = (target.with_name(f".{target.name}.{state}") for state in ("partial", "former"))
+    there = nearest_existing(target.absolute().parent)
     with storage_errors(target):
         _check_kind(target)
         try:
@@ -120,6 +123,10 @@ def writing(target: Path) -> Iterator[Path]:
             if target.is_dir():
                 target.replace(former)
             partial.replace(target)
+            for folder in target.absolute().parents:
+                _sync_names(folder)
+                if folder == there:  # the ones below are new, and their names too
+                    break
         except BaseException:
             _remove(partial)
             if former.exists() and not target.exists():
@@ -165,7 +172,22 @@ def _remove(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
-    for file in files:
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
+    for each in [path, *path.rglob("*")]:
+        if each.is_dir():
+            _sync_names(each)
+        elif each.is_file():
+            with each.open("rb") as handle:
+                os.fsync(handle.fileno())
+
+
+def _sync_names(folder: Path) -> None:
+    """Have the names in a folder on the disk, where its file system can."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as problem:
+        if problem.errno not in NO_SYNC:
+            raise
