@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,13 @@ pytest.importorskip("hypothesis", reason="hypothesis is not installed: pip insta
 
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.main import get_command
 
+from tests.made_run import made_run, made_sweep
 from tests.samples import made_up, made_up_report, made_up_served
 from trsp_deploy.artifacts import MANIFEST, RunFolder, provenance
 from trsp_deploy.cli import run
+from trsp_deploy.cli.app import app
 from trsp_deploy.errors import EngineSpecError, RecipeError, TrspError
 from trsp_deploy.reading import read_yaml
 from trsp_deploy.recipe import Recipe, override, parse_drop, parse_drops, read_bench_settings, read_recipe
@@ -38,7 +41,7 @@ from trsp_deploy.tools.plan import PruningPlan, read_plan
 from trsp_deploy.tools.reports.baselines import SCHEMA_VERSION, Baseline, engine_baseline, read_baseline, this_machine
 from trsp_deploy.tools.resources.cleaning import plan_cleaning
 from trsp_deploy.tools.runners.manifest import read_manifest
-from trsp_deploy.tools.triton_server.repository import read_repository
+from trsp_deploy.tools.triton_server.repository import RepositoryManifest, ServedModel, read_repository
 
 LONGEST_S = 20.0  # a hang; the longest of a quiet machine is a hundredth of that
 LONGEST_LINE = 20_000  # of an error; the command line cuts it
@@ -327,23 +330,51 @@ def test_baselines(tally, place):
     check()
 
 
-def test_records_manifests_and_servings(tally, place):
-    """What a run folder holds: unreadable is as good as absent, or an engine that is unavailable with its reason."""
-    with RunFolder(place / "run") as folder:
-        (place / "run" / "out").write_text("x")
-        folder.step("s", lambda: PruningPlan.model_validate(PLAN), PruningPlan, settings={}, inputs={}, outputs=["out"])
-    valid = json.loads((place / "run" / "records" / "s.json").read_text())
+def unsealed(path: Path) -> dict[str, Any]:
+    """A record's values without the seal, which would refuse every other value before anything looks at it."""
+    values: dict[str, Any] = json.loads(path.read_text())
+    del values["sha256"]
+    return values
 
-    @given(st.one_of(mutated(valid).map(as_file), garbled(json.dumps(valid)), BYTES))
+
+def served_repository() -> dict[str, Any]:
+    """A repository's manifest, as a `triton` writes it."""
+    model = ServedModel(
+        name="m",
+        role="pruned",
+        engine="ort-cpu-fp32",
+        backend="onnxruntime-cpu",
+        backend_version="1",
+        precision="fp32",
+        packages=("onnxruntime==1",),
+        max_batch=1,
+        max_length=8,
+        files={"1/model.py": "0" * 64},
+    )
+    return RepositoryManifest(
+        models=(model,), packages=model.packages, gpu=None, container="c", provenance=provenance()
+    ).model_dump(mode="json")
+
+
+def test_records_and_manifests(tally, place):
+    """What a run folder holds: unreadable is as good as absent, or an engine that is unavailable with its reason."""
+    run = made_run(place / "run")
+    engine = run / "engines" / "ort-cpu-fp32" / "pruned"
+    (place / "repository").mkdir()
+    seeds = [unsealed(run / "records" / "prune.json"), unsealed(engine / "manifest.json"), served_repository()]
+    sealed = (run / "records" / "prune.json").read_text()
+
+    @given(st.one_of(*(mutated(seed).map(as_file) for seed in seeds), garbled(sealed), BYTES))
     def check(content: bytes) -> None:
-        for path in ("run/records/s.json", "engine/manifest.json", "repository/MANIFEST.json"):
-            (place / path).parent.mkdir(exist_ok=True)
-            (place / path).write_bytes(content)
-        with RunFolder(place / "run") as folder:
+        for path in (run / "records" / "prune.json", engine / "manifest.json", place / "repository" / MANIFEST):
+            path.write_bytes(content)
+        with RunFolder(run) as folder:
             tally(
-                lambda: folder.record("s"),
-                lambda: read_manifest(place / "engine"),
-                lambda: read_repository(place / "repository"),
+                lambda: folder.record("prune"),
+                lambda: read_manifest(engine),
+                lambda: verify(engine),
+                lambda: read_repository(place / "repository").texts,
+                lambda: verify(place / "repository"),
             )
 
     check()
@@ -360,7 +391,7 @@ def test_reports(tally, place):
         made = PruningPlan.model_validate(reports[0]["plan"])
         folder.step("prune", lambda: made, PruningPlan, settings={}, inputs={}, outputs=["pruned"])
         folder.write_manifest()
-    reports.append(json.loads((run / MANIFEST).read_text()))
+    reports.append(unsealed(run / MANIFEST))
 
     @given(st.one_of(*map(mutated, reports)).map(as_file) | st.one_of(BYTES, garbled(json.dumps(reports[0]))))
     def check(content: bytes) -> None:
@@ -416,6 +447,10 @@ PLACES = st.one_of(
             "deep.json",
             "/dev/zero",
             "latin.txt",
+            "made-run",
+            "made-run/engines/ort-cpu-fp32/pruned",
+            "made-sweep",
+            "made-repository",
         ]
     ),
     st.sampled_from(["bad.onnx", "broken/recipe.yaml", "x.onnx", "~", "/proc/self/mem"]),
@@ -454,14 +489,25 @@ OPTIONS: dict[str, st.SearchStrategy[str]] = {
     "--max-length": NUMBERS.map(str),
     "--concurrency": st.one_of(TEXTS, st.sampled_from(["1,8", "0"])),
     "--url": st.one_of(TEXTS, st.sampled_from(["localhost:1:2"])),
+    "--key": PLACES,
+    "--public-key": PLACES,
+    "--keep": st.one_of(TEXTS, st.sampled_from(["dense,engines", "engines/ort-cpu-fp32", "engines/..", ","])),
 }
-FLAGS = ["--json", "--plan-memory", "--ignore-memory", "--dense", "--step", "--unknown", "-x"]
+COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
+FLAGS = ["--json", "--plan-memory", "--ignore-memory", "--dense", "--step", "--private", "--unknown", "-x"]
 WITHOUT_A_FOLDER = ["prune-and-build", "prune", "sweep"]
 TAKES = {
     **dict.fromkeys(WITHOUT_A_FOLDER, 0),
     **dict.fromkeys(["export", "build", "bench", "evaluate", "report", "baseline", "check", "inspect", "generate"], 1),
-    **dict.fromkeys(["triton", "triton-lint", "bench-server", "compare"], 1),
+    **dict.fromkeys(["triton", "triton-lint", "triton-stop", "bench-server", "compare"], 1),
+    **dict.fromkeys(["verify", "sign", "convert", "clean", "push"], 1),
 }
+
+
+def _taken(command: str, options: Iterable[str]) -> list[str]:
+    """Those of the options that a command takes; none of what is no command."""
+    taken = [name for parameter in COMMANDS[command].params for name in parameter.opts] if command in COMMANDS else []
+    return [option for option in options if option in taken]
 
 
 @st.composite
@@ -475,14 +521,23 @@ def command_lines(draw: Callable[[st.SearchStrategy[Any]], Any]) -> tuple[list[s
         arguments.append(folder)
     if command == "compare" and draw(st.booleans()):
         arguments.append(draw(PLACES))
+    if command == "push":
+        arguments.append(draw(OPTIONS["--model"]))
+    if command in ("push", "clean"):
+        arguments.append("--dry-run")
+    if command == "sign" and draw(st.integers(0, 3)):
+        arguments += ["--key", draw(PLACES)]
     if command in ("prune-and-build", "prune") and draw(st.integers(0, 3)):
         arguments += ["--model", draw(OPTIONS["--model"])]
-    known = list(OPTIONS)
-    for option in draw(st.lists(st.sampled_from(known), max_size=4)):
+    of_its_own = draw(st.integers(0, 3))  # else most command lines end at an option of another command
+    known = _taken(command, OPTIONS) if of_its_own else list(OPTIONS)
+    for option in draw(st.lists(st.sampled_from(known), max_size=4)) if known else ():
         arguments += [option, draw(OPTIONS[option])]
-    arguments += draw(st.lists(st.sampled_from(FLAGS), max_size=2, unique=True))
+    flags = _taken(command, FLAGS) if of_its_own else FLAGS
+    arguments += draw(st.lists(st.sampled_from(flags), max_size=2, unique=True)) if flags else []
     out = draw(OUTS)
-    if command in (*WITHOUT_A_FOLDER, "compare", "triton", "build", "baseline", "check") and draw(st.integers(0, 4)):
+    writes = (*WITHOUT_A_FOLDER, "compare", "triton", "build", "baseline", "check", "convert")
+    if command in writes and draw(st.integers(0, 4)):
         arguments += ["--out", out]
         return arguments, out
     if command == "baseline":
@@ -506,6 +561,10 @@ def sandbox(tmp_path, monkeypatch) -> Path:
     (tmp_path / "broken" / "manifest.json").write_text("{}")
     (tmp_path / "broken" / "config.json").write_text("[]")
     (tmp_path / "broken" / "config.pbtxt").write_text("a: [")
+    made_run(tmp_path / "made-run")
+    made_sweep(tmp_path / "made-sweep")
+    (tmp_path / "made-repository").mkdir()
+    (tmp_path / "made-repository" / MANIFEST).write_text(json.dumps(served_repository()))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TRSP_DEPLOY_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
@@ -544,7 +603,8 @@ def test_command_lines(tally, sandbox, watch):
 
 
 def _below(path: str, folder: Path) -> bool:
-    """Whether it is in the folder, is the folder, leads to it, or is on its way to be it (`.NAME.partial`)."""
+    """Whether it is in the folder, is the folder, leads to it, or is on its way to be it (`.NAME.partial`, or a trial
+    of the nearest folder that is there)."""
     written = Path(path)
-    aside = written.parent == folder.parent and written.name.startswith(f".{folder.name}.")
+    aside = written.parent in folder.parents and written.name.startswith(f".{folder.name}.")
     return aside or folder in (written, *written.parents) or written in folder.parents or "__pycache__" in path
