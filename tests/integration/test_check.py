@@ -20,6 +20,7 @@ import pytest
 import yaml
 
 from tests.breadth import BREADTH
+from tests.planted import SECRETS, check_no_secret
 from tests.samples import made_up
 from tests.tiny import english, save_tiny
 from trsp_deploy import checks, cli
@@ -108,8 +109,9 @@ def baseline(workspace: Path) -> Path:
 def test_a_speedup_that_is_there_passes(workspace: Path, tmp_path: Path) -> None:
     files = ["--junit", str(tmp_path / "check.xml"), "--out", str(tmp_path / "check.json")]
     limits = ["--min-speedup", "1.05", "--max-ppl-ratio", "100"]
-    done = trsp_deploy("check", "run", *limits, *files, "--json", cwd=workspace)
+    done = trsp_deploy("check", "run", *limits, *files, "--json", cwd=workspace, **SECRETS)
     assert done.code == 0, done.said
+    assert check_no_secret(tmp_path, done.said) == 3
     found = json.loads(done.stdout)
     assert found["verdict"] == "pass" and [outcome["word"] for outcome in found["outcomes"]] == ["pass", "pass"]
     suite = ElementTree.parse(tmp_path / "check.xml").getroot()
@@ -124,8 +126,9 @@ def test_a_speedup_that_is_there_passes(workspace: Path, tmp_path: Path) -> None
 def test_a_requirement_missed_fails_with_2_and_tells_github(workspace: Path, tmp_path: Path) -> None:
     github = {"GITHUB_ACTIONS": "true", "GITHUB_STEP_SUMMARY": str(tmp_path / "summary.md")}
     junit = ["--junit", str(tmp_path / "check.xml")]
-    done = trsp_deploy("check", "run", "--min-speedup", "50", *junit, cwd=workspace, **github)
+    done = trsp_deploy("check", "run", "--min-speedup", "50", *junit, cwd=workspace, **github, **SECRETS)
     assert done.code == 2, done.said
+    assert check_no_secret(tmp_path, done.said) == 3
     assert "::error title=trsp-deploy check::speed-up, end to end: " in done.stdout
     assert "❌ fail" in (tmp_path / "summary.md").read_text()
     failure = ElementTree.parse(tmp_path / "check.xml").find(".//failure")

@@ -9,6 +9,7 @@ import pytest
 
 from tests.breadth import BREADTH
 from tests.integration.test_check import trsp_deploy
+from tests.planted import SECRETS, check_no_secret
 from tests.tiny import english, save_tiny
 
 SETTINGS = [
@@ -39,13 +40,15 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sweep(workspace: Path, *options: str):  # type: ignore[no-untyped-def]
     settings = [option for pair in SETTINGS for option in ("--set", pair)]
     texts = ["--calibration", "text.txt", "--eval", "manual=text.txt", "--engine", "ort-cpu-fp32"]
-    return trsp_deploy("sweep", "--model", "tiny", *texts, *settings, "--out", "sweep", *options, cwd=workspace)
+    arguments = ["--model", "tiny", *texts, *settings, "--out", "sweep", *options]
+    return trsp_deploy("sweep", *arguments, cwd=workspace, **SECRETS)
 
 
 @BREADTH
 def test_a_sweep_is_one_search_and_a_run_each_and_goes_on(workspace: Path) -> None:
     done = sweep(workspace, "--drop", "1..2", "--max-ppl-ratio", "1000", "--json")
     assert done.code == 0, done.said
+    assert check_no_secret(workspace / "sweep", done.said) > 80
     found = json.loads(done.stdout)
     assert [point["num_dropped"] for point in found["points"]] == [1, 2] and found["choice"]["num_dropped"] == 2
     assert done.stderr.count("plans: started") == 1

@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from tests.integration.test_check import trsp_deploy
+from tests.planted import SECRETS, check_no_secret
 from tests.tiny import LAYERS, english, save_tiny
 from tests.triton_server import ENVIRONMENT, TritonServer, client, why_not
 from trsp_deploy.artifacts import write_json
@@ -65,9 +66,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def repository(run: Path) -> Path:
     out = run.parent / "repository"
     options = ["--out", str(out), "--name", "pruned", "--dense", "--max-batch", "4", "--json"]
-    done = trsp_deploy("triton", "run", *options, cwd=run.parent)
+    done = trsp_deploy("triton", "run", *options, cwd=run.parent, **SECRETS)
     assert done.code == 0, done.said
     assert json.loads(done.stdout)["models"] == ["pruned", "pruned-dense"]
+    assert check_no_secret(out, done.said) > 20
     return out
 
 
