@@ -431,8 +431,12 @@ def test_compare_takes_runs_and_onnx_files(workspace: Path, baseline: Path, form
     options = ["--budget", "2", "--set", "prompt_tokens=[8,16]", "--set", "new_tokens=4"]
     done = trsp_deploy("compare", *paths, *options, "--out", str(tmp_path / "c.json"), "--json", cwd=workspace)
     assert done.code == 0, done.said
-    phases = json.loads(done.stdout)["comparison"]["phases"]
+    found = json.loads(done.stdout)
+    phases = found["comparison"]["phases"]
     assert len(phases) == 6 and all((phase["limit"] is None) == (form == "onnx") for phase in phases)
+    assert [note.partition(":")[0] for note in found["notes"]] == ["no limit of the speed-up is known"] * (
+        form == "onnx"
+    )
     assert json.loads((tmp_path / "c.json").read_text())["replicates"][0]["blocks"]["again"]
 
 

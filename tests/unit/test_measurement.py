@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from tests.samples import made_up
 from tests.tiny import save_tiny
 from trsp_deploy.decoder import DecoderSize, WeightCounts
 from trsp_deploy.errors import EngineUnavailable, ParityError
@@ -17,10 +19,12 @@ from trsp_deploy.pipeline.proof import Proof
 from trsp_deploy.recipe import Case
 from trsp_deploy.results import Perplexity, Rates
 from trsp_deploy.stages import parity
+from trsp_deploy.stages.bench import derive, pair_notes, without_limit
 from trsp_deploy.tools.judging.limits import decode_bytes, prefill_operations, speed_limit, stored, stored_by
 from trsp_deploy.tools.judging.statistics import perplexity_ratio
 from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.measuring import bench_worker, rates, samples, telemetry
+from trsp_deploy.tools.measuring.subjects import Subject
 from trsp_deploy.tools.measuring.worker import Worker
 
 
@@ -96,6 +100,34 @@ def test_a_head_of_4_bits_raises_what_layers_can_gain():
     assert by_head[0] > by_head[1]
     static = load_engine_spec("tensorrt-int4")
     assert stored_by(static).cached == 2 and stored_by(static).head == 1.125
+
+
+def engine_of(name: str, layers: int, **changed: object) -> Subject:
+    spec = load_engine_spec(name).model_copy(update=changed)
+    return Subject(path=Path(f"{name}-{layers}"), spec=spec, vocabulary=9, cuts_logits=True, size=opt_6_7b(layers))
+
+
+def test_a_limit_is_of_engines_that_differ_by_their_layers_alone() -> None:
+    dense, pruned = engine_of("ort-cpu-int4", 32), engine_of("ort-cpu-int4", 24)
+    assert without_limit(dense, pruned) == "" and pair_notes(dense, pruned) == []
+    for other, reason in (
+        (engine_of("ort-cpu-int4-accurate", 32), "ort-cpu-int4-accurate and ort-cpu-int4 do not store their numbers"),
+        (engine_of("ort-cpu-fp32", 32), "ort-cpu-fp32 and ort-cpu-int4 do not store their numbers alike"),
+        (engine_of("ort-cpu-int4", 32, threads=1), "another number of threads each"),
+        (replace(dense, size=None), "ort-cpu-int4-32 has no model beside it"),
+        (replace(dense, spec=None), "ort-cpu-int4-32 is a graph alone"),
+    ):
+        assert reason in without_limit(other, pruned)
+        assert any(reason in note for note in pair_notes(other, pruned))
+        assert all(phase.limit is None for phase in derive(other, pruned, made_up()).phases)
+
+
+@pytest.mark.parametrize("threads", [None, 1])
+def test_rates_of_all_cores_hold_no_engine_up_that_has_fewer_threads(threads: int | None) -> None:
+    rates = Rates(bytes_per_s=1e9, operations_per_s={"fp32": 1e15})
+    dense, pruned = (engine_of("ort-cpu-fp32", layers, threads=threads) for layers in (32, 24))
+    found = derive(dense, pruned, made_up().model_copy(update={"rates": rates}))
+    assert all(phase.limit is not None and phase.limit_assumed == (threads == 1) for phase in found.phases)
 
 
 def test_bytes_and_operations():

@@ -76,7 +76,8 @@ def pair_notes(dense: Subject, pruned: Subject) -> list[str]:
         lines.append(
             f"two vocabularies, of {dense.vocabulary:,} and {pruned.vocabulary:,} tokens: not a model and its cut"
         )
-    return lines
+    lacking = without_limit(dense, pruned)
+    return [*lines, f"no limit of the speed-up is known: {lacking}"] if lacking else lines
 
 
 def label_of(dense: Subject, pruned: Subject) -> str:
@@ -104,15 +105,30 @@ def speedup_goals(dense: Subject, pruned: Subject, least: Mapping[Phase, float],
 
 
 def derive(dense: Subject, pruned: Subject, comparison: Comparison) -> ComparisonReport:
-    """Every figure of a comparison; limits where both models' sizes are known and the precision is the same."""
+    """Every figure of a comparison, limits among them where they are known."""
     return compare(comparison, _limit_of(dense, pruned, comparison.rates), _threads(dense, pruned, comparison.threads))
 
 
+def without_limit(dense: Subject, pruned: Subject) -> str:
+    """Why the speed-up of one over the other has no known limit; empty where it has.
+
+    It is by the models' sizes alone, so all else has to be alike.
+    """
+    for subject in (dense, pruned):
+        if subject.spec is None:
+            return f"{subject.path} is a graph alone; engine folders and runs have their model's sizes beside them"
+        if subject.size is None:
+            return f"{subject.path} has no model beside it"
+    assert dense.spec is not None and pruned.spec is not None
+    if stored_by(dense.spec) != stored_by(pruned.spec):
+        return f"{dense.name} and {pruned.name} do not store their numbers alike"
+    if dense.spec.threads != pruned.spec.threads:
+        return f"{dense.path} and {pruned.path} have another number of threads each"
+    return ""
+
+
 def _limit_of(dense: Subject, pruned: Subject, rates: Rates | None) -> LimitOf | None:
-    known = dense.size is not None and pruned.size is not None and dense.spec is not None and pruned.spec is not None
-    if not known or dense.spec.precision != pruned.spec.precision:  # type: ignore[union-attr]
-        return None
-    return lambda case: limits(dense, pruned, case, rates)
+    return None if without_limit(dense, pruned) else lambda case: limits(dense, pruned, case, rates)
 
 
 def _threads(dense: Subject, pruned: Subject, cores: int) -> dict[Role, int]:
@@ -126,8 +142,9 @@ def _threads(dense: Subject, pruned: Subject, cores: int) -> dict[Role, int]:
 
 
 def limits(dense: Subject, pruned: Subject, case: Case, rates: Rates | None) -> SpeedLimit:
-    """How much quicker pruned can be at one shape."""
+    """How much quicker pruned can be at one shape. rates: of all cores, which say nothing of fewer threads."""
     assert dense.size is not None and pruned.size is not None and pruned.spec is not None
+    rates = rates if pruned.spec.threads is None else None
     logits = 1 if dense.cuts_logits and pruned.cuts_logits else case.prompt_tokens
     return speed_limit(dense.size, pruned.size, stored_by(pruned.spec), case, rates=rates, logits=logits)
 

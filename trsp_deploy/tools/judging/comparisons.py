@@ -271,8 +271,8 @@ def notes(found: ComparisonReport) -> list[str]:
         lines.append("no control: dense was not measured against itself")
     if any(phase.limit_assumed for phase in found.phases):
         lines.append(
-            "limits are assumed, for this machine's rate of such products is not measured: decoding bound by bytes, "
-            "prefill by operations, end to end the larger of both"
+            "limits are assumed, for this machine's rate of such products, or with the engines' own number of threads, "
+            "is not measured: decoding bound by bytes, prefill by operations, end to end the larger of both"
         )
     for phase in found.phases:
         if phase.limit is not None and phase.speedup.ratio > phase.limit:
