@@ -10,7 +10,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -20,8 +20,9 @@ from tests import doc_lines
 from tests.doc_lines import GENERATED, PAGES, ROOT, ROOT_COMMAND, Line, lines_of
 from trsp_deploy.cli import reference
 from trsp_deploy.errors import TrspError
-from trsp_deploy.recipe import METHODS, EngineSpec, Recipe, override, read_bench_settings, read_recipe
+from trsp_deploy.recipe import METHODS, EngineSpec, Recipe, Strict, override, read_bench_settings, read_recipe
 from trsp_deploy.tools.library import load_engine_spec, load_recipe_values
+from trsp_deploy.tools.reports.record import Report
 from trsp_deploy.tools.sources.names import SHORT_NAMES
 from trsp_deploy.tools.sources.packaged import ASSETS
 
@@ -233,6 +234,41 @@ def test_keys_of_an_engine_spec_are_all_explained() -> None:
     text = (ROOT / "docs" / "own-engine.md").read_text(encoding="utf-8")
     table = text.partition("<!-- keys:start -->")[2].partition("<!-- keys:end -->")[0]
     assert set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) == {*EngineSpec.model_fields}
+
+
+def parts(annotation: Any) -> Iterator[Any]:
+    """An annotation and everything inside it: records, and the values of a Literal."""
+    yield annotation
+    for inner in get_args(annotation):
+        yield from parts(inner)
+
+
+def records_of_a_report() -> dict[type[Strict], str]:
+    """Every record of `report.json` and the path where it is nearest to the top, but for the recipe, whose keys have a
+    page of their own."""
+    found: dict[type[Strict], str] = {Report: ""}
+    for record in (queue := [Report]):  # grows meanwhile
+        for name, field in record.model_fields.items():
+            for kind in parts(field.annotation):
+                if isinstance(kind, type) and issubclass(kind, Strict) and kind not in {*found, Recipe}:
+                    found[kind] = f"{found[record]}.{name}".removeprefix(".")
+                    queue.append(kind)
+    return found
+
+
+def test_the_keys_of_a_report_are_those_of_its_page() -> None:
+    page = (ROOT / "docs" / "report-schema.md").read_text(encoding="utf-8")
+    rows = {path.replace("[]", ""): text for path, text in re.findall(r"^\| `([\w.\[\]]+)` \| (.*) \|$", page, re.M)}
+    rows[""] = " ".join(f"`{path}`" for path in rows if "." not in path)
+    records = records_of_a_report()
+    for record, path in records.items():
+        row = max((row for row in rows if f"{path}.".startswith(f"{row}." if row else "")), key=len)
+        missing = [name for name in record.model_fields if f"`{name}`" not in rows[row]]
+        assert not missing, f"`{row}` says nothing of {path}: {missing}"
+    fields = [field for record in records for field in record.model_fields.items()]
+    known = {name for name, _ in fields} | {kind for _, field in fields for kind in parts(field.annotation)}
+    said = {word for text in rows.values() for word in re.findall(r"`([a-z_]+)`", text)}
+    assert said <= known, "the page names what no report has"
 
 
 # -- error messages ----------------------------------------------------------------------------------------------------
