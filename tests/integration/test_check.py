@@ -554,25 +554,35 @@ def run_action(action: Any, workspace: Path, tmp_path: Path, planted: str = "0",
 
 
 @pytest.mark.parametrize(
-    ("inputs", "code", "verdict"),
+    ("planted", "inputs", "code", "verdict"),
     [
-        ({"min-speedup": "0.5\ndecode=50\n", "junit": ""}, 2, "fail"),
-        pytest.param({"min-speedup": "1.05", "budget": "1", "out": ""}, 3, "inconclusive", marks=pytest.mark.slow),
+        # Four times the time for each call: no machine is so busy that it stays open whether pruned is the quicker one.
+        ("pruned=3", {"min-speedup": "decode=0.01\n1.05\n", "junit": ""}, 2, "fail"),
+        pytest.param("0", {"min-speedup": "1.05", "budget": "1", "out": ""}, 3, "inconclusive", marks=pytest.mark.slow),
         pytest.param(
+            "0",
             {"min-speedup": "1.05", "budget": "1", "inconclusive-passes": "true"},
             0,
             "inconclusive",
             marks=pytest.mark.slow,
         ),
-        ({"min-speedup": "$(touch hacked)"}, 1, ""),
+        ("0", {"min-speedup": "$(touch hacked)"}, 1, ""),
     ],
 )
 def test_the_actions_step_ends_as_the_check_does(
-    action: Any, workspace: Path, baseline: Path, tmp_path: Path, inputs: dict[str, str], code: int, verdict: str
+    action: Any,
+    workspace: Path,
+    baseline: Path,
+    tmp_path: Path,
+    planted: str,
+    inputs: dict[str, str],
+    code: int,
+    verdict: str,
 ) -> None:
-    files = {"out": str(tmp_path / "check.json"), "junit": str(tmp_path / "check.xml")}
-    found, outputs, said = run_action(action, workspace, tmp_path, run="run", **{"budget": "60", **files, **inputs})
+    given = {"budget": "60", "out": str(tmp_path / "check.json"), "junit": str(tmp_path / "check.xml"), **inputs}
+    found, outputs, said = run_action(action, workspace, tmp_path, planted, run="run", **given)
     assert found == code, said
+    assert ("::error title=trsp-deploy check::speed-up, end to end: " in said) == (verdict == "fail")
     assert outputs == (f"verdict={verdict}\n" if verdict else "")
     assert not (workspace / "hacked").exists()
 

@@ -15,7 +15,7 @@ from trsp_deploy.errors import RecipeError
 from trsp_deploy.pipeline.reporting import sweep_of
 from trsp_deploy.recipe import parse_drops
 from trsp_deploy.tools.judging.comparisons import compare
-from trsp_deploy.tools.reports import markdown, sweep_page
+from trsp_deploy.tools.reports import markdown, plots, sweep_page
 from trsp_deploy.tools.reports.rows import sweep_row
 from trsp_deploy.tools.reports.sweeps import Sweep, Targets, choose
 
@@ -86,6 +86,15 @@ def test_the_page_has_the_answer_every_point_and_two_plots() -> None:
     assert all(f'href="drop-{count}/report.html"' in page for count in (2, 4, 6, 8))
     unmeasured = found.model_copy(update={"points": (POINTS[0].model_copy(update={"comparison": None}),)})
     assert "not measured" in sweep_page.render(unmeasured)
+
+
+def test_every_text_is_drawn_however_many_there_are() -> None:
+    quality = POINTS[0].quality["text"]
+    found = made_up_sweep()
+    texts = {f"text-{number}": quality for number in range(30)}
+    points = tuple(point.model_copy(update={"quality": texts}) for point in found.points)
+    drawn = plots.pareto(found.model_copy(update={"points": points}))
+    assert all(f">{text}</text>" in drawn for text in texts)
 
 
 def test_every_shape_has_to_keep_a_target() -> None:

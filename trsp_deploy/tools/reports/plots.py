@@ -7,6 +7,7 @@ as a phone: a wide screen shows two side by side.
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -27,6 +28,7 @@ from trsp_deploy.tools.reports.sweeps import Sweep
 from trsp_deploy.tools.triton_server.served import ServedReport
 
 WIDTH = 4.2  # inches
+MARKERS, LINES = "osD^v<>", ("-", "--", ":")
 # Placeholder colours, unlike any that matplotlib chooses by itself, and the page's variables for them.
 VARIABLES = {
     "#010101": "var(--ink)",
@@ -190,12 +192,13 @@ def pareto(found: Sweep) -> str:
     if not points:
         return ""
     with rc_context(STYLE):
-        figure, axes = _figure(3.4)
+        texts = points[0].quality
+        figure, axes = _figure(3.4 + 0.2 * max(0, len(texts) - len(MARKERS)))  # room for the legend
         speeds = [point.comparison.of("total").speedup.ratio for point in points if point.comparison is not None]
-        markers = dict(zip(points[0].quality, "osD^v<>", strict=False))
-        for text, marker in markers.items():
+        # After as many texts as there are markers the line changes.
+        for text, (line, marker) in zip(texts, itertools.cycle(itertools.product(LINES, MARKERS)), strict=False):
             ratios = [point.quality[text].ratio for point in points]
-            axes.plot(speeds, ratios, marker=marker, color=PRUNED, linewidth=1, markersize=5, label=text)
+            axes.plot(speeds, ratios, marker=marker, ls=line, color=PRUNED, linewidth=1, markersize=5, label=text)
         for point, speed in zip(points, speeds, strict=True):
             chosen = point.num_dropped == found.choice.num_dropped
             axes.annotate(
