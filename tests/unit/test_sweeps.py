@@ -47,6 +47,30 @@ def test_the_choice_and_the_limit_that_bound(targets: dict[str, float], count: i
     assert found.num_dropped == count and all(word in found.reason for word in words), found.reason
 
 
+@pytest.mark.parametrize(
+    ("targets", "doubt"),
+    [
+        ({"min_speedup": 1.1, "max_ppl_ratio": 1.4}, ""),
+        ({"min_speedup": 1.19, "max_ppl_ratio": 1.4}, "speed-up"),
+        ({"min_speedup": 1.1, "max_ppl_ratio": 1.25}, "perplexity"),
+        ({"min_speedup": 1.19, "max_ppl_ratio": 1.25}, "speed-up and perplexity"),
+        ({"max_ppl_ratio": 1.25}, "perplexity"),
+    ],
+)
+def test_what_an_estimate_keeps_and_its_interval_may_miss_is_said(targets: dict[str, float], doubt: str) -> None:
+    point = made_up_point(4, 1.2, 1.2)
+    assert point.comparison is not None
+    phases = tuple(
+        phase.model_copy(update={"speedup": phase.speedup.model_copy(update={"low": 1.15})})
+        for phase in point.comparison.phases
+    )
+    wide = point.model_copy(update={"comparison": point.comparison.model_copy(update={"phases": phases})})
+    found = choose([wide], Targets(**targets))
+    assert found.num_dropped == 4
+    words = f"; by estimates, for the interval of its {doubt} allows a miss: `check` decides"
+    assert found.reason.endswith(words) if doubt else "by estimates" not in found.reason
+
+
 def test_a_speed_up_counts_for_no_more_than_its_limit() -> None:
     drifted = made_up_point(2, 1.3, 1.05, limit=1.1)
     found = choose([drifted, made_up_point(6, 1.35, 1.5)], Targets(min_speedup=1.2))

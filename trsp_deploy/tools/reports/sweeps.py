@@ -67,8 +67,9 @@ def answer(found: Sweep) -> str:
 def choose(points: Sequence[Point], targets: Targets) -> Choice:
     """The smallest cut that is fast enough; without a wish for speed, the largest cut that quality allows.
 
-    A target counts as kept by the estimate, not by the whole interval: the run's own check decides what may ship. But
-    no speed-up counts for more than its limit, as what is measured above that is the machine's drift.
+    A target counts as kept by the estimate, not by the whole interval, and the reason says where that allows a miss:
+    the run's own check decides what may ship. But no speed-up counts for more than its limit, as what is measured above
+    that is the machine's drift.
     """
     wishes = _speed_wishes(targets)
     if not wishes and targets.max_ppl_ratio is None:
@@ -79,13 +80,13 @@ def choose(points: Sequence[Point], targets: Targets) -> Choice:
     if wishes and both:
         taken = both[0]
         before = [point for point in points if point.num_dropped < taken.num_dropped]
-        return _chosen(taken, _why_no_less(before, wishes, taken))
+        return _chosen(taken, targets, _why_no_less(before, wishes, taken))
     if not wishes and good:
         taken = good[-1]
         after = [point for point in points if point.num_dropped > taken.num_dropped]
         bound = f"perplexity {taken.worst_ppl_ratio:.2f}x of at most {targets.max_ppl_ratio:g}x"
         more = f"{after[0].num_dropped} would cost {after[0].worst_ppl_ratio:.2f}x" if after else "more was not tried"
-        return _chosen(taken, f"the most that quality allows: {bound}; {more}")
+        return _chosen(taken, targets, f"the most that quality allows: {bound}; {more}")
     return Choice(num_dropped=None, folder=None, reason=_why_none(points, fast, good, targets, wishes))
 
 
@@ -135,8 +136,19 @@ def _good(point: Point, targets: Targets) -> bool:
     return targets.max_ppl_ratio is None or point.worst_ppl_ratio <= targets.max_ppl_ratio
 
 
-def _chosen(point: Point, reason: str) -> Choice:
-    return Choice(num_dropped=point.num_dropped, folder=point.folder, reason=reason)
+def _chosen(point: Point, targets: Targets, reason: str) -> Choice:
+    doubted = " and ".join(_doubted(point, targets))
+    doubt = f"; by estimates, for the interval of its {doubted} allows a miss: `check` decides" if doubted else ""
+    return Choice(num_dropped=point.num_dropped, folder=point.folder, reason=reason + doubt)
+
+
+def _doubted(point: Point, targets: Targets) -> list[str]:
+    """The targets that a point keeps by its estimate and may miss by its 95% interval; a time has none."""
+    totals = [] if point.comparison is None else [p.speedup for p in point.comparison.phases if p.phase == "total"]
+    slow = targets.min_speedup is not None and any(speedup.low < targets.min_speedup for speedup in totals)
+    most = targets.max_ppl_ratio
+    poor = most is not None and any(text.ratio_high > most for text in point.quality.values())
+    return ["speed-up"] * slow + ["perplexity"] * poor
 
 
 def _why_no_less(before: Sequence[Point], wishes: Sequence[Wish], taken: Point) -> str:
