@@ -105,6 +105,12 @@ def test_stdout_is_one_json_line(first, report):
         assert summary[part] == report[part]
 
 
+def test_the_last_line_says_where_the_page_is(workspace, first):
+    last = first.stderr.splitlines()[-1]  # with --json what people read is there
+    assert last == "report: run/report.html, and the same as report.md and report.json"
+    assert (workspace / "run" / "report.html").is_file()
+
+
 def test_model_part_of_the_report(report):
     model = report["model"]
     assert report["schema_version"] == 2

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from html import escape
 from pathlib import Path
 
 import pytest
 
 from tests.samples import made_up, made_up_report, made_up_served, made_up_sweep
-from trsp_deploy.tools.reports import html, markdown, plots
+from trsp_deploy.tools.reports import html, markdown, plots, sweep_page
+from trsp_deploy.tools.reports.rows import sweep_columns, sweep_row
 from trsp_deploy.tools.triton_server.served import derive
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -23,6 +25,13 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "report.html"
     report = made_up_report(made).model_copy(update={"served": derive(served), "sweep": made_up_sweep()})
     path.write_text(html.render(report, {"ort-cpu-fp32": made}, served=served), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sweep") / "sweep.html"
+    path.write_text(sweep_page.render(made_up_sweep()), encoding="utf-8")
     return path
 
 
@@ -52,6 +61,12 @@ def test_page_markdown_and_record_say_the_same(page: Path) -> None:
     ratio = report.engines[0].comparison.of("total").speedup  # type: ignore[union-attr]
     shown = f"{ratio.ratio:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})"
     assert shown in page.read_text() and shown in markdown.render(report)
+
+
+def test_the_page_has_every_figure_of_the_other_cuts_that_markdown_has(page: Path) -> None:
+    found = made_up_sweep()
+    for cells in (sweep_columns(found), *map(sweep_row, found.points)):
+        assert all(f">{cell}</t" in page.read_text() for cell in cells), cells
 
 
 @pytest.mark.parametrize(
@@ -89,6 +104,33 @@ def test_a_browser_has_nothing_to_complain_about(page: Path, tmp_path: Path) -> 
     assert "CONSOLE" not in done.stderr, done.stderr
     assert done.stdout.count('role="img"') == 8 and "Faster: ort-cpu-fp32" in done.stdout
     assert "Other cuts of this model" in done.stdout and "Drop 6 of 10 layers (drop-6)" in done.stdout
+
+
+@browser
+def test_a_browser_has_nothing_to_complain_about_in_a_sweep(sweep: Path, tmp_path: Path) -> None:
+    done = chromium(tmp_path, "--enable-logging=stderr", "--v=0", "--dump-dom", sweep.as_uri())
+    assert done.returncode == 0, done.stderr
+    assert "CONSOLE" not in done.stderr, done.stderr
+    assert done.stdout.count('role="img"') == 2 and "Drop 6 of 10 layers (drop-6)" in done.stdout
+
+
+@browser
+@pytest.mark.parametrize("name", ["page", "sweep"])
+def test_nothing_is_wider_than_a_phone(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """In a frame as wide as one, for the pages allow no script of their own."""
+    page = request.getfixturevalue(name).read_text(encoding="utf-8")
+    script = (
+        "const root = document.querySelector('iframe').contentDocument.documentElement;"
+        "document.title = `${root.scrollWidth} of ${root.clientWidth}`"
+    )
+    frame = tmp_path / "frame.html"
+    frame.write_text(
+        f'<body onload="{script}"><iframe width="390" height="800" frameborder="0" srcdoc="{escape(page)}"></iframe>'
+    )
+    done = chromium(tmp_path, "--dump-dom", frame.as_uri())
+    widths = re.search(r"<title>(\d+) of (\d+)</title>", done.stdout)
+    assert widths is not None, done.stderr
+    assert 0 < int(widths[1]) <= int(widths[2]) <= 390
 
 
 @browser

@@ -279,6 +279,29 @@ def test_only_the_warm_up_says_what_an_engine_holds_on_the_gpu():
     assert (taken.gpu_bytes, taken.peak_rss_bytes) == ({"dense": 5}, {"dense": 10})
 
 
+@pytest.mark.parametrize(
+    ("seconds", "blocks"),
+    [
+        ([1.0, 0.5, 0.49, 0.3], 3),  # hardly quicker than the block before
+        ([1.0, 1.2, 0.3], 2),  # slower
+        ([1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4], samples.LONGEST_WARMUP),  # quicker every time: it has to end
+    ],
+)
+def test_warm_up_ends_when_blocks_stop_getting_quicker(monkeypatch, seconds, blocks):
+    now, left = [0.0], list(seconds)
+
+    def block(prompt, new_tokens):
+        now[0] += left.pop(0)
+        return {"gpu_bytes": None}
+
+    taken, paused = samples._Taken(["dense"], 1), []
+    worker = SimpleNamespace(load=lambda: 0.5, block=block, pause=lambda: paused.append(True))
+    monkeypatch.setattr(samples, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    samples._warm("dense", worker, [(shape(), [[1]])], taken)
+    assert (taken.warmup_blocks, len(left), paused) == (blocks, len(seconds) - blocks, [True])
+    assert taken.load_s == {"dense": 0.5} and taken.blocks == {"dense": [[]]}, "nothing of it counts"
+
+
 def test_a_gpu_that_torch_cannot_use_has_no_rates(monkeypatch):
     def lacking(device):
         raise AssertionError("Torch not compiled with CUDA enabled")

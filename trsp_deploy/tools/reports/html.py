@@ -27,6 +27,8 @@ from trsp_deploy.tools.reports.rows import (
     model_rows,
     provenance_rows,
     server_notes,
+    sweep_columns,
+    sweep_row,
 )
 from trsp_deploy.tools.reports.sweeps import Sweep, answer
 from trsp_deploy.tools.triton_server.served import SERVED_COLUMNS, served_rows, served_sentence
@@ -72,6 +74,8 @@ def render(
         engine_rows=engine_rows(report),
         absent=[note for note in engine_notes(report) if not note.startswith(tuple(f"{e.name}:" for e in measured))],
         sweep_plots=[] if report.sweep is None else sweep_plots(report.sweep),
+        sweep_columns=() if report.sweep is None else sweep_columns(report.sweep),
+        sweep_rows=[] if report.sweep is None else [sweep_row(point) for point in report.sweep.points],
         sweep_answer="" if report.sweep is None else answer(report.sweep),
         layer_map=Markup(plots.layers(report.plan)),
         layer_caption=_layer_caption(report),
