@@ -10,13 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.breadth import BREADTH
 from tests.exported import Made, onnx_of
-from tests.tiny import save_tiny, tiny_tokenizer
+from tests.tiny import english, save_tiny, tiny_tokenizer
+from trsp_deploy import cli
 from trsp_deploy.decoder import load_model, load_tokenizer
 from trsp_deploy.errors import TextError, UserError
 from trsp_deploy.recipe import read_recipe
 from trsp_deploy.stages import zeroshot
 from trsp_deploy.stages.zeroshot import TASKS, evaluate_zero_shot, evaluate_zero_shot_engine
+from trsp_deploy.tools.reports.record import Report
 from trsp_deploy.tools.runners.ort import OrtRunner
 from trsp_deploy.tools.sources.packaged import ASSETS, find_asset
 
@@ -143,6 +146,42 @@ def test_an_item_that_is_too_long_loses_its_beginning_in_an_engine_too(
     assert (
         through_engine.tasks[0].correct == evaluate_zero_shot(folder, ("piqa",), None, "dense", RECIPE).tasks[0].correct
     )
+
+
+@needs_lm_eval
+@BREADTH
+@pytest.mark.alone
+def test_a_job_with_a_task_reports_and_judges_its_accuracy(
+    own_items: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_tiny("llama", tmp_path / "tiny")
+    Path("text.txt").write_text(english()[:20_000])
+    sets = ["calibration.context_length=32", "calibration.max_windows=8", "calibration.validation_windows=2"]
+    sets += ["plan.method=shortgpt", "transfer.form=none", "evaluation={}", "engines=[ort-cpu-fp32]"]
+    sets += ["bench.prompt_tokens=8", "bench.new_tokens=2", "bench.budget_s=1", "bench.control=false"]
+    options = [option for each in sets for option in ("--set", each)]
+    build = ["prune-and-build", "--model", "tiny", "--drop", "3", "--calibration", "text.txt", "--task", "piqa"]
+    assert cli.run([*build, *options, "--out", "run", "--json"]) == 0, capsys.readouterr().err
+    report = Report.model_validate_json(Path("run/report.json").read_text())
+    found = report.engines[0].choices
+    assert found is not None and list(found.tasks) == ["piqa"]
+    dense, pruned = (
+        [likelier_choice(folder, item) == item["label"] for item in GOALS]
+        for folder in (Path("run/dense"), Path("run/pruned"))
+    )
+    lost = sum(before and not after for before, after in zip(dense, pruned, strict=True))
+    gained = sum(after and not before for before, after in zip(dense, pruned, strict=True))
+    task = found.tasks["piqa"]
+    assert (task.dense, task.pruned) == (sum(dense) / 6, sum(pruned) / 6)
+    assert (task.items, task.lost, task.gained) == (6, lost, gained)
+    capsys.readouterr()
+    code = cli.run(["check", "run", "--min-accuracy-retained", "90%", "--budget", "1", "--json"])
+    said = json.loads(capsys.readouterr().out)
+    (outcome,) = said["outcomes"]
+    assert outcome["requirement"]["source"] == "--min-accuracy-retained"
+    assert outcome["found"] == said["choices"]["retained"] == found.retained.model_dump()
+    assert (code, said["verdict"]) == (3, "inconclusive"), "six items decide nothing"
 
 
 @needs_lm_eval
