@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from trsp_deploy.artifacts import size_bytes
 from trsp_deploy.pipeline.runs import load_recipe
 from trsp_deploy.recipe import read_recipe
 from trsp_deploy.tools.library import load_engine_spec
+from trsp_deploy.tools.resources import device_memory, disk
 from trsp_deploy.tools.resources.disk import plan_disk
 from trsp_deploy.tools.runners import open_engine
 
@@ -266,6 +268,38 @@ def test_second_run_redoes_nothing(workspace, report):
     assert again.returncode == 0, again.stderr
     assert steps(again.stderr, "started") == set()
     assert len(steps(again.stderr, "reused")) >= 14
+
+
+def test_a_finished_run_is_asked_about_what_its_settings_change(workspace, report, tmp_path, monkeypatch):
+    shutil.copytree(workspace / "run", tmp_path / "run")
+    monkeypatch.setattr(device_memory, "available_bytes", lambda device: 1000)
+    monkeypatch.setattr(disk, "free_bytes", lambda path: 1000)
+
+    def asked(*options: str, drop: str = "34%") -> tuple[subprocess.CompletedProcess[str], set[str]]:
+        """What came of it, and the stages that the disk is asked for."""
+        done = job(workspace, *options, "--out", str(tmp_path / "run"), drop=drop)
+        said = next((line for line in done.stderr.splitlines() if "of disk (" in line), "()")
+        stages = said.partition("(")[2].partition(")")[0].split(", ")
+        return done, {stage.rpartition(" ")[0].removesuffix(" 0.00") for stage in stages if " there" not in stage}
+
+    same, stages = asked()
+    assert same.returncode == 0 and not stages, same.stderr
+    later, _ = asked("--set", "evaluate.context_length=48")
+    assert later.returncode == 1
+    assert later.stderr.splitlines()[-1].startswith("error: run ort-cpu-fp32 needs about ")
+    assert ", evaluation needs about " in later.stderr.splitlines()[-1]
+    other, _ = asked(drop="50%")
+    refused = other.stderr.splitlines()[-1]
+    assert refused.startswith("error: selection needs about ") and "; transfer needs about " in refused
+    assert "onnx fp32 needs about " in refused and "engine ort-cpu-fp32 needs about " in refused
+    other, stages = asked("--ignore-memory", drop="50%")
+    assert other.returncode == 1 and "--ignore-disk runs anyway" in other.stderr.splitlines()[-1]
+    assert any(line.startswith("> needs main memory: selection ") for line in other.stderr.splitlines())
+    assert {"pruned", "onnx fp32", "engine ort-cpu-fp32"} <= stages and "dense" not in stages
+    _, stages = asked("--ignore-memory", "--set", "export.exporter=dynamo")
+    assert "onnx fp32" in stages and not {"dense", "pruned"} & stages
+    _, stages = asked("--ignore-memory", "--engine", "ort-cpu-int8")
+    assert stages == {"engine ort-cpu-int8"}
 
 
 def test_changed_recipe_redoes_only_what_depends_on_it(workspace, report):

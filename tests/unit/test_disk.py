@@ -15,6 +15,7 @@ from trsp_deploy.cli import jobs
 from trsp_deploy.decoder import WeightCounts
 from trsp_deploy.errors import StorageError
 from trsp_deploy.recipe import EngineSpec, Recipe, read_recipe
+from trsp_deploy.results import ROLES
 from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.resources import disk
 from trsp_deploy.tools.resources.disk import DiskPlan, check_disk, plan_disk, plan_sweep
@@ -90,14 +91,41 @@ def test_the_highest_moment_is_what_has_to_fit(tmp_path: Path) -> None:
     )
 
 
-def test_what_is_there_costs_nothing_again(tmp_path: Path) -> None:
+def test_what_is_finished_costs_nothing_again(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    whole = smollm2(run).needed_bytes
-    for folder in ("dense", "pruned", "onnx/dense", "onnx/pruned", "engines/ort-cpu-fp32/dense"):
-        (run / folder).mkdir(parents=True)
-    plan = smollm2(run)
+    whole = smollm2(run)
+    finished = ["dense", "prune", "export-dense-fp32", "export-pruned-fp32", "build-ort-cpu-fp32-dense"]
+    plan = plan_disk(run, recipe(), SMOLLM2, SPECS, finished=finished)
     assert [stage.stage for stage in plan.stages if stage.there] == ["dense", "pruned", "onnx fp32"]
-    assert plan.needed_bytes < whole - 1.5e9
+    engine = disk._engine(SPECS[0], disk.counts_of(SMOLLM2))
+    before = sum(stage.kept_bytes for stage in whole.stages[:3])
+    assert plan.needed_bytes == whole.needed_bytes - before - engine
+
+
+def test_what_is_made_again_lies_beside_the_old_until_it_is_whole(tmp_path: Path) -> None:
+    """A folder alone says nothing: its step may have been of other settings."""
+    run = tmp_path / "run"
+    whole = {stage.stage: stage for stage in smollm2(run).stages}
+    old = 300_000_000
+    for folder in ("dense", "pruned", "onnx/dense", "onnx/pruned", "elsewhere"):
+        (run / folder).mkdir(parents=True)
+    for folder in ("pruned", "onnx/pruned"):
+        with (run / folder / "weights").open("wb") as file:
+            file.truncate(old)
+    finished = ["dense", "export-dense-fp32"]
+    plan = plan_disk(run, recipe(), SMOLLM2, SPECS[:1], finished=finished)
+    stages = {stage.stage: stage for stage in plan.stages}
+    assert [name for name, stage in stages.items() if stage.there] == ["dense"]
+    size = whole["pruned"].kept_bytes
+    assert (stages["pruned"].added_bytes, stages["pruned"].scratch_bytes) == (size - old, old)
+    assert stages["onnx fp32"].kept_bytes == whole["onnx fp32"].kept_bytes
+    graphs = stages["onnx fp32"].added_bytes + old  # of the pruned model alone
+    assert 0.4e9 < graphs < 0.5e9 < whole["onnx fp32"].kept_bytes and stages["onnx fp32"].scratch_bytes == old
+    added = sum(stage.added_bytes for stage in plan.stages[:-1])
+    assert added < plan.needed_bytes == added + stages["engine ort-cpu-fp32"].scratch_bytes
+    (run / "elsewhere" / "weights").hardlink_to(run / "pruned" / "weights")
+    linked = plan_disk(run, recipe(), SMOLLM2, SPECS[:1], finished=finished)
+    assert linked.needed_bytes == plan.needed_bytes + old, "nothing is freed while the blocks have another name"
 
 
 def test_hard_links_cost_nothing(tmp_path: Path) -> None:
@@ -142,6 +170,10 @@ def test_a_sweep_needs_a_run_for_every_number_of_layers(tmp_path: Path) -> None:
     assert few.needed_bytes > many.needed_bytes, "fewer layers go"
     assert [stage.stage for stage in both.stages] == ["drop-3", "drop-12"]
     assert both.needed_bytes == few.stages[0].kept_bytes + many.needed_bytes
+    steps = ["dense", "prune", *(f"export-{role}-{each}" for role in ROLES for each in ("fp32", "fp16"))]
+    steps += [f"build-{spec.name}-{role}" for spec in SPECS for role in ROLES]
+    again = plan_sweep(tmp_path, recipe(), SMOLLM2, SPECS, (3, 12), finished={3: steps})
+    assert again.needed_bytes == many.needed_bytes + disk.REPORT_BYTES
     with pytest.raises(StorageError, match="drop-12"):
         check_disk(plan_sweep(tmp_path, recipe(), SMOLLM2, SPECS, (3, 12), free=both.needed_bytes - 1), {})
 

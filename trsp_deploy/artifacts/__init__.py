@@ -13,7 +13,14 @@ from trsp_deploy.artifacts.layout import (
 )
 from trsp_deploy.artifacts.locks import locked, writing_alone
 from trsp_deploy.artifacts.provenance import Provenance, provenance
-from trsp_deploy.artifacts.run_folder import RunFolder, RunManifest, StepRecord, check_made, is_main_process
+from trsp_deploy.artifacts.run_folder import (
+    Finished,
+    RunFolder,
+    RunManifest,
+    StepRecord,
+    check_made,
+    is_main_process,
+)
 from trsp_deploy.artifacts.storage import free_bytes, link_tree, nearest_existing, storage_errors, write_json, writing
 
 __all__ = [
@@ -21,6 +28,7 @@ __all__ = [
     "MANIFEST",
     "RUN_MARK",
     "SIGNATURE",
+    "Finished",
     "Provenance",
     "RunFolder",
     "RunLayout",

@@ -250,6 +250,44 @@ class RunFolder:
         return path.exists() and not leaves(self.path, path) and fingerprint(path) == record.outputs[output]
 
 
+class Finished:
+    """The steps of a run that need not be done again, as far as its records tell.
+
+    Nothing is made, and no artefact is read: one that was changed since is found by `RunFolder.step` alone.
+    """
+
+    def __init__(self, run: RunFolder) -> None:
+        self.run = run
+        self.steps: set[str] = set()
+        self.left: dict[
+            str, str
+        ] = {}  # step -> fingerprint of its output, also where that is to be made again as it was
+
+    def ask(
+        self,
+        step: str,
+        settings: Callable[[], BaseModel | Mapping[str, Any]],
+        inputs: Callable[[], Mapping[str, str | None]],
+        output: str | None = None,
+    ) -> None:
+        """Enter a step whose record is of these settings and inputs, and whose output is there.
+
+        settings, inputs: called only where there is a record, for they may take a model or texts to say. inputs: those
+        that are compared, by name; None for the output of a step that has to be done again.
+        output: path below the run folder; None of a step that leaves none.
+        """
+        record = self.run.record(step)
+        if record is None or (output is not None and output not in record.outputs):
+            return
+        if record.settings != json.loads(json.dumps(_plain(settings()))):
+            return
+        if any(record.inputs.get(name) != now for name, now in inputs().items()):
+            return
+        self.left[step] = "" if output is None else record.outputs[output]
+        if output is None or (self.run.path / output).exists():
+            self.steps.add(step)
+
+
 def check_made(run: Path, step: str, output: str) -> None:
     """Raise RunError where a step's output is not what the step made; without a record of it there is no telling."""
     record, path = RunFolder(run).record(step), run / output

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from trsp_deploy.cli.terminal import Output
     from trsp_deploy.pipeline import Pipeline
     from trsp_deploy.recipe import EngineSpec, Recipe
-    from trsp_deploy.tools.resources.device_memory import Engines
     from trsp_deploy.tools.resources.disk import DiskPlan
 
 
@@ -170,47 +169,55 @@ def check_memory(
     """
     from trsp_deploy.pipeline.engines import runnable
     from trsp_deploy.tools.plan import read_plan
-    from trsp_deploy.tools.resources.device_memory import Engines, check_memory, launched_as_several, model_config
+    from trsp_deploy.tools.resources.device_memory import (
+        Engines,
+        check_memory,
+        launched_as_several,
+        model_config,
+        plan_memory,
+    )
     from trsp_deploy.tools.training.shared import pick_device
 
-    plan = plan_file or job.run.layout.plan
-    missing: list[str] = [stage for stage in job.pruning.unfinished() if stage != "selection" or plan_file is None]
+    missing: list[str] = list(job.pruning.unfinished())
     if missing:
         pick_device(job.recipe)  # before a model is fetched for a device that is not here
     engines = Engines(job.engines.buildable(), runnable(job.engines.specs)) if whole and job.run.main else None
-    if ignore or launched_as_several() or not (missing or engines):
+    if launched_as_several() or not (missing or engines):
         return
     with contextlib.suppress(ModelError):  # of a model that cannot be used the pipeline says more
         config = model_config(job.inputs.model, say)
-        dropped = read_plan(plan, config.num_hidden_layers).dropped if plan.is_file() else None
         if engines is not None:
-            missing += _later_to_do(job, config, engines, counts)
-        for line in check_memory(job.recipe, config, missing, dropped, engines).lines():
+            missing = job.unfinished(counts)
+        if plan_file is not None:
+            missing = [stage for stage in missing if stage != "selection"]
+        plan = plan_file or job.run.layout.plan
+        chosen = plan.is_file() and "selection" not in missing
+        dropped = read_plan(plan, config.num_hidden_layers).dropped if chosen else None
+        if ignore:
+            found = plan_memory(job.recipe, config, dropped, engines)
+        else:
+            found = check_memory(job.recipe, config, missing, dropped, engines)
+        for line in found.lines():
             say(line)
-
-
-def _later_to_do(job: Pipeline, config: Any, engines: Engines, counts: Sequence[int]) -> list[str]:
-    """Stages after training whose result is not there; of a sweep all of them, until every run is whole."""
-    if counts and all(stage.there for stage in _disk_plan(job, config, engines.built, counts).stages):
-        return []
-    stages = [stage.stage for stage in _disk_plan(job, config, engines.built, ()).stages if not stage.there]
-    return [*stages, "evaluation", *(f"run {spec.name}" for spec in engines.run)] if "report" in stages else stages
 
 
 def _disk_plan(job: Pipeline, config: Any, specs: Sequence[EngineSpec], counts: Sequence[int]) -> DiskPlan:
     from trsp_deploy.tools.resources.disk import plan_disk, plan_sweep
 
-    plain = job.engines.specs[0].graph_precision
+    run, recipe, plain = job.run.path, job.recipe, job.engines.specs[0].graph_precision
     if counts:
-        return plan_sweep(job.run.path, job.recipe, config, specs, counts, plain)
-    return plan_disk(job.run.path, job.recipe, config, specs, plain)
+        finished = {count: job.finished(count) for count in counts}
+        return plan_sweep(run, recipe, config, specs, counts, plain, finished=finished)
+    return plan_disk(run, recipe, config, specs, plain, finished=job.finished())
 
 
 def check_disk(job: Pipeline, ignore: bool, counts: Sequence[int] = ()) -> None:
     """Say what each stage will leave on the disk, and refuse what cannot fit there; counts: as in `check_memory`."""
-    from trsp_deploy.tools.resources.device_memory import model_config
+    from trsp_deploy.tools.resources.device_memory import launched_as_several, model_config
     from trsp_deploy.tools.resources.disk import check_disk
 
+    if launched_as_several() and job.run.recorded():
+        job.inputs.dense()  # by all processes: what the main one holds the records against may need it
     if not job.run.main:
         return
     with contextlib.suppress(ModelError):  # of a model that cannot be used the pipeline says more

@@ -8,8 +8,9 @@ matches its inputs is reused, so each command can ask for the part it wants and 
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from trsp_deploy.artifacts import RunFolder
@@ -20,6 +21,7 @@ from trsp_deploy.pipeline.proof import Proof
 from trsp_deploy.pipeline.pruning import Pruning
 from trsp_deploy.pipeline.reporting import make_report
 from trsp_deploy.recipe import Recipe
+from trsp_deploy.results import ROLES
 from trsp_deploy.stages import export, zeroshot
 from trsp_deploy.tools.reports.record import Report
 from trsp_deploy.tools.training.processes import Processes
@@ -48,6 +50,37 @@ class Pipeline:
         self.pruning = Pruning(self.inputs, plan_file)
         self.engines = Engines(self.inputs, self.pruning)
         self.proof = Proof(self.inputs, self.pruning, self.engines)
+
+    def finished(self, count: int | None = None) -> frozenset[str]:
+        """The steps that need not be done again, as the records tell before anything is made.
+
+        count: of layers, where this is a sweep of them and its run with so many dropped is asked about.
+        """
+        run = None if count is None else RunFolder(self.run.path / f"drop-{count}")
+        found = self.pruning.finished(run, count)
+        self.engines.ask(found)
+        self.proof.ask(found)
+        return frozenset(found.steps)
+
+    def unfinished(self, counts: Sequence[int] = ()) -> list[str]:
+        """Stages, by the estimates' names, with a step that has to be done; counts: of layers, of a sweep of them."""
+        stages = {"selection": ["plan"], "transfer": ["prune"]}
+        texts = list(itertools.product(self.recipe.evaluation, ROLES))
+        for spec in self.engines.specs:
+            precision = spec.graph_precision
+            stages[f"onnx {precision}"] = [f"export-{role}-{precision}" for role in ROLES]
+            stages[f"engine {spec.name}"] = [f"build-{spec.name}-{role}" for role in ROLES]
+            stages[f"run {spec.name}"] = [
+                f"bench-{spec.name}",
+                *(f"evaluate-{spec.name}-{name}-{role}" for name, role in texts),
+                *(f"zero-shot-{spec.name}-{role}" for role in ROLES if self.recipe.evaluate.tasks),
+            ]
+        stages["evaluation"] = [f"evaluate-{name}-{role}" for name, role in texts]
+        done = [self.finished(count) for count in counts] or [self.finished()]
+        left = [stage for stage, steps in stages.items() if not all(each.issuperset(steps) for each in done)]
+        if counts:  # one search for all
+            left = [stage for stage in left if stage != "selection"]
+        return ["selection", *left] if counts and not self.pruning.searched(counts) else left
 
     def report(self) -> Report:
         """Measure what is missing; write report.json, report.md, report.html and the manifest."""

@@ -8,11 +8,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from trsp_deploy.artifacts import size_bytes, writing
+from trsp_deploy.artifacts import Finished, size_bytes, writing
 from trsp_deploy.errors import EngineSpecError, EngineUnavailable
 from trsp_deploy.pipeline.inputs import Inputs
 from trsp_deploy.pipeline.pruning import Pruning
@@ -31,6 +32,8 @@ AUTO_ENGINES = {
     "cpu": ("ort-cpu-fp32", "tensorrt-rtx-fp16"),
     "cuda": ("ort-cuda-fp16", "tensorrt-fp16", "tensorrt-rtx-fp16"),
 }
+
+MADE: dict[Role, str] = {"dense": "dense", "pruned": "prune"}  # the step that makes the role's Hugging Face folder
 
 
 @dataclass(frozen=True)
@@ -62,15 +65,12 @@ class Engines:
     @functools.cache
     def onnx(self, role: Role, precision: Float) -> OnnxModel:
         """One exported model."""
-        folder = self.run.layout.below(self.run.layout.onnx(role, precision, self.specs[0].graph_precision))
+        folder = self._onnx_folder(role, precision)
         model = self.pruning.ready(role)
-        guarded = precision == "fp16"  # the text shows what has to stay in fp32
-        inputs: dict[str, Path | str] = {"model": model}
-        if guarded:
-            inputs["calibration"] = self._calibration_sha256()
+        guard = self._guard(precision)
 
         def work() -> OnnxModel:
-            text = self._calibration() if guarded else None
+            text = self._calibration() if guard else None
             with writing(self.run.path / folder) as partial:
                 external = export.export_onnx(model, precision, self.recipe.export, partial, text)
                 size = size_bytes(partial / export.FILE) + sum(size_bytes(partial / name) for name in external)
@@ -88,12 +88,8 @@ class Engines:
             f"export-{role}-{precision}",
             work,
             OnnxModel,
-            settings={
-                **self.recipe.export.model_dump(),
-                "exporter": export.chosen(self.recipe.export),
-                "precision": precision,
-            },
-            inputs=inputs,
+            settings=self._export_settings(precision),
+            inputs={"model": model, **guard},
             outputs=[folder],
         )
 
@@ -124,6 +120,28 @@ class Engines:
         dense, pruned = (find_subject(self.path(spec, role), role, None) for role in ROLES)
         return dense, pruned
 
+    def ask(self, found: Finished) -> None:
+        """Enter the exports and builds that need not be done again, into what is told of the steps before them."""
+        for spec in self.buildable():
+            for role in ROLES:
+                self._ask(found, spec, role)
+
+    def _ask(self, found: Finished, spec: EngineSpec, role: Role) -> None:
+        precision, made = spec.graph_precision, MADE[role]
+        exported, built = f"export-{role}-{precision}", f"build-{spec.name}-{role}"
+        found.ask(
+            exported,
+            lambda: self._export_settings(precision),
+            lambda: {"model": found.left.get(made), **self._guard(precision)},
+            self._onnx_folder(role, precision),
+        )
+        found.ask(
+            built,
+            lambda: spec,
+            lambda: {"onnx": found.left.get(exported), **self._build_inputs(spec)},
+            self.run.layout.below(self.path(spec, role)),
+        )
+
     def path(self, spec: EngineSpec, role: Role) -> Path:
         """The engine's folder, there or not."""
         return self.run.layout.engine(spec.name, role)
@@ -131,15 +149,6 @@ class Engines:
     def _build(self, spec: EngineSpec, role: Role) -> EngineManifest:
         model = self.onnx(role, spec.graph_precision)
         folder = self.path(spec, role)
-        inputs: dict[str, Path | str] = {
-            "onnx": self.run.path / model.folder,
-            "backend": package_version(spec.backend),
-            "passes": PASSES,
-        }
-        if (bound := bound_to(spec)) != Bound():  # another machine wants another engine
-            inputs["machine"] = bound.model_dump_json()
-        if spec.reads_text:
-            inputs["calibration"] = self._calibration_sha256()
         return self.run.step(
             f"build-{spec.name}-{role}",
             lambda: build.build_engine(
@@ -151,9 +160,30 @@ class Engines:
             ),
             EngineManifest,
             settings=spec,
-            inputs=inputs,
+            inputs={"onnx": self.run.path / model.folder, **self._build_inputs(spec)},
             outputs=[self.run.layout.below(folder)],
         )
+
+    def _onnx_folder(self, role: Role, precision: Float) -> str:
+        """Below the run folder."""
+        return self.run.layout.below(self.run.layout.onnx(role, precision, self.specs[0].graph_precision))
+
+    def _export_settings(self, precision: Float) -> dict[str, Any]:
+        settings = self.recipe.export
+        return {**settings.model_dump(), "exporter": export.chosen(settings), "precision": precision}
+
+    def _guard(self, precision: Float) -> dict[str, str]:
+        """The text that shows what of an fp16 graph has to stay in fp32, as an input of its export."""
+        return {"calibration": self._calibration_sha256()} if precision == "fp16" else {}
+
+    def _build_inputs(self, spec: EngineSpec) -> dict[str, str]:
+        """What an engine is made of beside its graph."""
+        inputs = {"backend": package_version(spec.backend), "passes": PASSES}
+        if (bound := bound_to(spec)) != Bound():  # another machine wants another engine
+            inputs["machine"] = bound.model_dump_json()
+        if spec.reads_text:
+            inputs["calibration"] = self._calibration_sha256()
+        return inputs
 
     def _calibration(self) -> np.ndarray:
         """(texts, tokens) of calibration text, for a graph or an engine that has choices to make."""

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from trsp_deploy.artifacts import provenance
+from trsp_deploy.artifacts import Finished, provenance
 from trsp_deploy.errors import EngineUnavailable
-from trsp_deploy.pipeline.engines import Engines
+from trsp_deploy.pipeline.engines import MADE, Engines
 from trsp_deploy.pipeline.inputs import Inputs
 from trsp_deploy.pipeline.pruning import Pruning
 from trsp_deploy.recipe import EngineSpec, Precision
@@ -148,6 +149,40 @@ class Proof:
             found |= {f"zero-shot-{spec.name}-{role}": score for role, score in self.engine_answers(spec).items()}
         return found
 
+    def ask(self, found: Finished) -> None:
+        """Enter the measurements that need not be made again, into what is told of the steps before them."""
+        for name, role in itertools.product(self.recipe.evaluation, ROLES):
+            self._ask_perplexity(found, name, role)
+        for spec in self.engines.specs:
+            engines: dict[str, str | None] = {role: found.left.get(f"build-{spec.name}-{role}") for role in ROLES}
+            self._ask_bench(found, spec, engines)
+            for name, role in itertools.product(self.recipe.evaluation, ROLES):
+                self._ask_engine_perplexity(found, spec, name, role, engines[role])
+            for role in ROLES:
+                self._ask_zero_shot(found, spec, role, engines[role])
+
+    def _ask_perplexity(self, found: Finished, name: str, role: Role) -> None:
+        found.ask(
+            f"evaluate-{name}-{role}",
+            lambda: self._reference_settings,
+            lambda: {"model": found.left.get(MADE[role]), "text": self.inputs.evaluation_texts(name).fingerprint},
+        )
+
+    def _ask_bench(self, found: Finished, spec: EngineSpec, engines: Mapping[str, str | None]) -> None:
+        found.ask(f"bench-{spec.name}", lambda: self.recipe.bench, lambda: {**engines, "machine": _machine_sha256()})
+
+    def _ask_engine_perplexity(
+        self, found: Finished, spec: EngineSpec, name: str, role: Role, engine: str | None
+    ) -> None:
+        found.ask(
+            f"evaluate-{spec.name}-{name}-{role}",
+            lambda: self._text_settings,
+            lambda: {"engine": engine, "text": self.inputs.evaluation_texts(name).fingerprint},
+        )
+
+    def _ask_zero_shot(self, found: Finished, spec: EngineSpec, role: Role, engine: str | None) -> None:
+        found.ask(f"zero-shot-{spec.name}-{role}", lambda: self._task_settings, lambda: {"engine": engine})
+
     def _of_each(self, lack: str, measure: Callable[[EngineSpec], Measured]) -> dict[str, Measured]:
         """A measurement of every engine that runs here; one that fails at it leaves the others theirs.
 
@@ -219,17 +254,12 @@ class Proof:
 
     def _measure(self, spec: EngineSpec) -> Comparison:
         dense, pruned = self.engines.pair(spec)
-        machine = provenance().model_dump_json(include={"cpu", "cores", "gpus"})
         return self.run.step(
             f"bench-{spec.name}",
             lambda: bench.compare_engines(dense, pruned, spec.name, self.recipe.bench, self.recipe.seed),
             Comparison,
             settings=self.recipe.bench,
-            inputs={
-                "dense": dense.path,
-                "pruned": pruned.path,
-                "machine": hashlib.sha256(machine.encode()).hexdigest(),
-            },
+            inputs={"dense": dense.path, "pruned": pruned.path, "machine": _machine_sha256()},
         )
 
     def _perplexity(self, name: str, role: Role) -> Perplexity:
@@ -246,7 +276,7 @@ class Proof:
             f"evaluate-{name}-{role}",
             work,
             Perplexity,
-            settings={**self._text_settings, "device": str(pick_device(self.recipe))},  # decides the precision
+            settings=self._reference_settings,
             inputs={"model": self.pruning.ready(role), "text": texts.fingerprint},
         )
 
@@ -279,10 +309,24 @@ class Proof:
             f"zero-shot-{spec.name}-{role}",
             work,
             ZeroShot,
-            settings=settings.model_dump(include={"tasks", "task_items"}),
+            settings=self._task_settings,
             inputs={"engine": folder},
         )
 
     @property
     def _text_settings(self) -> dict[str, Any]:
         return self.recipe.evaluate.model_dump(include={"context_length", "max_tokens"})
+
+    @property
+    def _reference_settings(self) -> dict[str, Any]:
+        return {**self._text_settings, "device": str(pick_device(self.recipe))}  # decides the precision
+
+    @property
+    def _task_settings(self) -> dict[str, Any]:
+        return self.recipe.evaluate.model_dump(include={"tasks", "task_items"})
+
+
+def _machine_sha256() -> str:
+    """SHA-256 of what decides how fast an engine is."""
+    machine = provenance().model_dump_json(include={"cpu", "cores", "gpus"})
+    return hashlib.sha256(machine.encode()).hexdigest()

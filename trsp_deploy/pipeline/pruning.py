@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel
 from transformers import PreTrainedModel
 
-from trsp_deploy.artifacts import fingerprint, write_json, writing
+from trsp_deploy.artifacts import Finished, RunFolder, fingerprint, write_json, writing
 from trsp_deploy.artifacts.layout import PLANS
 from trsp_deploy.decoder import check_prunable, load_model
 from trsp_deploy.errors import PlanError
@@ -22,7 +22,6 @@ from trsp_deploy.results import PrunedCheckpoint, Role
 from trsp_deploy.stages import selection, transfer
 from trsp_deploy.tools.plan import PruningPlan, read_plan
 from trsp_deploy.tools.quiet import quiet_libraries
-from trsp_deploy.tools.resources.memory import Stage
 from trsp_deploy.tools.sources.texts import jsonl, load_texts, tokenize_windows
 from trsp_deploy.tools.training.checkpoints import Checkpoints
 from trsp_deploy.tools.training.self_calibration import self_generated_windows, write_texts
@@ -61,10 +60,16 @@ class Pruning:
         """The plan handed in, if any; a recorded one that is another is forgotten."""
         if self._plan_file is None:
             return None
-        given, record = read_plan(self._plan_file, self.inputs.num_layers()), self.run.record("plan")
-        if record is None or record.result != given.model_dump(mode="json"):
+        if self._is_replaced():
             self.run.forget("plan")
-        return given
+        return read_plan(self._plan_file, self.inputs.num_layers())
+
+    def _is_replaced(self) -> bool:
+        """Whether another plan than the recorded one was handed in."""
+        record = self.run.record("plan")
+        if self._plan_file is None or record is None:
+            return False
+        return record.result != read_plan(self._plan_file, self.inputs.num_layers()).model_dump(mode="json")
 
     def _edited_plan(self, settings: dict[str, Any]) -> PruningPlan | None:
         """`plan.json` as a person left it; None where it is not there, or is what the step made.
@@ -97,8 +102,8 @@ class Pruning:
                     write_json(partial / f"drop-{count}.json", plan)
             return Done()
 
-        settings = {**self._selection_settings(max(counts)), "counts": list(counts)}
-        self._resumable("plans", work, Done, settings=settings, inputs=self._model_and_text(), output=PLANS)
+        settings, inputs = self._sweep_settings(counts), self._model_and_text()
+        self._resumable("plans", work, Done, settings=settings, inputs=inputs, output=PLANS)
         return {count: folder / f"drop-{count}.json" for count in counts}
 
     @functools.cache
@@ -151,18 +156,31 @@ class Pruning:
             self.prune()
         return self.inputs.path(role)
 
-    def unfinished(self) -> list[Stage]:
-        """The stages whose result is not there, or is of other settings."""
-        finished: dict[Stage, bool] = {
-            "selection": self._is_there("plan", "plan.json", lambda: self._plan_settings),
-            "transfer": self._is_there("prune", "pruned", lambda: self._prune_settings),
-        }
-        return [stage for stage, done in finished.items() if not done]
+    def finished(self, run: RunFolder | None = None, count: int | None = None) -> Finished:
+        """The steps that need not be done again.
 
-    def _is_there(self, step: str, output: str, settings: Callable[[], dict[str, Any]]) -> bool:
-        """Whether a step's output is, and was made with `settings`, which may take a model to say: asked for last."""
-        record = self.run.record(step)
-        return (self.run.path / output).exists() and record is not None and record.settings == settings()
+        run, count: another one with this recipe that drops `count` layers, such as a sweep's; None is this one.
+        """
+        found = Finished(run or self.run)
+        found.ask("dense", lambda: {"model": self.recipe.model}, dict, "dense")
+        model = {"model": found.left.get("dense")}
+        if not self._is_replaced():
+            found.ask("plan", lambda: self._selection_settings(count or self._count), lambda: model, "plan.json")
+        if self._plan_file is None and "plan" in found.steps:
+            found.left["plan"] = fingerprint(found.run.layout.plan)  # which a person may have edited
+        found.ask("prune", lambda: self._prune_settings, lambda: {**model, "plan": found.left.get("plan")}, "pruned")
+        return found
+
+    def unfinished(self) -> list[str]:
+        """Of selection and transfer what has to be done."""
+        done = self.finished().steps
+        return [stage for stage, step in (("selection", "plan"), ("transfer", "prune")) if step not in done]
+
+    def searched(self, counts: Sequence[int]) -> bool:
+        """Whether the plans of a sweep need not be searched for again."""
+        found = Finished(self.run)
+        found.ask("plans", lambda: self._sweep_settings(counts), dict, "plans")
+        return "plans" in found.steps
 
     def _resumable(
         self,
@@ -272,6 +290,9 @@ class Pruning:
         chosen = self._chosen("seed", "device", "weights", "autocast", "calibration", "plan")
         # Text by the dense model is the transfer's: layers are chosen without.
         return {**chosen, "calibration": {**chosen["calibration"], "self_generated": 0.0}, "num_dropped": count}
+
+    def _sweep_settings(self, counts: Sequence[int]) -> dict[str, Any]:
+        return {**self._selection_settings(max(counts)), "counts": list(counts)}
 
     def _chosen(self, *keys: str) -> dict[str, Any]:
         """What the recipe says of these, as a record keeps it."""

@@ -59,13 +59,13 @@ def plan_cleaning(run: RunFolder, keep: Sequence[str] | None) -> Cleaning:
     found = sorted(set(_leftovers(run.path)) | set(_parts(run.path, keep)))
     names = [run.layout.below(path) for path in found]
     removals = [
-        Removal(path=name, size_bytes=_size(path), freed_bytes=_freed([path]))
+        Removal(path=name, size_bytes=_size(path), freed_bytes=freed_bytes([path]))
         for name, path in zip(names, found, strict=True)
     ]
     return Cleaning(
         run=str(run.path),
         removals=tuple(removals),
-        freed_bytes=_freed(found),  # two names of one file may both go
+        freed_bytes=freed_bytes(found),  # two names of one file may both go
         redone=tuple(step for step in run.recorded() if _loses(run, step, names)),
     )
 
@@ -127,7 +127,7 @@ def _size(path: Path) -> int:
     return sum(file.lstat().st_size for file in files_below(path))
 
 
-def _freed(paths: Sequence[Path]) -> int:
+def freed_bytes(paths: Sequence[Path]) -> int:
     """Bytes of files that lose their last name."""
     seen: dict[tuple[int, int], list[int]] = {}
     for file in {file for path in paths for file in files_below(path)}:

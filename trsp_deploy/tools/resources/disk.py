@@ -1,17 +1,18 @@
 """How much disk a run will need, by stage, before anything is written.
 
-    plan = plan_disk(Path("runs/opt-6.7b-drop8"), recipe, config, specs)
+    plan = plan_disk(Path("runs/opt-6.7b-drop8"), recipe, config, specs, finished=job.finished())
     check_disk(plan, {})   # raises StorageError with what would fit
 
-From the model's config and the engine specs alone; docs/memory.md has the formulae and what was measured. Stages whose
-files are there already count nothing: made again, they take the place of the old ones once they are whole.
+From the model's config and the engine specs alone; docs/memory.md has the formulae and what was measured. Steps that
+need not be done again count nothing. What is made again takes the place of the old files once it is whole, so that for
+a while there are both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,6 +22,7 @@ from trsp_deploy.errors import StorageError
 from trsp_deploy.recipe import FLOAT_BYTES, EngineSpec, Float, Recipe, Strict, parse_drop
 from trsp_deploy.results import ROLES, Role
 from trsp_deploy.tools.judging.limits import stored_by
+from trsp_deploy.tools.resources.cleaning import freed_bytes
 from trsp_deploy.tools.resources.memory import MOMENT_8BIT_BYTES
 from trsp_deploy.tools.training.shared import TRAINING_DTYPES
 
@@ -37,9 +39,10 @@ class StageDisk(Strict):
     """What one stage leaves, and what it needs on top while it works."""
 
     stage: str
-    kept_bytes: int
-    scratch_bytes: int = 0
-    there: bool = False  # whether its files are in the run already
+    kept_bytes: int  # in the finished run
+    added_bytes: int  # to what the disk holds now; below 0 where what is made again is smaller
+    scratch_bytes: int = 0  # on top of that, at its highest
+    there: bool = False  # whether nothing of it is to be made
 
 
 class DiskPlan(Strict):
@@ -54,8 +57,8 @@ class DiskPlan(Strict):
         """The high-water mark beyond what is there: everything before a stage, and its scratch."""
         kept, peak = 0, 0
         for stage in self.stages:
-            kept += 0 if stage.there else stage.kept_bytes
-            peak = max(peak, kept + (0 if stage.there else stage.scratch_bytes))
+            kept += stage.added_bytes
+            peak = max(peak, kept + stage.scratch_bytes)
         return peak
 
     @property
@@ -76,11 +79,13 @@ def plan_disk(
     specs: Sequence[EngineSpec],
     plain: Float | None = None,
     free: int | None = None,
+    finished: Collection[str] = (),
 ) -> DiskPlan:
     """Estimate a run.
 
     config: transformers' config of the dense model. specs: the engines that can be built here. plain: precision
     of the graphs in `onnx/dense`, else of the first spec. free: bytes; None asks the disk that `run` is or would be on.
+    finished: names of the steps that need not be done again.
     Raises RecipeError when the recipe's `drop` does not suit the model.
     """
     layout = RunLayout(run)
@@ -91,32 +96,42 @@ def plan_disk(
     width = (getattr(config, "dtype", None) or torch.float32).itemsize
     words = TOKENIZER_BYTES * (getattr(config, "vocab_size", None) or dense.lm_head // config.hidden_size)
     shared = bool(config._name_or_path) and _shares_blocks(Path(config._name_or_path), run)
+    size = 0 if shared else width * dense.total + words
     stages = [
-        StageDisk(
-            stage="dense", kept_bytes=0 if shared else width * dense.total + words, there=layout.model("dense").is_dir()
-        ),
-        StageDisk(
-            stage="pruned",
-            kept_bytes=width * pruned.total + words,
-            scratch_bytes=_checkpoint(recipe, dense),
-            there=layout.model("pruned").is_dir(),
+        _stage("dense", [_Output("dense", layout.model("dense"), size)], finished),
+        _stage(
+            "pruned",
+            [_Output("prune", layout.model("pruned"), width * pruned.total + words)],
+            finished,
+            scratch=_checkpoint(recipe, dense),
         ),
     ]
     for precision in dict.fromkeys(spec.graph_precision for spec in specs):
-        kept = sum(_graph(counts[role], precision) + words for role in ROLES)
-        there = all(layout.onnx(role, precision, plain or specs[0].graph_precision).is_dir() for role in ROLES)
+        outputs = [
+            _Output(
+                f"export-{role}-{precision}",
+                layout.onnx(role, precision, plain or specs[0].graph_precision),
+                _graph(counts[role], precision) + words,
+            )
+            for role in ROLES
+        ]
         # The copy of an fp16 graph that reads the calibration text in fp32.
         scratch = _graph(dense, precision) if precision == "fp16" else 0
-        stages.append(StageDisk(stage=f"onnx {precision}", kept_bytes=kept, scratch_bytes=scratch, there=there))
+        stages.append(_stage(f"onnx {precision}", outputs, finished, scratch))
     for spec in specs:
-        kept = sum(_engine(spec, counts[role]) for role in ROLES)
-        there = all(layout.engine(spec.name, role).is_dir() for role in ROLES)
+        outputs = [
+            _Output(f"build-{spec.name}-{role}", layout.engine(spec.name, role), _engine(spec, counts[role]))
+            for role in ROLES
+        ]
         # Two graphs at a time while the passes run; then an engine in floats, as large as one, takes a place of these.
         graphs = 0 if not spec.fuse and spec.precision == spec.graph_precision else 1
         graphs += spec.precision != spec.graph_precision
         scratch = graphs * _graph(dense, spec.graph_precision)
-        stages.append(StageDisk(stage=f"engine {spec.name}", kept_bytes=kept, scratch_bytes=scratch, there=there))
-    stages.append(StageDisk(stage="report", kept_bytes=REPORT_BYTES, there=layout.report.is_file()))
+        stages.append(_stage(f"engine {spec.name}", outputs, finished, scratch))
+    there = layout.report.is_file()
+    stages.append(
+        StageDisk(stage="report", kept_bytes=REPORT_BYTES, added_bytes=0 if there else REPORT_BYTES, there=there)
+    )
     return DiskPlan(run=str(run), free_bytes=free_bytes(run) if free is None else free, stages=tuple(stages))
 
 
@@ -128,26 +143,56 @@ def plan_sweep(
     counts: Sequence[int],
     plain: Float | None = None,
     free: int | None = None,
+    finished: Mapping[int, Collection[str]] | None = None,
 ) -> DiskPlan:
     """Estimate a sweep, a run for each number of layers; the arguments are those of `plan_disk`.
 
     folder: of the sweep. A run's graphs and engines of the dense model are copies (sweep.py: EXTERNAL_DATA).
+    finished: by number of layers.
     """
     stages = []
     for count in counts:
-        one = plan_disk(
-            folder / f"drop-{count}", recipe.model_copy(update={"drop": str(count)}), config, specs, plain, free
-        )
-        kept = sum(stage.kept_bytes for stage in one.stages if not stage.there)
+        run, point = folder / f"drop-{count}", recipe.model_copy(update={"drop": str(count)})
+        one = plan_disk(run, point, config, specs, plain, free, (finished or {}).get(count, ()))
+        added = sum(stage.added_bytes for stage in one.stages)
         stages.append(
             StageDisk(
                 stage=f"drop-{count}",
-                kept_bytes=kept or one.total_bytes,
-                scratch_bytes=one.needed_bytes - kept,
-                there=not kept,
+                kept_bytes=one.total_bytes,
+                added_bytes=added,
+                scratch_bytes=one.needed_bytes - added,
+                there=all(stage.there for stage in one.stages),
             )
         )
     return DiskPlan(run=str(folder), free_bytes=free_bytes(folder) if free is None else free, stages=tuple(stages))
+
+
+class _Output(NamedTuple):
+    """What a step leaves."""
+
+    step: str
+    path: Path
+    size_bytes: int
+
+
+def _stage(stage: str, outputs: Sequence[_Output], finished: Collection[str], scratch: int = 0) -> StageDisk:
+    """A stage whose steps are done one after the other, those alone that are not finished.
+
+    scratch: what a step needs beside its output.
+    """
+    added, highest = 0, 0
+    todo = [output for output in outputs if output.step not in finished]
+    for output in todo:
+        added += output.size_bytes
+        highest = max(highest, added)
+        added -= freed_bytes([output.path])
+    return StageDisk(
+        stage=stage,
+        kept_bytes=sum(output.size_bytes for output in outputs),
+        added_bytes=added,
+        scratch_bytes=highest - added + (scratch if todo else 0),
+        there=not todo,
+    )
 
 
 def check_disk(plan: DiskPlan, alone: Mapping[str, DiskPlan]) -> None:
