@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -133,6 +134,8 @@ def test_plan_memory_needs_the_config_alone(command, tmp_path, capsys):
     assert run([*command, "--plan-memory", "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])["memory"]
     assert found["stages"]["transfer"]["fits"] and found["available_bytes"] > 0
+    assert run([*command, "--plan-memory", "--set", "device=cuda"]) == 0
+    assert re.search(r"^transfer +main memory +0\.\d\d", capsys.readouterr().out, re.MULTILINE)
     assert not (tmp_path / "out").exists()
 
 
@@ -143,6 +146,7 @@ def test_what_cannot_fit_is_refused_before_it_starts(command, tmp_path, capsys, 
     assert last.startswith("error: selection needs about") and "transfer needs about" in last
     assert not (tmp_path / "out" / "plan.json").exists()
     assert run([*command, "--ignore-memory"]) == 0
+    assert "> needs main memory: selection " in capsys.readouterr().err, "shown all the same"
     assert run(command) == 0  # all is there already: nothing to ask about
 
 

@@ -289,6 +289,59 @@ def test_an_engine_of_a_gpu_is_held_against_that(monkeypatch):
         check_memory(recipe(*SMALL), config, ["run ort-cuda-fp16"], engines=Engines([spec], [spec]))
 
 
+def test_training_on_a_gpu_needs_main_memory_too():
+    """Weights of another dtype than the stored one on their way, the states of all windows, the pruned model saved."""
+    half = LlamaConfig(**{**LLAMA.to_dict(), "dtype": "bfloat16"})
+    windows = ["calibration.max_windows=100", "calibration.context_length=2000", "drop=8"]
+
+    def moments(config: LlamaConfig, *settings: str) -> dict[str, int]:
+        estimate = MemoryEstimate(config, "cuda", fast_bf16=True)
+        selection, transfer = estimate.host_stages(recipe(*windows, *settings))
+        found = {moment.name: moment.total_bytes - moment.slack_bytes for moment in transfer.moments}
+        assert selection.peak.total_bytes - selection.peak.slack_bytes == found["loading"]
+        return found
+
+    counts = count_config(half)
+    pruned = counts.total - sum(counts.layers[:8])
+    states = 2 * 100 * 2000 * 4096
+    stored, widened = moments(half, "weights=bf16"), moments(half, "weights=fp32", "transfer.steps=5")
+    assert stored == {
+        "loading": 0,  # pages of the file
+        "hidden states of all windows": states,
+        "saving": 2 * pruned + 5 * 10**9,
+    }
+    assert widened["loading"] == 4 * counts.total
+    assert widened["hidden states of all windows"] == states // 5, "5 steps of 4 windows"
+    refit = moments(half, "weights=bf16", "transfer.refit=layers", "transfer.form=none")
+    outputs = 4 * 4096 + 2 * 11008 + 4096
+    assert refit["hidden states of all windows"] == 2 * 100 * 2000 * (3 * 4096 + outputs)
+    on_cpu = MemoryEstimate(tiny_config("llama"), "cpu", fast_bf16=False)
+    assert not on_cpu.host_stages(recipe(*SMALL)), "all of it is in `stages`"
+
+
+def test_main_memory_that_a_gpus_job_lacks_is_refused_with_what_would_fit(monkeypatch):
+    config = tiny_config("llama", hidden_size=512, intermediate_size=2048, dtype="bfloat16")
+    chosen = recipe("calibration.context_length=256", "calibration.max_windows=2048", "transfer.steps=512", "drop=1")
+    there = {"cpu": 10**12, "cuda": 10**12}
+    monkeypatch.setattr(device_memory, "available_bytes", there.get)
+    found = check_memory(chosen, config, ["selection", "transfer"])
+    needed = {stage.stage: stage.peak.total_bytes for stage in found.host}
+    on_gpu, in_main = found.lines()
+    assert on_gpu.startswith("needs GPU memory: selection ") and "1000.00 GB there" in on_gpu
+    assert in_main.startswith(f"needs main memory: selection {needed['selection'] / 1e9:.2f} GB, transfer 0.60 GB; ")
+    assert found.summary()["memory"]["host"]["transfer"]["needed_bytes"] == needed["transfer"]
+    there["cpu"] = needed["transfer"] - 1
+    with pytest.raises(DeviceMemoryError) as refusal:
+        check_memory(chosen, config, ["selection", "transfer"])
+    said = str(refusal.value)
+    assert said.startswith("transfer needs about 0.6 GB of main memory and 0.6 GB are there; would fit: --set ")
+    assert "--set calibration.max_windows=1024 (0.3 GB), or --set transfer.kl_weight=0 (" in said and "\n" not in said
+    check_memory(chosen, config, ["selection"])
+    there["cuda"] = None  # no such machine: nor is its main memory this one's
+    absent = plan_memory(chosen, config)
+    assert absent.host_available_bytes is None and all(map(absent.host_fits, absent.host))
+
+
 def test_settings_are_tried_together_and_nothing_is_promised(card):
     config = tiny_config("llama", hidden_size=256, intermediate_size=1024)
     card(1000)

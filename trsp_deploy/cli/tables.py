@@ -110,7 +110,7 @@ def print_memory(plan: MemoryPlan, file: TextIO) -> None:
         ["needed at least" if plan.at_least else "needed", *(f"{peak.total_bytes / 1e9:.2f}" for peak in peaks)]
     )
     rows.append(["highest at", *(peak.name for peak in peaks)])
-    rows.append(["fits", *("yes" if plan.fits(stage) else "no" for stage in plan.stages)])
+    rows.append(["fits", *(_fits(plan.fits(stage)) for stage in plan.stages)])
     there = "unknown: it is not in this machine or does not tell"
     if plan.available_bytes is not None:
         there = f"{plan.available_bytes / 1e9:.2f} GB"
@@ -120,8 +120,17 @@ def print_memory(plan: MemoryPlan, file: TextIO) -> None:
     out.print(f"{plan.model}, {plan.weights} weights; {NAMES[plan.device]} available: {there}", soft_wrap=True)
     if plan.at_least:
         out.print("activations are missing: this architecture's cannot be told without its data", soft_wrap=True)
+    known = plan.host_available_bytes is not None
     rows = [
-        [each.stage, NAMES[each.device], f"{each.needed_bytes / 1e9:.2f}", "yes" if plan.later_fits(each) else "no"]
+        [each.stage, NAMES["cpu"], f"{each.peak.total_bytes / 1e9:.2f}", _fits(plan.host_fits(each)) if known else ""]
+        for each in plan.host
+    ]
+    rows += [
+        [each.stage, NAMES[each.device], f"{each.needed_bytes / 1e9:.2f}", _fits(plan.later_fits(each))]
         for each in plan.later
     ]
-    out.print(plain_table(("after training, GB", "in", "needed", "fits"), rows))
+    out.print(plain_table(("beside and after training, GB", "in", "needed", "fits"), rows))
+
+
+def _fits(within: bool) -> str:
+    return "yes" if within else "no"

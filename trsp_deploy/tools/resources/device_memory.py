@@ -30,6 +30,7 @@ from trsp_deploy.tools.sources.packaged import ASSETS, dequantised_model
 from trsp_deploy.tools.training.shared import has_fast_bf16
 
 GB = 1e9
+Estimate = Callable[[Recipe], Sequence[StageMemory]]  # of one memory
 NAMES: dict[Device, str] = {"cpu": "main memory", "cuda": "GPU memory"}
 
 
@@ -49,12 +50,18 @@ class MemoryPlan(Strict):
     available_bytes: int | None  # None where it cannot be told, or the device is not in this machine
     stages: tuple[StageMemory, ...]
     at_least: bool = False  # whether activations are missing: this architecture's cannot be told without its data
+    host: tuple[StageMemory, ...] = ()  # main memory of the same stages, where their device is a GPU
+    host_available_bytes: int | None = None  # None, too, where the GPU is not in this machine
     later: tuple[LaterStage, ...] = ()  # exports, engines, evaluation
     later_available_bytes: dict[Device, int | None] = Field(default_factory=dict)  # where those run
 
     def fits(self, stage: StageMemory) -> bool:
         """Whether a stage's peak is within what is there; what cannot be told is not held against it."""
         return self.available_bytes is None or stage.peak.total_bytes <= self.available_bytes
+
+    def host_fits(self, stage: StageMemory) -> bool:
+        """The same of what a stage needs in main memory."""
+        return self.host_available_bytes is None or stage.peak.total_bytes <= self.host_available_bytes
 
     def later_fits(self, stage: LaterStage) -> bool:
         """The same of a stage after training."""
@@ -65,9 +72,11 @@ class MemoryPlan(Strict):
         """For people, a line for each memory."""
         least = "at least " if self.at_least else ""
         parts = {self.device: [f"{each.stage} {_gb(each.peak.total_bytes)}" for each in self.stages]}
+        if self.host:
+            parts["cpu"] = [f"{each.stage} {_gb(each.peak.total_bytes)}" for each in self.host]
         for each in self.later:
             parts.setdefault(each.device, []).append(f"{each.stage} {_gb(each.needed_bytes)}")
-        there = {**self.later_available_bytes, self.device: self.available_bytes}
+        there = {"cpu": self.host_available_bytes, **self.later_available_bytes, self.device: self.available_bytes}
         return [
             f"needs {least}{NAMES[device]}: {', '.join(each)}; {_gb(there[device])} there"
             for device, each in parts.items()
@@ -75,21 +84,24 @@ class MemoryPlan(Strict):
 
     def summary(self) -> dict[str, Any]:
         """The figures for scripts, as `--json` prints them."""
-        stages = {
-            stage.stage: {
-                "needed_bytes": stage.peak.total_bytes,
-                "fits": self.fits(stage),
-                "highest_at": stage.peak.name,
-                "parts": stage.peak.parts,
-                "moments": {moment.name: moment.total_bytes for moment in stage.moments},
-            }
-            for stage in self.stages
-        }
+        stages = {stage.stage: _figures(stage, self.fits(stage)) for stage in self.stages}
+        host = {stage.stage: _figures(stage, self.host_fits(stage)) for stage in self.host}
         later = {
             stage.stage: {"needed_bytes": stage.needed_bytes, "fits": self.later_fits(stage), "device": stage.device}
             for stage in self.later
         }
-        return {"memory": {**self.model_dump(exclude={"stages", "later"}), "stages": stages, "later": later}}
+        others = self.model_dump(exclude={"stages", "host", "later"})
+        return {"memory": {**others, "stages": stages, "host": host, "later": later}}
+
+
+def _figures(stage: StageMemory, fits: bool) -> dict[str, Any]:
+    return {
+        "needed_bytes": stage.peak.total_bytes,
+        "fits": fits,
+        "highest_at": stage.peak.name,
+        "parts": stage.peak.parts,
+        "moments": {moment.name: moment.total_bytes for moment in stage.moments},
+    }
 
 
 def model_config(name: str, progress: Callable[[str], None]) -> Any:
@@ -164,12 +176,15 @@ def check_plan(
 def _refuse(
     recipe: Recipe, estimate: MemoryEstimate, plan: MemoryPlan, stages: Sequence[str], engines: Engines | None
 ) -> None:
-    roughly = "at least" if plan.at_least else "about"
     problems = [
-        f"{stage.stage} needs {roughly} {stage.peak.total_bytes / GB:.1f} GB of {NAMES[plan.device]} and "
-        f"{(plan.available_bytes or 0) / GB:.1f} GB are there; {_advice(recipe, estimate, plan, stage.stage)}"
+        _too_large(recipe, stage, plan.device, plan.available_bytes, estimate.stages, _changes, plan.at_least)
         for stage in plan.stages
         if stage.stage in stages and not plan.fits(stage)
+    ]
+    problems += [
+        _too_large(recipe, stage, "cpu", plan.host_available_bytes, estimate.host_stages, _host_changes)
+        for stage in plan.host
+        if stage.stage in stages and not plan.host_fits(stage)
     ]
     too_large = [stage for stage in plan.later if stage.stage in stages and not plan.later_fits(stage)]
     if too_large:
@@ -192,14 +207,17 @@ def _estimate(recipe: Recipe, config: Any, dropped: tuple[int, ...] | None) -> M
 def _plan(recipe: Recipe, estimate: MemoryEstimate, engines: Engines | None) -> MemoryPlan:
     stages = estimate.stages(recipe)
     device = _device(recipe)
+    available = available_bytes(device)
     later = _later(recipe, estimate, engines) if engines is not None else ()
     return MemoryPlan(
         model=recipe.public.model,
         device=device,
         weights=recipe.weights,
-        available_bytes=available_bytes(device),
+        available_bytes=available,
         stages=stages,
         at_least=estimate.at_least,
+        host=estimate.host_stages(recipe),
+        host_available_bytes=None if available is None else available_bytes("cpu"),
         later=later,
         later_available_bytes={each: available_bytes(each) for each in dict.fromkeys(stage.device for stage in later)},
     )
@@ -218,16 +236,34 @@ def _device(recipe: Recipe) -> Device:
 # -- what would fit ----------------------------------------------------------------------------------------------------
 
 
-def _advice(recipe: Recipe, estimate: MemoryEstimate, plan: MemoryPlan, stage: Stage) -> str:
+def _too_large(
+    recipe: Recipe,
+    stage: StageMemory,
+    device: Device,
+    available: int | None,
+    estimate: Estimate,
+    changes: Callable[[Recipe, Stage], list[list[str]]],
+    at_least: bool = False,
+) -> str:
+    """What a stage needs of a memory and what is there of it, with what would fit."""
+    assert available is not None  # else everything fits and nobody asks
+    roughly = "at least" if at_least else "about"
+    advice = _advice(recipe, stage.stage, available, estimate, changes(recipe, stage.stage))
+    return (
+        f"{stage.stage} needs {roughly} {stage.peak.total_bytes / GB:.1f} GB of {NAMES[device]} and "
+        f"{available / GB:.1f} GB are there; {advice}"
+    )
+
+
+def _advice(recipe: Recipe, stage: Stage, available: int, estimate: Estimate, changes: list[list[str]]) -> str:
     """Each single setting that would fit, else the shortest run of them that does together."""
-    changes = _changes(recipe, stage)
     singles = [(change, _peak(recipe, estimate, [change], stage)) for change in changes]
-    within = [f"{_options([change])} ({peak / GB:.1f} GB)" for change, peak in singles if peak <= _limit(plan)]
+    within = [f"{_options([change])} ({peak / GB:.1f} GB)" for change, peak in singles if peak <= available]
     if within:
         return f"would fit: {', or '.join(within)}"
     for count in range(2, len(changes) + 1):
         peak = _peak(recipe, estimate, changes[:count], stage)
-        if peak <= _limit(plan):
+        if peak <= available:
             return f"would fit: {_options(changes[:count])} ({peak / GB:.1f} GB)"
     return "no setting of this recipe would fit: take a smaller model or a larger device"
 
@@ -242,11 +278,6 @@ def _other_engines(recipe: Recipe, estimate: MemoryEstimate, plan: MemoryPlan, e
     return (
         f"would fit: {', or '.join(within)}" if within else "no engine of this recipe would fit: take a larger machine"
     )
-
-
-def _limit(plan: MemoryPlan) -> int:
-    assert plan.available_bytes is not None  # else everything fits and nobody asks
-    return plan.available_bytes
 
 
 def _changes(recipe: Recipe, stage: Stage) -> list[list[str]]:
@@ -273,10 +304,25 @@ def _changes(recipe: Recipe, stage: Stage) -> list[list[str]]:
     ]
 
 
-def _peak(recipe: Recipe, estimate: MemoryEstimate, changes: list[list[str]], stage: Stage) -> int:
+def _host_changes(recipe: Recipe, stage: Stage) -> list[list[str]]:
+    """The same of main memory, where a GPU trains."""
+    half = [["weights=bf16"]] if recipe.weights == "fp32" else []
+    transfer, windows = recipe.transfer, recipe.calibration.max_windows
+    if stage == "selection" or transfer.form == "none":
+        return half + ([["transfer.refit=none"]] if stage == "transfer" and transfer.closed_form == "layers" else [])
+    fewer = max(transfer.batch_size, windows // 2)
+    return [
+        *half,
+        *([[f"calibration.max_windows={fewer}"]] if fewer < windows else []),
+        *([["transfer.refit=none"]] if transfer.closed_form == "layers" else []),
+        *([["transfer.kl_weight=0"]] if transfer.kl_weight else []),
+    ]
+
+
+def _peak(recipe: Recipe, estimate: Estimate, changes: list[list[str]], stage: Stage) -> int:
     values = override(recipe.model_dump(mode="json"), [setting for change in changes for setting in change])
     other = read_recipe(values, "settings that would fit")
-    return {found.stage: found.peak.total_bytes for found in estimate.stages(other)}[stage]
+    return {found.stage: found.peak.total_bytes for found in estimate(other)}[stage]
 
 
 def _options(changes: list[list[str]]) -> str:

@@ -1,4 +1,5 @@
-"""How much memory selection and transfer will need on the training device, before weights are loaded.
+"""How much memory selection and transfer will need on the training device, before weights are loaded; of a GPU's job in
+main memory, too.
 
     estimate = MemoryEstimate(config, "cuda", fast_bf16=True)
     [stage.peak.total_bytes for stage in estimate.stages(recipe)]
@@ -16,6 +17,7 @@ import functools
 import math
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -52,7 +54,7 @@ DOUBLE = 8  # equations are in float64
 
 
 class Moment(Strict):
-    """One high of a stage: bytes on the training device, by what they are for."""
+    """One high of a stage: bytes on a device, by what they are for."""
 
     name: str
     weights_bytes: int
@@ -115,6 +117,44 @@ class MemoryEstimate:
             StageMemory(stage="selection", moments=self._with_slack(self._selection(recipe))),
             StageMemory(stage="transfer", moments=self._with_slack(self._transfer(recipe))),
         )
+
+    def host_stages(self, recipe: Recipe) -> tuple[StageMemory, ...]:
+        """What the same stages need in main memory while they train on a GPU; on a CPU nothing beside `stages`."""
+        if self.device == "cpu":
+            return ()
+        loading = Moment(name="loading", weights_bytes=self._loaded_bytes(recipe), slack_bytes=LIBRARIES_BYTES)
+        kept = Moment(
+            name="hidden states of all windows",
+            weights_bytes=0,
+            teacher_bytes=self._states_bytes(recipe, self._taught_windows(recipe)),
+            refit_bytes=self._streams_bytes(recipe) if recipe.transfer.closed_form == "layers" else 0,
+            slack_bytes=LIBRARIES_BYTES,
+        )
+        saved = self._stored_dtype.itemsize * self._pruned_weights(recipe)
+        saving = Moment(
+            name="saving",
+            weights_bytes=saved,
+            activations_bytes=min(saved, SHARD_BYTES),
+            slack_bytes=LIBRARIES_BYTES,
+        )
+        return (
+            StageMemory(stage="selection", moments=(loading,)),
+            StageMemory(stage="transfer", moments=(loading, kept, saving)),
+        )
+
+    def _loaded_bytes(self, recipe: Recipe) -> int:
+        """Weights on their way to a GPU: those of the stored dtype are pages of their file, others are made here."""
+        dtype = TRAINING_DTYPES[recipe.weights]
+        return 0 if dtype == self._stored_dtype else self.counts.total * dtype.itemsize
+
+    def _pruned_weights(self, recipe: Recipe) -> int:
+        layers = self.counts.layers
+        return self.counts.total - round(sum(layers) * self._num_dropped(recipe) / len(layers))
+
+    @property
+    def _stored_dtype(self) -> torch.dtype:
+        found: torch.dtype = getattr(self.config, "dtype", None) or torch.float32
+        return found
 
     def _with_slack(self, moments: list[Moment]) -> tuple[Moment, ...]:
         share = SLACK_SHARE[self.device]
@@ -232,14 +272,23 @@ class MemoryEstimate:
         return adapters + 2 * self._gradients_bytes(recipe)
 
     def _teacher_bytes(self, recipe: Recipe) -> int:
-        """The dense model's hidden states in bf16, in main memory; its LM head where the model's own learns."""
+        """The dense model's hidden states, of which a GPU has a batch's; its LM head where the model's own learns."""
+        settings, windows = recipe.transfer, self._taught_windows(recipe)
+        if not windows:
+            return 0
+        states = self._states_bytes(recipe, windows if self.device == "cpu" else settings.forward_batch)
+        return states + (self.counts.lm_head * self._width(recipe) if settings.train == "all" else 0)
+
+    def _taught_windows(self, recipe: Recipe) -> int:
+        """Windows whose dense hidden states are kept, in main memory."""
         settings = recipe.transfer
         if not settings.kl_weight or settings.form == "none":
             return 0
-        windows = min(recipe.calibration.max_windows, settings.steps * settings.batch_size)
-        held = windows if self.device == "cpu" else settings.forward_batch
-        states = 2 * held * recipe.calibration.context_length * self.config.hidden_size
-        return states + (self.counts.lm_head * self._width(recipe) if settings.train == "all" else 0)
+        return min(recipe.calibration.max_windows, settings.steps * settings.batch_size)
+
+    def _states_bytes(self, recipe: Recipe, windows: int) -> int:
+        """In bf16 (training/teacher.py)."""
+        return 2 * windows * recipe.calibration.context_length * self.config.hidden_size
 
     def _loss_bytes(self, recipe: Recipe, batch_size: int, slices: int = SLICES) -> int:
         """Slices of logits, the last hidden states and their gradient, and the head in bf16 under autocast."""
@@ -270,12 +319,16 @@ class MemoryEstimate:
     def _refit(self, recipe: Recipe, **held: int) -> Moment:
         """Normal equations of a group of modules, twice, and solving them; on a CPU the states of all windows too."""
         equations = max(5 * inputs * inputs + 6 * inputs * outputs for inputs, outputs, _ in self._linear)
-        windows = recipe.calibration.max_windows * recipe.calibration.context_length  # tokens
-        inner = sum(outputs for _, outputs, _ in self._linear)
-        states = windows * (3 * self.config.hidden_size + inner) * self._width(recipe) if self.device == "cpu" else 0
+        states = self._streams_bytes(recipe) if self.device == "cpu" else 0
         step = self._rehearsed(recipe, recipe.transfer.forward_batch, measuring_step)
         size = DOUBLE * equations + states + self._moves_bytes(recipe)
         return Moment(name="refit", activations_bytes=step.forward_bytes, refit_bytes=size, **held)
+
+    def _streams_bytes(self, recipe: Recipe) -> int:
+        """A refit's states of all windows, in main memory (closed_form/layers.py: Streams)."""
+        tokens = recipe.calibration.max_windows * recipe.calibration.context_length
+        inner = sum(outputs for _, outputs, _ in self._linear)
+        return tokens * (3 * self.config.hidden_size + inner) * self._width(recipe)
 
     def _moves_bytes(self, recipe: Recipe) -> int:
         """What annealing a refit holds: the way from the dense to the refitted weights, of all that was refitted."""
