@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, OPTConfi
 from tests.measure_memory import recipe_for
 from tests.tiny import english, save_tiny, tiny_tokenizer
 from trsp_deploy.cli import run
-from trsp_deploy.tools.resources import device_memory, disk
+from trsp_deploy.tools.resources import disk, memory_plan
 from trsp_deploy.tools.resources.memory import LIBRARIES_BYTES, MemoryEstimate
 
 pytestmark = pytest.mark.alone
@@ -140,7 +140,7 @@ def test_plan_memory_needs_the_config_alone(command, tmp_path, capsys):
 
 
 def test_what_cannot_fit_is_refused_before_it_starts(command, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(device_memory, "available_bytes", lambda device: 1000)
+    monkeypatch.setattr(memory_plan, "available_bytes", lambda device: 1000)
     assert run(command) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: selection needs about") and "transfer needs about" in last
@@ -152,7 +152,7 @@ def test_what_cannot_fit_is_refused_before_it_starts(command, tmp_path, capsys, 
 
 @pytest.mark.parametrize("job", ["prune-and-build", "sweep"])
 def test_what_cannot_be_built_is_refused_before_anything_trains(command, tmp_path, capsys, monkeypatch, job):
-    monkeypatch.setattr(device_memory, "available_bytes", lambda device: 800_000_000)  # for a tiny model's training
+    monkeypatch.setattr(memory_plan, "available_bytes", lambda device: 800_000_000)  # for a tiny model's training
     options = [*command[1:], "--engine", "ort-cpu-fp32", "--eval", "text=text.txt"]
     assert run([job, *options]) == 1
     last = capsys.readouterr().err.splitlines()[-1]

@@ -25,7 +25,7 @@ from trsp_deploy.artifacts import size_bytes
 from trsp_deploy.pipeline.runs import load_recipe
 from trsp_deploy.recipe import read_recipe
 from trsp_deploy.tools.library import load_engine_spec
-from trsp_deploy.tools.resources import device_memory, disk
+from trsp_deploy.tools.resources import disk, memory_plan
 from trsp_deploy.tools.resources.disk import plan_disk
 from trsp_deploy.tools.runners import open_engine
 
@@ -272,7 +272,7 @@ def test_second_run_redoes_nothing(workspace, report):
 
 def test_a_finished_run_is_asked_about_what_its_settings_change(workspace, report, tmp_path, monkeypatch):
     shutil.copytree(workspace / "run", tmp_path / "run")
-    monkeypatch.setattr(device_memory, "available_bytes", lambda device: 1000)
+    monkeypatch.setattr(memory_plan, "available_bytes", lambda device: 1000)
     monkeypatch.setattr(disk, "free_bytes", lambda path: 1000)
 
     def asked(*options: str, drop: str = "34%") -> tuple[subprocess.CompletedProcess[str], set[str]]:

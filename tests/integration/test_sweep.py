@@ -11,6 +11,7 @@ from tests.breadth import BREADTH
 from tests.integration.test_check import trsp_deploy
 from tests.planted import SECRETS, check_no_secret
 from tests.tiny import english, save_tiny
+from trsp_deploy.tools.resources import disk, memory_plan
 
 SETTINGS = [
     "calibration.context_length=32",
@@ -45,7 +46,7 @@ def sweep(workspace: Path, *options: str):  # type: ignore[no-untyped-def]
 
 
 @BREADTH
-def test_a_sweep_is_one_search_and_a_run_each_and_goes_on(workspace: Path) -> None:
+def test_a_sweep_is_one_search_and_a_run_each_and_goes_on(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = sweep(workspace, "--drop", "1..2", "--max-ppl-ratio", "1000", "--json")
     assert done.code == 0, done.said
     assert check_no_secret(workspace / "sweep", done.said) > 80
@@ -81,6 +82,17 @@ def test_a_sweep_is_one_search_and_a_run_each_and_goes_on(workspace: Path) -> No
     (workspace / "sweep" / "sweep.json").write_text("{}")
     broken = trsp_deploy("verify", "sweep", cwd=workspace)
     assert broken.code == 2 and "changed: sweep.json" in broken.stdout, broken.said
+    assert "(drop-1 there, drop-2 there)" in again.stderr
+    monkeypatch.setattr(memory_plan, "available_bytes", lambda device: 1000)
+    monkeypatch.setattr(disk, "free_bytes", lambda path: 1000)
+    again = sweep(workspace, "--drop", "1..2", "--json")
+    assert again.code == 0, "nothing is to be done: nothing is asked about"
+    other = sweep(workspace, "--drop", "1..3", "--ignore-memory")
+    assert other.code == 1 and "(drop-1 there, drop-2 there, drop-3 0.00 GB)" in other.stderr.splitlines()[-1]
+    other = sweep(workspace, "--drop", "1..2", "--set", "evaluate.context_length=48")
+    assert other.stderr.splitlines()[-1].startswith("error: run ort-cpu-fp32 needs about ")
+    other = sweep(workspace, "--drop", "1..2", "--set", "transfer.form=l2")
+    assert other.stderr.splitlines()[-1].startswith("error: transfer needs about ")
 
 
 @pytest.mark.parametrize(

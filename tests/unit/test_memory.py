@@ -23,10 +23,10 @@ from trsp_deploy.errors import DeviceMemoryError
 from trsp_deploy.recipe import Recipe, override, read_recipe
 from trsp_deploy.tools.host_memory import available_host_bytes
 from trsp_deploy.tools.library import load_engine_spec
-from trsp_deploy.tools.resources import device_memory
-from trsp_deploy.tools.resources.device_memory import Engines, check_memory, plan_memory
+from trsp_deploy.tools.resources import memory_plan
 from trsp_deploy.tools.resources.later_memory import PROCESS_BYTES, later_stages
 from trsp_deploy.tools.resources.memory import MemoryEstimate
+from trsp_deploy.tools.resources.memory_plan import Engines, check_memory, plan_memory
 
 GIB = 2**30
 # facebook/opt-6.7b and meta-llama/Llama-2-7b-hf, as their config.json have them.
@@ -218,13 +218,13 @@ def test_what_is_planned_is_refused_with_what_would_fit(card):
     peaks = {stage.stage: stage.peak.total_bytes for stage in plan_memory(recipe(*SMALL), config).stages}
     card(peaks["transfer"] - 1_000_000)
     with pytest.raises(DeviceMemoryError, match=r"transfer needs about .*would fit: --set"):
-        device_memory.check_plan(recipe(*SMALL), config, plan_memory(recipe(*SMALL), config))
+        memory_plan.check_plan(recipe(*SMALL), config, plan_memory(recipe(*SMALL), config))
 
 
 @pytest.fixture
 def card(monkeypatch):
     def with_bytes(free: int) -> None:
-        monkeypatch.setattr(device_memory, "available_bytes", lambda device: free)
+        monkeypatch.setattr(memory_plan, "available_bytes", lambda device: free)
 
     return with_bytes
 
@@ -283,7 +283,7 @@ def test_what_comes_after_training_is_told_of_configs_that_say_it_otherwise(kind
 def test_an_engine_of_a_gpu_is_held_against_that(monkeypatch):
     config = tiny_config("llama")
     there = {"cpu": 10**12, "cuda": 1000}
-    monkeypatch.setattr(device_memory, "available_bytes", there.get)
+    monkeypatch.setattr(memory_plan, "available_bytes", there.get)
     spec = load_engine_spec("ort-cuda-fp16")
     with pytest.raises(DeviceMemoryError, match=r"run ort-cuda-fp16 needs about .* GB of GPU memory"):
         check_memory(recipe(*SMALL), config, ["run ort-cuda-fp16"], engines=Engines([spec], [spec]))
@@ -323,7 +323,7 @@ def test_main_memory_that_a_gpus_job_lacks_is_refused_with_what_would_fit(monkey
     config = tiny_config("llama", hidden_size=512, intermediate_size=2048, dtype="bfloat16")
     chosen = recipe("calibration.context_length=256", "calibration.max_windows=2048", "transfer.steps=512", "drop=1")
     there = {"cpu": 10**12, "cuda": 10**12}
-    monkeypatch.setattr(device_memory, "available_bytes", there.get)
+    monkeypatch.setattr(memory_plan, "available_bytes", there.get)
     found = check_memory(chosen, config, ["selection", "transfer"])
     needed = {stage.stage: stage.peak.total_bytes for stage in found.host}
     on_gpu, in_main = found.lines()

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from trsp_deploy.artifacts import (
+    Finished,
     RunFolder,
     RunLayout,
     fingerprint,
@@ -68,6 +69,24 @@ def job(tmp_path, announced):
 def test_finished_step_is_reused(job):
     assert job() == Made(number=1) == job()
     assert job.calls == 1
+
+
+def test_records_tell_what_need_not_be_done_again(job):
+    """Settings, inputs as the steps before left them, and output, without reading any of it."""
+    assert not asked(job).steps
+    job({"times": (2,)})
+    source, made = fingerprint(job.source), fingerprint(job.run.path / "out.txt")
+    assert asked(job, source).steps == {"double"} and asked(job, source).left == {"double": made}
+    assert asked(job, source, times=(3,)).steps == asked(job, "another").steps == asked(job, None).steps == set()
+    assert not asked(job, source, output="elsewhere.txt").steps
+    (job.run.path / "out.txt").unlink()
+    assert not asked(job, source).steps and asked(job, source).left == {"double": made}, "made again as it was"
+
+
+def asked(job: Job, source: str | None = None, output: str = "out.txt", times: tuple[int, ...] = (2,)) -> Finished:
+    found = Finished(job.run)
+    found.ask("double", lambda: {"times": times}, lambda: {"source": source}, output)
+    return found
 
 
 def test_changed_input_setting_or_output_redoes_it(job):

@@ -22,7 +22,7 @@ from trsp_deploy.tools.reports.rows import (
     sweep_row,
 )
 from trsp_deploy.tools.reports.sweeps import Sweep, answer
-from trsp_deploy.tools.resources.device_memory import NAMES, MemoryPlan
+from trsp_deploy.tools.resources.memory_plan import NAMES, MemoryPlan
 from trsp_deploy.tools.triton_server.served import (
     SERVED_COLUMNS,
     ServedReport,

@@ -14,7 +14,7 @@ from trsp_deploy.artifacts.layout import PLACE
 from trsp_deploy.errors import RunError, UserError
 from trsp_deploy.reading import read_yaml, user_path
 from trsp_deploy.recipe import Recipe, parse_drop, read_recipe
-from trsp_deploy.tools.resources.device_memory import model_config
+from trsp_deploy.tools.resources.memory_plan import model_config
 
 
 def default_folder(recipe: Recipe, say: Callable[[str], None]) -> Path:
