@@ -21,7 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from tests.planted import SECRETS, check_no_secret
 from tests.tiny import english, save_tiny
 from trsp_deploy import cli
-from trsp_deploy.artifacts import size_bytes
+from trsp_deploy.artifacts import RunFolder, size_bytes
+from trsp_deploy.pipeline import Pipeline
 from trsp_deploy.pipeline.runs import load_recipe
 from trsp_deploy.recipe import read_recipe
 from trsp_deploy.tools.library import load_engine_spec
@@ -43,6 +44,7 @@ QUICK = [
     "bench.budget_s=4",
     "bench.replicates=2",
 ]
+BUILDS, RUNS = ["onnx fp32", "engine ort-cpu-fp32"], ["run ort-cpu-fp32", "evaluation"]  # stages of one engine
 ENGINES = ["ort-cpu-fp32", "tensorrt-rtx-fp16", "ort-cuda-fp16", "tensorrt-fp16"]
 
 
@@ -272,7 +274,7 @@ def test_second_run_redoes_nothing(workspace, report):
 
 def test_a_finished_run_is_asked_about_what_its_settings_change(workspace, report, tmp_path, monkeypatch):
     shutil.copytree(workspace / "run", tmp_path / "run")
-    monkeypatch.setattr(memory_plan, "available_bytes", lambda device: 1000)
+    monkeypatch.setattr(memory_plan, "available_bytes", lambda device: 800_000_000)  # for a tiny model's training
     monkeypatch.setattr(disk, "free_bytes", lambda path: 1000)
 
     def asked(*options: str, drop: str = "34%") -> tuple[subprocess.CompletedProcess[str], set[str]]:
@@ -280,26 +282,54 @@ def test_a_finished_run_is_asked_about_what_its_settings_change(workspace, repor
         done = job(workspace, *options, "--out", str(tmp_path / "run"), drop=drop)
         said = next((line for line in done.stderr.splitlines() if "of disk (" in line), "()")
         stages = said.partition("(")[2].partition(")")[0].split(", ")
-        return done, {stage.rpartition(" ")[0].removesuffix(" 0.00") for stage in stages if " there" not in stage}
+        return done, {stage.removesuffix(" 0.00 GB") for stage in stages if not stage.endswith(" there")}
 
     same, stages = asked()
     assert same.returncode == 0 and not stages, same.stderr
     later, _ = asked("--set", "evaluate.context_length=48")
     assert later.returncode == 1
-    assert later.stderr.splitlines()[-1].startswith("error: run ort-cpu-fp32 needs about ")
-    assert ", evaluation needs about " in later.stderr.splitlines()[-1]
-    other, _ = asked(drop="50%")
-    refused = other.stderr.splitlines()[-1]
-    assert refused.startswith("error: selection needs about ") and "; transfer needs about " in refused
-    assert "onnx fp32 needs about " in refused and "engine ort-cpu-fp32 needs about " in refused
+    refused = later.stderr.splitlines()[-1]
+    assert refused.startswith("error: run ort-cpu-fp32 needs about ") and ", evaluation needs about " in refused
     other, stages = asked("--ignore-memory", drop="50%")
     assert other.returncode == 1 and "--ignore-disk runs anyway" in other.stderr.splitlines()[-1]
     assert any(line.startswith("> needs main memory: selection ") for line in other.stderr.splitlines())
     assert {"pruned", "onnx fp32", "engine ort-cpu-fp32"} <= stages and "dense" not in stages
-    _, stages = asked("--ignore-memory", "--set", "export.exporter=dynamo")
-    assert "onnx fp32" in stages and not {"dense", "pruned"} & stages
-    _, stages = asked("--ignore-memory", "--engine", "ort-cpu-int8")
-    assert stages == {"engine ort-cpu-int8"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "stages"),
+    [
+        ({}, []),
+        ({"bench": {"new_tokens": 9}}, RUNS[:1]),
+        ({"evaluate": {"context_length": 48}}, RUNS),
+        ({"engines": ["ort-cpu-int8"]}, ["engine ort-cpu-int8", "run ort-cpu-int8"]),
+        ({"export": {"slim": False}}, [*BUILDS, *RUNS[:1]]),
+        ({"transfer": {"form": "l2"}}, ["transfer", *BUILDS, *RUNS]),
+        ({"drop": "50%"}, ["selection", "transfer", *BUILDS, *RUNS]),
+    ],
+)
+def test_what_other_settings_leave_to_do(workspace, report, changes, stages):
+    """Of the stages with an engine that is built and run here."""
+    run = workspace / "run"
+    recipe = read_recipe({**load_recipe(run), "engines": ["ort-cpu-fp32"], **changes}, "test")
+    assert Pipeline(RunFolder(run), recipe, place=workspace).unfinished() == stages
+
+
+def test_a_plan_that_was_edited_or_handed_in_leaves_the_transfer_to_do(workspace, report, tmp_path):
+    shutil.copytree(workspace / "run", tmp_path / "run")
+    run, recipe = RunFolder(tmp_path / "run"), read_recipe(load_recipe(workspace / "run"), "test")
+    plan = json.loads(run.layout.plan.read_text())
+    (tmp_path / "same.json").write_text(json.dumps(plan))
+    plan["dropped"], plan["kept"] = [0, 5], [1, 2, 3, 4]
+    (tmp_path / "mine.json").write_text(json.dumps(plan))
+
+    def unfinished(plan_file: Path | None = None) -> list[str]:
+        return Pipeline(run, recipe, plan_file, place=workspace).pruning.unfinished()
+
+    assert unfinished() == unfinished(tmp_path / "same.json") == []
+    assert unfinished(tmp_path / "mine.json") == ["selection", "transfer"]
+    run.layout.plan.write_text(json.dumps(plan))
+    assert unfinished() == ["transfer"]
 
 
 def test_changed_recipe_redoes_only_what_depends_on_it(workspace, report):
