@@ -21,6 +21,8 @@ from trsp_deploy.cli.options import (
     Out,
     PlanFile,
     PlanMemory,
+    Private,
+    PushToHub,
     RecipeName,
     Run,
     Seed,
@@ -81,12 +83,15 @@ def prune_and_build(
     method: MethodName = None,
     then: Then = None,
     task: Tasks = None,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
     plan_memory: PlanMemory = False,
     ignore_memory: IgnoreMemory = False,
     ignore_disk: IgnoreDisk = False,
     as_json: Json = False,
 ) -> None:
     """The whole job: prune, export, build engines, and judge the result against the dense model."""
+    _check_push(push_to_hub, private)
     sets = [*(sets or []), *task_sets(task)]
     chosen = recipe_from_options(
         model=model,
@@ -107,7 +112,7 @@ def prune_and_build(
         check_disk(job, ignore_disk)
         from trsp_deploy.pipeline import prune_and_build as run_all
 
-        _finish(job, run_all(job), Output(as_json))
+        _finish(job, run_all(job), Output(as_json), push_to_hub, private)
 
 
 def prune(
@@ -121,11 +126,14 @@ def prune(
     plan: PlanFile = None,
     method: MethodName = None,
     then: Then = None,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
     plan_memory: PlanMemory = False,
     ignore_memory: IgnoreMemory = False,
     as_json: Json = False,
 ) -> None:
     """Choose the layers, move their knowledge, remove them: writes plan.json and pruned/."""
+    _check_push(push_to_hub, private)
     chosen = recipe_from_options(
         model=model,
         drop=drop,
@@ -148,7 +156,30 @@ def prune(
             f"checkpoint: {job.run.path / 'pruned'}"
         )
         plain = result.model_dump(mode="json", exclude={"lm_loss", "penalty"})
-        output.result({**plain, "run": str(job.run.path)})
+        pushed = _pushed(job, output, push_to_hub, private)
+        output.result({**plain, "run": str(job.run.path), **pushed})
+
+
+def _check_push(repo: str | None, private: bool) -> None:
+    """Raise UserError for a push that would fail after hours of work."""
+    if repo is not None:
+        from trsp_deploy.tools.delivery.publishing import check_push
+
+        check_push(repo)
+    elif private:
+        raise RecipeError("--private: is for --push-to-hub OWNER/NAME")
+
+
+def _pushed(job: Pipeline, output: Output, repo: str | None, private: bool) -> dict[str, str]:
+    """Push the run's checkpoint where that was asked for; what the command's result says of it."""
+    if repo is None or not job.run.main:
+        return {}
+    from trsp_deploy.tools.delivery.publishing import plan_push, push
+
+    plan = plan_push(job.run.path, repo)
+    url = push(plan, private)
+    output.say(f"{url}: {plan.what}")
+    return {"repo": repo, "commit": url}
 
 
 def export(run: Run, sets: Sets = None, as_json: Json = False) -> None:
@@ -283,10 +314,12 @@ def report(run: Run, as_json: Json = False) -> None:
         _finish(job, job.report(), Output(as_json))
 
 
-def _finish(job: Pipeline, found: Report, output: Output) -> None:
-    """Show the report's table and verdict."""
+def _finish(
+    job: Pipeline, found: Report, output: Output, push_to_hub: str | None = None, private: bool = False
+) -> None:
+    """Show the report's table and verdict, and push the checkpoint where that was asked for."""
     from trsp_deploy.cli.tables import print_report
     from trsp_deploy.stages.report import summary
 
     print_report(found, job.run.path, output.stream)
-    output.result(summary(found, job.run.path))
+    output.result({**summary(found, job.run.path), **_pushed(job, output, push_to_hub, private)})

@@ -137,6 +137,15 @@ PlanMemory = Annotated[
 ]
 IgnoreMemory = Annotated[bool, typer.Option("--ignore-memory", help="Begin even if the estimate does not fit.")]
 IgnoreDisk = Annotated[bool, typer.Option("--ignore-disk", help="Begin even if the disk looks too small.")]
+PushToHub = Annotated[
+    str | None,
+    typer.Option(
+        "--push-to-hub",
+        help="Push the pruned checkpoint there at the end, as `push` does; name and token are checked at once.",
+        metavar="OWNER/NAME",
+    ),
+]
+Private = Annotated[bool, typer.Option("--private", help="Make the repository on the hub a private one.")]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON line on stdout; text, where there is any, goes to stderr.")
 ]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from trsp_deploy.cli.options import Json, Run
+from trsp_deploy.cli.options import Json, Private, Run
 from trsp_deploy.cli.terminal import Output
 
 Folder = Annotated[
@@ -32,7 +32,6 @@ Keep = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would go, and remove nothing.")]
 Repo = Annotated[str, typer.Argument(help="Repository on the hub.", metavar="OWNER/NAME")]
-Private = Annotated[bool, typer.Option("--private", help="Make the repository a private one.")]
 DryPush = Annotated[bool, typer.Option("--dry-run", help="Show the card and what would be uploaded; ask no hub.")]
 WRONG = 2  # exit code where a file is not what its manifest says
 
@@ -126,8 +125,6 @@ def push(run: Run, repo: Repo, private: Private = False, dry_run: DryPush = Fals
     output = Output(as_json)
     if dry_run:
         output.say(plan.card)
-    what = f"{len(plan.files) + 2} files, {plan.size_bytes / 1e6:,.1f} MB"
     url = None if dry_run else pushed(plan, private)
-    output.say(f"{repo}: would upload {what}" if dry_run else f"{url}: {what}")
-    names = sorted([*plan.files, "README.md", "plan.json"])
-    output.result({"repo": repo, "files": names, "size_bytes": plan.size_bytes, "commit": url})
+    output.say(f"{repo}: would upload {plan.what}" if dry_run else f"{url}: {plan.what}")
+    output.result({"repo": repo, "files": plan.names, "size_bytes": plan.size_bytes, "commit": url})

@@ -1,4 +1,4 @@
-"""Push a run's pruned checkpoint to the Hugging Face hub: `trsp-deploy push`.
+"""Push a run's pruned checkpoint to the Hugging Face hub: `trsp-deploy push`, `prune-and-build --push-to-hub`.
 
     plan = plan_push(Path("runs/opt-6.7b-drop8"), "me/opt-6.7b-trsp-8of32")
     push(plan, private=True)
@@ -37,16 +37,42 @@ class Push(Strict):
     message: str
 
     @property
+    def names(self) -> list[str]:
+        """Every file, as the repository has it."""
+        return sorted([*self.files, CARD, PLAN])
+
+    @property
     def size_bytes(self) -> int:
         """To upload."""
         made = len(self.card.encode()) + len(self.plan.encode())
         return sum(Path(path).stat().st_size for path in self.files.values()) + made
 
+    @property
+    def what(self) -> str:
+        """How much it is, for people."""
+        return f"{len(self.names)} files, {self.size_bytes / 1e6:,.1f} MB"
+
+
+def check_push(repo: str) -> None:
+    """Raise UserError where a push is known to fail before anything is asked: no such name, no network, no token."""
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, not marked as exported
+
+    _check_name(repo)
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as problem:
+        raise UserError(f"push to '{repo}': {hub_problem(problem)}") from problem
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(f"push to '{repo}': HF_HUB_OFFLINE is set, so the hub may not be asked")
+    if get_token() is None:
+        raise UserError(f"push to '{repo}': there is no token for the hub; run `hf auth login`, or set HF_TOKEN")
+
 
 def plan_push(run: Path, repo: str) -> Push:
     """What would be uploaded; raises RunError where there is no checkpoint, or it is not the one that was made."""
-    if HUB_ID.fullmatch(repo) is None:
-        raise UserError(f"'{repo}': no name of a repository; expected OWNER/NAME")
+    _check_name(repo)
     check_no_sweep(run)
     record, layout = RunFolder(run).record("prune"), RunLayout(run)
     pruned, plan = layout.model("pruned"), layout.plan
@@ -88,6 +114,11 @@ def push(plan: Push, private: bool = False) -> str:
         refused = "; run `hf auth login` with a token that may write there" if status in (401, 403) else ""
         raise UserError(f"push to '{plan.repo}': {hub_problem(problem)}{refused}; nothing was committed") from problem
     return str(done.commit_url)
+
+
+def _check_name(repo: str) -> None:
+    if HUB_ID.fullmatch(repo) is None:
+        raise UserError(f"push to '{repo}': no name of a repository; expected OWNER/NAME")
 
 
 def _shown_plan(file: Path) -> str:
