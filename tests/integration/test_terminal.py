@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,22 @@ def test_every_shell_has_a_script(shell: str) -> None:
     environment = {**os.environ, "_TRSP_DEPLOY_COMPLETE": f"source_{shell}"}
     done = subprocess.run([PROGRAM], env=environment, capture_output=True, text=True, check=True)
     assert f"_TRSP_DEPLOY_COMPLETE=complete_{shell}" in done.stdout
+
+
+@pytest.mark.alone
+def test_help_takes_less_than_a_third_of_a_second() -> None:
+    """The whole process. It waits for nothing, so that its CPU time is what it takes on an idle machine."""
+
+    def cpu_s() -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    taken = []
+    for _ in range(8):
+        before = cpu_s()
+        subprocess.run([PROGRAM, "--help"], stdout=subprocess.DEVNULL, check=True)
+        taken.append(cpu_s() - before)
+    assert min(taken) < 0.3, taken  # 0.2 on an idle machine of 2026
 
 
 def on_a_terminal(**environment: str) -> bytes:
