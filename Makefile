@@ -44,7 +44,7 @@ check: $(READY)
 test-slow: $(READY) ## minutes and gigabytes
 	$(BIN)/python -m pytest -q -m slow
 
-test-docs: $(READY) ## every command line and the CI workflow of the docs, run on tiny models: five minutes
+test-docs: $(READY) ## every line of the docs that runs this program, and their CI workflow, on tiny models: five minutes
 	$(BIN)/python -m pytest -q -m slow tests/integration/test_docs_commands.py tests/integration/test_check.py
 
 test-transformers5: .venv-transformers5/.ready ## export, parity and pruning where Optimum cannot be: about 5 minutes

@@ -1,7 +1,8 @@
-"""Every command line of the docs, run as it stands, page by page: `make test-docs`.
+"""Every `trsp-deploy` line of the docs, run as it stands, page by page: `make test-docs`.
 
-The models that they name are tiny ones in folders of those names, and what trains or measures is told to do little of
-it. What cannot run on a machine without network, GPU and server is named with the test that runs it where it can.
+The models that they name are tiny ones in folders of those names, what trains or measures is told to do little of it,
+and a launcher starts two processes on the CPU. Other programs' lines are marked on the page. What cannot run on a
+machine without network, GPU and server is named with the test that runs it where it can.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +20,7 @@ import pytest
 import yaml
 
 from tests.doc_lines import GENERATED, PAGES, ROOT, lines_of
+from tests.integration.test_many_processes import ENVIRONMENT
 from tests.integration.test_pipeline import QUICK, trsp_deploy
 from tests.tiny import english, save_tiny
 from trsp_deploy.tools.sources.packaged import find_asset
@@ -41,7 +46,7 @@ RECIPE = {
     "engines": ["ort-cpu-fp32"],
 }
 DOCUMENTED = {
-    page.relative_to(ROOT).as_posix(): [line.text for line in lines_of(page) if line.whole]
+    page.relative_to(ROOT).as_posix(): [line for line in lines_of(page) if line.whole]
     for page in PAGES
     if page != GENERATED
 }
@@ -79,19 +84,42 @@ def test_the_commands_of_a_page_run(page: str, reader: Path, monkeypatch: pytest
         pytest.skip("triton-schema is not here: trsp-deploy fetch triton-schema")
     monkeypatch.setenv("RUN", "RUN")
     BEFORE.get(page, lambda folder: None)(reader)
-    for text in DOCUMENTED[page]:
+    for _, text, _, launcher in DOCUMENTED[page]:
         words = shlex.split(re.sub(r"\$(\w+)", r"\1", text))
         before, words = ([words[0], "0" * 32], words[2:]) if words[0] == "--trust-remote-code" else ([], words)
         name = words[0]
         if name in ELSEWHERE:
             continue
         words = [WITHOUT_GPU.get(word, word) for word in words]
-        done = trsp_deploy(*before, *(heavy(words) if name in HEAVY else words), cwd=reader)
+        words = [*before, *(heavy(words) if name in HEAVY else words)]
+        done = launched(launcher, words, reader) if launcher else trsp_deploy(*words, cwd=reader)
         said = f"{page}: trsp-deploy {text}: exit code {done.returncode}\n{done.stderr}"
         assert done.returncode in {0, *VERDICTS.get(name, ())}, said
         redirected = re.search(rf"trsp-deploy {re.escape(text)} > (\S+)", (ROOT / page).read_text(encoding="utf-8"))
         if redirected:
             (reader / redirected[1]).write_text(done.stdout)
+
+
+def launched(launcher: str, words: list[str], reader: Path) -> subprocess.CompletedProcess[str]:
+    """A line of `accelerate launch` with two processes, on the CPU, from the beginning even where the page has another
+    line for the same folder."""
+    two, count = re.subn(r"(--num_processes) \d+", r"\1 2", launcher.removeprefix("accelerate launch "))
+    assert count == 1, launcher
+    shutil.rmtree(reader / words[words.index("--out") + 1], ignore_errors=True)
+    free_port = ["--main_process_port", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        *shlex.split(two),
+        *free_port,
+        "-m",
+        "trsp_deploy",
+        *words,
+    ]
+    return subprocess.run(
+        command, cwd=reader, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, check=False
+    )
 
 
 def heavy(words: list[str]) -> list[str]:

@@ -17,7 +17,7 @@ import yaml
 from typer.exceptions import TyperException
 
 from tests import doc_lines
-from tests.doc_lines import GENERATED, PAGES, ROOT, ROOT_COMMAND, Line, lines_of
+from tests.doc_lines import GENERATED, NOT_RUN, PAGES, ROOT, ROOT_COMMAND, Line, lines_of, unmarked
 from trsp_deploy.cli import reference
 from trsp_deploy.errors import TrspError
 from trsp_deploy.recipe import METHODS, EngineSpec, Recipe, Strict, override, read_bench_settings, read_recipe
@@ -171,6 +171,14 @@ def test_where_commands_are_looked_for(tmp_path: Path, monkeypatch: pytest.Monke
         ("doctor --json", False),
         ("check RUN", False),
     ]
+
+
+def test_lines_of_other_programs_are_marked(tmp_path: Path) -> None:
+    """What `make test-docs` does not run says so."""
+    assert {page.name: lines for page in PAGES if page != GENERATED and (lines := unmarked(page))} == {}
+    page = tmp_path / "page.md"
+    page.write_text(f"Text\n\n    make x  # -o\n    load --at 1 \\\n        --for 2\n    {NOT_RUN}\n    load --at 3\n")
+    assert unmarked(page) == ["load --at 1  --for 2"]
 
 
 @pytest.mark.parametrize(
