@@ -32,6 +32,7 @@ SOURCES = [
     *sorted((ROOT / "trsp_deploy").rglob("*.py")),
     *(ROOT / name for name in ("Makefile", "action.yml", "Dockerfile")),
 ]
+CURRENT = [page for page in PAGES if page.name not in ("CHANGELOG.md", "log.md")]  # these name what is gone
 PLACEHOLDER = re.compile(r"[A-Z][A-Z_]*|\$.*|\{.*\}|…|\.\.\.")
 NUMBER_TYPES = (int, float)
 
@@ -209,6 +210,41 @@ def test_make_targets_in_the_docs_exist() -> None:
     for page in PAGES:
         for target in re.findall(r"(?:`|^    )make ([a-z][\w-]*)", page.read_text(encoding="utf-8"), re.MULTILINE):
             assert target in targets, f"{page.name}: make {target}"
+
+
+MODULES = {
+    path.relative_to(ROOT).as_posix(): path
+    for folder in ("trsp_deploy", "tests", "benchmarks", "release", "docs")
+    for path in (ROOT / folder).rglob("*.py")
+}
+
+
+def modules(name: str) -> list[Path]:
+    """The files that a page may mean by a path, or by the end of one."""
+    return [path for whole, path in MODULES.items() if whole == name or whole.endswith(f"/{name}")]
+
+
+def test_modules_in_the_docs_exist() -> None:
+    for page in CURRENT:
+        for name in re.findall(r"\b([\w/]+\.py)\b", page.read_text(encoding="utf-8")):
+            elsewhere = name == "model.py" or "NAME" in name  # of a model repository; to be written
+            assert elsewhere or modules(name), f"{page.relative_to(ROOT)}: {name}"
+
+
+def test_what_the_docs_find_in_a_module_is_there() -> None:
+    """`NAME` in `module.py`, and the names of tests."""
+    tests = "\n".join(path.read_text(encoding="utf-8") for name, path in MODULES.items() if name.startswith("tests/"))
+    found = 0
+    for page in CURRENT:
+        text = page.read_text(encoding="utf-8")
+        for symbol, module in re.findall(r"`(\w+)`\s+(?:in\s+|of\s+|\()[`\[]([\w/]+\.py)[`\]]", text):
+            defined = re.compile(rf"^(?:class |def )?{symbol}\b", re.MULTILINE)
+            sources = (path.read_text(encoding="utf-8") for path in modules(module))
+            assert any(map(defined.search, sources)), f"{page.relative_to(ROOT)}: {symbol} in {module}"
+            found += 1
+        for name in re.findall(r"`(test_\w+)`", text):
+            assert f"def {name}(" in tests, f"{page.relative_to(ROOT)}: {name}"
+    assert found > 10
 
 
 def test_recipe_keys_in_the_docs_exist() -> None:
