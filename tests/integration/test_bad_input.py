@@ -174,7 +174,7 @@ def test_a_sweep_is_one_processs_work(fails, monkeypatch):
 
 def test_eval_without_a_name(fails):
     command = ["prune-and-build", "--model", "model", "--eval", "text.txt", "--out", "never"]
-    fails(command, "--eval 'text.txt'", "NAME=TEXTS")
+    fails(command, "--eval 'text.txt': expected NAME=TEXTS, such as wiki=wiki-demo")
 
 
 def test_out_that_is_a_file(fails):

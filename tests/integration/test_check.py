@@ -327,9 +327,12 @@ def test_a_damaged_baseline_is_one_line(
     [
         (["--min-speedup", "1.1", "--junit", "."], ["--junit", "is a folder"]),
         (["--min-speedup", "1.1", "--out", ""], ["--out", "is a folder"]),
-        (["--min-speedup", "1.1", "--against", "baseline.json", "--set", "prompt_tokens=[8]"], ["--set prompt_tokens"]),
+        (
+            ["--min-speedup", "1.1", "--against", "baseline.json", "--set", "prompt_tokens=[8]"],
+            ["--set prompt_tokens does not go with --against"],
+        ),
         ([], ["nothing is required", "--min-speedup"]),
-        (["--min-speedup", "fast"], ["--min-speedup 'fast'", "1.2"]),
+        (["--min-speedup", "fast"], ["--min-speedup 'fast': expected a factor such as 1.2"]),
         (["--min-speedup", "prefil=1.2"], ["--min-speedup 'prefil=1.2'", "prefill=1.2"]),
         (["--max-speedup-loss", "3%"], ["--against"]),
         (["--max-latency-regression", "3"], ["--max-latency-regression '3'", "3%"]),

@@ -239,7 +239,7 @@ def test_engine_of_another_version_is_refused(export: Export, tmp_path: Path) ->
     manifest = build_engine(export("opt", "fp32"), load_engine_spec("ort-cpu-fp32"), tmp_path / "engine")
     older = manifest.model_copy(update={"backend_version": "1.0.0"})
     (tmp_path / "engine" / "manifest.json").write_text(older.model_dump_json())
-    with pytest.raises(EngineUnavailable, match=r"built with onnxruntime-cpu 1\.0\.0, here is .*; build it again"):
+    with pytest.raises(EngineUnavailable, match=r"was built with onnxruntime-cpu 1\.0\.0, here is .*; build it again"):
         open_engine(tmp_path / "engine")
 
 

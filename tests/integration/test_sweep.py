@@ -98,9 +98,10 @@ def test_a_sweep_is_one_search_and_a_run_each_and_goes_on(workspace: Path, monke
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--drop", "5..50%"], ["--drop '5..50%'"]),
+        (["--drop", "5..50%"], ["--drop '5..50%': begins with 5 and ends with 50%"]),
+        (["--drop", "5.."], ["--drop '5..': expected a range such as 5%..50%"]),
         (["--drop", "1..9"], ["--drop", "1 to 5"]),
-        (["--target-latency", "20"], ["--target-latency '20'", "20ms"]),
+        (["--target-latency", "20"], ["--target-latency '20': expected a time such as 20ms"]),
         (["--drop", "1..2", "--max-ppl-ratio", "2", "--set", "evaluation={}"], ["--max-ppl-ratio needs texts"]),
     ],
 )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ast
 import importlib
-import itertools
 import re
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,12 +23,18 @@ from tests.made_run import made_run
 from tests.tiny import save_tiny
 from trsp_deploy import checks, cli, errors
 from trsp_deploy.artifacts import storage_errors
+from trsp_deploy.cli import jobs
+from trsp_deploy.pipeline.runs import default_folder
 from trsp_deploy.recipe import BenchSettings, parse_drops
-from trsp_deploy.stages import zeroshot
+from trsp_deploy.stages import triton_repository, zeroshot
 from trsp_deploy.stages.bench import compare_engines
+from trsp_deploy.stages.serve_bench import Load
+from trsp_deploy.tools.delivery.verification import manifest_of
 from trsp_deploy.tools.graphs.fp16_range import METADATA
+from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.measuring.subjects import find_subject
-from trsp_deploy.tools.runners import trt, trt_build
+from trsp_deploy.tools.runners import ort_build, trt, trt_build
+from trsp_deploy.tools.runners.generation import generate
 from trsp_deploy.tools.runners.half_range import guard_range
 from trsp_deploy.tools.runners.inspection import tokenizer_folder
 from trsp_deploy.tools.runners.manifest import check_files, read_manifest
@@ -37,7 +44,10 @@ from trsp_deploy.tools.runners.running_batch import OneText, RunningBatch
 from trsp_deploy.tools.sources.model_folders import check_decoder_only
 from trsp_deploy.tools.sources.safe_copy import convert
 from trsp_deploy.tools.sources.texts import load_texts
+from trsp_deploy.tools.training.forms import Anneal
+from trsp_deploy.tools.triton_server import process
 from trsp_deploy.tools.triton_server.load import prompts_of
+from trsp_deploy.tools.triton_server.repository import read_repository
 
 ROOT = Path(__file__).parents[2]
 ANYTHING: Any = None
@@ -142,10 +152,46 @@ def test_an_engine_whose_files_are_elsewhere(tmp_path: Path) -> None:
     says("is a link out of its folder", lambda: check_files(engine, manifest), errors.EngineUnavailable)
 
 
+def test_an_engine_whose_files_are_others(tmp_path: Path) -> None:
+    run = made_run(tmp_path / "run")
+    engine = run / "engines/ort-cpu-fp32/pruned"
+    manifest = read_manifest(engine)
+    (engine / "model.onnx.data").write_text("other")
+    says("…, its manifest says ", lambda: check_files(engine, manifest), errors.EngineUnavailable)
+    shutil.rmtree(run / "engines")
+    says("no engine that runs here (none was built)", lambda: find_subject(run, "pruned", None), errors.RunError)
+
+
+def test_a_run_without_a_manifest(tmp_path: Path) -> None:
+    run = made_run(tmp_path / "run", finished=False)
+    says("` finishes the run and writes it", lambda: manifest_of(run), errors.RunError)
+
+
+def test_a_folder_that_no_engine_may_replace(tmp_path: Path) -> None:
+    says("is the folder that this runs in", lambda: jobs._check_engine_folder(Path.cwd()), errors.RecipeError)
+    (tmp_path / "notes.md").write_text("mine")
+    says("holds other things than an engine", lambda: jobs._check_engine_folder(tmp_path), errors.RecipeError)
+
+
+def test_a_spec_of_another_name_than_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: yours\nbackend: onnxruntime-cpu\nprecision: fp32\n")
+    says("but the file is called 'mine.yaml'", lambda: load_engine_spec(str(path)), errors.EngineSpecError)
+
+
+def test_a_conversion_without_the_hub() -> None:
+    says("; give a folder that holds it", lambda: convert("owner/nowhere", None, silent), errors.ModelError)
+
+
+def test_processes_that_were_not_told_where_they_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    says("--out is missing: several processes", lambda: default_folder(ANYTHING, silent), errors.RunError)
+
+
 # -- graphs ------------------------------------------------------------------------------------------------------------
 
 
-def graph_of(nodes: list[Any], tensors: dict[str, np.ndarray], output: str, path: Path) -> Path:
+def graph_of(nodes: list[Any], tensors: dict[str, np.ndarray], output: str, path: Path, opset: int = 18) -> Path:
     """A graph of these nodes and weights, which computes nothing."""
     made = helper.make_graph(
         nodes,
@@ -154,7 +200,7 @@ def graph_of(nodes: list[Any], tensors: dict[str, np.ndarray], output: str, path
         [helper.make_tensor_value_info(output, TensorProto.FLOAT, ["n", 4])],
         [numpy_helper.from_array(array, name) for name, array in tensors.items()],
     )
-    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)]), path)
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", opset)]), path)
     return path
 
 
@@ -169,6 +215,13 @@ def test_an_onnx_file_that_does_not_say_its_vocabulary(tmp_path: Path) -> None:
     model.graph.output[0].type.tensor_type.shape.dim[-1].dim_param = "vocabulary"
     onnx.save(model, path)
     says("`logits` does not say how many tokens there are", lambda: find_subject(path, "dense", None), errors.RunError)
+
+
+def test_a_graph_too_old_for_4_bits(tmp_path: Path) -> None:
+    path = graph_of([helper.make_node("Relu", ["x"], ["y"])], {}, "y", tmp_path / "model.onnx", opset=11)
+    spec = load_engine_spec("ort-cpu-int4")
+    out = tmp_path / "out/model.onnx"
+    says("cannot be quantised: ", lambda: ort_build._quantise(path, path, spec, out, None), errors.EngineUnavailable)
 
 
 def turning(tables: list[np.ndarray], path: Path) -> Path:
@@ -234,6 +287,24 @@ def test_a_tensorrt_graph_with_inputs_of_its_own() -> None:
     says("inputs that no decoder should have: temperature", lambda: runner._bind({}, 1, 0), errors.EngineUnavailable)
 
 
+def test_a_tensorrt_engine_that_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner: Any = object.__new__(trt.TrtRunner)
+    runner.engine, runner._trt, runner._stream = Path("engine"), None, SimpleNamespace(cuda_stream=0)
+    runner._context = SimpleNamespace(execute_async_v3=lambda stream: False)
+    monkeypatch.setattr(trt, "logger", lambda module: SimpleNamespace(complaint=lambda: "no memory"))
+    says("TensorRT: stopped in engine: no memory", runner._enqueue, errors.EngineUnavailable)
+
+
+def test_a_prompt_of_nothing() -> None:
+    says("nothing to continue: a prompt", lambda: generate(ANYTHING, [[]], ANYTHING), errors.RecipeError)
+
+
+def test_whole_weights_in_pieces() -> None:
+    form: Any = SimpleNamespace(fitted="fold", processes=SimpleNamespace(sharded=True))
+    check = Anneal._check_weights_are_whole
+    says("with transfer.form 'anneal' moves whole weights", lambda: check(form), errors.RecipeError)
+
+
 def test_engines_of_two_devices() -> None:
     cpu, gpu = (SimpleNamespace(path=Path(device), device=device) for device in ("cpu", "cuda"))
     words = "cpu runs on cpu, cuda on cuda: not a comparison"
@@ -265,6 +336,42 @@ def test_prompts_that_a_tokenizer_cannot_make() -> None:
     says("this tokenizer makes no such text of common words", lambda: prompts_of(stubborn, 3, 1), errors.RunError)
 
 
+def test_a_folder_that_is_no_repository(tmp_path: Path) -> None:
+    says("no repository of `trsp-deploy triton`", lambda: read_repository(tmp_path), errors.RunError)
+
+
+def test_a_model_without_a_tokenizer_is_not_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = made_run(tmp_path / "run") / "engines/ort-cpu-fp32/pruned"
+    monkeypatch.setattr(triton_repository, "_batching", lambda engine: (True, ()))
+    out = tmp_path / "repository"
+    says(
+        "has no tokenizer.json, so a server cannot read text",
+        lambda: triton_repository._write_model(engine, "pruned", tmp_path, "m", out, 1, 8),
+        errors.ModelError,
+    )
+
+
+def test_a_server_that_does_not_get_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "READY_S", 0)
+    server: Any = SimpleNamespace(log="server.log")
+    says("tritonserver is not ready after 0 s; see server.log", lambda: process._wait(ANYTHING, server))
+
+
+def test_a_server_without_this_python(tmp_path: Path) -> None:
+    (tmp_path / "lib/python3.99/site-packages/pytriton/tritonserver").mkdir(parents=True)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").symlink_to(sys.executable)
+    says("nvidia-pytriton has no Python backend for Python 3.99", lambda: process.find_installation(tmp_path))
+
+
+def test_requests_that_do_not_end() -> None:
+    load: Any = object.__new__(Load)
+    load.prompts, load._new_tokens = (), 8
+    load._generator = SimpleNamespace(window=lambda *_: ())
+    address: Any = SimpleNamespace(grpc="127.0.0.1:1")
+    says("m: no request ended within 32 s, 4 at once", lambda: load.window(address, "m", 4, 2.0), errors.RunError)
+
+
 def test_zero_shot_tasks_without_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     says("zero-shot tasks need lm-eval: run `pip install", zeroshot._check_lm_eval, errors.UserError)
@@ -288,15 +395,18 @@ def test_tasks_that_an_engine_does_not_answer() -> None:
 KINDS = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, errors.TrspError)}
 
 
+LEAST = 3  # words on end that tell an error from another; of one with fewer between its values, all of them
+
+
 def raised() -> list[tuple[str, list[str]]]:
-    """Place of every error that the code raises, and the pieces of its own words, between its values."""
+    """Place of every error that the code raises, and what of its words a test may look for."""
     found = []
     for path in sorted((ROOT / "trsp_deploy").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             call = node.exc if isinstance(node, ast.Raise) else None
             if isinstance(call, ast.Call) and getattr(call.func, "id", "") in KINDS and call.args:
-                found.append((f"{path.relative_to(ROOT)}:{node.lineno}", pieces_of(call.args[0])))
-    return [(place, pieces) for place, pieces in found if pairs(pieces)]
+                found.append((f"{path.relative_to(ROOT)}:{node.lineno}", phrases(pieces_of(call.args[0]))))
+    return [(place, telling) for place, telling in found if telling]
 
 
 def pieces_of(message: ast.expr) -> list[str]:
@@ -306,24 +416,38 @@ def pieces_of(message: ast.expr) -> list[str]:
     return [message.value] if isinstance(message, ast.Constant) and isinstance(message.value, str) else []
 
 
-def pairs(pieces: list[str]) -> list[str]:
-    """Two words on end, long enough to be told from others."""
-    words = [[word for word in (each.strip(".,;:") for each in piece.split()) if word] for piece in pieces]
-    return [" ".join(pair) for piece in words for pair in itertools.pairwise(piece) if len(" ".join(pair)) > 7]
+def phrases(pieces: list[str]) -> list[str]:
+    """LEAST words on end, as `plain` has them; where no piece has so many, its longest one, if that is two at least."""
+    words = [plain(piece).split() for piece in pieces]
+    count = min(LEAST, max(map(len, words), default=0))
+    return [" ".join(each[at : at + count]) for each in words for at in range(len(each) - count + 1) if count > 1]
 
 
-def checked(pieces: list[str], tests: str) -> bool:
-    """Whether a test has two words on end of an error's."""
-    return any(pair in tests for pair in pairs(pieces))
+def plain(text: str) -> str:
+    """A text without what a pattern escapes, and marks at the ends of words."""
+    return " ".join(word.strip(".,;:") for word in text.replace("\\", "").split())
+
+
+def expected() -> str:
+    """Every string of the tests that is no docstring."""
+    found = []
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        alone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in alone:
+                found.append(plain(node.value))
+    return "\n".join(found)
 
 
 def test_every_errors_words_are_in_a_test() -> None:
-    tests = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "tests").rglob("*.py")))
-    found = raised()
+    said, found = expected(), raised()
     assert len(found) > 200
-    assert not [place for place, pieces in found if not checked(pieces, tests)]
+    assert not [(place, telling) for place, telling in found if not any(phrase in said for phrase in telling)]
 
 
-def test_words_that_nobody_checks_are_found() -> None:
-    assert not checked(["is of no", " kind that was ever"], "some other words, and a kind of magic")
-    assert checked(["is of no", " kind that was ever"], "match='a kind that was'")
+def test_words_that_tell_an_error_from_others() -> None:
+    assert phrases(["is of no", " kind: ever"]) == ["is of no"]
+    assert phrases(["no ", " kind: ever"]) == ["kind ever"]
+    assert phrases(["no", "kind"]) == []
+    assert plain(r"is \(of\) no;") == "is (of) no"

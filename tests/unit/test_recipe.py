@@ -76,7 +76,7 @@ def test_override_sets_nested_keys_as_yaml_and_leaves_the_original() -> None:
 @pytest.mark.parametrize(
     ("assignment", "words"),
     [
-        ("plan.steps", "expected key=value"),
+        ("plan.steps", "expected key=value, such as transfer.steps=64"),
         ("=3", "expected key=value"),
         ("model.name=3", "'model' is a value, not a group of settings"),
         ("plan.steps=[1", "the value is not valid YAML"),

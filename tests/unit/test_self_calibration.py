@@ -210,5 +210,7 @@ def test_no_room_and_no_words_are_said(monkeypatch, tokenizer):
         write_texts(model, tokenizer, 20, 8, seed=0)
     tokenizer.chat_template = CHAT
     opening = len(form_of(model, tokenizer).opening)
-    with pytest.raises(RecipeError, match=f"context_length {opening}: no room .* begins with {opening} tokens"):
+    with pytest.raises(
+        RecipeError, match=f"context_length {opening}: no room for a text .* begins with {opening} tokens"
+    ):
         write_texts(model, tokenizer, 20, opening, seed=0)
