@@ -40,6 +40,34 @@ def test_coverage_is_judged_before_it_is_rounded() -> None:
     assert coverage.verdict(90.0)["met"] == {"lines_percent": True}
 
 
+def covered(*, run: int) -> dict[str, dict[str, dict[str, int]]]:
+    """Files as coverage.py tells of them."""
+    files = {"trsp_deploy/a.py": (40, 40), "trsp_deploy/tools/b.py": (50, run), "trsp_deploy/tools/c.py": (10, 10)}
+    return {name: {"summary": {"num_statements": all, "covered_lines": run}} for name, (all, run) in files.items()}
+
+
+@pytest.mark.parametrize(("codes", "run", "code"), [([0, 0], 45, 0), ([0, 0], 20, 2), ([1, 0], 45, 1)])
+def test_what_the_default_tests_cover_is_kept(
+    codes: list[int], run: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coverage, "KEPT", tmp_path / "coverage.json")
+    monkeypatch.setattr(coverage, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(coverage, "measure", lambda runs: codes)
+    monkeypatch.setattr(coverage, "table", lambda: covered(run=run))
+    coverage.PAGE.write_text("before\n<!-- coverage:start -->\n<!-- coverage:end -->\nafter")
+    before = coverage.PAGE.read_text()
+    for some in (["tests/unit"], ["--report"]):
+        coverage.main(some)
+        assert coverage.PAGE.read_text() == before and not coverage.KEPT.exists(), "some tests say nothing of all"
+    assert coverage.main([]) == code
+    found = coverage.Covered.model_validate_json(coverage.KEPT.read_bytes())
+    assert found.percent == 50 + run and found.passed == (codes == [0, 0])
+    assert found.packages["trsp_deploy/tools"] == coverage.Lines(all=60, run=10 + run)
+    said = coverage.PAGE.read_text()
+    assert f"{50 + run}.0% of 100 lines" in said and f"lowest: `trsp_deploy/tools/` {(10 + run) / 0.6:.1f}%" in said
+    assert ("not every test passed" in said) == (codes != [0, 0]) and said.endswith("after")
+
+
 def test_served_figures_are_judged_before_they_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     found = serving.Serving.model_validate_json((ROOT / kept.RESULTS / "serving-amd-epyc.json").read_bytes())
     values = {
