@@ -21,8 +21,6 @@ PAGES = [
 GENERATED = ROOT / "docs" / "cli.md"  # its usage lines are no commands; `trsp_deploy.cli.reference` writes it
 ROOT_COMMAND: Any = get_command(app)
 OURS = re.compile(r"(?:^|[\s;(])(?:trsp-deploy|-m trsp_deploy) +(.*)")
-
-
 NOT_RUN = "# not run by the tests"  # above a line of a block that runs another program
 
 

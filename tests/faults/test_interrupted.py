@@ -15,7 +15,7 @@ import time
 
 import pytest
 
-from tests.faults.harness import PROGRAM, STEPS, Job, end_session, session_members
+from tests.faults.harness import PROGRAM, STEPS, Done, Job, Running, end_session, session_members
 
 pytestmark = pytest.mark.faults
 AT_MOST_S = 2.0
@@ -31,7 +31,6 @@ def test_stops_at_once(workspace, undisturbed, record_property, step, share):
     record_property("fault", "Ctrl-C")
     job = Job(workspace, f"interrupted-{step or 'anywhere'}-{share:.4f}")
     running = job.start(fresh=True)
-    leader = running.pid
     try:
         if step is None:
             time.sleep(share * first[True].elapsed_s)
@@ -41,17 +40,10 @@ def test_stops_at_once(workspace, undisturbed, record_property, step, share):
             time.sleep(share * float(re.findall(r'"elapsed_s": ([\d.e-]+)', record.read_text())[-1]))
         if running.poll() is not None:
             pytest.skip("it was over before")
-        began = time.monotonic()
-        os.killpg(leader, signal.SIGINT)  # as a terminal does: the whole foreground group hears it
-        done = running.wait()
-        stopped_s = time.monotonic() - began
-        while session_members(leader) and time.monotonic() - began < 10:
-            time.sleep(0.01)
-        gone_s = time.monotonic() - began
-        left = session_members(leader)
+        done, gone_s, left = interrupted(running)
     finally:
-        end_session(leader)
-    record_property("seconds", round(max(stopped_s, gone_s), 3))
+        end_session(running.pid)
+    record_property("seconds", round(gone_s, 3))
     record_property(
         "place", ([each for each in done.steps("started") if each not in done.steps("done")] or ["else"])[0]
     )
@@ -65,6 +57,54 @@ def test_stops_at_once(workspace, undisturbed, record_property, step, share):
     again = job.finish() if step == STEPS[-1] or share < 0.1 else None
     if again is not None:
         assert again.code == 0 and job.artefacts() == whole.artefacts()
+
+
+def interrupted(running: Running) -> tuple[Done, float, list[int]]:
+    """Ctrl-C: how it ended, the seconds until all of its processes were gone, and those that were not after ten."""
+    began = time.monotonic()
+    os.killpg(running.pid, signal.SIGINT)  # as a terminal does: the whole foreground group hears it
+    done = running.wait()
+    while session_members(running.pid) and time.monotonic() - began < 10:
+        time.sleep(0.01)
+    return done, time.monotonic() - began, session_members(running.pid)
+
+
+# Command -> the line after which it hears Ctrl-C, within a second; None: half-way.
+MOMENTS = [
+    ("sweep", "> plans: started"),
+    ("sweep", "> drop-1: prune: started"),
+    ("check", "> tiny, dropping 1 of the layers"),
+    ("check", "> evaluate-manual-pruned: reused"),  # engines are measured then, in processes of their own
+    ("generate", None),
+]
+
+
+@pytest.mark.parametrize(("command", "line"), MOMENTS)
+def test_other_commands_stop_at_once(workspace, undisturbed, record_property, command, line):
+    whole, _ = undisturbed
+    record_property("fault", "Ctrl-C")
+    engine = str(whole.run / "engines" / "ort-cpu-fp32" / "pruned")
+    arguments = {
+        "sweep": ["sweep", *whole.arguments[1:], "--drop", "1..2", "--out", f"sweep-{MOMENTS.index((command, line))}"],
+        "check": ["check", str(whole.run), "--min-speedup", "0.1", "--budget", "60"],
+        "generate": ["generate", engine, "--prompt", "The", "--max-tokens", "200"],
+    }[command]
+    ordinary_s = 0.0 if line else Running(arguments, workspace, None, fresh=True).wait().elapsed_s
+    running = Running(arguments, workspace, None, fresh=True)
+    try:
+        assert line is None or running.wait_for(line), running.said
+        time.sleep(_draw() if line else ordinary_s / 2)
+        if running.poll() is not None:
+            pytest.skip("it was over before")
+        done, gone_s, left = interrupted(running)
+    finally:
+        end_session(running.pid)
+    record_property("seconds", round(gone_s, 3))
+    record_property("place", command)
+    assert done.code == 130, (done.code, done.stderr)
+    assert done.is_one_line and "finished steps are kept" in done.last, done.stderr
+    assert not left
+    assert gone_s < AT_MOST_S
 
 
 @pytest.mark.parametrize("step", ["prune", "bench-ort-cpu-fp32"])
