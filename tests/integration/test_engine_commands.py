@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -83,6 +84,51 @@ def test_what_is_built_from_a_file_is_not_built_twice(
     assert built(*text)[0], "a file of the engine had changed"
     (tmp_path / "model.onnx_data").write_bytes((place / "onnx" / "model.onnx_data").read_bytes()[:-1] + b"x")
     assert built(*text)[0], "the graph's weights had"
+
+
+def test_an_engine_of_another_graph_or_spec_is_not_opened(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in ("model.onnx", "model.onnx_data"):
+        shutil.copy(place / "onnx" / file, tmp_path)
+    graph, weights, spec, out = (tmp_path / name for name in ("model.onnx", "model.onnx_data", "mine.yaml", "engine"))
+    plain = "description: mine\nbackend: onnxruntime-cpu\nprecision: fp32\nfuse: false\n"
+    spec.write_text(plain)
+    command = ["build", "--onnx", str(graph), "--engine", str(spec), "--out", str(out)]
+
+    def refused(words: str) -> None:
+        said = []
+        for used in (["generate", str(out), "--prompt", "a"], ["compare", str(out), str(out)]):
+            assert run(used) == 1
+            said.append(capsys.readouterr().err)
+        for line in said:
+            assert words in line and line.endswith(f"; build it again: trsp-deploy {shlex.join(command)}\n")
+
+    assert run(command) == 0
+    open_engine(out)
+    os.utime(weights, ns=(1, 1))
+    open_engine(out)  # the same bytes at another time
+
+    old = weights.read_bytes()
+    weights.write_bytes(old[:-1] + bytes([old[-1] ^ 1]))
+    capsys.readouterr()
+    refused(f"engine mine: {weights} has SHA-256")
+    assert run(command) == 0
+    open_engine(out)
+
+    spec.write_text(f"{plain}threads: 1  # a core is enough\n")
+    capsys.readouterr()
+    refused(f"{spec} has another threads by now than it was built with")
+    spec.write_text(f"{plain}threads: none\n")
+    with pytest.raises(EngineUnavailable, match=r"its spec has changed: .*mine\.yaml: .*threads"):
+        open_engine(out)
+    spec.write_text(f"{plain}# nothing else\n")
+    open_engine(out)
+
+    graph.unlink()
+    weights.unlink()
+    spec.unlink()
+    open_engine(out)  # of what is not known any more
 
 
 def test_inspect_says_what_the_engine_is(engine: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 from tests.breadth import by_default
 from trsp_deploy.errors import EngineUnavailable, RunError
 from trsp_deploy.recipe import EngineSpec
-from trsp_deploy.stages.build import build_engine, onnx_sha256
+from trsp_deploy.stages.build import build_engine, onnx_sha256, source_files
 from trsp_deploy.tools import runners
 from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.quiet import quiet_libraries
@@ -193,7 +193,7 @@ def test_manifest_says_what_was_built(cpu_engines: dict[str, Path], export: Expo
     assert manifest.file == "model.onnx"
     assert set(manifest.files) == {"model.onnx", "model.onnx.data"}
     assert manifest.size_bytes == sum((folder / name).stat().st_size for name in manifest.files)
-    assert manifest.onnx_sha256 == onnx_sha256(export("llama", "fp32"))
+    assert manifest.onnx_sha256 == onnx_sha256(source_files(export("llama", "fp32")))
     assert manifest.inputs["past_key_values.2.value"] == ("float32", ("batch_size", 2, "past_sequence_length", 16))
     assert manifest.outputs["logits"][1][-1] == VOCABULARY
     assert manifest.build_s > 0
@@ -206,17 +206,18 @@ def test_external_weights_are_followed(export: Export, checkpoints: Path, tmp_pa
     source = tmp_path / "model.onnx"
     # What exporters do above 2 GB.
     onnx.save(onnx.load(export("opt", "fp32")), source, save_as_external_data=True, location="model.onnx_data")
-    assert onnx_sha256(source) != onnx_sha256(export("opt", "fp32"))
-    before = onnx_sha256(source)
+    assert onnx_sha256(source_files(source)) != onnx_sha256(source_files(export("opt", "fp32")))
+    before = onnx_sha256(source_files(source))
     build_engine(source, load_engine_spec("ort-cpu-fp32"), tmp_path / "engine")
     (tmp_path / "model.onnx_data").write_bytes(b"")
-    assert onnx_sha256(source) != before
+    assert onnx_sha256(source_files(source)) != before
     onnx.save(onnx.load(export("opt", "fp32")), source, save_as_external_data=True, location="weights.bin")
-    before = onnx_sha256(source)
+    before = onnx_sha256(source_files(source))
     (tmp_path / "weights.bin").write_bytes(b"")
-    assert onnx_sha256(source) != before, "of a file with another name than the graph's"
+    assert onnx_sha256(source_files(source)) != before, "of a file with another name than the graph's"
     source.write_bytes(b"no graph")
-    assert onnx_sha256(source)
+    assert onnx_sha256(source_files(source))
+    source.unlink()
     model = opt().from_pretrained(checkpoints / "opt").eval()
     with open_engine(tmp_path / "engine") as runner:
         assert largest_difference(generated(runner), reference(model)) < TOLERANCE

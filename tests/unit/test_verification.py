@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ from trsp_deploy.artifacts import MANIFEST, RunFolder, fingerprint, provenance, 
 from trsp_deploy.errors import EngineUnavailable, RunError
 from trsp_deploy.recipe import read_engine_spec, read_recipe
 from trsp_deploy.tools.delivery.verification import verify
-from trsp_deploy.tools.runners import check_of_run
+from trsp_deploy.tools.runners import check_fresh
 from trsp_deploy.tools.runners.manifest import Bound, check_manifest, read_manifest
 from trsp_deploy.tools.triton_server import process
 from trsp_deploy.tools.triton_server.repository import RepositoryManifest, ServedModel, read_repository
@@ -219,6 +220,21 @@ def test_an_engine_that_its_manifest_does_not_vouch_for_is_not_opened(run: Path)
         check_manifest(run / ENGINE, manifest.model_copy(update={"file": "other.onnx"}), "1", Bound())
 
 
+def test_an_engine_of_another_spec_than_its_manifest_says_is_not_opened(run: Path) -> None:
+    file = run / ENGINE / "manifest.json"
+    values = json.loads(file.read_text())
+    del values["sha256"]  # edited by hand
+    del values["spec"]["zero_points"]  # as an older version wrote it, that knew no such key
+    before = values["spec_sha256"]
+    values["spec_sha256"] = hashlib.sha256(json.dumps(values["spec"], separators=(",", ":")).encode()).hexdigest()
+    file.write_text(json.dumps(values))
+    check_manifest(run / ENGINE, read_manifest(run / ENGINE), "1", Bound())
+    file.write_text(json.dumps({**values, "spec_sha256": before}))
+    again = rf"was built from {before[:12]}…; build it again: trsp-deploy build {run} --engine ort-cpu-fp32"
+    with pytest.raises(EngineUnavailable, match=again):
+        check_manifest(run / ENGINE, read_manifest(run / ENGINE), "1", Bound())
+
+
 @pytest.mark.parametrize(("step", "output"), [("prune", "pruned"), ("export-pruned-fp32", ONNX)])
 def test_an_engine_of_the_model_that_a_run_had_before_is_not_opened(
     step: str, output: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -230,8 +246,8 @@ def test_an_engine_of_the_model_that_a_run_had_before_is_not_opened(
         ):
             inputs: dict[str, Path | str] = {key: run / source}
             folder.step(name, Nothing, Nothing, settings={}, inputs=inputs, outputs=[OUTPUTS[name]])
-    check_of_run(run / ENGINE, read_manifest(run / ENGINE))
-    check_of_run(tmp_path / "of" / "no" / "run", read_manifest(run / ENGINE))
+    check_fresh(run / ENGINE, read_manifest(run / ENGINE))
+    check_fresh(tmp_path / "of" / "no" / "run", read_manifest(run / ENGINE))
     with RunFolder(run) as folder:
         folder.forget(step)
         folder.step(step, _other(run / output), Nothing, settings={}, inputs={"model": "new"}, outputs=[output])
@@ -246,7 +262,7 @@ def test_an_engine_of_the_model_that_a_run_had_before_is_not_opened(
     ):
         assert cli.run(command) == 1
         assert wanted in capsys.readouterr().err
-    check_of_run(run / ENGINE.replace("pruned", "dense"), read_manifest(run / ENGINE))
+    check_fresh(run / ENGINE.replace("pruned", "dense"), read_manifest(run / ENGINE))
 
 
 def _other(folder: Path) -> Callable[[], Nothing]:

@@ -240,7 +240,7 @@ def _build_from_onnx(
     from trsp_deploy.artifacts import writing_alone
     from trsp_deploy.cli.running import say
     from trsp_deploy.stages.build import build_engine, finished, read_calibration
-    from trsp_deploy.tools.library import load_engine_spec
+    from trsp_deploy.tools.library import load_engine_spec, spec_file
     from trsp_deploy.tools.quiet import quiet_libraries
 
     spec = load_engine_spec(engines[0])
@@ -262,7 +262,13 @@ def _build_from_onnx(
     with writing_alone(out), quiet_libraries():
         known = finished(onnx, spec, out, text)
         manifest = known or build_engine(
-            onnx, spec, out, text, text_name=calibration or "", rebuild=shlex.join(command)
+            onnx,
+            spec,
+            out,
+            text,
+            text_name=calibration or "",
+            rebuild=shlex.join(command),
+            spec_file=spec_file(engines[0]),
         )
     size = f"{manifest.size_bytes / 1e6:.0f} MB"
     how = f"built in {manifest.build_s:.0f} s" if known is None else "as it was built, for nothing has changed"

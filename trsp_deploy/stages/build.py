@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.tools.runners import BACKENDS, EngineManifest, bound_to, check_can_build
 from trsp_deploy.tools.runners.calibration import INT4_TEXTS, READ_TOKENS
 from trsp_deploy.tools.runners.inspection import trtexec
-from trsp_deploy.tools.runners.manifest import ReadText, check_manifest, read_manifest, spec_sha256
+from trsp_deploy.tools.runners.manifest import ReadText, SourceFile, check_manifest, read_manifest, spec_sha256
 from trsp_deploy.tools.runners.passes import VERSION as PASSES
 from trsp_deploy.tools.runners.requirements import package_version, release_torch_memory
 from trsp_deploy.tools.runners.trt_log import BUILD_LOG
@@ -36,13 +36,15 @@ def build_engine(
     *,
     text_name: str = "a text",
     rebuild: str | None = None,
+    spec_file: Path | None = None,
 ) -> EngineManifest:
     """Build `spec`'s engine from an ONNX file into `folder`, whole or not at all.
 
     onnx: a decoder's model.onnx; external data lies where it says.
     calibration: (texts, sequence) int64 tokens of real text, by which an int8 engine chooses what stays in blocks and
     an int4 engine rounds; None takes random ones. text_name: how the user named that text.
-    rebuild: the command that does this again, for the manifest; None for a run's engine.
+    rebuild: the command that does this again, for the manifest; None for a run's engine. spec_file: the YAML that
+    `spec` was read from, which is looked at again whenever the engine is opened; None for a spec of a name.
     folder: replaced if it exists. Holds the engine, manifest.json and, for TensorRT, build.log and trtexec.sh.
     Raises EngineUnavailable with the reason when this machine cannot build it or the backend refuses the graph
     (TensorRT's log is then kept as `<folder>-failed.log`), EngineSpecError when the spec itself is at fault, RunError
@@ -53,7 +55,7 @@ def build_engine(
     check_can_build(spec)
     release_torch_memory()
     began = time.perf_counter()
-    source = os.path.relpath(onnx.resolve(), folder.resolve())
+    source, files = os.path.relpath(onnx.resolve(), folder.resolve()), source_files(onnx)
     with writing(folder) as partial, _log_of_failure(partial, folder.with_name(f"{folder.name}-failed.log")):
         partial.mkdir()
         built = BACKENDS[spec.backend].build(onnx, spec, partial, calibration)
@@ -65,10 +67,12 @@ def build_engine(
             name=spec.name,
             spec=spec,
             source=source,
+            source_files=files,
+            spec_file=None if spec_file is None else os.path.relpath(spec_file.resolve(), folder.resolve()),
             text=_text_of(spec, calibration, text_name),
             passes_version=PASSES,
             rebuild=rebuild,
-            onnx_sha256=onnx_sha256(onnx),
+            onnx_sha256=onnx_sha256(files),
             spec_sha256=spec_sha256(spec),
             backend_version=package_version(spec.backend),
             bound=bound_to(spec),
@@ -107,7 +111,7 @@ def finished(
         check_manifest(folder, manifest, version, bound)
     except EngineUnavailable:
         return None
-    read = _text_of(spec, calibration, "")
+    read, files = _text_of(spec, calibration, ""), source_files(onnx)
     beside = {name: fingerprint(folder / name) for name in manifest.beside if (folder / name).is_file()}
     same = (
         manifest.spec == spec
@@ -115,7 +119,8 @@ def finished(
         and manifest.bound == bound
         and (manifest.text and manifest.text.sha256) == (read and read.sha256)
         and manifest.beside == beside
-        and manifest.onnx_sha256 == onnx_sha256(onnx)
+        and manifest.source_files.keys() == files.keys()  # an older version's knows none
+        and manifest.onnx_sha256 == onnx_sha256(files)
     )
     return manifest if same else None
 
@@ -140,17 +145,24 @@ def read_calibration(texts: str, tokenizer: Path) -> np.ndarray:
     return tokens
 
 
-def onnx_sha256(onnx: Path) -> str:
-    """SHA-256 over an ONNX file and the files that its weights lie in, whatever they are called.
+def source_files(onnx: Path) -> dict[str, SourceFile]:
+    """An ONNX file and the files that its weights lie in, whatever they are called, as paths from its folder.
 
-    A file that cannot be read as ONNX is its own bytes alone, and a missing file of weights counts as none: whoever
-    builds from it says so.
+    A file that cannot be read as ONNX is by itself, and a missing file of weights counts as none: whoever builds from
+    it says so.
     """
-    names = {onnx.name, *_external_data(onnx)}
-    digest = hashlib.sha256()
-    for name in sorted(name for name in names if (onnx.parent / name).is_file()):
-        digest.update(f"{name} {fingerprint(onnx.parent / name)}\n".encode())
-    return digest.hexdigest()
+    found = {}
+    for name in sorted({onnx.name, *_external_data(onnx)}):
+        path = onnx.parent / name
+        if path.is_file():
+            stat = path.stat()
+            found[name] = SourceFile(size_bytes=stat.st_size, mtime_ns=stat.st_mtime_ns, sha256=fingerprint(path))
+    return found
+
+
+def onnx_sha256(files: Mapping[str, SourceFile]) -> str:
+    """SHA-256 over the names and contents of a graph's files."""
+    return hashlib.sha256("".join(f"{name} {file.sha256}\n" for name, file in files.items()).encode()).hexdigest()
 
 
 def _external_data(path: Path) -> set[str]:

@@ -49,6 +49,12 @@ def load_engine_spec(name_or_path: str) -> EngineSpec:
     return read_engine_spec({**values, "name": path.stem}, str(path))
 
 
+def spec_file(name_or_path: str) -> Path | None:
+    """The YAML file that an engine spec is read from; None for a shipped one. Raises EngineSpecError."""
+    path = _find("engines", name_or_path)
+    return None if path.parent == _folder("engines") else path
+
+
 def read_text(kind: Kind, name: str) -> str:
     """The YAML of a recipe or engine spec as it was written, comments included. Raises UserError."""
     return reading.read_text(_find(kind, name), ERRORS[kind])

@@ -11,7 +11,7 @@ from trsp_deploy.decoder import DecoderSize, decoder_size, known_positions, load
 from trsp_deploy.errors import EngineUnavailable, RunError, nearest
 from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.results import Role
-from trsp_deploy.tools.runners import EngineManifest, check_can_run, check_of_run, device_of, read_manifest
+from trsp_deploy.tools.runners import EngineManifest, check_can_run, check_fresh, device_of, read_manifest
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _from_engine(folder: Path) -> Subject:
 def _usable(folder: Path) -> EngineManifest:
     """An engine's manifest; raises EngineUnavailable where it cannot run here or its run has another model by now."""
     manifest = read_manifest(folder)
-    check_of_run(folder, manifest)
+    check_fresh(folder, manifest)
     check_can_run(manifest.spec)
     return manifest
 
@@ -120,7 +120,7 @@ def find_engine(run: Path, role: Role, name: str | None) -> Path:
     if name not in built:
         raise RunError(f"{run}: has no engine '{name}'{nearest(name, built)}; built: {', '.join(built) or 'none'}")
     folder = layout.engine(name, role)
-    check_of_run(folder, read_manifest(folder))
+    check_fresh(folder, read_manifest(folder))
     return folder
 
 

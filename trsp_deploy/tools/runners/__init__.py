@@ -12,7 +12,7 @@ from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.recipe import Backend, EngineSpec
 from trsp_deploy.tools.runners import ort, ort_build, ort_session, trt, trt_build
 from trsp_deploy.tools.runners.base import Runner
-from trsp_deploy.tools.runners.freshness import check_of_run
+from trsp_deploy.tools.runners.freshness import check_fresh
 from trsp_deploy.tools.runners.manifest import BuiltEngine, EngineManifest, bound_to, check_manifest, read_manifest
 from trsp_deploy.tools.runners.requirements import PACKAGES, Package, package_version, release_torch_memory
 
@@ -26,7 +26,7 @@ __all__ = [
     "bound_to",
     "check_can_build",
     "check_can_run",
-    "check_of_run",
+    "check_fresh",
     "device_of",
     "open_engine",
     "read_manifest",
@@ -95,11 +95,11 @@ def device_of(spec: EngineSpec) -> str:
 def open_engine(folder: Path) -> Runner:
     """A runner for the engine in `folder`; nothing is loaded until it is entered.
 
-    Raises EngineUnavailable when the folder holds no engine, when a file is not the one that was built,
-    when the backend's version is not the one that built it, or when its run has another model by now.
+    Raises EngineUnavailable when the folder holds no engine, when a file is not the one that was built, when the
+    backend's version is not the one that built it, or when another model, graph or spec lies where it was built from.
     """
     manifest = read_manifest(folder)
-    check_of_run(folder, manifest)
+    check_fresh(folder, manifest)
     check_manifest(folder, manifest, package_version(manifest.spec.backend), bound_to(manifest.spec))
     release_torch_memory()
     return BACKENDS[manifest.spec.backend].open(folder, manifest)

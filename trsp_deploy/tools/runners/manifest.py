@@ -59,6 +59,14 @@ class ReadText(Strict):
     sha256: str | None = None  # of the tokens; None for random ones, which are the same every time
 
 
+class SourceFile(Strict):
+    """One file of the graph that an engine was built from, as it was then."""
+
+    size_bytes: int
+    mtime_ns: int
+    sha256: str
+
+
 class Bound(Strict):
     """Where an engine may run; None is anywhere."""
 
@@ -106,6 +114,9 @@ class EngineManifest(Sealed):
     passes_version: str | None = None  # of the code that changes graphs (passes.py)
     rebuild: str | None = None  # the command that built it; None of a run's engine
     source: str | None = None  # that ONNX file, as a path from the engine's folder; None in what older versions wrote
+    # It and the files that its weights lie in, as paths from its folder; none in what older versions wrote.
+    source_files: dict[str, SourceFile] = Field(default_factory=dict)
+    spec_file: str | None = None  # the spec's YAML, as a path from the engine's folder; None of one that is named
     onnx_sha256: str  # over the ONNX file and its external data
     spec_sha256: str
     backend_version: str
@@ -126,7 +137,11 @@ class EngineManifest(Sealed):
 
 def spec_sha256(spec: EngineSpec) -> str:
     """Fingerprint of what an engine spec asks for."""
-    return hashlib.sha256(spec.model_dump_json().encode()).hexdigest()
+    return _sha256(spec.model_dump_json())
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> EngineManifest:
@@ -138,8 +153,15 @@ def read_manifest(folder: Path) -> EngineManifest:
 
 
 def check_manifest(folder: Path, manifest: EngineManifest, backend_version: str, here: Bound) -> None:
-    """Raise EngineUnavailable when the files, the backend, the GPU or the driver are not those of the build."""
+    """Raise EngineUnavailable when the files, the spec, the backend, the GPU or the driver are not the build's."""
     again = rebuild(manifest, folder)
+    # As it was written: the spec of a later version has more keys, at their defaults.
+    found = _sha256(manifest.spec.model_dump_json(exclude_unset=True))
+    if found != manifest.spec_sha256:
+        raise EngineUnavailable(
+            f"engine {manifest.name}: the spec in its manifest has SHA-256 {found[:12]}…, it was built from "
+            f"{manifest.spec_sha256[:12]}…; {again}"
+        )
     misfit = manifest.bound.misfit(here)
     if misfit is not None:
         raise EngineUnavailable(f"engine {manifest.name} was built {misfit}; {again}")
