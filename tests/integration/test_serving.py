@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import shutil
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from tests.exported import LAYERS, Made
 from tests.families import family_model
 from tests.tiny import save_tiny, tiny_tokenizer
+from trsp_deploy.artifacts import ENGINE_MANIFEST, write_json
 from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.recipe import ExportSettings
 from trsp_deploy.stages.build import build_engine
@@ -216,6 +218,15 @@ def test_an_engine_whose_cache_grows_serves_one_text_at_a_time(tmp_path: Path) -
         for _ in range(5):
             tokens.append(int(batch.step({row: tokens[-1]})[row].argmax()))
     assert tokens == alone(tmp_path / "engine", [5, 6, 7], 6)
+
+
+def test_an_engine_that_gets_padding_wrong_serves_one_text_at_a_time(engine: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "engine"
+    shutil.copytree(engine, folder)
+    write_json(folder / ENGINE_MANIFEST, read_manifest(engine).model_copy(update={"padding": False}))
+    assert _batching(engine)[0] and not _batching(folder)[0]
+    with open_batch(folder, 8, MAX_LENGTH) as batch:
+        assert isinstance(batch, OneText)
 
 
 # -- text --------------------------------------------------------------------------------------------------------------

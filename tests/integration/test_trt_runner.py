@@ -277,6 +277,9 @@ def test_a_growing_cache_is_read_and_written_in_turn(
         with short, pytest.raises(EngineUnavailable, match="holds for texts of up to 8 tokens, and this one has 9"):
             assert short.longest_text == 8
             short.prefill(reference.input_ids, reference.attention_mask)
+        mixed = trt.TrtRunner(runner.engine, runner.spec, inputs=engine.inputs, outputs=engine.outputs, padding=False)
+        with mixed, pytest.raises(EngineUnavailable, match="its graph gets padded texts wrong"):
+            mixed.prefill(reference.input_ids, reference.attention_mask)
         with pytest.raises(EngineUnavailable, match="no profile covers"):
             runner.prefill(np.ones((9, 4), np.int64), np.ones((9, 4), np.int64))
 

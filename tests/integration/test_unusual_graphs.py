@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,8 +25,10 @@ from trsp_deploy.recipe.engine_spec import ShapeProfile
 from trsp_deploy.stages.build import build_engine
 from trsp_deploy.stages.export import FILE, check_exportable, export_onnx
 from trsp_deploy.tools.library import load_engine_spec
-from trsp_deploy.tools.runners import open_engine, trt_build
+from trsp_deploy.tools.runners import open_engine, read_manifest, trt_build
+from trsp_deploy.tools.runners.generation import Sampling, generate
 from trsp_deploy.tools.runners.half_range import within_range
+from trsp_deploy.tools.runners.inspection import describe, inspect_engine
 from trsp_deploy.tools.runners.ort import OrtRunner
 from trsp_deploy.tools.runners.passes import run_passes
 
@@ -227,3 +230,92 @@ def test_other_windows_of_one_text_are_another_calibration() -> None:
         return made
 
     assert engines(0)._calibration_sha256() == engines(0)._calibration_sha256() != engines(5)._calibration_sha256()
+
+
+def foreign_graph(path: Path, extra: Sequence[onnx.ValueInfoProto] = ()) -> Path:
+    """A decoder of one layer as onnxruntime-genai's builder exports them: GroupQueryAttention that counts the mask.
+
+    extra: inputs that change nothing.
+    """
+    heads, head_dim, vocabulary = 2, 16, 50
+    width = heads * head_dim
+    random = np.random.default_rng(0)
+
+    def weights(name: str, *shape: int) -> onnx.TensorProto:
+        return onnx.numpy_helper.from_array(random.normal(size=shape).astype(np.float32), name)
+
+    def value(name: str, kind: int, *shape: int | str) -> onnx.ValueInfoProto:
+        return onnx.helper.make_tensor_value_info(name, kind, shape)
+
+    node, whole, real = onnx.helper.make_node, onnx.TensorProto.INT64, onnx.TensorProto.FLOAT
+    parts = ("key", "value")
+    cache = ("batch", heads, "past", head_dim)
+    nodes = [
+        node("Gather", ["table", "input_ids"], ["embedded"]),
+        *(node("MatMul", ["embedded", f"w_{part}"], [part]) for part in ("query", *parts)),
+        node("ReduceSum", ["attention_mask", "last_axis"], ["tokens"], keepdims=0),
+        node("Sub", ["tokens", "one"], ["last"]),
+        node("Cast", ["last"], ["seqlens_k"], to=onnx.TensorProto.INT32),
+        node("Shape", ["attention_mask"], ["total"], start=1),
+        node("Squeeze", ["total"], ["length"]),
+        node("Cast", ["length"], ["total_sequence_length"], to=onnx.TensorProto.INT32),
+        node(
+            "GroupQueryAttention",
+            ["query", *parts, *(f"past_key_values.0.{part}" for part in parts), "seqlens_k", "total_sequence_length"],
+            ["mixed", *(f"present.0.{part}" for part in parts)],
+            domain="com.microsoft",
+            num_heads=heads,
+            kv_num_heads=heads,
+        ),
+        node("MatMul", ["mixed", "head"], ["logits"]),
+    ]
+    graph = onnx.helper.make_graph(
+        nodes,
+        "foreign",
+        [
+            value("input_ids", whole, "batch", "sequence"),
+            value("attention_mask", whole, "batch", "total"),
+            *(value(f"past_key_values.0.{part}", real, *cache) for part in parts),
+            *extra,
+        ],
+        [
+            value("logits", real, "batch", "sequence", vocabulary),
+            *(value(f"present.0.{part}", real, "batch", heads, "total", head_dim) for part in parts),
+        ],
+        [
+            weights("table", vocabulary, width),
+            *(weights(f"w_{part}", width, width) for part in ("query", *parts)),
+            weights("head", width, vocabulary),
+            onnx.numpy_helper.from_array(np.array([1]), "last_axis"),
+            onnx.numpy_helper.from_array(np.array(1), "one"),
+        ],
+    )
+    opsets = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
+    return path
+
+
+@pytest.mark.parametrize("engine", ["ort-cpu-fp32", "ort-cpu-int8"])
+@pytest.mark.parametrize(
+    ("name", "kind", "shape"),
+    [("use_cache_branch", onnx.TensorProto.BOOL, [1]), ("num_logits_to_keep", onnx.TensorProto.INT64, [])],
+)
+def test_an_input_that_nobody_feeds_is_refused_at_build(
+    name: str, kind: int, shape: list[int], engine: str, tmp_path: Path
+) -> None:
+    graph = foreign_graph(tmp_path / "model.onnx", [onnx.helper.make_tensor_value_info(name, kind, shape)])
+    with pytest.raises(EngineUnavailable, match=rf"wants {name}, which nothing here feeds: .*understood are input_ids"):
+        build_engine(graph, load_engine_spec(engine), tmp_path / "engine")
+    assert not (tmp_path / "engine").exists()
+
+
+def test_a_graph_that_gets_padding_wrong_says_so_and_refuses_it(tmp_path: Path) -> None:
+    build_engine(foreign_graph(tmp_path / "model.onnx"), load_engine_spec("ort-cpu-fp32"), tmp_path / "engine")
+    assert not read_manifest(tmp_path / "engine").padding
+    assert "padding    is not hidden by the graph" in describe(inspect_engine(tmp_path / "engine"))
+    prompts, sampling = [[5, 9, 7], [30, 31, 8]], Sampling(max_new_tokens=4)
+    with open_engine(tmp_path / "engine") as runner:
+        assert generate(runner, prompts, sampling) == [generate(runner, [one], sampling)[0] for one in prompts]
+        for padded in (runner, runner.twin()):  # type: ignore[attr-defined]
+            with pytest.raises(EngineUnavailable, match=r"engine/model\.onnx: its graph gets padded texts wrong"):
+                generate(padded, [*prompts, [1]], sampling)

@@ -118,8 +118,8 @@ def test_shapes_of_a_step() -> None:
 
 
 def test_unknown_dynamic_dimension_is_named() -> None:
-    inputs = {**INPUTS, "pixel_values": ("float16", (1, "width"))}
-    with pytest.raises(EngineUnavailable, match=r"'pixel_values': dimension 1 \('width'\)"):
+    inputs = {**INPUTS, "position_ids": ("int64", (1, 4, "width"))}
+    with pytest.raises(EngineUnavailable, match=r"'position_ids': dimension 2 \('width'\)"):
         decoder_io.check_decoder(inputs, OUTPUTS)
 
 

@@ -91,6 +91,7 @@ def build_engine(
             passes=built.passes,
             half_range=built.half_range,
             longest_text=built.longest_text,
+            padding=built.padding,
         )
         write_json(partial / ENGINE_MANIFEST, manifest)
     return manifest

@@ -144,7 +144,7 @@ def _batching(engine: Path) -> tuple[bool, tuple[Rotation, ...]]:
     """
     manifest = read_manifest(engine)
     path = engine / manifest.file
-    if not batches(manifest.spec):
+    if not batches(manifest):
         return False, ()
     if not any(each.key == decoder_io.IN_PLACE for each in onnx.load(path, load_external_data=False).metadata_props):
         return False, ()

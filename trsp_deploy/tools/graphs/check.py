@@ -38,6 +38,18 @@ def sample_logits(decoder: Decoder, vocabulary: int) -> np.ndarray:
     return logits
 
 
+def padding_error(decoder: Decoder, vocabulary: int) -> float:
+    """Largest |difference| that left padding and a longer neighbour make to a text's logits, over their standard
+    deviation: of a prompt and a few steps."""
+    random = np.random.default_rng(0)
+    ids, mask = random.integers(vocabulary, size=(2, PROMPT)), np.ones((2, PROMPT), dtype=np.int64)
+    mask[0, :PADDING] = 0
+    steps = random.integers(vocabulary, size=(STEPS, 2, 1))
+    padded = [decoder.prefill(ids, mask)[:1, PADDING:], *(decoder.decode(step)[:1] for step in steps)]
+    alone = [decoder.prefill(ids[:1, PADDING:], mask[:1, PADDING:]), *(decoder.decode(step[:1]) for step in steps)]
+    return difference(np.concatenate(alone, axis=1), np.concatenate(padded, axis=1))
+
+
 def difference(before: np.ndarray, after: np.ndarray) -> float:
     """Largest |difference| of logits over their standard deviation; infinite where a number is not one."""
     error = float(np.abs(after - before).max() / before.std())

@@ -45,9 +45,7 @@ CACHE_AXES: dict[int, Dimension] = {0: "batch", 2: "past"}  # (batch, heads, pas
 
 
 def check_decoder(inputs: Bindings, outputs: Bindings) -> None:
-    """Raise EngineUnavailable unless this is a decoder with a KV cache whose dynamic dimensions are all known."""
-    for name, (_, shape) in inputs.items():
-        input_shape(name, shape, batch=1, sequence=1, past=0)
+    """Raise EngineUnavailable unless this is a decoder with a KV cache whose inputs and dimensions are all known."""
     missing = {"input_ids", "attention_mask"} - inputs.keys()
     caches = cache_inputs(inputs)
     missing |= {"logits", *map(present, caches)} - outputs.keys()
@@ -56,6 +54,14 @@ def check_decoder(inputs: Bindings, outputs: Bindings) -> None:
             "the graph is not a decoder with past key values"
             f" (no {', '.join(sorted(missing)) if missing else PAST + '*'}); export with task text-generation-with-past"
         )
+    unknown = [name for name in inputs if name not in (*DYNAMIC_AXES, *caches)]
+    if unknown:
+        raise EngineUnavailable(
+            f"the graph wants {', '.join(unknown)}, which nothing here feeds: export it without; "
+            f"understood are {', '.join(DYNAMIC_AXES)} and {PAST}*"
+        )
+    for name, (_, shape) in inputs.items():
+        input_shape(name, shape, batch=1, sequence=1, past=0)
 
 
 def check_precision(inputs: Bindings, precision: Float | Literal["bf16"]) -> None:
@@ -158,6 +164,14 @@ def check_longest(what: Path, longest: int | None, length: int) -> None:
     """Raise EngineUnavailable for a text of more tokens than a graph holds for (`LONGEST`); None is any length."""
     if longest is not None and length > longest:
         raise EngineUnavailable(f"{what}: holds for texts of up to {longest} tokens, and this one has {length}")
+
+
+def check_padding(what: Path, holds: bool, attention_mask: np.ndarray) -> None:
+    """Raise EngineUnavailable for padding in a batch of a graph that does not hide it."""
+    if not holds and not attention_mask.all():
+        raise EngineUnavailable(
+            f"{what}: its graph gets padded texts wrong, so it reads one text at a time, or texts of one length"
+        )
 
 
 def extended(attention_mask: np.ndarray, input_ids: np.ndarray) -> np.ndarray:

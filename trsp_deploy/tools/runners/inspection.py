@@ -117,6 +117,8 @@ def describe(found: Inspection) -> str:
         lines.append(f"fp16       {_range(manifest.half_range)}")
     if manifest.text is not None:
         lines.append(f"choices    on {manifest.text.name}")
+    if not manifest.padding:
+        lines.append("padding    is not hidden by the graph: one text at a time, or texts of one length")
     lines += [f"pass       {outcome.name}: {_done(outcome)}" for outcome in manifest.passes]
     shown = list(found.operators.items())[:SHOWN]
     if shown:

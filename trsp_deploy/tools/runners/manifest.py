@@ -50,6 +50,7 @@ class BuiltEngine:
     passes: tuple[PassOutcome, ...] = ()
     half_range: HalfRange | None = None  # of graphs in fp16
     longest_text: int | None = None  # tokens that the graph holds for
+    padding: bool = True  # whether left padding leaves a text's logits what they are
 
 
 class ReadText(Strict):
@@ -133,6 +134,7 @@ class EngineManifest(Sealed):
     passes: tuple[PassOutcome, ...] = ()
     half_range: HalfRange | None = None  # what computes in fp32 within an fp16 graph, and why
     longest_text: int | None = None  # tokens that the graph holds for, whatever its shapes allow; None is any number
+    padding: bool = True  # whether left padding leaves a text's logits what they are; if not, it is refused
 
 
 def spec_sha256(spec: EngineSpec) -> str:

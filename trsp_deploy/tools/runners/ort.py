@@ -32,7 +32,13 @@ def open_engine(folder: Path, manifest: EngineManifest) -> OrtRunner:
     """A runner for a built engine."""
     spec = manifest.spec
     optimised = spec.backend == "onnxruntime-cpu"
-    return OrtRunner(folder / manifest.file, backend=spec.backend, threads=spec.threads, optimised=optimised)
+    return OrtRunner(
+        folder / manifest.file,
+        backend=spec.backend,
+        threads=spec.threads,
+        optimised=optimised,
+        padding=manifest.padding,
+    )
 
 
 class OrtRunner(Runner):
@@ -44,6 +50,7 @@ class OrtRunner(Runner):
     lean: hold as little memory as can be, at the price of time.
     brief: a few tokens are run, too few to be worth moving the weights into huge pages.
     reserve: tokens that the cache has room for from the start, where the graph writes it in place; it grows as needed.
+    padding: whether the graph hides padding; batches that have some are refused where it does not.
     """
 
     def __init__(
@@ -56,6 +63,7 @@ class OrtRunner(Runner):
         lean: bool = False,
         brief: bool = False,
         reserve: int = 0,
+        padding: bool = True,
     ) -> None:
         self.model = model
         self.backend = backend
@@ -64,6 +72,7 @@ class OrtRunner(Runner):
         self.lean = lean
         self.brief = brief
         self.reserve = reserve
+        self.padding = padding
         self._session: Any = None
         self._inputs: decoder_io.Bindings = {}
         self._in_place = False
@@ -94,7 +103,13 @@ class OrtRunner(Runner):
 
     def twin(self) -> OrtRunner:
         """A second runner over this one's session, with a cache of its own; it ends with this one."""
-        other = OrtRunner(self.model, backend=self.backend, threads=self.threads, optimised=self.optimised)
+        other = OrtRunner(
+            self.model,
+            backend=self.backend,
+            threads=self.threads,
+            optimised=self.optimised,
+            padding=self.padding,
+        )
         other._session, other._inputs, other._outputs = self._session, self._inputs, self._outputs
         other._in_place, other._fixed, other._longest = self._in_place, self._fixed, self._longest
         return other
@@ -169,6 +184,7 @@ class OrtRunner(Runner):
 
     def _step(self, input_ids: np.ndarray, attention_mask: np.ndarray, keep: int = 0) -> np.ndarray:
         decoder_io.check_longest(self.model, self._longest, attention_mask.shape[1])
+        decoder_io.check_padding(self.model, self.padding, attention_mask)
         if self._in_place and attention_mask.shape[1] > self._capacity:
             self._grow()
         tokens = decoder_io.token_inputs(self._inputs, input_ids, attention_mask, keep)

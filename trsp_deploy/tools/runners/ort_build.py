@@ -16,7 +16,7 @@ from trsp_deploy.tools.runners.calibration import longest_text, max_positions, r
 from trsp_deploy.tools.runners.half_range import within_range
 from trsp_deploy.tools.runners.manifest import BuiltEngine, PassOutcome, kept_products
 from trsp_deploy.tools.runners.ort_session import bindings_of, create_session
-from trsp_deploy.tools.runners.passes import Pass, run_passes
+from trsp_deploy.tools.runners.passes import Pass, holds_padding, run_passes
 from trsp_deploy.tools.runners.requirements import adds_int8_exactly
 
 ENGINE = "model.onnx"
@@ -29,9 +29,10 @@ def build_cpu(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.ndarra
     """
     with tempfile.TemporaryDirectory(prefix="passes-", dir=folder) as scratch:
         source, found = within_range(onnx, spec, Path(scratch), calibration)
+        padding = holds_padding(source, spec, Path(scratch))
         graph, passes = prepare(source, spec, Path(scratch), calibration)
         bindings = _accepted(graph, spec, save_to=folder / ENGINE)
-    return _built(bindings, spec, onnx, folder / ENGINE, passes, found)
+    return _built(bindings, spec, onnx, folder / ENGINE, passes, found, padding)
 
 
 def build_cuda(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.ndarray | None) -> BuiltEngine:
@@ -42,11 +43,12 @@ def build_cuda(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.ndarr
     """
     with tempfile.TemporaryDirectory(prefix="passes-", dir=folder) as scratch:
         source, found = within_range(onnx, spec, Path(scratch), calibration)
+        padding = holds_padding(source, spec, Path(scratch))
         graph, passes = prepare(source, spec, Path(scratch), calibration)
         bindings = _accepted(graph, spec)
         for source in sorted(graph.parent.glob(f"{graph.name}*")):  # external data is found by its name
             shutil.copy(source, folder / source.name)
-    return _built(bindings, spec, onnx, folder / graph.name, passes, found)
+    return _built(bindings, spec, onnx, folder / graph.name, passes, found, padding)
 
 
 def _accepted(
@@ -64,6 +66,7 @@ def _built(
     engine: Path,
     passes: tuple[PassOutcome, ...],
     found: HalfRange | None,
+    padding: bool,
 ) -> BuiltEngine:
     """What is in the engine's folder. bindings: its inputs and outputs. onnx: the graph as it was exported."""
     inputs, outputs = bindings
@@ -73,7 +76,7 @@ def _built(
     if longest is not None:
         decoder_io.write_longest(engine, longest)
     files = tuple(sorted(path.name for path in engine.parent.iterdir()))
-    return BuiltEngine(engine.name, files, inputs, outputs, passes, found, longest)
+    return BuiltEngine(engine.name, files, inputs, outputs, passes, found, longest, padding)
 
 
 def prepare(

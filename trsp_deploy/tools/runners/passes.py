@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from trsp_deploy.errors import EngineUnavailable, named, one_line, passes_through
-from trsp_deploy.recipe import Backend, EngineSpec
+from trsp_deploy.recipe import Backend, EngineSpec, Float
 from trsp_deploy.tools.graphs import check
 from trsp_deploy.tools.runners.half_range import write_widened
 from trsp_deploy.tools.runners.manifest import PassOutcome
@@ -74,8 +75,7 @@ def _try(
         logits = _logits(after, spec, after.parent)
     except EngineUnavailable as problem:  # the form fits and the kernel has limits of its own
         return PassOutcome(name=name, reason=str(problem).partition(": ")[2]), None
-    read_in = "fp32" if spec.precision == "bf16" else spec.graph_precision
-    error, tolerance = check.difference(expected, logits), check.TOLERANCES[read_in]
+    error, tolerance = check.difference(expected, logits), check.TOLERANCES[_read_in(spec)]
     if error > tolerance:
         reason = f"the logits would differ by {error:.2g} standard deviations (tolerance {tolerance:g})"
         return PassOutcome(name=name, error=error, reason=reason), None
@@ -97,8 +97,32 @@ def _changed(work: Pass, before: Path, after: Path) -> int:
     return changed
 
 
+def holds_padding(onnx: Path, spec: EngineSpec, scratch: Path) -> bool:
+    """Whether a text's logits stay what they are beside a longer one, when it is padded on the left.
+
+    Fused attention of other exporters often counts the mask's ones and reads as many places from the left. True where
+    that cannot be tried here: the backend itself may read the graph. scratch: as in `_runner`.
+    """
+    try:
+        with _runner(onnx, spec, scratch) as runner:
+            error = check.padding_error(runner, runner.vocabulary)
+    except EngineUnavailable:
+        return True
+    return error <= check.TOLERANCES[_read_in(spec)]
+
+
+def _read_in(spec: EngineSpec) -> Float:
+    return "fp32" if spec.precision == "bf16" else spec.graph_precision
+
+
 def _logits(graph: Path, spec: EngineSpec, scratch: Path) -> np.ndarray:
-    """Logits by the engine's own backend where that is ONNX Runtime, else by ONNX Runtime on the CPU.
+    with _runner(graph, spec, scratch) as runner:
+        return check.sample_logits(runner, runner.vocabulary)
+
+
+@contextlib.contextmanager
+def _runner(graph: Path, spec: EngineSpec, scratch: Path) -> Iterator[OrtRunner]:
+    """The graph on the engine's own backend where that is ONNX Runtime, else on ONNX Runtime's CPU backend.
 
     For bf16 in fp32: the graph is in fp16 still, whose range may be too small for what bf16 holds. scratch: a folder
     where such a graph may lie meanwhile.
@@ -108,7 +132,8 @@ def _logits(graph: Path, spec: EngineSpec, scratch: Path) -> np.ndarray:
             wide = Path(folder) / graph.name
             write_widened(graph, wide)
             with OrtRunner(wide, threads=spec.threads, lean=True) as runner:
-                return check.sample_logits(runner, runner.vocabulary)
+                yield runner
+        return
     backend: Backend = "onnxruntime-cuda" if spec.backend == "onnxruntime-cuda" else "onnxruntime-cpu"
     with OrtRunner(graph, backend=backend, threads=spec.threads, brief=True) as runner:
-        return check.sample_logits(runner, runner.vocabulary)
+        yield runner

@@ -66,6 +66,7 @@ def open_engine(folder: Path, manifest: EngineManifest) -> TrtRunner:
         inputs=manifest.inputs,
         outputs=manifest.outputs,
         longest=manifest.longest_text,
+        padding=manifest.padding,
     )
 
 
@@ -75,6 +76,7 @@ class TrtRunner(Runner):
     engine: the serialised engine. spec: what it was built from.
     inputs, outputs: the graph's, as the engine's manifest has them. longest: tokens that the graph holds for, whatever
         its shapes allow: behind a table of positions lies other memory. None is any number.
+    padding: whether the graph hides padding; batches that have some are refused where it does not.
 
     A cache of fixed length is one memory for `past` and `present`, and decoding, whose shapes then stand still, is
     replayed as a CUDA graph. A cache that grows has two, read and written in turn.
@@ -88,10 +90,12 @@ class TrtRunner(Runner):
         inputs: decoder_io.Bindings,
         outputs: decoder_io.Bindings,
         longest: int | None = None,
+        padding: bool = True,
     ) -> None:
         self.engine = engine
         self.spec = spec
         self._longest = longest
+        self._padding = padding
         self._inputs = inputs
         self._outputs = outputs
         self._fixed = decoder_io.cache_length(inputs)
@@ -189,6 +193,7 @@ class TrtRunner(Runner):
 
         batch, length = attention_mask.shape
         decoder_io.check_longest(self.engine, self._longest, length)
+        decoder_io.check_padding(self.engine, self._padding, attention_mask)
         if self._fixed is not None and length > self._fixed:
             raise EngineUnavailable(f"{self.engine}: its cache holds {self._fixed} tokens, and the text has {length}")
         values = decoder_io.token_inputs(self._inputs, input_ids, attention_mask, keep)

@@ -21,7 +21,7 @@ from trsp_deploy.tools.graphs import decoder_io
 from trsp_deploy.tools.runners.calibration import longest_text, longest_turned, read_text
 from trsp_deploy.tools.runners.half_range import within_range
 from trsp_deploy.tools.runners.manifest import BuiltEngine, PassOutcome, kept_products
-from trsp_deploy.tools.runners.passes import Pass, run_passes
+from trsp_deploy.tools.runners.passes import Pass, holds_padding, run_passes
 from trsp_deploy.tools.runners.requirements import cuda_devices, load_package
 from trsp_deploy.tools.runners.trt_log import BUILD_LOG, logger, made, with_advice
 from trsp_deploy.tools.sources.packaged import home
@@ -81,6 +81,7 @@ def build(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.ndarray | 
     log = logger(trt)
     with tempfile.TemporaryDirectory(prefix="passes-", dir=folder) as scratch, log.into(folder / BUILD_LOG):
         source, found = within_range(onnx, spec, Path(scratch), calibration)
+        padding = holds_padding(source, spec, Path(scratch))
         graph, outcomes = prepare(source, spec, Path(scratch), calibration)
         builder = made(log, "no builder", lambda: trt.Builder(log))
         # Without it 10 would choose precisions itself. The flag is another bit in 10 than in 11.
@@ -105,7 +106,7 @@ def build(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.ndarray | 
         if graph != onnx:
             for file in sorted(graph.parent.glob(f"{graph.name}*")):  # external data is found by its name
                 shutil.move(file, folder / file.name)
-    return BuiltEngine(ENGINE, (ENGINE,), inputs, outputs, outcomes, found, longest_text(onnx))
+    return BuiltEngine(ENGINE, (ENGINE,), inputs, outputs, outcomes, found, longest_text(onnx), padding)
 
 
 def _check_length(onnx: Path, spec: EngineSpec) -> None:

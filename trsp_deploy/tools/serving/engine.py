@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.tools.runners.base import Runner
 from trsp_deploy.tools.runners.manifest import EngineManifest, bound_to, check_manifest, read_manifest
 from trsp_deploy.tools.runners.requirements import package_version
@@ -23,7 +22,7 @@ def open_batch(folder: Path, max_batch: int, max_length: int, rotations: Sequenc
     manifest = read_manifest(folder)
     check_manifest(folder, manifest, package_version(manifest.spec.backend), bound_to(manifest.spec))
     with _runner(folder, manifest) as runner:
-        if batches(manifest.spec):
+        if batches(manifest):
             from trsp_deploy.tools.runners.ort import OrtRunner
 
             assert isinstance(runner, OrtRunner)
@@ -33,9 +32,9 @@ def open_batch(folder: Path, max_batch: int, max_length: int, rotations: Sequenc
         yield OneText(runner, max_length)
 
 
-def batches(spec: EngineSpec) -> bool:
+def batches(manifest: EngineManifest) -> bool:
     """Whether texts can come and go in one batch of such an engine, where its graph writes the cache in place."""
-    return spec.backend == "onnxruntime-cpu"
+    return manifest.spec.backend == "onnxruntime-cpu" and manifest.padding
 
 
 def _runner(folder: Path, manifest: EngineManifest) -> Runner:
