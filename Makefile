@@ -133,9 +133,12 @@ $(READY): pyproject.toml
 	-$(BIN)/trsp-deploy fetch triton-schema 2> /dev/null
 	touch $(READY)
 
+# TensorRT's wheels are not for every machine and fetch libraries from elsewhere; ONNX Runtime is timed without them.
 .venv-gpu/.ready: pyproject.toml
 	$(PYTHON) -m venv .venv-gpu
-	.venv-gpu/bin/pip install --quiet --disable-pip-version-check -e '.[optimum,gpu,tensorrt,rtx,dev]'
+	.venv-gpu/bin/pip install --quiet --disable-pip-version-check -e '.[optimum,gpu,dev]'
+	-.venv-gpu/bin/pip install --quiet --disable-pip-version-check -e '.[tensorrt]'
+	-.venv-gpu/bin/pip install --quiet --disable-pip-version-check -e '.[rtx]'
 	touch .venv-gpu/.ready
 
 .venv-transformers5/.ready: pyproject.toml

@@ -1,0 +1,40 @@
+"""Rules of the Makefile that have to go on where a machine lacks something."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+MAKEFILE = Path(__file__).parents[2] / "Makefile"
+PYTHON = """#!/bin/sh
+mkdir -p .venv-gpu/bin
+printf '#!/bin/sh\\ncase "$*" in *%s*) exit 1;; *) echo "$*" >> installed;; esac\\n' > .venv-gpu/bin/pip
+chmod +x .venv-gpu/bin/pip
+"""
+
+
+@pytest.mark.parametrize(
+    ("lacking", "there"),
+    [("tensorrt", ["[optimum,gpu,dev]", "[rtx]"]), ("rtx", ["[optimum,gpu,dev]", "[tensorrt]"]), ("optimum", None)],
+)
+def test_a_gpu_is_tested_without_what_this_machine_cannot_install(
+    lacking: str, there: list[str] | None, tmp_path: Path
+) -> None:
+    if shutil.which("make") is None:
+        pytest.skip("needs make")
+    shutil.copy(MAKEFILE, tmp_path)
+    (tmp_path / "pyproject.toml").touch()
+    python = tmp_path / "python"
+    python.write_text(PYTHON % lacking)
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["make", ".venv-gpu/.ready", f"PYTHON={python}"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode == 0) == (there is not None), done.stderr
+    assert (tmp_path / ".venv-gpu" / ".ready").exists() == (there is not None)
+    if there is not None:
+        installed = (tmp_path / "installed").read_text().splitlines()
+        assert [line.rpartition(" .")[2] for line in installed] == there
