@@ -1,4 +1,4 @@
-"""What the trt modules ask of TensorRT's Python bindings, read out of their source, against one real set of bindings.
+"""What the modules that use TensorRT ask of its Python bindings, read out of their source, against real ones.
 
     python tests/tensorrt_contract.py tensorrt       # run where `tensorrt` imports; prints one JSON line
 
@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from trsp_deploy.tools.runners import trt, trt_build, trt_log
+from trsp_deploy.tools.triton_server import lint_plan
 
 RECEIVERS = {
     "builder": "Builder",
@@ -30,18 +31,21 @@ RECEIVERS = {
     "config.get_timing_cache()": "ITimingCache",
     "self._runtime_config": "IRuntimeConfig",
     "result": "IOptimizationProfile",
+    "runtime": "Runtime",
     "self._runtime": "Runtime",
+    "engine": "ICudaEngine",
     "self._engine": "ICudaEngine",
     "self._context": "IExecutionContext",
 }
 MODULES = ("trt", "self._trt", "package")  # names of the bindings themselves
-# Asked for behind a hasattr or for that backend alone, or on a torch tensor of the same name.
+# Asked for behind a hasattr or for that backend alone.
 RTX_ONLY = {
     *("ComputeCapability", "num_compute_capabilities", "set_compute_capability"),
     *("CudaGraphStrategy", "cuda_graph_strategy", "IRuntimeConfig", "create_runtime_config"),
     *("DynamicShapesKernelSpecializationStrategy", "dynamic_shapes_kernel_specialization_strategy"),
 }
-OF_TORCH = {"ITensor.data_ptr"}
+# Asked of a torch tensor and of Triton's config, which have the names of TensorRT's in these modules.
+OF_OTHERS = {"ITensor.data_ptr", *(f"IBuilderConfig.{name}" for name in ("input", "output", "max_batch_size"))}
 
 
 def uses(source: str) -> set[tuple[str, int | None]]:
@@ -63,7 +67,7 @@ def uses(source: str) -> set[tuple[str, int | None]]:
             found.add((member, arguments if attribute != "__init__" else None))
         elif base in RECEIVERS:
             found.add((f"{RECEIVERS[base]}.{attribute}", arguments))
-    return {(name, count) for name, count in found if name not in OF_TORCH}
+    return {(name, count) for name, count in found if name not in OF_OTHERS}
 
 
 def broken(module: ModuleType, name: str, arguments: int | None, rtx: bool) -> str | None:
@@ -102,9 +106,9 @@ def signatures(function: Any) -> list[tuple[int, int]]:
 def main() -> int:
     """Check every use; then make what can be made without TensorRT's own libraries."""
     module = importlib.import_module(sys.argv[1])
-    sources = (Path(str(part.__file__)).read_text(encoding="utf-8") for part in (trt, trt_build, trt_log))
+    sources = (Path(str(part.__file__)).read_text(encoding="utf-8") for part in (trt, trt_build, trt_log, lint_plan))
     wanted = set().union(*(uses(source) for source in sources))
-    wanted |= {(f"DataType.{name}", None) for name in trt_build.NUMPY_DTYPES}
+    wanted |= {(f"DataType.{name}", None) for name in {*trt_build.NUMPY_DTYPES, *lint_plan.TYPES}}
     rtx = hasattr(module, "ComputeCapability")
     reasons = [reason for name, count in sorted(wanted, key=str) if (reason := broken(module, name, count, rtx))]
     log = trt_log.logger(module)  # a subclass of the bindings' own logger
