@@ -259,6 +259,17 @@ def test_a_text_that_overflowed_leaves_nothing_to_the_next(
 
 
 @pytest.mark.usefixtures("cuda")
+def test_weights_stream_within_the_specs_budget(
+    exported: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = onnx_of(exported("opt"))
+    for changes, budget in (({}, None), ({"weight_streaming_gib": 0.5}, 2**29)):
+        runner, engine = opened(graph, spec_of("tensorrt-fp16", **changes), monkeypatch, tmp_path / "engine")
+        with runner:
+            assert getattr(engine, "weight_streaming_budget_v2", None) == budget
+
+
+@pytest.mark.usefixtures("cuda")
 def test_a_growing_cache_is_read_and_written_in_turn(
     exported: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
