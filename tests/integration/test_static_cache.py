@@ -209,15 +209,24 @@ class TestTensorRtRtx:
         assert f"{layers} of them fused attention, {2 * layers} parts of the cache written in place" in text
         assert "MB of weights" in text and "write_indices" in text
 
-    @pytest.mark.parametrize("precision", [pytest.param(each, marks=BREADTH) for each in ("fp16", "int8", "int4")])
-    def test_a_cache_that_grows_builds_too(self, precision: Precision, exported: Made, tmp_path: Path) -> None:
-        source = exported("llama-wide", "fp16", DROPPED)
+    @pytest.mark.parametrize(
+        ("precision", "name", "dropped"),
+        by_default([], itertools.product(("fp16", "int8", "int4"), ("llama-wide", "opt-wide"), ((), DROPPED))),
+    )
+    def test_a_cache_that_grows_builds_too(
+        self, name: str, precision: Precision, dropped: tuple[int, ...], exported: Made, tmp_path: Path
+    ) -> None:
+        source, layers = exported(name, "fp16", dropped), LAYERS - len(dropped)
         spec = load_engine_spec("tensorrt-rtx-fp16")
         spec = EngineSpec.model_validate({**spec.model_dump(), "precision": precision, "block_size": 64})
         build_engine(onnx_of(source, "fp16"), spec, tmp_path / "engine")
-        build = inspect_engine(tmp_path / "engine").build
+        found = inspect_engine(tmp_path / "engine")
+        build = found.build
         assert build is not None and build.written_in_place() == set()
-        assert quantised_products(build.of(0), precision) >= 3 * (LAYERS - len(DROPPED))
+        for profile in range(len(spec.profiles)):
+            assert build.attention_kernels(profile) == layers
+        assert f"{layers} of them fused attention, a new cache at every step" in describe(found)
+        assert quantised_products(build.of(0), precision) >= 3 * layers
 
     def test_attention_with_a_cache_of_its_own_is_refused(self) -> None:
         """So the scatter stands outside of it."""

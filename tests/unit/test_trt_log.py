@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trsp_deploy.tools.runners.trt_log import read_log
+import pytest
+
+from trsp_deploy.tools.runners.trt_log import ADVICE, read_log, with_advice
 
 TENSORRT_10 = """
 [VERBOSE] Engine Layer Information:
@@ -64,3 +66,38 @@ def test_layers_of_tensorrt_rtx(tmp_path: Path) -> None:
     assert (repeated.profile, repeated.reads, repeated.writes, repeated.weight_bytes) == (0, (), ("b",), 128)
     assert (first.profile, first.kind, first.weight_bytes) == (0, "shape_call", 0)
     assert (second.profile, second.reads, second.weight_bytes) == (1, ("x",), 64 * 32)
+
+
+# What TensorRT-RTX 1.7 said of a graph, a profile or a file that was at fault; "out of memory" is TensorRT's.
+SAID = {
+    "Attention operation was not supported by a dedicated kernel": "IBuilder::buildSerializedNetwork: Error Code 1: "
+    "Myelin ([myelin_graph.h:1295: attachExceptionMsgToGraph] MyelinCheckException: decompose_composite_ops.cpp:59: "
+    "CHECK(composite_op->is_decomposable()) failed. Attention operation was not supported by a dedicated kernel.  (See",
+    "Cannot compile for target(s)": "IBuilder::buildSerializedNetwork: Error Code 1: Myelin ([pass.cpp:1500: "
+    "run_passes] Cannot compile for target(s) sm75, because the model contains HW-specific datatypes: int4.",
+    "FP32 GEMM is not supported": "IBuilder::buildSerializedNetwork: Error Code 1: Myelin ([pass.cpp:337: "
+    "check_turing_op_compatibility] Cannot compile operation '/model/rotary_emb/MatMul' for Turing (SM75): FP32 GEMM "
+    "is not supported. In compileGraph at /_src/optimizer/myelin/codeGenerator.cpp:2012)",
+    "only supports Attention nodes with one output": "Assertion failed: node.output().size() == 1: TensorRT only "
+    "supports Attention nodes with one output.",
+    "GroupQueryAttention plugin": "Assertion failed: creator && getPluginCreatorVersion(creator) == "
+    "CreatorVersion::kV3ONE: failed to load GroupQueryAttention plugin.",
+    "Plugin not found": 'creator && "Plugin not found, are the plugin name, version, and namespace correct?"',
+    "Failed to open file": "WeightsContext.cpp:203: Failed to open file: /models/model.onnx.data",
+    "Failed to import initializer": "Failed to import initializer: In node -1 with name:  and operator:  "
+    "(importInitializers): UNSUPPORTED_NODE: Assertion failed: ctx->getWeightsContext().convertOnnxWeights("
+    "initializer, &weights): Failed to import initializer: w",
+    "violate shape constraints": "IBuilder::buildSerializedNetwork: Error Code 4: Internal Error (kOPT values for "
+    "profile 0 violate shape constraints: IShuffleLayer node_of_z: reshaping failed for tensor: y reshape would change "
+    "volume 512 to 256 In executeReshape at /_src/runtime/core/shapeMachine.cpp:348",
+    "out of memory": "[defaultAllocator.cpp::allocate::31] Error Code 1: Cuda Runtime (out of memory)",
+}
+
+
+@pytest.mark.parametrize("words", ADVICE)
+def test_each_failure_that_is_known_comes_with_its_advice(words: str) -> None:
+    assert with_advice(SAID[words]) == f"{SAID[words]}; {ADVICE[words]}"
+
+
+def test_another_failure_comes_as_it_is() -> None:
+    assert with_advice("Error Code 9: Skipping tactic") == "Error Code 9: Skipping tactic"

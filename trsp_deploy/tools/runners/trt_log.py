@@ -24,6 +24,8 @@ ADVICE = {
     "Cannot compile for target(s)": "leave those capabilities out of `compute_capabilities`, or take precision fp16",
     "FP32 GEMM is not supported": "a rotary embedding multiplies in fp32, which TensorRT-RTX does not compile for 7.5: "
     "take an engine of `onnxruntime-cuda` or `tensorrt` for that card",
+    "only supports Attention nodes with one output": "the cache is joined outside of Attention there: export the model "
+    "without `present` outputs of that node",
     "GroupQueryAttention plugin": "that operator is ONNX Runtime's own: export the model without fused operators",
     "Plugin not found": "an operator that TensorRT does not know: export the model without fused operators",
     "Failed to open file": "the weights lie in a file beside the graph: keep the two together",
@@ -79,8 +81,9 @@ class BuildLog(Strict):
         return sum(ATTENTION in layer.name for layer in self.of(profile))
 
     def written_in_place(self, profile: int = 0) -> set[str]:
-        """Tensors that one layer of a profile both reads and writes: the KV cache where it is in place."""
-        return {name for layer in self.of(profile) for name in set(layer.reads) & set(layer.writes)}
+        """Parts of the KV cache that one layer of a profile both reads and writes."""
+        both = (set(layer.reads) & set(layer.writes) for layer in self.of(profile))
+        return {name for names in both for name in names if name.startswith(decoder_io.PRESENT)}
 
     def of(self, profile: int) -> list[Layer]:
         """The layers of one profile."""
