@@ -235,6 +235,16 @@ def test_an_engine_of_another_spec_than_its_manifest_says_is_not_opened(run: Pat
         check_manifest(run / ENGINE, read_manifest(run / ENGINE), "1", Bound())
 
 
+@pytest.mark.parametrize("key", ["source", "spec_file"])
+def test_a_path_that_is_none_is_refused_with_the_manifest(key: str, run: Path) -> None:
+    file = run / ENGINE / "manifest.json"
+    values = json.loads(file.read_text())
+    del values["sha256"]
+    file.write_text(json.dumps({**values, key: "a\0b"}))
+    with pytest.raises(EngineUnavailable, match="holds a NUL character"):
+        read_manifest(run / ENGINE)
+
+
 @pytest.mark.parametrize(("step", "output"), [("prune", "pruned"), ("export-pruned-fp32", ONNX)])
 def test_an_engine_of_the_model_that_a_run_had_before_is_not_opened(
     step: str, output: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -20,7 +20,7 @@ from trsp_deploy.recipe.settings import (
     shown_name,
 )
 from trsp_deploy.recipe.validation import override, read_bench_settings, read_engine_spec, read_recipe
-from trsp_deploy.recipe.values import LONGEST_NAME, Count, Name, NonNegative, Positive, RelativePath, Strict
+from trsp_deploy.recipe.values import LONGEST_NAME, Count, Name, NonNegative, Positive, RelativePath, Strict, Text
 
 __all__ = [
     "FLOAT_BYTES",
@@ -42,6 +42,7 @@ __all__ = [
     "RelativePath",
     "ShapeProfile",
     "Strict",
+    "Text",
     "TransferSettings",
     "override",
     "parse_drop",

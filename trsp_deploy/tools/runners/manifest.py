@@ -14,7 +14,7 @@ from pydantic import Field
 from trsp_deploy.artifacts import ENGINE_MANIFEST, Provenance, Sealed, fingerprint, leaves, run_of_engine
 from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.reading import DAMAGED, read_record
-from trsp_deploy.recipe import EngineSpec, RelativePath, Strict
+from trsp_deploy.recipe import EngineSpec, RelativePath, Strict, Text
 from trsp_deploy.tools.graphs.decoder_io import Bindings
 from trsp_deploy.tools.graphs.fp16_range import HalfRange
 from trsp_deploy.tools.runners.requirements import adds_int8_exactly, cuda_devices, driver_version
@@ -114,10 +114,10 @@ class EngineManifest(Sealed):
     text: ReadText | None = None  # None where the build reads none, and in what older versions wrote
     passes_version: str | None = None  # of the code that changes graphs (passes.py)
     rebuild: str | None = None  # the command that built it; None of a run's engine
-    source: str | None = None  # that ONNX file, as a path from the engine's folder; None in what older versions wrote
+    source: Text | None = None  # that ONNX file, as a path from the engine's folder; None in what older versions wrote
     # It and the files that its weights lie in, as paths from its folder; none in what older versions wrote.
-    source_files: dict[str, SourceFile] = Field(default_factory=dict)
-    spec_file: str | None = None  # the spec's YAML, as a path from the engine's folder; None of one that is named
+    source_files: dict[Text, SourceFile] = Field(default_factory=dict)
+    spec_file: Text | None = None  # the spec's YAML, as a path from the engine's folder; None of one that is named
     onnx_sha256: str  # over the ONNX file and its external data
     spec_sha256: str
     backend_version: str
