@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo triton-demo test test-breadth test-slow test-docs test-transformers5 test-triton test-eval test-network check format gpu quality quality-report bench-train bench-engines bench-sweep bench-proof bench-serving bench-memory faults coverage release docs clean
+.PHONY: demo triton-demo test test-breadth test-slow test-docs test-transformers5 test-triton test-extras test-network check format gpu quality quality-report bench-train bench-engines bench-sweep bench-proof bench-serving bench-memory faults coverage release docs clean
 
 demo: $(READY) ## prune a real model, build its engines and judge them: 10 to 19 minutes on 2 cores
 	$(BIN)/trsp-deploy fetch smollm2-135m exl-wiki wiki-demo c4-demo
@@ -58,9 +58,9 @@ test-transformers5: .venv-transformers5/.ready ## export, parity and pruning whe
 test-triton: $(READY) .venv-triton/.ready ## the model repository on a real tritonserver: a minute
 	$(BIN)/python -m pytest -q tests/integration/test_triton_repository.py tests/integration/test_triton_step.py
 
-test-eval: $(VENV)/.ready-eval ## zero-shot tasks through lm-eval, which the other tests do without: two minutes
+test-extras: $(VENV)/.ready-extras ## zero-shot tasks through lm-eval and OpenSSF's signatures, which the other tests do without: two minutes
 	$(BIN)/trsp-deploy fetch piqa
-	$(BIN)/python -m pytest -q -m 'not network' tests/integration/test_zero_shot.py
+	$(BIN)/python -m pytest -q -m 'not network' tests/integration/test_zero_shot.py tests/unit/test_verification.py
 
 test-network: $(READY) ## needs a package registry: the wheel in an empty environment
 	$(BIN)/python -m pytest -q -m network
@@ -148,6 +148,10 @@ $(READY): pyproject.toml
 
 $(VENV)/.ready-eval: $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[optimum,cpu,rtx,dev,eval]'
+	touch $@
+
+$(VENV)/.ready-extras: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[optimum,cpu,rtx,dev,eval,signing]'
 	touch $@
 
 $(VENV)/.ready-docs: $(READY)

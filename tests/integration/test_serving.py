@@ -577,7 +577,9 @@ def test_who_finds_too_many_waiting_is_told_so_and_who_left_does_not_count(engin
         loop = ServingLoop(batch, tokenizer, (), MAX_LENGTH, most_waiting=2)
         running, left, waiting, busy, last = (Client(text_input="x", max_tokens=2) for _ in range(5))
         loop.submit(running.ticket)
+        until = time.monotonic() + 60
         while not loop._running:
+            assert time.monotonic() < until
             time.sleep(0.01)
         for client in (left, waiting, busy):
             loop.submit(client.ticket)

@@ -13,7 +13,7 @@ import pytest
 
 from tests.made_run import OUTPUTS, SPEC, Nothing, made_run
 from trsp_deploy import cli
-from trsp_deploy.artifacts import MANIFEST, RunFolder, fingerprint, provenance, write_json
+from trsp_deploy.artifacts import ENGINE_MANIFEST, MANIFEST, RunFolder, fingerprint, provenance, write_json
 from trsp_deploy.errors import EngineUnavailable, RunError
 from trsp_deploy.recipe import read_engine_spec, read_recipe
 from trsp_deploy.tools.delivery.verification import verify
@@ -111,6 +111,13 @@ def test_a_manifest_is_itself_named_as_what_is_damaged(
     del values["sha256"]
     manifest.write_text(json.dumps(values))
     assert found(folder) == {("changed", name if kind == "run" else f"m/{name}")}
+
+
+def test_an_engines_manifest_in_a_run_does_not_stand_for_the_run(run: Path) -> None:
+    (run / "dense" / "model.safetensors").write_bytes(b"")
+    shutil.copy(run / ENGINE / ENGINE_MANIFEST, run)
+    with pytest.raises(RunError, match=r"holds an engine's manifest\.json and what a run holds"):
+        verify(run)
 
 
 def test_records_and_reports_are_among_them(run: Path) -> None:

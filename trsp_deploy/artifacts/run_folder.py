@@ -259,9 +259,8 @@ class Finished:
     def __init__(self, run: RunFolder) -> None:
         self.run = run
         self.steps: set[str] = set()
-        self.left: dict[
-            str, str
-        ] = {}  # step -> fingerprint of its output, also where that is to be made again as it was
+        # step -> fingerprint of its output, also where that is to be made again as it was
+        self.left: dict[str, str] = {}
 
     def ask(
         self,

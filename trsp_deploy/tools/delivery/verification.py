@@ -99,14 +99,17 @@ def verify(path: Path) -> Verification:
 
 def kind_of(path: Path) -> Kind:
     """What a folder is; raises RunError when it is none of the four."""
+    run = RunLayout(path)
+    is_run = (path / MANIFEST).is_file() or run.is_run or run.is_sweep or run.records.is_dir()
     if (path / ENGINE_MANIFEST).is_file():
+        if is_run:  # else whoever adds an engine's manifest to a run has nothing but the engine looked at
+            raise RunError(f"{path}: holds an engine's {ENGINE_MANIFEST} and what a run holds; one was put there")
         return "engine"
     if (path / MANIFEST).is_file() and "models" in read_json(path / MANIFEST, RunError):
         return "repository"
-    run = RunLayout(path)
     if run.is_sweep:
         return "sweep"
-    if (path / MANIFEST).is_file() or run.is_run or run.records.is_dir():
+    if is_run:
         return "run"
     there = "is a file" if path.is_file() else "holds no manifest" if path.is_dir() else "is not there"
     raise RunError(
