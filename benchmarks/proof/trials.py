@@ -14,8 +14,8 @@ from trsp_deploy.recipe import BenchSettings, Strict
 from trsp_deploy.results import PHASES, ROLES, Comparison, Phase
 from trsp_deploy.tools.judging.comparisons import compare, disturbance
 from trsp_deploy.tools.judging.goals import Goal, least_speedup, settled_all
-from trsp_deploy.tools.judging.statistics import Ratio, replicate_ratios, widened
-from trsp_deploy.tools.judging.verdicts import claim, judge, too_few
+from trsp_deploy.tools.judging.statistics import FEWEST_REPLICATES, Ratio, replicate_ratios, widened
+from trsp_deploy.tools.judging.verdicts import Requirement, claim, judge, settled, too_few
 from trsp_deploy.tools.measuring.bench_worker import PLANTED
 from trsp_deploy.tools.measuring.samples import measure
 
@@ -84,6 +84,15 @@ class Trial(Strict):
     def right(self) -> bool:
         """Whether the answer is the truth."""
         return self.answer == RIGHT[self.kind]
+
+    def checked(self, bound: float) -> str:
+        """The verdict on a least speed-up, had it been asked after every replicate until it was decided."""
+        wanted = Requirement(name="", source="", sense="at least", bound=bound)
+        logs, control = self.replicates["total"], self.control["total"]
+        counts = range(min(FEWEST_REPLICATES, len(logs)), len(logs) + 1)
+        ratios = {count: widened(logs[:count], control[:count] or None).found for count in counts}
+        last = next((count for count in counts if settled(wanted, ratios[count], count)), len(logs))
+        return judge(wanted, ratios[last], too_few(last)).word
 
     @property
     def stale(self) -> bool:

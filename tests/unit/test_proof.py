@@ -92,6 +92,16 @@ def test_the_table_counts_answers() -> None:
     assert "| slower | 2 | fail 1, pass 1 | 1 |" in text and "**not met**" in text and "not measured" in text
 
 
+@pytest.mark.parametrize(("early", "words"), [(-0.1, "1 would have"), (0.1, "0 would have")])
+def test_a_check_that_ends_early_is_told_apart_from_a_whole_trial(early: float, words: str) -> None:
+    """Five replicates that agree decide; the five after them take it back."""
+    logs = (*(early + n / 1e4 for n in range(5)), *(-early + n / 1e4 for n in range(5)))
+    made = trial("same", 0, right=True).model_copy(update={"replicates": dict.fromkeys(PHASES, logs)})
+    made = made.model_copy(update={"control": dict.fromkeys(PHASES, (0.0,) * 10)})
+    assert made.answer == "INCONCLUSIVE" and words in page([made])
+    assert ('and 1 "at least 2% faster" met' in page([made])) == (early > 0)
+
+
 @pytest.mark.parametrize("kind", COUNTS)
 def test_answers_come_from_the_samples(kind: Kind) -> None:
     right = trial(kind, 0, right=True)
