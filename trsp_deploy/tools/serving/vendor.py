@@ -42,8 +42,8 @@ def vendor(target: Path) -> None:
         place = root / module
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(source / module, place)
-    for folder in {(root / module).parent for module in MODULES}:
-        (folder / "__init__.py").touch()
+    for folder in {folder for module in MODULES for folder in Path(module).parents}:
+        (root / folder / "__init__.py").touch()
     (root / "__init__.py").write_text(f'__version__ = "{trsp_deploy.__version__}"\n', encoding="utf-8")
 
 
