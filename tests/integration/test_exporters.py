@@ -14,7 +14,7 @@ import pytest
 import transformers
 
 from tests.exported import MODELS
-from tests.families import FAMILIES
+from tests.families import FAMILIES, family_config
 from tests.tiny import LAYERS, random_model, save_tiny
 from trsp_deploy.errors import ModelError
 from trsp_deploy.pipeline import check_before_work
@@ -22,7 +22,7 @@ from trsp_deploy.recipe import ExportSettings, Float
 from trsp_deploy.stages import parity
 from trsp_deploy.stages.build import build_engine
 from trsp_deploy.stages.export import check_exportable, chosen, export_onnx
-from trsp_deploy.tools.exporters import dynamo, optimum
+from trsp_deploy.tools.exporters import dynamo, optimum, weights
 from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.quiet import quiet_libraries
 from trsp_deploy.tools.runners import open_engine
@@ -104,6 +104,18 @@ def test_auto_is_optimum_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) 
     assert chosen(auto) == "dynamo"
     with pytest.raises(ModelError, match=r"optimum is not installed here: pip install 'trsp_deploy\[optimum\]'"):
         chosen(ExportSettings(exporter="optimum"))
+
+
+def test_torchs_own_never_holds_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights come from the checkpoint one by one, a tied one too."""
+    config = family_config("opt")
+    config.num_hidden_layers = 1
+    folder, out = saved(config, tmp_path / "model"), tmp_path / "model.onnx"
+    monkeypatch.setattr(weights, "load_model", lambda *_, **__: pytest.fail("loaded whole"))
+    dynamo.export(folder, "fp32", dynamo.OPSET, out)
+    reference = parity.make_reference(folder, PROMPTS)
+    with OrtRunner(out) as runner:
+        assert parity.check_parity(reference, runner, "opt", "dense", "fp32").max_error < 1e-4
 
 
 @pytest.mark.skipif(not optimum.installed(), reason="Optimum is not installed")

@@ -7,9 +7,10 @@ code, traced with every length symbolic.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from trsp_deploy.decoder import load_model
+from trsp_deploy.decoder import load_config
 from trsp_deploy.errors import ModelError, TrspError, first_line, machine_reason
 from trsp_deploy.recipe import Float
-from trsp_deploy.tools.exporters.weights import WithoutProducts, hollow_model, try_on_ends
+from trsp_deploy.tools.exporters.weights import (
+    Read,
+    WithoutProducts,
+    hollow_model,
+    open_weights,
+    try_on_ends,
+)
 from trsp_deploy.tools.graphs.decoder_io import PAST, PRESENT
 
 DTYPES: dict[Float, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
@@ -35,27 +42,29 @@ ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # colours, which torch's exporter p
 def export(model: Path, precision: Float, opset: int, out: Path) -> None:
     """Write a Hugging Face folder's model to the file `out`, its weights beside it, and its config into out's folder.
 
+    It is traced without its weights, which come from the checkpoint one at a time, on their way to the disk.
     opset: 20 or more. Raises ModelError when torch cannot trace the model.
     """
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-    network = load_model(model, dtype=DTYPES[precision]).requires_grad_(False)
-    network.config.use_cache = True
+    network = hollow_model(load_config(model), DTYPES[precision])
     with _as_model_error(model), torch.no_grad():
-        arguments, shapes = _example(_cache_sizes(network), DTYPES[precision])
+        arguments, shapes = _arguments(network, DTYPES[precision])
         parts = [f"{layer}.{part}" for layer in range(len(arguments[-1]) // 2) for part in ("key", "value")]
         program = torch.onnx.export(
-            _Step(network),
+            _Step(network).eval(),
             arguments,
             dynamo=True,
             opset_version=opset,
             input_names=["input_ids", "attention_mask", "position_ids", *(f"{PAST}{part}" for part in parts)],
             output_names=["logits", *(f"{PRESENT}{part}" for part in parts)],
             dynamic_shapes=shapes,
-            optimize=True,
+            optimize=False,  # it calculates with constants, and the weights are none yet
             verbose=False,
         )
     assert program is not None
+    _fill(program.model.graph, network.state_dict().keys(), open_weights(model, network))
+    program.optimize()
     _name_lengths(program.model.graph)
     ClearMetadataAndDocStringPass()(program.model)  # stack traces, with paths of the machine that traced it
     ir.save(program.model, out, external_data=f"{out.name}_data")
@@ -71,6 +80,15 @@ def check_traceable(model: Path) -> None:
 def _try(config: Any) -> None:
     """Trace a config's model as torch.onnx.export does, with nothing made of what was traced."""
     network = hollow_model(config, torch.float32)
+    arguments, shapes = _arguments(network, torch.float32)
+    try:
+        torch.export.export(_Step(network).eval(), arguments, dynamic_shapes=shapes, strict=False)
+    except Exception:  # torch.onnx.export then tries this
+        torch.export.export(_Step(network).eval(), arguments, dynamic_shapes=shapes, strict=True)
+
+
+def _arguments(network: PreTrainedModel, dtype: torch.dtype) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """`_example` for a model whose weights are hollow."""
     network.config.use_cache = True
     quick = WithoutProducts()
     quick.begin()
@@ -78,11 +96,34 @@ def _try(config: Any) -> None:
         sizes = _cache_sizes(network)
     finally:
         quick.end()
-    arguments, shapes = _example(sizes, torch.float32)
-    try:
-        torch.export.export(_Step(network), arguments, dynamic_shapes=shapes, strict=False)
-    except Exception:  # torch.onnx.export then tries this
-        torch.export.export(_Step(network), arguments, dynamic_shapes=shapes, strict=True)
+    return _example(sizes, dtype)
+
+
+def _fill(graph: ir.Graph, names: Collection[str], read: Read) -> None:
+    """Let each of the model's weights be read from its checkpoint whenever it is asked for, and not be kept.
+
+    Raises ModelError where the graph has a weight by a name that the model does not.
+    """
+    for name in names:
+        value = graph.initializers.get(f"network.{name}")
+        hollow = None if value is None else value.const_value
+        if value is not None and hollow is not None:
+            there = functools.partial(_tensor, read, name)
+            value.const_value = ir.LazyTensor(
+                there, dtype=hollow.dtype, shape=ir.Shape(hollow.shape.numpy()), name=value.name
+            )
+    left = [name for name, value in graph.initializers.items() if _is_hollow(getattr(value.const_value, "raw", None))]
+    if left:
+        raise ModelError(f"torch's trace names weights as the model does not, such as {left[0]}: it was not filled")
+
+
+def _is_hollow(raw: object) -> bool:
+    """Whether it is one number, repeated, in a weight's place."""
+    return isinstance(raw, torch.Tensor) and raw.numel() > 1 and not any(raw.stride())
+
+
+def _tensor(read: Read, name: str) -> ir.TensorProtocol:
+    return ir.tensor(read(name), name=name)
 
 
 def _example(sizes: list[tuple[int, int, int]], dtype: torch.dtype) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
