@@ -443,6 +443,7 @@ def test_compare_takes_runs_and_onnx_files(workspace: Path, baseline: Path, form
     assert json.loads((tmp_path / "c.json").read_text())["replicates"][0]["blocks"]["again"]
 
 
+@BREADTH
 def test_compare_takes_engine_folders_and_judges(workspace: Path, baseline: Path) -> None:
     folders = [f"run/engines/ort-cpu-fp32/{role}" for role in ("pruned", "dense")]  # the wrong way round
     done = trsp_deploy("compare", *folders, "--min-speedup", "1", "--budget", "60", cwd=workspace)

@@ -13,6 +13,7 @@ import onnx
 import pytest
 import transformers
 
+from tests.breadth import by_default
 from tests.exported import MODELS
 from tests.families import FAMILIES, family_config
 from tests.tiny import LAYERS, random_model, save_tiny
@@ -145,7 +146,7 @@ UNTRACEABLE = {  # on transformers 4
 
 
 @pytest.mark.skipif(transformers.__version__ >= "5", reason="transformers 5 has other code for these")
-@pytest.mark.parametrize("name", UNTRACEABLE)
+@pytest.mark.parametrize("name", by_default(["a cache of convolutions"], UNTRACEABLE))
 def test_what_no_exporter_can_export_is_told_in_one_line_before_and_after_training(
     name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -61,9 +61,9 @@ def test_what_another_process_takes_of_our_cores_is_counted() -> None:
         for ours in (core, *others[:1]):  # where the neighbour is, and elsewhere
             os.sched_setaffinity(0, [ours])
             with neighbour(core), Recorder() as recorder:
-                time.sleep(3.2)
+                time.sleep(2.5)
             taken[ours] = [sample.others_cores or 0.0 for sample in recorder.samples]
     finally:
         os.sched_setaffinity(0, allowed)
-    assert len(taken[core]) >= 2 and min(taken[core]) > 0.5, taken
+    assert taken[core] and min(taken[core]) > 0.5, taken
     assert all(min(found) < 0.5 for ours, found in taken.items() if ours != core), taken
