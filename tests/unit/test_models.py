@@ -142,7 +142,9 @@ def test_an_index_that_names_nothing(folder: Path, named: object) -> None:
 def test_a_config_whose_values_do_not_go_together(folder: Path, changes: dict[str, object]) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-    assert f"{path}: transformers cannot build the model (" in error_line(str(folder))
+    # transformers 5 looks at some of them while it reads the file.
+    line = error_line(str(folder))
+    assert line.startswith((f"{path}: transformers cannot build the model (", f"{path}: transformers cannot read it ("))
 
 
 @pytest.mark.parametrize("content", ["{", "{}", None], ids=["damaged", "empty", "absent"])
