@@ -95,7 +95,7 @@ bench-serving: $(READY) .venv-triton/.ready ## a real tritonserver under load: w
 	$(BIN)/trsp-deploy fetch smollm2-135m exl-wiki triton-schema
 	TRSP_DEPLOY_TRITON=.venv-triton $(BIN)/python -m benchmarks.serving $(if $(QUICK),--quick) $(ARGS)
 
-bench-memory: $(READY) ## peak memory of exports, ours against plain Optimum, and of builds, on a random OPT-1.3B: half an hour, 20 GB of disk; QUICK=1: a small one
+bench-memory: $(READY) ## peak memory of exports, ours against plain Optimum, and of builds, on a random OPT-1.3B: 40 minutes, 20 GB of disk; QUICK=1: a small one
 	$(BIN)/python -m benchmarks.memory $(if $(QUICK),--quick) $(ARGS)
 
 faults: $(VENV)/.ready-eval ## kills, full disks, damage, Ctrl-C and 10,000 bad inputs, tried for real: about an hour; ARGS='-k killed'

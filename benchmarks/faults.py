@@ -23,7 +23,9 @@ from typing import Any, Literal
 
 import pytest
 
+import trsp_deploy
 from benchmarks import targets
+from benchmarks.code import code_digest
 from benchmarks.pages import markdown, put_between_markers
 from benchmarks.targets import at_least, at_most
 from trsp_deploy.artifacts import Provenance, provenance, writing
@@ -71,6 +73,19 @@ class Tried(Strict):
     elapsed_s: float
     noted: dict[str, str]
     machine: Provenance
+    code: str = ""  # digest of the whole package and of the test's file
+
+    @property
+    def stale(self) -> bool:
+        """Whether it was tried with other code than there is now."""
+        return self.code != digest(self.test)
+
+
+def digest(test: str) -> str:
+    """Of all code that a test by this name may run."""
+    package, file = Path(trsp_deploy.__file__).parent, TESTS / f"{test.partition('::')[0]}.py"
+    everything = sorted(str(path.relative_to(package)) for path in package.rglob("*.py"))
+    return code_digest(*everything, beside=(file,) if file.is_file() else ())
 
 
 def numbers(tests: Sequence[Tried], name: str) -> list[float]:
@@ -158,6 +173,7 @@ class Keeper:
             elapsed_s=sum(phase.duration for phase in phases),
             noted={name: str(value) for name, value in report.user_properties},
             machine=provenance(),
+            code=digest(name_of(report.nodeid)),
         )
         self._found[tried.test] = tried
         keep(self._found)
@@ -234,7 +250,9 @@ def table(tests: list[Tried], missing: Sequence[str]) -> str:
     if tests:
         machines = {f"{tried.machine.cpu}, {tried.machine.cores} cores" for tried in tests}
         days = sorted({(tried.machine.time or "earlier")[:10] for tried in tests})
-        parts.append(f"On {'; '.join(sorted(machines))}; tried on {' and '.join(days)}.")
+        stale = sum(tried.stale for tried in tests)
+        earlier = f", {stale} of {len(tests)} tests with earlier code" if stale else ""
+        parts.append(f"On {'; '.join(sorted(machines))}; tried on {' and '.join(days)}{earlier}.")
     return "\n\n".join(parts)
 
 

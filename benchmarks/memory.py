@@ -1,16 +1,15 @@
 """What an export costs in memory, against plain Optimum, and what engines do: `make bench-memory`.
 
-    python -m benchmarks.memory             # an OPT of 1.3B: about half an hour on 2 cores, 20 GB of disk
+    python -m benchmarks.memory             # an OPT of 1.3B: 40 minutes on 2 cores, 20 GB of disk
     python -m benchmarks.memory --quick     # one of 125M, whose libraries weigh more than its weights; keeps nothing
     python -m benchmarks.memory --report    # the table and docs/memory.md from what is there
 
 A random OPT-1.3B, stored in fp16 in several shards as the hub has it, made once. Every row is a fresh process: our
-export alone, our export with the parity check after it, builds of engines from our export, and
-`optimum.exporters.onnx.main_export` with its defaults. A
-row's peak is its process's high-water mark, or what it and its children hold together where that is more. Pages of
-mapped files count, although the system can take them back; what is left without them stands beside it. A row that
-would not fit the machine is stopped and says so: its peak is a lower bound, so it has no figure and meets nothing.
-Prints a table and ends with one JSON line.
+export alone, our export with the parity check after it, our export by torch's own exporter, builds of engines from our
+export, and `optimum.exporters.onnx.main_export` with its defaults. A row's peak is its process's high-water mark, or
+what it and its children hold together where that is more. Pages of mapped files count, although the system can take
+them back; what is left without them stands beside it. A row that would not fit the machine is stopped and says so: its
+peak is a lower bound, so it has no figure and meets nothing. Prints a table and ends with one JSON line.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from typing import NamedTuple, get_args
 import psutil
 
 from benchmarks import targets
+from benchmarks.code import code_digest
 from benchmarks.kept import every_machine, judged, results_path
 from benchmarks.pages import markdown, put_between_markers
 from benchmarks.targets import at_most
@@ -41,7 +41,10 @@ from trsp_deploy.tools.quiet import quiet_libraries
 
 HOME = Path("runs/bench-memory")
 PAGE = Path("docs/memory.md")
-JOBS = ("export", "export and parity", "optimum")
+OURS = ("export", "export and parity", "export by torch")
+JOBS = (*OURS, "optimum")
+# Where the code of the rows begins, below trsp_deploy/; what it imports belongs to it.
+CODE = ("stages/export.py", "stages/parity.py", "stages/build.py")
 # By the precision of the graph that they are built from.
 ENGINES: dict[Float, tuple[str, ...]] = {
     "fp32": ("ort-cpu-fp32", "ort-cpu-int8", "ort-cpu-int4"),
@@ -50,7 +53,7 @@ ENGINES: dict[Float, tuple[str, ...]] = {
 BUILD = "build "  # and the engine's name: a job
 POLL_S = 0.02
 MOST = 1.6  # times the weights in the export's precision
-TARGETS = {f"{precision}_{job.replace(' ', '_')}": at_most(MOST) for job in JOBS[:2] for precision in FLOAT_BYTES}
+TARGETS = {f"{precision}_{job.replace(' ', '_')}": at_most(MOST) for job in OURS for precision in FLOAT_BYTES}
 OPT_1B3 = {"hidden_size": 2048, "ffn_dim": 8192, "num_hidden_layers": 24, "num_attention_heads": 32}
 OPT_125M = {"hidden_size": 768, "ffn_dim": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 PROMPTS = (40, 23)  # tokens, as the pipeline's parity check has them
@@ -72,6 +75,7 @@ class Memory(Strict):
     """Everything that was measured."""
 
     machine: Provenance
+    code: str = ""  # digest of what was measured
     parameters: int
     rows: tuple[Row, ...]
 
@@ -110,6 +114,7 @@ def measure(folder: Path, quick: bool, limit_gb: float | None) -> Memory:
     from trsp_deploy.tools.resources.disk import counts_of
 
     config = make(folder / "model", quick)
+    code = code_digest(*CODE)  # as it is now, not as it is when all is done
     rows = []
 
     def measured(job: str, precision: Float) -> None:
@@ -120,14 +125,14 @@ def measure(folder: Path, quick: bool, limit_gb: float | None) -> Memory:
     for job in JOBS:
         for precision in FLOAT_BYTES:
             measured(job, precision)
-            if job == JOBS[0]:
+            if job == "export":
                 shutil.move(folder / "out", folder / "graph")
                 for engine in ENGINES[precision]:
                     measured(BUILD + engine, precision)
                     shutil.rmtree(folder / "out", ignore_errors=True)
             for made in ("out", "graph"):
                 shutil.rmtree(folder / made, ignore_errors=True)
-    found = Memory(machine=provenance(), parameters=counts_of(config).total, rows=tuple(rows))
+    found = Memory(machine=provenance(), code=code, parameters=counts_of(config).total, rows=tuple(rows))
     if not quick:
         with writing(results_path("memory", found.machine.cpu)) as partial:
             partial.write_text(found.model_dump_json(indent=1) + "\n", encoding="utf-8")
@@ -251,7 +256,8 @@ def work(job: str, precision: Float, folder: Path, out: Path) -> None:
             import optimum.exporters.onnx  # noqa: F401
 
             before = status("VmRSS")
-            export_onnx(model, precision, ExportSettings(), out)
+            settings = ExportSettings(exporter="dynamo" if job == "export by torch" else "auto")
+            export_onnx(model, precision, settings, out)
             if job == "export and parity":
                 compare(model, precision, out / FILE)
     print(json.dumps({"peak_bytes": status("VmHWM"), "libraries_bytes": before}))
@@ -309,15 +315,16 @@ def page(found: Memory) -> str:
         cells = (f"{row.peak_bytes / 1e9:.2f}", f"{row.anonymous_bytes / 1e9:.2f}", f"{ratio(found, row):.2f}")
         name = "plain Optimum" if row.job == "optimum" else row.job.replace(BUILD, "engine ")
         weights = f"{found.parameters * FLOAT_BYTES[row.precision] / 1e9:.2f}"
-        target = (f"at most {MOST:g}", state) if row.job in JOBS[:2] else ("", "")
+        target = (f"at most {MOST:g}", state) if row.job in OURS else ("", "")
         body.append((name, row.precision, weights, *(more + cell for cell in cells), *target))
     libraries = max(row.libraries_bytes for row in found.rows)
     packages = found.machine.packages
+    earlier = "" if found.code == code_digest(*CODE) else ", measured of earlier code"
     return "\n\n".join(
         [
-            f"{found.machine.cpu}, torch {packages.get('torch', '?')}, onnxruntime {packages.get('onnxruntime', '?')}; "
-            f"a random OPT of {found.parameters / 1e9:.2f}B parameters, stored in fp16. GB are 1e9 bytes; each process "
-            f"held up to {libraries / 1e9:.2f} of them, its libraries, before it began.",
+            f"{found.machine.cpu}, torch {packages.get('torch', '?')}, onnxruntime {packages.get('onnxruntime', '?')}"
+            f"{earlier}; a random OPT of {found.parameters / 1e9:.2f}B parameters, stored in fp16. GB are 1e9 bytes; "
+            f"each process held up to {libraries / 1e9:.2f} of them, its libraries, before it began.",
             markdown(
                 (
                     "job",

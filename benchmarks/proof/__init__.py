@@ -5,7 +5,8 @@
     python -m benchmarks.proof --report   # the table and docs/proof.md from what is there
 
 - *same*: an engine against itself, on the machine as it is and under a background load. Any claim is wrong.
-- *slower*: every call of one of the two is made 5% longer (it waits in it). Found when "not slower" fails in 60 s.
+- *slower*: every call of one of the two is made 5% longer (it waits in it; the other waits after it, off the clock).
+  Found when "not slower" fails in 60 s.
 - *faster*: every call of dense is made 20% longer. Confirmed when "at least 15% faster" passes in 60 s.
 
 Every trial is a line of benchmarks/results/proof-<cpu>.jsonl with each replicate's log ratios, of which its answer is

@@ -16,12 +16,12 @@ from trsp_deploy.tools.judging.comparisons import compare, disturbance
 from trsp_deploy.tools.judging.goals import Goal, least_speedup, settled_all
 from trsp_deploy.tools.judging.statistics import FEWEST_REPLICATES, Ratio, replicate_ratios, widened
 from trsp_deploy.tools.judging.verdicts import Requirement, claim, judge, settled, too_few
-from trsp_deploy.tools.measuring.bench_worker import PLANTED
+from trsp_deploy.tools.measuring.bench_worker import PAUSED, PLANTED
 from trsp_deploy.tools.measuring.samples import measure
 
 Kind = Literal["same", "same, loaded", "slower", "faster"]
 SAME_S, PLANTED_S = 30.0, 59.0  # budgets
-PLANTS: dict[Kind, tuple[float, float]] = {  # by how much dense and pruned are slowed down
+PLANTS: dict[Kind, tuple[float, float]] = {  # by how much dense and pruned are slowed down; the other waits as long
     "same": (0, 0),
     "same, loaded": (0, 0),
     "slower": (0, 0.05),
@@ -127,7 +127,8 @@ def goal_of(kind: Kind) -> Goal | None:
 def make(kind: Kind, number: int, engine: Path) -> Trial:
     """One comparison of the engine with itself, slowed down as the kind says."""
     terms, goal = terms_of(kind), goal_of(kind)
-    dense, pruned = ({PLANTED: str(share)} if share else {} for share in terms.planted)
+    slow_dense, slow_pruned = (str(share) for share in terms.planted)
+    dense, pruned = {PLANTED: slow_dense, PAUSED: slow_pruned}, {PLANTED: slow_pruned, PAUSED: slow_dense}
     with background_load() if kind == "same, loaded" else contextlib.nullcontext():
         comparison = measure(
             {"dense": engine, "pruned": engine},

@@ -398,7 +398,7 @@ def test_reports(tally, place):
         for name in ("report.json", MANIFEST):
             (run / name).write_bytes(content)
         with RunFolder(run) as folder:
-            tally(lambda: plan_push(run, "owner/name"), lambda: verify(run), lambda: plan_cleaning(folder, None))
+            tally(lambda: plan_push(run, "owner/name"), lambda: verify(run), lambda: plan_cleaning((folder,), None))
 
     check()
 

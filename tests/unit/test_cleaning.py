@@ -13,7 +13,7 @@ from trsp_deploy import cli
 from trsp_deploy.artifacts import RunFolder, size_bytes
 from trsp_deploy.errors import RunError
 from trsp_deploy.tools.delivery.verification import verify
-from trsp_deploy.tools.resources.cleaning import clean, plan_cleaning
+from trsp_deploy.tools.resources.cleaning import clean, held, plan_cleaning
 
 
 @pytest.fixture
@@ -26,9 +26,9 @@ def files(folder: Path) -> set[str]:
 
 
 def cleaned(run: Path, *keep: str) -> tuple[str, ...]:
-    with RunFolder(run) as folder:
-        plan = plan_cleaning(folder, keep or None)
-        clean(folder, plan)
+    with held(run) as runs:
+        plan = plan_cleaning(runs, keep or None)
+        clean(runs, plan)
     return plan.paths
 
 
@@ -36,11 +36,11 @@ def test_the_kept_stay_and_the_rest_goes(run: Path) -> None:
     before = files(run)
     (run / "mine.txt").write_text("of my own")
     freed = sum(size_bytes(run / name) for name in ("dense", "pruned", "onnx"))
-    with RunFolder(run) as folder:
-        plan = plan_cleaning(folder, ("engines", "reports"))
+    with held(run) as runs:
+        plan = plan_cleaning(runs, ("engines", "reports"))
         assert plan.freed_bytes == freed and set(plan.redone) == {step for step in OUTPUTS if "build" not in step}
         assert files(run) == before | {"mine.txt"}, "a plan removes nothing"
-        clean(folder, plan)
+        clean(runs, plan)
     gone = {name for name in before if name.startswith(("dense/", "pruned/", "onnx/"))}
     assert files(run) == (before - gone) | {"mine.txt"}
     assert {finding.path for finding in verify(run).findings} == {"mine.txt"}, "the manifest names what is left"
@@ -67,8 +67,8 @@ def test_the_dense_models_own_text_goes_too_and_can_be_kept(run: Path) -> None:
             return Nothing()
 
         folder.step("self-generated", write, Nothing, settings={}, inputs={}, outputs=[text.name])
-        assert text.name not in plan_cleaning(folder, ("self-generated",)).paths
-        plan = plan_cleaning(folder, ("engines", "reports"))
+        assert text.name not in plan_cleaning((folder,), ("self-generated",)).paths
+        plan = plan_cleaning((folder,), ("engines", "reports"))
     assert text.name in plan.paths and "self-generated" in plan.redone
 
 
@@ -134,8 +134,8 @@ def test_blocks_that_have_another_name_are_not_freed(run: Path, tmp_path: Path) 
     dense = run / "dense" / "model.safetensors"
     os.link(dense, tmp_path / "source.safetensors")
     os.link(run / "onnx" / "dense" / "model.onnx", run / "onnx" / "again.onnx")  # both names go
-    with RunFolder(run) as folder:
-        plan = plan_cleaning(folder, ("pruned", "engines", "reports"))
+    with held(run) as runs:
+        plan = plan_cleaning(runs, ("pruned", "engines", "reports"))
     by_path = {removal.path: removal for removal in plan.removals}
     assert by_path["dense"].freed_bytes == 0 and by_path["dense"].size_bytes == dense.stat().st_size
     assert plan.freed_bytes == sum(size_bytes(run / "onnx" / role) for role in ("dense", "pruned"))

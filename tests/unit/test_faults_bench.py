@@ -45,7 +45,11 @@ def test_tests_without_an_outcome_are_counted_and_named() -> None:
     text = table(tests, ["t::c"])
     assert "Without an outcome: `t::c`." in text and "| `ulimit -f` | 0 | 0 | not tried |" in text
     day = (provenance().time or "")[:10]
-    assert f"On A, {provenance().cores} cores; B, {provenance().cores} cores; tried on {day}." in text
+    where = f"On A, {provenance().cores} cores; B, {provenance().cores} cores; tried on {day}"
+    assert f"{where}, 2 of 2 tests with earlier code." in text
+    today = [each.model_copy(update={"code": faults.digest(each.test)}) for each in tests]
+    assert f"tried on {day}." in table(today, [])
+    assert "1 of 2 tests with earlier code" in table([today[0], tests[1]], [])
     assert "Without" not in table(tests, []) and verdict(tests, [])["met"]["tests_without_an_outcome"]
     assert " and 2 more." in table(tests, [f"t::{number}" for number in range(NAMED + 2)])
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import statistics
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +28,7 @@ from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.measuring import bench_worker, rates, samples, telemetry
 from trsp_deploy.tools.measuring.subjects import Subject
 from trsp_deploy.tools.measuring.worker import Worker
+from trsp_deploy.tools.runners import Runner
 
 
 def test_perplexity_ratio_is_of_means():
@@ -320,6 +323,38 @@ def test_a_planted_slow_down_is_for_every_engine_or_for_one():
     dense, pruned = Path("run/engines/e/dense"), Path("run/engines/e/pruned")
     assert [bench_worker.planted_share("0.05", engine) for engine in (dense, pruned)] == [0.05, 0.05]
     assert [bench_worker.planted_share("pruned=0.05", engine) for engine in (dense, pruned)] == [0.0, 0.05]
+
+
+class Steady(Runner):
+    """An engine whose calls take as long as they are told to."""
+
+    def __init__(self, call_s):
+        self.call_s = call_s
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, value, trace):
+        return None
+
+    def prefill(self, input_ids, attention_mask, *, last_only=False):
+        bench_worker._pause(self.call_s)
+        return np.zeros((1, 1, 4), dtype=np.float32)
+
+    def decode(self, input_ids):
+        return self.prefill(input_ids, input_ids)
+
+
+@pytest.mark.parametrize(("shares", "on_the_clock"), [({"planted": 0.5}, 1.5), ({"paused": 0.5}, 1.0), ({}, 1.0)])
+def test_a_wait_takes_its_time_on_the_clock_or_off_it(shares, on_the_clock):
+    call_s, calls = 2e-3, 21
+    began = time.perf_counter()
+    block = bench_worker.measure_block(Steady(call_s), [[1, 2]], calls - 1, **shares)
+    wall_s = time.perf_counter() - began
+    assert wall_s >= calls * call_s * (1.5 if shares else 1)
+    times = [block["prefill_s"], *block["decode_s"]]
+    assert min(times) >= call_s * on_the_clock and statistics.median(times) < call_s * (on_the_clock + 0.25)
+    assert block["total_s"] >= sum(times) and block["total_s"] - sum(times) < 0.2 * wall_s
 
 
 def test_a_worker_that_cannot_start_says_why(tmp_path):

@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from benchmarks import kept, memory
+from benchmarks.code import code_digest
 from benchmarks.memory import MOST, TARGETS, Memory, Row, figures, page, verdict, watch
 from trsp_deploy.artifacts import provenance
 from trsp_deploy.recipe import FLOAT_BYTES
@@ -42,15 +43,20 @@ def test_a_row_that_was_stopped_has_no_figure_and_is_not_met() -> None:
     assert all(verdict(whole)["met"].values()) and figures(whole) == dict.fromkeys(TARGETS, 1.0)
     assert figures(stopped)["fp32_export"] is None
     assert [name for name, met in verdict(stopped)["met"].items() if not met] == ["fp32_export"]
-    assert page(whole).count("| met |") == 4 and "**not met**" not in page(whole)
-    assert page(stopped).count("| met |") == 3 and "more than 1.00 | at most 1.6 | stopped, **not met** |" in page(
+    assert page(whole).count("| met |") == 6 and "**not met**" not in page(whole)
+    assert page(stopped).count("| met |") == 5 and "more than 1.00 | at most 1.6 | stopped, **not met** |" in page(
         stopped
     )
 
 
+def test_what_earlier_code_made_is_called_so() -> None:
+    today = found().model_copy(update={"code": code_digest(*memory.CODE)})
+    assert "earlier code" in page(found()) and "earlier code" not in page(today)
+
+
 def test_targets_are_judged_before_they_are_rounded() -> None:
     above = found(MOST + 0.0003)
-    assert not any(verdict(above)["met"].values()) and page(above).count("**not met**") == 4
+    assert not any(verdict(above)["met"].values()) and page(above).count("**not met**") == 6
 
 
 def test_a_report_judges_this_machine_or_the_worst(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -13,7 +13,7 @@ from trsp_deploy import cli
 from trsp_deploy.artifacts import MANIFEST, RunFolder
 from trsp_deploy.errors import RunError
 from trsp_deploy.tools.delivery.verification import manifest_of, verify
-from trsp_deploy.tools.resources.cleaning import clean, plan_cleaning
+from trsp_deploy.tools.resources.cleaning import clean, held, plan_cleaning
 
 
 @pytest.fixture
@@ -90,12 +90,35 @@ def test_a_sweep_that_is_not_finished_is_held_against_its_records(
 def test_a_manifest_that_is_there_holds(sweep: Path) -> None:
     """A run that goes on, or is cleaned, is another than the sweep's manifest names."""
     with RunFolder(sweep / "drop-4") as run:
-        clean(run, plan_cleaning(run, ("pruned",)))
+        clean((run,), plan_cleaning((run,), ("pruned",)))
         assert not (sweep / MANIFEST).exists() and verify(sweep).whole
         with RunFolder(sweep) as folder:
             folder.write_manifest()
         run.outdate_manifest()
     assert not (sweep / MANIFEST).exists()
+
+
+def test_a_sweep_is_cleaned_with_every_run_within(sweep: Path, tmp_path: Path) -> None:
+    elsewhere = made_run(tmp_path / "elsewhere")
+    (sweep / "drop-6").symlink_to(elsewhere)
+    (sweep / "drop-4" / "checkpoints").mkdir()
+    with held(sweep) as runs:
+        assert [run.path.name for run in runs] == ["sweep", "drop-4", "drop-10"]
+        plan = plan_cleaning(runs, ("dense", "plans", "pruned", "engines", "reports"))
+        assert plan.paths == ("drop-10/onnx", "drop-4/checkpoints", "drop-4/onnx")
+        exports = {f"{run}/export-{role}-fp32" for run in ("drop-4", "drop-10") for role in ("dense", "pruned")}
+        assert set(plan.redone) == exports
+        clean(runs, plan)
+    assert not (sweep / "drop-10" / "onnx").exists() and (elsewhere / "onnx").exists()
+    assert not (sweep / MANIFEST).exists() and all(verify(sweep / f"drop-{count}").whole for count in (4, 10))
+
+
+def test_a_sweep_of_which_a_run_goes_on_is_not_cleaned(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(sweep.rglob("*"))
+    with RunFolder(sweep / "drop-10"):
+        assert cli.run(["clean", str(sweep), "--keep", "reports"]) == 1
+    assert f"{sweep / 'drop-10'}: in use by another trsp-deploy" in capsys.readouterr().err
+    assert set(before) - set(sweep.rglob("*")) == set()
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from trsp_deploy.cli.terminal import Output
 Folder = Annotated[
     Path, typer.Argument(help="Folder of a run, a sweep or an engine, or a Triton repository.", metavar="PATH")
 ]
+RunOrSweep = Annotated[Path, typer.Argument(help="Folder of a run or a sweep.", metavar="RUN")]
 PublicKey = Annotated[
     Path | None, typer.Option("--public-key", help="Check the manifest's signature too (PEM).", metavar="FILE")
 ]
@@ -94,17 +95,16 @@ def convert(model: Model, out: Out = None, as_json: Json = False) -> None:
     output.result({"model": str(folder)})
 
 
-def clean(run: Run, keep: Keep = None, dry_run: DryRun = False, as_json: Json = False) -> None:
-    """Remove the parts of a run that --keep does not name, without it leftovers alone; a later run makes them again."""
-    from trsp_deploy.artifacts import RunFolder
-    from trsp_deploy.tools.resources.cleaning import check_run, plan_cleaning
+def clean(run: RunOrSweep, keep: Keep = None, dry_run: DryRun = False, as_json: Json = False) -> None:
+    """Remove the parts of a run, or of each run of a sweep, that --keep does not name, without it leftovers alone; a
+    later run makes them again."""
     from trsp_deploy.tools.resources.cleaning import clean as cleaned
+    from trsp_deploy.tools.resources.cleaning import held, plan_cleaning
 
-    check_run(run)  # before a lock is left in a folder that is none
-    with RunFolder(run) as folder:
-        plan = plan_cleaning(folder, None if keep is None else [part.strip() for part in keep.split(",")])
+    with held(run) as runs:
+        plan = plan_cleaning(runs, None if keep is None else [part.strip() for part in keep.split(",")])
         if not dry_run:
-            cleaned(folder, plan)
+            cleaned(runs, plan)
     output = Output(as_json)
     for removal in plan.removals:
         shared = removal.size_bytes - removal.freed_bytes

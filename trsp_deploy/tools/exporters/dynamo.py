@@ -27,6 +27,7 @@ from trsp_deploy.tools.exporters.weights import (
     WithoutProducts,
     hollow_model,
     open_weights,
+    save,
     try_on_ends,
 )
 from trsp_deploy.tools.graphs.decoder_io import PAST, PRESENT
@@ -67,7 +68,7 @@ def export(model: Path, precision: Float, opset: int, out: Path) -> None:
     program.optimize()
     _name_lengths(program.model.graph)
     ClearMetadataAndDocStringPass()(program.model)  # stack traces, with paths of the machine that traced it
-    ir.save(program.model, out, external_data=f"{out.name}_data")
+    save(program.model, out)
     network.config.save_pretrained(out.parent)
 
 

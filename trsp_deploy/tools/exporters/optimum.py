@@ -28,13 +28,12 @@ from trsp_deploy.decoder import decoder_layers
 from trsp_deploy.errors import ModelError, one_line, passes_through
 from trsp_deploy.reading import read_json
 from trsp_deploy.recipe import Float
-from trsp_deploy.tools.exporters.weights import Read, build_skeleton, open_weights, quick_model, try_on_ends
+from trsp_deploy.tools.exporters.weights import Read, build_skeleton, open_weights, quick_model, save, try_on_ends
 
 OPSET = 18
 TASK = "text-generation-with-past"
 OTHER = "`--set export.exporter=dynamo` traces it with torch alone"
 DTYPES: dict[Float, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
-ALIGNMENT = 65536  # bytes: external data that begins at a page is mapped instead of read
 
 
 def installed() -> bool:
@@ -62,7 +61,7 @@ def export(model: Path, precision: Float, opset: int, slim: bool, out: Path) -> 
     if slim:
         traced = _slimmed(traced)
     _fill(traced.graph, matrices, read, transposed)
-    ir.save(traced, out, external_data=f"{out.name}_data", alignment=ALIGNMENT)
+    save(traced, out)
     onnx.checker.check_model(out)
 
 

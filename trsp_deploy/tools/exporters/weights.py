@@ -3,6 +3,7 @@
 model = build_skeleton(folder, torch.float16)     # can be traced; its weights take a few bytes each
 read = open_weights(folder, model)
 read("model.decoder.layers.0.fc1.weight")         # this one alone, from the folder
+save(graph, out)                                  # whose weights are read so
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from safetensors import safe_open
 from torch import nn
@@ -23,6 +25,7 @@ from trsp_deploy.decoder import build_model, cut_config, load_config, load_model
 from trsp_deploy.errors import ModelError
 
 Read = Callable[[str], torch.Tensor]
+ALIGNMENT = 65536  # bytes: external data that begins at a page is mapped instead of read
 
 
 def build_skeleton(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -118,6 +121,11 @@ def open_weights(folder: Path, model: PreTrainedModel) -> Read:
         return weight
 
     return read
+
+
+def save(graph: ir.Model, out: Path) -> None:
+    """Write a graph to the file `out`, and its weights beside it, each of them read as it is written."""
+    ir.save(graph, out, external_data=f"{out.name}_data", alignment=ALIGNMENT)
 
 
 def _files(folder: Path) -> dict[str, Path]:

@@ -1,7 +1,7 @@
-"""Free the disk of what a run can make again: `trsp-deploy clean`.
+"""Free the disk of what a run, or each run of a sweep, can make again: `trsp-deploy clean`.
 
-    with RunFolder(Path("runs/smollm2-135m-drop8")) as run:
-        clean(run, plan_cleaning(run, keep=("engines", "reports")))
+    with held(Path("runs/smollm2-135m-drop8")) as runs:
+        clean(runs, plan_cleaning(runs, keep=("engines", "reports")))
 
 Only the parts of CLEANABLE and leftovers are ever removed, and of a link the link alone; the recipe, the plan and the
 records of the steps always stay, so the next run knows what is missing and makes that again.
@@ -9,6 +9,7 @@ records of the steps always stay, so the next run knows what is missing and make
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -26,12 +27,13 @@ LEFTOVERS = (
     *(f"{place}.*.{state}" for place in ("", "*/", f"{ENGINES}/*/") for state in ("partial", "former")),  # of a kill
     FAILED_LOGS,
 )
+Runs = Sequence[RunFolder]  # a run alone, or a sweep and the runs within; all of them locked
 
 
 class Removal(Strict):
     """One file or folder that goes."""
 
-    path: str  # below the run folder
+    path: str  # below the folder of the run or sweep
     size_bytes: int
     freed_bytes: int  # less where the blocks have another name outside, such as the dense model's in its own folder
 
@@ -42,54 +44,81 @@ class Cleaning(Strict):
     run: str
     removals: tuple[Removal, ...]
     freed_bytes: int
-    redone: tuple[str, ...]  # steps
+    redone: tuple[str, ...]  # steps; of a sweep's runs with the run's name before it
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Below the run folder."""
+        """Below the folder of the run or sweep."""
         return tuple(removal.path for removal in self.removals)
 
 
-def plan_cleaning(run: RunFolder, keep: Sequence[str] | None) -> Cleaning:
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[Runs]:
+    """A run, or a sweep and then every run that lies in it, each locked meanwhile.
+
+    Raises RunError for a folder that is neither, before a lock is left in it.
+    """
+    if not RunLayout(folder).is_sweep:
+        check_is_run(folder, "nothing is removed")
+    with contextlib.ExitStack() as stack:
+        root = stack.enter_context(RunFolder(folder))
+        within = [run.root for run in root.layout.runs if not leaves(folder, run.root)]
+        yield (root, *(stack.enter_context(RunFolder(path)) for path in within))
+
+
+def plan_cleaning(runs: Runs, keep: Sequence[str] | None) -> Cleaning:
     """What `clean` would remove: every part that `keep` does not name, and leftovers; of None leftovers alone.
 
-    Raises RunError for a folder that is no run, and for a part that there is not.
+    Raises RunError for a part that none of them has.
     """
-    check_run(run.path)
-    found = sorted(set(_leftovers(run.path)) | set(_parts(run.path, keep)))
-    names = [run.layout.below(path) for path in found]
+    root = runs[0]
+    _check_parts(runs, keep)
+    found = sorted({path for run in runs for path in (*_leftovers(run.path), *_parts(run.path, keep))})
     removals = [
-        Removal(path=name, size_bytes=_size(path), freed_bytes=freed_bytes([path]))
-        for name, path in zip(names, found, strict=True)
+        Removal(path=root.layout.below(path), size_bytes=_size(path), freed_bytes=freed_bytes([path])) for path in found
     ]
     return Cleaning(
-        run=str(run.path),
+        run=str(root.path),
         removals=tuple(removals),
         freed_bytes=freed_bytes(found),  # two names of one file may both go
-        redone=tuple(step for step in run.recorded() if _loses(run, step, names)),
+        redone=tuple(
+            step if run is root else f"{root.layout.below(run.path)}/{step}"
+            for run in runs
+            for step in run.recorded()
+            if _loses(run, step, _below(run, found))
+        ),
     )
 
 
-def check_run(folder: Path) -> None:
-    """Raise RunError for a folder that is no run and no sweep."""
-    if not RunLayout(folder).is_sweep:
-        check_is_run(folder, "nothing is removed")
-
-
-def clean(run: RunFolder, plan: Cleaning) -> None:
-    """Remove what the plan names; the run's manifest then names what is left."""
-    _shorten_manifest(run, plan.paths)
-    with storage_errors(run.path):
-        for name in plan.paths:
-            path = run.path / name
+def clean(runs: Runs, plan: Cleaning) -> None:
+    """Remove what the plan names; the manifests then name what is left, and a sweep's goes with that of a run."""
+    root = runs[0]
+    paths = [root.path / name for name in plan.paths]
+    for run in runs:
+        _shorten_manifest(run, _below(run, paths))
+    with storage_errors(root.path):
+        for path in paths:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-        engines = run.layout.engines
-        for folder in [] if engines.is_symlink() else [*engines.glob("*"), engines]:
-            if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
-                folder.rmdir()
+        for engines in [run.layout.engines for run in runs]:
+            for folder in [] if engines.is_symlink() else [*engines.glob("*"), engines]:
+                if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+                    folder.rmdir()
+
+
+def _below(run: RunFolder, paths: Iterable[Path]) -> list[str]:
+    """Those of the paths that lie in the run's folder, as its records and manifest name them."""
+    return [run.layout.below(path) for path in paths if path.is_relative_to(run.path)]
+
+
+def _check_parts(runs: Runs, keep: Sequence[str] | None) -> None:
+    built = sorted({path.name for run in runs for path in run.layout.engines.glob("*") if path.is_dir()})
+    valid = [*CLEANABLE, *(f"{ENGINES}/{name}" for name in built)]
+    for part in keep or ():
+        if part not in valid:
+            raise RunError(f"--keep {part}: no such part{nearest(part, valid)}; this run has {', '.join(valid)}")
 
 
 def _parts(run: Path, keep: Sequence[str] | None) -> Iterator[Path]:
@@ -97,15 +126,11 @@ def _parts(run: Path, keep: Sequence[str] | None) -> Iterator[Path]:
         return
     built = RunLayout(run).engines
     engines = {name for part in keep if (name := part.removeprefix(f"{ENGINES}/")) != part}
-    valid = [*CLEANABLE, *(f"{ENGINES}/{path.name}" for path in sorted(built.glob("*")) if path.is_dir())]
-    for part in keep:
-        if part not in valid:
-            raise RunError(f"--keep {part}: no such part{nearest(part, valid)}; this run has {', '.join(valid)}")
     for part, names in CLEANABLE.items():
         paths = [run / name for name in names if (run / name).exists() or (run / name).is_symlink()]
         if part in keep:
             continue
-        if part == ENGINES and engines:
+        if part == ENGINES and engines and paths:
             paths = [path for path in built.iterdir() if path.name not in engines]
         yield from (path for path in paths if not leaves(run, path.parent))
 
