@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 import pytest
 import transformers
 
@@ -85,8 +86,6 @@ def test_parity_and_passes(name: str, precision: Float, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_cache_of_fixed_length_fits_too(tmp_path: Path) -> None:
-    import onnx_ir as ir
-
     from trsp_deploy.tools.graphs.static_cache import fix_cache
 
     folder = exported("opt-350m", "fp32", tmp_path)
@@ -113,6 +112,15 @@ def test_torchs_own_never_holds_the_model(tmp_path: Path, monkeypatch: pytest.Mo
     config.num_hidden_layers = 1
     folder, out = saved(config, tmp_path / "model"), tmp_path / "model.onnx"
     monkeypatch.setattr(weights, "load_model", lambda *_, **__: pytest.fail("loaded whole"))
+
+    def save(graph: ir.Model, out: Path) -> None:
+        held = [
+            value for value in graph.graph.initializers.values() if not isinstance(value.const_value, ir.LazyTensor)
+        ]
+        assert all(value.const_value.size < config.hidden_size**2 for value in held), "read to be transposed, and kept"
+        weights.save(graph, out)
+
+    monkeypatch.setattr(dynamo, "save", save)
     dynamo.export(folder, "fp32", dynamo.OPSET, out)
     reference = parity.make_reference(folder, PROMPTS)
     with OrtRunner(out) as runner:

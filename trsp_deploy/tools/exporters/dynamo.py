@@ -29,6 +29,7 @@ from trsp_deploy.tools.exporters.weights import (
     open_weights,
     save,
     try_on_ends,
+    turn,
 )
 from trsp_deploy.tools.graphs.decoder_io import PAST, PRESENT
 
@@ -105,14 +106,14 @@ def _fill(graph: ir.Graph, names: Collection[str], read: Read) -> None:
 
     Raises ModelError where the graph has a weight by a name that the model does not.
     """
-    for name in names:
-        value = graph.initializers.get(f"network.{name}")
-        hollow = None if value is None else value.const_value
-        if value is not None and hollow is not None:
-            there = functools.partial(_tensor, read, name)
-            value.const_value = ir.LazyTensor(
-                there, dtype=hollow.dtype, shape=ir.Shape(hollow.shape.numpy()), name=value.name
-            )
+    hollow = {f"network.{name}": name for name in names if f"network.{name}" in graph.initializers}
+    matrices = [graph.initializers[key] for key in hollow]
+    turned = turn(graph, [value for value in matrices if value.shape is not None and len(value.shape) == 2])
+    for key, name in hollow.items():
+        value = graph.initializers[key]
+        assert value.dtype is not None and value.shape is not None
+        there = functools.partial(_tensor, read, name, key in turned)
+        value.const_value = ir.LazyTensor(there, dtype=value.dtype, shape=value.shape, name=key)
     left = [name for name, value in graph.initializers.items() if _is_hollow(getattr(value.const_value, "raw", None))]
     if left:
         raise ModelError(f"torch's trace names weights as the model does not, such as {left[0]}: it was not filled")
@@ -123,8 +124,9 @@ def _is_hollow(raw: object) -> bool:
     return isinstance(raw, torch.Tensor) and raw.numel() > 1 and not any(raw.stride())
 
 
-def _tensor(read: Read, name: str) -> ir.TensorProtocol:
-    return ir.tensor(read(name), name=name)
+def _tensor(read: Read, name: str, transposed: bool) -> ir.TensorProtocol:
+    weight = read(name)
+    return ir.tensor(weight.t().contiguous() if transposed else weight, name=name)
 
 
 def _example(sizes: list[tuple[int, int, int]], dtype: torch.dtype) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

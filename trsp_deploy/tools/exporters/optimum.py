@@ -28,7 +28,7 @@ from trsp_deploy.decoder import decoder_layers
 from trsp_deploy.errors import ModelError, one_line, passes_through
 from trsp_deploy.reading import read_json
 from trsp_deploy.recipe import Float
-from trsp_deploy.tools.exporters.weights import Read, build_skeleton, open_weights, quick_model, save, try_on_ends
+from trsp_deploy.tools.exporters.weights import Read, build_skeleton, open_weights, quick_model, save, try_on_ends, turn
 
 OPSET = 18
 TASK = "text-generation-with-past"
@@ -55,7 +55,7 @@ def export(model: Path, precision: Float, opset: int, slim: bool, out: Path) -> 
     read = open_weights(model, network)
     weights = network.state_dict().keys() & {value.name for value in traced.graph.inputs}
     matrices = {name for name in weights if network.state_dict()[name].ndim > 1}
-    transposed = _turn(traced.graph, matrices)
+    transposed = turn(traced.graph, [value for value in traced.graph.inputs if value.name in matrices])
     # Simplifying reads vectors (a norm's ones, a bias of zeros); matrices stay inputs meanwhile, which it leaves alone.
     _fill(traced.graph, weights - matrices, read, transposed)
     if slim:
@@ -154,25 +154,6 @@ def _slimmed(traced: ir.Model) -> ir.Model:
     CommonSubexpressionEliminationPass()(traced)
     with _replaced(Variable, "__eq__", _by_name_first(Variable.__eq__)):
         return ir.from_proto(slim(ir.to_proto(traced)))
-
-
-def _turn(graph: ir.Graph, matrices: set[str]) -> set[str]:
-    """Declare matrices that the graph only uses transposed in that form; returns their names."""
-    turned = set()
-    for value in graph.inputs:
-        nodes = value.consumers()
-        if value.name in matrices and nodes and all(_turns(node) for node in nodes):
-            assert value.name is not None and value.shape is not None
-            for node in nodes:
-                node.outputs[0].replace_all_uses_with(value)
-                graph.remove(node, safe=True)
-            value.shape = ir.Shape(value.shape[::-1])
-            turned.add(value.name)
-    return turned
-
-
-def _turns(node: ir.Node) -> bool:
-    return node.op_type == "Transpose" and tuple(node.attributes["perm"].as_ints()) == (1, 0)
 
 
 def _fill(graph: ir.Graph, names: set[str], read: Read, transposed: set[str]) -> None:

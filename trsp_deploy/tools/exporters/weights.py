@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,28 @@ def open_weights(folder: Path, model: PreTrainedModel) -> Read:
         return weight
 
     return read
+
+
+def turn(graph: ir.Graph, matrices: Iterable[ir.Value]) -> set[str]:
+    """Declare matrices that the graph only uses transposed in that form; returns their names.
+
+    An optimiser would read them to transpose them, and hold them from then on.
+    """
+    turned = set()
+    for value in matrices:
+        nodes = value.consumers()
+        if nodes and all(_turns(node) for node in nodes):
+            assert value.name is not None and value.shape is not None
+            for node in nodes:
+                node.outputs[0].replace_all_uses_with(value)
+                graph.remove(node, safe=True)
+            value.shape = ir.Shape(value.shape[::-1])
+            turned.add(value.name)
+    return turned
+
+
+def _turns(node: ir.Node) -> bool:
+    return node.op_type == "Transpose" and tuple(node.attributes["perm"].as_ints()) == (1, 0)
 
 
 def save(graph: ir.Model, out: Path) -> None:
