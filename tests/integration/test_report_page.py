@@ -117,20 +117,36 @@ def test_a_browser_has_nothing_to_complain_about_in_a_sweep(sweep: Path, tmp_pat
 @browser
 @pytest.mark.parametrize("name", ["page", "sweep"])
 def test_nothing_is_wider_than_a_phone(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    """In a frame as wide as one, for the pages allow no script of their own."""
-    page = request.getfixturevalue(name).read_text(encoding="utf-8")
+    content, frame = in_a_frame(request.getfixturevalue(name), tmp_path, 390, "root.scrollWidth", "root.clientWidth")
+    assert 0 < content <= frame <= 390
+
+
+@browser
+@pytest.mark.parametrize("width", [390, 1100])
+def test_no_text_is_hidden_behind_a_scroll_bar(page: Path, tmp_path: Path, width: int) -> None:
+    """Figures may be; sentences beside a label may not, however long the label."""
+    long = tmp_path / "long.html"
+    label = "quality budgets, an-engine-with-a-long-name-of-its-own"
+    long.write_text(page.read_text(encoding="utf-8").replace("<th>model</th>", f"<th>{label}</th>"), encoding="utf-8")
+    assert label in long.read_text()
+    tables = "[...root.querySelectorAll('.labels')].map(table => table.parentElement)"
+    hidden = f"{tables}.filter(wide => wide.scrollWidth > wide.clientWidth).length"
+    assert in_a_frame(long, tmp_path, width, hidden, f"{tables}.length") == (0, 2)
+
+
+def in_a_frame(page: Path, folder: Path, width: int, *asked: str) -> tuple[int, ...]:
+    """Numbers that a page's `root` gives in a frame of this width, for the pages allow no script of their own."""
     script = (
         "const root = document.querySelector('iframe').contentDocument.documentElement;"
-        "document.title = `${root.scrollWidth} of ${root.clientWidth}`"
+        f"document.title = [{', '.join(asked)}].join(' ')"
     )
-    frame = tmp_path / "frame.html"
-    frame.write_text(
-        f'<body onload="{script}"><iframe width="390" height="800" frameborder="0" srcdoc="{escape(page)}"></iframe>'
-    )
-    done = chromium(tmp_path, "--dump-dom", frame.as_uri())
-    widths = re.search(r"<title>(\d+) of (\d+)</title>", done.stdout)
-    assert widths is not None, done.stderr
-    assert 0 < int(widths[1]) <= int(widths[2]) <= 390
+    frame = folder / "frame.html"
+    shown = f'<iframe width="{width}" height="800" frameborder="0" srcdoc="{escape(page.read_text(encoding="utf-8"))}">'
+    frame.write_text(f'<body onload="{escape(script)}">{shown}</iframe>')
+    done = chromium(folder, "--dump-dom", f"--window-size={width + 50},900", frame.as_uri())
+    numbers = re.search(r"<title>([\d ]+)</title>", done.stdout)
+    assert numbers is not None, done.stderr
+    return tuple(map(int, numbers[1].split()))
 
 
 @browser

@@ -216,7 +216,7 @@ def pareto(found: Sweep) -> str:
             axes.axhline(found.targets.max_ppl_ratio, color=LIMIT, linewidth=1, linestyle="--")
         axes.set_xlabel(_end_to_end(found))
         axes.set_ylabel("perplexity, times dense")
-        axes.legend(loc="upper left")
+        axes.legend(loc="best")
         return _svg(figure, "pareto", "Perplexity over dense against end-to-end speed-up for each number of layers")
 
 
