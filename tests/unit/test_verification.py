@@ -13,7 +13,15 @@ import pytest
 
 from tests.made_run import OUTPUTS, SPEC, Nothing, made_run
 from trsp_deploy import cli
-from trsp_deploy.artifacts import ENGINE_MANIFEST, MANIFEST, RunFolder, fingerprint, provenance, write_json
+from trsp_deploy.artifacts import (
+    ENGINE_MANIFEST,
+    MANIFEST,
+    RunFolder,
+    RunManifest,
+    fingerprint,
+    provenance,
+    write_json,
+)
 from trsp_deploy.errors import EngineUnavailable, RunError
 from trsp_deploy.recipe import read_engine_spec, read_recipe
 from trsp_deploy.tools.delivery.verification import verify
@@ -355,9 +363,9 @@ def test_signatures(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "expected a PEM file" in capsys.readouterr().err
     # Who changes a file and the manifest with it cannot sign that.
     (run / "pruned" / "model.safetensors").write_text("other")
-    values = json.loads((run / MANIFEST).read_text())
-    values["files"]["pruned/model.safetensors"] = fingerprint(run / "pruned" / "model.safetensors")
-    write_json(run / MANIFEST, values)
+    manifest = RunManifest.model_validate_json((run / MANIFEST).read_bytes())
+    files = {**manifest.files, "pruned/model.safetensors": fingerprint(run / "pruned" / "model.safetensors")}
+    write_json(run / MANIFEST, manifest.model_copy(update={"files": files}))
     assert verify(run).whole
     assert cli.run([*check, public]) == 2
     (run / "plan.json").write_text("[]")
