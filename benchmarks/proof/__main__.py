@@ -84,7 +84,7 @@ def line(trial: Trial) -> str:
     """What one trial said."""
     return (
         f"{trial.kind} {trial.number}: {trial.answer} ({'right' if trial.right else 'WRONG'}) in "
-        f"{trial.elapsed_s:.0f} s, {trial.found['total'].text('.3f', '')}"
+        f"{trial.elapsed_s:.0f} s, {trial.total.text('.3f', '')}"
     )
 
 

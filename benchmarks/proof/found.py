@@ -101,8 +101,8 @@ def table(trials: list[Trial]) -> str:
             continue
         noticed = [trial.disturbance for trial in found]
         answers = [trial.answer for trial in found]
-        widths = [trial.found["total"].half_width for trial in found]
-        middle = math.exp(float(np.mean([math.log(trial.found["total"].ratio) for trial in found])))
+        widths = [trial.total.half_width for trial in found]
+        middle = math.exp(float(np.mean([math.log(trial.total.ratio) for trial in found])))
         rows.append(
             [
                 kind,

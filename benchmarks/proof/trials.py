@@ -14,7 +14,7 @@ from trsp_deploy.recipe import BenchSettings, Strict
 from trsp_deploy.results import PHASES, ROLES, Comparison, Phase
 from trsp_deploy.tools.judging.comparisons import compare, disturbance
 from trsp_deploy.tools.judging.goals import Goal, least_speedup, settled_all
-from trsp_deploy.tools.judging.statistics import FEWEST_REPLICATES, Ratio, replicate_ratios, widened
+from trsp_deploy.tools.judging.statistics import FEWEST_REPLICATES, Ratio, Speedup, replicate_ratios, widened
 from trsp_deploy.tools.judging.verdicts import Requirement, claim, judge, settled, too_few
 from trsp_deploy.tools.measuring.bench_worker import PAUSED, PLANTED
 from trsp_deploy.tools.measuring.samples import measure
@@ -67,9 +67,14 @@ class Trial(Strict):
     code: str = ""  # digest
 
     @functools.cached_property
-    def found(self) -> dict[Phase, Ratio]:
-        """Speed-ups with their intervals."""
-        return {phase: widened(logs, self.control[phase] or None).found for phase, logs in self.replicates.items()}
+    def speedups(self) -> dict[Phase, Speedup]:
+        """By phase, with their controls."""
+        return {phase: widened(logs, self.control[phase] or None) for phase, logs in self.replicates.items()}
+
+    @property
+    def total(self) -> Ratio:
+        """The speed-up end to end, with its interval."""
+        return self.speedups["total"].found
 
     @functools.cached_property
     def answer(self) -> str:
@@ -77,8 +82,8 @@ class Trial(Strict):
         count = len(self.replicates["total"])
         goal = goal_of(self.kind)
         if goal is None:
-            return claim(list(self.found.values()), count)
-        return judge(goal.requirement, self.found["total"], too_few(count)).word
+            return claim(list(self.speedups.values()), count)
+        return judge(goal.requirement, self.total, too_few(count)).word
 
     @property
     def right(self) -> bool:

@@ -115,7 +115,7 @@ def test_a_trial_is_kept_with_what_made_it(monkeypatch: pytest.MonkeyPatch) -> N
     comparison = made_up(speedup=1.2)
     monkeypatch.setattr(trials, "measure", lambda *_, **__: comparison)
     new = trials.make("faster", 3, Path("engine"))
-    assert new.right and new.load == 1.0 and new.found["total"].ratio == pytest.approx(1.2, rel=0.02)
+    assert new.right and new.load == 1.0 and new.total.ratio == pytest.approx(1.2, rel=0.02)
     read = Trial.model_validate_json(new.model_dump_json())
     assert read == new and not read.stale and not read.foreign
 

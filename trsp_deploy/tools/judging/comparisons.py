@@ -126,7 +126,7 @@ def compare(
     )
     replicates = comparison.replicates
     return ComparisonReport(
-        claim=claim([phase.speedup for phase in phases], len(comparison.replicates)),
+        claim=claim(list(found.values()), len(comparison.replicates)),
         phases=phases,
         load_s={role: statistics.median(r.load_s[role] for r in replicates) for role in ROLES},
         peak_rss_bytes={role: max(r.peak_rss_bytes[role] for r in replicates) for role in ROLES},

@@ -56,6 +56,12 @@ class Speedup(Strict):
         """The largest difference that the control leaves possible between an engine and itself, as a log ratio."""
         return None if self.control is None else _reach(self.control)
 
+    @property
+    def difference(self) -> int:
+        """1 where pruned is faster beyond doubt and the noise floor, -1 where it is slower, else 0."""
+        widest = _no_narrower(self.found, self.noise_floor or 0.0)
+        return 1 if widest.low > 1 else -1 if widest.high < 1 else 0
+
 
 def phase_s(block: Block, phase: Phase) -> float:
     """Seconds of one phase of a block; for decoding, of the median token."""
@@ -85,8 +91,9 @@ def widened(ratios: Sequence[float], against_itself: Sequence[float] | None) -> 
     if against_itself is None:
         return Speedup(found=found, control=None)
     control = interval(against_itself)
-    # Two copies of one engine that differ by so much say that this machine, now, tells nothing finer apart.
-    return Speedup(found=_no_narrower(found, _reach(control)), control=control)
+    # Two copies of one engine that differ by so much say that this machine, now, tells nothing finer apart. What the
+    # control is uncertain by does not belong here: the same noise is in the ratios, so it would count twice.
+    return Speedup(found=_no_narrower(found, abs(math.log(control.ratio))), control=control)
 
 
 def _no_narrower(found: Ratio, reach: float) -> Ratio:
@@ -221,7 +228,8 @@ def change(before: Sequence[float], after: Sequence[float], controls: Sequence[S
     """after / before of logs taken at different times, one per replicate, with a 95% interval (Welch).
 
     controls: log ratios of dense against itself at either time, as far as they were measured. The interval is never
-    narrower than both deviations from 1 together; as errors of two times are, they are added in squares.
+    narrower than both noise floors together; as errors of two times are, they are added in squares. Not the deviations
+    alone, as within one measurement: what differs between two times is in no replicate's spread.
     """
     old, new = np.asarray(before, dtype=float), np.asarray(after, dtype=float)
     low = high = middle = float(new.mean() - old.mean())

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from trsp_deploy.recipe import Strict
-from trsp_deploy.tools.judging.statistics import FEWEST_REPLICATES, Ratio
+from trsp_deploy.tools.judging.statistics import FEWEST_REPLICATES, Ratio, Speedup
 
 Word = Literal["pass", "fail", "inconclusive"]
 Claim = Literal["CONFIRMED", "NOT THERE", "INCONCLUSIVE"]
@@ -91,13 +91,16 @@ def worst(words: Iterable[Word]) -> Word:
     return "fail" if "fail" in found else "inconclusive" if "inconclusive" in found else "pass"
 
 
-def claim(found: Sequence[Ratio], replicates: int) -> Claim:
-    """What several speed-ups say together; nothing where there are too few replicates."""
+def claim(found: Sequence[Speedup], replicates: int) -> Claim:
+    """What several speed-ups say together; nothing where there are too few replicates.
+
+    A difference has to be beyond the noise floor, too: of several 95% intervals around no difference at all one misses
+    it more often than in 5%.
+    """
     if replicates < FEWEST_REPLICATES:
         return "INCONCLUSIVE"
-    if all(ratio.low > 1 for ratio in found):
-        return "CONFIRMED"
-    return "NOT THERE" if any(ratio.high < 1 for ratio in found) else "INCONCLUSIVE"
+    differences = {each.difference for each in found}
+    return "NOT THERE" if -1 in differences else "CONFIRMED" if differences == {1} else "INCONCLUSIVE"
 
 
 def settled(requirement: Requirement, found: Ratio, replicates: int) -> bool:

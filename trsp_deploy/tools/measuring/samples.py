@@ -137,7 +137,8 @@ class _Schedule:
 
     def _narrow(self, replicates: Sequence[Replicate]) -> bool:
         found = speedups(replicates, len(self._settings.cases))
-        return all(each.found.half_width <= self._settings.precision for each in found.values())
+        widths = [width for each in found.values() for width in (each.found.half_width, each.noise_floor or 0.0)]
+        return max(widths) <= self._settings.precision
 
 
 def _arranged(

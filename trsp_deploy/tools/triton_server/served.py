@@ -13,7 +13,7 @@ import numpy as np
 
 from trsp_deploy.recipe import Strict
 from trsp_deploy.results import ROLES, Role, Served, ServedRequest, ServedWindow, Subject
-from trsp_deploy.tools.judging.statistics import Ratio, widened
+from trsp_deploy.tools.judging.statistics import Speedup, widened
 from trsp_deploy.tools.judging.verdicts import claim
 
 Metric = Literal["throughput", "first", "inter_token", "request"]
@@ -37,19 +37,12 @@ class ServedFigures(Strict):
     request_s: dict[str, float]
 
 
-class ServedSpeedup(Strict):
-    """Dense time / pruned time of one metric (of throughput pruned / dense), and dense against itself."""
-
-    found: Ratio
-    control: Ratio
-
-
 class ServedLevel(Strict):
     """One concurrency."""
 
     concurrency: int
     figures: dict[Role, ServedFigures]
-    speedup: dict[Metric, ServedSpeedup]  # empty where one model alone was served
+    speedup: dict[Metric, Speedup]  # empty where one model alone was served
 
 
 class ServedReport(Strict):
@@ -87,15 +80,13 @@ def _level(served: Served, concurrency: int) -> ServedLevel:
     by_subject: dict[Subject, list[ServedWindow]] = {}
     for window in sorted(windows, key=lambda window: window.replicate):
         by_subject.setdefault(window.subject, []).append(window)
-    speedup: dict[Metric, ServedSpeedup] = {}
+    speedup: dict[Metric, Speedup] = {}
     if "again" in by_subject:
         for metric, value in METRICS.items():
             logs = _logs(by_subject, value)
             if logs is not None:
                 dense, again, pruned = logs
-                both = widened(list((dense + again) / 2 - pruned), list(again - dense))
-                assert both.control is not None
-                speedup[metric] = ServedSpeedup(found=both.found, control=both.control)
+                speedup[metric] = widened(list((dense + again) / 2 - pruned), list(again - dense))
     return ServedLevel(
         concurrency=concurrency,
         figures={role: _figures(by_subject[role]) for role in ROLES if role in by_subject},
@@ -174,7 +165,7 @@ def served_rows(found: ServedReport) -> list[tuple[str, ...]]:
         for metric, title in METRIC_TITLES.items():
             cells = [_cell(level.figures[role], metric, "p50") if role in level.figures else "" for role in ROLES]
             ratio = level.speedup.get(metric)
-            shown = ("", "") if ratio is None else (ratio.found.text(), ratio.control.text())
+            shown = [each.text() if each else "" for each in ((ratio.found, ratio.control) if ratio else (None, None))]
             rows.append((str(level.concurrency), title, *cells, *shown))
             if metric != "throughput":
                 tails = [
@@ -194,9 +185,10 @@ def served_sentence(found: ServedReport) -> str:
         ratio = level.speedup.get("throughput")
         if ratio is None:
             return f"Served on {found.engine}: one model alone, so nothing is compared."
-        speedups.append(ratio.found)
+        speedups.append(ratio)
     parts = [
-        f"{each.text()} at {level.concurrency} at once" for level, each in zip(found.levels, speedups, strict=True)
+        f"{each.found.text()} at {level.concurrency} at once"
+        for level, each in zip(found.levels, speedups, strict=True)
     ]
     return f"{claim(speedups, found.replicates)} as served on {found.engine}: throughput {', '.join(parts)}."
 
