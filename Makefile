@@ -45,7 +45,7 @@ test-slow: $(READY) ## minutes and gigabytes
 	$(BIN)/python -m pytest -q -m slow
 
 test-docs: $(READY) ## every line of the docs that runs this program, and their CI workflow, on tiny models: five minutes
-	$(BIN)/python -m pytest -q -m slow tests/integration/test_docs_commands.py tests/integration/test_check.py
+	$(BIN)/python -m pytest -q -m slow tests/integration/test_docs_commands.py tests/integration/test_action.py
 
 test-transformers5: .venv-transformers5/.ready ## export, parity and pruning where Optimum cannot be: about 5 minutes
 	.venv-transformers5/bin/pip check

@@ -8,4 +8,4 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
-pytest_plugins = ["tests.exported"]
+pytest_plugins = ["tests.exported", "tests.checked_run"]

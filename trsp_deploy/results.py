@@ -151,6 +151,7 @@ class Comparison(Strict):
     settings: BenchSettings
     threads: int  # cores that the processes may keep busy
     cores: int | None = None  # that they may run on, more where a container has a quota; None in files older than this
+    affinity: tuple[int, ...] | None = None  # numbers of those cores; None in files older than this
     replicates: tuple[Replicate, ...]
     telemetry: tuple[Telemetry, ...]
     rates: Rates | None

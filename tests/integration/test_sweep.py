@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.breadth import BREADTH
-from tests.integration.test_check import trsp_deploy
+from tests.command import trsp_deploy
 from tests.planted import SECRETS, check_no_secret
 from tests.tiny import english, save_tiny
 from trsp_deploy.tools.resources import disk, memory_plan

@@ -23,7 +23,7 @@ import yaml
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from tests.integration.test_check import trsp_deploy
+from tests.command import trsp_deploy
 from tests.planted import SECRETS, check_no_secret
 from tests.tiny import LAYERS, english, save_tiny
 from tests.triton_server import ENVIRONMENT, TritonServer, client, why_not

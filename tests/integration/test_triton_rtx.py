@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.breadth import BREADTH
+from tests.command import trsp_deploy
 from tests.exported import Made, onnx_of
-from tests.integration.test_check import trsp_deploy
 from tests.tiny import tiny_tokenizer
 from trsp_deploy.artifacts import RUN_MARK
 from trsp_deploy.errors import EngineUnavailable

@@ -15,8 +15,8 @@ import onnxruntime
 import pytest
 
 from tests import stand_in_backend
+from tests.command import trsp_deploy
 from tests.exported import DROPPED, LAYERS, Made, onnx_of
-from tests.integration.test_check import trsp_deploy
 from tests.tiny import english, tiny_tokenizer
 from tests.triton_server import TritonServer, client, why_not
 from trsp_deploy.artifacts import RUN_MARK, write_json

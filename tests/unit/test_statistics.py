@@ -534,6 +534,15 @@ def test_load_and_threads_are_told(load: float, threads: dict[Role, int], note: 
     assert line.endswith(note)
 
 
+@pytest.mark.parametrize(("affinity", "said"), [((0, 1), "0-1"), ((0, 2, 3, 4, 9), "0, 2-4, 9"), ((7,), "7")])
+def test_the_cores_that_a_comparison_may_run_on_are_named(affinity: tuple[int, ...], said: str) -> None:
+    samples = (Telemetry(at_s=0, load=1, busy_share=0.5, steal_share=0, mhz=None),)
+    made = made_up().model_copy(update={"telemetry": samples, "affinity": affinity})
+    found = comparisons.compare(made)
+    assert found.affinity == affinity
+    assert any(note.startswith(f"load 1.0 on 2 cores (of numbers {said}), ") for note in comparisons.notes(found))
+
+
 def test_threads_are_the_engines_own() -> None:
     cpu, gpu = load_engine_spec("ort-cpu-fp32"), load_engine_spec("tensorrt-fp16")
 

@@ -93,6 +93,7 @@ class ComparisonReport(Strict):
     stopped: Stop
     machine: MachineReport | None
     cores: int | None = None  # that the processes might use; None in files that are older than this key
+    affinity: tuple[int, ...] | None = None  # numbers of those that they might run on; None in older files
     threads: dict[Role, int] = Field(default_factory=dict)  # of the engines' products; empty where they are on a GPU
 
     @property
@@ -141,6 +142,7 @@ def compare(
         stopped=comparison.stopped,
         machine=_machine(comparison, max((threads or {}).values(), default=HOST_THREADS)),
         cores=comparison.threads,
+        affinity=comparison.affinity,
         threads=dict(threads or {}),
     )
 
@@ -293,7 +295,8 @@ def notes(found: ComparisonReport) -> list[str]:
 
 def _load_note(found: ComparisonReport, machine: MachineReport) -> str:
     """Who was at work meanwhile, the engines among them: one at a time, and on a GPU with one thread of the host."""
-    where = "" if found.cores is None else f" on {found.cores} cores"
+    numbers = "" if found.affinity is None else f" (of numbers {_ranges(found.affinity)})"
+    where = "" if found.cores is None else f" on {found.cores} cores{numbers}"
     counts = found.threads
     own = ""
     if counts:
@@ -304,3 +307,14 @@ def _load_note(found: ComparisonReport, machine: MachineReport) -> str:
     others = machine.lost_cores is None and machine.load > max(counts.values(), default=HOST_THREADS) + 1
     doubt = "; more than the engines explain, so others were at work" if others else ""
     return f"load {machine.load:.1f}{where}, {machine.busy_share:.0%} busy{own}{doubt}"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Sorted numbers for people, as "0-3, 8"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

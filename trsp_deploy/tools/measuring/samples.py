@@ -82,11 +82,13 @@ def measure(
             schedule.learn(replicates[-1], len(replicates), recorder.now_s - began, recorder.now_s)
             meter.reach(round(recorder.now_s), _progress(replicates))
         elapsed_s = recorder.now_s
+    affinity = sorted(os.sched_getaffinity(0))
     return Comparison(
         engine=label,
         settings=settings,
         threads=usable_cores(),
-        cores=len(os.sched_getaffinity(0)),
+        cores=len(affinity),
+        affinity=tuple(affinity),
         replicates=tuple(replicates),
         telemetry=tuple(recorder.samples),
         rates=rates,
