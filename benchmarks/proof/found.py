@@ -102,6 +102,7 @@ def table(trials: list[Trial]) -> str:
         noticed = [trial.disturbance for trial in found]
         answers = [trial.answer for trial in found]
         widths = [trial.total.half_width for trial in found]
+        holds = [each for trial in found for each in trial.holds]
         middle = math.exp(float(np.mean([math.log(trial.total.ratio) for trial in found])))
         rows.append(
             [
@@ -111,6 +112,7 @@ def table(trials: list[Trial]) -> str:
                 f"{sum(trial.right for trial in found)}",
                 f"{middle:.3f}",
                 f"{np.median(widths):.1%}",
+                f"{sum(holds)} of {len(holds)}" if holds else "not known",
                 f"{np.median([trial.elapsed_s for trial in found]):.0f} s",
                 "not recorded" if None in noticed else f"{sum(map(bool, noticed))} of {len(found)}",
             ]
@@ -122,6 +124,7 @@ def table(trials: list[Trial]) -> str:
         "right",
         "mean speed-up",
         "median half-width",
+        "intervals with the truth",
         "median time",
         "other work noticed",
     ]

@@ -76,6 +76,19 @@ class Trial(Strict):
         """The speed-up end to end, with its interval."""
         return self.speedups["total"].found
 
+    @property
+    def truth(self) -> float | None:
+        """The speed-up that there is; None where a slow-down was larger than it said, as before trials had terms."""
+        dense, pruned = PLANTS[self.kind]
+        return None if self.terms is None and dense != pruned else (1 + dense) / (1 + pruned)
+
+    @property
+    def holds(self) -> list[bool]:
+        """Whether each phase's interval holds the truth; empty where that is not known."""
+        if (truth := self.truth) is None:
+            return []
+        return [each.found.low <= truth <= each.found.high for each in self.speedups.values()]
+
     @functools.cached_property
     def answer(self) -> str:
         """The claim, or the verdict on the requirement."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -109,6 +110,22 @@ def test_answers_come_from_the_samples(kind: Kind) -> None:
     assert not trial(kind, 0, right=False).right
     few = right.model_dump() | {"replicates": {phase: logs[:4] for phase, logs in right.replicates.items()}}
     assert Trial.model_validate(few).answer.upper() == "INCONCLUSIVE"  # four replicates decide nothing
+
+
+def test_intervals_are_held_against_what_was_planted() -> None:
+    """All three phases count; older trials were slowed down by more than they said."""
+    right = trial("slower", 0, right=True)
+    assert right.truth == pytest.approx(1 / 1.05) and trial("faster", 0, right=True).truth == pytest.approx(1.2)
+    logs = dict.fromkeys(PHASES, tuple(math.log(1 / 1.05) + n / 1e3 for n in range(-4, 5)))
+    exact = right.model_copy(update={"replicates": logs, "control": dict.fromkeys(PHASES, (0.0,) * 9)})
+    assert exact.holds == [True] * 3
+    later = tuple(value + 0.02 for value in logs["decode"])
+    shifted = Trial.model_validate(exact.model_dump() | {"replicates": {**logs, "decode": later}})
+    assert shifted.holds == [phase != "decode" for phase in shifted.replicates]
+    assert "| 5 of 6 |" in table([exact, shifted])
+    older = exact.model_copy(update={"terms": None})
+    assert older.truth is None and "| not known |" in table([older])
+    assert trial("same", 0, right=True).model_copy(update={"terms": None}).truth == 1
 
 
 def test_a_trial_is_kept_with_what_made_it(monkeypatch: pytest.MonkeyPatch) -> None:
