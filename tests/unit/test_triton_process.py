@@ -121,6 +121,11 @@ def test_of_two_starts_at_once_one_serves_and_is_found(repository: Path, monkeyp
     assert stop(repository).was_running and process._processes(served) == []
 
 
+def test_stopping_what_was_never_served_writes_nothing(repository: Path) -> None:
+    assert not stop(repository).was_running
+    assert not process._folder(repository).parent.exists()
+
+
 def test_a_start_that_fails_leaves_alone_what_was_started_since(repository: Path) -> None:
     first = start(repository, program(repository, READY))
     last = first.model_copy(update={"shared_memory": "trsp-00000000-", "pid": 0})

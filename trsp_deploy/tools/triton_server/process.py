@@ -208,6 +208,8 @@ def stop(repository: Path, grace_s: float = GRACE_S) -> Stopped:
 
     grace_s: seconds for running requests before it is killed.
     """
+    if not _folder(repository).exists():  # never served here: nothing to keep others from, and no folder to make
+        return Stopped(was_running=False, killed=0, removed=())
     with _alone(repository):
         server = _last(repository)
         if server is None:
