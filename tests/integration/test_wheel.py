@@ -18,7 +18,14 @@ from tests.tiny import english, save_tiny
 
 CHECKOUT = Path(trsp_deploy.__file__).parent.parent
 MINUTES = 60
-SHORT = ["calibration.context_length=32", "plan.steps=2", "transfer.steps=4", "bench.budget_s=4", "bench.replicates=2"]
+SHORT = [
+    "calibration.context_length=32",
+    "plan.steps=2",
+    "transfer.steps=4",
+    "evaluate.context_length=64",
+    "bench.budget_s=4",
+    "bench.replicates=2",
+]
 
 
 def names(kind: str) -> list[str]:
