@@ -65,6 +65,8 @@ class Parity(Strict):
     tolerance: float
     tokens_compared: int
     tokens_equal: int
+    ppl_ratio: float | None = None  # over PyTorch's, of the prompts and what follows; None in files older than this key
+    ppl_tolerance: float | None = None  # share that it may be off by; None where it is not judged
     passed: bool
 
 

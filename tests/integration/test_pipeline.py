@@ -174,6 +174,8 @@ def test_parity_covers_onnx_and_engine_for_both_models(report):
     assert {("onnx", role, "fp32") for role in ("dense", "pruned")} <= checked
     assert {("ort-cpu-fp32", role, "fp32") for role in ("dense", "pruned")} <= checked
     assert all(p["passed"] and p["max_error"] <= p["tolerance"] for p in report["parity"])
+    floats = [p for p in report["parity"] if p["precision"] in ("fp32", "fp16")]
+    assert len(floats) >= 4 and all(abs(p["ppl_ratio"] - 1) <= p["ppl_tolerance"] <= 0.02 for p in floats)
     found = {(p["subject"], p["role"], p["text"]): p["ratio"] for p in report["engines"][0]["to_pytorch"]}
     assert found.keys() == {("ort-cpu-fp32", r, t) for r in ("dense", "pruned") for t in ("manual", "other")}
     assert all(ratio == pytest.approx(1, abs=1e-3) for ratio in found.values())

@@ -19,7 +19,7 @@ from trsp_deploy.decoder import DecoderSize, WeightCounts
 from trsp_deploy.errors import EngineUnavailable, ParityError
 from trsp_deploy.pipeline.proof import Proof
 from trsp_deploy.recipe import Case
-from trsp_deploy.results import Perplexity, Rates
+from trsp_deploy.results import Parity, Perplexity, Rates
 from trsp_deploy.stages import parity
 from trsp_deploy.stages.bench import derive, pair_notes, without_limit
 from trsp_deploy.tools.judging.limits import decode_bytes, prefill_operations, speed_limit, stored, stored_by
@@ -179,6 +179,26 @@ def test_parity_fails_what_is_broken(reference, precision, damage):
     assert not parity.compare(reference, logits, "x", "dense", precision).passed
 
 
+@pytest.mark.parametrize(("precision", "passes"), [("fp16", False), ("int8", True)])
+def test_errors_within_the_tolerance_that_all_point_one_way_fail(reference, precision, passes):
+    """Each right token a little less likely: no logit is far off, the perplexity is. Of integers, texts show it."""
+    logits = reference.logits.copy()
+    ids = np.concatenate([reference.input_ids, reference.tokens], axis=1)
+    for place in range(ids.shape[1] - 1):
+        logits[range(len(ids)), place, ids[:, place + 1]] -= 0.1 * reference.logits.std()
+    found = parity.compare(reference, logits, "x", "dense", precision)
+    assert found.max_error <= found.tolerance and found.ppl_ratio > 1.05
+    assert found.passed == passes and (found.ppl_tolerance is None) == passes
+    same = parity.compare(reference, reference.logits, "x", "dense", precision)
+    assert same.passed and same.ppl_ratio == 1
+
+
+def test_a_parity_of_an_older_run_is_read(reference):
+    older = parity.compare(reference, reference.logits, "x", "dense", "fp32").model_dump(mode="json")
+    del older["ppl_ratio"], older["ppl_tolerance"]
+    assert Parity.model_validate(older).ppl_ratio is None
+
+
 def test_padding_positions_do_not_count(reference):
     logits = reference.logits.copy()
     logits[1, :5] = np.nan  # what stands before the shorter prompt
@@ -241,7 +261,10 @@ def test_a_failed_parity_stops_with_one_line(reference):
         def decode(self, input_ids):
             return np.zeros((len(input_ids), 1, 384), dtype=np.float32)
 
-    with pytest.raises(ParityError, match=r"parity: ort \(pruned, fp32\) is .* nothing made from it can be trusted"):
+    words = (
+        r"greedy tokens equal, perplexity .* times PyTorch's \(tolerance 0.5%\); nothing made from it can be trusted"
+    )
+    with pytest.raises(ParityError, match=rf"parity: ort \(pruned, fp32\) is .* {words}"):
         parity.check_parity(reference, Broken(), "ort", "pruned", "fp32")
 
 

@@ -225,6 +225,7 @@ class Proof:
             settings={
                 "prompts": PARITY_PROMPTS,
                 "tolerance": parity.TOLERANCES[precision],
+                "ppl_tolerance": parity.PERPLEXITY_TOLERANCES[precision],
                 **({"widened": True} if widened else {}),
             },
             inputs={

@@ -47,12 +47,12 @@ def render(report: Report) -> str:
     lines += [
         "## Parity with fp32 PyTorch",
         "",
-        "| subject | role | precision | error (std of logits) | tolerance | greedy tokens equal |",
-        "|---|---|---|---|---|---|",
+        "| subject | role | precision | error (std of logits) | tolerance | greedy tokens equal | perplexity ratio |",
+        "|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {p.subject} | {p.role} | {p.precision} | {p.max_error:.2g} | {p.tolerance:g} "
-        f"| {p.tokens_equal} of {p.tokens_compared} |"
+        f"| {p.tokens_equal} of {p.tokens_compared} | {'' if p.ppl_ratio is None else f'{p.ppl_ratio:.4f}'} |"
         for p in report.parity
     ]
     lines += ["", "## Provenance", "", *(f"- {label}: {value}" for label, value in provenance_rows(report)), ""]
