@@ -91,7 +91,7 @@ def samples(comparison: Comparison, case: int) -> str:
             for subject, colour in (("dense", DENSE), ("pruned", PRUNED)):
                 times = np.sort([1e3 * phase_s(block, phase) for block in _blocks(comparison, subject, case)])  # type: ignore[arg-type]
                 panel.plot(times, np.arange(1, len(times) + 1) / len(times), color=colour, label=subject)
-            everything = [1e3 * phase_s(b, phase) for s in ("dense", "pruned") for b in _blocks(comparison, s, case)]  # type: ignore[arg-type]
+            everything = [1e3 * phase_s(b, phase) for s in ("dense", "pruned") for b in _blocks(comparison, s, case)]
             panel.set_xlim(0.95 * min(everything), 1.1 * float(np.percentile(everything, 97)))
             panel.set_title(PHASE_TITLES[phase], loc="left")
             panel.set_yticks([0, 0.5, 1], ["0", "half", "all"])
@@ -168,7 +168,7 @@ def serving(found: ServedReport) -> str:
         figure, panels = _panels(2, 4.2)
         levels = [level.concurrency for level in found.levels]
         for role, colour in (("dense", DENSE), ("pruned", PRUNED)):
-            figures = [level.figures[role] for level in found.levels if role in level.figures]  # type: ignore[index]
+            figures = [level.figures[role] for level in found.levels if role in level.figures]
             if not figures:
                 continue
             panels[0].plot(levels, [each.tokens_per_s for each in figures], "o-", color=colour, label=role)

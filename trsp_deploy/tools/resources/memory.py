@@ -288,7 +288,8 @@ class MemoryEstimate:
 
     def _states_bytes(self, recipe: Recipe, windows: int) -> int:
         """In bf16 (training/teacher.py)."""
-        return 2 * windows * recipe.calibration.context_length * self.config.hidden_size
+        width: int = self.config.hidden_size
+        return 2 * windows * recipe.calibration.context_length * width
 
     def _loss_bytes(self, recipe: Recipe, batch_size: int, slices: int = SLICES) -> int:
         """Slices of logits, the last hidden states and their gradient, and the head in bf16 under autocast."""
@@ -296,7 +297,8 @@ class MemoryEstimate:
         logits = min(SLICE_BYTES[self.device], 4 * tokens * self.config.vocab_size)
         states = 2 * tokens * self.config.hidden_size * width
         cast = 2 * self.counts.lm_head if self._autocast(recipe) and width > 2 else 0
-        return slices * logits + states + cast
+        total: int = slices * logits + states + cast
+        return total
 
     # -- both ----------------------------------------------------------------------------------------------------------
 
@@ -328,7 +330,8 @@ class MemoryEstimate:
         """A refit's states of all windows, in main memory (closed_form/layers.py: Streams)."""
         tokens = recipe.calibration.max_windows * recipe.calibration.context_length
         inner = sum(outputs for _, outputs, _ in self._linear)
-        return tokens * (3 * self.config.hidden_size + inner) * self._width(recipe)
+        streams: int = 3 * self.config.hidden_size + inner
+        return tokens * streams * self._width(recipe)
 
     def _moves_bytes(self, recipe: Recipe) -> int:
         """What annealing a refit holds: the way from the dense to the refitted weights, of all that was refitted."""
@@ -352,10 +355,12 @@ class MemoryEstimate:
         return parse_drop(recipe.drop, len(self.counts.layers)) if self.dropped is None else len(self.dropped)
 
     def _width(self, recipe: Recipe) -> int:
-        return TRAINING_DTYPES[recipe.weights].itemsize
+        size: int = TRAINING_DTYPES[recipe.weights].itemsize
+        return size
 
     def _weights_bytes(self, recipe: Recipe) -> int:
-        return self.counts.total * self._width(recipe) + self._buffers_bytes
+        total: int = self.counts.total * self._width(recipe) + self._buffers_bytes
+        return total
 
     def _rehearsed(self, recipe: Recipe, batch_size: int, step: Step, *options: Any) -> Rehearsal:
         length = recipe.calibration.context_length

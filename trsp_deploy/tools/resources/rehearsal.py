@@ -112,7 +112,8 @@ def _adapt(module: nn.Linear | Conv1D, rank: int) -> None:
 
 
 def _last_hidden(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
-    return body(model)(input_ids=input_ids, use_cache=False).last_hidden_state
+    hidden: torch.Tensor = body(model)(input_ids=input_ids, use_cache=False).last_hidden_state
+    return hidden
 
 
 def _without_data(config: Any, dtype: torch.dtype) -> PreTrainedModel:
@@ -158,7 +159,8 @@ def _mask(*arguments: Any, allow_is_causal_skip: bool = True, **options: Any) ->
     """
     if allow_is_causal_skip:
         return None
-    return sdpa_mask(*arguments, allow_is_causal_skip=False, **options)
+    mask: torch.Tensor | None = sdpa_mask(*arguments, allow_is_causal_skip=False, **options)
+    return mask
 
 
 def _fused_attention(
