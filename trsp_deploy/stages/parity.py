@@ -37,9 +37,9 @@ TOLERANCES: dict[Precision, float] = {"fp32": 1e-3, "fp16": 0.25, "bf16": 1.0, "
 NEW_TOKENS = 12
 # Share by which perplexity may be off PyTorch's of the same model, either way. fp32 on a CPU was off by 8e-6 at most on
 # SmolLM2-135M and 50 made-up models of other families; by 0.5% and 0.7% where a graph turned keys otherwise than the
-# model (LongRoPE). 16-bit floats: on the prompts' 86 tokens by 0.2% (fp16) and 0.6% (bf16) at most on the tests' tiny
-# models; no engine was measured on a text. int8 was off by 2% on SmolLM2-135M, and 110 times it where products
-# overflowed; int4 by 13% with an LM head of 8 bits, by 30% with one of 4. Such a small model is the hard case.
+# model (LongRoPE). 16-bit floats: on prompts and what follows them by 0.2% (fp16) and 0.6% (bf16) at most, with the
+# tests' tiny models; no engine was measured on a text. int8 was off by 2% on SmolLM2-135M, and 110 times it where
+# products overflowed; int4 by 13% with an LM head of 8 bits, by 30% with one of 4. Such a small model is the hard case.
 PERPLEXITY_TOLERANCES: dict[Precision, float] = {"fp32": 0.005, "fp16": 0.02, "bf16": 0.02, "int8": 0.1, "int4": 0.5}
 
 
