@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import statistics
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -348,11 +346,22 @@ def test_a_planted_slow_down_is_for_every_engine_or_for_one():
     assert [bench_worker.planted_share("pruned=0.05", engine) for engine in (dense, pruned)] == [0.0, 0.05]
 
 
+class Clock:
+    """Of seconds that pass when it is looked at, a microsecond each time, and when something takes some."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        self.now += 1e-6
+        return self.now
+
+
 class Steady(Runner):
     """An engine whose calls take as long as they are told to."""
 
-    def __init__(self, call_s):
-        self.call_s = call_s
+    def __init__(self, clock, call_s):
+        self.clock, self.call_s = clock, call_s
 
     def __enter__(self):
         return self
@@ -361,7 +370,7 @@ class Steady(Runner):
         return None
 
     def prefill(self, input_ids, attention_mask, *, last_only=False):
-        bench_worker._pause(self.call_s)
+        self.clock.now += self.call_s
         return np.zeros((1, 1, 4), dtype=np.float32)
 
     def decode(self, input_ids):
@@ -369,15 +378,14 @@ class Steady(Runner):
 
 
 @pytest.mark.parametrize(("shares", "on_the_clock"), [({"planted": 0.5}, 1.5), ({"paused": 0.5}, 1.0), ({}, 1.0)])
-def test_a_wait_takes_its_time_on_the_clock_or_off_it(shares, on_the_clock):
-    call_s, calls = 2e-3, 21
-    began = time.perf_counter()
-    block = bench_worker.measure_block(Steady(call_s), [[1, 2]], calls - 1, **shares)
-    wall_s = time.perf_counter() - began
-    assert wall_s >= calls * call_s * (1.5 if shares else 1)
+def test_a_wait_takes_its_time_on_the_clock_or_off_it(shares, on_the_clock, monkeypatch):
+    call_s, calls, clock = 2e-3, 21, Clock()
+    monkeypatch.setattr(bench_worker, "time", clock)
+    block = bench_worker.measure_block(Steady(clock, call_s), [[1, 2]], calls - 1, **shares)
+    assert clock.now == pytest.approx(calls * call_s * (1.5 if shares else 1), rel=0.01)
     times = [block["prefill_s"], *block["decode_s"]]
-    assert min(times) >= call_s * on_the_clock and statistics.median(times) < call_s * (on_the_clock + 0.25)
-    assert block["total_s"] >= sum(times) and block["total_s"] - sum(times) < 0.2 * wall_s
+    assert times == pytest.approx([call_s * on_the_clock] * calls, rel=0.01)
+    assert block["total_s"] == pytest.approx(sum(times), rel=0.01)
 
 
 def test_a_worker_that_cannot_start_says_why(tmp_path):
