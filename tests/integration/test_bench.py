@@ -19,7 +19,7 @@ from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.recipe import BenchSettings
 from trsp_deploy.tools.judging.statistics import FEWEST_REPLICATES, device_s, speedup
 from trsp_deploy.tools.measuring import samples as measuring
-from trsp_deploy.tools.measuring.bench_worker import PLANTED
+from trsp_deploy.tools.measuring.bench_worker import PAUSED, PLANTED
 from trsp_deploy.tools.measuring.worker import Worker
 
 pytestmark = pytest.mark.alone
@@ -62,7 +62,8 @@ def test_without_room_for_all_each_turn_has_a_process_of_its_own(onnx: Path, mon
 
 
 def test_a_planted_slow_down_is_found(onnx: Path) -> None:
-    planted = {"pruned": {PLANTED: "1.0"}}
+    waits = {PAUSED: "1.0"}  # off the clock: what waiting does to the next call is in both
+    planted = {"dense": waits, "again": waits, "pruned": {PLANTED: "1.0"}}
     found = measuring.measure(
         {"dense": onnx, "pruned": onnx}, "e", 384, settings(budget_s=6), seed=0, environment=planted
     )
