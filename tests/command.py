@@ -26,6 +26,10 @@ class Done(NamedTuple):
     def said(self) -> str:
         return self.stdout + self.stderr
 
+    @property
+    def last(self) -> str:
+        return self.stderr.splitlines()[-1]
+
 
 def trsp_deploy(*arguments: str, cwd: Path, **variables: str) -> Done:
     """A command line in this process, which has torch loaded already."""

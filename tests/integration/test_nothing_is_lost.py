@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import io
 import json
 import shutil
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
+from tests.command import trsp_deploy
 from tests.tiny import english, save_tiny, tiny_model
-from trsp_deploy import cli
 from trsp_deploy.artifacts import fingerprint
 
 SETTINGS = [
@@ -28,25 +25,6 @@ SETTINGS = [
 # Without lm-eval a task cannot be looked up, and that is what is said.
 UNKNOWN_TASK = ["piqqa"] if importlib.util.find_spec("lm_eval") else ["zero-shot tasks need lm-eval"]
 OPTIONS = [option for pair in SETTINGS for option in ("--set", pair)]
-
-
-class Done(NamedTuple):
-    """How a command ended."""
-
-    code: int
-    stdout: str
-    stderr: str
-
-    @property
-    def last(self) -> str:
-        return self.stderr.splitlines()[-1]
-
-
-def trsp_deploy(*arguments: str, cwd: Path) -> Done:
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = cli.run(list(arguments))
-    return Done(code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")
