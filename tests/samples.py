@@ -15,13 +15,16 @@ from trsp_deploy.results import (
     ROLES,
     Block,
     Comparison,
+    Perplexity,
     PerplexityParity,
     Replicate,
     Served,
     ServedRequest,
     ServedWindow,
     Subject,
+    TaskScore,
     Telemetry,
+    ZeroShot,
 )
 from trsp_deploy.tools.judging.comparisons import compare
 from trsp_deploy.tools.judging.limits import SpeedLimit
@@ -262,4 +265,40 @@ def made_up_sweep(model: str = "tiny") -> Sweep:
         targets=targets,
         choice=choose(points, targets),
         provenance=provenance(),
+    )
+
+
+def slow_again(made: Comparison, share: float) -> Comparison:
+    """The same with dense so much slower the second time."""
+    replicates = []
+    for replicate in made.replicates:
+        blocks = tuple(
+            tuple(
+                block.model_copy(update={name: (1 + share) * getattr(block, name) for name in ("prefill_s", "total_s")})
+                for block in case
+            )
+            for case in replicate.blocks["again"]
+        )
+        replicates.append(replicate.model_copy(update={"blocks": {**replicate.blocks, "again": blocks}}))
+    return made.model_copy(update={"replicates": tuple(replicates)})
+
+
+def busy(made: Comparison, others: float | None, cores: int | None = 2) -> Comparison:
+    """The same beside other work of so many cores."""
+    samples = tuple(
+        Telemetry(at_s=at_s, load=2, busy_share=1, steal_share=0, others_cores=others, mhz=None) for at_s in range(3)
+    )
+    return made.model_copy(update={"telemetry": samples, "cores": cores})
+
+
+def scores(*correct: str) -> ZeroShot:
+    """Tasks as strings of 1 (right) and 0 (wrong)."""
+    tasks = [TaskScore(task=f"t{n}", metric="acc", correct=tuple(c == "1" for c in s)) for n, s in enumerate(correct)]
+    return ZeroShot(role="dense", tasks=tuple(tasks))
+
+
+def by_documents(losses: list[float], tokens: int = 10) -> Perplexity:
+    documents = tuple((loss * tokens, tokens) for loss in losses)
+    return Perplexity(
+        text="t", role="dense", origin="", context_length=11, nll=(float(np.mean(losses)),), documents=documents
     )

@@ -1,0 +1,179 @@
+"""What a comparison's report says of its figures: sentences, notes, limits and what disturbed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.samples import busy, made_up
+from trsp_deploy.recipe import EngineSpec
+from trsp_deploy.results import Role, Telemetry
+from trsp_deploy.stages.bench import derive
+from trsp_deploy.tools.judging import comparisons
+from trsp_deploy.tools.judging.limits import SpeedLimit
+from trsp_deploy.tools.library import load_engine_spec
+from trsp_deploy.tools.measuring.subjects import Subject
+from trsp_deploy.tools.reports.rows import (
+    comparison_rows,
+)
+
+BOTH: dict[Role, int] = {"dense": 2, "pruned": 2}
+
+
+@pytest.mark.parametrize(
+    ("others", "cores", "threads", "said"),
+    [
+        (0.8, 2, BOTH, "other work took the time of 0.80 cores from the engines, which compute on 2"),
+        (0.08, 2, BOTH, ""),  # what a machine does of itself
+        (0.8, 8, BOTH, ""),  # on cores that the engines leave free
+        (7.2, 8, BOTH, "other work took the time of 1.20 cores from the engines, which compute on 2"),
+        (1.8, 2, {}, "other work took the time of 0.80 cores from the engines, which compute on 1"),  # engines on a GPU
+        (None, 2, BOTH, ""),  # files older than this figure
+        (0.8, None, BOTH, ""),
+    ],
+)
+def test_what_others_took_from_the_engines_is_counted(
+    others: float | None, cores: int | None, threads: dict[Role, int], said: str
+) -> None:
+    found = comparisons.compare(busy(made_up(), others, cores), threads=threads)
+    assert comparisons.disturbance(found).startswith(said) and bool(comparisons.disturbance(found)) == bool(said)
+    assert not said or any(note.startswith(said) for note in comparisons.notes(found))
+
+
+def report(speed: float, noise: float = 0.005, limit: float = 1.3) -> comparisons.ComparisonReport:
+    made = made_up(speedup=speed, noise=noise)
+    return comparisons.compare(made, lambda case: SpeedLimit(prefill=limit, decode=limit, total=limit))
+
+
+@pytest.mark.parametrize(
+    ("speed", "noise", "words"),
+    [
+        (1.25, 0.005, ["CONFIRMED on e: end to end 1.2"]),
+        (1.01, 0.05, ["INCONCLUSIVE on e"]),
+        (0.8, 0.005, ["NOT THERE on e"]),
+        (1.5, 0.005, ["CONFIRMED on e", "Above its limit, so distrust it: prefill, batch 1, prompt 128; decode"]),
+    ],
+)
+def test_the_sentence_follows_the_intervals(speed: float, noise: float, words: list[str]) -> None:
+    text = comparisons.sentence("e", report(speed, noise))
+    assert all(word in text for word in words), text
+
+
+def test_a_figure_above_its_limit_is_noted_wherever_notes_are() -> None:
+    lines = [line for line in comparisons.notes(report(1.5, 0.005)) if "above its limit" in line]
+    assert len(lines) == 3 and all(line.endswith("distrust it") for line in lines)
+    assert lines[2].startswith("end to end, batch 1, prompt 128: 1.5") and "above its limit of 1.300x" in lines[2]
+    noisy = report(1.31, 0.05)
+    estimates = [phase for phase in noisy.phases if phase.speedup.ratio > 1.3]
+    assert estimates and not any(phase.above_limit for phase in noisy.phases)
+    reaching = [line for line in comparisons.notes(noisy) if line.endswith("its interval reaches below")]
+    assert len(reaching) == len(estimates)
+    assert not any("limit" in line for line in comparisons.notes(report(1.2, 0.005)))
+
+
+def test_an_assumed_limit_says_so() -> None:
+    made = made_up(speedup=1.2, noise=0.005)
+    limit = SpeedLimit(prefill=1.3, decode=1.3, total=1.3, assumed=True)
+    found = comparisons.compare(made, lambda case: limit)
+    assert all(phase.limit_assumed for phase in found.phases)
+    assert any(line.startswith("limits are assumed") for line in comparisons.notes(found))
+    assert not any("assumed" in line for line in comparisons.notes(report(1.2)))
+
+
+def test_efficiency_is_the_share_of_what_was_possible() -> None:
+    found = report(1.15, noise=0.001)
+    assert found.of("decode").efficiency == pytest.approx(0.5, abs=0.02)
+    assert found.blocks == 8 * 3 * 12 and found.replicates == 8
+
+
+def test_cuda_events_tell_the_gpus_time_from_the_hosts() -> None:
+    found = comparisons.compare(made_up(speedup=1.25, noise=0.005, host_s=0.02))
+    decode = found.of("decode")
+    assert decode.speedup.ratio == pytest.approx(0.030 / 0.028, rel=0.01)  # the host takes 20 ms of each token
+    assert decode.device is not None and decode.device.control is not None
+    assert decode.device.dense_s == pytest.approx(0.010, rel=0.02)
+    assert decode.device.pruned_s == pytest.approx(0.008, rel=0.02)
+    assert 1 < decode.device.speedup.low < 1.25 < decode.device.speedup.high and decode.device_speedup is not None
+    assert decode.device_speedup == decode.device.speedup.ratio == pytest.approx(1.25, rel=0.01)
+    assert decode.device.control.low < 1 < decode.device.control.high
+    rows = {row[0]: row for row in comparison_rows(found)}
+    assert (
+        rows["decode, GPU time by CUDA events"][1] == "10.0 ms"
+        and "1.25x (" in rows["decode, GPU time by CUDA events"][3]
+    )
+    assert "prefill, GPU time by CUDA events" in rows and "end to end, GPU time by CUDA events" not in rows
+    assert found.of("total").device is None, "the host takes part in it"
+
+
+def test_a_cpu_has_no_gpu_time() -> None:
+    made = made_up()
+    assert all(phase.device is phase.device_speedup is None for phase in comparisons.compare(made).phases)
+    assert not any("CUDA" in row[0] for row in comparison_rows(comparisons.compare(made)))
+    others = made_up(host_s=0.02).replicates[1:]
+    some = made.model_copy(update={"replicates": (made.replicates[0], *others)})  # a driver that failed once
+    assert comparisons.compare(some).of("decode").device is None
+    older = comparisons.compare(made).model_dump(mode="json")
+    for phase in older["phases"]:
+        del phase["device"]
+    assert comparisons.ComparisonReport.model_validate(older) == comparisons.compare(made)
+
+
+def test_a_percentile_needs_samples_beyond_it() -> None:
+    few, many = (comparisons.compare(made_up(cycles=cycles)) for cycles in (4, 20))
+    assert set(few.of("decode").tail) == {"p90"} and not few.of("prefill").tail  # 384 tokens, 96 prompts
+    assert set(many.of("decode").tail) == {"p90", "p95"}
+    dense, pruned = many.of("decode").tail["p95"]
+    assert dense > many.of("decode").dense_s and pruned > many.of("decode").pruned_s
+
+
+def test_what_disturbed_is_said() -> None:
+    samples = tuple(Telemetry(at_s=i, load=2, busy_share=0.9, steal_share=0.1, mhz=None) for i in range(3))
+    found = comparisons.compare(made_up().model_copy(update={"telemetry": samples}))
+    assert any("hypervisor took 10%" in note for note in comparisons.notes(found))
+    assert any("dense against itself" in note for note in comparisons.notes(found))
+    assert "load 2.0 on 2 cores, 90% busy" in comparisons.notes(found)[-2]
+    alone = comparisons.compare(made_up(control=False))
+    assert any("no control" in note for note in comparisons.notes(alone))
+
+
+@pytest.mark.parametrize(
+    ("load", "threads", "note"),
+    [
+        (1.4, {"dense": 1, "pruned": 1}, "load 1.4 on 2 cores, 50% busy, engine threads: 1"),
+        (2.9, {"dense": 2, "pruned": 2}, "load 2.9 on 2 cores, 50% busy, engine threads: 2"),
+        (2.9, {"dense": 2, "pruned": 1}, "load 2.9 on 2 cores, 50% busy, engine threads: dense 2, pruned 1"),
+        (9.0, {"dense": 2, "pruned": 2}, "engine threads: 2; more than the engines explain, so others were at work"),
+        (2.5, {}, "load 2.5 on 2 cores, 50% busy; more than the engines explain, so others were at work"),  # a GPU
+    ],
+)
+def test_load_and_threads_are_told(load: float, threads: dict[Role, int], note: str) -> None:
+    samples = tuple(Telemetry(at_s=i, load=load, busy_share=0.5, steal_share=0, mhz=None) for i in range(3))
+    found = comparisons.compare(made_up().model_copy(update={"telemetry": samples}), threads=threads)
+    (line,) = [line for line in comparisons.notes(found) if line.startswith("load ")]
+    assert line.endswith(note)
+
+
+@pytest.mark.parametrize(("affinity", "said"), [((0, 1), "0-1"), ((0, 2, 3, 4, 9), "0, 2-4, 9"), ((7,), "7")])
+def test_the_cores_that_a_comparison_may_run_on_are_named(affinity: tuple[int, ...], said: str) -> None:
+    samples = (Telemetry(at_s=0, load=1, busy_share=0.5, steal_share=0, mhz=None),)
+    made = made_up().model_copy(update={"telemetry": samples, "affinity": affinity})
+    found = comparisons.compare(made)
+    assert found.affinity == affinity
+    assert any(note.startswith(f"load 1.0 on 2 cores (of numbers {said}), ") for note in comparisons.notes(found))
+
+
+def test_threads_are_the_engines_own() -> None:
+    cpu, gpu = load_engine_spec("ort-cpu-fp32"), load_engine_spec("tensorrt-fp16")
+
+    def of(spec: EngineSpec | None) -> Subject:
+        return Subject(path=Path("e"), spec=spec, vocabulary=9, cuts_logits=True, size=None)
+
+    one = of(cpu.model_copy(update={"threads": 1}))
+    assert derive(one, of(None), made_up()).threads == {"dense": 1, "pruned": 2}  # a file takes every core
+    assert derive(of(gpu), of(gpu), made_up()).threads == {} and derive(of(gpu), of(gpu), made_up()).cores == 2
+
+
+def test_every_percentile_has_its_row() -> None:
+    titles = [row[0] for row in comparison_rows(comparisons.compare(made_up(cycles=20)))]
+    assert "decode, p90" in titles and "decode, p95" in titles

@@ -1,0 +1,168 @@
+"""The report's page, tables and verdict, and the price that they name."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+
+import pytest
+
+from tests.samples import by_documents, made_up, made_up_report, scores
+from trsp_deploy.artifacts import provenance
+from trsp_deploy.results import Perplexity
+from trsp_deploy.tools.judging import comparisons
+from trsp_deploy.tools.reports import html, markdown, plots
+from trsp_deploy.tools.reports.quality import Price, QualityReport, budget_text, choices_report
+from trsp_deploy.tools.reports.record import measured_by, verdict
+from trsp_deploy.tools.reports.rows import (
+    comparison_rows,
+    engine_notes,
+    engine_rows,
+    machine_rows,
+    model_rows,
+    provenance_rows,
+)
+
+
+def test_headlines_are_of_the_least_of_several_shapes_and_name_it() -> None:
+    made = made_up(speedup=1.5, shapes=(1.0, 0.8, 0.9))
+    report = made_up_report(made)
+    found = report.engines[0].comparison
+    assert found is not None and found.headline.prompt_tokens == 256
+    assert found.of("total").speedup.ratio == pytest.approx(1.2, rel=0.01)
+    where = "at batch 1, prompt 256, the least of 3 shapes"
+    assert f"CONFIRMED on ort-cpu-fp32 {where}: end to end 1.20x (" in report.verdict
+    assert any(f"end to end, {where}" in note or f"end to end {where}" in note for note in comparisons.notes(found))
+    page = html.render(report, {"ort-cpu-fp32": made})
+    assert f"Faster: ort-cpu-fp32 ({where}) generates 1.20 times as fast" in page
+    assert f"<b>1.20x</b><span>end to end {where}, of 1.40x possible</span>" in page
+    assert "Every block at batch 1, prompt 256." in page and f"The band is the interval {where}." in page
+    drawn = plots.samples(made, 1)
+    assert drawn in page and drawn != plots.samples(made, 0)
+    assert "rate, batch 1, prompt 256" in [row[0] for row in comparison_rows(found)]
+
+
+def test_one_shape_needs_no_name() -> None:
+    report = made_up_report(made_up(speedup=1.25))
+    assert "shapes" not in report.verdict and "CONFIRMED on ort-cpu-fp32: end to end 1.2" in report.verdict
+
+
+def test_the_page_carries_what_quality_is_derived_from() -> None:
+    made, score = made_up(), scores("1101")
+    answers = {"evaluate-text-dense": by_documents([1.0, 2.0]), "zero-shot-ort-cpu-fp32-dense": score}
+    page = html.render(made_up_report(made), {"ort-cpu-fp32": made}, answers)
+    data = page.partition('download="quality.json.gz" href="data:application/gzip;base64,')[2].partition('"')[0]
+    kept = json.loads(gzip.decompress(base64.b64decode(data)))
+    assert Perplexity.model_validate(kept["evaluate-text-dense"]) == answers["evaluate-text-dense"]
+    assert kept["zero-shot-ort-cpu-fp32-dense"]["tasks"][0]["correct"] == [True, True, False, True]
+
+
+def budgets(quality: dict[str, QualityReport]) -> str:
+    return budget_text(Price("e", quality))
+
+
+def test_the_report_says_plainly_that_a_budget_is_not_kept() -> None:
+    text = made_up_report(made_up()).quality["text"]
+    assert budgets({"a": text}).startswith("99.0% not kept, 99.9% not kept (worst text 1.50x")
+    close = text.model_copy(update={"ratio": 1.0, "ratio_low": 0.999, "ratio_high": 1.005})
+    assert budgets({"a": close}).startswith("99.0% kept, 99.9% not decided")
+
+
+def test_a_budget_is_of_accuracy_too() -> None:
+    text = made_up_report(made_up()).quality["text"].model_copy(update={"ratio": 1, "ratio_low": 1, "ratio_high": 1})
+    half, all_right = scores("10" * 200), scores("1" * 400)
+    lost = choices_report(all_right, half)
+    assert budget_text(Price("e", {"a": text}, lost)) == (
+        "99.0% not kept, 99.9% not kept (worst text 1.00x; they allow 1.01x and 1.001x; accuracy 50.0% retained)"
+    )
+    assert budget_text(Price("e", {}, lost)).startswith("99.0% not kept, 99.9% not kept (accuracy 50.0% retained)")
+    assert budget_text(Price("e", {}, choices_report(half, half))).startswith("99.0% kept, 99.9% kept (accuracy 100")
+    few = choices_report(scores("10"), scores("10"))
+    assert budget_text(Price("e", {}, few)).startswith("99.0% not decided")
+    assert budget_text(Price(None, {})) == "neither a text nor a task was evaluated"
+
+
+def test_the_price_is_the_engines_and_pytorchs_only_where_no_engine_read() -> None:
+    made = made_up(speedup=1.25)
+    report = made_up_report(made)
+    near = report.quality["text"].model_copy(update={"ratio": 1.005, "ratio_low": 1.004, "ratio_high": 1.006})
+    far = near.model_copy(update={"ratio": 3.0, "ratio_low": 2.9, "ratio_high": 3.1, "pruned_ppl": 30.0})
+    ran, absent = report.engines
+    engines = (ran.model_copy(update={"quality": {"text": far}}), absent)
+    quality = {"text": near, "long": near}
+    judged = report.model_copy(
+        update={"quality": quality, "engines": engines, "verdict": verdict(list(engines), quality)}
+    )
+    assert "Perplexity through ort-cpu-fp32: 3.00x on text." in judged.verdict
+    assert "Perplexity in PyTorch and through no engine: 1.00x on long." in judged.verdict
+    rows = dict(model_rows(judged))
+    assert rows["quality budgets, ort-cpu-fp32"].startswith("99.0% not kept")
+    assert rows["quality budgets, PyTorch"].startswith("99.0% kept")
+    assert "ort-cpu-fp32: its perplexity on long is not measured" in engine_notes(judged)
+    page = html.render(judged, {"ort-cpu-fp32": made})
+    assert "The price through ort-cpu-fp32: perplexity (how surprised the model is by held-out text) up by 200%" in page
+    assert "<b>3.00x</b><span>perplexity on text</span>" in page and "<b>1.00x</b>" not in page
+    none_ran = judged.model_copy(update={"engines": (absent,), "verdict": verdict([absent], quality)})
+    assert "Perplexity in PyTorch and through no engine: 1.00x on text, 1.00x on long." in none_ran.verdict
+    page = html.render(none_ran, {})
+    assert "The price in PyTorch and through no engine: perplexity" in page
+    assert "<b>1.00x</b><span>perplexity on text, PyTorch</span>" in page
+
+
+def test_pages_say_when_and_with_what_figures_were_taken() -> None:
+    made = made_up()
+    report = made_up_report(made)
+    rows = dict(provenance_rows(report))
+    assert rows["measured"] == "2025-12-01T10:00:00Z to 2026-01-01T10:00:00Z" and rows["written"] > rows["measured"]
+    assert rows["measured otherwise"] == "torch 2.8.0 (now 2.9.0): bench-ort-cpu-fp32"
+    for page in (html.render(report, {"ort-cpu-fp32": made}), markdown.render(report)):
+        assert "torch 2.8.0 (now 2.9.0)" in page and rows["written"] in page
+    on_gpu = report.provenance.model_copy(update={"gpus": ("NVIDIA X",), "driver": "580.1"})
+    assert dict(machine_rows(on_gpu, ""))["GPU"] == "NVIDIA X, driver 580.1"
+
+
+def test_what_was_measured_otherwise_is_found() -> None:
+    now = provenance()
+    then = now.model_copy(update={"trsp_deploy": "0.0.1", "time": "2025-01-01T00:00:00Z", "python": "3.9.0"})
+    then = then.model_copy(update={"packages": {**then.packages, "numpy": "1.0"}, "driver": "1.2"})
+    found = {each.step: each for each in measured_by({"bench-e": then, "evaluate-t-dense": now, "prune": then}, now)}
+    assert found.keys() == {"bench-e", "evaluate-t-dense"} and found["evaluate-t-dense"].differs == {}
+    assert found["bench-e"].differs == {
+        "trsp_deploy": ("0.0.1", now.trsp_deploy),
+        "Python": ("3.9.0", now.python),
+        "numpy": ("1.0", now.packages["numpy"]),
+        "driver": ("1.2", now.driver or "none"),
+    }
+    with_task_library = now.model_copy(update={"packages": {**now.packages, "lm-eval": "0.4"}, "driver": "1.2"})
+    without = {name: version for name, version in now.packages.items() if name != "lm-eval"}
+    older = now.model_copy(update={"time": None, "driver": None, "packages": without})
+    assert older.differences(with_task_library) == {}, "what was not looked up then is no difference"
+
+
+def test_accuracy_alone_has_a_price_too() -> None:
+    made = made_up(speedup=1.25)
+    report = made_up_report(made)
+    choices = choices_report(scores("1" * 100), scores("1" * 90 + "0" * 10))
+    engines = (report.engines[0].model_copy(update={"quality": {}, "choices": choices}),)
+    asked = report.model_copy(update={"quality": {}, "engines": engines, "verdict": verdict(list(engines), {})})
+    assert asked.verdict.endswith("Accuracy through ort-cpu-fp32: 90.0% of dense's.")
+    assert dict(model_rows(asked))["quality budgets, ort-cpu-fp32"].startswith("99.0% not kept")
+    page = html.render(asked, {"ort-cpu-fp32": made})
+    assert "The price through ort-cpu-fp32: 90.0% of dense" in page and "<b>90.0%</b><span>of accuracy retained" in page
+
+
+def test_accuracy_is_on_the_pages_and_a_run_without_texts_says_nothing_of_them() -> None:
+    report = made_up_report(made_up())
+    choices = choices_report(scores("1110", "1011"), scores("0110", "1010"))
+    engines = tuple(each.model_copy(update={"choices": choices}) for each in report.engines)
+    rows = engine_rows(report.model_copy(update={"engines": engines}))
+    assert any(row[2] == "accuracy, t0" and row[3] == "75.0%" and "1 of 4 lost" in row[5] for row in rows)
+    assert any(row[2] == "accuracy retained" for row in rows)
+    assert ("", "", "ppl on text to PyTorch", "1.0000x", "1.0012x", "within 0.5%", "", "") in rows
+    unread = [each.model_copy(update={"quality": {}}) for each in engines]
+    assert "Perplexity" not in verdict(unread, {})
+
+
+def test_verdict_without_an_engine_claims_nothing() -> None:
+    assert verdict([], {}).startswith("NOT MEASURED")
