@@ -175,4 +175,4 @@ $(VENV)/.ready-docs: $(READY)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-peers .venv-release dist .venv-transformers5 .venv-triton runs site
+	rm -rf $(VENV) .venv-peers .venv-release dist .venv-transformers5 .venv-triton .venv-gpu .venv313 runs site

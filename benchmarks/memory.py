@@ -111,7 +111,7 @@ def main() -> int:
 
 def measure(folder: Path, quick: bool, limit_gb: float | None) -> Memory:
     """Make the model where it is missing, and run every job; the full bench keeps its rows."""
-    from trsp_deploy.tools.resources.disk import counts_of
+    from trsp_deploy.tools.resources.weights import counts_of
 
     config = make(folder / "model", quick)
     code = code_digest(*CODE)  # as it is now, not as it is when all is done

@@ -18,8 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from trsp_deploy.tools.model_repository.lint import plan as lint_plan
 from trsp_deploy.tools.runners import trt, trt_build, trt_log
-from trsp_deploy.tools.triton_server import lint_plan
 
 RECEIVERS = {
     "builder": "Builder",

@@ -37,11 +37,11 @@ from trsp_deploy.recipe import Recipe, override, parse_drop, parse_drops, read_b
 from trsp_deploy.tools.delivery.publishing import plan_push
 from trsp_deploy.tools.delivery.verification import verify
 from trsp_deploy.tools.library import load_engine_spec, load_recipe_values
+from trsp_deploy.tools.model_repository.manifest import RepositoryManifest, ServedModel, read_repository
 from trsp_deploy.tools.plan import PruningPlan, read_plan
 from trsp_deploy.tools.reports.baselines import SCHEMA_VERSION, Baseline, engine_baseline, read_baseline, this_machine
 from trsp_deploy.tools.resources.cleaning import plan_cleaning
 from trsp_deploy.tools.runners.manifest import read_manifest
-from trsp_deploy.tools.triton_server.repository import RepositoryManifest, ServedModel, read_repository
 
 LONGEST_S = 20.0  # a hang; the longest of a quiet machine is a hundredth of that
 LONGEST_LINE = 20_000  # of an error; the command line cuts it

@@ -19,8 +19,8 @@ from onnx import TensorProto, helper, save
 
 from trsp_deploy.errors import TrspError
 from trsp_deploy.tools.measuring.subjects import find_subject
+from trsp_deploy.tools.model_repository.config import SCHEMA
 from trsp_deploy.tools.sources.packaged import find_asset
-from trsp_deploy.tools.triton_server.config import SCHEMA
 
 MANY = os.environ.get("HYPOTHESIS_PROFILE") == "faults"
 TRIES = 1500 if MANY else 60
@@ -134,7 +134,7 @@ def test_subjects(model, tmp_path, tally):
 
 @needs_schema
 def test_lint_of_graphs(model, tally):
-    from trsp_deploy.tools.triton_server.lint import lint
+    from trsp_deploy.tools.model_repository.lint import lint
 
     chance = random.Random(4)
     path = model / "1" / "model.onnx"
@@ -147,7 +147,7 @@ def test_lint_of_graphs(model, tally):
 @needs_schema
 def test_lint_of_configs(model, tally):
     """Bytes changed, and words of the language in wrong places."""
-    from trsp_deploy.tools.triton_server.lint import lint
+    from trsp_deploy.tools.model_repository.lint import lint
 
     chance = random.Random(5)
     path = model / "config.pbtxt"
@@ -168,7 +168,7 @@ def test_lint_of_configs(model, tally):
 @needs_schema
 def test_lint_of_served_engines(model, tally):
     """What `trsp-deploy triton` writes beside an engine."""
-    from trsp_deploy.tools.triton_server.lint import lint
+    from trsp_deploy.tools.model_repository.lint import lint
 
     chance = random.Random(6)
     (model / "1" / "tokenizer.json").write_text("{}")

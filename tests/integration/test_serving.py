@@ -28,6 +28,7 @@ from trsp_deploy.stages.build import build_engine
 from trsp_deploy.stages.export import FILE, export_onnx
 from trsp_deploy.stages.triton_repository import _batching
 from trsp_deploy.tools.library import load_engine_spec
+from trsp_deploy.tools.model_repository.vendor import vendor
 from trsp_deploy.tools.runners import open_engine, read_manifest
 from trsp_deploy.tools.runners.generation import Sampling, generate
 from trsp_deploy.tools.runners.rotation import engine_rotations
@@ -36,7 +37,6 @@ from trsp_deploy.tools.serving.engine import open_batch
 from trsp_deploy.tools.serving.loop import JOINS, Answer, ServingLoop, Ticket
 from trsp_deploy.tools.serving.requests import GenerationRequest, RequestError, parse
 from trsp_deploy.tools.serving.text import TextStream, read_tokenizer
-from trsp_deploy.tools.serving.vendor import vendor
 
 FAMILIES = ["llama", "opt"]
 MAX_LENGTH = 200

@@ -84,7 +84,7 @@ def test_the_same_uses_hold_for_tensorrt_rtx() -> None:
         "Runtime",
         "ICudaEngine.get_tensor_profile_shape",
         "IOptimizationProfile.set_shape",
-        # By lint_plan alone.
+        # By the linter of plans alone.
         "ICudaEngine.is_shape_inference_io",
         "ICudaEngine.get_tensor_dtype",
         "Runtime.deserialize_cuda_engine",

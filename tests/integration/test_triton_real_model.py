@@ -21,8 +21,8 @@ from trsp_deploy.artifacts import RunFolder
 from trsp_deploy.pipeline import Pipeline
 from trsp_deploy.recipe import Recipe
 from trsp_deploy.stages.triton_repository import write_repository
+from trsp_deploy.tools.model_repository.config import SCHEMA
 from trsp_deploy.tools.sources.packaged import find_asset
-from trsp_deploy.tools.triton_server.config import SCHEMA
 
 MODEL, ENGINE = "smollm2-135m", "ort-cpu-fp32"
 DEMO = Path("runs/smollm2-135m-drop8")

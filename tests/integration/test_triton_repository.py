@@ -30,12 +30,12 @@ from tests.triton_server import ENVIRONMENT, TritonServer, client, why_not
 from trsp_deploy.artifacts import write_json
 from trsp_deploy.errors import RunError
 from trsp_deploy.stages.serve_bench import Address, LoadSettings, measure_served
+from trsp_deploy.tools.model_repository.config import SCHEMA, WARMUP, parse_config
+from trsp_deploy.tools.model_repository.lint import lint, own_engine
+from trsp_deploy.tools.model_repository.manifest import read_repository
 from trsp_deploy.tools.runners.manifest import Bound, read_manifest, spec_sha256
 from trsp_deploy.tools.runners.requirements import CudaDevice
 from trsp_deploy.tools.sources.packaged import find_asset
-from trsp_deploy.tools.triton_server import lint as linter
-from trsp_deploy.tools.triton_server.config import SCHEMA, WARMUP, parse_config
-from trsp_deploy.tools.triton_server.repository import read_repository
 
 needs_schema = pytest.mark.skipif(find_asset(SCHEMA) is None, reason=f"needs: trsp-deploy fetch {SCHEMA}")
 needs_server = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
@@ -252,10 +252,10 @@ def test_the_linter_holds_an_engine_against_package_gpu_and_driver(
         "backend_version": changes.get("backend_version", found.backend_version),
         "spec": found.spec.model_copy(update=spec),
     }
-    monkeypatch.setattr(linter, "read_manifest", lambda folder: found.model_copy(update=changed))
-    monkeypatch.setattr(linter, "cuda_devices", lambda: [CudaDevice("a GPU", "sm89", 2**30)])
-    monkeypatch.setattr(linter, "driver_version", lambda: "580.65.06")
-    assert [each.message for each in linter.lint(tmp_path)] == ([f"the engine was built {message}"] if message else [])
+    monkeypatch.setattr(own_engine, "read_manifest", lambda folder: found.model_copy(update=changed))
+    monkeypatch.setattr(own_engine, "cuda_devices", lambda: [CudaDevice("a GPU", "sm89", 2**30)])
+    monkeypatch.setattr(own_engine, "driver_version", lambda: "580.65.06")
+    assert [each.message for each in lint(tmp_path)] == ([f"the engine was built {message}"] if message else [])
 
 
 # -- a real server -----------------------------------------------------------------------------------------------------

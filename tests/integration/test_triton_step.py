@@ -26,12 +26,12 @@ from trsp_deploy.tools.graphs.nodes import NoMatch
 from trsp_deploy.tools.graphs.static_cache import fix_cache
 from trsp_deploy.tools.graphs.step import State, keep_state
 from trsp_deploy.tools.library import load_engine_spec
+from trsp_deploy.tools.model_repository.config import SCHEMA, parse_config
+from trsp_deploy.tools.model_repository.step_model import write_step_model
 from trsp_deploy.tools.runners import open_engine
 from trsp_deploy.tools.runners.generation import Sampling, generate
 from trsp_deploy.tools.runners.manifest import read_manifest, spec_sha256
-from trsp_deploy.tools.serving.step_model import write_step_model
 from trsp_deploy.tools.sources.packaged import find_asset
-from trsp_deploy.tools.triton_server.config import SCHEMA, parse_config
 
 needs_schema = pytest.mark.skipif(find_asset(SCHEMA) is None, reason=f"needs: trsp-deploy fetch {SCHEMA}")
 no_server = why_not() or stand_in_backend.why_not()

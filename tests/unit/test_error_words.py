@@ -33,6 +33,7 @@ from trsp_deploy.tools.delivery.verification import manifest_of
 from trsp_deploy.tools.graphs.fp16_range import METADATA
 from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.measuring.subjects import find_subject
+from trsp_deploy.tools.model_repository.manifest import read_repository
 from trsp_deploy.tools.runners import ort_build, trt, trt_build
 from trsp_deploy.tools.runners.generation import generate
 from trsp_deploy.tools.runners.half_range import guard_range
@@ -47,7 +48,6 @@ from trsp_deploy.tools.sources.texts import load_texts
 from trsp_deploy.tools.training.forms import Anneal
 from trsp_deploy.tools.triton_server import process
 from trsp_deploy.tools.triton_server.load import prompts_of
-from trsp_deploy.tools.triton_server.repository import read_repository
 
 ROOT = Path(__file__).parents[2]
 ANYTHING: Any = None

@@ -11,11 +11,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from trsp_deploy.errors import EngineUnavailable, RunError
+from trsp_deploy.tools.model_repository.config import SCHEMA
+from trsp_deploy.tools.model_repository.lint import config_alone, lint, plan
 from trsp_deploy.tools.sources.packaged import find_asset
-from trsp_deploy.tools.triton_server import lint as linter
-from trsp_deploy.tools.triton_server import lint_plan
-from trsp_deploy.tools.triton_server.config import SCHEMA
-from trsp_deploy.tools.triton_server.lint import lint
 
 pytestmark = pytest.mark.skipif(find_asset(SCHEMA) is None, reason=f"needs: trsp-deploy fetch {SCHEMA}")
 
@@ -209,9 +207,9 @@ def test_a_plan_is_held_against_its_config(
     old: str, new: str, line: str, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where TensorRT and a GPU are here."""
-    monkeypatch.setattr(lint_plan, "load_package", lambda backend: Plan())
-    monkeypatch.setattr(lint_plan, "cuda_devices", list)
-    monkeypatch.setattr(lint_plan, "logger", lambda trt: SimpleNamespace(errors=[], complaint=lambda: "bad magic"))
+    monkeypatch.setattr(plan, "load_package", lambda backend: Plan())
+    monkeypatch.setattr(plan, "cuda_devices", list)
+    monkeypatch.setattr(plan, "logger", lambda trt: SimpleNamespace(errors=[], complaint=lambda: "bad magic"))
     (model / "1" / "model.plan").write_bytes(b"a plan")
     (model / "config.pbtxt").write_text(PLANNED.replace(old, new) if old else PLANNED)
     assert line in said(model) and bool(line) == bool(said(model))
@@ -223,7 +221,7 @@ def test_a_plan_that_cannot_be_read_here_is_named(model: Path, monkeypatch: pyte
     def absent(backend: str) -> None:
         raise EngineUnavailable("tensorrt is not installed")
 
-    monkeypatch.setattr(lint_plan, "load_package", absent)
+    monkeypatch.setattr(plan, "load_package", absent)
     (model / "1" / "model.plan").write_bytes(b"a plan")
     (model / "config.pbtxt").write_text(PLANNED)
     assert said(model) == (
@@ -237,13 +235,13 @@ def test_a_gpu_that_is_not_here_is_named(on_cpu: bool, model: Path, monkeypatch:
     if on_cpu:
         (model / "configs").mkdir()
         (model / "configs" / "cpu.pbtxt").write_text(GOOD)
-    monkeypatch.setattr(linter, "cuda_devices", list)  # as where there is one
+    monkeypatch.setattr(config_alone, "cuda_devices", list)  # as where there is one
     assert said(model) == ""
 
     def absent() -> None:
         raise EngineUnavailable("no CUDA device: none")
 
-    monkeypatch.setattr(linter, "cuda_devices", absent)
+    monkeypatch.setattr(config_alone, "cuda_devices", absent)
     other = "; `--model-config-name=cpu` takes configs/cpu.pbtxt" if on_cpu else ""
     assert said(model) == f"warning: m: KIND_GPU does not load here (no CUDA device: none){other}"
 

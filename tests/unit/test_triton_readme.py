@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from trsp_deploy.artifacts import provenance
+from trsp_deploy.tools.model_repository.manifest import RepositoryManifest, ServedModel
+from trsp_deploy.tools.model_repository.readme import SHARED_SCALE, dockerfile, readme
 from trsp_deploy.tools.runners.manifest import Bound
-from trsp_deploy.tools.serving.readme import SHARED_SCALE, dockerfile, readme
-from trsp_deploy.tools.triton_server.repository import RepositoryManifest, ServedModel
 
 
 def model(name: str, **changes: Any) -> ServedModel:

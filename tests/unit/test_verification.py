@@ -25,10 +25,10 @@ from trsp_deploy.artifacts import (
 from trsp_deploy.errors import EngineUnavailable, RunError
 from trsp_deploy.recipe import read_engine_spec, read_recipe
 from trsp_deploy.tools.delivery.verification import verify
+from trsp_deploy.tools.model_repository.manifest import RepositoryManifest, ServedModel, read_repository
 from trsp_deploy.tools.runners import check_fresh
 from trsp_deploy.tools.runners.manifest import Bound, check_manifest, read_manifest
 from trsp_deploy.tools.triton_server import process
-from trsp_deploy.tools.triton_server.repository import RepositoryManifest, ServedModel, read_repository
 
 ENGINE = "engines/ort-cpu-fp32/pruned"
 ONNX = "onnx/pruned"

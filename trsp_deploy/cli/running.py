@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from trsp_deploy.cli.recipe_options import with_lists
 from trsp_deploy.errors import DeviceMemoryError, ModelError, RunError, one_line, redacted
+from trsp_deploy.launch import launched_as_several
 from trsp_deploy.reading import user_path
 
 if TYPE_CHECKING:
@@ -148,7 +149,8 @@ def show_memory(recipe: Recipe, plan_file: Path | None, output: Output) -> None:
     from trsp_deploy.cli.tables import print_memory
     from trsp_deploy.pipeline.engines import buildable, runnable, specs_of
     from trsp_deploy.tools.plan import read_plan
-    from trsp_deploy.tools.resources.memory_plan import Engines, check_plan, model_config, plan_memory
+    from trsp_deploy.tools.resources.memory_plan import Engines, check_plan, plan_memory
+    from trsp_deploy.tools.sources.models import model_config
 
     config = model_config(recipe.model, say)
     dropped = None if plan_file is None else read_plan(plan_file, config.num_hidden_layers).dropped
@@ -169,13 +171,8 @@ def check_memory(
     """
     from trsp_deploy.pipeline.engines import runnable
     from trsp_deploy.tools.plan import read_plan
-    from trsp_deploy.tools.resources.memory_plan import (
-        Engines,
-        check_memory,
-        launched_as_several,
-        model_config,
-        plan_memory,
-    )
+    from trsp_deploy.tools.resources.memory_plan import Engines, check_memory, plan_memory
+    from trsp_deploy.tools.sources.models import model_config
     from trsp_deploy.tools.training.shared import pick_device
 
     missing: list[str] = list(job.pruning.unfinished())
@@ -214,7 +211,7 @@ def _disk_plan(job: Pipeline, config: Any, specs: Sequence[EngineSpec], counts: 
 def check_disk(job: Pipeline, ignore: bool, counts: Sequence[int] = ()) -> None:
     """Say what each stage will leave on the disk, and refuse what cannot fit there; counts: as in `check_memory`."""
     from trsp_deploy.tools.resources.disk import check_disk
-    from trsp_deploy.tools.resources.memory_plan import launched_as_several, model_config
+    from trsp_deploy.tools.sources.models import model_config
 
     if launched_as_several() and job.run.recorded():
         job.inputs.dense()  # by all processes: what the main one holds the records against may need it

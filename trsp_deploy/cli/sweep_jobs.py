@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Annotated
@@ -26,6 +25,7 @@ from trsp_deploy.cli.options import (
 )
 from trsp_deploy.cli.terminal import Output
 from trsp_deploy.errors import RecipeError
+from trsp_deploy.launch import launched
 
 Drops = Annotated[
     str,
@@ -83,7 +83,7 @@ def sweep(
     from trsp_deploy.recipe import parse_drops
     from trsp_deploy.tools.reports.sweeps import Targets
 
-    if "RANK" in os.environ:
+    if launched():
         raise RecipeError("sweep: is one process's work; `accelerate launch` a `prune` of the cut that it chose")
     parse_drops(drop)  # what cannot be a range is said before anything slow
     first = drop.split("..")[0].split(",")[0]

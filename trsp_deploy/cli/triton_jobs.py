@@ -38,7 +38,7 @@ def register(app: typer.Typer) -> None:
 
 def triton_lint(repository: Repository, as_json: Json = False) -> None:
     """Find what a Triton server would say only at load, or never; exit code 2 when something is wrong."""
-    from trsp_deploy.tools.triton_server.lint import lint
+    from trsp_deploy.tools.model_repository.lint import lint
 
     found = lint(repository)
     errors = sum(finding.severity == "error" for finding in found)

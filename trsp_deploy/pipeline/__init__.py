@@ -9,12 +9,12 @@ matches its inputs is reused, so each command can ask for the part it wants and 
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from trsp_deploy.artifacts import RunFolder
 from trsp_deploy.errors import RecipeError, TrspError
+from trsp_deploy.launch import launched
 from trsp_deploy.pipeline.engines import Engines
 from trsp_deploy.pipeline.inputs import Inputs
 from trsp_deploy.pipeline.proof import Proof
@@ -42,7 +42,7 @@ class Pipeline:
         """place: that relative paths in the recipe are relative to; None is the working directory."""
         self.run = run
         self.recipe = recipe
-        if "RANK" in os.environ:  # `accelerate launch`; joining costs an import that a single process can do without
+        if launched():  # `accelerate launch`; joining costs an import that a single process can do without
             processes = Processes(pick_device(recipe))
             run.from_main = processes.from_main
             _check_shares(recipe, processes.count, plan_file is not None or run.record("plan") is not None)

@@ -24,6 +24,7 @@ from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.measuring.subjects import Subject, find_subject
 from trsp_deploy.tools.runners import EngineManifest, bound_to, check_can_build, check_can_run
 from trsp_deploy.tools.runners.calibration import INT4_TEXTS, READ_TOKENS
+from trsp_deploy.tools.runners.freshness import MODEL_STEPS
 from trsp_deploy.tools.runners.manifest import Bound
 from trsp_deploy.tools.runners.passes import VERSION as PASSES
 from trsp_deploy.tools.runners.requirements import package_version
@@ -32,8 +33,6 @@ AUTO_ENGINES = {
     "cpu": ("ort-cpu-fp32", "tensorrt-rtx-fp16"),
     "cuda": ("ort-cuda-fp16", "tensorrt-fp16", "tensorrt-rtx-fp16"),
 }
-
-MADE: dict[Role, str] = {"dense": "dense", "pruned": "prune"}  # the step that makes the role's Hugging Face folder
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ class Engines:
                 self._ask(found, spec, role)
 
     def _ask(self, found: Finished, spec: EngineSpec, role: Role) -> None:
-        precision, made = spec.graph_precision, MADE[role]
+        precision, made = spec.graph_precision, MODEL_STEPS[role]
         exported, built = f"export-{role}-{precision}", f"build-{spec.name}-{role}"
         found.ask(
             exported,

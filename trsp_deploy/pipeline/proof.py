@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from trsp_deploy.artifacts import Finished, provenance
 from trsp_deploy.errors import EngineUnavailable
-from trsp_deploy.pipeline.engines import MADE, Engines
+from trsp_deploy.pipeline.engines import Engines
 from trsp_deploy.pipeline.inputs import Inputs
 from trsp_deploy.pipeline.pruning import Pruning
 from trsp_deploy.recipe import EngineSpec, Precision
@@ -23,6 +23,7 @@ from trsp_deploy.tools.judging.comparisons import ComparisonReport
 from trsp_deploy.tools.quiet import quiet_libraries
 from trsp_deploy.tools.reports.quality import ChoicesReport, QualityReport, choices_report, quality_report
 from trsp_deploy.tools.runners import Runner, open_engine
+from trsp_deploy.tools.runners.freshness import MODEL_STEPS
 from trsp_deploy.tools.runners.half_range import write_widened
 from trsp_deploy.tools.training.shared import pick_device
 
@@ -165,7 +166,10 @@ class Proof:
         found.ask(
             f"evaluate-{name}-{role}",
             lambda: self._reference_settings,
-            lambda: {"model": found.left.get(MADE[role]), "text": self.inputs.evaluation_texts(name).fingerprint},
+            lambda: {
+                "model": found.left.get(MODEL_STEPS[role]),
+                "text": self.inputs.evaluation_texts(name).fingerprint,
+            },
         )
 
     def _ask_bench(self, found: Finished, spec: EngineSpec, engines: Mapping[str, str | None]) -> None:

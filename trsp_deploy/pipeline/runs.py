@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,15 @@ import yaml
 from trsp_deploy.artifacts import RUN_MARK, RunFolder, check_is_run, writing
 from trsp_deploy.artifacts.layout import PLACE
 from trsp_deploy.errors import RunError, UserError
+from trsp_deploy.launch import launched
 from trsp_deploy.reading import read_yaml, user_path
 from trsp_deploy.recipe import Recipe, parse_drop, read_recipe
-from trsp_deploy.tools.resources.memory_plan import model_config
+from trsp_deploy.tools.sources.models import model_config
 
 
 def default_folder(recipe: Recipe, say: Callable[[str], None]) -> Path:
     """`runs/<model>-drop<k>` for k layers: 25% and 8 of 32 are the same run. Of a hub model its config is read."""
-    if "RANK" in os.environ:
+    if launched():
         raise RunError("--out is missing: several processes have to be told where they meet")
     layers = model_config(recipe.model, say).num_hidden_layers
     return Path("runs") / f"{Path(recipe.model).name}-drop{parse_drop(recipe.drop, layers)}"

@@ -16,12 +16,12 @@ from trsp_deploy.errors import RunError
 from trsp_deploy.recipe import Strict
 from trsp_deploy.results import ROLES, Role, Served, ServedRequest, ServedWindow, Subject
 from trsp_deploy.tools.measuring.telemetry import Recorder
+from trsp_deploy.tools.model_repository.manifest import ServedModel, read_repository
 from trsp_deploy.tools.progress import Meter
 from trsp_deploy.tools.runners.manifest import read_manifest
 from trsp_deploy.tools.serving.text import read_tokenizer
 from trsp_deploy.tools.triton_server import process as triton_server
 from trsp_deploy.tools.triton_server.load import LoadGenerator, prompts_of
-from trsp_deploy.tools.triton_server.repository import ServedModel, read_repository
 from trsp_deploy.tools.triton_server.served import tokens_per_s
 
 PROMPTS = 16

@@ -15,6 +15,11 @@ from trsp_deploy.errors import EngineUnavailable, ModelError, RunError
 from trsp_deploy.recipe import LONGEST_NAME
 from trsp_deploy.results import Role
 from trsp_deploy.tools.graphs import decoder_io
+from trsp_deploy.tools.model_repository.config import WARMUP, generation_config, parse_config
+from trsp_deploy.tools.model_repository.manifest import RepositoryManifest, ServedModel, read_repository
+from trsp_deploy.tools.model_repository.readme import CONTAINER, dockerfile, readme
+from trsp_deploy.tools.model_repository.step_model import check_can_step, write_step_model
+from trsp_deploy.tools.model_repository.vendor import model_file, vendor
 from trsp_deploy.tools.runners import device_of, open_engine, read_manifest
 from trsp_deploy.tools.runners.generation import end_tokens
 from trsp_deploy.tools.runners.manifest import EngineManifest, check_files
@@ -23,11 +28,6 @@ from trsp_deploy.tools.runners.rotation import engine_rotations
 from trsp_deploy.tools.runners.running_batch import Rotation, texts_can_move
 from trsp_deploy.tools.serving.engine import batches
 from trsp_deploy.tools.serving.loop import MOST_WAITING
-from trsp_deploy.tools.serving.readme import CONTAINER, dockerfile, readme
-from trsp_deploy.tools.serving.step_model import check_can_step, write_step_model
-from trsp_deploy.tools.serving.vendor import model_file, vendor
-from trsp_deploy.tools.triton_server.config import WARMUP, generation_config, parse_config
-from trsp_deploy.tools.triton_server.repository import RepositoryManifest, ServedModel, read_repository
 
 README, DOCKERFILE = "README.md", "Dockerfile"
 SAME_FOLDER = {"onnxruntime-gpu": "onnxruntime"}  # packages that install into another's place

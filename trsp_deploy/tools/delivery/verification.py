@@ -31,9 +31,9 @@ from trsp_deploy.artifacts.layout import CHECKPOINTS, ENGINES, FAILED_LOGS, LOCK
 from trsp_deploy.errors import RunError
 from trsp_deploy.reading import read_json, read_record
 from trsp_deploy.recipe import RelativePath, Strict
+from trsp_deploy.tools.model_repository.manifest import RepositoryManifest
 from trsp_deploy.tools.runners.inspection import TRTEXEC_ENGINE
 from trsp_deploy.tools.runners.manifest import EngineManifest
-from trsp_deploy.tools.triton_server.repository import RepositoryManifest
 
 State = Literal["missing", "changed", "unknown", "outside", "unreadable"]
 Kind = Literal["run", "sweep", "engine", "repository"]

@@ -196,7 +196,7 @@ def _engine(engine: EngineReport, raw: Comparison) -> dict[str, Any]:
         ),
         (plots.samples(raw, case), f"Every block at {found.headline.title}."),
         (
-            plots.replicates(raw, found, ratios),
+            plots.replicates(found, ratios),
             f"One dot a replicate: fresh processes each time. The band is the interval{found.where}.",
         ),
         (plots.telemetry(raw.telemetry), "What else the machine did."),

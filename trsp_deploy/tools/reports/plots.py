@@ -100,7 +100,7 @@ def samples(comparison: Comparison, case: int) -> str:
         return _svg(figure, "samples", "Distribution of the times of all blocks, dense and pruned")
 
 
-def replicates(comparison: Comparison, found: ComparisonReport, ratios: Sequence[float]) -> str:
+def replicates(found: ComparisonReport, ratios: Sequence[float]) -> str:
     """Each replicate's end-to-end speed-up in the order taken, at the headline's shape: drifts and outliers show."""
     with rc_context(STYLE):
         figure, axes = _figure(2.2)

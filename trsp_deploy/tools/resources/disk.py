@@ -17,20 +17,19 @@ from typing import Any, NamedTuple
 import torch
 
 from trsp_deploy.artifacts import RunLayout, free_bytes, nearest_existing
-from trsp_deploy.decoder import WeightCounts, count_config
+from trsp_deploy.decoder import WeightCounts
 from trsp_deploy.errors import StorageError
 from trsp_deploy.recipe import FLOAT_BYTES, EngineSpec, Float, Recipe, Strict, parse_drop
 from trsp_deploy.results import ROLES, Role
-from trsp_deploy.tools.judging.limits import stored_by
 from trsp_deploy.tools.resources.cleaning import freed_bytes
 from trsp_deploy.tools.resources.memory import MOMENT_8BIT_BYTES
+from trsp_deploy.tools.resources.weights import counts_of, weights_bytes
 from trsp_deploy.tools.training.shared import TRAINING_DTYPES
 
 GB = 1e9
 TOKENIZER_BYTES = 72  # a token, in tokenizer.json and vocabulary files; SmolLM2's 49,152 take 3.5 MB
 GRAPH_BYTES = 30_000  # a layer, in an exported ONNX file; 24 to 35 kB were seen
 ENGINE_GRAPH_BYTES = 7_000  # a layer, fused
-EIGHT_BIT_BYTES = 1.125  # a number in 8 bits, 32 of which share a scale
 TENSORRT_LOG_BYTES = 200_000  # a layer: build.log with every kernel
 REPORT_BYTES = 150_000  # pages, records and raw samples of a short run
 
@@ -213,26 +212,10 @@ def check_disk(plan: DiskPlan, alone: Mapping[str, DiskPlan]) -> None:
     raise StorageError(f"{plan.run}: {plan.line()}; would fit: {', '.join(advice)}; --ignore-disk runs anyway")
 
 
-def counts_of(config: Any) -> WeightCounts:
-    """Weights of what a config describes; asked again for every piece of advice, so it is kept."""
-    text = f"{type(config).__name__} {config.to_json_string()}"
-    if text not in _COUNTED:
-        _COUNTED[text] = count_config(config)
-    return _COUNTED[text]
-
-
-_COUNTED: dict[str, WeightCounts] = {}
-
-
 def _without(dense: WeightCounts, dropped: int) -> WeightCounts:
     """Before the plan is known any layer may go; where they differ, the mean is taken."""
     gone = round(sum(dense.layers) * dropped / len(dense.layers))
     return dense.model_copy(update={"total": dense.total - gone, "layers": dense.layers[dropped:]})
-
-
-def tied(counts: WeightCounts) -> bool:
-    """Whether the LM head is the embedding."""
-    return counts.total < sum(counts.layers) + counts.lm_head + counts.embeddings
 
 
 def _graph(counts: WeightCounts, precision: Float) -> int:
@@ -249,19 +232,6 @@ def _engine(spec: EngineSpec, counts: WeightCounts) -> int:
         graph = weights if quantised else FLOAT_BYTES[spec.graph_precision] * counts.total
         size += (graph if changed else 0) + TENSORRT_LOG_BYTES * len(counts.layers)
     return size
-
-
-def weights_bytes(spec: EngineSpec, counts: WeightCounts) -> int:
-    """Weights of an engine, as it keeps them in its file and in memory."""
-    kept = stored_by(spec)
-    layers, head = kept.layers, kept.head
-    width = FLOAT_BYTES[spec.graph_precision]
-    if spec.precision in ("fp32", "fp16", "bf16"):
-        # A tied head is stored a second time, the way its product wants it.
-        return width * (counts.total + (counts.lm_head if tied(counts) else 0))
-    packed = spec.precision == "int4" and not spec.backend.startswith("tensorrt")
-    table = {4: layers, 8: EIGHT_BIT_BYTES, 32: width}[spec.embedding_bits] if packed else width
-    return round(layers * sum(counts.layers) + head * counts.lm_head + table * counts.embeddings)
 
 
 def _checkpoint(recipe: Recipe, dense: WeightCounts) -> int:

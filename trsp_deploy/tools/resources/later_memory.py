@@ -16,7 +16,7 @@ import torch
 from trsp_deploy.decoder import WeightCounts, cache_per_token
 from trsp_deploy.recipe import FLOAT_BYTES, EngineSpec, Float, Recipe, Strict
 from trsp_deploy.tools.judging.limits import stored_by
-from trsp_deploy.tools.resources.disk import tied, weights_bytes
+from trsp_deploy.tools.resources.weights import tied, weights_bytes
 
 PROCESS_BYTES = 900_000_000  # of a process that has trained: libraries, and what the allocator keeps
 CONTEXT_BYTES = 600_000_000  # of a GPU: CUDA's context and kernels; not measured

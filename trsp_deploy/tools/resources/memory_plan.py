@@ -6,27 +6,17 @@ check_memory(recipe, config, ["selection", "transfer"])   # raises DeviceMemoryE
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from pydantic import Field
 
-from trsp_deploy.decoder import load_config
-from trsp_deploy.errors import DeviceMemoryError, ModelError
-from trsp_deploy.model_code import CODE, CONFIGS
-from trsp_deploy.reading import read_json, user_path
+from trsp_deploy.errors import DeviceMemoryError
 from trsp_deploy.recipe import EngineSpec, Recipe, Strict, override, read_recipe
 from trsp_deploy.tools.host_memory import available_host_bytes
 from trsp_deploy.tools.resources.later_memory import Device, LaterStage, later_stages
 from trsp_deploy.tools.resources.memory import MemoryEstimate, Stage, StageMemory
-from trsp_deploy.tools.sources.hub import hub_errors, hub_problem
-from trsp_deploy.tools.sources.model_folders import check_decoder_only
-from trsp_deploy.tools.sources.models import resolve_model
-from trsp_deploy.tools.sources.names import HUB_ID, SHORT_NAMES
-from trsp_deploy.tools.sources.packaged import ASSETS, dequantised_model
 from trsp_deploy.tools.training.shared import has_fast_bf16
 
 GB = 1e9
@@ -102,39 +92,6 @@ def _figures(stage: StageMemory, fits: bool) -> dict[str, Any]:
         "parts": stage.peak.parts,
         "moments": {moment.name: moment.total_bytes for moment in stage.moments},
     }
-
-
-def model_config(name: str, progress: Callable[[str], None]) -> Any:
-    """transformers' config of what the user calls a model; from the hub nothing else is fetched.
-
-    Raises ModelError as `resolve_model` does.
-    """
-    folder = user_path(name)
-    if not (folder / "config.json").is_file():
-        packaged = dequantised_model(name, progress) if name in ASSETS and name in SHORT_NAMES else None
-        if packaged is not None:
-            folder = packaged
-        elif name in SHORT_NAMES or (HUB_ID.fullmatch(name) and not folder.exists()):
-            folder = _config_from_hub(name, SHORT_NAMES.get(name, name))
-        else:
-            folder = Path(resolve_model(name, progress).path)
-    check_decoder_only(folder)
-    return load_config(folder)
-
-
-def _config_from_hub(name: str, repo: str) -> Path:
-    from huggingface_hub import hf_hub_download, snapshot_download
-
-    try:
-        folder = Path(hf_hub_download(repo, "config.json")).parent
-        if read_json(folder / "config.json", ModelError).get("auto_map"):
-            folder = Path(snapshot_download(repo, allow_patterns=[*CONFIGS, CODE]))
-        return folder
-    except hub_errors() as problem:
-        raise ModelError(
-            f"model '{name}': config.json of {repo} is not in the Hugging Face cache, and {hub_problem(problem)}; "
-            "pass --model FOLDER"
-        ) from problem
 
 
 def plan_memory(
@@ -341,8 +298,3 @@ def available_bytes(device: Device) -> int | None:
     if device == "cuda":
         return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
     return available_host_bytes()
-
-
-def launched_as_several() -> bool:
-    """Whether this is one of several training processes, which share what the estimate counts for one."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1

@@ -220,11 +220,11 @@ class RunningBatch:
         return {name: view(value) for name, value in self._decoder.cache.items()}
 
 
-def texts_can_move(runner: OrtRunner, rotations: Sequence[Rotation] = ()) -> bool:
+def texts_can_move(runner: OrtRunner) -> bool:
     """Whether a text goes on as it would where its keys have been moved to other places of the cache: tried."""
 
     def logits(places: int) -> np.ndarray:
-        batch = RunningBatch(runner, 1, len(PROBE) + MOVED + 2, rotations)
+        batch = RunningBatch(runner, 1, len(PROBE) + MOVED + 2)
         text, _ = batch.join(PROBE)
         if places:
             batch._move(len(PROBE) + places)
@@ -241,11 +241,6 @@ class OneText:
         self._runner = runner
         self._max_length = max_length
         self._length = 0  # of the text that is running; 0 is none
-
-    @property
-    def size(self) -> int:
-        """Texts that are running."""
-        return int(self._length > 0)
 
     @property
     def full(self) -> bool:
@@ -271,7 +266,7 @@ class OneText:
         self._length += 1
         return {0: logits[0, -1]}
 
-    def leave(self, row: int) -> None:
+    def leave(self, number: int) -> None:
         """End the text; another can join."""
         self._length = 0
 

@@ -1,4 +1,4 @@
-"""What runs inside a Triton server: copied into a model repository with what `vendor.py` lists of trsp_deploy.
+"""What runs inside a Triton server: copied into a model repository (`model_repository/vendor.py`).
 
 Imports numpy, tokenizers, pydantic, PyYAML and an engine's own package.
 """

@@ -62,7 +62,7 @@ class Batch(Protocol):
 
     def step(self, tokens: dict[int, int]) -> dict[int, np.ndarray]: ...
 
-    def leave(self, row: int) -> None: ...
+    def leave(self, number: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -161,12 +161,12 @@ class ServingLoop:
     def _serve(self) -> None:
         while not self._stopping.is_set():
             self._admit()
-            for row in [row for row, running in self._running.items() if _cancelled(running.ticket)]:
-                self._finish(row, "cancelled")
+            for number in [number for number, running in self._running.items() if _cancelled(running.ticket)]:
+                self._finish(number, "cancelled")
             if self._running:
                 self._step()
-        for row in list(self._running):
-            self._finish(row, "error", STOPPING, "stopping")
+        for number in list(self._running):
+            self._finish(number, "error", STOPPING, "stopping")
         with self._news:
             for waiting in self._waiting:
                 waiting.ticket.send(Answer("", 0, "error", STOPPING, "stopping"))
@@ -229,53 +229,53 @@ class ServingLoop:
             frozenset(self._special[word] for word in request.stop if word in self._special),
             text="" if request.exclude_input_in_output else request.text_input,
         )
-        row, logits = self._batch.join(prompt)
-        self._running[row] = running
-        self._take(row, logits)
+        number, logits = self._batch.join(prompt)
+        self._running[number] = running
+        self._take(number, logits)
 
     def _step(self) -> None:
         try:
-            logits = self._batch.step({row: running.tokens[-1] for row, running in self._running.items()})
+            logits = self._batch.step({number: running.tokens[-1] for number, running in self._running.items()})
         except ANYTHING as problem:  # the engine stopped: no text can go on
-            for row in list(self._running):
-                self._finish(row, "error", _line(problem))
+            for number in list(self._running):
+                self._finish(number, "error", _line(problem))
             return
-        for row in list(self._running):
-            self._take(row, logits[row])
+        for number in list(self._running):
+            self._take(number, logits[number])
 
-    def _take(self, row: int, logits: np.ndarray) -> None:
+    def _take(self, number: int, logits: np.ndarray) -> None:
         """Choose a text's next token and send what that shows; what goes wrong ends this text alone."""
         try:
-            self._advance(row, self._running[row], logits)
+            self._advance(number, self._running[number], logits)
         except ANYTHING as problem:
-            if row in self._running:
-                self._finish(row, "error", _line(problem))
+            if number in self._running:
+                self._finish(number, "error", _line(problem))
 
-    def _advance(self, row: int, running: _Running, logits: np.ndarray) -> None:
+    def _advance(self, number: int, running: _Running, logits: np.ndarray) -> None:
         request, sampling = running.ticket.request, running.sampling
         scores = penalised(logits, running.prompt + running.tokens, request.repetition_penalty)
         token = int(choose(scores[None], sampling, running.random)[0])
         if token in running.stop_tokens:
-            self._finish(row, "stop")
+            self._finish(number, "stop")
             return
         if token in sampling.end:
-            self._finish(row, "end")
+            self._finish(number, "end")
             return
         running.tokens.append(token)
         running.text += running.stream.add(token)
         if running.stream.stopped:
-            self._finish(row, "stop")
+            self._finish(number, "stop")
         elif len(running.tokens) == request.max_tokens:
-            self._finish(row, "length")
+            self._finish(number, "length")
         elif request.stream and running.text:
             running.ticket.send(Answer(running.text, len(running.tokens)))
             running.text = ""
 
-    def _finish(self, row: int, finish: Finish, error: str | None = None, fault: Fault = "engine") -> None:
-        running = self._running.pop(row)
+    def _finish(self, number: int, finish: Finish, error: str | None = None, fault: Fault = "engine") -> None:
+        running = self._running.pop(number)
         text = running.text
         try:
-            self._batch.leave(row)
+            self._batch.leave(number)
             if not running.stream.stopped and finish != "error":
                 text += running.stream.end()
         except ANYTHING as problem:

@@ -14,9 +14,10 @@ from typing import Any, Literal
 import yaml
 
 from trsp_deploy.artifacts import storage_errors
+from trsp_deploy.decoder import load_config
 from trsp_deploy.errors import ModelError
-from trsp_deploy.model_code import CODE, model_code
-from trsp_deploy.reading import user_path
+from trsp_deploy.model_code import CODE, CONFIGS, model_code
+from trsp_deploy.reading import read_json, user_path
 from trsp_deploy.recipe import Strict
 from trsp_deploy.tools.sources.hub import hub_errors, hub_problem
 from trsp_deploy.tools.sources.model_folders import (
@@ -74,6 +75,39 @@ def resolve_model(name: str, progress: Callable[[str], None]) -> ModelSource:
     if code is not None:
         progress(f"running the model's own code: {', '.join(code.files)} ({code.fingerprint})")
     return source
+
+
+def model_config(name: str, progress: Callable[[str], None]) -> Any:
+    """transformers' config of what the user calls a model; from the hub nothing else is fetched.
+
+    Raises ModelError as `resolve_model` does.
+    """
+    folder = user_path(name)
+    if not (folder / "config.json").is_file():
+        packaged = dequantised_model(name, progress) if name in ASSETS and name in SHORT_NAMES else None
+        if packaged is not None:
+            folder = packaged
+        elif name in SHORT_NAMES or (HUB_ID.fullmatch(name) and not folder.exists()):
+            folder = _config_from_hub(name, SHORT_NAMES.get(name, name))
+        else:
+            folder = Path(resolve_model(name, progress).path)
+    check_decoder_only(folder)
+    return load_config(folder)
+
+
+def _config_from_hub(name: str, repo: str) -> Path:
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    try:
+        folder = Path(hf_hub_download(repo, "config.json")).parent
+        if read_json(folder / "config.json", ModelError).get("auto_map"):
+            folder = Path(snapshot_download(repo, allow_patterns=[*CONFIGS, CODE]))
+        return folder
+    except hub_errors() as problem:
+        raise ModelError(
+            f"model '{name}': config.json of {repo} is not in the Hugging Face cache, and {hub_problem(problem)}; "
+            "pass --model FOLDER"
+        ) from problem
 
 
 def _packaged(name: str, progress: Callable[[str], None]) -> ModelSource | None:

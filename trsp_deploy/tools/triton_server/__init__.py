@@ -1,1 +1,1 @@
-"""A model repository for Triton from outside: its configs, what is wrong with it, a server around it, its load."""
+"""A Triton server from outside: started and stopped without leftovers, asked under load, its times told."""

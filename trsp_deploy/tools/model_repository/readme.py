@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from trsp_deploy.tools.model_repository.config import IDLE_S
+from trsp_deploy.tools.model_repository.manifest import RepositoryManifest, ServedModel
 from trsp_deploy.tools.serving.loop import MOST_WAITING
-from trsp_deploy.tools.triton_server.config import IDLE_S
-from trsp_deploy.tools.triton_server.repository import RepositoryManifest, ServedModel
 
 # Until 25.04 a cancelled gRPC stream may bring the server down (Triton's pull request 8078), and NVIDIA's security
 # bulletin 5816 asks for 26.02. Any later one will do for an ONNX Runtime engine, whose package is installed into it.

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from trsp_deploy.errors import EngineUnavailable
+from trsp_deploy.tools.model_repository.lint.finding import Finding, Say, dims_with_batch, type_name
 from trsp_deploy.tools.runners.requirements import cuda_devices, load_package
 from trsp_deploy.tools.runners.trt_log import logger, made
 
-Found = TypeVar("Found")
 # TensorRT's names
 TYPES = {
     "FLOAT": "TYPE_FP32",
@@ -24,13 +24,8 @@ TYPES = {
 }
 
 
-def against_plan(
-    config: Any, path: Path, error: Callable[[str], Found], warning: Callable[[str], Found]
-) -> Iterator[Found]:
-    """Names, types and dimensions of the config beside the plan's, and max_batch_size beside its profiles.
-
-    error, warning: make findings of messages.
-    """
+def against_plan(config: Any, path: Path, error: Say, warning: Say) -> Iterator[Finding]:
+    """Names, types and dimensions of the config beside the plan's, and max_batch_size beside its profiles."""
     place = f"{path.parent.name}/{path.name}"
     try:
         trt: Any = load_package("tensorrt")
@@ -63,14 +58,14 @@ def against_plan(
         yield error(f"max_batch_size {config.max_batch_size}, and the plan's profiles end at a batch of {most}")
 
 
-def _against_tensor(config: Any, each: Any, title: str, engine: Any, error: Callable[[str], Found]) -> Iterator[Found]:
-    dtype = each.DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_number[each.data_type].name
+def _against_tensor(config: Any, each: Any, title: str, engine: Any, error: Say) -> Iterator[Finding]:
+    dtype = type_name(each)
     there = TYPES.get(engine.get_tensor_dtype(each.name).name)
     if dtype != there:
         yield error(f"{title}: {dtype} in the config, {there} in the plan")
     if each.is_shape_tensor or getattr(each, "allow_ragged_batch", False):
         return
-    dims = ([-1] if config.max_batch_size else []) + list(each.reshape.shape if each.HasField("reshape") else each.dims)
+    dims = dims_with_batch(config, each)
     shape = list(engine.get_tensor_shape(each.name))
     fits = len(dims) == len(shape) and all(-1 in pair or pair[0] == pair[1] for pair in zip(dims, shape, strict=True))
     if not fits:

@@ -13,8 +13,8 @@ from trsp_deploy.artifacts import link_tree
 from trsp_deploy.errors import RunError
 from trsp_deploy.tools.graphs.nodes import NoMatch
 from trsp_deploy.tools.graphs.step import keep_state
+from trsp_deploy.tools.model_repository.config import parse_config, step_config
 from trsp_deploy.tools.runners import device_of, read_manifest
-from trsp_deploy.tools.triton_server.config import parse_config, step_config
 
 BACKENDS = ("onnxruntime-cpu", "onnxruntime-cuda")
 GRAPH = "model.onnx"  # what Triton's onnxruntime backend opens

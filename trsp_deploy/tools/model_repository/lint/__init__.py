@@ -1,0 +1,164 @@
+"""What is wrong with a Triton model repository, ours or not, that the server would say only at load, or never.
+
+    for finding in lint(Path("model_repository")): print(finding)
+
+Of each model: its versions and backend (here), its config by itself (`config_alone`), and the config beside the file
+that it serves: an ONNX graph (`graph`), a TensorRT plan (`plan`), an engine of ours (`own_engine`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from trsp_deploy.errors import RunError, nearest
+from trsp_deploy.tools.model_repository.config import parse_config
+from trsp_deploy.tools.model_repository.lint import config_alone
+from trsp_deploy.tools.model_repository.lint.finding import Finding, Say
+from trsp_deploy.tools.model_repository.lint.graph import against_graph
+from trsp_deploy.tools.model_repository.lint.own_engine import against_manifest
+from trsp_deploy.tools.model_repository.lint.plan import against_plan
+
+CONFIG = "config.pbtxt"
+# The file that each backend opens where the config names no other; a python model without it hangs the server for good.
+# In the order in which the server looks for them where the config names no backend (AutoCompleteBackendFields in
+# triton-inference-server/core).
+DEFAULT_FILES = {
+    "tensorrt": "model.plan",
+    "onnxruntime": "model.onnx",
+    "openvino": "model.xml",
+    "pytorch": "model.pt",
+    "python": "model.py",
+}
+COMPLETED = ("model.onnx", "model.plan")  # of which the server can make up a config itself
+PLATFORMS = {
+    "tensorrt_plan": "tensorrt",
+    "onnxruntime_onnx": "onnxruntime",
+    "pytorch_libtorch": "pytorch",
+    "libtorch": "pytorch",
+    "torch_aoti": "pytorch",
+    "tensorflow_graphdef": "tensorflow",
+    "tensorflow_savedmodel": "tensorflow",
+    "ensemble": "ensemble",
+}
+PLATFORM_FILES = {"torch_aoti": "model.pt2"}  # where a backend opens another file for it
+# Backends that some container of Triton's has; another one has to lie somewhere as libtriton_<name>.so.
+BACKENDS = (*DEFAULT_FILES, "tensorflow", "dali", "fil", "vllm", "tensorrtllm", "identity", "repeat", "square")
+
+
+def lint(repository: Path) -> list[Finding]:
+    """Every finding of a repository; raises RunError when the folder is none."""
+    if not repository.is_dir():
+        raise RunError(f"{repository}: no such folder")
+    folders = sorted(path for path in repository.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not folders:
+        raise RunError(f"{repository}: holds no model (a model is a folder with {CONFIG} and numbered versions)")
+    names = {folder.name for folder in folders}
+    return [finding for folder in folders for finding in _lint_model(folder, names)]
+
+
+def _lint_model(folder: Path, names: set[str]) -> Iterator[Finding]:
+    """names: of the repository's models."""
+
+    def error(message: str) -> Finding:
+        return Finding(severity="error", model=folder.name, message=message)
+
+    def warning(message: str) -> Finding:
+        return Finding(severity="warning", model=folder.name, message=message)
+
+    path = folder / CONFIG
+    if not path.is_file():
+        completed = any((version / file).exists() for version in _numbered(folder) for file in COMPLETED)
+        if completed:
+            yield warning(f"{CONFIG} is missing: the server makes one up, unless it is told not to")
+        else:
+            yield error(f"{CONFIG} is missing")
+        return
+    try:
+        config = parse_config(path.read_text(encoding="utf-8"), CONFIG)
+    except RunError as problem:
+        yield error(str(problem))
+        return
+    except UnicodeDecodeError:
+        yield error(f"{CONFIG} is not UTF-8 text")
+        return
+    if config.name and config.name != folder.name:
+        yield error(f"the config's name is '{config.name}', and the folder's is '{folder.name}'")
+    versions = _numbered(folder)
+    yield from _versions(config, versions, error)
+    yield from config_alone.batching(config, error, warning)
+    yield from config_alone.states(config, error, warning)
+    yield from config_alone.instances(config, (folder / "configs" / "cpu.pbtxt").is_file(), warning)
+    yield from config_alone.warmup(config, folder, error, warning)
+    yield from config_alone.tokenizer(config, error, warning)
+    for step in config.ensemble_scheduling.step:
+        if step.model_name not in names:
+            yield error(f"a step of the ensemble is model '{step.model_name}', which is not here")
+    backend = _backend(config, versions)
+    yield from _known(config, backend, folder, error, warning)
+    if backend == "onnxruntime":
+        yield from config_alone.onnxruntime(config, error, warning)
+    for version in _served(config, versions):
+        yield from _files(config, backend, version, error, warning)
+        yield from against_manifest(version, error)
+
+
+def _numbered(folder: Path) -> list[Path]:
+    return [each for each in folder.iterdir() if each.is_dir() and each.name.isdecimal() and each.name != "0"]
+
+
+def _versions(config: Any, versions: list[Path], error: Say) -> Iterator[Finding]:
+    if not versions:
+        yield error("has no version: a folder with a number above 0, such as 1")
+    numbers = {int(version.name) for version in versions}
+    for wanted in config.version_policy.specific.versions:
+        if wanted not in numbers:
+            yield error(f"version_policy wants version {wanted}, and there is {sorted(numbers) or 'none'}")
+
+
+def _backend(config: Any, versions: list[Path]) -> str:
+    """The backend's name, found as the server finds it; empty where it would not know."""
+    if config.backend or config.platform:
+        return str(config.backend or PLATFORMS.get(config.platform, ""))
+    first = min(versions, key=lambda version: version.name, default=None)  # by its text, as the server sorts them
+    there = {path.name for path in first.iterdir()} if first is not None else set()
+    files = {config.default_model_filename} if config.default_model_filename else there
+    return next((backend for backend, file in DEFAULT_FILES.items() if file in files), "")
+
+
+def _known(config: Any, backend: str, folder: Path, error: Say, warning: Say) -> Iterator[Finding]:
+    """Whether the server would find the backend. A model without any word of it may be called model.<backend>."""
+    if not backend and config.platform:
+        yield error(f"platform '{config.platform}' is none of Triton's{nearest(config.platform, PLATFORMS)}")
+    elif not backend and (config.default_model_filename or "." not in folder.name):
+        yield error("has neither backend nor platform, and no file that tells")
+    elif config.backend and backend not in BACKENDS and not any(folder.rglob(f"libtriton_{backend}.so")):
+        hint = nearest(backend, BACKENDS)
+        yield warning(f"backend '{backend}' is none of Triton's own: the server needs libtriton_{backend}.so{hint}")
+
+
+def _served(config: Any, versions: list[Path]) -> list[Path]:
+    """Of the versions those that the server loads: the latest one where the config does not say."""
+    policy = config.version_policy
+    if policy.HasField("all"):
+        return versions
+    if policy.HasField("specific"):
+        return [version for version in versions if int(version.name) in policy.specific.versions]
+    return sorted(versions, key=lambda version: int(version.name))[-(policy.latest.num_versions or 1) :]
+
+
+def _files(config: Any, backend: str, version: Path, error: Say, warning: Say) -> Iterator[Finding]:
+    default = PLATFORM_FILES.get(config.platform, DEFAULT_FILES.get(backend))
+    file = config.default_model_filename or default
+    if file is None or config.runtime:  # a backend written in Python has files of its own
+        return
+    path = version / file
+    if not path.exists():
+        hangs = ", and the server would wait for it for good" if backend == "python" else ""
+        yield error(f"{version.name}/{file} is missing{hangs}")
+    elif backend == "onnxruntime":
+        # A model of several files may be a folder of that name.
+        yield from against_graph(config, path / file if path.is_dir() else path, error)
+    elif backend == "tensorrt":
+        yield from against_plan(config, path, error, warning)

@@ -1,0 +1,35 @@
+"""What a linter says of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from trsp_deploy.recipe import Strict
+
+
+class Finding(Strict):
+    """One thing that is wrong, or that may be."""
+
+    severity: Literal["error", "warning"]
+    model: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.severity}: {self.model}: {self.message}"
+
+
+Say = Callable[[str], Finding]
+
+
+def type_name(tensor: Any) -> str:
+    """The data type of an input, output or state of a config, such as TYPE_FP32."""
+    name: str = tensor.DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_number[tensor.data_type].name
+    return name
+
+
+def dims_with_batch(config: Any, tensor: Any) -> list[int]:
+    """The dimensions that a backend hands on of an input, output or state of a config: the batch is the first."""
+    reshaped = "reshape" in tensor.DESCRIPTOR.fields_by_name and tensor.HasField("reshape")
+    dims = list(tensor.reshape.shape if reshaped else tensor.dims)
+    return [-1, *dims] if config.max_batch_size else dims
