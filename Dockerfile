@@ -10,11 +10,12 @@ ARG TENSORRT=nvcr.io/nvidia/tensorrt:25.10-py3
 FROM python:3.12-slim AS wheel
 WORKDIR /source
 COPY . .
-RUN pip install --no-cache-dir build && python -m build --wheel --outdir /wheel
+RUN pip install --no-cache-dir "build>=1.2,<2" && python -m build --wheel --outdir /wheel
 
 FROM ${TENSORRT}
 # The image's own Python packages (TensorRT among them) stay visible; ours go into an environment above them.
 COPY --from=wheel /wheel /wheel
+RUN apt-get update && apt-get install -y --no-install-recommends python3-venv && rm -rf /var/lib/apt/lists/*
 RUN python3 -m venv --system-site-packages /opt/trsp \
     && /opt/trsp/bin/pip install --no-cache-dir "$(ls /wheel/*.whl)[optimum,gpu]" \
     && ln -s /opt/trsp/bin/trsp-deploy /usr/local/bin/trsp-deploy \

@@ -261,7 +261,7 @@ def remark(tests: list[Tried]) -> str:
     said = []
     places = {tried.noted["place"] for tried in tests if "place" in tried.noted}
     if places:
-        said.append(f"{len(places)} places")
+        said.append(f"{len(places)} place{'s' * (len(places) > 1)}")
     finished, redone, seconds, refused = (numbers(tests, name) for name in ("finished", "redone", "seconds", "refused"))
     if finished:
         said.append(f"{sum(finished):g} finished steps" + (f", {sum(redone):g} done again" if redone else ""))

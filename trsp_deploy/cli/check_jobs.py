@@ -198,7 +198,7 @@ def check(
     sets: Sets = None,
     as_json: Json = False,
 ) -> None:
-    """The regression check for CI: exit code 0 pass, 2 fail, 3 inconclusive, 1 error."""
+    """The regression check for CI: exit code 0 pass, 2 fail, 3 inconclusive, 4 parity, 1 error."""
     output = Output(as_json)
     with _errors_told(junit, output):
         if out is not None and junit is not None and out.resolve() == junit.resolve():

@@ -23,7 +23,9 @@ TopP = Annotated[
 Seed = Annotated[int, typer.Option("--seed", help="Seed of sampling.", min=0)]
 TokenizerFolder = Annotated[
     Path | None,
-    typer.Option("--tokenizer", help="Folder of the tokenizer; the run's own when the engine is in a run."),
+    typer.Option(
+        "--tokenizer", help="Folder of the tokenizer; the run's own when the engine is in a run.", metavar="DIR"
+    ),
 ]
 
 

@@ -58,7 +58,9 @@ BuildText = Annotated[
 BuildTokenizer = Annotated[
     Path | None,
     typer.Option(
-        "--tokenizer", help="With --calibration: folder of the tokenizer, where it is not beside the ONNX file."
+        "--tokenizer",
+        help="With --calibration: folder of the tokenizer, where it is not beside the ONNX file.",
+        metavar="DIR",
     ),
 ]
 
