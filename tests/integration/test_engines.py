@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +18,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 from tests.breadth import by_default
 from trsp_deploy.errors import EngineUnavailable, RunError
 from trsp_deploy.recipe import EngineSpec
-from trsp_deploy.stages.build import build_engine, onnx_sha256, source_files
+from trsp_deploy.stages.build import build_engine, finished
 from trsp_deploy.tools import runners
 from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.quiet import quiet_libraries
-from trsp_deploy.tools.runners import EngineManifest, Runner, open_engine, ort_session, read_manifest
+from trsp_deploy.tools.runners import EngineManifest, Runner, open_engine, ort_build, ort_session, read_manifest
+from trsp_deploy.tools.runners.graph_files import onnx_sha256, source_files
 from trsp_deploy.tools.runners.manifest import Bound
 from trsp_deploy.tools.runners.ort import OrtRunner
 from trsp_deploy.tools.runners.requirements import cuda_devices
@@ -198,6 +201,38 @@ def test_manifest_says_what_was_built(cpu_engines: dict[str, Path], export: Expo
     assert manifest.outputs["logits"][1][-1] == VOCABULARY
     assert manifest.build_s > 0
     assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "model.onnx", "model.onnx.data"]
+
+
+def test_an_engine_is_of_the_config_beside_its_graph(export: Export, tmp_path: Path) -> None:
+    """It says how long a text may be, on which passes rely."""
+    shutil.copytree(export("llama", "fp32").parent, tmp_path / "onnx")
+    graph, spec = tmp_path / "onnx" / "model.onnx", load_engine_spec("ort-cpu-fp32")
+    build_engine(graph, spec, tmp_path / "engine")
+    assert finished(graph, spec, tmp_path / "engine") is not None
+    config = json.loads(graph.with_name("config.json").read_text())
+    graph.with_name("config.json").write_text(json.dumps({**config, "max_position_embeddings": 99}))
+    assert finished(graph, spec, tmp_path / "engine") is None
+    with pytest.raises(EngineUnavailable, match=r"config.json has SHA-256 .* by now"):
+        open_engine(tmp_path / "engine")
+
+
+def test_a_cuda_engine_holds_its_weights_whatever_their_file_is_called(
+    export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The session is a CPU's, for what is copied is the same."""
+    import onnx
+
+    def on_a_cpu(graph: Path, backend: str, threads: int | None, save_to: Path | None = None) -> Any:
+        return ort_session.create_session(graph, "onnxruntime-cpu", threads, save_to=save_to)
+
+    monkeypatch.setattr(ort_build, "create_session", on_a_cpu)
+    source, engine = tmp_path / "decoder.onnx", tmp_path / "engine"
+    onnx.save(onnx.load(export("opt", "fp32")), source, save_as_external_data=True, location="weights.bin")
+    (tmp_path / "decoder.onnx.bak").write_text("of no use")
+    engine.mkdir()
+    spec = EngineSpec(name="e", description="", backend="onnxruntime-cuda", precision="fp32", fuse=False)
+    built = ort_build.build_cuda(source, spec, engine, None)
+    assert built.files == ("decoder.onnx", "weights.bin") == tuple(sorted(path.name for path in engine.iterdir()))
 
 
 def test_external_weights_are_followed(export: Export, checkpoints: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from tests.planted import SECRETS, check_no_secret
 from tests.tiny import english, save_tiny
 from trsp_deploy import cli
 from trsp_deploy.artifacts import RunFolder, size_bytes
+from trsp_deploy.errors import RecipeError
 from trsp_deploy.pipeline import Pipeline
 from trsp_deploy.pipeline.runs import load_recipe
 from trsp_deploy.recipe import read_recipe
@@ -315,6 +316,24 @@ def test_what_other_settings_leave_to_do(workspace, report, changes, stages):
     run = workspace / "run"
     recipe = read_recipe({**load_recipe(run), "engines": ["ort-cpu-fp32"], **changes}, "test")
     assert Pipeline(RunFolder(run), recipe, place=workspace).unfinished() == stages
+
+
+def test_an_engines_perplexity_is_of_the_tokenizer_too(workspace, report):
+    """An export need not hold it, and then the same engine would go on with what other tokens gave."""
+    run = RunFolder(workspace / "run")
+    (dense,) = run.record("dense").outputs.values()
+    for role in ("dense", "pruned"):
+        assert run.record(f"evaluate-ort-cpu-fp32-manual-{role}").inputs["tokenizer"] == dense
+
+
+def test_texts_whose_steps_would_have_one_name_are_refused(workspace, report):
+    run = workspace / "run"
+    texts = {"manual": "test.txt", "ort-cpu-fp32-manual": "test.txt"}
+    recipe = read_recipe({**load_recipe(run), "engines": ["ort-cpu-fp32"], "evaluation": texts}, "test")
+    with pytest.raises(
+        RecipeError, match="evaluation 'ort-cpu-fp32-manual': is what engine ort-cpu-fp32 on text 'manual'"
+    ):
+        Pipeline(RunFolder(run), recipe, place=workspace)
 
 
 def test_a_plan_that_was_edited_or_handed_in_leaves_the_transfer_to_do(workspace, report, tmp_path):

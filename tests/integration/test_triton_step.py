@@ -188,6 +188,18 @@ def test_a_later_call_without_steps_keeps_what_the_readme_says_of_them(
 
 
 @needs_schema
+def test_a_later_call_of_the_same_name_without_steps_leaves_none_of_other_weights(
+    repository: Path, run: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(repository, tmp_path / "repository"))
+    done = trsp_deploy("triton", "run", "--out", str(copy), "--name", "pruned", "--max-length", "64", cwd=run.parent)
+    assert done.code == 0, done.said
+    names = [model["name"] for model in json.loads((copy / "MANIFEST.json").read_text())["models"]]
+    assert names == ["pruned", "pruned-dense", "pruned-dense_step"] and not (copy / "pruned_step").exists()
+    assert trsp_deploy("verify", str(copy), cwd=tmp_path).code == 0
+
+
+@needs_schema
 def test_an_engine_may_be_in_several_repositories(repository: Path, run: Path, tmp_path: Path) -> None:
     weights = run / "engines" / ENGINE / "pruned" / "model.onnx.data"
     assert weights.stat().st_nlink > 1

@@ -127,6 +127,19 @@ def test_an_engine_answers_as_the_model_does(own_items: None, exported: Made, tm
 
 
 @needs_lm_eval
+def test_an_engine_answers_in_batches_as_large_as_it_takes(own_items: None, exported: Made, tmp_path: Path) -> None:
+    """Items have unlike lengths: in a batch there is padding, which this runner refuses."""
+    made = exported("llama")
+    folder = Path(shutil.copytree(made / "model", tmp_path / "model"))
+    tiny_tokenizer().save_pretrained(folder)
+    answers = []
+    for padding in (True, False):
+        with OrtRunner(onnx_of(made), padding=padding) as runner:
+            answers.append(evaluate_zero_shot_engine(runner, folder, ("piqa",), None, "dense").tasks[0].correct)
+    assert answers[0] == answers[1]
+
+
+@needs_lm_eval
 def test_an_item_that_is_too_long_loses_its_beginning_in_an_engine_too(
     own_items: None, exported: Made, tmp_path: Path
 ) -> None:

@@ -103,6 +103,20 @@ def test_settings_that_do_not_go_together(backend: Backend, settings: dict[str, 
         read_engine_spec(values, "e.yaml")
 
 
+def test_a_prompt_may_be_as_long_as_profiles_read_one_text_into_an_empty_cache() -> None:
+    one, many = {"min": 1, "opt": 1, "max": 1}, {"min": 8, "opt": 8, "max": 8}
+    short, long = {"min": 1, "opt": 128, "max": 256}, {"min": 1, "opt": 512, "max": 2048}
+    empty, filled = {"min": 0, "opt": 256, "max": 4095}, {"min": 16, "opt": 256, "max": 4095}
+    profiles = [
+        {"batch": one, "sequence": short, "past": empty},
+        {"batch": many, "sequence": long, "past": empty},
+        {"batch": one, "sequence": long, "past": filled},
+    ]
+    values = {**spec("tensorrt").model_dump(), "profiles": profiles}
+    assert read_engine_spec(values, "e.yaml").longest_prompt == 256
+    assert read_engine_spec({**values, "profiles": profiles[1:2]}, "e.yaml").longest_prompt == 2048
+
+
 def test_spec_fingerprint_follows_the_spec() -> None:
     assert spec_sha256(spec("tensorrt")) == spec_sha256(spec("tensorrt"))
     assert spec_sha256(spec("tensorrt")) != spec_sha256(spec("tensorrt", workspace_gib=2.0))

@@ -59,15 +59,14 @@ def generate(
     from trsp_deploy.tools.runners.inspection import tokenizer_folder
 
     runner = open_engine(engine)  # refuses an engine that is not the one that was built, before anything slow
-    from trsp_deploy.decoder import load_tokenizer
+    from trsp_deploy.decoder import end_tokens, load_tokenizer
     from trsp_deploy.tools.quiet import quiet_libraries
-    from trsp_deploy.tools.runners.generation import Sampling, end_tokens
+    from trsp_deploy.tools.runners.generation import Sampling
     from trsp_deploy.tools.runners.generation import generate as continued
 
     folder = tokenizer or tokenizer_folder(engine)
     with quiet_libraries():
-        words = load_tokenizer(folder)
-    end = end_tokens(folder) or (() if words.eos_token_id is None else (int(words.eos_token_id),))
+        words, end = load_tokenizer(folder), end_tokens(folder)
     sampling = Sampling(
         max_new_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, end=end
     )

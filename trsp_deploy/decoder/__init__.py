@@ -5,6 +5,7 @@ architecture needs no entry here. In exchange `removal` checks what it made.
 """
 
 from trsp_deploy.decoder.config import cut_config
+from trsp_deploy.decoder.endings import end_tokens
 from trsp_deploy.decoder.forwards import forward_replaced
 from trsp_deploy.decoder.layers import (
     body,
@@ -52,6 +53,7 @@ __all__ = [
     "cut_config",
     "decoder_layers",
     "decoder_size",
+    "end_tokens",
     "fixed_ends",
     "forward_replaced",
     "graph_positions",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from trsp_deploy.artifacts import Finished, provenance
-from trsp_deploy.errors import EngineUnavailable
+from trsp_deploy.errors import EngineUnavailable, RecipeError
 from trsp_deploy.pipeline.engines import Engines
 from trsp_deploy.pipeline.inputs import Inputs
 from trsp_deploy.pipeline.pruning import Pruning
@@ -41,6 +41,16 @@ class Proof:
         self.run = inputs.run
         self.recipe = inputs.recipe
         self.failed: dict[str, str] = {}  # engine that was to run here -> what it does not do, and why
+        self._check_names()
+
+    def _check_names(self) -> None:
+        """Raise RecipeError where the step of one text would have the name of an engine's step on another."""
+        texts = self.recipe.evaluation
+        for spec, text in itertools.product(self.engines.specs, texts):
+            if (both := f"{spec.name}-{text}") in texts:
+                raise RecipeError(
+                    f"evaluation '{both}': is what engine {spec.name} on text '{text}' is called; give it another name"
+                )
 
     @functools.cache
     def check_onnx(self) -> tuple[Parity, ...]:
@@ -181,11 +191,19 @@ class Proof:
         found.ask(
             f"evaluate-{spec.name}-{name}-{role}",
             lambda: self._text_settings,
-            lambda: {"engine": engine, "text": self.inputs.evaluation_texts(name).fingerprint},
+            lambda: {
+                "engine": engine,
+                "text": self.inputs.evaluation_texts(name).fingerprint,
+                "tokenizer": found.left.get("dense"),
+            },
         )
 
     def _ask_zero_shot(self, found: Finished, spec: EngineSpec, role: Role, engine: str | None) -> None:
-        found.ask(f"zero-shot-{spec.name}-{role}", lambda: self._task_settings, lambda: {"engine": engine})
+        found.ask(
+            f"zero-shot-{spec.name}-{role}",
+            lambda: self._task_settings,
+            lambda: {"engine": engine, "tokenizer": found.left.get(MODEL_STEPS[role])},
+        )
 
     def _of_each(self, lack: str, measure: Callable[[EngineSpec], Measured]) -> dict[str, Measured]:
         """A measurement of every engine that runs here; one that fails at it leaves the others theirs.
@@ -298,7 +316,8 @@ class Proof:
             work,
             Perplexity,
             settings=self._text_settings,
-            inputs={"engine": folder, "text": texts.fingerprint},
+            # An export need not hold the tokenizer, so that the same engine may read a text as other tokens.
+            inputs={"engine": folder, "text": texts.fingerprint, "tokenizer": self.pruning.ready("dense")},
         )
 
     def _engine_zero_shot(self, spec: EngineSpec, role: Role) -> ZeroShot:
@@ -315,7 +334,7 @@ class Proof:
             work,
             ZeroShot,
             settings=self._task_settings,
-            inputs={"engine": folder},
+            inputs={"engine": folder, "tokenizer": self.pruning.ready(role)},
         )
 
     @property

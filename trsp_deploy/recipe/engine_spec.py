@@ -77,8 +77,9 @@ class EngineSpec(Strict):
 
     @property
     def longest_prompt(self) -> int | None:
-        """Tokens that can be read in one call; None where the engine sets no limit of its own."""
-        limits = [max((each.sequence.max for each in self.profiles), default=None), self.longest_text]
+        """Tokens of one text that can be read in one call; None where the engine sets no limit of its own."""
+        of_one = [each for each in self.profiles if each.batch.min <= 1 and (each.past is None or each.past.min == 0)]
+        limits = [max((each.sequence.max for each in of_one or self.profiles), default=None), self.longest_text]
         return min((limit for limit in limits if limit is not None), default=None)
 
     @property

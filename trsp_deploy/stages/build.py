@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,8 +17,9 @@ from trsp_deploy.errors import EngineUnavailable, RunError
 from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.tools.runners import BACKENDS, EngineManifest, bound_to, check_can_build
 from trsp_deploy.tools.runners.calibration import INT4_TEXTS, READ_TOKENS
+from trsp_deploy.tools.runners.graph_files import onnx_sha256, source_files
 from trsp_deploy.tools.runners.inspection import trtexec
-from trsp_deploy.tools.runners.manifest import ReadText, SourceFile, check_manifest, read_manifest, spec_sha256
+from trsp_deploy.tools.runners.manifest import ReadText, check_manifest, read_manifest, spec_sha256
 from trsp_deploy.tools.runners.passes import VERSION as PASSES
 from trsp_deploy.tools.runners.requirements import package_version, release_torch_memory
 from trsp_deploy.tools.runners.trt_log import BUILD_LOG
@@ -79,9 +80,9 @@ def build_engine(
             file=built.file,
             files={name: fingerprint(partial / name) for name in built.files},
             beside={
-                file.name: fingerprint(file)
-                for file in files_below(partial)
-                if file.name not in (*built.files, BUILD_LOG)
+                name: fingerprint(partial / name)
+                for name in (file.relative_to(partial).as_posix() for file in files_below(partial))
+                if name not in (*built.files, BUILD_LOG)
             },
             size_bytes=sum((partial / name).stat().st_size for name in built.files),
             build_s=time.perf_counter() - began,
@@ -144,46 +145,6 @@ def read_calibration(texts: str, tokenizer: Path) -> np.ndarray:
     windows = tokenize_windows(load_texts(texts, "calibration"), load_tokenizer(tokenizer), READ_TOKENS, INT4_TEXTS)
     tokens: np.ndarray = windows.numpy()
     return tokens
-
-
-def source_files(onnx: Path) -> dict[str, SourceFile]:
-    """An ONNX file and the files that its weights lie in, whatever they are called, as paths from its folder.
-
-    A file that cannot be read as ONNX is by itself, and a missing file of weights counts as none: whoever builds from
-    it says so.
-    """
-    found = {}
-    for name in sorted({onnx.name, *_external_data(onnx)}):
-        path = onnx.parent / name
-        if path.is_file():
-            stat = path.stat()
-            found[name] = SourceFile(size_bytes=stat.st_size, mtime_ns=stat.st_mtime_ns, sha256=fingerprint(path))
-    return found
-
-
-def onnx_sha256(files: Mapping[str, SourceFile]) -> str:
-    """SHA-256 over the names and contents of a graph's files."""
-    return hashlib.sha256("".join(f"{name} {file.sha256}\n" for name, file in files.items()).encode()).hexdigest()
-
-
-def _external_data(path: Path) -> set[str]:
-    """Files, as paths from the graph's folder, that its tensors name."""
-    import onnx
-    from google.protobuf.message import DecodeError
-    from onnx.external_data_helper import ExternalDataInfo, uses_external_data
-
-    def tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-        yield from graph.initializer
-        for attribute in (attribute for node in graph.node for attribute in node.attribute):
-            yield from (attribute.t, *attribute.tensors)
-            for inner in (attribute.g, *attribute.graphs):
-                yield from tensors(inner)
-
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except DecodeError:
-        return set()
-    return {ExternalDataInfo(tensor).location for tensor in tensors(model.graph) if uses_external_data(tensor)}
 
 
 @contextmanager

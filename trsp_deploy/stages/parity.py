@@ -21,7 +21,7 @@ import scipy.special
 import torch
 
 from trsp_deploy.decoder import load_widened
-from trsp_deploy.errors import ParityError
+from trsp_deploy.errors import EngineUnavailable, ParityError
 from trsp_deploy.recipe import Precision
 from trsp_deploy.results import Parity, Perplexity, PerplexityParity, Role
 from trsp_deploy.tools.runners import Runner
@@ -93,10 +93,7 @@ def _takes_positions(model: torch.nn.Module) -> bool:
 
 def check_parity(reference: Reference, runner: Runner, subject: str, role: Role, precision: Precision) -> Parity:
     """Feed the reference's tokens through an entered runner and compare; raises ParityError beyond the tolerance."""
-    parts = [runner.prefill(reference.input_ids, reference.attention_mask)]
-    for step in range(reference.tokens.shape[1]):
-        parts.append(runner.decode(reference.tokens[:, step : step + 1]))
-    logits = np.concatenate(parts, axis=1)  # (batch, prompt + new, vocabulary)
+    logits = _logits(reference, runner)
     result = compare(reference, logits, subject, role, precision)
     if not np.isfinite(result.max_error):
         half = "" if precision in ("fp32", "bf16") else ": activations beyond fp16's 65504 do that; take precision fp32"
@@ -109,6 +106,31 @@ def check_parity(reference: Reference, runner: Runner, subject: str, role: Role,
             f"equal, perplexity {result.ppl_ratio:.4f} times PyTorch's{bound}; nothing made from it can be trusted"
         )
     return result
+
+
+def _logits(reference: Reference, runner: Runner) -> np.ndarray:
+    """The engine's logits for the reference's tokens, (batch, prompt + new, vocabulary).
+
+    An engine for one text at a time, or for texts without padding, reads the prompts one after the other, as it will
+    read users' texts; what stands for padding is 0 then.
+    """
+    try:
+        return _fed(runner, reference.input_ids, reference.attention_mask, reference.tokens)
+    except EngineUnavailable:  # before anything ran
+        logits = np.zeros_like(reference.logits)
+        for row, mask in enumerate(reference.attention_mask):
+            prompt = reference.input_ids[row : row + 1, mask == 1]
+            found = _fed(runner, prompt, np.ones_like(prompt), reference.tokens[row : row + 1])
+            logits[row, -found.shape[1] :] = found[0]
+        return logits
+
+
+def _fed(runner: Runner, input_ids: np.ndarray, attention_mask: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Logits (batch, prompt + new, vocabulary) of prompts and of what is given as following them."""
+    parts = [runner.prefill(input_ids, attention_mask)]
+    for step in range(tokens.shape[1]):
+        parts.append(runner.decode(tokens[:, step : step + 1]))
+    return np.concatenate(parts, axis=1)
 
 
 def compare(reference: Reference, logits: np.ndarray, subject: str, role: Role, precision: Precision) -> Parity:

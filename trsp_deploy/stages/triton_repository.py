@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import onnx
 
 from trsp_deploy.artifacts import MANIFEST, files_below, fingerprint, link_tree, provenance, write_json, writing
-from trsp_deploy.decoder import max_positions
+from trsp_deploy.decoder import end_tokens, max_positions
 from trsp_deploy.errors import EngineUnavailable, ModelError, RunError
 from trsp_deploy.recipe import LONGEST_NAME
 from trsp_deploy.results import Role
@@ -21,7 +22,6 @@ from trsp_deploy.tools.model_repository.readme import CONTAINER, dockerfile, rea
 from trsp_deploy.tools.model_repository.step_model import check_can_step, write_step_model
 from trsp_deploy.tools.model_repository.vendor import model_file, vendor
 from trsp_deploy.tools.runners import device_of, open_engine, read_manifest
-from trsp_deploy.tools.runners.generation import end_tokens
 from trsp_deploy.tools.runners.manifest import EngineManifest, check_files
 from trsp_deploy.tools.runners.ort import OrtRunner
 from trsp_deploy.tools.runners.rotation import engine_rotations
@@ -48,7 +48,7 @@ def write_repository(
 
     engines: engine folders. model_folder: has the tokenizer. names: of the models in the repository.
     max_length: tokens of one text; None is as many as model and engines take.
-    step: the bare engines too, as `<name>_step`.
+    step: the bare engines too, as `<name>_step`; without it such a model of an earlier call is removed.
     Raises RunError for a name that Triton does not take, an engine that cannot be served so, or too long texts.
     """
     for file in (README, DOCKERFILE):
@@ -62,13 +62,15 @@ def write_repository(
     if max_length is not None and max_length > longest:
         raise RunError(f"--max-length {max_length}: the model and its engines take {longest} tokens")
     max_length = max_length or longest
-    written = {*names.values(), *(f"{name}_step" for name in names.values() if step)}
+    named = [names[role] for role in engines]
+    written = {*named, *(f"{name}_step" for name in named if step)}
     for name in sorted(written, key=len):
         if NAME.fullmatch(name) is None:
             raise RunError(f"--name '{name}': letters, digits, dots, dashes and underscores, a letter or digit first")
         if len(name) > LONGEST_NAME:
             raise RunError(f"--name: a model would be '{name}', of {len(name)} characters; at most {LONGEST_NAME}")
-    others = _others(out, written)
+    outdated = _outdated_steps(out, {f"{name}_step" for name in named} - written)
+    others = _others(out, written | outdated)
     needed = {names[role]: _packages(read_manifest(engine)) for role, engine in engines.items()}
     packages = _together(out, needed | {model.name: model.packages for model in others})
     models = []
@@ -77,6 +79,8 @@ def write_repository(
         models.append(_write_model(engine, role, model_folder, name, out, max_batch, max_length))
         if step:
             models.append(_write_step(engine, role, f"{name}_step", out, max_batch, max_length))
+    for name in outdated:
+        shutil.rmtree(out / name)
     every = (*models, *others)
     manifest = RepositoryManifest(
         models=every,
@@ -127,6 +131,11 @@ def _others(out: Path, written: set[str]) -> list[ServedModel]:
     if not (out / MANIFEST).is_file():
         return []
     return [model for model in read_repository(out).models if model.name not in written and (out / model.name).is_dir()]
+
+
+def _outdated_steps(out: Path, names: set[str]) -> set[str]:
+    """Of these names the step models of an earlier call: they would answer with other weights than their namesakes."""
+    return {model.name for model in _others(out, set()) if model.serves == "steps" and model.name in names}
 
 
 def _longest_text(engines: dict[Role, Path], model_folder: Path) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 from lm_eval.api.model import TemplateLM
 from scipy.special import log_softmax
 
-from trsp_deploy.errors import UserError
+from trsp_deploy.errors import EngineUnavailable, UserError
 from trsp_deploy.tools.runners.base import Runner
 from trsp_deploy.tools.runners.generation import left_padded
 
@@ -52,7 +52,13 @@ class EngineLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         # An item that is longer loses its beginning, as it does where lm-eval asks transformers.
         texts = [(context + continuation)[:-1][-self._longest :] for _, context, continuation in requests]
         input_ids, mask = left_padded(texts)
-        logits = self._runner.prefill(input_ids, mask)  # (batch, sequence, vocabulary)
+        try:
+            logits = self._runner.prefill(input_ids, mask)  # (batch, sequence, vocabulary)
+        except EngineUnavailable:  # before anything ran: profiles of fewer texts, or a graph that takes no padding
+            if len(requests) == 1:
+                raise
+            half = len(requests) // 2
+            return self._batch(requests[:half]) + self._batch(requests[half:])
         return [self._score(logits[row], continuation) for row, (_, _, continuation) in enumerate(requests)]
 
     def _score(self, logits: np.ndarray, continuation: list[int]) -> tuple[float, bool]:

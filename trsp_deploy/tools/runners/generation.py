@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field
 
-from trsp_deploy.errors import EngineUnavailable, ModelError, RecipeError
-from trsp_deploy.reading import read_json
+from trsp_deploy.errors import EngineUnavailable, RecipeError
 from trsp_deploy.recipe import Count, NonNegative, Strict
 from trsp_deploy.tools.runners.base import Runner
 
@@ -40,17 +38,6 @@ class Continued:
 
     tokens: list[int]  # new ones, without the one that ended it
     finish: Literal["stop", "length"]  # ended by one of `Sampling.end`, or by the tokens that were wanted or have room
-
-
-def end_tokens(model_folder: Path) -> tuple[int, ...]:
-    """Tokens that end a text: of the generation config where there is one, else of the model's."""
-    for file in ("generation_config.json", "config.json"):
-        path = model_folder / file
-        if path.is_file():
-            found = read_json(path, ModelError).get("eos_token_id")
-            if found is not None:
-                return (found,) if isinstance(found, int) else tuple(found)
-    return ()
 
 
 def generate(runner: Runner, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Continued]:

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
+from trsp_deploy.artifacts import files_below
 from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.tools.graphs import decoder_io
 from trsp_deploy.tools.graphs.fp16_range import HalfRange
 from trsp_deploy.tools.runners.calibration import longest_text, max_positions, read_text
+from trsp_deploy.tools.runners.graph_files import graph_files
 from trsp_deploy.tools.runners.half_range import within_range
 from trsp_deploy.tools.runners.manifest import BuiltEngine, PassOutcome, kept_products
 from trsp_deploy.tools.runners.ort_session import bindings_of, create_session
@@ -36,7 +38,7 @@ def build_cpu(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.ndarra
 
 
 def build_cuda(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.ndarray | None) -> BuiltEngine:
-    """Run the passes and put the graph into `folder` after a session on the GPU has accepted it.
+    """Run the passes and put the graph into `folder`, where a session on the GPU has to accept it.
 
     ONNX Runtime optimises it when it is opened: a graph saved from a CUDA session carries that session's placement and
     its copies between host and device, which only the same ONNX Runtime on the same hardware may read.
@@ -45,9 +47,10 @@ def build_cuda(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.ndarr
         source, found = within_range(onnx, spec, Path(scratch), calibration)
         padding = holds_padding(source, spec, Path(scratch))
         graph, passes = prepare(source, spec, Path(scratch), calibration)
-        bindings = _accepted(graph, spec)
-        for source in sorted(graph.parent.glob(f"{graph.name}*")):  # external data is found by its name
-            shutil.copy(source, folder / source.name)
+        for name in graph_files(graph):  # external data is found by its name
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(graph.parent / name, folder / name)
+    bindings = _accepted(folder / graph.name, spec)
     return _built(bindings, spec, onnx, folder / graph.name, passes, found, padding)
 
 
@@ -75,7 +78,7 @@ def _built(
     longest = longest_text(onnx)
     if longest is not None:
         decoder_io.write_longest(engine, longest)
-    files = tuple(sorted(path.name for path in engine.parent.iterdir()))
+    files = tuple(path.relative_to(engine.parent).as_posix() for path in files_below(engine.parent))
     return BuiltEngine(engine.name, files, inputs, outputs, passes, found, longest, padding)
 
 

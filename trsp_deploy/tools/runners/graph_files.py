@@ -1,0 +1,56 @@
+"""The files that an ONNX graph consists of, and what an engine is built from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from trsp_deploy.artifacts import fingerprint
+from trsp_deploy.tools.runners.manifest import SourceFile
+
+
+def source_files(onnx: Path) -> dict[str, SourceFile]:
+    """What an engine is built from: a graph's files, and the config.json beside it, which says how long texts may be.
+
+    A missing file counts as none: whoever builds from it says so.
+    """
+    found = {}
+    for name in sorted({*graph_files(onnx), "config.json"}):
+        path = onnx.parent / name
+        if path.is_file():
+            stat = path.stat()
+            found[name] = SourceFile(size_bytes=stat.st_size, mtime_ns=stat.st_mtime_ns, sha256=fingerprint(path))
+    return found
+
+
+def onnx_sha256(files: Mapping[str, SourceFile]) -> str:
+    """SHA-256 over the names and contents of a graph's files."""
+    return hashlib.sha256("".join(f"{name} {file.sha256}\n" for name, file in files.items()).encode()).hexdigest()
+
+
+def graph_files(onnx: Path) -> tuple[str, ...]:
+    """An ONNX file and the files that its weights lie in, whatever they are called, as paths from its folder.
+
+    A file that cannot be read as ONNX is by itself.
+    """
+    return tuple(sorted({onnx.name, *_external_data(onnx)}))
+
+
+def _external_data(path: Path) -> set[str]:
+    import onnx
+    from google.protobuf.message import DecodeError
+    from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+
+    def tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+        yield from graph.initializer
+        for attribute in (attribute for node in graph.node for attribute in node.attribute):
+            yield from (attribute.t, *attribute.tensors)
+            for inner in (attribute.g, *attribute.graphs):
+                yield from tensors(inner)
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except DecodeError:
+        return set()
+    return {ExternalDataInfo(tensor).location for tensor in tensors(model.graph) if uses_external_data(tensor)}
