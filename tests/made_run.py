@@ -17,8 +17,8 @@ SPEC = EngineSpec(name="ort-cpu-fp32", description="", backend="onnxruntime-cpu"
 OUTPUTS = {
     "dense": "dense",
     "prune": "pruned",
-    "export-dense-fp32": "onnx/dense",
-    "export-pruned-fp32": "onnx/pruned",
+    "export-dense-fp32": "onnx/dense-fp32",
+    "export-pruned-fp32": "onnx/pruned-fp32",
     "build-ort-cpu-fp32-dense": "engines/ort-cpu-fp32/dense",
     "build-ort-cpu-fp32-pruned": "engines/ort-cpu-fp32/pruned",
 }

@@ -24,8 +24,8 @@ ARTEFACTS = {
     "dense/model.safetensors": ("dense", "pruned/model.safetensors"),
     "pruned/model.safetensors": ("prune", "dense/model.safetensors"),
     "pruned/tokenizer.json": ("prune", "pruned/config.json"),
-    "onnx/dense/model.onnx": ("export-dense-fp32", "onnx/pruned/model.onnx"),
-    "onnx/pruned/model.onnx": ("export-pruned-fp32", "onnx/dense/model.onnx"),
+    "onnx/dense-fp32/model.onnx": ("export-dense-fp32", "onnx/pruned-fp32/model.onnx"),
+    "onnx/pruned-fp32/model.onnx": ("export-pruned-fp32", "onnx/dense-fp32/model.onnx"),
     f"{ENGINE}/dense/model.onnx": ("build-ort-cpu-fp32-dense", f"{ENGINE}/pruned/model.onnx"),
     f"{ENGINE}/pruned/model.onnx.data": ("build-ort-cpu-fp32-pruned", f"{ENGINE}/dense/model.onnx.data"),
     f"{ENGINE}/pruned/manifest.json": ("build-ort-cpu-fp32-pruned", f"{ENGINE}/dense/manifest.json"),
@@ -115,16 +115,16 @@ def test_a_manifest_is_what_verify_names(workspace, undisturbed, copied, record_
 def test_external_data_of_a_graph(workspace, undisturbed, copied, record_property, damage):
     """torch's exporter keeps weights beside the graph at every size, Optimum's above 2 GB."""
     record_property("fault", damage.__name__)
-    name = "onnx/dense/model.onnx_data"
+    name = "onnx/dense-fp32/model.onnx_data"
     record_property("place", name)
     command = ["export", copied.run.name, "--set", "export.exporter=dynamo"]
     assert run_in(workspace, command).code == 0
     whole = copied.artefacts()
     assert name in whole
-    damage(copied.run / name, copied.run / "onnx/pruned/model.onnx_data")
+    damage(copied.run / name, copied.run / "onnx/pruned-fp32/model.onnx_data")
     again = run_in(workspace, command)
     assert again.code == 0 and again.steps("done") == ["export-dense-fp32"], again.stderr
-    assert "onnx/dense is not what was made (SHA-256)" in again.stderr
+    assert "onnx/dense-fp32 is not what was made (SHA-256)" in again.stderr
     assert copied.artefacts() == whole
 
 

@@ -190,7 +190,7 @@ def test_builds(workspace, undisturbed, tmp_path, tally, part):
 
     chance = random.Random(7 if part == "graph" else 8)
     source = tmp_path / "onnx"
-    shutil.copytree(undisturbed[0].run / "onnx" / "pruned", source)
+    shutil.copytree(undisturbed[0].run / "onnx" / "pruned-fp32", source)
     path = source / "model.onnx"
     whole = path.read_bytes()
     # A decoder's file is weights for the most part, so that changes anywhere rarely meet the graph.

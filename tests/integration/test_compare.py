@@ -19,7 +19,7 @@ pytestmark = pytest.mark.alone
 
 @pytest.mark.parametrize("form", ["run", "onnx"])
 def test_compare_takes_runs_and_onnx_files(workspace: Path, baseline: Path, form: str, tmp_path: Path) -> None:
-    paths = {"run": ["run"], "onnx": ["run/onnx/dense/model.onnx", "run/onnx/pruned/model.onnx"]}[form]
+    paths = {"run": ["run"], "onnx": ["run/onnx/dense-fp32/model.onnx", "run/onnx/pruned-fp32/model.onnx"]}[form]
     options = ["--budget", "2", "--set", "prompt_tokens=[8,16]", "--set", "new_tokens=4"]
     done = trsp_deploy("compare", *paths, *options, "--out", str(tmp_path / "c.json"), "--json", cwd=workspace)
     assert done.code == 0, done.said
@@ -71,9 +71,9 @@ def test_of_two_runs_both_engines_are_the_same(workspace: Path, baseline: Path, 
 def test_engines_of_two_names_are_both_named() -> None:
     one, other = (
         Subject(path=Path(path), spec=None, vocabulary=9, cuts_logits=False, size=None)
-        for path in ("onnx/dense/model.onnx", "pruned.onnx")
+        for path in ("onnx/dense-fp32/model.onnx", "pruned.onnx")
     )
-    assert label_of(one, other) == "dense against pruned"
+    assert label_of(one, other) == "dense-fp32 against pruned"
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def files(folder: Path) -> dict[str, str]:
 def graph(place: Path) -> Path:
     done = trsp_deploy("export", "run", cwd=place)
     assert done.code == 0, done.stderr
-    return place / "run" / "onnx" / "pruned" / "model.onnx"
+    return place / "run" / "onnx" / "pruned-fp32" / "model.onnx"
 
 
 @pytest.mark.parametrize("out", ["graph", ".", ".."])

@@ -184,9 +184,9 @@ def test_parity_covers_onnx_and_engine_for_both_models(report):
 
 def test_layout_of_the_run(workspace, report):
     run = workspace / "run"
-    for path in ("plan.json", "dense/config.json", "pruned/config.json", "onnx/dense/model.onnx"):
+    for path in ("plan.json", "dense/config.json", "pruned/config.json", "onnx/dense-fp32/model.onnx"):
         assert (run / path).is_file(), path
-    for path in ("onnx/pruned/model.onnx", "report.json", "report.md", "recipe.yaml"):
+    for path in ("onnx/pruned-fp32/model.onnx", "report.json", "report.md", "recipe.yaml"):
         assert (run / path).is_file(), path
     for role in ("dense", "pruned"):
         assert (run / "engines" / "ort-cpu-fp32" / role / "manifest.json").is_file()
@@ -219,7 +219,7 @@ def test_the_disk_estimate_was_right(workspace, first):
     found = {
         "dense": size_bytes(run / "dense"),
         "pruned": size_bytes(run / "pruned"),
-        "onnx fp32": size_bytes(run / "onnx" / "dense") + size_bytes(run / "onnx" / "pruned"),
+        "onnx fp32": size_bytes(run / "onnx" / "dense-fp32") + size_bytes(run / "onnx" / "pruned-fp32"),
         "engine ort-cpu-fp32": size_bytes(run / "engines" / "ort-cpu-fp32"),
     }
     for stage, size in found.items():
@@ -324,6 +324,23 @@ def test_an_engines_perplexity_is_of_the_tokenizer_too(workspace, report):
     (dense,) = run.record("dense").outputs.values()
     for role in ("dense", "pruned"):
         assert run.record(f"evaluate-ort-cpu-fp32-manual-{role}").inputs["tokenizer"] == dense
+
+
+def test_a_model_judged_on_its_calibration_text_says_so(workspace, report, tmp_path):
+    run = shutil.copytree(workspace / "run", tmp_path / "run")
+    said, recipe = (
+        [],
+        read_recipe({**load_recipe(run), "evaluation": {"same": "train.txt", "manual": "test.txt"}}, "test"),
+    )
+    with RunFolder(run) as folder:
+        job = Pipeline(folder, recipe, say=said.append, place=workspace)
+        job.inputs.read_evaluation()
+        assert [line for line in said if "is the calibration text" in line] == [
+            "evaluation 'same' is the calibration text: its perplexity flatters what learned from it"
+        ]
+        found = job.proof.evaluate()
+    assert found["same"]["pruned"].origin.endswith("train.txt (the calibration text itself)")
+    assert "calibration" not in found["manual"]["pruned"].origin
 
 
 def test_texts_whose_steps_would_have_one_name_are_refused(workspace, report):

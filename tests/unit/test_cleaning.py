@@ -48,14 +48,22 @@ def test_the_kept_stay_and_the_rest_goes(run: Path) -> None:
 
 def test_without_keep_only_leftovers_go(run: Path) -> None:
     before = files(run)
-    (run / "checkpoints" / "prune").mkdir(parents=True)
-    (run / "checkpoints" / "prune" / "state.pt").write_text("x" * 1000)
     (run / "engines" / "ort-cpu-fp32" / ".dense.partial").mkdir()
     (run / ".report.json.partial").write_text("{")
     (run / ".pruned.former").mkdir()  # of a kill between two renames
     (run / "engines" / "ort-cpu-fp32" / "dense-failed.log").write_text("error")
-    assert len(cleaned(run)) == 5
+    assert len(cleaned(run)) == 4
     assert files(run) == before and verify(run).whole
+
+
+def test_what_a_killed_training_goes_on_from_goes_only_where_parts_do(run: Path) -> None:
+    state = run / "checkpoints" / "prune" / "state.pt"
+    state.parent.mkdir(parents=True)
+    state.write_text("x" * 1000)
+    assert not cleaned(run) and state.exists()
+    cleaned(run, "engines", "checkpoints")
+    assert state.exists()
+    assert "checkpoints" in cleaned(run, "engines") and not state.exists()
 
 
 def test_the_dense_models_own_text_goes_too_and_can_be_kept(run: Path) -> None:
@@ -133,12 +141,12 @@ def test_engines_that_lie_elsewhere_are_not_reached_into(run: Path, tmp_path: Pa
 def test_blocks_that_have_another_name_are_not_freed(run: Path, tmp_path: Path) -> None:
     dense = run / "dense" / "model.safetensors"
     os.link(dense, tmp_path / "source.safetensors")
-    os.link(run / "onnx" / "dense" / "model.onnx", run / "onnx" / "again.onnx")  # both names go
+    os.link(run / "onnx" / "dense-fp32" / "model.onnx", run / "onnx" / "again.onnx")  # both names go
     with held(run) as runs:
         plan = plan_cleaning(runs, ("pruned", "engines", "reports"))
     by_path = {removal.path: removal for removal in plan.removals}
     assert by_path["dense"].freed_bytes == 0 and by_path["dense"].size_bytes == dense.stat().st_size
-    assert plan.freed_bytes == sum(size_bytes(run / "onnx" / role) for role in ("dense", "pruned"))
+    assert plan.freed_bytes == sum(size_bytes(run / "onnx" / f"{role}-fp32") for role in ("dense", "pruned"))
 
 
 def test_the_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

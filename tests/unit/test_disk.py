@@ -5,6 +5,7 @@ A tiny run's own files are held against it in tests/integration/test_pipeline.py
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -91,6 +92,20 @@ def test_the_highest_moment_is_what_has_to_fit(tmp_path: Path) -> None:
     )
 
 
+def test_a_training_that_goes_on_needs_room_for_one_checkpoint(tmp_path: Path) -> None:
+    """The one that is there gives way once the next is whole; a run is not refused where it was let begin."""
+    run, settings = tmp_path / "run", recipe(transfer={"form": "anneal"})
+    fresh = plan_disk(run, settings, SMOLLM2, SPECS).stages[1].scratch_bytes
+    state = run / "checkpoints" / "prune" / "state.pt"
+    state.parent.mkdir(parents=True)
+    state.write_bytes(b"")
+    os.truncate(state, fresh // 2)
+    plan = plan_disk(run, settings, SMOLLM2, SPECS, free=0)
+    assert plan.stages[1].scratch_bytes == fresh - fresh // 2
+    with pytest.raises(StorageError, match="--keep checkpoints: training goes on from them"):
+        check_disk(plan, {})
+
+
 def test_what_is_finished_costs_nothing_again(tmp_path: Path) -> None:
     run = tmp_path / "run"
     whole = smollm2(run)
@@ -107,9 +122,9 @@ def test_what_is_made_again_lies_beside_the_old_until_it_is_whole(tmp_path: Path
     run = tmp_path / "run"
     whole = {stage.stage: stage for stage in smollm2(run).stages}
     old = 300_000_000
-    for folder in ("dense", "pruned", "onnx/dense", "onnx/pruned", "elsewhere"):
+    for folder in ("dense", "pruned", "onnx/dense-fp32", "onnx/pruned-fp32", "elsewhere"):
         (run / folder).mkdir(parents=True)
-    for folder in ("pruned", "onnx/pruned"):
+    for folder in ("pruned", "onnx/pruned-fp32"):
         with (run / folder / "weights").open("wb") as file:
             file.truncate(old)
     finished = ["dense", "export-dense-fp32"]
@@ -138,7 +153,7 @@ def test_a_checkpoint_holds_what_moves_under_adapters() -> None:
     counts = WeightCounts(total=1000, layers=(300, 300), lm_head=200, embeddings=200)
 
     def size(**transfer: object) -> int:
-        return disk._checkpoint(read_recipe({"model": "m", "weights": "bf16", "transfer": transfer}, "test"), counts)
+        return disk._checkpoints(read_recipe({"model": "m", "weights": "bf16", "transfer": transfer}, "test"), counts)
 
     assert size(lora_rank=8, form="train", refit="layers") == 0
     assert size(lora_rank=8, form="anneal", refit="layers") == 2 * 2 * (600 + 600)  # weights, and what was rounded off

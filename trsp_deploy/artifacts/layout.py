@@ -45,6 +45,7 @@ PARTS = (
     Part(PLANS, (PLANS,)),
     Part("sweep", (SWEEP, SWEEP_PAGE), cleanable=False, loose=True),
     Part("self-generated", ("self-generated.jsonl",)),  # the dense model's text
+    Part(CHECKPOINTS, (CHECKPOINTS,)),
     Part("plan", ("plan.json",), cleanable=False, loose=True),
     Part("recipe", (RUN_MARK,), cleanable=False, loose=True),
 )
@@ -93,6 +94,11 @@ class RunLayout:
         return self.root / "records"
 
     @property
+    def checkpoints(self) -> Path:
+        """What killed trainings go on from, a folder a stage."""
+        return self.root / CHECKPOINTS
+
+    @property
     def engines(self) -> Path:
         """The folder of all engines, a folder each."""
         return self.root / ENGINES
@@ -105,9 +111,9 @@ class RunLayout:
         """A Hugging Face folder."""
         return self.root / role
 
-    def onnx(self, role: str, precision: str, plain: str) -> Path:
-        """The folder of an exported model; plain: the first engine's precision, which has no suffix."""
-        return self.root / "onnx" / (role if precision == plain else f"{role}-{precision}")
+    def onnx(self, role: str, precision: str) -> Path:
+        """The folder of an exported model; precision: of the graph, "fp32" or "fp16"."""
+        return self.root / "onnx" / f"{role}-{precision}"
 
     def engine(self, name: str, role: str) -> Path:
         """An engine's folder."""

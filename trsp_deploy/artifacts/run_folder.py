@@ -169,7 +169,7 @@ class RunFolder:
         outputs: paths below the run folder.
         together: of several processes all run `work`, not the main one alone; only the main one may write.
         """
-        known = self._known(name, result_type, settings, inputs) if self.main else None
+        known = self._known(name, result_type, settings, inputs, outputs) if self.main else None
         result: Result | None = self.from_main(known)
         if result is not None:
             self._announce(name, "reused")
@@ -187,6 +187,7 @@ class RunFolder:
         result_type: type[Result],
         settings: BaseModel | Mapping[str, Any],
         inputs: Mapping[str, Path | str],
+        outputs: Sequence[str],
     ) -> Result | None:
         """The recorded result of a step, where it still holds."""
         record = self.record(name)
@@ -194,7 +195,7 @@ class RunFolder:
             if (file := self.layout.record(name)).exists():
                 self._announce(name, f"{self.layout.below(file)} is damaged, or of another version; done again")
             return None
-        if record.key != self.key(name, settings=settings, inputs=inputs):
+        if record.key != self.key(name, settings=settings, inputs=inputs) or record.outputs.keys() != set(outputs):
             return None
         changed = self._changed_outputs(record)
         if changed:

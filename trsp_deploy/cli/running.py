@@ -201,11 +201,11 @@ def check_memory(
 def _disk_plan(job: Pipeline, config: Any, specs: Sequence[EngineSpec], counts: Sequence[int]) -> DiskPlan:
     from trsp_deploy.tools.resources.disk import plan_disk, plan_sweep
 
-    run, recipe, plain = job.run.path, job.recipe, job.engines.specs[0].graph_precision
+    run, recipe = job.run.path, job.recipe
     if counts:
         finished = {count: job.finished(count) for count in counts}
-        return plan_sweep(run, recipe, config, specs, counts, plain, finished=finished)
-    return plan_disk(run, recipe, config, specs, plain, finished=job.finished())
+        return plan_sweep(run, recipe, config, specs, counts, finished=finished)
+    return plan_disk(run, recipe, config, specs, finished=job.finished())
 
 
 def check_disk(job: Pipeline, ignore: bool, counts: Sequence[int] = ()) -> None:

@@ -27,7 +27,7 @@ Keep = Annotated[
     str | None,
     typer.Option(
         "--keep",
-        help="Parts that stay: dense, pruned, onnx, engines, engines/NAME, reports, plans, self-generated.",
+        help="What stays: dense, pruned, onnx, engines, engines/NAME, reports, plans, checkpoints, self-generated.",
         metavar="A,B",
     ),
 ]

@@ -165,7 +165,7 @@ class Engines:
 
     def _onnx_folder(self, role: Role, precision: Float) -> str:
         """Below the run folder."""
-        return self.run.layout.below(self.run.layout.onnx(role, precision, self.specs[0].graph_precision))
+        return self.run.layout.below(self.run.layout.onnx(role, precision))
 
     def _export_settings(self, precision: Float) -> dict[str, Any]:
         settings = self.recipe.export

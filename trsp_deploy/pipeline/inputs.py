@@ -85,6 +85,12 @@ class Inputs:
         """Read every text that the model is judged on; raises TextError."""
         for name in self.recipe.evaluation:
             self.evaluation_windows(name)
+            if self.is_calibration(name):
+                self.say(f"evaluation '{name}' is the calibration text: its perplexity flatters what learned from it")
+
+    def is_calibration(self, name: str) -> bool:
+        """Whether an evaluation text is what the run calibrates and trains on."""
+        return self.evaluation_texts(name).fingerprint == self.calibration_texts().fingerprint
 
     def _check(self, wanted: dict[str, int]) -> None:
         self.dense()

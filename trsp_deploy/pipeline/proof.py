@@ -175,7 +175,7 @@ class Proof:
     def _ask_perplexity(self, found: Finished, name: str, role: Role) -> None:
         found.ask(
             f"evaluate-{name}-{role}",
-            lambda: self._reference_settings,
+            lambda: self._reference_settings(name),
             lambda: {
                 "model": found.left.get(MODEL_STEPS[role]),
                 "text": self.inputs.evaluation_texts(name).fingerprint,
@@ -190,7 +190,7 @@ class Proof:
     ) -> None:
         found.ask(
             f"evaluate-{spec.name}-{name}-{role}",
-            lambda: self._text_settings,
+            lambda: self._text_settings(name),
             lambda: {
                 "engine": engine,
                 "text": self.inputs.evaluation_texts(name).fingerprint,
@@ -292,14 +292,14 @@ class Proof:
             windows, documents = self.inputs.evaluation_windows(name)
             with quiet_libraries():
                 return evaluate.evaluate_perplexity(
-                    self.pruning.ready(role), windows, name, role, texts.origin, self.recipe, documents
+                    self.pruning.ready(role), windows, name, role, self._origin(name), self.recipe, documents
                 )
 
         return self.run.step(
             f"evaluate-{name}-{role}",
             work,
             Perplexity,
-            settings=self._reference_settings,
+            settings=self._reference_settings(name),
             inputs={"model": self.pruning.ready(role), "text": texts.fingerprint},
         )
 
@@ -309,13 +309,13 @@ class Proof:
         def work() -> Perplexity:
             windows, documents = self.inputs.evaluation_windows(name)
             with open_engine(folder) as runner:
-                return evaluate.evaluate_engine(runner, windows, name, role, texts.origin, spec.name, documents)
+                return evaluate.evaluate_engine(runner, windows, name, role, self._origin(name), spec.name, documents)
 
         return self.run.step(
             f"evaluate-{spec.name}-{name}-{role}",
             work,
             Perplexity,
-            settings=self._text_settings,
+            settings=self._text_settings(name),
             # An export need not hold the tokenizer, so that the same engine may read a text as other tokens.
             inputs={"engine": folder, "text": texts.fingerprint, "tokenizer": self.pruning.ready("dense")},
         )
@@ -337,13 +337,17 @@ class Proof:
             inputs={"engine": folder, "tokenizer": self.pruning.ready(role)},
         )
 
-    @property
-    def _text_settings(self) -> dict[str, Any]:
-        return self.recipe.evaluate.model_dump(include={"context_length", "max_tokens"})
+    def _text_settings(self, name: str) -> dict[str, Any]:
+        read = self.recipe.evaluate.model_dump(include={"context_length", "max_tokens"})
+        return {**read, "calibration": True} if self.inputs.is_calibration(name) else read
 
-    @property
-    def _reference_settings(self) -> dict[str, Any]:
-        return {**self._text_settings, "device": str(pick_device(self.recipe))}  # decides the precision
+    def _reference_settings(self, name: str) -> dict[str, Any]:
+        return {**self._text_settings(name), "device": str(pick_device(self.recipe))}  # decides the precision
+
+    def _origin(self, name: str) -> str:
+        """Where an evaluation text is from, for people."""
+        origin = self.inputs.evaluation_texts(name).origin
+        return f"{origin} (the calibration text itself)" if self.inputs.is_calibration(name) else origin
 
     @property
     def _task_settings(self) -> dict[str, Any]:

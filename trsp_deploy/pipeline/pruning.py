@@ -198,7 +198,7 @@ class Pruning:
         work: is handed what to go on from; the finished step leaves none of it behind.
         """
         key = self.run.key(step, settings=settings, inputs=inputs)
-        checkpoints = Checkpoints(self.run.path / "checkpoints" / step, key, self.recipe.checkpoint_s)
+        checkpoints = Checkpoints(self.run.layout.checkpoints / step, key, self.recipe.checkpoint_s)
         result = self.run.step(
             step,
             lambda: work(checkpoints),

@@ -17,13 +17,12 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from trsp_deploy.artifacts import MANIFEST, RunFolder, RunManifest, files_below, leaves, storage_errors, write_json
-from trsp_deploy.artifacts.layout import CHECKPOINTS, ENGINES, FAILED_LOGS, PARTS, RunLayout, check_is_run
+from trsp_deploy.artifacts.layout import ENGINES, FAILED_LOGS, PARTS, RunLayout, check_is_run
 from trsp_deploy.errors import RunError, nearest
 from trsp_deploy.recipe import Strict
 
 CLEANABLE = {part.name: part.paths for part in PARTS if part.cleanable}  # `--keep` names them, or `engines/NAME`
 LEFTOVERS = (
-    CHECKPOINTS,
     *(f"{place}.*.{state}" for place in ("", "*/", f"{ENGINES}/*/") for state in ("partial", "former")),  # of a kill
     FAILED_LOGS,
 )

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from trsp_deploy.artifacts import RunLayout, free_bytes, nearest_existing
+from trsp_deploy.artifacts.layout import CHECKPOINTS
 from trsp_deploy.decoder import WeightCounts
 from trsp_deploy.errors import StorageError
 from trsp_deploy.recipe import FLOAT_BYTES, EngineSpec, Float, Recipe, Strict, parse_drop
@@ -76,15 +77,13 @@ def plan_disk(
     recipe: Recipe,
     config: Any,
     specs: Sequence[EngineSpec],
-    plain: Float | None = None,
     free: int | None = None,
     finished: Collection[str] = (),
 ) -> DiskPlan:
     """Estimate a run.
 
-    config: transformers' config of the dense model. specs: the engines that can be built here. plain: precision
-    of the graphs in `onnx/dense`, else of the first spec. free: bytes; None asks the disk that `run` is or would be on.
-    finished: names of the steps that need not be done again.
+    config: transformers' config of the dense model. specs: the engines that can be built here. free: bytes; None asks
+    the disk that `run` is or would be on. finished: names of the steps that need not be done again.
     Raises RecipeError when the recipe's `drop` does not suit the model.
     """
     layout = RunLayout(run)
@@ -102,14 +101,14 @@ def plan_disk(
             "pruned",
             [_Output("prune", layout.model("pruned"), width * pruned.total + words)],
             finished,
-            scratch=_checkpoint(recipe, dense),
+            scratch=max(0, _checkpoints(recipe, dense) - freed_bytes([layout.checkpoints])),
         ),
     ]
     for precision in dict.fromkeys(spec.graph_precision for spec in specs):
         outputs = [
             _Output(
                 f"export-{role}-{precision}",
-                layout.onnx(role, precision, plain or specs[0].graph_precision),
+                layout.onnx(role, precision),
                 _graph(counts[role], precision) + words,
             )
             for role in ROLES
@@ -140,7 +139,6 @@ def plan_sweep(
     config: Any,
     specs: Sequence[EngineSpec],
     counts: Sequence[int],
-    plain: Float | None = None,
     free: int | None = None,
     finished: Mapping[int, Collection[str]] | None = None,
 ) -> DiskPlan:
@@ -152,7 +150,7 @@ def plan_sweep(
     stages = []
     for count in counts:
         run, point = folder / f"drop-{count}", recipe.model_copy(update={"drop": str(count)})
-        one = plan_disk(run, point, config, specs, plain, free, (finished or {}).get(count, ()))
+        one = plan_disk(run, point, config, specs, free, (finished or {}).get(count, ()))
         added = sum(stage.added_bytes for stage in one.stages)
         stages.append(
             StageDisk(
@@ -206,8 +204,10 @@ def check_disk(plan: DiskPlan, alone: Mapping[str, DiskPlan]) -> None:
         for name, one in alone.items()
         if len(alone) > 1 and one.needed_bytes <= one.free_bytes
     ]
-    if Path(plan.run).is_dir():
-        advice.append(f"`trsp-deploy clean {plan.run}` and --keep to free what it holds")
+    run = RunLayout(Path(plan.run))
+    if run.root.is_dir():
+        keep = f" (--keep {CHECKPOINTS}: training goes on from them)" if run.checkpoints.is_dir() else ""
+        advice.append(f"`trsp-deploy clean {plan.run}` and --keep to free what it holds{keep}")
     advice.append("--out on a larger disk")
     raise StorageError(f"{plan.run}: {plan.line()}; would fit: {', '.join(advice)}; --ignore-disk runs anyway")
 
@@ -234,7 +234,7 @@ def _engine(spec: EngineSpec, counts: WeightCounts) -> int:
     return size
 
 
-def _checkpoint(recipe: Recipe, dense: WeightCounts) -> int:
+def _checkpoints(recipe: Recipe, dense: WeightCounts) -> int:
     """Two of a training's checkpoints, the old one and the new one before it takes its place."""
     settings = recipe.transfer
     if settings.form == "none":

@@ -15,6 +15,7 @@ from trsp_deploy.tools.sources.names import HUB_ID, SHORT_NAMES
 SAFETENSORS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 # Code, and what only code of others can read: a run's model folders hold none but the code that the user asked for.
 UNSAFE_FILES = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|pickle|h5|msgpack|npy|py|pyc|so)(\.index\.json)?", re.IGNORECASE)
+CHAT_TEMPLATES = "additional_chat_templates/*.jinja"  # beside chat_template.jinja, where a tokenizer has several
 PYTORCH_BINS = re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?")
 
 
@@ -26,13 +27,15 @@ def copy_model(folder: Path, out: Path) -> None:
     """
     out.mkdir()
     copy_code(folder, out)
-    for file in sorted(path for path in folder.iterdir() if path.is_file()):
+    for file in sorted(path for path in [*folder.iterdir(), *folder.glob(CHAT_TEMPLATES)] if path.is_file()):
         if UNSAFE_FILES.fullmatch(file.name):
             continue
+        place = out / file.relative_to(folder)
+        place.parent.mkdir(exist_ok=True)
         try:
-            os.link(file.resolve(), out / file.name)
+            os.link(file.resolve(), place)
         except OSError:
-            shutil.copyfile(file, out / file.name)
+            shutil.copyfile(file, place)
 
 
 def check_decoder_only(folder: Path) -> str:

@@ -21,6 +21,7 @@ from trsp_deploy.reading import read_json, user_path
 from trsp_deploy.recipe import Strict
 from trsp_deploy.tools.sources.hub import hub_errors, hub_problem
 from trsp_deploy.tools.sources.model_folders import (
+    CHAT_TEMPLATES,
     PYTORCH_BINS,
     SAFETENSORS,
     check_decoder_only,
@@ -184,7 +185,11 @@ def _download(repo: str, progress: Callable[[str], None]) -> Path:
     weights = [file for file in sizes if SAFETENSORS.fullmatch(file)]
     if not weights and (pickles := [file for file in sizes if PYTORCH_BINS.fullmatch(file)]):
         raise ModelError(only_pickles(repo, pickles[0]))
-    files = weights + [file for file in sizes if COMPANIONS.fullmatch(file) or Path(file).match(CODE)]
+    files = weights + [
+        file
+        for file in sizes
+        if COMPANIONS.fullmatch(file) or Path(file).match(CODE) or Path(file).match(CHAT_TEMPLATES)
+    ]
     progress(f"downloading {repo} from the Hugging Face hub ({sum(sizes[file] for file in files) / 1e9:.2f} GB)")
     # By branch, not by info.sha: only then does the cache note what `main` is and answer without a network.
     return Path(snapshot_download(repo, allow_patterns=files))
