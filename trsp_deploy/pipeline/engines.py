@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 from trsp_deploy.artifacts import Finished, size_bytes, writing
-from trsp_deploy.errors import EngineSpecError, EngineUnavailable
+from trsp_deploy.errors import EngineSpecError, EngineUnavailable, RecipeError
 from trsp_deploy.pipeline.inputs import Inputs
 from trsp_deploy.pipeline.pruning import Pruning
 from trsp_deploy.recipe import EngineSpec, Float
@@ -52,9 +53,9 @@ class Engines:
         self.pruning = pruning
         self.run = inputs.run
         self.recipe = inputs.recipe
-        self.specs = specs_of(
-            [inputs.engine(name) for name in inputs.recipe.engines]
-        )  # a wrong name is found before anything slow begins
+        # A wrong name is found before anything slow begins.
+        self.specs = specs_of([inputs.engine(name) for name in inputs.recipe.engines])
+        _check_texts(self.specs, inputs.recipe.evaluation)
 
     def export(self) -> dict[tuple[Role, Float], OnnxModel]:
         """Every ONNX model that an engine of the recipe can be built from here."""
@@ -195,6 +196,15 @@ class Engines:
     def _calibration_sha256(self) -> str:
         """SHA-256 of the calibration tokens: which parts of a text are read depends on the seed and the windows."""
         return hashlib.sha256(self._calibration().tobytes()).hexdigest()
+
+
+def _check_texts(specs: Sequence[EngineSpec], texts: Collection[str]) -> None:
+    """Raise RecipeError where the step of one text would have the name of an engine's step on another."""
+    for spec, text in itertools.product(specs, texts):
+        if (both := f"{spec.name}-{text}") in texts:
+            raise RecipeError(
+                f"evaluation '{both}': is what engine {spec.name} on text '{text}' is called; give it another name"
+            )
 
 
 def specs_of(engines: Sequence[str]) -> list[EngineSpec]:

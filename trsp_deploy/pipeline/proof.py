@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from trsp_deploy.artifacts import Finished, provenance
-from trsp_deploy.errors import EngineUnavailable, RecipeError
+from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.pipeline.engines import Engines
 from trsp_deploy.pipeline.inputs import Inputs
 from trsp_deploy.pipeline.pruning import Pruning
@@ -41,16 +41,6 @@ class Proof:
         self.run = inputs.run
         self.recipe = inputs.recipe
         self.failed: dict[str, str] = {}  # engine that was to run here -> what it does not do, and why
-        self._check_names()
-
-    def _check_names(self) -> None:
-        """Raise RecipeError where the step of one text would have the name of an engine's step on another."""
-        texts = self.recipe.evaluation
-        for spec, text in itertools.product(self.engines.specs, texts):
-            if (both := f"{spec.name}-{text}") in texts:
-                raise RecipeError(
-                    f"evaluation '{both}': is what engine {spec.name} on text '{text}' is called; give it another name"
-                )
 
     @functools.cache
     def check_onnx(self) -> tuple[Parity, ...]:
