@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 
+from trsp_deploy.errors import UserError
+
+TOLD = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what a launcher tells each of its processes
+
 
 def launched() -> bool:
     """Whether this is a process of a launch, be it of one process alone."""
@@ -13,3 +17,18 @@ def launched() -> bool:
 def launched_as_several() -> bool:
     """Whether this is one of several training processes, which share what is counted for one."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def check_launch() -> None:
+    """Raise UserError where RANK is set and the rest of a launch is not: left over, or set for something else."""
+    if not launched():
+        return
+    missing = [name for name in TOLD if not os.environ.get(name)]
+    if missing:
+        raise UserError(
+            f"RANK is '{os.environ['RANK']}', as in a process of a launch, and {', '.join(missing)} is not set: "
+            "`unset RANK`, or start with `accelerate launch`"
+        )
+    for name in ("RANK", "WORLD_SIZE"):
+        if not os.environ[name].isdecimal():
+            raise UserError(f"{name} is '{os.environ[name]}': expected a whole number, as `accelerate launch` sets it")

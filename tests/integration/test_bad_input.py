@@ -17,6 +17,8 @@ from tests.breadth import BREADTH
 from tests.tiny import english, save_tiny, tiny_tokenizer
 from trsp_deploy.cli import run
 
+PROGRAM = Path(sys.executable).with_name("trsp-deploy")
+LAUNCHED = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 QUICK = ["--set", "calibration.context_length=32", "--set", "calibration.max_windows=8", "--set", "plan.steps=1"]
 
 
@@ -167,8 +169,107 @@ def test_a_name_that_the_hub_does_not_take(fails):
     fails(["prune", "--model", "model", *QUICK, "--calibration", "me/two--dashes:train"], "me/two--dashes")
 
 
+@pytest.fixture
+def made(place, tmp_path) -> Path:
+    """What tells a run's folder from any other, with a model among what it made."""
+    folder = tmp_path / "made"
+    (folder / "records").mkdir(parents=True)
+    (folder / "recipe.yaml").write_text("model: model\n")
+    (folder / "plan.json").write_text("{}")
+    shutil.copytree(place / "model", folder / "pruned")
+    return folder
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_never_writes_over_its_own_model_nor_into_a_model_or_another_run(place, fails, made):
+    before = files(made), files(place / "model")
+    inside = str(made / "pruned")
+    fails(prune("--out", str(made), model=inside), f"--model {inside}: lies in {made}")
+    fails(prune("--out", "model"), "model: is a model's folder; choose another --out")
+    fails(prune("--out", inside), f"{inside}: is a part of the run {made}")
+    build = ["build", "--onnx", "graph.onnx", "--engine", "ort-cpu-fp32", "--out", str(made / "engines/e/pruned")]
+    fails(build, f"is of the run {made}, whose engines `build RUN` makes")
+    assert (files(made), files(place / "model")) == before
+
+
+def test_no_file_of_a_run_or_a_check_is_written_over(place, fails, made, tmp_path):
+    plan, baseline = str(made / "plan.json"), str(tmp_path / "baseline.json")
+    Path(baseline).write_text("{}")
+    check = ["check", str(made), "--min-speedup", "1.1"]
+    for command in ([*check, "--junit", plan], [*check, "--out", plan], ["baseline", str(made), "--out", plan]):
+        fails(command, f"{plan}: the run {made} made that; name another file")
+    against = [*check, "--against", baseline]
+    fails([*against, "--junit", baseline], f"check: --against and --junit are both {baseline}")
+    fails([*against, "--out", baseline], f"check: --against and --out are both {baseline}")
+    both = ["--out", baseline, "--junit", baseline]
+    fails([*check, *both], f"check: --out and --junit are both {baseline}")
+    assert Path(plan).read_text() == Path(baseline).read_text() == "{}"
+
+
+def test_what_is_no_engine_is_told_what_is(fails, made, place):
+    fails(["inspect", str(made)], f"is a run; name one of its engines, such as {made}/engines/NAME/pruned")
+    fails(["inspect", "text.txt"], "text.txt: is a file; name the folder of an engine")
+    fails(["triton-stop", "nowhere"], "nowhere: no such folder, and no server was started on it")
+
+
+def test_half_a_download_is_no_bug(place, fails, tmp_path):
+    model = Path(shutil.copytree(place / "model", tmp_path / "half"))
+    torch.save({"weight": torch.zeros(4096)}, tmp_path / "whole.bin")
+    (model / "model.safetensors").unlink()
+    (model / "pytorch_model.bin").write_bytes((tmp_path / "whole.bin").read_bytes()[:5000])
+    fails(["convert", str(model), "--out", str(tmp_path / "out")], "holds more than tensors, or is damaged")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        (
+            {"RANK": "1"},
+            "RANK is '1', as in a process of a launch, and WORLD_SIZE, MASTER_ADDR, MASTER_PORT is not set",
+        ),
+        ({"RANK": ""}, "RANK is ''"),
+        ({**LAUNCHED, "RANK": "abc"}, "RANK is 'abc': expected a whole number"),
+    ],
+)
+def test_what_a_launcher_left_behind_is_said(variables, words, fails, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    fails(["report", "run"], words)
+
+
+def test_a_working_directory_that_is_gone(tmp_path):
+    script = f"mkdir gone; cd gone; rmdir ../gone; {PROGRAM} check /run --min-speedup 1.1"
+    done = subprocess.run(script, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.startswith("error: the working directory is gone")
+
+
+@pytest.mark.parametrize(
+    ("redirect", "code"), [("| true", 2), (">&-", 2), ("2>&-", 2), (">&- 2>&-", 2), ("<&- >&- 2>&-", 2)]
+)
+def test_a_verdict_does_not_depend_on_who_reads_it(redirect, code, tmp_path):
+    """A repository with an error, asked of by a shell whose streams are closed, or whose reader has left."""
+    (tmp_path / "repository" / "m" / "1").mkdir(parents=True)
+    script = f"{PROGRAM} triton-lint repository {redirect}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == code and "Traceback" not in done.stderr
+
+
+def test_letters_that_a_terminal_lacks_are_escaped(tmp_path):
+    recipe = tmp_path / "café.yaml"
+    recipe.write_text("model: mé\n", encoding="utf-8")
+    command = [PROGRAM, "recipes", "show", str(recipe)]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, r"model: m\xe9", "")
+
+
 def test_a_sweep_is_one_processs_work(fails, monkeypatch):
-    monkeypatch.setenv("RANK", "0")
+    for name, value in LAUNCHED.items():
+        monkeypatch.setenv(name, value)
     fails(["sweep", "--model", "model"], "sweep: is one process's work")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import socket
@@ -415,7 +416,7 @@ def test_smollm2_dequantised_before(hub: Path, tiny: Path, tmp_path: Path) -> No
 
 
 def test_every_chat_template_goes_along(tmp_path):
-    tokenizer = tiny_tokenizer()
+    tokenizer = copy.deepcopy(tiny_tokenizer())  # it is every test's
     tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
     source = save_tiny("llama", tmp_path / "model")
     tokenizer.save_pretrained(source)

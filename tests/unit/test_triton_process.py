@@ -121,6 +121,11 @@ def test_of_two_starts_at_once_one_serves_and_is_found(repository: Path, monkeyp
     assert stop(repository).was_running and process._processes(served) == []
 
 
+def test_stopping_what_is_not_there_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no such folder, and no server was started on it"):
+        stop(tmp_path / "nowhere")
+
+
 def test_stopping_what_was_never_served_writes_nothing(repository: Path) -> None:
     assert not stop(repository).was_running
     assert not process._folder(repository).parent.exists()

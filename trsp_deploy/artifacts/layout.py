@@ -51,6 +51,11 @@ PARTS = (
 )
 
 
+RECORDS = "records"
+# The first name below a run's folder of whatever the run made, and nobody else should write.
+OWN = {RUN_MARK, MANIFEST, LOCK, PLACE, RECORDS, *(name for part in PARTS for name in part.paths)}
+
+
 @dataclass(frozen=True)
 class RunLayout:
     """Paths of one run, there or not."""
@@ -91,7 +96,7 @@ class RunLayout:
     @property
     def records(self) -> Path:
         """The folder of the steps' records."""
-        return self.root / "records"
+        return self.root / RECORDS
 
     @property
     def checkpoints(self) -> Path:
@@ -149,3 +154,13 @@ def check_no_sweep(folder: Path) -> None:
     if sweep.is_sweep:
         hint = f"give one of its runs, such as {sweep.runs[0].root}" if sweep.runs else "it has no run yet"
         raise RunError(f"{folder}: is a sweep and no run; {hint}")
+
+
+def run_that_owns(path: Path) -> RunLayout | None:
+    """The run or sweep that made, or will make, what lies at a path; None of any other place, beside such files too."""
+    place = path.resolve()
+    for folder in place.parents:
+        run = RunLayout(folder)
+        if run.records.is_dir() and (run.is_run or run.is_sweep) and place.relative_to(folder).parts[0] in OWN:
+            return run
+    return None

@@ -6,14 +6,17 @@ Nothing heavy is imported before a command needs it, so that `--help` answers at
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from trsp_deploy.cli.supervision import ENDINGS, asked_to_end, supervised
-from trsp_deploy.errors import ModelError, TrspError, machine_reason, one_line, redacted
+from trsp_deploy.errors import ModelError, TrspError, UserError, machine_reason, one_line, redacted
+from trsp_deploy.launch import check_launch
 
 BUG = 70
 LONGEST_LINE = 2000  # characters of an error, whatever a user or a library put into it
@@ -23,6 +26,7 @@ def main() -> None:
     """Entry point of `trsp-deploy`; exit codes are listed in docs/exit-codes.md."""
     # Threads that spin at barriers make two busy processes on few cores five times slower, and gain nothing alone.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _open_streams()
     code = _said(lambda: supervised(lambda: run(sys.argv[1:])))
     if code - 128 in ENDINGS:  # all is cleaned up; torch would take a second or more to unload
         with contextlib.suppress(OSError):  # its reader is gone, too
@@ -31,15 +35,44 @@ def main() -> None:
     sys.exit(code)
 
 
+def _open_streams() -> None:
+    """Give a process that was started with closed streams some that lead nowhere, before a file gets their numbers.
+
+    A character that the terminal's encoding lacks is written as an escape, rather than ending a command.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
+    sys.stdout = sys.stdout or os.fdopen(1, "w", encoding="utf-8")
+    sys.stderr = sys.stderr or os.fdopen(2, "w", encoding="utf-8")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code; errors become one line on stderr."""
 
     def call() -> int:
+        _check_surroundings()
         from trsp_deploy.cli.app import call  # here, where Ctrl-C is heard: it imports all the commands
 
         return call(arguments)
 
-    return _said(call)
+    from trsp_deploy.cli.terminal import lasting_streams
+
+    with lasting_streams():
+        return _said(call)
+
+
+def _check_surroundings() -> None:
+    """Raise UserError where the process cannot work, whatever the command."""
+    try:
+        Path.cwd()
+    except FileNotFoundError as problem:  # libraries end the process there, some with a code that is a verdict's
+        raise UserError("the working directory is gone; `cd` to one that exists") from problem
+    check_launch()
 
 
 def _said(work: Callable[[], int]) -> int:

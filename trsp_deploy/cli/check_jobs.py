@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import sys
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trsp_deploy.cli.options import Json, Run, Tasks, file_to_write, finite
-from trsp_deploy.cli.terminal import Output, lasting_streams
+from trsp_deploy.cli.terminal import Output
 from trsp_deploy.errors import RecipeError, TrspError, machine_reason, named, one_line, redacted
 
 if TYPE_CHECKING:
@@ -98,7 +99,6 @@ def register(app: typer.Typer) -> None:
         app.command(command.__name__)(command)
 
 
-@lasting_streams()
 def compare(
     dense: Dense,
     pruned: Pruned = None,
@@ -143,7 +143,6 @@ def compare(
     raise typer.Exit(EXIT_CODES[worst(outcome.word for outcome in outcomes)])
 
 
-@lasting_streams()
 def baseline(
     run: Run,
     out: BaselineOut = Path("baseline.json"),
@@ -180,7 +179,6 @@ def baseline(
     )
 
 
-@lasting_streams()
 def check(
     run: Run,
     against: Against = None,
@@ -200,9 +198,8 @@ def check(
 ) -> None:
     """The regression check for CI: exit code 0 pass, 2 fail, 3 inconclusive, 4 parity, 1 error."""
     output = Output(as_json)
+    _check_files(against, out, junit)
     with _errors_told(junit, output):
-        if out is not None and junit is not None and out.resolve() == junit.resolve():
-            raise RecipeError(f"check: --out and --junit are both {out}; give each a file of its own")
         if quality_budget is not None and (max_ppl_ratio is not None or min_accuracy_retained is not None):
             raise RecipeError("check: --quality-budget sets the limits of perplexity and accuracy; give it or your own")
         if against is not None:
@@ -251,6 +248,15 @@ def _check(
         if not tolerances.timed:
             values["budget_s"] = min(values["budget_s"], QUALITY_ALONE_S)
         return check_run(job, tolerances, against, engine, _settings(values, budget, sets))
+
+
+def _check_files(against: Path | None, out: Path | None, junit: Path | None) -> None:
+    """Raise RecipeError where one file is to be two things, before anything is written or removed."""
+    named = {"--against": against, "--out": out, "--junit": junit}
+    given = [(option, path, path.resolve()) for option, path in named.items() if path is not None]
+    for (one, path, place), (other, _, place_of_other) in itertools.combinations(given, 2):
+        if place == place_of_other:
+            raise RecipeError(f"check: {one} and {other} are both {path}; give each a file of its own")
 
 
 @contextlib.contextmanager

@@ -281,7 +281,11 @@ def _build_from_onnx(
 def _check_engine_folder(out: Path) -> None:
     """Raise RecipeError for a folder that an engine would replace, and that is none."""
     from trsp_deploy.artifacts import ENGINE_MANIFEST
+    from trsp_deploy.artifacts.layout import run_that_owns
 
+    run = run_that_owns(out)
+    if run is not None:
+        raise RecipeError(f"--out {out}: is of the run {run.root}, whose engines `build RUN` makes; name another one")
     if Path.cwd().is_relative_to(out.resolve()):
         raise RecipeError(f"--out {out}: is the folder that this runs in, or one around it; name a new one")
     if out.is_dir() and any(out.iterdir()) and not (out / ENGINE_MANIFEST).is_file():

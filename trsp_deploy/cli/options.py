@@ -23,12 +23,16 @@ def file_to_write(path: Path | None) -> Path | None:
     """A callback of options: said before hours of work, not after them. Returns the file that a link leads to."""
     if path is None:
         return None
+    from trsp_deploy.artifacts.layout import run_that_owns
     from trsp_deploy.artifacts.storage import place_to_write
 
     try:
-        return place_to_write(path)
+        place = place_to_write(path)
     except StorageError as problem:
         raise typer.BadParameter(str(problem)) from problem
+    if (run := run_that_owns(place)) is not None:
+        raise typer.BadParameter(f"{path}: the run {run.root} made that; name another file")
+    return place
 
 
 def named_texts(pairs: list[str] | None) -> list[str] | None:

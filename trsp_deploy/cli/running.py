@@ -77,6 +77,7 @@ def run_of(
 
     folder = out or default_folder(recipe, say)
     _check_folder(folder, sweep)
+    _check_outside(recipe.model, folder)
     with RunFolder(folder, _Announcer()) as run:
         job = Pipeline(run, recipe, plan, say, place)
         before = saved_recipe(run)
@@ -90,18 +91,29 @@ def run_of(
 
 def _check_folder(folder: Path, sweep: bool) -> None:
     """Raise RunError for a folder that a run would replace parts of and that is none; of sweeps the same."""
-    from trsp_deploy.artifacts.layout import LOCK, PARTS, RunLayout, check_no_sweep
+    from trsp_deploy.artifacts.layout import LOCK, PARTS, RunLayout, check_no_sweep, run_that_owns
 
     layout = RunLayout(folder)
+    around = run_that_owns(folder)
+    if around is not None:
+        raise RunError(f"{folder}: is a part of the run {around.root}; choose another --out")
     if not sweep:
         check_no_sweep(folder)
     elif layout.is_run and layout.plan.is_file():
         raise RunError(f"{folder}: is a run of one cut and no sweep; choose another --out")
     if (folder / LOCK).exists() or layout.is_run or layout.is_sweep:
         return
+    if (folder / "config.json").is_file():
+        raise RunError(f"{folder}: is a model's folder; choose another --out")
     taken = [name for part in PARTS for name in part.paths if (folder / name).exists()]
     if taken:
         raise RunError(f"{folder}: has {', '.join(taken)} and is no run of trsp-deploy; choose another --out")
+
+
+def _check_outside(model: str, folder: Path) -> None:
+    """Raise RunError for a model that lies in the run's own folder, where its parts are replaced."""
+    if (path := user_path(model)).is_dir() and path.resolve().is_relative_to(folder.resolve()):
+        raise RunError(f"--model {model}: lies in {folder}, which the run writes into; choose another --out")
 
 
 def _check_model(job: Pipeline, before: str) -> None:

@@ -10,7 +10,16 @@ from pathlib import Path
 
 import onnx
 
-from trsp_deploy.artifacts import MANIFEST, files_below, fingerprint, link_tree, provenance, write_json, writing
+from trsp_deploy.artifacts import (
+    MANIFEST,
+    RunLayout,
+    files_below,
+    fingerprint,
+    link_tree,
+    provenance,
+    write_json,
+    writing,
+)
 from trsp_deploy.decoder import end_tokens, max_positions
 from trsp_deploy.errors import EngineUnavailable, ModelError, RunError
 from trsp_deploy.recipe import LONGEST_NAME
@@ -51,6 +60,8 @@ def write_repository(
     step: the bare engines too, as `<name>_step`; without it such a model of an earlier call is removed.
     Raises RunError for a name that Triton does not take, an engine that cannot be served so, or too long texts.
     """
+    if RunLayout(out).is_run or RunLayout(out).is_sweep:
+        raise RunError(f"--out {out}: is a run; name another folder")
     for file in (README, DOCKERFILE):
         if (out / file).exists() and not (out / MANIFEST).is_file():
             raise RunError(f"--out {out}: has a {file} that is not of a model repository of ours; name another folder")

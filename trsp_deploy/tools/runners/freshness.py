@@ -30,6 +30,10 @@ def _check_of_run(folder: Path, manifest: EngineManifest, layout: RunLayout) -> 
     is the next rerun's matter."""
     run, role = RunFolder(layout.root), folder.resolve().name
     built = run.record(f"build-{manifest.name}-{role}")
+    if built is not None and EngineManifest.model_validate(built.result) != manifest:
+        raise EngineUnavailable(
+            f"engine {manifest.name}: {folder} is not what {layout.root} built; {rebuild(manifest, folder)}"
+        )
     exported = run.record(f"export-{role}-{manifest.spec.graph_precision}")
     made = run.record(MODEL_STEPS.get(role, role))
     for step, name, source in ((exported, "model", made), (built, "onnx", exported)):

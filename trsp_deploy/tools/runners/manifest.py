@@ -11,7 +11,15 @@ from typing import Literal
 
 from pydantic import Field
 
-from trsp_deploy.artifacts import ENGINE_MANIFEST, Provenance, Sealed, fingerprint, leaves, run_of_engine
+from trsp_deploy.artifacts import (
+    ENGINE_MANIFEST,
+    Provenance,
+    RunLayout,
+    Sealed,
+    fingerprint,
+    leaves,
+    run_of_engine,
+)
 from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.reading import DAMAGED, read_record
 from trsp_deploy.recipe import EngineSpec, RelativePath, Strict, Text
@@ -148,6 +156,10 @@ def _sha256(text: str) -> str:
 
 def read_manifest(folder: Path) -> EngineManifest:
     """Read an engine folder's manifest; raises EngineUnavailable when there is none that can be read."""
+    if RunLayout(folder).is_run:
+        raise EngineUnavailable(f"{folder}: is a run; name one of its engines, such as {folder}/engines/NAME/pruned")
+    if folder.is_file():
+        raise EngineUnavailable(f"{folder}: is a file; name the folder of an engine, such as {folder.parent}")
     again = build_command(folder.name)
     if not (folder / ENGINE_MANIFEST).exists():
         raise EngineUnavailable(f"{folder}: no engine here; {again}")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trsp_deploy.artifacts import storage_errors, writing, writing_alone
-from trsp_deploy.errors import ModelError, first_line
+from trsp_deploy.errors import ModelError, first_line, machine_reason
 from trsp_deploy.model_code import CODE, copy_code
 from trsp_deploy.reading import read_json, user_path
 from trsp_deploy.tools.sources.hub import hub_errors, hub_problem
@@ -106,7 +106,9 @@ def _tensors(shard: Path) -> dict[str, Any]:
             found = torch.load(shard, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # the form of before torch 1.6 cannot be mapped
             found = torch.load(shard, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as problem:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as problem:
+        if machine_reason(problem) is not None:
+            raise
         reason = first_line(problem)
         raise ModelError(f"{shard}: holds more than tensors, or is damaged ({reason}); nothing was run") from problem
     if not isinstance(found, dict) or not all(isinstance(each, torch.Tensor) for each in found.values()):

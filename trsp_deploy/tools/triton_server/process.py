@@ -206,9 +206,12 @@ def find(repository: Path) -> Server | None:
 def stop(repository: Path, grace_s: float = GRACE_S) -> Stopped:
     """Stop a repository's server, and remove what it or a killed one left: stub processes and shared memory.
 
-    grace_s: seconds for running requests before it is killed.
+    grace_s: seconds for running requests before it is killed. Raises RunError for a folder that is not there, unless a
+    server was started on it.
     """
     if not _folder(repository).exists():  # never served here: nothing to keep others from, and no folder to make
+        if not repository.is_dir():
+            raise RunError(f"{repository}: no such folder, and no server was started on it")
         return Stopped(was_running=False, killed=0, removed=())
     with _alone(repository):
         server = _last(repository)
