@@ -22,7 +22,7 @@ from tests.planted import SECRETS, check_no_secret
 from tests.tiny import english, save_tiny
 from trsp_deploy import cli
 from trsp_deploy.artifacts import RunFolder, size_bytes
-from trsp_deploy.errors import RecipeError
+from trsp_deploy.errors import EngineUnavailable, RecipeError
 from trsp_deploy.pipeline import Pipeline
 from trsp_deploy.pipeline.runs import load_recipe
 from trsp_deploy.recipe import read_recipe
@@ -341,6 +341,17 @@ def test_a_model_judged_on_its_calibration_text_says_so(workspace, report, tmp_p
         found = job.proof.evaluate()
     assert found["same"]["pruned"].origin.endswith("train.txt (the calibration text itself)")
     assert "calibration" not in found["manual"]["pruned"].origin
+
+
+def test_an_engine_that_another_took_the_place_of_is_not_opened(workspace, report, tmp_path):
+    """Measured and served as the pruned model it would be the dense one."""
+    run = Path(shutil.copytree(workspace / "run", tmp_path / "run"))
+    engine = run / "engines" / "ort-cpu-fp32" / "pruned"
+    with open_engine(engine):
+        shutil.rmtree(engine)
+    shutil.copytree(engine.with_name("dense"), engine)
+    with pytest.raises(EngineUnavailable, match=f"{engine} is not what {run} built; build it again"):
+        open_engine(engine)
 
 
 def test_texts_whose_steps_would_have_one_name_are_refused(workspace, report):
