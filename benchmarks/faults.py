@@ -26,9 +26,10 @@ import pytest
 import trsp_deploy
 from benchmarks import targets
 from benchmarks.code import code_digest
+from benchmarks.kept import keep
 from benchmarks.pages import markdown, put_between_markers
 from benchmarks.targets import at_least, at_most
-from trsp_deploy.artifacts import Provenance, provenance, writing
+from trsp_deploy.artifacts import Provenance, provenance
 from trsp_deploy.errors import RunError, TrspError
 from trsp_deploy.recipe import Strict
 
@@ -158,7 +159,7 @@ class Keeper:
         for name in gone:
             del self._found[name]
         if gone:
-            keep(self._found)
+            keep(RESULTS, *self._found.values())
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """One phase of a test: its setup, the call or the teardown."""
@@ -176,7 +177,7 @@ class Keeper:
             code=digest(name_of(report.nodeid)),
         )
         self._found[tried.test] = tried
-        keep(self._found)
+        keep(RESULTS, *self._found.values())
 
 
 def name_of(nodeid: str) -> str:
@@ -191,12 +192,6 @@ def read() -> dict[str, Tried]:
         return {}
     lines = RESULTS.read_text(encoding="utf-8").splitlines()
     return {tried.test: tried for tried in map(Tried.model_validate_json, lines)}
-
-
-def keep(found: dict[str, Tried]) -> None:
-    """Write them down."""
-    with writing(RESULTS) as partial:
-        partial.write_text("".join(f"{tried.model_dump_json()}\n" for tried in found.values()), encoding="utf-8")
 
 
 def of(tests: Sequence[Tried], *kinds: str) -> list[Tried]:

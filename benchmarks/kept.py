@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from trsp_deploy.artifacts import provenance
+from pydantic import BaseModel
+
+from trsp_deploy.artifacts import provenance, writing
 from trsp_deploy.errors import RunError
 
 RESULTS = Path("benchmarks/results")
@@ -18,6 +20,12 @@ def results_path(bench: str, cpu: str, ending: str = "json") -> Path:
     """A bench's file for the machine with this processor: engines-amd-epyc.json for "AMD EPYC"."""
     name = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", cpu.lower())).strip("-")
     return RESULTS / f"{bench}-{name}.{ending}"
+
+
+def keep(path: Path, *records: BaseModel) -> None:
+    """Write a bench's records, a line each, whole or not at all."""
+    with writing(path) as partial:
+        partial.write_text("".join(f"{record.model_dump_json()}\n" for record in records), encoding="utf-8")
 
 
 def every_machine(bench: str, ending: str = "json") -> list[bytes]:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -30,12 +29,13 @@ import psutil
 
 from benchmarks import targets
 from benchmarks.code import code_digest
-from benchmarks.kept import every_machine, judged, results_path
+from benchmarks.kept import every_machine, judged, keep, results_path
 from benchmarks.pages import markdown, put_between_markers
 from benchmarks.targets import at_most
 from trsp_deploy.artifacts import Provenance, provenance, writing
 from trsp_deploy.errors import RunError, TrspError
 from trsp_deploy.recipe import FLOAT_BYTES, ExportSettings, Float, Strict
+from trsp_deploy.tools.host_memory import peak_resident_bytes, resident_bytes
 from trsp_deploy.tools.prctl import end_with_parent
 from trsp_deploy.tools.quiet import quiet_libraries
 
@@ -134,8 +134,7 @@ def measure(folder: Path, quick: bool, limit_gb: float | None) -> Memory:
                 shutil.rmtree(folder / made, ignore_errors=True)
     found = Memory(machine=provenance(), code=code, parameters=counts_of(config).total, rows=tuple(rows))
     if not quick:
-        with writing(results_path("memory", found.machine.cpu)) as partial:
-            partial.write_text(found.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        keep(results_path("memory", found.machine.cpu), found)
     return found
 
 
@@ -239,7 +238,7 @@ def work(job: str, precision: Float, folder: Path, out: Path) -> None:
     if job == "optimum":
         from optimum.exporters.onnx import main_export
 
-        before = status("VmRSS")
+        before = resident_bytes()
         task = "text-generation-with-past"  # which it cannot tell of a folder
         main_export(str(model), output=out, task=task, dtype=precision, local_files_only=True)
     elif job.startswith(BUILD):
@@ -247,7 +246,7 @@ def work(job: str, precision: Float, folder: Path, out: Path) -> None:
         from trsp_deploy.stages.export import FILE
         from trsp_deploy.tools.library import load_engine_spec
 
-        before = status("VmRSS")
+        before = resident_bytes()
         build_engine(folder / "graph" / FILE, load_engine_spec(job.removeprefix(BUILD)), out)
     else:
         from trsp_deploy.stages.export import FILE, export_onnx
@@ -255,12 +254,12 @@ def work(job: str, precision: Float, folder: Path, out: Path) -> None:
         with quiet_libraries():
             import optimum.exporters.onnx  # noqa: F401
 
-            before = status("VmRSS")
+            before = resident_bytes()
             settings = ExportSettings(exporter="dynamo" if job == "export by torch" else "auto")
             export_onnx(model, precision, settings, out)
             if job == "export and parity":
                 compare(model, precision, out / FILE)
-    print(json.dumps({"peak_bytes": status("VmHWM"), "libraries_bytes": before}))
+    print(json.dumps({"peak_bytes": peak_resident_bytes(), "libraries_bytes": before}))
 
 
 def compare(model: Path, precision: Float, graph: Path) -> None:
@@ -273,13 +272,6 @@ def compare(model: Path, precision: Float, graph: Path) -> None:
     reference = make_reference(model, [tokens[: PROMPTS[0]], tokens[PROMPTS[0] :]])
     with open_graph(graph) as runner:
         check_parity(reference, runner, "onnx", "dense", precision)
-
-
-def status(field: str) -> int:
-    """A field of this process's /proc/self/status in bytes."""
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return int(found[1]) * 1024
 
 
 # -- the report --------------------------------------------------------------------------------------------------------

@@ -21,10 +21,10 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from benchmarks import targets
-from benchmarks.kept import every_machine, judged, results_path
+from benchmarks.kept import every_machine, judged, keep, results_path
 from benchmarks.pages import markdown, put_between_markers
 from benchmarks.targets import at_least, at_most
-from trsp_deploy.artifacts import Provenance, RunFolder, writing
+from trsp_deploy.artifacts import Provenance, RunFolder
 from trsp_deploy.errors import TrspError
 from trsp_deploy.pipeline import Pipeline
 from trsp_deploy.pipeline.runs import save_recipe
@@ -134,8 +134,7 @@ def measure(settings: LoadSettings, lengths: tuple[int, ...]) -> Serving:
 
     result = Serving(loads={new_tokens: loaded(new_tokens) for new_tokens in lengths})
     if settings == FULL:
-        with writing(results_path("serving", result.provenance.cpu)) as partial:
-            partial.write_text(result.model_dump_json() + "\n", encoding="utf-8")
+        keep(results_path("serving", result.provenance.cpu), result)
     return result
 
 

@@ -21,7 +21,7 @@ matplotlib.use("agg")
 from matplotlib import pyplot
 
 from benchmarks import targets
-from benchmarks.kept import every_machine, judged, results_path
+from benchmarks.kept import every_machine, judged, keep, results_path
 from benchmarks.pages import markdown, put_between_markers
 from benchmarks.targets import at_least
 from trsp_deploy.artifacts import writing
@@ -55,15 +55,14 @@ def main() -> int:
     try:
         if not options.report:
             measured = measure(options.out)
-            with writing(results_path("sweep", measured.sweep.provenance.cpu)) as partial:
-                partial.write_text(measured.model_dump_json() + "\n", encoding="utf-8")
+            keep(results_path("sweep", measured.sweep.provenance.cpu), measured)
         every = [read(text) for text in every_machine("sweep")]
         put_between_markers(PAGE, "\n\n".join(text(found) for found in every), "sweep")
         draw(every, PLOT)
         found = judged(every, lambda each: each.sweep.provenance.cpu, lambda each: verdict(each)["met"])
     except TrspError as problem:
         print(f"error: {problem}", file=sys.stderr)
-        return 1
+        return problem.exit_code
     print(text(found))
     print(json.dumps(verdict(found)))
     return 0 if all(verdict(found)["met"].values()) else 2

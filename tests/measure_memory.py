@@ -7,7 +7,6 @@ process held before the model was loaded.
 from __future__ import annotations
 
 import importlib
-import re
 import sys
 import tempfile
 from pathlib import Path
@@ -19,6 +18,7 @@ from trsp_deploy.decoder import load_model
 from trsp_deploy.recipe import Recipe, override, parse_drop, read_recipe
 from trsp_deploy.stages.selection import select_layers
 from trsp_deploy.stages.transfer import transfer_and_remove
+from trsp_deploy.tools.host_memory import forget_peak, peak_resident_bytes, resident_bytes
 from trsp_deploy.tools.plan import PruningPlan, complement
 from trsp_deploy.tools.sources.models import ModelSource
 
@@ -29,13 +29,6 @@ QUICK += ["transfer.batch_size=2", "transfer.steps=2", "autocast='off'"]
 def recipe_for(model: Path, settings: list[str]) -> Recipe:
     """Two steps of either stage, in plain fp32."""
     return read_recipe(override({"model": str(model), "device": "cpu"}, [*QUICK, *settings]), "test")
-
-
-def memory(field: str) -> int:
-    """A field of this process's /proc/self/status in bytes."""
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return int(found[1]) * 1024
 
 
 def run_stage(folder: Path, stage: str, recipe: Recipe) -> None:
@@ -79,7 +72,7 @@ if __name__ == "__main__":
     if chosen.transfer.lora_rank is not None:
         importlib.import_module("peft")
     torch.nn.functional.scaled_dot_product_attention(*torch.rand(3, 1, 2, 64, 32, requires_grad=True)).sum().backward()
-    before = memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back
+    before = resident_bytes() or 0
+    forget_peak()
     run_stage(Path(sys.argv[1]), sys.argv[2], chosen)
-    print(memory("VmHWM") - before)
+    print((peak_resident_bytes() or 0) - before)

@@ -21,9 +21,9 @@ from pydantic import ValidationError
 from benchmarks.engines.figures import Found, figures, processor_name, verdict
 from benchmarks.engines.race import race
 from benchmarks.engines.tables import markdown_text, short_text, text
-from benchmarks.kept import RESULTS, every_machine, judged, results_path
+from benchmarks.kept import RESULTS, every_machine, judged, keep, results_path
 from benchmarks.pages import put_between_markers
-from trsp_deploy.artifacts import provenance, writing
+from trsp_deploy.artifacts import provenance
 from trsp_deploy.errors import TrspError, one_line
 from trsp_deploy.reading import what_is_wrong
 from trsp_deploy.tools.runners.requirements import adds_int8_exactly
@@ -59,8 +59,7 @@ def main() -> int:
 
 def _keep(found: Found) -> None:
     """Keep the raw samples, in the file of this kind of machine."""
-    with writing(results_path("engines", found.processor)) as partial:
-        partial.write_text(found.model_dump_json() + "\n", encoding="utf-8")
+    keep(results_path("engines", found.processor), found)
 
 
 def _parse() -> argparse.Namespace:

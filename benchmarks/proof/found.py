@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks import targets
-from benchmarks.kept import every_machine, results_path
+from benchmarks.kept import every_machine, keep, results_path
 from benchmarks.pages import markdown
 from benchmarks.proof.trials import Kind, Trial
 from benchmarks.targets import at_least, at_most
-from trsp_deploy.artifacts import provenance, writing
+from trsp_deploy.artifacts import provenance
 
 COUNTS: dict[Kind, int] = {"same": 20, "same, loaded": 20, "slower": 30, "faster": 30}
 LEAST = 0.02  # a speed-up that nobody planted
@@ -41,8 +41,7 @@ def _read(text: bytes) -> list[Trial]:
 
 def write(trials: list[Trial]) -> None:
     """Keep this machine's trials; the file is replaced as a whole."""
-    with writing(results_path("proof", provenance().cpu, "jsonl")) as partial:
-        partial.write_text("".join(f"{trial.model_dump_json()}\n" for trial in trials), encoding="utf-8")
+    keep(results_path("proof", provenance().cpu, "jsonl"), *trials)
 
 
 def cpu_of(trials: list[Trial]) -> str:

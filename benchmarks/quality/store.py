@@ -9,8 +9,9 @@ from typing import Literal
 from pydantic import ValidationError
 
 from benchmarks.code import code_digest
+from benchmarks.kept import keep
 from benchmarks.quality.rows import Losses, Outcome, Row, Selected, Work, recipe_of
-from trsp_deploy.artifacts import Provenance, provenance, writing
+from trsp_deploy.artifacts import Provenance, provenance
 from trsp_deploy.errors import RunError
 from trsp_deploy.reading import what_is_wrong
 from trsp_deploy.recipe import Strict
@@ -114,8 +115,7 @@ class Store:
     def _keep(self, line: Line) -> None:
         # What others have finished since this process read the file stays in it.
         self.lines = _read_lines(self.path) | {line.key: line}
-        with writing(self.path) as partial:
-            partial.write_text("".join(f"{line.model_dump_json()}\n" for line in self.lines.values()), encoding="utf-8")
+        keep(self.path, *self.lines.values())
 
     def __contains__(self, row: Row) -> bool:
         return row.key in self.lines

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import faults
 from benchmarks.faults import NAMED, TARGETS, Keeper, Tried, figures, table, verdict
+from benchmarks.kept import keep
 from trsp_deploy.artifacts import provenance
 
 
@@ -92,7 +93,7 @@ def test_a_part_of_the_tests_takes_nothing_from_the_others(folder: Path) -> None
 
 def test_a_file_that_cannot_be_read_is_an_error_and_drops_nothing(folder: Path, monkeypatch, capsys) -> None:
     (folder / "test_broken.py").write_text("import no_such_package\n")
-    faults.keep({"test_broken::test_a": tried("test_broken::test_a")})
+    keep(faults.RESULTS, tried("test_broken::test_a"))
     monkeypatch.setattr(sys, "argv", ["faults", "--report"])
     assert faults.main() == 1
     assert "cannot read the tests" in capsys.readouterr().err and list(faults.read()) == ["test_broken::test_a"]
