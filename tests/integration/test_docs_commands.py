@@ -19,9 +19,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.command import LAUNCHED, QUICK, Done, trsp_deploy
 from tests.doc_lines import GENERATED, PAGES, ROOT, lines_of
-from tests.integration.test_many_processes import ENVIRONMENT
-from tests.integration.test_pipeline import QUICK, trsp_deploy
 from tests.tiny import english, save_tiny
 from trsp_deploy.tools.sources.packaged import find_asset
 
@@ -65,7 +64,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).write_text("\n".join(rows))
     (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
     command = heavy(["prune-and-build", "--recipe", "recipe.yaml", "--out", "RUN"])
-    assert trsp_deploy(*command, cwd=folder).returncode == 0
+    assert trsp_deploy(*command, cwd=folder).code == 0
     (folder / "runs").mkdir(exist_ok=True)
     (folder / "runs" / "NAME").symlink_to(folder / "RUN")
     return folder
@@ -93,14 +92,14 @@ def test_the_commands_of_a_page_run(page: str, reader: Path, monkeypatch: pytest
         words = [WITHOUT_GPU.get(word, word) for word in words]
         words = [*before, *(heavy(words) if name in HEAVY else words)]
         done = launched(launcher, words, reader) if launcher else trsp_deploy(*words, cwd=reader)
-        said = f"{page}: trsp-deploy {text}: exit code {done.returncode}\n{done.stderr}"
-        assert done.returncode in {0, *VERDICTS.get(name, ())}, said
+        said = f"{page}: trsp-deploy {text}: exit code {done.code}\n{done.stderr}"
+        assert done.code in {0, *VERDICTS.get(name, ())}, said
         redirected = re.search(rf"trsp-deploy {re.escape(text)} > (\S+)", (ROOT / page).read_text(encoding="utf-8"))
         if redirected:
             (reader / redirected[1]).write_text(done.stdout)
 
 
-def launched(launcher: str, words: list[str], reader: Path) -> subprocess.CompletedProcess[str]:
+def launched(launcher: str, words: list[str], reader: Path) -> Done:
     """A line of `accelerate launch` with two processes, on the CPU, from the beginning even where the page has another
     line for the same folder."""
     two, count = re.subn(r"(--num_processes) \d+", r"\1 2", launcher.removeprefix("accelerate launch "))
@@ -117,9 +116,8 @@ def launched(launcher: str, words: list[str], reader: Path) -> subprocess.Comple
         "trsp_deploy",
         *words,
     ]
-    return subprocess.run(
-        command, cwd=reader, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, check=False
-    )
+    done = subprocess.run(command, cwd=reader, env=LAUNCHED, capture_output=True, text=True, timeout=600, check=False)
+    return Done(done.returncode, done.stdout, done.stderr)
 
 
 def heavy(words: list[str]) -> list[str]:

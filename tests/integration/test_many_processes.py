@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.command import LAUNCHED
 from tests.tiny import english, save_tiny
 from trsp_deploy.errors import RecipeError
 from trsp_deploy.pipeline import _check_shares
@@ -39,13 +39,6 @@ SETTINGS = [
     "autocast='off'",
     "device=cpu",
 ]
-ENVIRONMENT = {
-    **os.environ,
-    "HF_HUB_OFFLINE": "1",
-    "HF_DATASETS_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-    "PYTHONFAULTHANDLER": "1",  # one run in some 30 was ended by a native abort: the next one says where
-}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +60,7 @@ def prune(workspace: Path, out: str, launch: list[str], sets: list[str]) -> subp
     settings = [part for pair in (*SETTINGS, *sets) for part in ("--set", pair)]
     command = [*start, "trsp_deploy", "prune", *options, *settings]
     return subprocess.run(
-        command, cwd=workspace, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, check=False
+        command, cwd=workspace, env=LAUNCHED, capture_output=True, text=True, timeout=600, check=False
     )
 
 

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
+import functools
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from tests.command import QUICK, Done, own_process, trsp_deploy
 from tests.planted import SECRETS, check_no_secret
 from tests.tiny import english, save_tiny
-from trsp_deploy import cli
 from trsp_deploy.artifacts import RunFolder, size_bytes
 from trsp_deploy.errors import EngineUnavailable, RecipeError
 from trsp_deploy.pipeline import Pipeline
@@ -31,36 +26,8 @@ from trsp_deploy.tools.resources import disk, memory_plan
 from trsp_deploy.tools.resources.disk import plan_disk
 from trsp_deploy.tools.runners import open_engine
 
-QUICK = [
-    "calibration.context_length=32",
-    "calibration.max_windows=16",
-    "calibration.validation_windows=4",
-    "plan.steps=2",
-    "plan.candidates=2",
-    "transfer.steps=4",
-    "evaluate.context_length=64",
-    "evaluate.max_tokens=640",
-    "bench.prompt_tokens=16",
-    "bench.new_tokens=4",
-    "bench.budget_s=4",
-    "bench.replicates=2",
-]
 BUILDS, RUNS = ["onnx fp32", "engine ort-cpu-fp32"], ["run ort-cpu-fp32", "evaluation"]  # stages of one engine
 ENGINES = ["ort-cpu-fp32", "tensorrt-rtx-fp16", "ort-cuda-fp16", "tensorrt-fp16"]
-
-
-def trsp_deploy(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """A command line in this process, which has torch loaded already."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = cli.run(list(arguments))
-    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
-
-
-def own_process(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from trsp_deploy.cli import main; main()", *arguments]
-    environment = {**os.environ, **SECRETS, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, timeout=300, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -74,21 +41,18 @@ def workspace(tmp_path_factory) -> Path:
     return folder
 
 
-def job(
-    workspace: Path, *more: str, drop: str = "34%", call: Callable[..., Any] = trsp_deploy
-) -> subprocess.CompletedProcess[str]:
+def job(workspace: Path, *more: str, drop: str = "34%", call: Callable[..., Done] = trsp_deploy) -> Done:
     options = [option for pair in QUICK for option in ("--set", pair)]
     engines = [option for name in ENGINES for option in ("--engine", name)]
     texts = ["--calibration", "train.txt", "--eval", "manual=test.txt", "--eval", "other=other.jsonl"]
     command = ["prune-and-build", "--model", "tiny-llama", "--drop", drop, *texts, *engines, *options, "--out", "run"]
-    done: subprocess.CompletedProcess[str] = call(*command, *more, cwd=workspace)
-    return done
+    return call(*command, *more, cwd=workspace)
 
 
 @pytest.fixture(scope="module")
-def first(workspace) -> subprocess.CompletedProcess[str]:
-    done = job(workspace, "--json", call=own_process)
-    assert done.returncode == 0, done.stderr
+def first(workspace) -> Done:
+    done = job(workspace, "--json", call=functools.partial(own_process, **SECRETS))
+    assert done.code == 0, done.stderr
     return done
 
 
@@ -203,9 +167,9 @@ def test_no_secret_gets_into_the_run_or_the_log(workspace, first):
 def test_every_file_is_in_the_manifest_as_it_was_made(workspace, report):
     done = trsp_deploy("verify", "run", "--json", cwd=workspace)
     found = json.loads(done.stdout)
-    assert (done.returncode, found["against"], found["findings"]) == (0, "MANIFEST.json", [])
+    assert (done.code, found["against"], found["findings"]) == (0, "MANIFEST.json", [])
     for role in ("dense", "pruned"):
-        assert trsp_deploy("verify", f"run/engines/ort-cpu-fp32/{role}", cwd=workspace).returncode == 0
+        assert trsp_deploy("verify", f"run/engines/ort-cpu-fp32/{role}", cwd=workspace).code == 0
 
 
 def test_the_disk_estimate_was_right(workspace, first):
@@ -229,7 +193,7 @@ def test_the_disk_estimate_was_right(workspace, first):
 def test_too_small_a_disk_stops_the_job_before_it_begins(workspace, monkeypatch, tmp_path):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     done = job(workspace, "--out", str(tmp_path / "new"))
-    assert done.returncode == 1 and "--ignore-disk runs anyway" in done.stderr.splitlines()[-1]
+    assert done.code == 1 and "--ignore-disk runs anyway" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "new" / "dense").exists()
 
 
@@ -270,7 +234,7 @@ def test_built_engine_runs_from_its_folder(workspace, report):
 
 def test_second_run_redoes_nothing(workspace, report):
     again = job(workspace, "--json")
-    assert again.returncode == 0, again.stderr
+    assert again.code == 0, again.stderr
     assert steps(again.stderr, "started") == set()
     assert len(steps(again.stderr, "reused")) >= 14
 
@@ -280,7 +244,7 @@ def test_a_finished_run_is_asked_about_what_its_settings_change(workspace, repor
     monkeypatch.setattr(memory_plan, "available_bytes", lambda device: 800_000_000)  # for a tiny model's training
     monkeypatch.setattr(disk, "free_bytes", lambda path: 1000)
 
-    def asked(*options: str, drop: str = "34%") -> tuple[subprocess.CompletedProcess[str], set[str]]:
+    def asked(*options: str, drop: str = "34%") -> tuple[Done, set[str]]:
         """What came of it, and the stages that the disk is asked for."""
         done = job(workspace, *options, "--out", str(tmp_path / "run"), drop=drop)
         said = next((line for line in done.stderr.splitlines() if "of disk (" in line), "()")
@@ -288,13 +252,13 @@ def test_a_finished_run_is_asked_about_what_its_settings_change(workspace, repor
         return done, {stage.removesuffix(" 0.00 GB") for stage in stages if not stage.endswith(" there")}
 
     same, stages = asked()
-    assert same.returncode == 0 and not stages, same.stderr
+    assert same.code == 0 and not stages, same.stderr
     later, _ = asked("--set", "evaluate.context_length=48")
-    assert later.returncode == 1
+    assert later.code == 1
     refused = later.stderr.splitlines()[-1]
     assert refused.startswith("error: run ort-cpu-fp32 needs about ") and ", evaluation needs about " in refused
     other, stages = asked("--ignore-memory", drop="50%")
-    assert other.returncode == 1 and "--ignore-disk runs anyway" in other.stderr.splitlines()[-1]
+    assert other.code == 1 and "--ignore-disk runs anyway" in other.stderr.splitlines()[-1]
     assert any(line.startswith("> needs main memory: selection ") for line in other.stderr.splitlines())
     assert {"pruned", "onnx fp32", "engine ort-cpu-fp32"} <= stages and "dense" not in stages
 
@@ -383,21 +347,21 @@ def test_a_plan_that_was_edited_or_handed_in_leaves_the_transfer_to_do(workspace
 
 def test_changed_recipe_redoes_only_what_depends_on_it(workspace, report):
     again = job(workspace, "--set", "bench.new_tokens=3")
-    assert again.returncode == 0, again.stderr
+    assert again.code == 0, again.stderr
     assert steps(again.stderr, "started") == {"bench-ort-cpu-fp32"}
 
 
 def test_stages_are_commands_over_the_same_run(workspace, report):
     for command in ("export", "build", "bench", "evaluate"):
         done = trsp_deploy(command, "run", "--json", cwd=workspace)
-        assert done.returncode == 0, done.stderr
+        assert done.code == 0, done.stderr
         assert steps(done.stderr, "started") <= {"bench-ort-cpu-fp32"}
         json.loads(done.stdout.splitlines()[-1])
     done = trsp_deploy("clean", "run", "--keep", "dense,pruned,onnx,engines", cwd=workspace)
-    assert done.returncode == 0 and not (workspace / "run" / "report.md").exists()
+    assert done.code == 0 and not (workspace / "run" / "report.md").exists()
     done = trsp_deploy("report", "run", cwd=workspace)
-    assert done.returncode == 0 and "report.md" in done.stdout
-    assert trsp_deploy("verify", "run", cwd=workspace).returncode == 0
+    assert done.code == 0 and "report.md" in done.stdout
+    assert trsp_deploy("verify", "run", cwd=workspace).code == 0
 
 
 def test_plan_edited_by_hand_is_applied(workspace, report):
@@ -406,7 +370,7 @@ def test_plan_edited_by_hand_is_applied(workspace, report):
     plan["dropped"], plan["kept"] = [0, 5], [1, 2, 3, 4]
     path.write_text(json.dumps(plan))
     done = job(workspace, "--json")
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.stderr
     assert "plan.json was edited by hand: dropping 0, 5" in done.stderr
     assert json.loads(done.stdout)["model"]["dropped_layers"] == [0, 5]
     redone = steps(done.stderr, "started")
@@ -422,10 +386,10 @@ def test_plan_handed_in_is_applied(workspace, report, tmp_path):
     changes = [*QUICK, "transfer.form=none", "engines=[ort-cpu-fp32]"]
     settings = [option for pair in changes for option in ("--set", pair)]
     done = trsp_deploy("prune", *options, *settings, "--out", str(tmp_path / "run"), "--json", cwd=workspace)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.stderr
     assert json.loads(done.stdout)["dropped"] == [2]
     again = trsp_deploy("export", str(tmp_path / "run"), cwd=workspace)  # later commands know the run alone
-    assert again.returncode == 0, again.stderr
+    assert again.code == 0, again.stderr
     assert not {"plan", "prune"} & steps(again.stderr, "started")
     assert json.loads((tmp_path / "run" / "plan.json").read_text())["dropped"] == [2]
     plan["dropped"], plan["kept"] = [3], [0, 1, 2, 4, 5]

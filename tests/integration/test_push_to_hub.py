@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from tests.command import QUICK, trsp_deploy
 from tests.hub import TOKEN, Hub, stand_in
-from tests.integration.test_pipeline import QUICK, trsp_deploy
 from tests.tiny import english, save_tiny
 
 
@@ -46,7 +46,7 @@ def weights(workspace: Path) -> bytes:
 
 def test_prune_pushes_its_checkpoint_at_the_end(workspace: Path, hub: type[Hub]) -> None:
     done = trsp_deploy(*arguments("prune"), "--private", cwd=workspace)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.stderr
     assert json.loads(done.stdout).items() >= {"repo": "me/tiny", "commit": f"{hub.address}/me/tiny/commit/abc"}.items()
     assert "/me/tiny/commit/abc: " in done.stderr and TOKEN not in done.stderr
     assert [repository["private"] for repository in hub.created] == [True]
@@ -54,20 +54,20 @@ def test_prune_pushes_its_checkpoint_at_the_end(workspace: Path, hub: type[Hub])
 
     hub.files.clear()
     again = trsp_deploy(*arguments("prune"), cwd=workspace)
-    assert again.returncode == 0 and "prune: started" not in again.stderr
+    assert again.code == 0 and "prune: started" not in again.stderr
     assert hub.files["model.safetensors"] == weights(workspace), "a finished run pushes again"
     assert [repository["private"] for repository in hub.created] == [True, False]
 
     hub.status = 403
     refused = trsp_deploy(*arguments("prune"), cwd=workspace)
-    assert refused.returncode == 1 and "nothing was committed" in refused.stderr.splitlines()[-1]
+    assert refused.code == 1 and "nothing was committed" in refused.stderr.splitlines()[-1]
     assert weights(workspace)
 
 
 @pytest.mark.breadth
 def test_a_whole_job_pushes_what_it_measured_too(workspace: Path, hub: type[Hub]) -> None:
     done = trsp_deploy(*arguments("prune-and-build"), cwd=workspace)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["commit"] == f"{hub.address}/me/tiny/commit/abc" and found["verdict"]
     assert hub.files["model.safetensors"] == weights(workspace)
@@ -80,7 +80,7 @@ def test_what_cannot_be_pushed_is_refused_before_any_work(
 ) -> None:
     def line(*said: str) -> str:
         done = trsp_deploy(*said, cwd=workspace)
-        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+        assert done.code == 1 and len(done.stderr.splitlines()) == 1, done.stderr
         return done.stderr
 
     assert "push to 'tiny': no name of a repository; expected OWNER/NAME" in line(*arguments(command, "tiny"))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.test_pipeline import trsp_deploy
+from tests.command import trsp_deploy
 from tests.tiny import english, save_tiny
 from trsp_deploy import cli
 from trsp_deploy.recipe import METHODS
@@ -144,7 +144,7 @@ def prune(out: str) -> list[str]:
 def test_a_job_is_quiet_when_piped(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wishes(monkeypatch)
     done = trsp_deploy(*prune("piped"), cwd=workspace)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1 and done.stdout.startswith("dropped "), "the result alone"
     stages = [line.removeprefix("> ").partition(":")[0] for line in done.stderr.splitlines()]
     assert {"plan", "prune"} <= set(stages) and all(line.startswith(("> ", "  ")) for line in done.stderr.splitlines())
