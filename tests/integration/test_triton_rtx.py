@@ -18,7 +18,7 @@ from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.stages.build import build_engine
 from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.model_repository.config import SCHEMA, parse_config
-from trsp_deploy.tools.model_repository.lint import lint, own_engine
+from trsp_deploy.tools.model_repository.lint import config_alone, lint, own_engine
 from trsp_deploy.tools.model_repository.manifest import read_repository
 from trsp_deploy.tools.runners.requirements import CudaDevice
 from trsp_deploy.tools.sources.packaged import find_asset
@@ -77,7 +77,8 @@ def test_the_linter_holds_it_against_the_gpu(
             raise EngineUnavailable("no CUDA device")
         return [CudaDevice("a GPU", gpu, 2**30)]
 
-    monkeypatch.setattr(own_engine, "cuda_devices", devices)
+    for part in (config_alone, own_engine):
+        monkeypatch.setattr(part, "cuda_devices", devices)
     assert "\n".join(map(str, lint(repository))) == line
 
 
