@@ -71,3 +71,10 @@ def own_process(*arguments: str, cwd: Path, **variables: str) -> Done:
     environment = {**os.environ, **OFFLINE, **variables}
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, timeout=300, check=False)
     return Done(done.returncode, done.stdout, done.stderr)
+
+
+def one_line(problem: Exception) -> str:
+    """An error's message, which is a line."""
+    message = str(problem)
+    assert "\n" not in message
+    return message

@@ -111,3 +111,15 @@ def save_tiny(family: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
 def tokens(batch: int = 2, length: int = 20, seed: int = 0) -> torch.Tensor:
     """Random token ids (batch, length)."""
     return torch.randint(VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    """What a model makes of `tokens()`, (batch, length, vocabulary)."""
+    found: torch.Tensor = model(input_ids=tokens(), use_cache=False).logits
+    return found
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of the gradients that there are, by the parameter's name."""
+    return {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}

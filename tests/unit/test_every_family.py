@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from tests.families import DROPPED, FAMILIES, GEMMA, GROUPED, LAYERS, MLP, family_config, family_model, layer_types
-from tests.tiny import next_token_loss, random_model, tokens
+from tests.tiny import logits, next_token_loss, random_model, tokens
 from trsp_deploy.decoder import (
     cache_per_token,
     check_prunable,
@@ -29,11 +29,6 @@ from trsp_deploy.tools.training.losses import TokenLosses
 KEPT = [index for index in range(LAYERS) if index not in DROPPED]
 # Families whose config class computes a list by itself where none is given.
 PATTERNS = ["qwen2-sliding", "qwen3", "gemma2", "gemma3", "smollm3"]
-
-
-@torch.no_grad()
-def logits(model) -> torch.Tensor:
-    return model(input_ids=tokens(), use_cache=False).logits
 
 
 def lists_of(config, family: str) -> dict:

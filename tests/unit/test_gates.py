@@ -5,17 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.tiny import LAYERS, tiny_model, tokens
+from tests.tiny import LAYERS, logits, tiny_model, tokens
 from trsp_deploy.decoder import decoder_layers, remove_layers
 from trsp_deploy.tools.gates import LayerGates
 
 DROPPED = [1, 4]
 RETURNS = ["llama", "gpt2"]  # layers that return a tensor, and a tuple; test_every_family.py has the others
-
-
-@torch.no_grad()
-def logits(model) -> torch.Tensor:
-    return model(input_ids=tokens(), use_cache=False).logits
 
 
 @pytest.mark.parametrize("form", ["branch", "output"])

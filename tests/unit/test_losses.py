@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig
 
 from tests.families import family_model
-from tests.tiny import FAMILIES, VOCABULARY, tiny_model, tokens
+from tests.tiny import FAMILIES, VOCABULARY, gradients, tiny_model, tokens
 from trsp_deploy.errors import ModelError
 from trsp_deploy.tools.training import losses
 from trsp_deploy.tools.training.losses import TokenLosses
@@ -47,10 +47,6 @@ def sliced(model, input_ids, dense_hidden, ce_weight, kl_weight):
     found = TokenLosses(model, ce_weight, kl_weight)(input_ids, dense_hidden)
     found.total.backward()
     return found.lm.item(), found.divergence.item(), gradients(model)
-
-
-def gradients(model):
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def both(model, train_head):

@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import nn
 
-from tests.tiny import COMMON, FAMILIES, LAYERS, ROTARY, english, next_token_loss, tiny_model, tiny_tokenizer, tokens
+from tests.tiny import COMMON, FAMILIES, LAYERS, ROTARY, next_token_loss, tiny_model, tokens
 from trsp_deploy.decoder import (
     decoder_layers,
     layer_input,
@@ -44,12 +44,6 @@ EXPECTED_PASSES = {
     # One to rank, 0.75 to fit, and each of the four spans behind layer 0 scored on a quarter.
     "fold": 1 + 0.75 + 4 * 0.25,
 }
-
-
-@pytest.fixture(scope="module")
-def windows() -> torch.Tensor:
-    ids = tiny_tokenizer()(english()[:20_000], add_special_tokens=False)["input_ids"]
-    return torch.tensor(ids[: len(ids) // 32 * 32]).view(-1, 32)
 
 
 def make_idle(model, indices) -> None:

@@ -19,6 +19,7 @@ import pytest
 import torch
 from transformers import OPTForCausalLM
 
+from tests.command import one_line
 from tests.hub import forget_sessions
 from tests.tiny import save_tiny, tiny_tokenizer
 from trsp_deploy.decoder import load_tokenizer
@@ -86,12 +87,6 @@ def error_line(name: str) -> str:
     with pytest.raises(ModelError) as caught:
         resolve_model(name, silent)
     return one_line(caught.value)
-
-
-def one_line(problem: Exception) -> str:
-    message = str(problem)
-    assert "\n" not in message
-    return message
 
 
 def edit_config(folder: Path, **changes: object) -> None:

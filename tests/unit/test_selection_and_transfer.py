@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.families import family_model
-from tests.tiny import english, next_token_loss, save_tiny, tiny_model, tiny_tokenizer
+from tests.tiny import next_token_loss, save_tiny, tiny_model, tiny_tokenizer
 from tests.training import same_weights
 from trsp_deploy.decoder import decoder_layers, load_model, stored_dtype
 from trsp_deploy.errors import ModelError
@@ -26,12 +26,6 @@ from trsp_deploy.tools.training.checkpoints import Checkpoints
 from trsp_deploy.tools.training.shared import batches, learning_rate, mean_loss
 
 IDLE = [1, 4]  # layers that add nothing
-
-
-@pytest.fixture(scope="module")
-def windows() -> torch.Tensor:
-    ids = tiny_tokenizer()(english()[:20_000], add_special_tokens=False)["input_ids"]
-    return torch.tensor(ids[: len(ids) // 32 * 32]).view(-1, 32)
 
 
 def recipe(**groups):

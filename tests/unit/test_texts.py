@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.command import one_line
 from tests.hub import forget_sessions
 from tests.tiny import tiny_tokenizer
 from trsp_deploy.errors import TextError
@@ -20,12 +21,6 @@ def error_line(texts: str, role: module.Role = "calibration") -> str:
     with pytest.raises(TextError) as caught:
         load_texts(texts, role)
     return one_line(caught.value)
-
-
-def one_line(problem: Exception) -> str:
-    message = str(problem)
-    assert "\n" not in message
-    return message
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from tests.tiny import FAMILIES, save_tiny, tiny_model, tokens
+from tests.tiny import FAMILIES, gradients, save_tiny, tiny_model, tokens
 from tests.training import recipe, same_weights, transfer, windows
 from trsp_deploy.decoder import decoder_layers, load_model
 from trsp_deploy.errors import RecipeError
@@ -33,10 +33,6 @@ needs_peft = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
     return save_tiny("llama", tmp_path_factory.mktemp("dense"))
-
-
-def gradients(model):
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 # -- the teacher -----------------------------------------------------------------------------------------------------
