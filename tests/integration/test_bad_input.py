@@ -241,6 +241,13 @@ def test_what_a_launcher_left_behind_is_said(variables, words, fails, monkeypatc
     fails(["report", "run"], words)
 
 
+@pytest.mark.parametrize("command", [["check", ""], prune("--out", ""), prune("--out="), ["baseline", ""]])
+def test_a_variable_that_is_not_set_is_not_the_folder_that_this_runs_in(command, fails, place):
+    before = set(place.iterdir())
+    fails(command, "is empty, as of a variable that is not set")
+    assert set(place.iterdir()) == before
+
+
 def test_a_working_directory_that_is_gone(tmp_path):
     script = f"mkdir gone; cd gone; rmdir ../gone; {PROGRAM} check /run --min-speedup 1.1"
     done = subprocess.run(script, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)

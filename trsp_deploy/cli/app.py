@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import sys
 from typing import Annotated
 
@@ -14,6 +16,7 @@ from trsp_deploy.errors import UserError
 from trsp_deploy.model_code import FINGERPRINT, TRUST
 from trsp_deploy.reading import is_utf8
 
+EMPTY = re.compile(r"(--(?!prompt)[a-z-]+=)?")
 ABORTED = 130  # what the framework makes of Ctrl-C
 
 app = typer.Typer(
@@ -68,7 +71,10 @@ def asked_for(
 
 def call(arguments: list[str]) -> int:
     """Run one command line; returns its exit code, and raises UserError for one that cannot be read."""
-    for argument in arguments:
+    for before, argument in itertools.pairwise(["", *arguments]):
+        if EMPTY.fullmatch(argument) and before != "--prompt":  # as a path it would be the folder that this runs in
+            after = f" after {before}" if before else ""
+            raise UserError(f"argument {argument!r}{after}: is empty, as of a variable that is not set")
         if not is_utf8(argument):  # safetensors and tokenizers open no such file, and no recipe can name it
             raise UserError(f"argument {argument!a}: is not UTF-8; rename what it stands for")
     try:
