@@ -55,7 +55,8 @@ class Hub(BaseHTTPRequestHandler):
             self.answer({"warnings": [], "errors": []})
 
     def do_GET(self) -> None:
-        self.answer({"id": "me/tiny", "private": self.private})
+        siblings = [{"rfilename": name} for name in self.files]
+        self.answer({"id": "me/tiny", "private": self.private, "siblings": siblings})
 
     def do_PUT(self) -> None:
         self.objects[self.path.rpartition("/")[2]] = self.rfile.read(int(self.headers["Content-Length"]))
@@ -70,6 +71,8 @@ class Hub(BaseHTTPRequestHandler):
             self.files[value["path"]] = base64.b64decode(value["content"])
         elif key == "lfsFile":
             self.files[value["path"]] = self.objects[value["oid"]]
+        elif key == "deletedFile":
+            del self.files[value["path"]]
 
     def answer(self, value: object, status: int = 200) -> None:
         content = json.dumps(value).encode()

@@ -81,6 +81,8 @@ def _adopt_dense(source: Path, target: Path) -> None:
         done, there = RunFolder(source).record(record.stem), RunFolder(target).record(record.stem)
         if done is None or (there is not None and there.key == done.key):
             continue
+        if not all((source / output).exists() for output in done.outputs):  # of an engine that was cleaned away
+            continue
         RunFolder(target).outdate_manifest()
         for output in done.outputs:
             link_tree(source / output, target / output, copied=EXTERNAL_DATA)

@@ -209,6 +209,14 @@ def test_no_file_of_a_run_or_a_check_is_written_over(place, fails, made, tmp_pat
     assert Path(plan).read_text() == Path(baseline).read_text() == "{}"
 
 
+def test_an_error_leaves_no_verdict_of_an_earlier_check(fails, tmp_path):
+    figures, junit = tmp_path / "check.json", tmp_path / "check.xml"
+    for earlier in (figures, junit):
+        earlier.write_text("pass")
+    fails(["check", "nowhere", "--min-speedup", "1.1", "--out", str(figures), "--junit", str(junit)], "nowhere")
+    assert not figures.exists() and "<error" in junit.read_text()
+
+
 def test_what_is_no_engine_is_told_what_is(fails, made, place):
     fails(["inspect", str(made)], f"is a run; name one of its engines, such as {made}/engines/NAME/pruned")
     fails(["inspect", "text.txt"], "text.txt: is a file; name the folder of an engine")

@@ -68,6 +68,20 @@ def test_of_two_runs_both_engines_are_the_same(workspace: Path, baseline: Path, 
         find_pair(tmp_path / "one", tmp_path / "third", None)
 
 
+def test_beside_an_engine_a_run_gives_the_same_one(workspace: Path, baseline: Path, tmp_path: Path) -> None:
+    """Another precision would count as the removal's speed-up."""
+    built = workspace / "run" / "engines" / "ort-cpu-fp32"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").touch()
+    for engine in ("a", "ort-cpu-fp32"):
+        shutil.copytree(built, tmp_path / "run" / "engines" / engine)
+    shutil.copytree(built / "pruned", tmp_path / "engine")
+    dense, _ = find_pair(tmp_path / "run", tmp_path / "engine", None)
+    assert dense.path.parts[-3:] == ("engines", "ort-cpu-fp32", "dense")
+    _, pruned = find_pair(tmp_path / "engine", tmp_path / "run", None)
+    assert pruned.path.parts[-3:] == ("engines", "ort-cpu-fp32", "pruned")
+
+
 def test_engines_of_two_names_are_both_named() -> None:
     one, other = (
         Subject(path=Path(path), spec=None, vocabulary=9, cuts_logits=False, size=None)

@@ -27,7 +27,7 @@ from trsp_deploy.errors import ModelError
 from trsp_deploy.tools.sources import packaged
 from trsp_deploy.tools.sources.hub import hub_problem
 from trsp_deploy.tools.sources.model_folders import check_decoder_only, copy_model
-from trsp_deploy.tools.sources.models import resolve_model
+from trsp_deploy.tools.sources.models import LEGAL_FILES, resolve_model
 from trsp_deploy.tools.sources.names import HUB_ID, SHORT_NAMES
 from trsp_deploy.tools.sources.safe_copy import convert
 
@@ -418,3 +418,24 @@ def test_every_chat_template_goes_along(tmp_path):
     assert (source / "additional_chat_templates" / "tool_use.jinja").is_file()
     copy_model(source, tmp_path / "dense")
     assert load_tokenizer(tmp_path / "dense").chat_template == tokenizer.chat_template
+
+
+def test_a_cache_without_a_card_says_that_no_licence_goes_along(folder, hub):
+    """transformers fetches neither card nor licence."""
+    (folder / "README.md").unlink()
+    put_into_cache(hub, "owner/tiny", folder)
+    said: list[str] = []
+    assert resolve_model("owner/tiny", said.append).licence is None
+    assert said == ["owner/tiny: its card is not in the cache, so that no licence is carried along"]
+
+
+@pytest.mark.parametrize(
+    ("name", "legal"),
+    [
+        *((name, True) for name in ("LICENSE", "license.txt", "NOTICE", "LICENSE-MODEL", "LICENSE_MODEL.txt")),
+        *((name, True) for name in ("MODEL_LICENSE", "LICENSE-2.0.txt", "ACCEPTABLE_USE_POLICY.md", "COPYING")),
+        *((name, False) for name in ("license.py", "my_notice.bin", "unlicensed", "model.safetensors")),
+    ],
+)
+def test_what_wants_to_be_carried_along_is_known_by_its_name(name, legal):
+    assert bool(LEGAL_FILES.fullmatch(name)) == legal

@@ -109,6 +109,17 @@ def test_a_push_uploads_the_checkpoint_and_what_was_measured(
     assert all(TOKEN.encode() not in path.read_bytes() for path in run.rglob("*") if path.is_file())
 
 
+def test_what_an_earlier_push_left_of_a_model_goes(
+    run: Path, hub: type[Hub], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One old file of weights is what transformers would load, beside new ones in shards."""
+    old = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "vocab.txt", "modeling_mine.py"]
+    own = [".gitattributes", "picture.png", "gguf/model.gguf"]
+    hub.files.update(dict.fromkeys([*old, *own], b"old"))
+    assert cli.run(["push", str(run), "me/tiny"]) == 0, capsys.readouterr().err
+    assert set(hub.files) == {"LICENSE", "README.md", "model.safetensors", "plan.json", *own}
+
+
 def test_figures_of_another_checkpoint_stay_at_home(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads((run / "report.json").read_text())
     report["removal"]["after_ppl"] = 99.0

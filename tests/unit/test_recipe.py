@@ -109,6 +109,8 @@ def test_override_of_an_unknown_key_is_found_on_reading() -> None:
         ("1", 2, 1),
         ("10%", 5, 1),
         ("29", 30, 29),
+        ("58%", 25, 15),  # 14.5, which a float makes 14.499999999999998
+        ("35%", 90, 32),
     ],
 )
 def test_parse_drop(drop: str, layers: int, expected: int) -> None:

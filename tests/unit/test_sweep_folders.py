@@ -12,6 +12,7 @@ from tests.made_run import made_run, made_sweep
 from trsp_deploy import cli
 from trsp_deploy.artifacts import MANIFEST, RunFolder
 from trsp_deploy.errors import RunError
+from trsp_deploy.sweep import _adopt_dense
 from trsp_deploy.tools.delivery.verification import manifest_of, verify
 from trsp_deploy.tools.resources.cleaning import clean, held, plan_cleaning
 
@@ -19,6 +20,15 @@ from trsp_deploy.tools.resources.cleaning import clean, held, plan_cleaning
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
     return made_sweep(tmp_path / "sweep")
+
+
+def test_what_was_cleaned_away_is_not_adopted(sweep: Path, tmp_path: Path) -> None:
+    """Records stay behind `clean`; the engine of one that nobody asks for any more is gone."""
+    source = sweep / "drop-4"
+    shutil.rmtree(source / "engines" / "ort-cpu-fp32" / "dense")
+    _adopt_dense(source, tmp_path / "next")
+    records = {path.stem for path in (tmp_path / "next" / "records").iterdir()}
+    assert "dense" in records and "build-ort-cpu-fp32-dense" not in records
 
 
 def found(folder: Path) -> set[tuple[str, str]]:

@@ -77,6 +77,50 @@ def test_a_speed_up_counts_for_no_more_than_its_limit() -> None:
     assert found.num_dropped == 6 and "2 gives 1.30x (1.30 to 1.30, and the limit is 1.10x)" in found.reason
 
 
+def test_an_assumed_limit_caps_nothing_as_in_a_check() -> None:
+    point = made_up_point(4, 1.3, 1.05, limit=1.2)
+    assert point.comparison is not None
+    phases = tuple(phase.model_copy(update={"limit_assumed": True}) for phase in point.comparison.phases)
+    assumed = point.model_copy(update={"comparison": point.comparison.model_copy(update={"phases": phases})})
+    assert choose([point], Targets(min_speedup=1.25)).num_dropped is None
+    assert choose([assumed], Targets(min_speedup=1.25)).num_dropped == 4
+
+
+def test_what_a_check_would_not_decide_is_said_of_a_choice() -> None:
+    point = made_up_point(4, 1.3, 1.2)
+    assert point.comparison is not None
+    few = point.model_copy(update={"comparison": point.comparison.model_copy(update={"replicates": 2})})
+    found = choose([few], Targets(min_speedup=1.2))
+    assert found.reason.endswith("for it has 2 replicates, 5 are the fewest that decide: `check` decides")
+    text = point.quality["text"].model_copy(update={"pairs": "windows", "tokens": 31, "context_length": 32})
+    short = point.model_copy(update={"quality": {"text": text}})
+    found = choose([short], Targets(max_ppl_ratio=1.5))
+    assert found.reason.endswith("for 'text' is 1 window of 32 tokens, 5 are the fewest that decide: `check` decides")
+    above = tuple(phase.model_copy(update={"above_limit": True}) for phase in point.comparison.phases)
+    drifted = point.model_copy(update={"comparison": point.comparison.model_copy(update={"phases": above})})
+    found = choose([drifted], Targets(min_speedup=1.2))
+    assert found.reason.endswith("for its speed-up is above its limit: `check` decides")
+
+
+def test_a_perplexity_that_is_no_number_is_not_kept() -> None:
+    point = made_up_point(4, 1.3, 1.2)
+    broken = point.quality["text"].model_copy(update={"ratio": float("nan")})
+    for quality in ({"a": point.quality["text"], "b": broken}, {"b": broken, "a": point.quality["text"]}):
+        found = choose([point.model_copy(update={"quality": quality})], Targets(max_ppl_ratio=1.5))
+        assert found.num_dropped is None
+
+
+def test_the_shape_that_decides_is_the_one_that_is_named() -> None:
+    found = compare(made_up(speedup=1.3, shapes=(1.0, 1.1), noise=1e-6))
+    limits = iter((1.35, 1.10))
+    phases = tuple(
+        phase.model_copy(update={"limit": next(limits)}) if phase.phase == "total" else phase for phase in found.phases
+    )
+    point = made_up_point(4, 1.3, 1.05).model_copy(update={"comparison": found.model_copy(update={"phases": phases})})
+    reason = choose([point], Targets(min_speedup=1.25)).reason
+    assert "not fast enough: 1.43x (1.43 to 1.43, and the limit is 1.10x) at batch 1, prompt 256 of 1.25x" in reason
+
+
 def test_without_a_wish_for_speed_nothing_is_said_of_it() -> None:
     assert choose(POINTS, Targets(max_ppl_ratio=1.01)).reason.startswith("the smallest cut, 2, costs 1.05x")
 

@@ -262,6 +262,11 @@ def test_a_path_that_is_none_is_refused_with_the_manifest(key: str, run: Path) -
         read_manifest(run / ENGINE)
 
 
+def test_a_link_to_itself_is_a_finding(run: Path) -> None:
+    (run / "loop").symlink_to(run / "loop")
+    assert not verify(run).whole
+
+
 @pytest.mark.parametrize(("step", "output"), [("prune", "pruned"), ("export-pruned-fp32", ONNX)])
 def test_an_engine_of_the_model_that_a_run_had_before_is_not_opened(
     step: str, output: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

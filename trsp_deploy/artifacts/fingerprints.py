@@ -67,8 +67,11 @@ def files_below(path: Path) -> list[Path]:
 
 
 def leaves(folder: Path, path: Path) -> bool:
-    """Whether `path`, which is written as one below `folder`, is outside it once links are followed."""
-    return not path.resolve().is_relative_to(folder.resolve())
+    """Whether `path`, which is written as one below `folder`, is outside it once links are followed, or nowhere."""
+    try:
+        return not path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # a link to itself
+        return True
 
 
 def size_bytes(path: Path) -> int:

@@ -199,7 +199,7 @@ def check(
     """The regression check for CI: exit code 0 pass, 2 fail, 3 inconclusive, 4 parity, 1 error."""
     output = Output(as_json)
     _check_files(against, out, junit)
-    with _errors_told(junit, output):
+    with _errors_told(out, junit, output):
         if quality_budget is not None and (max_ppl_ratio is not None or min_accuracy_retained is not None):
             raise RecipeError("check: --quality-budget sets the limits of perplexity and accuracy; give it or your own")
         if against is not None:
@@ -260,10 +260,11 @@ def _check_files(against: Path | None, out: Path | None, junit: Path | None) -> 
 
 
 @contextlib.contextmanager
-def _errors_told(junit: Path | None, output: Output) -> Iterator[None]:
-    """Tell a CI system of an error too, and leave it no JUnit of an earlier check for this one's."""
-    if junit is not None:
-        junit.unlink(missing_ok=True)  # also for a check that is killed
+def _errors_told(out: Path | None, junit: Path | None, output: Output) -> Iterator[None]:
+    """Tell a CI system of an error too, and leave it no verdict of an earlier check for this one's."""
+    for earlier in (out, junit):
+        if earlier is not None:
+            earlier.unlink(missing_ok=True)  # also for a check that is killed
     try:
         yield
     except Exception as problem:

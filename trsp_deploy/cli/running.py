@@ -202,10 +202,12 @@ def check_memory(
         plan = plan_file or job.run.layout.plan
         chosen = plan.is_file() and "selection" not in missing
         dropped = read_plan(plan, config.num_hidden_layers).dropped if chosen else None
+        # The smallest cut of a sweep leaves the most to train.
+        recipe = job.recipe.model_copy(update={"drop": str(min(counts))}) if counts else job.recipe
         if ignore:
-            found = plan_memory(job.recipe, config, dropped, engines)
+            found = plan_memory(recipe, config, dropped, engines)
         else:
-            found = check_memory(job.recipe, config, missing, dropped, engines)
+            found = check_memory(recipe, config, missing, dropped, engines)
         for line in found.lines():
             say(line)
 

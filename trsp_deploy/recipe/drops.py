@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from fractions import Fraction
 
 from trsp_deploy.errors import RecipeError
 
@@ -22,7 +23,7 @@ def parse_drop(drop: str, num_layers: int = UNREAD) -> int:
     text = drop.strip()
     share = re.fullmatch(rf"({NUMBER})\s*%", text)
     if share:
-        count = math.floor(float(share[1]) / 100 * num_layers + 0.5)
+        count = math.floor(Fraction(share[1]) * num_layers / 100 + Fraction(1, 2))  # a float may lose the half
     elif re.fullmatch(INTEGER, text):
         count = int(text)
     else:

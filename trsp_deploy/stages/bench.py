@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from trsp_deploy.artifacts import RUN_MARK, RunLayout
+from trsp_deploy.artifacts import ENGINE_MANIFEST, RUN_MARK, RunLayout
 from trsp_deploy.errors import EngineUnavailable, RecipeError, RunError
 from trsp_deploy.recipe import BenchSettings, Case
 from trsp_deploy.results import Comparison, Phase, Rates, Replicate, Role
@@ -16,6 +16,7 @@ from trsp_deploy.tools.judging.limits import SpeedLimit, speed_limit, stored_by
 from trsp_deploy.tools.measuring.rates import measure_rates
 from trsp_deploy.tools.measuring.samples import measure
 from trsp_deploy.tools.measuring.subjects import Subject, common_engine, find_subject
+from trsp_deploy.tools.runners.manifest import read_manifest
 
 
 def compare_engines(
@@ -153,13 +154,17 @@ def find_pair(dense: Path, pruned: Path | None, engine: str | None) -> tuple[Sub
     """What two paths stand for, or one run folder; raises RunError, of an engine that cannot run here too: there is
     nothing else to do.
 
-    Of run folders both are the same engine's, for another precision would count as the removal's speed-up.
+    Of run folders, and of a run beside an engine, both are the same engine's, for another precision would count as the
+    removal's speed-up.
     """
     other = pruned or dense
     runs = [RunLayout(path).is_run for path in (dense, other)]
     try:
         if engine is None and all(runs):
             engine = common_engine(dense, other)
+        elif engine is None and any(runs):
+            alone = other if runs[0] else dense
+            engine = read_manifest(alone).name if (alone / ENGINE_MANIFEST).is_file() else None
         first = find_subject(dense, "dense", engine)
         if pruned is None and not runs[0]:
             raise RunError(f"{dense}: PRUNED is missing; only a run folder ({RUN_MARK}) has both")

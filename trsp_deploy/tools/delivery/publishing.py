@@ -22,6 +22,7 @@ from trsp_deploy.results import PrunedCheckpoint
 from trsp_deploy.tools.plan import PruningPlan
 from trsp_deploy.tools.reports.record import Report, removal_report
 from trsp_deploy.tools.sources.hub import hub_errors, hub_problem
+from trsp_deploy.tools.sources.models import is_of_a_model
 from trsp_deploy.tools.sources.names import HUB_ID
 
 CARD, PLAN = "README.md", "plan.json"  # names in the repository
@@ -97,17 +98,22 @@ def plan_push(run: Path, repo: str) -> Push:
 def push(plan: Push, private: bool = False) -> str:
     """Make the repository where it is not there, upload everything as one commit, and return its address.
 
-    Raises UserError with what the hub said.
+    What an earlier push left of a model goes in the same commit: transformers would load a single old file of weights
+    rather than new ones in shards. Other files stay. Raises UserError with what the hub said.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
+    operations: list[CommitOperationAdd | CommitOperationDelete]
     operations = [CommitOperationAdd(name, path) for name, path in sorted(plan.files.items())]
     operations += [CommitOperationAdd(CARD, plan.card.encode()), CommitOperationAdd(PLAN, plan.plan.encode())]
     api = HfApi()
     try:
         api.create_repo(plan.repo, private=private, exist_ok=True)
-        if private and not api.repo_info(plan.repo).private:  # of one that was there the hub changes nothing
+        there = api.repo_info(plan.repo)
+        if private and not there.private:  # of one that was there the hub changes nothing
             raise UserError(f"push to '{plan.repo}': it is there already, and public; nothing was committed")
+        left = {file.rfilename for file in there.siblings or ()} - set(plan.names)
+        operations += [CommitOperationDelete(name) for name in sorted(left) if is_of_a_model(name)]
         done = api.create_commit(plan.repo, operations, commit_message=plan.message)
     except hub_errors() as problem:
         status = getattr(getattr(problem, "response", None), "status_code", 0)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from trsp_deploy.artifacts import Provenance
 from trsp_deploy.recipe import Positive, Strict
-from trsp_deploy.tools.judging.comparisons import ComparisonReport
+from trsp_deploy.tools.judging.comparisons import ComparisonReport, PhaseReport
+from trsp_deploy.tools.judging.verdicts import too_few
 from trsp_deploy.tools.reports.quality import QualityReport
 
 
@@ -33,8 +36,9 @@ class Point(Strict):
 
     @property
     def worst_ppl_ratio(self) -> float:
-        """Largest pruned / dense perplexity over the texts."""
-        return max((text.ratio for text in self.quality.values()), default=float("nan"))
+        """Largest pruned / dense perplexity over the texts; NaN where there is none, or one of them is."""
+        ratios = [text.ratio for text in self.quality.values()]
+        return float(np.max(ratios)) if ratios else float("nan")
 
 
 class Choice(Strict):
@@ -105,22 +109,29 @@ def _speed_wishes(targets: Targets) -> list[Wish]:
     return wishes
 
 
+def _totals(point: Point) -> list[PhaseReport]:
+    """End to end, by shape; none where no engine ran."""
+    return [] if point.comparison is None else [each for each in point.comparison.phases if each.phase == "total"]
+
+
+def _capped(total: PhaseReport) -> float:
+    """A speed-up, which counts for no more than its limit where that is not assumed: a check judges it so, too."""
+    return total.speedup.ratio if total.limit is None or total.limit_assumed else min(total.speedup.ratio, total.limit)
+
+
 def _speedup(point: Point) -> float:
-    """At the shape where it is least; no shape's counts for more than its limit."""
-    if point.comparison is None:
-        return 0.0
-    totals = [phase for phase in point.comparison.phases if phase.phase == "total"]
-    return min(min(total.speedup.ratio, total.limit or float("inf")) for total in totals)
+    """At the shape where it is least."""
+    return min(map(_capped, _totals(point)), default=0.0)
 
 
 def _said_speedup(point: Point) -> str:
-    if point.comparison is None:
+    totals = _totals(point)
+    if point.comparison is None or not totals:
         return "no speed-up"
-    total = point.comparison.of("total")
-    above = (
-        "" if total.limit is None or total.speedup.ratio <= total.limit else f", and the limit is {total.limit:.2f}x"
-    )
-    return f"{total.speedup.text(more=above)}{point.comparison.where}"
+    least = min(totals, key=_capped)
+    above = f", and the limit is {least.limit:.2f}x" if _capped(least) < least.speedup.ratio else ""
+    where = point.comparison.where if least.case == point.comparison.headline else f" at {least.case.title}"
+    return f"{least.speedup.text(more=above)}{where}"
 
 
 def _token_s(point: Point) -> float:
@@ -137,18 +148,31 @@ def _good(point: Point, targets: Targets) -> bool:
 
 
 def _chosen(point: Point, targets: Targets, reason: str) -> Choice:
-    doubted = " and ".join(_doubted(point, targets))
-    doubt = f"; by estimates, for the interval of its {doubted} allows a miss: `check` decides" if doubted else ""
+    doubts = [*_intervals_that_miss(point, targets), *_undecided(point, targets)]
+    doubt = f"; by estimates, for {' and '.join(doubts)}: `check` decides" if doubts else ""
     return Choice(num_dropped=point.num_dropped, folder=point.folder, reason=reason + doubt)
 
 
-def _doubted(point: Point, targets: Targets) -> list[str]:
+def _intervals_that_miss(point: Point, targets: Targets) -> list[str]:
     """The targets that a point keeps by its estimate and may miss by its 95% interval; a time has none."""
-    totals = [] if point.comparison is None else [p.speedup for p in point.comparison.phases if p.phase == "total"]
-    slow = targets.min_speedup is not None and any(speedup.low < targets.min_speedup for speedup in totals)
-    most = targets.max_ppl_ratio
+    least, most = targets.min_speedup, targets.max_ppl_ratio
+    slow = least is not None and any(total.speedup.low < least for total in _totals(point))
     poor = most is not None and any(text.ratio_high > most for text in point.quality.values())
-    return ["speed-up"] * slow + ["perplexity"] * poor
+    missed = " and ".join(["speed-up"] * slow + ["perplexity"] * poor)
+    return [f"the interval of its {missed} allows a miss"] if missed else []
+
+
+def _undecided(point: Point, targets: Targets) -> list[str]:
+    """Why a check would decide nothing, whatever the intervals say."""
+    found = []
+    timed = targets.min_speedup is not None or targets.max_latency_s is not None
+    if timed and point.comparison is not None and (few := too_few(point.comparison.replicates)):
+        found.append(f"it has {few.partition(':')[0]}")
+    if targets.min_speedup is not None and any(t.above_limit and not t.limit_assumed for t in _totals(point)):
+        found.append("its speed-up is above its limit")
+    if targets.max_ppl_ratio is not None:
+        found += [f"'{name}' is {text.doubt.partition(':')[0]}" for name, text in point.quality.items() if text.doubt]
+    return found
 
 
 def _why_no_less(before: Sequence[Point], wishes: Sequence[Wish], taken: Point) -> str:

@@ -6,6 +6,7 @@ weights, which can hold any code (`safe_copy` makes safetensors of them).
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -34,12 +35,18 @@ from trsp_deploy.tools.sources.model_folders import (
 from trsp_deploy.tools.sources.names import HUB_ID, SHORT_NAMES, is_model_folder, not_found
 from trsp_deploy.tools.sources.packaged import ASSETS, dequantised_model, home
 
-LEGAL_FILES = re.compile(r"(?i:(LICEN[CS]E|NOTICE|USE_POLICY|COPYING)(\.\w+)?)")  # they go wherever the weights go
+# They go wherever the weights go: LICENSE, NOTICE.txt, LICENSE-MODEL, MODEL_LICENSE, ACCEPTABLE_USE_POLICY.md ...
+LEGAL_FILES = re.compile(
+    r"(?i:(\w+[-_])?(LICEN[CS]E|NOTICE|USE_POLICY|COPYING)([-_]\w+(\.\d+)*)?(\.(txt|md|rst|pdf|html))?)"
+)
 COMPANIONS = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"
     r"|merges\.txt|vocab\.txt|tokenizer\.model|spiece\.model|chat_template\.jinja|README\.md"
     rf"|{LEGAL_FILES.pattern}"
 )
+
+
+LEGAL_PATTERNS = [f"*{word}*" for word in ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")]  # by fnmatch
 
 
 class ModelSource(Strict):
@@ -158,9 +165,20 @@ def _from_hub(name: str, repo: str, progress: Callable[[str], None]) -> ModelSou
                 f"{packaged}download it where there is a network with `hf download {repo}`, or pass --model FOLDER"
             ) from problem
     check_folder(folder, name)
+    if not (folder / "README.md").is_file():  # transformers fetches no card, nor what a licence wants carried along
+        with contextlib.suppress(*hub_errors()):
+            snapshot_download(repo, revision=folder.name, allow_patterns=["README.md", *LEGAL_PATTERNS])
+    if not (folder / "README.md").is_file():
+        progress(f"{repo}: its card is not in the cache, so that no licence is carried along")
     return ModelSource(
         name=name, kind="hub", path=str(folder), origin=f"{repo}@{folder.name}", licence=_licence(folder)
     )
+
+
+def is_of_a_model(name: str) -> bool:
+    """Whether a file of a repository is one that a push may have left: weights, configs, tokenizers, code, licences."""
+    weights = SAFETENSORS.fullmatch(name) or PYTORCH_BINS.fullmatch(name)
+    return bool(weights or COMPANIONS.fullmatch(name) or Path(name).match(CODE) or Path(name).match(CHAT_TEMPLATES))
 
 
 def conversions(repo: str) -> Path:
