@@ -9,6 +9,7 @@ import codecs
 import contextlib
 import json
 import os
+import re
 import types
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
@@ -27,6 +28,12 @@ Record = TypeVar("Record", bound="BaseModel")
 LONGEST_INTEGER = 64  # bits
 LONGEST_YAML = 100_000  # characters; the longest recipe that ships has 2,000
 DEEPEST, MOST_VALUES = 40, 100_000  # of a YAML text
+NUMBERS = {  # YAML's tags, and what is one
+    "tag:yaml.org,2002:int": r"[-+]?(?:0|[1-9][0-9_]*)$",
+    "tag:yaml.org,2002:float": (
+        r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?$|(?i:[-+]?\.inf|\.nan)$"
+    ),
+}
 DAMAGED = "written by another version of trsp_deploy, or damaged"  # a verdict of `read_record`
 
 
@@ -191,17 +198,32 @@ def _open_brackets(text: str) -> int:
 
 
 class _Loader(yaml.SafeLoader):
+    """YAML 1.1 without what nobody means: merge keys, a key that stands twice, numbers in base 8 (010) or 60 (1:30)."""
+
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Refuse merge keys: ten lines of them can come to more than fits into memory, and no recipe needs any."""
+        """Merge keys are refused: ten lines of them can come to more than fits into memory."""
+        seen = set()
         for key, _ in node.value:
             if key.tag == "tag:yaml.org,2002:merge":
                 raise yaml.constructor.ConstructorError(None, None, "merge keys (`<<`) are not read", key.start_mark)
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    said = f"the key {shown(key.value)} stands twice"
+                    raise yaml.constructor.ConstructorError(None, None, said, key.start_mark)
+                seen.add((key.tag, key.value))
         super().flatten_mapping(node)
 
 
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in known if tag not in NUMBERS]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _form in NUMBERS.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(_form), list("-+.0123456789"))
+
+
 def _bounded(value: Any) -> Any:
-    """The value again; aliases can make a few lines of YAML contain themselves, or more than fits into memory, and
-    sexagesimal numbers (1:59:59) need no digits."""
+    """The value again; aliases can make a few lines of YAML contain themselves, or more than fits into memory."""
     left, seen = [(value, 0)], 0
     while left:
         item, depth = left.pop()

@@ -214,7 +214,7 @@ def test_training_checkpoint(tmp_path, record_property):
     checkpoints = Checkpoints(tmp_path / "checkpoints", "key", 0)
     state = {"step": 3, "weights": {"w": torch.arange(512, dtype=torch.float32)}}
     checkpoints.save(state)
-    path = tmp_path / "checkpoints" / "state.pt"
+    path = tmp_path / "checkpoints" / "state.safetensors"
     whole = path.read_bytes()
     places = random.Random(1).sample(range(len(whole)), 400)
     for place in places:

@@ -56,7 +56,7 @@ def finish(workspace: Path, out: str, stage: str) -> dict:
 
 def kill_within(workspace: Path, out: str, stage: str) -> None:
     """Start the command and kill it once the stage has left a few checkpoints."""
-    state = workspace / out / "checkpoints" / stage / "state.pt"
+    state = workspace / out / "checkpoints" / stage / "state.safetensors"
     process = subprocess.Popen(command(out, stage), cwd=workspace, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
     seen, until = set(), time.monotonic() + DEADLINE_S
     while len(seen) < 4:

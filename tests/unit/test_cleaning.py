@@ -57,7 +57,7 @@ def test_without_keep_only_leftovers_go(run: Path) -> None:
 
 
 def test_what_a_killed_training_goes_on_from_goes_only_where_parts_do(run: Path) -> None:
-    state = run / "checkpoints" / "prune" / "state.pt"
+    state = run / "checkpoints" / "prune" / "state.safetensors"
     state.parent.mkdir(parents=True)
     state.write_text("x" * 1000)
     assert not cleaned(run) and state.exists()

@@ -96,7 +96,7 @@ def test_a_training_that_goes_on_needs_room_for_one_checkpoint(tmp_path: Path) -
     """The one that is there gives way once the next is whole; a run is not refused where it was let begin."""
     run, settings = tmp_path / "run", recipe(transfer={"form": "anneal"})
     fresh = plan_disk(run, settings, SMOLLM2, SPECS).stages[1].scratch_bytes
-    state = run / "checkpoints" / "prune" / "state.pt"
+    state = run / "checkpoints" / "prune" / "state.safetensors"
     state.parent.mkdir(parents=True)
     state.write_bytes(b"")
     os.truncate(state, fresh // 2)

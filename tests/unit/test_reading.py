@@ -63,15 +63,37 @@ def test_a_name_with_a_nul_is_no_file() -> None:
         ("x" * (LONGEST_YAML + 1), "at most 100,000 are read"),
         ("[" * 5000, "nested too deeply"),
         ("&a [*a]", "nested deeper than 40"),
-        ("1:" + "59:" * 20_000 + "59", "more than 64 bits"),
+        ("9" * 100, "more than 64 bits"),
+        ("9" * 5000, "digits"),
+        ("a: {x: 1, y: 2, x: 3}", "the key 'x' stands twice"),
     ],
-    ids=["merges", "long", "deep", "itself", "sexagesimal"],
+    ids=["merges", "long", "deep", "itself", "large", "larger", "twice"],
 )
 def test_yaml_is_read_within_bounds(text: str, words: str) -> None:
     began = time.perf_counter()
     with pytest.raises(ValueError, match=words):
         load_yaml(text)
     assert time.perf_counter() - began < 5
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("010", "010"),  # a setting of 10, not of 8
+        ("1:30", "1:30"),  # no number, and not 90
+        ("0x10", "0x10"),
+        ("-12", -12),
+        ("1_000", 1000),
+        ("1.5e-4", 1.5e-4),
+        ("1.0e-05", 1e-5),  # as PyYAML writes one
+        (".5", 0.5),
+        ("-.inf", float("-inf")),
+        ("'8'", "8"),
+    ],
+)
+def test_numbers_are_what_people_mean(text: str, value: object) -> None:
+    found = load_yaml(text)
+    assert found == value and type(found) is type(value)
 
 
 def test_json_that_is_nested_too_deeply() -> None:

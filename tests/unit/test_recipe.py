@@ -56,6 +56,9 @@ def test_drop_may_be_a_number_in_yaml() -> None:
         ({"model": "m", "seed": -1}, ["'seed'", "got -1"]),
         ({"model": "m", "engines": "auto"}, ["'engines'", "got 'auto'"]),
         ({"model": "m", "transfer": {"warmup_share": 1.5}}, ["'transfer.warmup_share'", "got 1.5"]),
+        ({"model": "m", "transfer": {"steps": True}}, ["'transfer.steps': should be a number, got True"]),
+        ({"model": "m", "transfer": {"weight": False}}, ["'transfer.weight': should be a number, got False"]),
+        ({"model": "m", "bench": {"prompt_tokens": True}}, ["'bench.prompt_tokens.0': should be a number, got True"]),
     ],
 )
 def test_recipe_errors(values: dict, words: list[str]) -> None:
@@ -151,6 +154,7 @@ def test_parse_drop_takes_the_smallest_share_that_its_error_names() -> None:
         ),
         ({"precison": "fp16"}, ["unknown key 'precison'", "did you mean 'precision'?"]),
         ({"compute_capabilities": ["sm89"]}, ["`compute_capabilities` is for backend tensorrt-rtx, got tensorrt"]),
+        ({"keep_high_precision": True}, ["'keep_high_precision", "got True"]),
         ({"cuda_graphs": False}, ["`cuda_graphs` is for TensorRT backends with `cache_length`"]),
         (
             {"backend": "onnxruntime-cpu", "profiles": [], "workspace_gib": 2},
@@ -173,6 +177,7 @@ def test_engine_spec_errors(changes: dict, words: list[str]) -> None:
         (b"a: [1", "not valid YAML"),
         (b"\xff\xfe\x00", "is not UTF-8 text (byte 0)"),
         (b"- a\n- b\n", "holds a list, expected a mapping"),
+        (b"seed: 1\nmodel: m\nseed: 2\n", "the key 'seed' stands twice"),
         (b"", "holds a NoneType, expected a mapping"),
         (None, "no such file"),
     ],

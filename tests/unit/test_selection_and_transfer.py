@@ -14,11 +14,11 @@ from tests.families import family_model
 from tests.tiny import next_token_loss, save_tiny, tiny_model, tiny_tokenizer
 from tests.training import same_weights
 from trsp_deploy.decoder import decoder_layers, load_model, stored_dtype
-from trsp_deploy.errors import ModelError
+from trsp_deploy.errors import ModelError, RecipeError
 from trsp_deploy.recipe import read_recipe
-from trsp_deploy.stages import selection
 from trsp_deploy.stages.selection import runs_text, select_for_counts, select_layers
 from trsp_deploy.stages.transfer import transfer_and_remove
+from trsp_deploy.tools.methods import base
 from trsp_deploy.tools.methods.trials import Trials
 from trsp_deploy.tools.plan import PruningPlan
 from trsp_deploy.tools.sources.models import ModelSource
@@ -73,12 +73,18 @@ def test_one_candidate_trusts_the_smallest_gate(windows):
 
 
 def test_a_layer_that_cannot_go_is_not_among_the_candidates(windows, monkeypatch):
-    monkeypatch.setattr(selection, "fixed_ends", lambda _: frozenset({0, 5}))
+    monkeypatch.setattr(base, "fixed_ends", lambda _: frozenset({0, 5}))
     settings = {"steps": 1, "candidates": 6, "trial_windows": 4}
     plan = select_layers(tiny_model("llama"), windows[:8], windows[8:10], 3, recipe(plan=settings), "manual")
     assert {0, 5}.isdisjoint(plan.dropped)
     assert [pick.removal_loss.keys() & {0, 5} for pick in plan.picks] == [set()] * 3
     assert set(plan.settings["finals"]) <= {"1-3", "2-4", runs_text(tuple(sorted(pick.layer for pick in plan.picks)))}
+
+
+def test_more_layers_than_may_go_are_refused_before_anything_is_learnt(windows, monkeypatch):
+    monkeypatch.setattr(base, "fixed_ends", lambda _: frozenset({0, 5}))
+    with pytest.raises(RecipeError, match=r"5 of the model's 6 layers.*valid: 1 to 4"):
+        select_layers(tiny_model("llama"), windows[:8], windows[8:10], 5, recipe(), "manual")
 
 
 def test_l1_alone_shrinks_the_gates(windows):

@@ -140,7 +140,7 @@ def test_records_and_reports_are_among_them(run: Path) -> None:
 
 def test_what_lies_beside_is_nobodys(run: Path) -> None:
     (run / "checkpoints" / "prune").mkdir(parents=True)
-    (run / "checkpoints" / "prune" / "state.pt").write_text("x")
+    (run / "checkpoints" / "prune" / "state.safetensors").write_text("x")
     for beside in ("dense-failed.log", "dense-trtexec.engine"):
         (run / "engines" / "ort-cpu-fp32" / beside).write_text("x")
     assert verify(run).whole

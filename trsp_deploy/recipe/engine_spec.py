@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from trsp_deploy.recipe.values import Count, Name, Positive, Strict
+from trsp_deploy.recipe.values import NUMBER, Count, Name, Positive, Strict
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]  # of an engine
 Float = Literal["fp32", "fp16"]  # of an exported graph: integers and bf16 come in when an engine is built from it
@@ -17,8 +17,8 @@ Backend = Literal["onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "tensorrt-r
 class Range(Strict):
     """min / opt / max of one dynamic dimension, as TensorRT's optimisation profiles want it."""
 
-    min: Annotated[int, Field(ge=0)]
-    opt: Annotated[int, Field(ge=0)]
+    min: Annotated[int, Field(ge=0), NUMBER]
+    opt: Annotated[int, Field(ge=0), NUMBER]
     max: Count
 
     @model_validator(mode="after")
@@ -59,7 +59,7 @@ class EngineSpec(Strict):
     zero_points: bool = True  # int4 on ONNX Runtime: each block has its own; false is quicker without VNNI
     # int4, int8: products whose weights get 8 bits in the one and stay in floats in the other; so many of those whose
     # rounding costs most on the calibration text, or names of the graph's nodes.
-    keep_high_precision: Annotated[int, Field(ge=0)] | tuple[str, ...] = 0
+    keep_high_precision: Annotated[int, Field(ge=0), NUMBER] | tuple[str, ...] = 0
 
     @property
     def graph_precision(self) -> Float:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from trsp_deploy.errors import redacted
-from trsp_deploy.recipe.values import Count, Length, Name, NonNegative, Positive, Seed, Share, Strict, Text
+from trsp_deploy.recipe.values import NUMBER, Count, Length, Name, NonNegative, Positive, Seed, Share, Strict, Text
 
 Form = Literal["anneal", "l2", "l1", "train", "none"]
 REFITTED: tuple[Form, ...] = ("anneal", "train", "none")  # forms that new weights in the layers' place go with
@@ -111,7 +111,7 @@ class ExportSettings(Strict):
 
     # auto: Optimum's where it is installed and knows the type of model, else torch's own.
     exporter: Literal["auto", "optimum", "dynamo"] = "auto"
-    opset: Annotated[int, Field(ge=14)] | None = None  # null: 18 for Optimum, 20 (its lowest) for dynamo
+    opset: Annotated[int, Field(ge=14), NUMBER] | None = None  # null: 18 for Optimum, 20 (its lowest) for dynamo
     slim: bool = True  # Optimum: onnxslim, 19% quicker decoding on a 135M Llama
 
 
@@ -137,7 +137,7 @@ class BenchSettings(Strict):
     budget_s: Positive = 120.0  # seconds for all shapes of one engine together
     precision: Positive = 0.01  # enough: this half-width of the log ratio's 95% interval, for every shape and phase
     # Fewest replicates, where the budget allows them; five at least are aimed at, for fewer decide nothing.
-    replicates: Annotated[int, Field(ge=2)] = 6
+    replicates: Annotated[int, Field(ge=2), NUMBER] = 6
     # Measure dense against itself in the same blocks; without room for it twice, every turn is a fresh process.
     control: bool = True
 

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from pathlib import PurePosixPath
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def _no_truth(value: Any) -> Any:
+    if isinstance(value, bool):  # which pydantic takes for 0 or 1
+        raise ValueError("should be a number")
+    return value
+
 
 # Nobody means more, and sizes and times that are worked out of these still fit the integers of native code.
 MOST = 10**9
-Count = Annotated[int, Field(ge=1, le=MOST)]
-Length = Annotated[int, Field(ge=2, le=MOST)]  # of a window: a single token predicts none
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[float, Field(gt=0.0, le=MOST)]
-NonNegative = Annotated[float, Field(ge=0.0, le=MOST)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]  # torch's generators take 64 bits
+NUMBER = BeforeValidator(_no_truth)  # the last of an annotation, for what stands behind it says no bounds in a schema
+Count = Annotated[int, Field(ge=1, le=MOST), NUMBER]
+Length = Annotated[int, Field(ge=2, le=MOST), NUMBER]  # of a window: a single token predicts none
+Share = Annotated[float, Field(ge=0.0, le=1.0), NUMBER]
+Positive = Annotated[float, Field(gt=0.0, le=MOST), NUMBER]
+NonNegative = Annotated[float, Field(ge=0.0, le=MOST), NUMBER]
+Seed = Annotated[int, Field(ge=0, lt=2**63), NUMBER]  # torch's generators take 64 bits
 LONGEST_NAME = 100
 # What becomes the name of a file or folder.
 Name = Annotated[str, Field(pattern=r"^\w[\w .+-]*$", max_length=LONGEST_NAME)]

@@ -23,16 +23,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from trsp_deploy.decoder import decoder_layers, fixed_ends
+from trsp_deploy.decoder import decoder_layers
 from trsp_deploy.recipe import Recipe
 from trsp_deploy.tools.closed_form.span import runs
 from trsp_deploy.tools.gates import LayerGates
 from trsp_deploy.tools.methods import METHODS
-from trsp_deploy.tools.methods.base import Selection, checked_finite
+from trsp_deploy.tools.methods.base import Selection, checked_finite, removable_layers
 from trsp_deploy.tools.methods.trials import Layers, Trials
 from trsp_deploy.tools.plan import Pick, PruningPlan, complement
 from trsp_deploy.tools.progress import Meter
-from trsp_deploy.tools.training.checkpoints import Checkpoints
+from trsp_deploy.tools.training.checkpoints import Checkpoints, put_back_moments
 from trsp_deploy.tools.training.heap import kept_heap
 from trsp_deploy.tools.training.losses import TokenLosses
 from trsp_deploy.tools.training.processes import Processes
@@ -114,7 +114,8 @@ def _by_gates(
     recipe: Recipe,
     checkpoints: Checkpoints | None,
 ) -> dict[int, Chosen]:
-    picking = GatePicking(model, train, validation, recipe, checkpoints)
+    free = removable_layers(model, train, max(counts))
+    picking = GatePicking(model, free, train, validation, recipe, checkpoints)
     dense_loss = picking.held_out_loss()
     found: dict[int, Chosen] = {}
     for count, finals in picking.run(counts).items():
@@ -167,12 +168,13 @@ class GatePicking:
     def __init__(
         self,
         model: PreTrainedModel,
+        free: Sequence[int],
         train: torch.Tensor,
         validation: torch.Tensor,
         recipe: Recipe,
         checkpoints: Checkpoints | None,
     ) -> None:
-        """model: dense and frozen."""
+        """model: dense and frozen; free: the layers that may go."""
         self._windows = train
         self._validation = validation
         self._recipe = recipe
@@ -180,7 +182,7 @@ class GatePicking:
         self._checkpoints = checkpoints
         self._device = pick_device(recipe)
         self._processes = Processes(self._device)
-        self._fixed = fixed_ends(model)  # that the model would not survive
+        self._free = frozenset(free)
         self._gates = LayerGates(model, recipe.plan.gate)
         self._losses = TokenLosses(model)
         self._trials = Trials(self._losses, self._gates)
@@ -228,8 +230,7 @@ class GatePicking:
 
     def _meter(self, counts: Sequence[int]) -> Meter:
         """Counts gate updates and losses of trials, from the one that comes next."""
-        free = len(self._gates.values) - len(self._fixed)
-        a_round = self._settings.steps + num_trials(min(self._settings.candidates, free))
+        a_round = self._settings.steps + num_trials(min(self._settings.candidates, len(self._free)))
         finals = sum(num_trials(len(self._spans(count)) + 1) for count in counts)
         done = len(self._picks) * a_round + len(self._round.lm_losses)
         return Meter("selection", max(counts) * a_round + finals, done)
@@ -244,7 +245,7 @@ class GatePicking:
             return []
         count = len(self._gates.values)
         spans = [tuple(range(first, first + num_dropped)) for first in range(1, count - num_dropped + 1)]
-        return [span for span in spans if self._fixed.isdisjoint(span)]
+        return [span for span in spans if self._free.issuperset(span)]
 
     def _update(self, rows: torch.Tensor) -> None:
         """One step of the open gates on windows `rows`."""
@@ -263,7 +264,7 @@ class GatePicking:
     def _pick(self, meter: Meter) -> None:
         """Close, of the layers with the smallest gates, the one whose removal costs least."""
         gates = self._gates
-        free = [index for index in gates.open if index not in self._fixed]
+        free = [index for index in gates.open if index in self._free]
         smallest = sorted(free, key=lambda index: abs(gates.values[index].item()))[: self._settings.candidates]
         # With one candidate there is nothing to choose between and the gate alone has decided.
         gone = tuple(pick.layer for pick in self._picks)
@@ -325,7 +326,7 @@ class GatePicking:
             return
         with torch.no_grad():
             self._gates.values.copy_(state["gates"])
-        self._round.optimizer.load_state_dict(state["optimizer"])
+        put_back_moments(state["optimizer"], self._round.optimizer)
         self._picks = [Pick.model_validate(pick) for pick in state["picks"]]
         self._gates.closed.update(pick.layer for pick in self._picks)
         self._round.lm_losses, self._round.trajectory = state["lm_losses"], state["trajectory"]

@@ -15,20 +15,17 @@ import json
 import os
 import shutil
 import time
-import zipfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from trsp_deploy.artifacts import provenance, writing
+from trsp_deploy.tools.training.state_file import State, read_state, write_state
 
 # Raise when what a state holds, or what a step does with it, changes.
-FORMAT = 3
-
-State = dict[str, Any]  # tensors, numbers, text, and lists and dicts of these: all that a safe load gives back
+FORMAT = 4
 
 
 class Checkpoints:
@@ -36,26 +33,18 @@ class Checkpoints:
 
     def __init__(self, folder: Path, key: str, every_s: float) -> None:
         """key: of the stage's settings and inputs; versions and launch are added, since they decide the last bits."""
-        self._path = folder / "state.pt"
+        self._path = folder / "state.safetensors"
         launch = [os.environ.get(name) for name in ("WORLD_SIZE", "ACCELERATE_USE_FSDP")]
         self._key = hashlib.sha256(json.dumps([FORMAT, key, provenance().packages, launch]).encode()).hexdigest()
         self._every_s = every_s
         self._saved_at = time.monotonic()
 
     def load(self) -> State | None:
-        """The last state saved; None when there is none, or it belongs to other settings, inputs or versions."""
-        try:
-            with zipfile.ZipFile(self._path) as archive:  # which torch reads without a look at its checksums
-                if archive.testzip() is not None:
-                    return None
-            # weights_only: the file can hold data, never code.
-            saved = torch.load(self._path, map_location="cpu", weights_only=True)
-        except (PermissionError, MemoryError):  # it may be whole, and is not to be overwritten
-            raise
-        except Exception:  # none there, or of a damaged file: zipfile, torch and pickle have a dozen between them
-            return None
-        known = isinstance(saved, dict) and saved.get("key") == self._key
-        return saved["state"] if known else None
+        """The last state saved; None when there is none, or it belongs to other settings, inputs or versions.
+
+        Its tensors are mapped from the file: copy what is to live on, and let go of the rest.
+        """
+        return read_state(self._path, self._key)
 
     def due(self) -> bool:
         """Whether the last one is old enough for the next."""
@@ -64,7 +53,7 @@ class Checkpoints:
     def save(self, state: State) -> None:
         """Replace the last state; after a kill at any moment the file is the old one or the new one."""
         with writing(self._path) as partial:
-            torch.save({"key": self._key, "state": state}, partial)
+            write_state(partial, self._key, state)
         self._saved_at = time.monotonic()
 
     def remove(self) -> None:
@@ -103,4 +92,11 @@ def put_back(state: State, model: nn.Module, optimizer: torch.optim.Optimizer, s
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.copy_(state["weights"][name])
-    optimizer.load_state_dict(state["optimizer"])
+    put_back_moments(state["optimizer"], optimizer)
+
+
+def put_back_moments(state: State, optimizer: torch.optim.Optimizer) -> None:
+    """The reverse of an optimiser's `state_dict`; nothing of the state is held afterwards."""
+    optimizer.load_state_dict(state)  # which takes tensors of the right dtype and device as they are
+    for moments in optimizer.state.values():
+        moments.update({name: each.clone() for name, each in moments.items() if isinstance(each, torch.Tensor)})
