@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -69,6 +71,19 @@ def test_no_file_is_no_state(path, tmp_path):
     assert read_state(tmp_path, "key") is None  # a folder
     path.write_bytes(b"")
     assert read_state(path, "key") is None
+
+
+def test_a_file_that_cannot_be_opened_now_is_not_taken_for_none(path):
+    """A training that began anew would overwrite it."""
+    write_state(path, "key", STATE)
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, limit[1]))
+        with pytest.raises(OSError, match="Too many open files"):
+            read_state(path, "key")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    assert read_state(path, "key") is not None
 
 
 def test_a_file_of_another_program_is_no_state(path):

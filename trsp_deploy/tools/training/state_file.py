@@ -9,6 +9,7 @@ GPU's state passes through main memory in small pieces, and hashes what it write
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from pathlib import Path
@@ -34,6 +35,8 @@ DTYPES = {  # as the format calls them
 TREE, DIGEST = "tree", "sha256"  # the last tensors: what is no tensor, as JSON, and the hash of all bytes before it
 DIGEST_BYTES = hashlib.sha256().digest_size
 CHUNK = 1 << 24  # bytes that are read at once
+# Of the system, by which a file may be whole, and is not to be overwritten.
+REFUSALS = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
 def write_state(path: Path, key: str, state: State) -> None:
@@ -93,9 +96,9 @@ def _is_whole(path: Path) -> bool:
                 digest.update(content)
                 left -= len(content)
             return file.read() == digest.digest()
-    except PermissionError:  # it may be whole, and is not to be overwritten
-        raise
-    except OSError:
+    except OSError as problem:
+        if problem.errno in REFUSALS:
+            raise
         return False
 
 
