@@ -9,11 +9,12 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
 
 from tests.families import family_model
 from tests.tiny import next_token_loss, save_tiny, tiny_model, tiny_tokenizer
 from tests.training import same_weights
-from trsp_deploy.decoder import decoder_layers, load_model, stored_dtype
+from trsp_deploy.decoder import cast_for_storage, decoder_layers, load_model, stored_dtype
 from trsp_deploy.errors import ModelError, RecipeError
 from trsp_deploy.recipe import read_recipe
 from trsp_deploy.stages.selection import runs_text, select_for_counts, select_layers
@@ -254,6 +255,27 @@ def test_stored_dtype_is_kept(tmp_path, windows):
     run_transfer(folder, tmp_path / "out", windows, form="anneal", steps=1)
     assert stored_dtype(tmp_path / "out") == torch.float16
     assert load_model(tmp_path / "out").dtype == torch.float16
+
+
+def test_what_transformers_keeps_in_fp32_is_stored_so(tmp_path, windows):
+    """The routers of ERNIE 4.5's experts, whatever the rest is stored in."""
+    size = {"vocab_size": len(tiny_tokenizer()), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6}
+    experts = {"moe_intermediate_size": 16, "moe_k": 2, "moe_num_experts": 4, "moe_num_shared_experts": 1}
+    config = Ernie4_5_MoeConfig(**size, **experts, num_attention_heads=4, num_key_value_heads=2)
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    torch.manual_seed(0)
+    model = Ernie4_5_MoeForCausalLM(config)
+    cast_for_storage(model, torch.bfloat16)
+    model.save_pretrained(tmp_path / "dense")
+    run_transfer(tmp_path / "dense", tmp_path / "out", windows, form="none")
+    kept, stored = PLAN.kept[1], load_file(tmp_path / "out" / "model.safetensors")
+    router = stored["model.layers.1.mlp.gate.weight"]
+    assert router.dtype == torch.float32
+    assert torch.equal(router, model.get_parameter(f"model.layers.{kept}.mlp.gate.weight"))
+    assert not torch.equal(router, router.bfloat16().float())
+    others = {name: tensor.dtype for name, tensor in stored.items() if ".gate." not in name and "statics" not in name}
+    assert set(others.values()) == {torch.bfloat16}
+    assert load_model(tmp_path / "out").get_parameter("model.layers.1.mlp.gate.weight").dtype == torch.float32
 
 
 def test_embeddings_stay_unless_asked(dense, tmp_path, windows):

@@ -18,6 +18,7 @@ from trsp_deploy.decoder.layers import (
 )
 from trsp_deploy.decoder.loading import (
     build_model,
+    cast_for_storage,
     load_config,
     load_model,
     load_tokenizer,
@@ -46,6 +47,7 @@ __all__ = [
     "body",
     "build_model",
     "cache_per_token",
+    "cast_for_storage",
     "check_prunable",
     "check_removal",
     "count_config",

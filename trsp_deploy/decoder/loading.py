@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -103,6 +105,22 @@ def stored_dtype(folder: Path) -> torch.dtype:
     """The dtype that a model folder's weights are stored in: as its config says, else as the first float among them."""
     said: torch.dtype | None = load_config(folder).dtype
     return said or next(_float_dtypes(folder), torch.float32)
+
+
+@torch.no_grad()
+def cast_for_storage(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Bring a model to the CPU and to `dtype`, in place, but for what transformers loads in fp32 from such a folder.
+
+    Which modules those are their class says, `_strict` for bf16 too: the routers of ERNIE 4.5's experts, for one.
+    """
+    kept = [*(model._keep_in_fp32_modules_strict or ())]
+    if dtype == torch.float16:
+        kept += model._keep_in_fp32_modules or ()
+    in_fp32 = re.compile("|".join(rf"(^|\.){name}($|\.)" for name in kept) or "$^")  # as transformers searches
+    model.to("cpu")
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_floating_point() and not in_fp32.search(name):
+            tensor.data = tensor.data.to(dtype)
 
 
 def _float_dtypes(folder: Path) -> Iterator[torch.dtype]:

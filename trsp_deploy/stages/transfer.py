@@ -21,6 +21,7 @@ import torch
 from transformers import PreTrainedModel
 
 from trsp_deploy.decoder import (
+    cast_for_storage,
     check_removal,
     count_weights,
     decoder_layers,
@@ -174,9 +175,10 @@ def _remove(
 
 
 def _write(model: PreTrainedModel, dense: Path, out: Path) -> None:
-    """A folder in the dense model's stored dtype, with its tokenizer and its own code where it has some."""
+    """A folder in the dense model's stored dtypes, with its tokenizer and its own code where it has some."""
     make_storable(model)
-    model.to("cpu", stored_dtype(dense)).save_pretrained(out)
+    cast_for_storage(model, stored_dtype(dense))
+    model.save_pretrained(out)
     load_tokenizer(dense).save_pretrained(out)
     copy_code(dense, out)
 
