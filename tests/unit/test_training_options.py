@@ -115,7 +115,7 @@ def test_selection_computes_no_weight_gradients():
                 products.append(tuple(result.shape))
             return result
 
-    picking = GatePicking(model, windows()[:8], windows()[8:12], recipe(plan={"batch_size": 4}), None)
+    picking = GatePicking(model, range(6), windows()[:8], windows()[8:12], recipe(plan={"batch_size": 4}), None)
     with picking._gates, Products():
         picking._update(torch.arange(4))
     assert all(parameter.grad is None for parameter in model.parameters())
