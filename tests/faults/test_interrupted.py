@@ -29,20 +29,23 @@ WHEN = [(step, _draw()) for step in SLOW for _ in range(2)] + [(None, _draw()) f
 def test_stops_at_once(workspace, undisturbed, record_property, step, share):
     whole, first = undisturbed
     record_property("fault", "Ctrl-C")
-    job = Job(workspace, f"interrupted-{step or 'anywhere'}-{share:.4f}")
-    running = job.start(fresh=True)
-    try:
-        if step is None:
-            time.sleep(share * first[True].elapsed_s)
-        else:
-            assert running.wait_for(f"> {step}: started"), running.said
-            record = whole.run / "records" / f"{step}.json"
-            time.sleep(share * float(re.findall(r'"elapsed_s": ([\d.e-]+)', record.read_text())[-1]))
-        if running.poll() is not None:
-            pytest.skip("it was over before")
-        done, gone_s, left = interrupted(running)
-    finally:
-        end_session(running.pid)
+    for sooner in (1.0, 0.9, 0.8):  # the undisturbed run may have had less of the machine than this one
+        job = Job(workspace, f"interrupted-{step or 'anywhere'}-{share:.4f}-{sooner}")
+        running = job.start(fresh=True)
+        try:
+            if step is None:
+                time.sleep(sooner * share * first[True].elapsed_s)
+            else:
+                assert running.wait_for(f"> {step}: started"), running.said
+                record = whole.run / "records" / f"{step}.json"
+                time.sleep(sooner * share * float(re.findall(r'"elapsed_s": ([\d.e-]+)', record.read_text())[-1]))
+            if running.poll() is None:
+                done, gone_s, left = interrupted(running)
+                break
+        finally:
+            end_session(running.pid)
+    else:
+        pytest.skip("it was over before")
     record_property("seconds", round(gone_s, 3))
     record_property(
         "place", ([each for each in done.steps("started") if each not in done.steps("done")] or ["else"])[0]

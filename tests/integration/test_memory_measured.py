@@ -68,7 +68,7 @@ def compare(model: Path, stage: str, settings: list[str]) -> tuple[float, float]
     peak = next(found.peak for found in stages if found.stage == stage)
     own_blocks = measure(model, stage, settings, {"MALLOC_MMAP_THRESHOLD_": "1048576"})
     usual = measure(model, stage, settings, {})
-    counted = peak.total_bytes - peak.parts["slack_bytes"]
+    counted = peak.total_bytes - peak.parts["slack_bytes"] + LIBRARIES_BYTES
     figures = {"counted": counted, "measured": own_blocks, "estimated": peak.total_bytes, "measured as usual": usual}
     print(stage, *settings, {name: f"{size / 1e6:.0f} MB" for name, size in figures.items()})
     return counted / own_blocks, peak.total_bytes / usual

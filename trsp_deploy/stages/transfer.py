@@ -42,7 +42,7 @@ from trsp_deploy.tools.progress import Meter
 from trsp_deploy.tools.sources.models import ModelSource
 from trsp_deploy.tools.training.checkpoints import Checkpoints, put_back, training_state
 from trsp_deploy.tools.training.forms import FORMS, Form
-from trsp_deploy.tools.training.heap import kept_heap
+from trsp_deploy.tools.training.heap import exact_heap, kept_heap
 from trsp_deploy.tools.training.losses import TokenLosses
 from trsp_deploy.tools.training.optimizers import clip_gradients, make_optimizer
 from trsp_deploy.tools.training.parameters import (
@@ -113,7 +113,7 @@ def transfer_and_remove(
 
 def _heap(recipe: Recipe) -> contextlib.AbstractContextManager[None]:
     """Whoever computes each layer twice is short of memory, and a kept heap has gaps."""
-    return contextlib.nullcontext() if recipe.transfer.gradient_checkpointing is True else kept_heap()
+    return exact_heap() if recipe.transfer.gradient_checkpointing is True else kept_heap()
 
 
 def _train(
