@@ -1,4 +1,4 @@
-"""What is freed inside `kept_heap` is there for what is allocated next; inside `exact_heap` it is the kernel's at once."""
+"""What is freed inside `kept_heap` is there for what is allocated next, inside `exact_heap` the kernel's at once."""
 
 from __future__ import annotations
 
