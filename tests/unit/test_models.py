@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging.handlers
 import shutil
 import socket
 import threading
@@ -27,7 +28,7 @@ from trsp_deploy.errors import ModelError
 from trsp_deploy.tools.sources import packaged
 from trsp_deploy.tools.sources.hub import hub_problem
 from trsp_deploy.tools.sources.model_folders import check_decoder_only, copy_model
-from trsp_deploy.tools.sources.models import LEGAL_FILES, resolve_model
+from trsp_deploy.tools.sources.models import LEGAL_FILES, model_config, resolve_model
 from trsp_deploy.tools.sources.names import HUB_ID, SHORT_NAMES
 from trsp_deploy.tools.sources.safe_copy import convert
 
@@ -394,6 +395,14 @@ def test_a_hub_that_is_not_there(local_hub: type[Hub], monkeypatch: pytest.Monke
         address = f"http://127.0.0.1:{free.getsockname()[1]}"
     point_at(address, monkeypatch)
     assert "and the hub cannot be reached (" in error_line("owner/tiny")
+    said = logging.handlers.BufferingHandler(100)
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "handlers", [said])
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the tries of the hub's client
+    lines: list[str] = []
+    with pytest.raises(ModelError, match=r"config\.json of owner/tiny is not in .* and the hub cannot be reached"):
+        model_config("owner/tiny", lines.append)
+    assert len(lines) == 1 and "asking the Hugging Face hub for config.json of owner/tiny" in lines[0]
+    assert not said.buffer, "the client's own words about its tries"
 
 
 def test_smollm2_without_its_package(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:

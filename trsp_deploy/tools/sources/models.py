@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -96,20 +96,22 @@ def model_config(name: str, progress: Callable[[str], None]) -> Any:
         if packaged is not None:
             folder = packaged
         elif name in SHORT_NAMES or (HUB_ID.fullmatch(name) and not folder.exists()):
-            folder = _config_from_hub(name, SHORT_NAMES.get(name, name))
+            folder = _config_from_hub(name, SHORT_NAMES.get(name, name), progress)
         else:
             folder = Path(resolve_model(name, progress).path)
     check_decoder_only(folder)
     return load_config(folder)
 
 
-def _config_from_hub(name: str, repo: str) -> Path:
+def _config_from_hub(name: str, repo: str, progress: Callable[[str], None]) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
 
+    progress(f"asking the Hugging Face hub for config.json of {repo} (half a minute where there is no network)")
     try:
-        folder = Path(hf_hub_download(repo, "config.json")).parent
-        if read_json(folder / "config.json", ModelError).get("auto_map"):
-            folder = Path(snapshot_download(repo, allow_patterns=[*CONFIGS, CODE]))
+        with quiet_retries():
+            folder = Path(hf_hub_download(repo, "config.json")).parent
+            if read_json(folder / "config.json", ModelError).get("auto_map"):
+                folder = Path(snapshot_download(repo, allow_patterns=[*CONFIGS, CODE]))
         return folder
     except hub_errors() as problem:
         raise ModelError(
@@ -210,7 +212,21 @@ def _download(repo: str, progress: Callable[[str], None]) -> Path:
     ]
     progress(f"downloading {repo} from the Hugging Face hub ({sum(sizes[file] for file in files) / 1e9:.2f} GB)")
     # By branch, not by info.sha: only then does the cache note what `main` is and answer without a network.
-    return Path(snapshot_download(repo, allow_patterns=files))
+    with quiet_retries():
+        return Path(snapshot_download(repo, allow_patterns=files))
+
+
+@contextlib.contextmanager
+def quiet_retries() -> Iterator[None]:
+    """Keep off the terminal that the hub's client tries a file five times more: what came of it is said in one line."""
+    from huggingface_hub.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def card_metadata(folder: Path) -> dict[str, Any]:

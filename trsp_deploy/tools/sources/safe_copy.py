@@ -19,7 +19,7 @@ from trsp_deploy.model_code import CODE, copy_code
 from trsp_deploy.reading import read_json, user_path
 from trsp_deploy.tools.sources.hub import hub_errors, hub_problem
 from trsp_deploy.tools.sources.model_folders import PYTORCH_BINS, check_decoder_only, check_folder
-from trsp_deploy.tools.sources.models import COMPANIONS, conversions
+from trsp_deploy.tools.sources.models import COMPANIONS, conversions, quiet_retries
 from trsp_deploy.tools.sources.names import HUB_ID, SHORT_NAMES
 from trsp_deploy.tools.sources.packaged import alone
 
@@ -80,7 +80,7 @@ def _source(name: str, progress: Callable[[str], None]) -> Path:
     progress(f"fetching {repo}")
     patterns = ["pytorch_model*.bin*", "*.json", "*.txt", "*.model", "*.jinja", "README.md", CODE]
     try:
-        with storage_errors(Path(HF_HUB_CACHE)):
+        with storage_errors(Path(HF_HUB_CACHE)), quiet_retries():
             return Path(snapshot_download(repo, allow_patterns=patterns))
     except hub_errors() as problem:
         raise ModelError(f"model '{name}': {hub_problem(problem)}; give a folder that holds it") from problem
