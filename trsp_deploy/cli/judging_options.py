@@ -1,0 +1,144 @@
+"""What the commands that judge take: their options, and what the values of these mean."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from trsp_deploy.cli.options import file_to_write, finite
+from trsp_deploy.errors import RecipeError
+
+if TYPE_CHECKING:
+    from trsp_deploy.recipe import BenchSettings
+    from trsp_deploy.results import Phase
+
+Dense = Annotated[Path, typer.Argument(help="Run folder, engine folder or .onnx file.", metavar="DENSE")]
+Pruned = Annotated[
+    Path | None, typer.Argument(help="The same; a run folder alone has both.", metavar="PRUNED", show_default=False)
+]
+Engine = Annotated[
+    str | None, typer.Option("--engine", help="One of the run's engines; else the first that runs here.", metavar="E")
+]
+Budget = Annotated[
+    float | None,
+    typer.Option(
+        "--budget",
+        help="Seconds to measure at most; two replicates in any case.",
+        min=1.0,
+        callback=finite,
+        metavar="SECONDS",
+    ),
+]
+MinSpeedup = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--min-speedup",
+        help="Least dense time / pruned time: 1.2 end to end, or prefill=1.2, decode=1.2; once per phase.",
+        metavar="[PHASE=]X",
+    ),
+]
+MaxLatency = Annotated[
+    str | None,
+    typer.Option(
+        "--max-latency-regression", help="Most by which pruned may be slower than the baseline.", metavar="3%"
+    ),
+]
+MaxLoss = Annotated[
+    str | None,
+    typer.Option("--max-speedup-loss", help="Most of the baseline's speed-up that may be lost.", metavar="3%"),
+]
+MaxPerplexity = Annotated[
+    float | None,
+    typer.Option(
+        "--max-ppl-ratio", help="Most pruned / dense perplexity, on every text.", min=0.01, callback=finite, metavar="X"
+    ),
+]
+Budgeted = Annotated[
+    str | None,
+    typer.Option(
+        "--quality-budget", help="Quality to keep, 99% or 99.9%: limits how much perplexity may grow.", metavar="SHARE"
+    ),
+]
+MinAccuracy = Annotated[
+    str | None,
+    typer.Option("--min-accuracy-retained", help="Least pruned / dense mean accuracy over the tasks.", metavar="99%"),
+]
+Against = Annotated[
+    Path | None, typer.Option("--against", help="A file that `trsp-deploy baseline` made.", metavar="BASELINE.json")
+]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", help="Write the result, with raw samples, there.", callback=file_to_write, metavar="FILE"),
+]
+BaselineOut = Annotated[Path, typer.Option("--out", help="The file to write.", callback=file_to_write, metavar="FILE")]
+Junit = Annotated[
+    Path | None, typer.Option("--junit", help="Write JUnit XML there.", callback=file_to_write, metavar="FILE")
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override one key of the measurement: prompt_tokens=[128,1024].", metavar="KEY=VALUE"),
+]
+
+PHASE_NAMES: dict[str, Phase] = {"end-to-end": "total", "total": "total", "prefill": "prefill", "decode": "decode"}
+
+
+def bench_settings(values: dict[str, Any], budget: float | None, sets: list[str] | None) -> BenchSettings:
+    """How to measure: a recipe's values with the options' in their place. Raises RecipeError for what is invalid."""
+    from trsp_deploy.recipe import override, read_bench_settings
+
+    chosen = override(values, sets or [])
+    if budget is not None:
+        chosen["budget_s"] = budget
+    return read_bench_settings(chosen, "--set" if sets else "the run's recipe")
+
+
+def speedups(texts: list[str] | None) -> dict[Phase, float]:
+    """What --min-speedup asks of each phase, dense time / pruned time."""
+    found: dict[Phase, float] = {}
+    given: dict[Phase, str] = {}
+    for text in texts or []:
+        name, equals, number = text.rpartition("=")
+        phase = PHASE_NAMES.get(name if equals else "total")
+        try:
+            bound = float(number.removesuffix("x"))
+        except ValueError:
+            bound = 0.0
+        if phase is None or not 0 < bound < 1000:
+            raise RecipeError(
+                f"--min-speedup '{text}': expected a factor such as 1.2, or prefill=1.2, decode=1.2, end-to-end=1.2"
+            )
+        if phase in given:  # the looser of two may not take the stricter one's place
+            raise RecipeError(f"--min-speedup '{given[phase]}' and '{text}': are of the same phase; give it once")
+        found[phase], given[phase] = bound, text
+    return found
+
+
+def lost_share(option: str, text: str | None) -> float | None:
+    """The share that may be lost, as a fraction; None without the option."""
+    if text is None:
+        return None
+    found = _percent(text)
+    if found is None or found >= 1:
+        raise RecipeError(f"{option} '{text}': expected a share of at least 0% and below 100%, such as 3%")
+    return found
+
+
+def kept_share(option: str, text: str | None) -> float | None:
+    """The share of quality that an option wants kept, as a fraction; None without it."""
+    if text is None:
+        return None
+    found = _percent(text)
+    if found is None or not 0.5 <= found <= 1:
+        raise RecipeError(
+            f"{option} '{text}': expected the share of quality to keep, 50% to 100%, such as 99% or 99.9%"
+        )
+    return found
+
+
+def _percent(text: str) -> float | None:
+    """A percentage as a share of 1; None for what is none."""
+    number = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text.strip())
+    return None if number is None else float(number[1]) / 100
