@@ -23,7 +23,7 @@ from tests.made_run import made_run
 from tests.tiny import save_tiny
 from trsp_deploy import checks, cli, errors
 from trsp_deploy.artifacts import storage_errors
-from trsp_deploy.cli import jobs
+from trsp_deploy.cli import engine_jobs
 from trsp_deploy.pipeline.runs import default_folder
 from trsp_deploy.recipe import BenchSettings, parse_drops
 from trsp_deploy.stages import triton_repository, zeroshot
@@ -168,9 +168,9 @@ def test_a_run_without_a_manifest(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_no_engine_may_replace(tmp_path: Path) -> None:
-    says("is the folder that this runs in", lambda: jobs._check_engine_folder(Path.cwd()), errors.RecipeError)
+    says("is the folder that this runs in", lambda: engine_jobs._check_engine_folder(Path.cwd()), errors.RecipeError)
     (tmp_path / "notes.md").write_text("mine")
-    says("holds other things than an engine", lambda: jobs._check_engine_folder(tmp_path), errors.RecipeError)
+    says("holds other things than an engine", lambda: engine_jobs._check_engine_folder(tmp_path), errors.RecipeError)
 
 
 def test_a_spec_of_another_name_than_its_file(tmp_path: Path) -> None:

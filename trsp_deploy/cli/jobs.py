@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trsp_deploy.cli.engine_jobs import build_from_onnx
 from trsp_deploy.cli.options import (
     Calibration,
     Drop,
@@ -207,7 +207,7 @@ def build(
 ) -> None:
     """Build engines for a run's dense and pruned models, or one engine from any decoder's ONNX file."""
     if onnx is not None:
-        return _build_from_onnx(run, onnx, engine or [], out, calibration, tokenizer, Output(as_json))
+        return build_from_onnx(run, onnx, engine or [], out, calibration, tokenizer, Output(as_json))
     if run is None or out is not None:
         raise RecipeError("build: give a run's folder, or --onnx FILE with --engine E and --out DIR")
     if calibration is not None or tokenizer is not None:
@@ -226,70 +226,6 @@ def build(
                 ]
             }
         )
-
-
-def _build_from_onnx(
-    run: Path | None,
-    onnx: Path,
-    engines: list[str],
-    out: Path | None,
-    calibration: str | None,
-    tokenizer: Path | None,
-    output: Output,
-) -> None:
-    if run is not None or len(engines) != 1 or out is None:
-        raise RecipeError("build --onnx FILE: needs one --engine and --out DIR, and no run's folder")
-    from trsp_deploy.artifacts import writing_alone
-    from trsp_deploy.cli.running import say
-    from trsp_deploy.stages.build import build_engine, finished, read_calibration
-    from trsp_deploy.tools.library import load_engine_spec, spec_file
-    from trsp_deploy.tools.quiet import quiet_libraries
-
-    spec = load_engine_spec(engines[0])
-    _check_engine_folder(out)
-    text = None
-    if calibration is not None:
-        if not spec.reads_text:
-            raise RecipeError(f"--calibration: {spec.name} is of {spec.precision}, whose build reads no text")
-        folder = tokenizer or onnx.parent
-        if not (folder / "tokenizer_config.json").is_file():
-            raise RecipeError(f"--calibration: no tokenizer in {folder}; give its folder with --tokenizer")
-        with quiet_libraries():
-            text = read_calibration(calibration, folder)
-    elif spec.reads_text:
-        say(f"{spec.name}: makes its choices on random tokens; --calibration TEXTS lets it read a text")
-    command = ["trsp-deploy", "build", "--onnx", str(onnx), "--engine", engines[0], "--out", str(out)]
-    command += ["--calibration", calibration] if calibration is not None else []
-    command += ["--tokenizer", str(tokenizer)] if tokenizer is not None else []
-    with writing_alone(out), quiet_libraries():
-        known = finished(onnx, spec, out, text)
-        manifest = known or build_engine(
-            onnx,
-            spec,
-            out,
-            text,
-            text_name=calibration or "",
-            rebuild=shlex.join(command),
-            spec_file=spec_file(engines[0]),
-        )
-    size = f"{manifest.size_bytes / 1e6:.0f} MB"
-    how = f"built in {manifest.build_s:.0f} s" if known is None else "as it was built, for nothing has changed"
-    output.say(f"{out}: {spec.name}, {size}, {how} (`trsp-deploy inspect {out}`)")
-    output.result({"engine": manifest.model_dump(mode="json"), "reused": known is not None})
-
-
-def _check_engine_folder(out: Path) -> None:
-    """Raise RecipeError for a folder that an engine would replace, and that is none."""
-    from trsp_deploy.artifacts import ENGINE_MANIFEST
-    from trsp_deploy.artifacts.layout import run_that_owns
-
-    run = run_that_owns(out)
-    if run is not None:
-        raise RecipeError(f"--out {out}: is of the run {run.root}, whose engines `build RUN` makes; name another one")
-    if Path.cwd().is_relative_to(out.resolve()):
-        raise RecipeError(f"--out {out}: is the folder that this runs in, or one around it; name a new one")
-    if out.is_dir() and any(out.iterdir()) and not (out / ENGINE_MANIFEST).is_file():
-        raise RecipeError(f"--out {out}: holds other things than an engine; name a new folder, or an engine's")
 
 
 def bench(run: Run, engine: Engines = None, sets: Sets = None, as_json: Json = False) -> None:
