@@ -7,7 +7,7 @@ from pathlib import Path
 
 import trsp_deploy
 
-# What serving imports; `tests/integration/test_serving.py` runs a copy of it alone.
+# What serving imports; `tests/integration/test_serving_loop.py` runs a copy of it alone.
 PACKAGES = ("artifacts", "recipe")  # whole
 # Of other packages these modules, and an empty __init__: their real ones import what only building needs.
 MODULES = (
