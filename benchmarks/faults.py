@@ -74,7 +74,7 @@ class Tried(Strict):
     elapsed_s: float
     noted: dict[str, str]
     machine: Provenance
-    code: str = ""  # digest of the whole package and of the test's file
+    code: str = ""  # digest of the whole package, of the test's file and of what the tests share
 
     @property
     def stale(self) -> bool:
@@ -84,9 +84,10 @@ class Tried(Strict):
 
 def digest(test: str) -> str:
     """Of all code that a test by this name may run."""
-    package, file = Path(trsp_deploy.__file__).parent, TESTS / f"{test.partition('::')[0]}.py"
+    package, own = Path(trsp_deploy.__file__).parent, f"{test.partition('::')[0]}.py"
     everything = sorted(str(path.relative_to(package)) for path in package.rglob("*.py"))
-    return code_digest(*everything, beside=(file,) if file.is_file() else ())
+    beside = tuple(sorted(path for path in TESTS.glob("*.py") if path.name == own or not path.name.startswith("test_")))
+    return code_digest(*everything, beside=beside)
 
 
 def numbers(tests: Sequence[Tried], name: str) -> list[float]:

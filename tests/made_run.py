@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from trsp_deploy.artifacts import RunFolder, fingerprint, provenance, write_json
 from trsp_deploy.recipe import EngineSpec, Strict
+from trsp_deploy.tools.model_repository.manifest import RepositoryManifest, ServedModel
 from trsp_deploy.tools.runners.manifest import EngineManifest, spec_sha256
 
 SPEC = EngineSpec(name="ort-cpu-fp32", description="", backend="onnxruntime-cpu", precision="fp32")
@@ -95,3 +97,22 @@ def _write_engine(folder: Path) -> Nothing:
     )
     write_json(folder / "manifest.json", manifest)
     return Nothing()
+
+
+def served_repository() -> dict[str, Any]:
+    """A repository's manifest, as a `triton` writes it."""
+    model = ServedModel(
+        name="m",
+        role="pruned",
+        engine="ort-cpu-fp32",
+        backend="onnxruntime-cpu",
+        backend_version="1",
+        precision="fp32",
+        packages=("onnxruntime==1",),
+        max_batch=1,
+        max_length=8,
+        files={"1/model.py": "0" * 64},
+    )
+    return RepositoryManifest(
+        models=(model,), packages=model.packages, gpu=None, container="c", provenance=provenance()
+    ).model_dump(mode="json")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.harness import STEPS, SWEEP, WIDE, WIDE_STEPS, Done, Job
+from tests.faults.tally import Tally
 from tests.tiny import english, save_tiny
 from trsp_deploy.tools.sources.packaged import find_asset
 
@@ -87,3 +88,18 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 def remount(mount: Path, options: str) -> None:
     """Change the file system's size, or whether it can be written."""
     subprocess.run(["mount", "-o", f"remount,{options}", str(mount)], check=True)
+
+
+@pytest.fixture
+def tally(record_property) -> Iterator[Tally]:
+    found = Tally()
+    yield found
+    record_property("fault", "generated bad input")
+    record_property("tried", found.tried)
+    record_property("refused", found.refused)
+    record_property("longest_s", round(found.longest_s, 2))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("generated")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import random
 import shutil
@@ -55,41 +54,36 @@ def test_killed_sweep_goes_on(workspace, undisturbed_sweep, record_property, sha
 
 
 def kill_in_step(job: Job, step: str, share: float, whole: Job) -> Done:
-    """Kill it so far into a step, by how long that took in the undisturbed run; as below where that was slower."""
+    """Kill it so far into a step, by how long that took in the undisturbed run."""
     step_s = json.loads((whole.run / "records" / f"{step}.json").read_text())["elapsed_s"]
-    while True:
-        running = job.start()
 
-        def wait(running: Running = running, seconds: float = share * step_s) -> None:
-            assert running.wait_for(f"> {step}: started"), running.said
-            time.sleep(seconds)
+    def wait(running: Running, share: float) -> None:
+        assert running.wait_for(f"> {step}: started"), running.said
+        time.sleep(share * step_s)
 
-        killed = _kill(running, wait)
-        if killed.code != 0:
-            return killed
-        shutil.rmtree(job.run)
-        share *= 0.8
+    return _kill(job, share, wait)
 
 
 def kill_within(job: Job, share: float, whole_s: float, fresh: bool) -> Done:
-    """Kill it so far into the whole; on a machine that was busier before, again and earlier."""
+    """Kill it so far into the whole."""
+    return _kill(job, share, lambda _, share: time.sleep(share * whole_s), fresh)
+
+
+def _kill(job: Job, share: float, wait: Callable[[Running, float], None], fresh: bool = False) -> Done:
+    """Start it, wait, kill it; where it was over by then, on a machine that was busier before, again and earlier."""
     while True:
         running = job.start(fresh=fresh)
-        killed = _kill(running, functools.partial(time.sleep, share * whole_s))
+        try:
+            wait(running, share)
+            if running.poll() is None:
+                running.send_signal(signal.SIGKILL)
+            killed = running.wait()
+        finally:
+            end_session(running.pid)
         if killed.code != 0:
             return killed
         shutil.rmtree(job.run)
         share *= 0.8
-
-
-def _kill(running: Running, wait: Callable[[], None]) -> Done:
-    try:
-        wait()
-        if running.poll() is None:
-            running.send_signal(signal.SIGKILL)
-        return running.wait()
-    finally:
-        end_session(running.pid)
 
 
 def goes_on(job: Job, whole: Job, killed: Done, note: Callable[[str, object], None]) -> None:
