@@ -56,7 +56,8 @@ test-transformers5: .venv-transformers5/.ready ## export, parity and pruning whe
 		tests/unit/test_losses.py tests/unit/test_trials.py tests/unit/test_models.py
 
 test-triton: $(READY) .venv-triton/.ready ## the model repository on a real tritonserver: a minute
-	$(BIN)/python -m pytest -q tests/integration/test_triton_repository.py tests/integration/test_triton_step.py
+	$(BIN)/python -m pytest -q tests/integration/test_triton_repository.py \
+		tests/integration/test_triton_server.py tests/integration/test_triton_step.py
 
 test-extras: $(VENV)/.ready-extras ## zero-shot tasks through lm-eval and OpenSSF's signatures, which the other tests do without: two minutes
 	$(BIN)/trsp-deploy fetch piqa
