@@ -25,7 +25,7 @@ from trsp_deploy.errors import TrspError
 
 DOC, README, IMAGES = Path("docs/quality.md"), Path("README.md"), Path("docs/img")
 # Arms of the README's table.
-SHORT = ("default", "own-text", "fold", "refit-anneal", "control", "given-text-control", "sleb")
+SHORT = ("default", "own-text", "own-text-control", "fold", "refit-anneal", "control", "given-text-control", "sleb")
 ELSEWHERE = "† Made on another processor than the default, or on several: some multiply in bf16, some in fp32."
 
 

@@ -279,7 +279,7 @@ def test_the_short_table_has_the_same_figures_once(tmp_path: Path) -> None:
     budgets = [line.split(" | ")[0].removeprefix("| ") for line in lines]
     assert budgets == ["0"] * 3 + ["33k"] * 4 + ["131k"] * 4 + ["524k"] * 3
     assert lines[3].startswith("| 33k | TRSP, default | 1.234 ")
-    own = "TRSP, a quarter own text"
+    own = "TRSP, a quarter own text; control, a quarter own text"
     assert lines[4].startswith(f"| 33k | {own}; fold, then train; TRSP, layers refitted, annealed | 1.665 ")
 
 
