@@ -35,8 +35,9 @@ def prune(place, monkeypatch, capsys, tmp_path):
 
     def go(*options: str) -> tuple[dict, dict]:
         settings = [option for pair in QUICK for option in ("--set", pair)]
-        command = ["prune", "--model", "model", "--drop", "2", "--calibration", "text.txt", "--ignore-memory"]
-        command += ["--out", str(tmp_path / "run")]
+        command = ["prune", "--model", "model", "--drop", "2", "--ignore-memory", "--out", str(tmp_path / "run")]
+        if "--calibration" not in options:
+            command += ["--calibration", "text.txt"]
         assert run([*command, *settings, *options, "--json"]) == 0
         result = json.loads(capsys.readouterr().out)
         return result, json.loads((tmp_path / "run" / "plan.json").read_text())
@@ -107,14 +108,20 @@ def test_the_dense_model_writes_a_part_of_the_training_text(prune, tmp_path):
     assert longer["tokens"] > result["tokens"] and file.stat().st_mtime_ns == made, "written once"
 
 
-def test_a_short_calibration_text_is_read_whole_beside_the_models_own(prune, place, tmp_path, monkeypatch):
-    given: list[torch.Tensor] = []
+@pytest.fixture
+def given(monkeypatch) -> list[torch.Tensor]:
+    """The windows that each transfer trains on."""
+    found: list[torch.Tensor] = []
 
     def watched(*, train, **rest):
-        given.append(train)
+        found.append(train)
         return transfer.transfer_and_remove(train=train, **rest)
 
     monkeypatch.setattr(pruning, "transfer", SimpleNamespace(transfer_and_remove=watched))
+    return found
+
+
+def test_a_short_calibration_text_is_read_whole_beside_the_models_own(prune, place, given):
     short = place / "short.txt"
     short.write_text(english()[:1_200])
     for share in ("0", "0.5"):
@@ -122,6 +129,44 @@ def test_a_short_calibration_text_is_read_whole_beside_the_models_own(prune, pla
     alone, beside = given
     assert 3 <= len(alone) < 24 and len(beside) == 2 * len(alone)
     assert torch.equal(beside[: len(alone)], alone)
+
+
+def test_several_calibration_texts_are_read_in_equal_parts(prune, place, given, tmp_path):
+    other = place / "other.txt"
+    other.write_text(english()[40_000:60_000])
+    _, plan = prune("--calibration", "text.txt", "--calibration", str(other))
+    (mixed,) = given
+    tokenizer = load_tokenizer(tmp_path / "run" / "dense")
+    read = [tokenize_windows(load_texts(str(file), "calibration"), tokenizer, 32) for file in ("text.txt", other)]
+    assert [int((mixed[:, None] == windows).all(-1).any(1).sum()) for windows in read] == [24, 24]
+    assert plan["calibration"] == "text.txt + other.txt"
+    assert "calibrated on text.txt + other.txt." in (tmp_path / "run" / "pruned" / "README.md").read_text()
+    recipe = (tmp_path / "run" / "recipe.yaml").read_text()
+    prune("--set", "seed=0", "--calibration", "text.txt", "--calibration", str(other))
+    assert len(given) == 1, "the same texts are the same run"
+    assert (tmp_path / "run" / "recipe.yaml").read_text() == recipe
+    prune("--calibration", "text.txt")
+    alone = given[1]
+    assert len(alone) == 48 and not torch.equal(alone, mixed)
+
+
+@pytest.mark.parametrize(
+    "second, line",
+    [
+        ("text.txt", "'text.txt' stands twice"),
+        ("copy.txt", "--calibration 'copy.txt': holds the same documents as 'text.txt'; each text counts once"),
+        ("missing.txt", "calibration text 'missing.txt': no such file"),
+        ("tiny.txt", "--calibration 'tiny.txt': holds 3 tokens, fewer than one window of 32"),
+    ],
+)
+def test_calibration_texts_that_cannot_go_together(place, monkeypatch, capsys, tmp_path, second, line):
+    monkeypatch.chdir(place)
+    (place / "copy.txt").write_text((place / "text.txt").read_text())
+    (place / "tiny.txt").write_text("word")
+    command = ["prune", "--model", "model", "--drop", "2", "--out", str(tmp_path / "run"), "--calibration", "text.txt"]
+    settings = [option for pair in QUICK for option in ("--set", pair)]
+    assert run([*command, "--calibration", second, *settings]) == 1
+    assert line in capsys.readouterr().err
 
 
 def test_any_selection_with_any_transfer(prune):

@@ -51,7 +51,7 @@ def test_shipped_recipe(name: str) -> None:
     recipe = read_recipe({"model": "gpt2", **values}, source)
     assert source == f"recipe '{name}'"
     assert name == "default" or recipe.model in SHORT_NAMES
-    assert {recipe.calibration.texts, *recipe.evaluation.values()} <= set(TEXT_NAMES)
+    assert {*recipe.calibration.texts, *recipe.evaluation.values()} <= set(TEXT_NAMES)
     assert set(recipe.engines) - {"auto"} <= set(library.engine_names())
     text = library.read_text("recipes", name)
     assert text.startswith("# ") and STATE.search(text), "say on what it was measured, or that it was not"

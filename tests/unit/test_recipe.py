@@ -34,7 +34,7 @@ def one_line(problem: Exception) -> str:
 
 def test_model_alone_is_a_recipe_and_it_is_frozen() -> None:
     recipe = read_recipe({"model": "gpt2"}, "x")
-    assert (recipe.drop, recipe.calibration.texts, recipe.engines) == ("25%", "wikitext2", ("auto",))
+    assert (recipe.drop, recipe.calibration.texts, recipe.engines) == ("25%", ("wikitext2",), ("auto",))
     with pytest.raises(ValidationError):
         recipe.model = "other"  # type: ignore[misc]
 

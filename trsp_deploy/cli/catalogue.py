@@ -41,7 +41,7 @@ def recipes_ls(as_json: Json = False) -> None:
     for name in recipe_names():
         values, source = load_recipe_values(name)
         recipe = read_recipe({"model": "any", **values}, source)
-        rows.append((name, recipe.model, recipe.drop, recipe.calibration.texts, ", ".join(recipe.engines)))
+        rows.append((name, recipe.model, recipe.drop, recipe.calibration.name, ", ".join(recipe.engines)))
     _show(("recipe", "model", "drop", "calibration", "engines"), rows, as_json)
 
 

@@ -85,9 +85,11 @@ Engines = Annotated[
     ),
 ]
 Calibration = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
-        "--calibration", help="Text to learn from: a .txt or .jsonl, dataset:split, or a name.", metavar="TEXTS"
+        "--calibration",
+        help="Text to learn from: a .txt or .jsonl, dataset:split, or a name; repeat to mix several.",
+        metavar="TEXTS",
     ),
 ]
 Evaluation = Annotated[

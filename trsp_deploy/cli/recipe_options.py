@@ -17,7 +17,7 @@ def recipe_from_options(
     drop: str | None = None,
     recipe: str | None = None,
     engine: list[str] | None = None,
-    calibration: str | None = None,
+    calibration: list[str] | None = None,
     evaluation: list[str] | None = None,
     seed: int | None = None,
     sets: list[str] | None = None,
@@ -35,10 +35,12 @@ def recipe_from_options(
     for key, value in (("model", model), ("drop", drop), ("seed", seed)):
         if value is not None:
             values[key] = value
-    options = {f"{group}.{key}": value for group, of in _method_settings(method).items() for key, value in of.items()}
+    options: dict[str, Any] = {
+        f"{group}.{key}": value for group, of in _method_settings(method).items() for key, value in of.items()
+    }
     if (values.get("transfer") or {}).get("lora_rank") is not None:  # adapters are for the layers alone
         options.pop("transfer.train", None)
-    if calibration is not None:
+    if calibration:
         options["calibration.texts"] = calibration
     if then is not None:
         options["transfer.form"] = then

@@ -109,7 +109,7 @@ def _is_group(kind: Any) -> bool:
 def _key_row(group: Any, name: str, before: str) -> str:
     schema = group.model_json_schema()["properties"][name]
     field = group.model_fields[name]
-    default = "required" if field.is_required() else f"`{json.dumps(field.get_default(call_default_factory=True))}`"
+    default = "required" if field.is_required() else f"`{json.dumps(group.model_construct().model_dump()[name])}`"
     return f"| `{before}{name}` | {_cell(_values(schema))} | {_cell(default)} | {_cell(_comment(group, name))} |"
 
 

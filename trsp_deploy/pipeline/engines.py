@@ -156,7 +156,7 @@ class Engines:
                 spec,
                 folder,
                 self._calibration() if spec.reads_text else None,
-                text_name=self.recipe.public.calibration.texts,
+                text_name=self.recipe.public.calibration.name,
             ),
             EngineManifest,
             settings=spec,

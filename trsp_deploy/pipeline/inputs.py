@@ -18,11 +18,12 @@ from trsp_deploy.recipe import BenchSettings, Recipe, Strict
 from trsp_deploy.results import Role
 from trsp_deploy.stages.bench import check_positions
 from trsp_deploy.tools.measuring.subjects import positions_of
+from trsp_deploy.tools.sources.mixture import joined, mix_windows
 from trsp_deploy.tools.sources.model_folders import copy_model
 from trsp_deploy.tools.sources.models import ModelSource, resolve_model
 from trsp_deploy.tools.sources.names import SHORT_NAMES
 from trsp_deploy.tools.sources.texts import SHORT_NAMES as TEXT_NAMES
-from trsp_deploy.tools.sources.texts import Texts, documents_of, load_texts, split_windows, tokenize_windows
+from trsp_deploy.tools.sources.texts import Texts, documents_of, load_texts, tokenize_windows
 
 # Windows are drawn from so many times as much text as is read: all of WikiText-2, and a part of a corpus of gigabytes.
 POOL = 16
@@ -89,8 +90,8 @@ class Inputs:
                 self.say(f"evaluation '{name}' is the calibration text: its perplexity flatters what learned from it")
 
     def is_calibration(self, name: str) -> bool:
-        """Whether an evaluation text is what the run calibrates and trains on."""
-        return self.evaluation_texts(name).fingerprint == self.calibration_texts().fingerprint
+        """Whether an evaluation text is one that the run calibrates and trains on."""
+        return self.evaluation_texts(name).fingerprint in {text.fingerprint for text in self._calibration()}
 
     def _check(self, wanted: dict[str, int]) -> None:
         self.dense()
@@ -127,8 +128,13 @@ class Inputs:
 
     @functools.cache
     def calibration_texts(self) -> Texts:
-        """The texts that the run trains and calibrates on."""
-        return load_texts(seen_from(self.place, self.recipe.calibration.texts, TEXT_NAMES), "calibration")
+        """The texts that the run trains and calibrates on, as one."""
+        return joined(self._calibration())
+
+    @functools.cache
+    def _calibration(self) -> tuple[Texts, ...]:
+        named = self.recipe.calibration.texts
+        return tuple(load_texts(seen_from(self.place, name, TEXT_NAMES), "calibration") for name in named)
 
     @functools.cache
     def calibration_windows(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,9 +142,12 @@ class Inputs:
         settings = self.recipe.calibration
         self._check({"calibration.context_length": settings.context_length})
         drawn_from = POOL * (settings.max_windows + settings.validation_windows)
-        texts, source = self.calibration_texts(), f"--calibration {settings.texts}"
-        windows = tokenize_windows(texts, self.tokenizer(), settings.context_length, drawn_from, source)
-        return split_windows(windows, settings.max_windows, settings.validation_windows, self.recipe.seed)
+        self.calibration_texts()  # texts that cannot go together are said before any is tokenised
+        texts = [
+            tokenize_windows(text, self.tokenizer(), settings.context_length, drawn_from)
+            for text in self._calibration()
+        ]
+        return mix_windows(texts, settings.max_windows, settings.validation_windows, self.recipe.seed)
 
     @functools.cache
     def evaluation_texts(self, name: str) -> Texts:

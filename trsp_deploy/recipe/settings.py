@@ -8,7 +8,19 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from trsp_deploy.errors import redacted
-from trsp_deploy.recipe.values import NUMBER, Count, Length, Name, NonNegative, Positive, Seed, Share, Strict, Text
+from trsp_deploy.recipe.values import (
+    NUMBER,
+    Count,
+    Length,
+    Name,
+    NonNegative,
+    OneOrMore,
+    Positive,
+    Seed,
+    Share,
+    Strict,
+    Text,
+)
 
 Form = Literal["anneal", "l2", "l1", "train", "none"]
 REFITTED: tuple[Form, ...] = ("anneal", "train", "none")  # forms that new weights in the layers' place go with
@@ -17,11 +29,23 @@ REFITTED: tuple[Form, ...] = ("anneal", "train", "none")  # forms that new weigh
 class CalibrationSettings(Strict):
     """Text that the plan and the transfer learn from."""
 
-    texts: Text = "wikitext2"  # file, dataset id with split, or a short name (tools/sources/texts.py)
+    # File, dataset id with split, or a short name (tools/sources/texts.py); a list of them is read in equal parts.
+    texts: OneOrMore = ("wikitext2",)
     context_length: Length = 2048  # tokens per window
     max_windows: Count = 128  # windows for training, drawn at random from the text; the paper uses 128 x 2048
     validation_windows: Count = 8  # the text's last, held out: loss of the dense model, perplexity around the removal
     self_generated: Share = 0.0  # share of the windows for the transfer that the dense model writes itself
+
+    @property
+    def name(self) -> str:
+        """The texts' names as one."""
+        return " + ".join(self.texts)
+
+    @model_validator(mode="after")
+    def _a_part_for_each(self) -> CalibrationSettings:
+        if self.max_windows < len(self.texts):
+            raise ValueError(f"max_windows {self.max_windows} for {len(self.texts)} texts; each needs one at least")
+        return self
 
 
 class PlanSettings(Strict):
@@ -206,7 +230,9 @@ class Recipe(Strict):
         return self.model_copy(
             update={
                 "model": shown_name(self.model),
-                "calibration": self.calibration.model_copy(update={"texts": shown_name(self.calibration.texts)}),
+                "calibration": self.calibration.model_copy(
+                    update={"texts": tuple(map(shown_name, self.calibration.texts))}
+                ),
                 "evaluation": {name: shown_name(texts) for name, texts in self.evaluation.items()},
                 "engines": tuple(map(shown_name, self.engines)),
             }
@@ -215,7 +241,7 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _no_secrets(self) -> Recipe:
         # A recipe is kept in the run, its report and the model card: all of them are passed on.
-        for text in (self.model, self.calibration.texts, *self.evaluation.values(), *self.engines):
+        for text in (self.model, *self.calibration.texts, *self.evaluation.values(), *self.engines):
             if redacted(text) != text:
                 raise ValueError(
                     f"'{redacted(text)}' holds what looks like a password or token, and a recipe is written into every "

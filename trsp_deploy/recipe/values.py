@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
 
 
 def _no_truth(value: Any) -> Any:
@@ -45,6 +45,27 @@ def _without_nul(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_without_nul)]  # what becomes a path or a name elsewhere
+
+
+def _as_list(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else (value,)
+
+
+def _no_other_twice(texts: tuple[str, ...]) -> tuple[str, ...]:
+    if twice := next((text for text in texts if texts.count(text) > 1), None):
+        raise ValueError(f"'{twice}' stands twice")
+    return texts
+
+
+# One text as it is, or a list of them.
+OneOrMore = Annotated[
+    tuple[Text, ...],
+    Field(min_length=1),
+    AfterValidator(_no_other_twice),
+    BeforeValidator(_as_list),
+    PlainSerializer(lambda texts: texts[0] if len(texts) == 1 else list(texts)),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
+]
 
 
 class Strict(BaseModel):
