@@ -16,8 +16,6 @@ from trsp_deploy.tools.sources.texts import Texts, split_windows
 if TYPE_CHECKING:
     import torch
 
-BETWEEN = " + "  # names of texts
-
 
 def joined(texts: Sequence[Texts]) -> Texts:
     """The texts as one; raises TextError where two of them are the same.
@@ -31,8 +29,8 @@ def joined(texts: Sequence[Texts]) -> Texts:
         if (same := first.setdefault(text.fingerprint, text.name)) is not text.name:
             raise TextError(f"--calibration '{text.name}': holds the same documents as '{same}'; each text counts once")
     return Texts(
-        name=BETWEEN.join(text.name for text in texts),
-        origin=BETWEEN.join(shown_name(text.origin) for text in texts),
+        name=" + ".join(text.name for text in texts),
+        origin=" + ".join(shown_name(text.origin) for text in texts),
         documents=tuple(document for text in texts for document in text.documents),
         fingerprint=hashlib.sha256("".join(text.fingerprint for text in texts).encode()).hexdigest(),
     )
