@@ -391,8 +391,14 @@ def test_plan_handed_in_is_applied(workspace, report, tmp_path):
     again = trsp_deploy("export", str(tmp_path / "run"), cwd=workspace)  # later commands know the run alone
     assert again.code == 0, again.stderr
     assert not {"plan", "prune"} & steps(again.stderr, "started")
+    assert "plan.json was given, not chosen here: dropping 2; delete it" in again.stderr
     assert json.loads((tmp_path / "run" / "plan.json").read_text())["dropped"] == [2]
     plan["dropped"], plan["kept"] = [3], [0, 1, 2, 4, 5]
     (tmp_path / "mine.json").write_text(json.dumps(plan))
     other = trsp_deploy("prune", *options, *settings, "--out", str(tmp_path / "run"), "--json", cwd=workspace)
     assert json.loads(other.stdout)["dropped"] == [3] and {"plan", "prune"} <= steps(other.stderr, "started")
+    (tmp_path / "run" / "plan.json").unlink()
+    chosen = trsp_deploy("export", str(tmp_path / "run"), cwd=workspace)
+    assert chosen.code == 0 and "plan" in steps(chosen.stderr, "started"), chosen.stderr
+    assert json.loads((tmp_path / "run" / "plan.json").read_text())["dropped"] == report["model"]["dropped_layers"]
+    assert "was given" not in trsp_deploy("export", str(tmp_path / "run"), cwd=workspace).stderr

@@ -270,13 +270,6 @@ def test_a_file_never_takes_a_folders_place(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["kept", "precious.txt"]
 
 
-def test_a_forgotten_step_is_done_again(job):
-    job()
-    job.run.forget("double")
-    assert job() == Made(number=2)
-    job.run.forget("never done")
-
-
 def test_old_folder_comes_back_when_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
     with writing(tmp_path / "model") as partial:
         partial.mkdir()

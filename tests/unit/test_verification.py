@@ -281,10 +281,10 @@ def test_an_engine_of_the_model_that_a_run_had_before_is_not_opened(
     check_fresh(run / ENGINE, read_manifest(run / ENGINE))
     check_fresh(tmp_path / "of" / "no" / "run", read_manifest(run / ENGINE))
     with RunFolder(run) as folder:
-        folder.forget(step)
+        folder.layout.record(step).unlink()
         folder.step(step, _other(run / output), Nothing, settings={}, inputs={"model": "new"}, outputs=[output])
         if step == "export-pruned-fp32":  # of the same checkpoint, by another exporter
-            folder.forget("prune")
+            folder.layout.record("prune").unlink()
     wanted = f"is of another {output} than {run} has by now; build it again: trsp-deploy build {run} --engine"
     for command in (
         ["generate", str(run / ENGINE), "--prompt", "a"],

@@ -104,11 +104,6 @@ class RunFolder:
             return None
         return found if found.step == step else None
 
-    def forget(self, step: str) -> None:
-        """Drop a step's record, so that it is done again whatever its key says."""
-        if self.main:
-            self.layout.record(step).unlink(missing_ok=True)
-
     def write_manifest(self) -> RunManifest:
         """Write down the SHA-256 of every file that the steps left, and of the manifests of a sweep's runs; what no
         longer is what a step made stays out."""

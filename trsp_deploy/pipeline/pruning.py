@@ -46,23 +46,37 @@ class Pruning:
         edited = self._edited_plan(settings) if given is None else None
         if edited is not None:
             return edited
+        inputs = self._model_and_text()
         return self._resumable(
             "plan",
             lambda checkpoints: self._write(given or self._select(checkpoints)),
             PruningPlan,
             settings=settings,
-            inputs=self._model_and_text(),
+            inputs={**inputs, **self._handed_in(settings, inputs)},
             output="plan.json",
             together=True,
         )
 
     def _given_plan(self) -> PruningPlan | None:
-        """The plan handed in, if any; a recorded one that is another is forgotten."""
-        if self._plan_file is None:
-            return None
-        if self._is_replaced():
-            self.run.forget("plan")
-        return read_plan(self._plan_file, self.inputs.num_layers())
+        """The plan handed in now, if any."""
+        return None if self._plan_file is None else read_plan(self._plan_file, self.inputs.num_layers())
+
+    def _handed_in(self, settings: dict[str, Any], inputs: dict[str, Path | str]) -> dict[str, Path | str]:
+        """The file that a plan was handed in as, now or before, as an input of the step; of a chosen plan nothing.
+
+        Without it a plan that was handed in once would pass for a choice of this run.
+        """
+        if self._plan_file is not None:
+            return {"given": self._plan_file}
+        record = self.run.record("plan")
+        if record is None or "given" not in record.inputs or not self._plan_path.is_file():
+            return {}
+        given: dict[str, Path | str] = {"given": record.inputs["given"]}
+        if record.key != self.run.key("plan", settings=settings, inputs={**inputs, **given}):
+            return {}
+        dropped = ", ".join(map(str, record.result["dropped"]))
+        self.inputs.say(f"plan.json was given, not chosen here: dropping {dropped}; delete it to have layers chosen")
+        return given
 
     def _is_replaced(self) -> bool:
         """Whether another plan than the recorded one was handed in."""
