@@ -25,6 +25,8 @@ STYLES: dict[str, tuple[str, str]] = {
     "layers": ("#D55E00", "o"),
     "own-text": ("#0072B2", "^"),
     "own-text-control": ("#56B4E9", "X"),
+    "instructions": ("#44AA99", ">"),
+    "instructions-control": ("#DDCC77", "<"),
     "given-text": ("#D55E00", "o"),
     "given-text-control": ("#000000", "s"),
     "anneal": ("#E69F00", "v"),

@@ -53,6 +53,8 @@ class Row(Strict):
     selected: int = 0  # layers of the selection that the first `drop` picks are taken of
     transfer: dict[str, Any] = Field(default_factory=dict)  # likewise; empty where nothing is removed or trained
     self_generated: float = 0.0  # share of the windows that the transfer reads, written by the dense model
+    # test text -> share of those windows that is of the same source, from documents behind the test windows
+    test_sources: dict[str, float] = Field(default_factory=dict)
     tasks: tuple[str, ...] = ()  # zero-shot
     items: int = 0  # of each task
     keep: bool = False  # keep the checkpoint for zero-shot rows
@@ -78,8 +80,8 @@ class Row(Strict):
         return _hashed([self.work, VERSIONS[self.work], {**values, "dropped": list(dropped)}])
 
     def _values(self, *without: str) -> dict[str, Any]:
-        # Rows from before there was such text are what they were.
-        none = () if self.self_generated else ("self_generated",)
+        # Rows from before there were such texts are what they were.
+        none = [name for name in ("self_generated", "test_sources") if not getattr(self, name)]
         return self.model_dump(mode="json", exclude={*without, *none})
 
     @property
@@ -107,7 +109,7 @@ class Row(Strict):
         """The row that chose this one's layers; None where none were chosen or this is it."""
         if not self.plan or self.kind == "selection":
             return None
-        cleared = {"transfer": {}, "self_generated": 0.0, "tasks": (), "items": 0, "keep": False}
+        cleared = {"transfer": {}, "self_generated": 0.0, "test_sources": {}, "tasks": (), "items": 0, "keep": False}
         return self.model_copy(update={"kind": "selection", "drop": self.selected, **cleared})
 
     def checkpoint(self) -> Row:

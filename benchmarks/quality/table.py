@@ -40,6 +40,7 @@ class Way(Strict):
 
     transfer: dict[str, Any]
     self_generated: float = 0.0  # share of the training text that the dense model writes
+    test_sources: dict[str, float] = Field(default_factory=dict)  # as of a row
 
 
 class Arm(Strict):
@@ -92,6 +93,8 @@ FOLD: dict[str, Any] = {**TRAIN, "refit": "span"}
 PAPER: dict[str, Any] = METHODS["trsp"]["transfer"]
 PENALTY: dict[str, Any] = {**SHARED, "form": "l2", "refit": "none", "weight": PAPER["weight"]}
 OWN = 0.25  # of the text, where an arm reads some that the dense model wrote: what did best (docs/log.md)
+# Beside the targets' terms, which are training on the calibration text alone: what real text of another use brings.
+INSTRUCTIONS = {"alpaca": 0.5}
 
 UNTRAINED: tuple[Arm, ...] = (
     # Not what the recipes do before their training, which is a fold: the best that is known without any training.
@@ -175,6 +178,20 @@ ARMS: tuple[Arm, ...] = (
         way=Way(transfer=TRAIN),
         every_seed=True,
         every_budget=True,
+    ),
+    Arm(
+        name="instructions",
+        label="TRSP, half instructions",
+        selection="default",
+        way=Way(transfer=FOLD, test_sources=INSTRUCTIONS),
+        every_seed=True,
+    ),
+    Arm(
+        name="instructions-control",
+        label="control, half instructions",
+        selection="default",
+        way=Way(transfer=TRAIN, test_sources=INSTRUCTIONS),
+        every_seed=True,
     ),
     Arm(
         name="refit-anneal",
@@ -352,6 +369,7 @@ def pruned_row(table: Table, kind: Kind, arm: Arm, seed: int, drop: int, steps: 
             "drop": drop,
             "transfer": transfer,
             "self_generated": way.self_generated,
+            "test_sources": way.test_sources,
             "keep": keep,
         }
     )

@@ -28,7 +28,7 @@ from trsp_deploy.tools.gates import LayerGates
 from trsp_deploy.tools.plan import PruningPlan, complement
 from trsp_deploy.tools.quiet import quiet_libraries
 from trsp_deploy.tools.sources.models import ModelSource, resolve_model
-from trsp_deploy.tools.sources.texts import jsonl, load_texts, tokenize_windows
+from trsp_deploy.tools.sources.texts import documents_of, jsonl, load_texts, tokenize_windows
 from trsp_deploy.tools.training.checkpoints import Checkpoints
 from trsp_deploy.tools.training.self_calibration import self_generated_windows, write_texts
 from trsp_deploy.tools.training.shared import TRAINING_DTYPES, mean_loss, pick_device
@@ -156,6 +156,8 @@ def _make_model(row: Row, store: Store, out: Path) -> PrunedCheckpoint | None:
     source = _source(row.subject.model)
     windows = row.steps * recipe.transfer.batch_size or row.subject.fit_windows
     own = _self_generated(row, self_generated_windows(row.self_generated, windows, len(calibration.train)))
+    others = [_same_source(row, name, round(share * windows)) for name, share in row.test_sources.items()]
+    beside = torch.cat([own, *others])
     folder = _checkpoint(row, store, TRAINING)
     checkpoints = Checkpoints(folder, folder.name, recipe.checkpoint_s)
     with writing(out) as partial:
@@ -163,7 +165,7 @@ def _make_model(row: Row, store: Store, out: Path) -> PrunedCheckpoint | None:
             dense=Path(source.path),
             source=source,
             plan=plan_of(row, store),
-            train=torch.cat([calibration.train[: windows - len(own)], own]),
+            train=torch.cat([calibration.train[: windows - len(beside)], beside]),
             validation=calibration.validation,
             recipe=recipe,
             out=partial,
@@ -188,6 +190,25 @@ def _self_generated(row: Row, count: int) -> torch.Tensor:
         with writing(kept) as partial:
             partial.write_text(jsonl(documents), encoding="utf-8")
     return tokenize_windows(load_texts(str(kept), "calibration"), tokenizer, subject.context_length, count)
+
+
+def _same_source(row: Row, name: str, count: int) -> torch.Tensor:
+    """Windows (count, context_length) of the documents behind those that a test text's windows are cut from.
+
+    Which of them, and their order, are the seed's. Raises RunError where there are fewer.
+    """
+    subject, tokenizer = row.subject, load_tokenizer(Path(_source(row.subject.model).path))
+    texts = load_texts(subject.tests[name], "calibration")
+    tested = documents_of(texts, tokenizer, subject.test_windows * subject.test_context)
+    if tested is None or len(texts.documents) == tested[-1] + 1:
+        raise RunError(f"row '{row.title}': test text {name} has no documents behind its test windows")
+    left = texts.model_copy(update={"documents": texts.documents[tested[-1] + 1 :]})
+    windows = tokenize_windows(left, tokenizer, subject.context_length)
+    if len(windows) < count:
+        raise RunError(
+            f"row '{row.title}': wants {count} windows behind the test windows of {name}, {len(windows)} are there"
+        )
+    return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(row.seed))[:count]]
 
 
 def _folder(row: Row, made: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from benchmarks.quality.table import FULL, Table, labelled_rows, rows
 from benchmarks.quality.work import compute, plan_of
 from tests.breadth import BREADTH
 from tests.tiny import english, save_tiny
-from trsp_deploy.decoder import load_model
+from trsp_deploy.decoder import load_model, load_tokenizer
 from trsp_deploy.errors import RunError
 from trsp_deploy.results import TaskScore, ZeroShot
 from trsp_deploy.stages.transfer import Training
+from trsp_deploy.tools.sources.texts import load_texts, tokenize_windows
 
 pytestmark = BREADTH
 
@@ -97,6 +99,38 @@ def test_trained_rows_remove_and_train(table: Table, made: tuple[Store, Path]) -
     _, dense = find(table, made[0], "dense-trained", "dense-trained", 0)
     assert isinstance(dense, Losses)
     assert dense.checkpoint["dropped"] == [] and len(dense.checkpoint["lm_loss"]) == 2
+
+
+def test_half_of_the_text_is_of_a_test_texts_source_and_never_of_its_windows(
+    table: Table, made: tuple[Store, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbered = tmp_path / "numbered.txt"
+    numbered.write_text("\n\n".join(f"{number} " * 8 for number in range(100, 200)))
+    own = next(row for row in labelled_rows(table) if (row.kind, row.arm) == ("trained", "own-text"))
+    tests = {**table.subject.tests, "outside": str(numbered)}
+    subject = table.subject.model_copy(update={"tests": tests})
+    row = own.model_copy(update={"subject": subject, "self_generated": 0.0, "test_sources": {"outside": 0.5}})
+    tokenizer = load_tokenizer(Path(table.subject.model))
+
+    def numbers(windows: torch.Tensor) -> list[set[str]]:
+        return [set(re.findall(r"\b1\d\d\b", tokenizer.decode(window))) for window in windows]
+
+    trained: list[torch.Tensor] = []
+
+    def transfer(*, train: torch.Tensor, **_: Any) -> None:
+        trained.append(train)
+        raise RunError("seen")
+
+    monkeypatch.setattr(work, "transfer_and_remove", transfer)
+    monkeypatch.setattr(work, "plan_of", lambda row, store: None)
+    with pytest.raises(RunError, match="seen"):
+        compute(row, made[0], tmp_path)
+    tested = set().union(*numbers(tokenize_windows(load_texts(str(numbered), "evaluation"), tokenizer, 32, 3)))
+    found = numbers(trained[0])
+    assert len(found) == 8 and found[:4] == [set()] * 4 and all(found[4:]), "the calibration text, then the other's"
+    assert tested and min(set().union(*found)) > max(tested)
+    with pytest.raises(RunError, match=r"wants 8000 windows behind the test windows of outside, \d+ are there"):
+        compute(row.model_copy(update={"test_sources": {"outside": 1000.0}}), made[0], tmp_path)
 
 
 def test_control_and_default_lose_the_same_layers(table: Table, made: tuple[Store, Path]) -> None:
