@@ -1,4 +1,4 @@
-# Everything runs in an environment of its own: nothing has to be installed first but Python 3.11 to 3.13.
+# Everything runs in an environment of its own: nothing has to be installed first but Python 3.11 to 3.14.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

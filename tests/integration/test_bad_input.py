@@ -273,6 +273,12 @@ def test_a_verdict_does_not_depend_on_who_reads_it(redirect, code, tmp_path):
     assert done.returncode == code and "Traceback" not in done.stderr
 
 
+def test_no_file_gets_the_number_of_a_closed_stream():
+    """Newer libffi opens one when ctypes is imported: nothing may do so before the streams are looked after."""
+    code = "import sys, trsp_deploy.cli; sys.exit('ctypes' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_letters_that_a_terminal_lacks_are_escaped(tmp_path):
     recipe = tmp_path / "café.yaml"
     recipe.write_text("model: mé\n", encoding="utf-8")

@@ -128,6 +128,18 @@ def test_torchs_own_never_holds_the_model(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.skipif(not optimum.installed(), reason="Optimum is not installed")
+def test_what_python_3_14_would_bind_in_optimums_classes_is_not_bound_meanwhile() -> None:
+    from optimum.exporters.onnx import model_configs
+
+    config = vars(model_configs.GPT2OnnxConfig)
+    before = config["NORMALIZED_CONFIG_CLASS"]
+    with optimum._never_bound(model_configs):
+        assert isinstance(config["NORMALIZED_CONFIG_CLASS"], staticmethod)
+        assert model_configs.GPT2OnnxConfig.NORMALIZED_CONFIG_CLASS is before
+    assert config["NORMALIZED_CONFIG_CLASS"] is before
+
+
+@pytest.mark.skipif(not optimum.installed(), reason="Optimum is not installed")
 def test_auto_is_torchs_own_for_a_type_that_optimum_does_not_know(tmp_path: Path) -> None:
     for name, exporter in (("LlamaConfig", "optimum"), ("Olmo3Config", "dynamo"), ("BertConfig", "dynamo")):
         getattr(transformers, name)(**SMALL).save_pretrained(tmp_path / name)

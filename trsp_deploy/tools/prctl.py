@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import signal
 
 # prctl(2)
@@ -22,5 +21,9 @@ def adopt_orphans() -> None:
 
 
 def _prctl(option: int, value: int) -> None:
+    # Not above: newer libffi opens a file of its own, which would get the number of a stream that the process began
+    # without, before `cli.main` fills the gap.
+    import ctypes
+
     with contextlib.suppress(OSError, AttributeError):  # Linux only
         ctypes.CDLL(None).prctl(option, value)

@@ -2,8 +2,8 @@
 
 The model is traced without its weights, which the graph then gets from the checkpoint one at a time, on their way to
 the disk: nothing is ever held whole. Optimum's own validation only warns, so it is left out: `stages/parity.py` is the
-check. Three functions are replaced while it works, each for a reason written beside the replacement; the releases they
-fit are pinned.
+check. What is replaced of it and of others while it works has its reason written beside the replacement; the releases
+that fit are pinned.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def _trace(model: Path, network: PreTrainedModel, opset: int, out: Path) -> ir.M
     Returns the graph. Raises ModelError where it lacks some of the layers' weights, else whatever the exporter does.
     """
     # Loads half of transformers, and its loggers must be quiet before it speaks.
-    from optimum.exporters.onnx import model_patcher, onnx_export_from_model
+    from optimum.exporters.onnx import model_configs, model_patcher, onnx_export_from_model
 
     attention = model_patcher.original_scaled_dot_product_attention
     # Folding would multiply out weights, and inputs that are not kept as such are merged where they look alike.
@@ -129,6 +129,7 @@ def _trace(model: Path, network: PreTrainedModel, opset: int, out: Path) -> ir.M
     with (
         _replaced(model_patcher, "original_scaled_dot_product_attention", _additive_masks(attention)),
         _replaced(torch.onnx, "export", weightless),
+        _never_bound(model_configs),
     ):
         network.config.use_cache = True
         onnx_export_from_model(
@@ -179,6 +180,20 @@ def _replaced(owner: ModuleType | type, name: str, value: Any) -> Iterator[None]
         yield
     finally:
         setattr(owner, name, original)
+
+
+@contextlib.contextmanager
+def _never_bound(configs: ModuleType) -> Iterator[None]:
+    """Keep the partials in the bodies of Optimum's classes from being bound, as Python 3.14 binds them, like methods.
+
+    Optimum 2.1 calls `self.NORMALIZED_CONFIG_CLASS(config)`; bound, that hands the export config on as the model's.
+    """
+    name = "NORMALIZED_CONFIG_CLASS"
+    with contextlib.ExitStack() as held:
+        for config in [found for found in vars(configs).values() if isinstance(found, type)]:
+            if isinstance(partial := vars(config).get(name), functools.partial):
+                held.enter_context(_replaced(config, name, staticmethod(partial)))
+        yield
 
 
 def _by_name_first(equal: Callable[[Any, object], bool]) -> Callable[[Any, object], bool]:

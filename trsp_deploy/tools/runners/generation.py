@@ -104,7 +104,7 @@ def _drawn(logits: np.ndarray, sampling: Sampling, uniform: float) -> int:
     Ranking a whole vocabulary takes as long as a small model's step, so no more is ranked than may be chosen.
     """
     scores = logits.astype(np.float32)
-    weights = np.exp((scores - scores.max()) / np.float32(max(sampling.temperature, COLDEST)))
+    weights = np.exp((scores - np.max(scores)) / np.float32(max(sampling.temperature, COLDEST)))
     tokens = np.arange(len(weights))
     if sampling.top_k:  # first, as transformers: top_p is a share of what is left
         tokens = _largest(weights, sampling.top_k)
