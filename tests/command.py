@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,13 @@ QUICK = [
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 # Of processes that a launcher starts: one run in some 30 was ended by a native abort, and the next one says where.
 LAUNCHED = {**os.environ, **OFFLINE, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+
+
+# What a program in Python begins with: a `#!` line takes no interpreter whose path holds a space.
+PYTHON_SCRIPT = f"""#!/bin/sh
+'''exec' {shlex.quote(sys.executable)} "$0" "$@"
+' '''
+"""
 
 
 class Done(NamedTuple):

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -15,7 +14,7 @@ import pytest
 import yaml
 
 from tests.breadth import BREADTH
-from tests.command import trsp_deploy
+from tests.command import PYTHON_SCRIPT, trsp_deploy
 from trsp_deploy.tools.judging.statistics import FEWEST_REPLICATES
 from trsp_deploy.tools.measuring.bench_worker import PLANTED
 
@@ -34,7 +33,7 @@ def program(tmp_path: Path) -> Path:
     folder = tmp_path / "bin"
     folder.mkdir(exist_ok=True)
     file = folder / "trsp-deploy"
-    file.write_text(f'#!/bin/sh\nexec {sys.executable} -c "from trsp_deploy.cli import main; main()" "$@"\n')
+    file.write_text(f"{PYTHON_SCRIPT}from trsp_deploy.cli import main; main()\n")
     file.chmod(0o755)
     return folder
 

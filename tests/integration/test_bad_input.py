@@ -257,7 +257,7 @@ def test_a_variable_that_is_not_set_is_not_the_folder_that_this_runs_in(command,
 
 
 def test_a_working_directory_that_is_gone(tmp_path):
-    script = f"mkdir gone; cd gone; rmdir ../gone; {PROGRAM} check /run --min-speedup 1.1"
+    script = f"mkdir gone; cd gone; rmdir ../gone; {shlex.quote(str(PROGRAM))} check /run --min-speedup 1.1"
     done = subprocess.run(script, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and done.stderr.startswith("error: the working directory is gone")
 
@@ -268,7 +268,7 @@ def test_a_working_directory_that_is_gone(tmp_path):
 def test_a_verdict_does_not_depend_on_who_reads_it(redirect, code, tmp_path):
     """A repository with an error, asked of by a shell whose streams are closed, or whose reader has left."""
     (tmp_path / "repository" / "m" / "1").mkdir(parents=True)
-    script = f"{PROGRAM} triton-lint repository {redirect}; exit ${{PIPESTATUS[0]}}"
+    script = f"{shlex.quote(str(PROGRAM))} triton-lint repository {redirect}; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == code and "Traceback" not in done.stderr
 

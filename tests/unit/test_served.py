@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
 
+from tests.command import PYTHON_SCRIPT
 from tests.samples import NEW_TOKENS_SERVED, made_up, made_up_report, made_up_served
 from tests.tiny import save_tiny
 from trsp_deploy.errors import RunError
@@ -63,7 +63,7 @@ def test_every_order_of_three_comes_once_in_six() -> None:
 def generator(folder: Path, code: str) -> LoadGenerator:
     """A program in perf_analyzer's place."""
     path = folder / "perf_analyzer"
-    path.write_text(f"#!{sys.executable}\nimport json, sys\n{code}\n")
+    path.write_text(f"{PYTHON_SCRIPT}import json, sys\n{code}\n")
     path.chmod(0o755)
     return LoadGenerator(path)
 

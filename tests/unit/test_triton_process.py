@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.command import PYTHON_SCRIPT
 from trsp_deploy.errors import RunError
 from trsp_deploy.tools.triton_server import process
 from trsp_deploy.tools.triton_server.process import Installation, Server, find, start, stop
 
 # Answers "ready" at --http-port, as tritonserver does once it has loaded everything.
-READY = f"""#!{sys.executable}
-import sys
+READY = f"""{PYTHON_SCRIPT}import sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 class Ready(BaseHTTPRequestHandler):
