@@ -186,11 +186,14 @@ def test_no_network(wheelhouse: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "pip cannot reach its package index" in error_line(TextError, "gone")
 
 
-def test_home_that_is_a_file(wheelhouse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("home", ["file", "/sys/trsp", "/proc/trsp"])
+def test_home_that_can_be_no_folder(
+    home: str, wheelhouse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setenv("TRSP_DEPLOY_HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("TRSP_DEPLOY_HOME", str(tmp_path / home))
     message = error_line(StorageError, "first")
-    assert str(tmp_path / "file") in message and "$TRSP_DEPLOY_HOME" in message
+    assert str(tmp_path / home) in message and "set TRSP_DEPLOY_HOME to one that can be written" in message
 
 
 def test_pip_problems_in_words() -> None:

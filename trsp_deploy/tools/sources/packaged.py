@@ -9,6 +9,7 @@ installing them without their dependencies would make `pip check` fail in the us
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import os
 import shutil
@@ -112,9 +113,12 @@ def alone(lock: Path) -> Iterator[None]:
     with storage_errors(lock):
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, FileNotFoundError, NotADirectoryError) as problem:
+        except OSError as problem:
+            if problem.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
             raise StorageError(
-                f"{lock.parent}: cannot be a folder ({problem.strerror}); see $TRSP_DEPLOY_HOME"
+                f"{lock.parent}: cannot be a folder ({problem.strerror}); "
+                "set TRSP_DEPLOY_HOME to one that can be written"
             ) from problem
     with locked(lock, lock.parent, patience_s=None):
         yield
