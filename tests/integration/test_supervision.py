@@ -162,6 +162,19 @@ def test_exit_codes_pass_through(tmp_path, body, code):
     assert subprocess.run(program(body), cwd=tmp_path, stderr=subprocess.DEVNULL).returncode == code
 
 
+def test_a_process_that_finished_does_not_wait_for_its_libraries(tmp_path):
+    """What a native thread does while the interpreter is finalised can abort the process."""
+    body = """import __main__, atexit
+    class Library:
+        def __del__(self, touch=Path("unloaded").touch): touch()
+    __main__.kept = Library()
+    atexit.register(lambda: Path("registered").touch())
+    print("written", end="")"""
+    done = subprocess.run(program(body), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "written"
+    assert (tmp_path / "registered").exists() and not (tmp_path / "unloaded").exists()
+
+
 def test_terminal_is_given_back(tmp_path):
     """Native code that is ended by force leaves echo off and the cursor hidden."""
     master, slave = pty.openpty()

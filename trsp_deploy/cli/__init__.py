@@ -5,6 +5,7 @@ Nothing heavy is imported before a command needs it, so that `--help` answers at
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import os
@@ -13,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from trsp_deploy.cli.supervision import ENDINGS, asked_to_end, supervised
 from trsp_deploy.errors import ModelError, TrspError, UserError, machine_reason, one_line, redacted
@@ -27,12 +29,7 @@ def main() -> None:
     # Threads that spin at barriers make two busy processes on few cores five times slower, and gain nothing alone.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _open_streams()
-    code = _said(lambda: supervised(lambda: run(sys.argv[1:])))
-    if code - 128 in ENDINGS:  # all is cleaned up; torch would take a second or more to unload
-        with contextlib.suppress(OSError):  # its reader is gone, too
-            sys.stdout.flush()
-        os._exit(code)
-    sys.exit(code)
+    _end(_said(lambda: supervised(lambda: run(sys.argv[1:]))))
 
 
 def _open_streams() -> None:
@@ -101,6 +98,20 @@ def _interrupted() -> int:
         "interrupted; finished steps are kept, and the same command goes on from there",
         128 + (asked_to_end() or signal.SIGINT),
     )
+
+
+def _end(code: int) -> NoReturn:
+    """End this process, without the interpreter's finalisation, once all is written.
+
+    A native thread that asks for the interpreter while it is finalised is ended from within, which now and then aborts
+    a process that had finished (gloo's threads, which outlive their process group); and unloading torch takes time.
+    """
+    if code - 128 not in ENDINGS:  # after those all is cleaned up
+        atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # its reader is gone
+            stream.flush()
+    os._exit(code)
 
 
 def _say(message: str, code: int) -> int:

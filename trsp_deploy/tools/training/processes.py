@@ -100,7 +100,7 @@ class Processes:
 
 
 def _leave() -> None:
-    """End the group's threads before the interpreter goes: now and then one aborted a finished process."""
+    """Leave the group when this process ends, which its backend wants to be told of."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
