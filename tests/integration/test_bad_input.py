@@ -164,6 +164,20 @@ def test_what_is_judged_on_is_looked_at_before_the_work(fails, tmp_path, options
     assert not (out / "plan.json").exists()
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["prune", "--calibration", "missing.txt"],
+        ["prune-and-build", "--calibration", "missing.txt"],
+        ["prune-and-build", "--calibration", "text.txt", "--eval", "t=missing.txt"],
+    ],
+)
+def test_texts_are_looked_for_before_a_model_that_may_have_to_be_downloaded(fails, tmp_path, arguments):
+    out = tmp_path / "run"
+    fails([*arguments, "--model", "model", *QUICK, "--out", str(out)], "text 'missing.txt': no such file")
+    assert not (out / "dense").exists()
+
+
 def test_a_name_that_the_hub_does_not_take(fails):
     fails(["prune", "--model", "owner/two--dashes", "--calibration", "text.txt"], "owner/two--dashes")
     fails(["prune", "--model", "model", *QUICK, "--calibration", "me/two--dashes:train"], "me/two--dashes")

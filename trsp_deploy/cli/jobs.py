@@ -150,6 +150,7 @@ def prune(
         return show_memory(chosen, plan, Output(as_json))
     with run_of(chosen, out, plan) as job:
         check_memory(job, plan, ignore_memory)
+        job.inputs.calibration_texts()  # before the model, which may have to be downloaded
         result = job.pruning.prune()
         output = Output(as_json)
         output.say(

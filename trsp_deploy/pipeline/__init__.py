@@ -106,22 +106,32 @@ def check_before_work(job: Pipeline) -> None:
     """Raise what would otherwise be raised after hours: texts and tasks that are not there, windows too long, a model
     that cannot be exported.
 
-    What the model is judged on is the main process's matter; the others hear of it. Tasks that were answered are not
-    asked for again.
+    Texts come first: the model may have to be downloaded. Tasks that were answered are not asked for again.
     """
+    job.inputs.calibration_texts()
+    _tried_by_main(job.run, job.inputs.find_evaluation)
     job.inputs.check_lengths()
     job.inputs.calibration_windows()
+
+    def judged() -> None:
+        job.inputs.read_evaluation()
+        if not any(step.startswith("zero-shot-") for step in job.run.recorded()):
+            zeroshot.check_tasks(job.recipe.evaluate.tasks)
+        if job.engines.buildable() and not any(step.startswith("export-") for step in job.run.recorded()):
+            export.check_exportable(job.inputs.path("dense"), job.recipe.export, job.inputs.say)
+
+    _tried_by_main(job.run, judged)
+
+
+def _tried_by_main(run: RunFolder, check: Callable[[], None]) -> None:
+    """What concerns the main process alone, such as what a model is judged on; its error is raised in all of them."""
     problem: TrspError | None = None
-    if job.run.main:
+    if run.main:
         try:
-            job.inputs.read_evaluation()
-            if not any(step.startswith("zero-shot-") for step in job.run.recorded()):
-                zeroshot.check_tasks(job.recipe.evaluate.tasks)
-            if job.engines.buildable() and not any(step.startswith("export-") for step in job.run.recorded()):
-                export.check_exportable(job.inputs.path("dense"), job.recipe.export, job.inputs.say)
+            check()
         except TrspError as found:
             problem = found
-    problem = job.run.from_main(problem)
+    problem = run.from_main(problem)
     if problem is not None:
         raise problem
 

@@ -82,8 +82,13 @@ class Inputs:
         self.dense()
         check_positions(settings, positions_of(self.path("dense")), self.recipe.public.model)
 
+    def find_evaluation(self) -> None:
+        """Read every text that the model is judged on, without the model; raises TextError."""
+        for name in self.recipe.evaluation:
+            self.evaluation_texts(name)
+
     def read_evaluation(self) -> None:
-        """Read every text that the model is judged on; raises TextError."""
+        """Read every text that the model is judged on as its tokens; raises TextError."""
         for name in self.recipe.evaluation:
             self.evaluation_windows(name)
             if self.is_calibration(name):

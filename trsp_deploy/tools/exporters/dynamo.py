@@ -23,6 +23,7 @@ from trsp_deploy.decoder import load_config
 from trsp_deploy.errors import ModelError, TrspError, first_line, machine_reason
 from trsp_deploy.recipe import Float
 from trsp_deploy.tools.exporters.weights import (
+    DTYPES,
     Read,
     WithoutProducts,
     hollow_model,
@@ -33,7 +34,6 @@ from trsp_deploy.tools.exporters.weights import (
 )
 from trsp_deploy.tools.graphs.decoder_io import PAST, PRESENT
 
-DTYPES: dict[Float, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
 # The lowest that this exporter writes all of its decoders in; 23 has an Attention that ONNX Runtime gets wrong.
 OPSET = 20
 # Example lengths: 0 and 1 would be taken for constants, and equal ones for one length.

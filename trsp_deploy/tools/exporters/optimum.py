@@ -28,12 +28,20 @@ from trsp_deploy.decoder import decoder_layers
 from trsp_deploy.errors import ModelError, one_line, passes_through
 from trsp_deploy.reading import read_json
 from trsp_deploy.recipe import Float
-from trsp_deploy.tools.exporters.weights import Read, build_skeleton, open_weights, quick_model, save, try_on_ends, turn
+from trsp_deploy.tools.exporters.weights import (
+    DTYPES,
+    Read,
+    build_skeleton,
+    open_weights,
+    quick_model,
+    save,
+    try_on_ends,
+    turn,
+)
 
 OPSET = 18
 TASK = "text-generation-with-past"
 OTHER = "`--set export.exporter=dynamo` traces it with torch alone"
-DTYPES: dict[Float, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 def installed() -> bool:

@@ -23,7 +23,9 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from trsp_deploy.decoder import build_model, cut_config, load_config, load_model, without_weights
 from trsp_deploy.errors import ModelError
+from trsp_deploy.recipe import Float
 
+DTYPES: dict[Float, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
 Read = Callable[[str], torch.Tensor]
 ALIGNMENT = 65536  # bytes: external data that begins at a page is mapped instead of read
 
