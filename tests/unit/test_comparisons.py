@@ -8,7 +8,7 @@ import pytest
 
 from tests.samples import busy, made_up
 from trsp_deploy.recipe import EngineSpec
-from trsp_deploy.results import Role, Telemetry
+from trsp_deploy.results import GpuTelemetry, Role, Telemetry
 from trsp_deploy.stages.bench import derive
 from trsp_deploy.tools.judging import comparisons
 from trsp_deploy.tools.judging.limits import SpeedLimit
@@ -39,6 +39,16 @@ def test_what_others_took_from_the_engines_is_counted(
     found = comparisons.compare(busy(made_up(), others, cores), threads=threads)
     assert comparisons.disturbance(found).startswith(said) and bool(comparisons.disturbance(found)) == bool(said)
     assert not said or any(note.startswith(said) for note in comparisons.notes(found))
+
+
+@pytest.mark.parametrize(("threads", "said"), [({}, "1 other processes used the GPU"), (BOTH, "")])
+def test_who_uses_the_gpu_does_not_concern_an_engine_of_the_cpu(threads: dict[Role, int], said: str) -> None:
+    made = busy(made_up(), None)
+    gpu = GpuTelemetry(
+        sm_mhz=1, memory_mhz=1, power_w=1, temperature_c=1, throttle_reasons=(), other_processes=1, used_bytes=1
+    )
+    seen = made.model_copy(update={"telemetry": tuple(t.model_copy(update={"gpu": gpu}) for t in made.telemetry)})
+    assert comparisons.disturbance(comparisons.compare(seen, threads=threads)) == said
 
 
 def report(speed: float, noise: float = 0.005, limit: float = 1.3) -> comparisons.ComparisonReport:

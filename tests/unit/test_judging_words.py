@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -15,15 +16,18 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from tests.samples import MADE_UP_QUALITY, made_up
+from tests.samples import MADE_UP_QUALITY, made_up, made_up_report
 from trsp_deploy import cli
 from trsp_deploy.artifacts import provenance, write_json, writing
 from trsp_deploy.artifacts.storage import place_to_write
+from trsp_deploy.cli.tables import print_report
 from trsp_deploy.cli.terminal import lasting_streams
 from trsp_deploy.errors import BaselineError, RecipeError, StorageError
 from trsp_deploy.recipe import BenchSettings
 from trsp_deploy.stages.bench import check_positions, pair_notes
 from trsp_deploy.tools.judging.comparisons import compare, notes
+from trsp_deploy.tools.judging.statistics import Ratio
+from trsp_deploy.tools.judging.verdicts import Requirement, judge
 from trsp_deploy.tools.measuring.subjects import Subject
 from trsp_deploy.tools.reports import baselines, ci
 from trsp_deploy.tools.reports.baselines import (
@@ -123,6 +127,9 @@ def test_an_error_in_ci_is_valid_xml() -> None:
     root = ElementTree.fromstring(ci.junit_of_error("no \x1b[1mengine\ud800 <x>").split("?>", 1)[1])
     error = root.find("./testsuite/testcase/error")
     assert error is not None and error.get("message") == "no ?[1mengine? <x>"
+    broken = Ratio(ratio=1, low=1, high=1)
+    outcome = judge(Requirement(name="x", sense="at least", bound=2, source="a file"), broken, "other\x1b work")
+    ElementTree.fromstring(ci.junit("e", [outcome], 1.0).split("?>", 1)[1])
     assert ci.github_error("a\nb") == "::error title=trsp-deploy check::a%0Ab"
 
 
@@ -254,3 +261,9 @@ def test_prompt_and_new_tokens_count_together() -> None:
     check_positions(settings, None, "m")
     with pytest.raises(RecipeError, match="prompt_tokens 240 and new_tokens 16: m has 255 positions"):
         check_positions(settings, 255, "m")
+
+
+def test_a_folder_in_brackets_is_no_markup() -> None:
+    text = io.StringIO()
+    print_report(made_up_report(made_up()), Path("runs/[/x] llama[v2]"), text)
+    assert "report: runs/[/x] llama[v2]/report.html" in text.getvalue()

@@ -171,6 +171,11 @@ def test_engine_spec_errors(changes: dict, words: list[str]) -> None:
         assert word in message
 
 
+def test_a_task_counts_once() -> None:
+    with pytest.raises(RecipeError, match=r"key 'evaluate.tasks': 'piqa' stands twice"):
+        read_recipe({"model": "m", "evaluate": {"tasks": ["piqa", "copa", "piqa"]}}, "test")
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import math
 
 import pytest
 
@@ -13,7 +14,7 @@ from trsp_deploy.artifacts import provenance
 from trsp_deploy.results import Perplexity
 from trsp_deploy.tools.judging import comparisons
 from trsp_deploy.tools.reports import html, markdown, plots
-from trsp_deploy.tools.reports.quality import Price, QualityReport, budget_text, choices_report
+from trsp_deploy.tools.reports.quality import Price, QualityReport, budget_text, choices_report, quality_report
 from trsp_deploy.tools.reports.record import measured_by, verdict
 from trsp_deploy.tools.reports.rows import (
     comparison_rows,
@@ -41,6 +42,21 @@ def test_headlines_are_of_the_least_of_several_shapes_and_name_it() -> None:
     drawn = plots.samples(made, 1)
     assert drawn in page and drawn != plots.samples(made, 0)
     assert "rate, batch 1, prompt 256" in [row[0] for row in comparison_rows(found)]
+
+
+def test_a_model_that_a_cut_has_broken_has_a_report() -> None:
+    """Losses whose perplexity is beyond a float."""
+    made = made_up(speedup=1.3)
+    for dense, broken in ([by_documents([3.0] * 30), by_documents([800.0] * 30)], [windows(3.0), windows(800.0)]):
+        found = quality_report(dense, broken)
+        assert found.ratio == math.inf and found.pruned_ppl == math.inf
+        report = made_up_report(made).model_copy(update={"quality": {"text": found}})
+        assert "infx" in markdown.render(report) and "infx" in html.render(report, {"ort-cpu-fp32": made})
+        assert budget_text(Price(None, {"text": found})).startswith("99.0% not kept, 99.9% not kept")
+
+
+def windows(nll: float) -> Perplexity:
+    return Perplexity(text="t", role="dense", origin="", context_length=11, nll=(nll,) * 30)
 
 
 def test_one_shape_needs_no_name() -> None:
@@ -101,6 +117,7 @@ def test_the_price_is_the_engines_and_pytorchs_only_where_no_engine_read() -> No
     assert rows["quality budgets, PyTorch"].startswith("99.0% kept")
     assert "ort-cpu-fp32: its perplexity on long is not measured" in engine_notes(judged)
     page = html.render(judged, {"ort-cpu-fp32": made})
+    assert "its perplexity on long is not measured" in page
     assert "The price through ort-cpu-fp32: perplexity (how surprised the model is by held-out text) up by 200%" in page
     assert "<b>3.00x</b><span>perplexity on text</span>" in page and "<b>1.00x</b>" not in page
     none_ran = judged.model_copy(update={"engines": (absent,), "verdict": verdict([absent], quality)})

@@ -35,7 +35,11 @@ POINTS = [
         ({"max_ppl_ratio": 1.3}, 4, ["the most that quality allows", "of at most 1.3x; 6 would cost 1.50x"]),
         ({"max_ppl_ratio": 9}, 8, ["more was not tried"]),
         ({"min_speedup": 1.15, "max_ppl_ratio": 1.3}, 4, ["2 gives 1.10x"]),
-        ({"min_speedup": 1.25, "max_ppl_ratio": 1.3}, None, ["speed needs at least 6", "1.3x allows 4"]),
+        (
+            {"min_speedup": 1.25, "max_ppl_ratio": 1.3},
+            None,
+            ["fast enough: 6, 8 dropped", "1.3x: 2, 4 dropped"],
+        ),
         ({"min_speedup": 2}, None, ["the largest cut, 8, is not fast enough: 1.50x (1.50 to 1.50) of 2x"]),
         ({"max_ppl_ratio": 1.01}, None, ["the smallest cut, 2, costs 1.05x"]),
         ({"max_latency_s": 0.0084}, 4, ["8.3 ms of 8.4 ms a token", "2 gives 9.1 ms"]),
@@ -130,6 +134,15 @@ def test_a_smaller_cut_that_was_refused_for_its_quality_is_named_with_it() -> No
         [made_up_point(2, 1.3, 1.6), made_up_point(4, 1.4, 1.2)], Targets(min_speedup=1.2, max_ppl_ratio=1.3)
     )
     assert found.num_dropped == 4 and "2 costs 1.60x perplexity" in found.reason
+
+
+def test_a_cut_that_is_fast_and_poor_is_named_whatever_follows_it() -> None:
+    points = [made_up_point(2, 1.4, 1.8), made_up_point(4, 1.1, 1.2), made_up_point(6, 1.4, 1.3)]
+    found = choose(points, Targets(min_speedup=1.3, max_ppl_ratio=1.5))
+    assert found.num_dropped == 6 and "fast and good enough" in found.reason and "2 costs 1.80x" in found.reason
+    points = [made_up_point(2, 1.1, 1.2), made_up_point(4, 1.4, 1.8), made_up_point(6, 1.2, 1.3)]
+    found = choose(points, Targets(min_speedup=1.3, max_ppl_ratio=1.5))
+    assert found.reason == "fast enough: 4 dropped; perplexity of at most 1.5x: 2, 6 dropped"
 
 
 def test_a_point_without_an_engine_is_never_fast() -> None:

@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import types
+from collections.abc import Callable, Iterator
 
 import psutil
 import pytest
 
+from trsp_deploy.tools.measuring import telemetry
 from trsp_deploy.tools.measuring.telemetry import Recorder
 
 SPIN = "import time\nend = time.monotonic() + {}\nwhile time.monotonic() < end: pass"
@@ -36,6 +38,28 @@ def test_own_processes_are_none_of_the_others() -> None:
     busy = sum(sample.busy_share for sample in taken) * psutil.cpu_count()
     others = sum(sample.others_cores or 0.0 for sample in taken)
     assert busy > 1.5 and others < busy / 3, taken
+
+
+def test_a_worker_that_ends_while_the_driver_lists_it_is_none_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+
+    class Driver:
+        NVMLError, NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = OSError, 0, 1, 0
+
+        def nvmlDeviceGetComputeRunningProcesses(self, _: object) -> list[types.SimpleNamespace]:
+            listed = [types.SimpleNamespace(pid=number) for number in (os.getpid(), worker.pid)]
+            worker.communicate(b"\n")
+            return listed
+
+        def nvmlDeviceGetMemoryInfo(self, _: object) -> types.SimpleNamespace:
+            return types.SimpleNamespace(used=1)
+
+        def __getattr__(self, name: str) -> Callable[..., int]:
+            return lambda *_: 0
+
+    monkeypatch.setattr(telemetry, "_nvml", lambda: (Driver(), None))
+    sample = telemetry._gpu()
+    assert sample is not None and sample.other_processes == 0 and worker.returncode == 0
 
 
 @contextlib.contextmanager

@@ -10,18 +10,20 @@ from typing import Annotated
 
 import typer
 
-from trsp_deploy.cli.options import Json, finite
+from trsp_deploy.cli.options import Json, bounded
 from trsp_deploy.cli.terminal import Output
 from trsp_deploy.errors import RecipeError
 
 Engine = Annotated[Path, typer.Argument(help="An engine folder, such as runs/NAME/engines/ort-cpu-fp32/pruned.")]
 Prompt = Annotated[list[str], typer.Option("--prompt", help="Text to continue; repeat for a batch.", metavar="TEXT")]
 Tokens = Annotated[int, typer.Option("--max-tokens", help="New tokens at most.", min=1, max=10**9)]
-Temperature = Annotated[float, typer.Option("--temperature", help="0 is greedy.", min=0.0, callback=finite)]
+Temperature = Annotated[float, typer.Option("--temperature", help="0 is greedy.", min=0.0, callback=bounded)]
 TopK = Annotated[int, typer.Option("--top-k", help="Choose among this many tokens; 0 is all.", min=0)]
 TopP = Annotated[
     float,
-    typer.Option("--top-p", help="Choose among tokens that hold this probability.", min=1e-6, max=1.0, callback=finite),
+    typer.Option(
+        "--top-p", help="Choose among tokens that hold this probability.", min=1e-6, max=1.0, callback=bounded
+    ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of sampling.", min=0)]
 TokenizerFolder = Annotated[

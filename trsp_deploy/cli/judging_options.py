@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trsp_deploy.cli.options import file_to_write, finite
+from trsp_deploy.cli.options import bounded, file_to_write
 from trsp_deploy.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ Budget = Annotated[
         "--budget",
         help="Seconds to measure at most; two replicates in any case.",
         min=1.0,
-        callback=finite,
+        callback=bounded,
         metavar="SECONDS",
     ),
 ]
@@ -53,7 +53,11 @@ MaxLoss = Annotated[
 MaxPerplexity = Annotated[
     float | None,
     typer.Option(
-        "--max-ppl-ratio", help="Most pruned / dense perplexity, on every text.", min=0.01, callback=finite, metavar="X"
+        "--max-ppl-ratio",
+        help="Most pruned / dense perplexity, on every text.",
+        min=0.01,
+        callback=bounded,
+        metavar="X",
     ),
 ]
 Budgeted = Annotated[

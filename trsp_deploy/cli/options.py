@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated
 
@@ -11,11 +10,13 @@ import typer
 from trsp_deploy.cli import completion
 from trsp_deploy.errors import RecipeError, StorageError, shown
 
+MOST = 1e9  # as in recipe/values.py, which takes too long to import for `--help`
 
-def finite(value: float | None) -> float | None:
+
+def bounded(value: float | None) -> float | None:
     """A callback of options: float() reads nan and inf, and neither is below a least value."""
-    if value is not None and not math.isfinite(value):
-        raise typer.BadParameter(f"{value} is not a number that can be used")
+    if value is not None and not abs(value) <= MOST:
+        raise typer.BadParameter(f"{value} is not a number that can be used; at most {MOST:g} is")
     return value
 
 

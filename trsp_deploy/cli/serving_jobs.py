@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from trsp_deploy.cli.options import Json, file_to_write, finite
+from trsp_deploy.cli.options import Json, bounded, file_to_write
 from trsp_deploy.cli.terminal import Output
 from trsp_deploy.errors import RecipeError
 
@@ -36,7 +36,7 @@ Concurrency = Annotated[
 PromptTokens = Annotated[int, typer.Option("--prompt-tokens", help="Tokens of each prompt.", min=1)]
 NewTokens = Annotated[int, typer.Option("--new-tokens", help="Tokens of each answer.", min=2)]
 Window = Annotated[
-    float, typer.Option("--window", help="Seconds of load at a time, at least.", min=1.0, callback=finite)
+    float, typer.Option("--window", help="Seconds of load at a time, at least.", min=1.0, callback=bounded)
 ]
 Replicates = Annotated[int, typer.Option("--replicates", help="Times that each model is loaded.", min=2)]
 Address = Annotated[

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from trsp_deploy.cli.options import (
+    MOST,
     Calibration,
     Engines,
     Evaluation,
@@ -21,7 +22,7 @@ from trsp_deploy.cli.options import (
     Seed,
     Sets,
     Then,
-    finite,
+    bounded,
 )
 from trsp_deploy.cli.terminal import Output
 from trsp_deploy.errors import RecipeError
@@ -35,7 +36,7 @@ Out = Annotated[Path | None, typer.Option("--out", help="Folder; runs/<model>-sw
 TargetSpeedup = Annotated[
     float | None,
     typer.Option(
-        "--target-speedup", help="Least speed-up end to end, such as 1.25.", min=1.0, callback=finite, metavar="X"
+        "--target-speedup", help="Least speed-up end to end, such as 1.25.", min=1.0, callback=bounded, metavar="X"
     ),
 ]
 TargetLatency = Annotated[
@@ -44,7 +45,7 @@ TargetLatency = Annotated[
 MaxPerplexity = Annotated[
     float | None,
     typer.Option(
-        "--max-ppl-ratio", help="Most pruned / dense perplexity, on every text.", min=1.0, callback=finite, metavar="X"
+        "--max-ppl-ratio", help="Most pruned / dense perplexity, on every text.", min=1.0, callback=bounded, metavar="X"
     ),
 ]
 
@@ -119,6 +120,6 @@ def _seconds(text: str | None) -> float | None:
     if text is None:
         return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s)", text.strip())
-    if found is None or float(found[1]) == 0:
+    if found is None or not 0 < float(found[1]) <= MOST:
         raise RecipeError(f"--target-latency '{text}': expected a time such as 20ms or 0.02s")
     return float(found[1]) / (1e3 if found[2] == "ms" else 1)

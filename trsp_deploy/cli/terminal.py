@@ -11,21 +11,20 @@ from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 PIPED_WIDTH = 120
 
 
 def console(file: TextIO) -> Console:
-    """A console on a stream; piped output gets a fixed width instead of a terminal's."""
-    return Console(file=file, highlight=False, width=None if file.isatty() else PIPED_WIDTH)
+    """A console on a stream, for text without markup; piped output gets a fixed width instead of a terminal's."""
+    return Console(file=file, highlight=False, markup=False, emoji=False, width=None if file.isatty() else PIPED_WIDTH)
 
 
 def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """Rows under headings, without lines."""
     table = Table(*columns, box=None, pad_edge=False, header_style="bold")
     for cells in rows:
-        table.add_row(*(Text(cell) for cell in cells))  # Text: a `[gpu]` in a pip command is no markup
+        table.add_row(*cells)
     return table
 
 

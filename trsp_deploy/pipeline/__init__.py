@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from trsp_deploy.artifacts import RunFolder
+from trsp_deploy.artifacts import RunFolder, steps
 from trsp_deploy.errors import RecipeError, TrspError
 from trsp_deploy.launch import launched
 from trsp_deploy.pipeline.engines import Engines
@@ -68,16 +68,16 @@ class Pipeline:
         texts = list(itertools.product(self.recipe.evaluation, ROLES))
         for spec in self.engines.specs:
             precision = spec.graph_precision
-            stages[f"onnx {precision}"] = [f"export-{role}-{precision}" for role in ROLES]
-            stages[f"engine {spec.name}"] = [f"build-{spec.name}-{role}" for role in ROLES]
+            stages[f"onnx {precision}"] = [steps.export(role, precision) for role in ROLES]
+            stages[f"engine {spec.name}"] = [steps.build(spec.name, role) for role in ROLES]
             stages[f"run {spec.name}"] = [
-                f"bench-{spec.name}",
-                *(f"evaluate-{spec.name}-{name}-{role}" for name, role in texts),
-                *(f"zero-shot-{spec.name}-{role}" for role in ROLES if self.recipe.evaluate.tasks),
+                steps.bench(spec.name),
+                *(steps.evaluate(name, role, spec.name) for name, role in texts),
+                *(steps.zero_shot(spec.name, role) for role in ROLES if self.recipe.evaluate.tasks),
             ]
-        stages["evaluation"] = [f"evaluate-{name}-{role}" for name, role in texts]
+        stages["evaluation"] = [steps.evaluate(name, role) for name, role in texts]
         done = [self.finished(count) for count in counts] or [self.finished()]
-        left = [stage for stage, steps in stages.items() if not all(each.issuperset(steps) for each in done)]
+        left = [stage for stage, needed in stages.items() if not all(each.issuperset(needed) for each in done)]
         if counts:  # one search for all
             left = [stage for stage in left if stage != "selection"]
         return ["selection", *left] if counts and not self.pruning.searched(counts) else left
@@ -115,9 +115,9 @@ def check_before_work(job: Pipeline) -> None:
 
     def judged() -> None:
         job.inputs.read_evaluation()
-        if not any(step.startswith("zero-shot-") for step in job.run.recorded()):
+        if not any(step.startswith(steps.ZERO_SHOT) for step in job.run.recorded()):
             zeroshot.check_tasks(job.recipe.evaluate.tasks)
-        if job.engines.buildable() and not any(step.startswith("export-") for step in job.run.recorded()):
+        if job.engines.buildable() and not any(step.startswith(steps.EXPORT) for step in job.run.recorded()):
             export.check_exportable(job.inputs.path("dense"), job.recipe.export, job.inputs.say)
 
     _tried_by_main(job.run, judged)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trsp_deploy.artifacts import Finished, size_bytes, writing
+from trsp_deploy.artifacts import Finished, size_bytes, steps, writing
 from trsp_deploy.errors import EngineSpecError, EngineUnavailable, RecipeError
 from trsp_deploy.pipeline.inputs import Inputs
 from trsp_deploy.pipeline.pruning import Pruning
@@ -85,7 +85,7 @@ class Engines:
             )
 
         return self.run.step(
-            f"export-{role}-{precision}",
+            steps.export(role, precision),
             work,
             OnnxModel,
             settings=self._export_settings(precision),
@@ -128,7 +128,7 @@ class Engines:
 
     def _ask(self, found: Finished, spec: EngineSpec, role: Role) -> None:
         precision, made = spec.graph_precision, MODEL_STEPS[role]
-        exported, built = f"export-{role}-{precision}", f"build-{spec.name}-{role}"
+        exported, built = steps.export(role, precision), steps.build(spec.name, role)
         found.ask(
             exported,
             lambda: self._export_settings(precision),
@@ -150,7 +150,7 @@ class Engines:
         model = self.onnx(role, spec.graph_precision)
         folder = self.path(spec, role)
         return self.run.step(
-            f"build-{spec.name}-{role}",
+            steps.build(spec.name, role),
             lambda: build.build_engine(
                 self.run.path / model.folder / export.FILE,
                 spec,

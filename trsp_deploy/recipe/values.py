@@ -57,6 +57,7 @@ def _no_other_twice(texts: tuple[str, ...]) -> tuple[str, ...]:
     return texts
 
 
+Different = Annotated[tuple[Text, ...], AfterValidator(_no_other_twice)]
 # One text as it is, or a list of them.
 OneOrMore = Annotated[
     tuple[Text, ...],

@@ -232,7 +232,9 @@ def disturbance(found: ComparisonReport) -> str:
         return (
             f"other work took the time of {machine.lost_cores:.2f} cores from the engines, which compute on {threads}"
         )
-    return f"{machine.other_gpu_processes} other processes used the GPU" if machine.other_gpu_processes else ""
+    if found.threads or not machine.other_gpu_processes:  # what computes on the host's threads is not on the GPU
+        return ""
+    return f"{machine.other_gpu_processes} other processes used the GPU"
 
 
 def sentence(name: str, found: ComparisonReport) -> str:

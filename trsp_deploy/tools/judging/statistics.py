@@ -15,7 +15,18 @@ import scipy.stats
 
 from trsp_deploy.errors import TextError
 from trsp_deploy.recipe import Strict
-from trsp_deploy.results import PHASES, Block, Comparison, Perplexity, Phase, Replicate, Subject, TaskScore, ZeroShot
+from trsp_deploy.results import (
+    LARGEST_EXPONENT,
+    PHASES,
+    Block,
+    Comparison,
+    Perplexity,
+    Phase,
+    Replicate,
+    Subject,
+    TaskScore,
+    ZeroShot,
+)
 
 RESAMPLES = 5000
 CONFIDENCE = 0.95
@@ -185,12 +196,15 @@ def interval(logs: Sequence[float] | np.ndarray) -> Ratio:
     if count < 2:
         raise ValueError("one replicate has no interval")
     if np.ptp(values) == 0:
-        return Ratio(ratio=math.exp(middle), low=math.exp(middle), high=math.exp(middle))
+        return Ratio(ratio=_exp(middle), low=_exp(middle), high=_exp(middle))
     low, high = bootstrap(np.mean, values, confidence=_expanded(count))
     reach = _student(count) * float(scipy.stats.sem(values))
-    return Ratio(
-        ratio=math.exp(middle), low=math.exp(min(low, middle - reach)), high=math.exp(max(high, middle + reach))
-    )
+    return Ratio(ratio=_exp(middle), low=_exp(min(low, middle - reach)), high=_exp(max(high, middle + reach)))
+
+
+def _exp(log: float) -> float:
+    """Infinite beyond a float: of what a cut has broken, a text's loss may be that large."""
+    return math.exp(log) if log < LARGEST_EXPONENT else math.inf
 
 
 def _student(count: int) -> float:
@@ -269,7 +283,7 @@ def perplexity_ratio(dense: Perplexity, pruned: Perplexity) -> Ratio:
         windows = np.array(pruned.nll) - np.array(dense.nll)
         if len(windows) > 1:
             return interval(windows)
-        one = math.exp(float(windows[0]))
+        one = _exp(float(windows[0]))
         return Ratio(ratio=one, low=one, high=one)
     (before, tokens), (after, _) = (np.array(each.documents).T for each in (dense, pruned))
     lost = after - before  # nats of each document
@@ -280,14 +294,12 @@ def perplexity_ratio(dense: Perplexity, pruned: Perplexity) -> Ratio:
 
     middle = float(mean(lost, tokens))
     if not lost.any():
-        return Ratio(ratio=math.exp(middle), low=math.exp(middle), high=math.exp(middle))
+        return Ratio(ratio=_exp(middle), low=_exp(middle), high=_exp(middle))
     count = len(lost)
     low, high = bootstrap(mean, lost, tokens, confidence=_expanded(count), paired=True)
     error = float(np.std(lost - middle * tokens, ddof=1)) * math.sqrt(count) / float(tokens.sum())
     reach = _student(count) * error
-    return Ratio(
-        ratio=math.exp(middle), low=math.exp(min(low, middle - reach)), high=math.exp(max(high, middle + reach))
-    )
+    return Ratio(ratio=_exp(middle), low=_exp(min(low, middle - reach)), high=_exp(max(high, middle + reach)))
 
 
 def paired_by_documents(dense: Perplexity, pruned: Perplexity) -> bool:

@@ -40,7 +40,7 @@ class Outcome(Strict):
         """The outcome for people, on one line."""
         wanted, found = self.requirement, self.found
         note = f"; {self.note}" if self.note else ""
-        return f"{wanted.name}: {found.text('.3f', '')}, {wanted.sense} {wanted.bound:.4g} wanted: {self.word}{note}"
+        return f"{wanted.name}: {found.text('.3f', '')}, {wanted.sense} {wanted.bound:.6g} wanted: {self.word}{note}"
 
 
 def judge(requirement: Requirement, found: Ratio, doubt: str = "") -> Outcome:

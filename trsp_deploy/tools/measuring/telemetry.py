@@ -121,19 +121,24 @@ def _gpu() -> GpuTelemetry | None:
     nvml, gpu = found
     try:
         reasons = nvml.nvmlDeviceGetCurrentClocksEventReasons(gpu)
+        before = _ours()  # a worker may end while the driver lists it
         listed = {process.pid for process in nvml.nvmlDeviceGetComputeRunningProcesses(gpu)}
-        ours = {child.pid for child in psutil.Process().children(recursive=True)} | {os.getpid()}
         return GpuTelemetry(
             sm_mhz=nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM),
             memory_mhz=nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_MEM),
             power_w=nvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
             temperature_c=nvml.nvmlDeviceGetTemperature(gpu, nvml.NVML_TEMPERATURE_GPU),
             throttle_reasons=tuple(name for bit, name in THROTTLES.items() if reasons & bit),
-            other_processes=_others(listed, ours),
+            other_processes=_others(listed, before | _ours()),
             used_bytes=nvml.nvmlDeviceGetMemoryInfo(gpu).used,
         )
     except nvml.NVMLError:  # a driver that does not tell all of it, as in some virtual GPUs
         return None
+
+
+def _ours() -> set[int]:
+    """The numbers of this process and of all that it started."""
+    return {child.pid for child in psutil.Process().children(recursive=True)} | {os.getpid()}
 
 
 def _others(listed: set[int], ours: set[int]) -> int:

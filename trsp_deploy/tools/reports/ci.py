@@ -19,20 +19,24 @@ def junit(name: str, outcomes: Sequence[Outcome], seconds: float) -> str:
     root, suite = _suite(name, len(words), words.count("fail"), words.count("inconclusive"), 0, seconds)
     for outcome in outcomes:
         case = _case(suite, name, outcome.requirement.name)
+        sentence = _in_xml(outcome.sentence)
         if outcome.word == "fail":
-            ElementTree.SubElement(case, "failure", {"message": outcome.sentence, "type": outcome.requirement.source})
+            ElementTree.SubElement(case, "failure", {"message": sentence, "type": outcome.requirement.source})
         elif outcome.word == "inconclusive":
-            ElementTree.SubElement(case, "skipped", {"message": outcome.sentence})
-        ElementTree.SubElement(case, "system-out").text = outcome.sentence
+            ElementTree.SubElement(case, "skipped", {"message": sentence})
+        ElementTree.SubElement(case, "system-out").text = sentence
     return _text(root)
 
 
 def junit_of_error(line: str) -> str:
     """One test case that did not get to its verdict, and why."""
     root, suite = _suite("check", 1, 0, 0, 1, 0.0)
-    message = NOT_IN_XML.sub("?", line)
-    ElementTree.SubElement(_case(suite, "check", "check"), "error", {"message": message, "type": "error"})
+    ElementTree.SubElement(_case(suite, "check", "check"), "error", {"message": _in_xml(line), "type": "error"})
     return _text(root)
+
+
+def _in_xml(text: str) -> str:
+    return NOT_IN_XML.sub("?", text)
 
 
 def _suite(
@@ -71,7 +75,7 @@ def step_summary(name: str, verdict: Word, outcomes: Sequence[Outcome], notes: S
     for outcome in outcomes:
         wanted, found = outcome.requirement, outcome.found
         lines.append(
-            f"| {SIGNS[outcome.word]} {outcome.word} | {wanted.name} | {wanted.sense} {wanted.bound:.4g} "
+            f"| {SIGNS[outcome.word]} {outcome.word} | {wanted.name} | {wanted.sense} {wanted.bound:.6g} "
             f"| {found.text('.3f', '')} {outcome.note} |"
         )
     return "\n".join([*lines, "", *(f"- {note}" for note in notes), ""])

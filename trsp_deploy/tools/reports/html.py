@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from trsp_deploy.results import Comparison, Perplexity, Served, ZeroShot
-from trsp_deploy.tools.judging.comparisons import ComparisonReport, notes
+from trsp_deploy.tools.judging.comparisons import ComparisonReport
 from trsp_deploy.tools.judging.statistics import FEWEST_REPLICATES, replicate_ratios
 from trsp_deploy.tools.judging.verdicts import Claim
 from trsp_deploy.tools.reports import plots
@@ -22,8 +22,9 @@ from trsp_deploy.tools.reports.quality import Price, QualityReport
 from trsp_deploy.tools.reports.record import EngineReport, Report, prices
 from trsp_deploy.tools.reports.rows import (
     ENGINE_COLUMNS,
-    engine_notes,
+    absent_note,
     engine_rows,
+    measured_notes,
     model_rows,
     provenance_rows,
     server_notes,
@@ -69,10 +70,10 @@ def render(
         sentences=_sentences(report, measured),
         mood=_mood(measured),
         cards=_cards(report, measured),
-        engines=[_engine(engine, comparisons[engine.name]) for engine in measured],
+        engines=[_engine(report, engine, comparisons[engine.name]) for engine in measured],
         engine_columns=ENGINE_COLUMNS,
         engine_rows=engine_rows(report),
-        absent=[note for note in engine_notes(report) if not note.startswith(tuple(f"{e.name}:" for e in measured))],
+        absent=[absent_note(engine) for engine in report.engines if engine.comparison is None],
         sweep_plots=[] if report.sweep is None else sweep_plots(report.sweep),
         sweep_columns=() if report.sweep is None else sweep_columns(report.sweep),
         sweep_rows=[] if report.sweep is None else [sweep_row(point) for point in report.sweep.points],
@@ -184,7 +185,7 @@ def _possible(speedup: float, limit: float | None) -> str:
     return f"; {limit:.2f}x possible, the rest is noise" if above else f", of {limit:.2f}x possible"
 
 
-def _engine(engine: EngineReport, raw: Comparison) -> dict[str, Any]:
+def _engine(report: Report, engine: EngineReport, raw: Comparison) -> dict[str, Any]:
     found: ComparisonReport | None = engine.comparison
     assert found is not None
     case = raw.settings.cases.index(found.headline)
@@ -204,7 +205,7 @@ def _engine(engine: EngineReport, raw: Comparison) -> dict[str, Any]:
     return {
         "name": engine.name,
         "plots": [(Markup(svg), caption) for svg, caption in drawn if svg],
-        "notes": notes(found),
+        "notes": measured_notes(report, engine),
     }
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from trsp_deploy.artifacts import Provenance
+from trsp_deploy.artifacts import Provenance, steps
 from trsp_deploy.recipe import Backend, Precision, Recipe, Strict, shown_name
 from trsp_deploy.results import Parity, PerplexityParity, PrunedCheckpoint
 from trsp_deploy.tools.judging.comparisons import ComparisonReport, sentence
@@ -95,15 +95,12 @@ class Report(Strict):
     measured: tuple[Measured, ...] = ()  # each measurement that it rests on
 
 
-MEASURING = ("parity-", "bench-", "evaluate-", "zero-shot-")  # how steps begin whose results a report shows
-
-
 def measured_by(made: Mapping[str, Provenance], now: Provenance) -> tuple[Measured, ...]:
     """What is said of the measurements among steps, by name; now: of who writes the report."""
     return tuple(
         Measured(step=step, time=then.time, differs=then.differences(now))
         for step, then in made.items()
-        if step.startswith(MEASURING)
+        if step.startswith(steps.MEASURING)
     )
 
 

@@ -9,7 +9,7 @@ from trsp_deploy.results import PHASES, ROLES, PerplexityParity, Role
 from trsp_deploy.tools.judging.comparisons import ComparisonReport, notes
 from trsp_deploy.tools.judging.goals import PHASE_TITLES
 from trsp_deploy.tools.reports.quality import ChoicesReport, budget_text
-from trsp_deploy.tools.reports.record import Report, prices
+from trsp_deploy.tools.reports.record import EngineReport, Report, prices
 from trsp_deploy.tools.reports.sweeps import Point, Sweep, token_s
 from trsp_deploy.tools.triton_server.served import served_notes
 
@@ -207,17 +207,26 @@ def comparison_rows(found: ComparisonReport) -> list[tuple[str, ...]]:
 
 def engine_notes(report: Report) -> list[str]:
     """How each engine was measured, or why it did not run, one line each: nothing is skipped in silence."""
-    states = {"built": "built, not run", "unavailable": "unavailable"}
     lines = []
     for engine in report.engines:
-        if engine.comparison is None:
-            lines.append(f"{engine.name}: {states[engine.status]} ({engine.reason})")
-        else:
-            lines += [f"{engine.name}: {note}" for note in notes(engine.comparison)]
-            unread = [name for name in report.quality if name not in engine.quality]
-            if unread:
-                lines.append(f"{engine.name}: its perplexity on {', '.join(unread)} is not measured")
+        measured = [f"{engine.name}: {note}" for note in measured_notes(report, engine)]
+        lines += measured if engine.comparison is not None else [absent_note(engine)]
     return lines
+
+
+def measured_notes(report: Report, engine: EngineReport) -> list[str]:
+    """How one engine was measured, and what of it was not; none of one that was not timed."""
+    if engine.comparison is None:
+        return []
+    unread = [name for name in report.quality if name not in engine.quality]
+    lack = [f"its perplexity on {', '.join(unread)} is not measured"] if unread else []
+    return [*notes(engine.comparison), *lack]
+
+
+def absent_note(engine: EngineReport) -> str:
+    """Why an engine was not timed."""
+    states = {"built": "built, not run", "unavailable": "unavailable"}
+    return f"{engine.name}: {states[engine.status]} ({engine.reason})"
 
 
 def sweep_columns(found: Sweep) -> tuple[str, ...]:

@@ -179,12 +179,18 @@ def _why_no_less(before: Sequence[Point], wishes: Sequence[Wish], taken: Point) 
     found = " and ".join(f"{says(taken)} of {wanted}" for wanted, _, says in wishes)
     if not before:
         return f"the smallest cut that was tried is fast enough: {found}"
+    poor = [point for point in before if all(keeps(point) for _, keeps, _ in wishes)]
+    if poor:  # fast enough, and refused for its quality: a larger cut may come out better
+        nearest = poor[-1]
+        costs = f"{nearest.num_dropped} costs {nearest.worst_ppl_ratio:.2f}x perplexity"
+        return f"the smallest cut that is fast and good enough: {found}; {costs}"
     nearest = before[-1]
     missed = [f"{nearest.num_dropped} gives {says(nearest)}" for _, keeps, says in wishes if not keeps(nearest)]
-    if not missed:  # fast enough already, and refused for its quality: a larger cut may come out better
-        missed = [f"{nearest.num_dropped} costs {nearest.worst_ppl_ratio:.2f}x perplexity"]
-        return f"the smallest cut that is fast and good enough: {found}; {missed[0]}"
     return f"the smallest cut that is fast enough: {found}; {' and '.join(missed)}"
+
+
+def _listed(points: Sequence[Point]) -> str:
+    return f"{', '.join(str(point.num_dropped) for point in points)} dropped"
 
 
 def _why_none(
@@ -198,10 +204,10 @@ def _why_none(
         best = ", ".join(f"{says(last)} of {wanted}" for wanted, _, says in wishes)
         parts.append(f"the largest cut, {last.num_dropped}, is not fast enough: {best}")
     elif wishes and fast:
-        parts.append(f"speed needs at least {fast[0].num_dropped} layers gone")
+        parts.append(f"fast enough: {_listed(fast)}")
     if targets.max_ppl_ratio is not None:
         if good:
-            parts.append(f"perplexity of at most {targets.max_ppl_ratio:g}x allows {good[-1].num_dropped}")
+            parts.append(f"perplexity of at most {targets.max_ppl_ratio:g}x: {_listed(good)}")
         else:
             first = points[0]
             parts.append(
