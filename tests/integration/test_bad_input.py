@@ -108,6 +108,14 @@ def prune(*more: str, model: str = "model", drop: str = "2", text: str = "text.t
         (["check", "run", "--max-ppl-ratio", "1e10"], ["--max-ppl-ratio", "at most 1e+09"]),
         (["sweep", "--model", "model", "--target-speedup", "1e10"], ["--target-speedup", "at most 1e+09"]),
         (["sweep", "--model", "model", "--target-latency", "99999999999s"], ["--target-latency '99999999999s'"]),
+        (
+            ["build", "--onnx", "g.onnx", "--engine", "ort-cpu-fp32", "--out", "e", "--set", "seed=1"],
+            ["build --onnx: --set is for the recipe of a run"],
+        ),
+        (
+            ["build", "--onnx", "g.onnx", "--engine", "ort-cpu-fp32", "--out", "e", "--tokenizer", "model"],
+            ["--tokenizer model: is for the text of --calibration"],
+        ),
         (["compare", "run", "--budget", "1e10"], ["--budget", "at most 1e+09"]),
         (["prun"], ["prun"]),
         (["export", "no-model"], ["no run of trsp-deploy", "recipe.yaml is missing"]),

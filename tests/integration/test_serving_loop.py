@@ -261,7 +261,20 @@ def test_who_finds_too_many_waiting_is_told_so_and_who_left_does_not_count(
         late = Client(text_input="x")
         loop.submit(late.ticket)
         assert late.wait()[-1].fault == "stopping"
-    assert (refused.error, refused.fault) == ("busy: 2 requests wait already", "busy")
+    assert (refused.error, refused.fault) == ("busy: no more than 2 requests may wait", "busy")
+
+
+def test_a_burst_on_an_idle_server_fills_the_batch_first(served_engine: Path, served_tokenizer: Tokenizer) -> None:
+    with opened(served_engine, 4, MAX_LENGTH) as batch:
+        go_on, join = threading.Event(), batch.join
+        batch.join = lambda prompt: (go_on.wait(30), join(prompt))[1]  # type: ignore[method-assign]
+        loop = ServingLoop(batch, served_tokenizer, (), MAX_LENGTH, most_waiting=0)
+        clients = [Client(text_input="x", max_tokens=2) for _ in range(4)]
+        for client in clients:
+            loop.submit(client.ticket)
+        go_on.set()
+        assert [client.wait()[-1].finish for client in clients] == ["length"] * 4
+        loop.stop()
 
 
 def test_stopping_answers_everyone(served_engine: Path, served_tokenizer: Tokenizer) -> None:

@@ -130,6 +130,31 @@ def test_another_projects_files_are_left_alone(file: str, served_run: Path, tmp_
 
 
 @needs_schema
+def test_folders_that_are_none_of_its_own_stay(served_run: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "out" / "run-pruned" / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    done = trsp_deploy("triton", "run", "--out", str(tmp_path / "out"), cwd=served_run.parent)
+    assert done.code == 1 and f"{mine.parent}: is no model of a repository of ours" in done.said
+    assert mine.read_text() == "mine"
+    engines = served_run / "engines"
+    done = trsp_deploy("triton", "run", "--out", str(engines), "--name", "ort-cpu-fp32", cwd=served_run.parent)
+    assert done.code == 1 and f"--out {engines}: is a part of the run {served_run}" in done.said
+    assert (engines / "ort-cpu-fp32" / "pruned" / "manifest.json").is_file()
+
+
+@needs_schema
+def test_a_call_that_was_killed_is_made_again(served_run: Path, tmp_path: Path) -> None:
+    """Its models lie there without the repository's manifest."""
+    call = ["triton", "run", "--step", "--out", str(tmp_path / "out")]
+    assert trsp_deploy(*call, cwd=served_run.parent).code == 0
+    (tmp_path / "out" / "MANIFEST.json").unlink()
+    for file in ("README.md", "Dockerfile"):
+        (tmp_path / "out" / file).unlink()
+    assert trsp_deploy(*call, cwd=served_run.parent).code == 0
+
+
+@needs_schema
 def test_a_config_that_is_none_says_where() -> None:
     with pytest.raises(RunError, match=r"x/config.pbtxt: 2:1"):
         parse_config('name: "x"\nbackends: "python"', "x/config.pbtxt")
@@ -155,6 +180,7 @@ def test_the_kubernetes_manifest_probes_what_the_server_has() -> None:
         (["run", "--engine", "ort"], ["no engine 'ort'"]),
         (["run", "--name", "m" * 101], ["--name: a model would be 'mmm", "of 101 characters; at most 100"]),
         (["run", "--name", "m" * 95, "--dense"], ["m-dense', of 101 characters"]),
+        (["run", "--max-length", "2"], ["--max-length 2: the server's warm-up, 'Hello' and 2 new tokens, has"]),
         (["run", "--name", "m" * 96, "--step"], ["m_step', of 101 characters"]),
     ],
 )

@@ -392,3 +392,35 @@ def test_what_a_server_takes_is_no_fault(model: Path) -> None:
     assert said(model) == ""
     (model / "config.pbtxt").unlink()
     assert said(model) == "warning: m: config.pbtxt is missing: the server makes one up, unless it is told not to"
+
+
+@pytest.mark.parametrize(
+    ("name", "finding"),
+    [
+        ("01", "warning: m: folder 01 is no version to the server: its name begins with 0"),
+        ("2_old", "error: m: the server takes folder 2_old for version 2: give it another name"),
+        ("configs", ""),
+    ],
+)
+def test_folders_that_only_look_like_versions(model: Path, name: str, finding: str) -> None:
+    (model / name).mkdir()
+    assert said(model) == finding
+
+
+def test_a_version_with_leading_zeros_is_none(model: Path) -> None:
+    (model / "1").rename(model / "01")
+    assert "error: m: has no version" in said(model)
+
+
+def test_a_python_model_may_complete_its_config_itself(tmp_path: Path) -> None:
+    file = tmp_path / "m" / "1" / "model.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("class TritonPythonModel: pass")
+    assert said(tmp_path / "m") == "error: m: config.pbtxt is missing"
+    file.write_text("class TritonPythonModel:\n    @staticmethod\n    def auto_complete_config(c): return c")
+    assert said(tmp_path / "m").startswith("warning: m: config.pbtxt is missing: the server makes one up")
+
+
+def test_numbers_that_no_name_is_known_of_are_no_traceback(model: Path) -> None:
+    (model / "config.pbtxt").write_text(f"{GOOD.replace('TYPE_FP32', '99')}instance_group [ {{ kind: 7 }} ]")
+    assert "99" in said(model)

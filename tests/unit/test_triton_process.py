@@ -135,3 +135,11 @@ def test_a_start_that_fails_leaves_alone_what_was_started_since(repository: Path
     last = first.model_copy(update={"shared_memory": "trsp-00000000-", "pid": 0})
     process._clear_up(last)
     assert find(repository) == first
+
+
+def test_an_environment_whose_python_is_gone_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "lib" / "python3.11" / "site-packages" / "pytriton" / "tritonserver").mkdir(parents=True)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(tmp_path / "gone")
+    with pytest.raises(RunError, match="its Python does not run"):
+        process.find_installation(tmp_path)

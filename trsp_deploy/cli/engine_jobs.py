@@ -106,6 +106,8 @@ def build_from_onnx(
     """An engine of one decoder's ONNX file; of a file and spec that did not change, the engine that is there."""
     if run is not None or len(engines) != 1 or out is None:
         raise RecipeError("build --onnx FILE: needs one --engine and --out DIR, and no run's folder")
+    if tokenizer is not None and calibration is None:
+        raise RecipeError(f"--tokenizer {tokenizer}: is for the text of --calibration, which is not given")
     from trsp_deploy.artifacts import writing_alone
     from trsp_deploy.cli.running import say
     from trsp_deploy.stages.build import build_engine, finished, read_calibration

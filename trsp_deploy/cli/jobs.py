@@ -208,6 +208,8 @@ def build(
 ) -> None:
     """Build engines for a run's dense and pruned models, or one engine from any decoder's ONNX file."""
     if onnx is not None:
+        if sets:
+            raise RecipeError("build --onnx: --set is for the recipe of a run; an engine's settings are its spec's")
         return build_from_onnx(run, onnx, engine or [], out, calibration, tokenizer, Output(as_json))
     if run is None or out is not None:
         raise RecipeError("build: give a run's folder, or --onnx FILE with --engine E and --out DIR")

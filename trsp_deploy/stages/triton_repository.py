@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import onnx
+from tokenizers import Tokenizer
 
 from trsp_deploy.artifacts import (
     MANIFEST,
@@ -20,12 +21,19 @@ from trsp_deploy.artifacts import (
     write_json,
     writing,
 )
+from trsp_deploy.artifacts.layout import run_that_owns
 from trsp_deploy.decoder import end_tokens, max_positions
 from trsp_deploy.errors import EngineUnavailable, ModelError, RunError
 from trsp_deploy.recipe import LONGEST_NAME
 from trsp_deploy.results import Role
 from trsp_deploy.tools.graphs import decoder_io
-from trsp_deploy.tools.model_repository.config import WARMUP, generation_config, parse_config
+from trsp_deploy.tools.model_repository.config import (
+    WARMUP,
+    WARMUP_TEXT,
+    WARMUP_TOKENS,
+    generation_config,
+    parse_config,
+)
 from trsp_deploy.tools.model_repository.manifest import RepositoryManifest, ServedModel, read_repository
 from trsp_deploy.tools.model_repository.readme import CONTAINER, dockerfile, readme
 from trsp_deploy.tools.model_repository.step_model import check_can_step, write_step_model
@@ -39,6 +47,7 @@ from trsp_deploy.tools.serving.engine import batches
 from trsp_deploy.tools.serving.loop import MOST_WAITING
 
 README, DOCKERFILE = "README.md", "Dockerfile"
+SETTINGS = "serving.json"  # of the model that generates, beside its engine
 SAME_FOLDER = {"onnxruntime-gpu": "onnxruntime"}  # packages that install into another's place
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -65,6 +74,8 @@ def write_repository(
     for file in (README, DOCKERFILE):
         if (out / file).exists() and not (out / MANIFEST).is_file():
             raise RunError(f"--out {out}: has a {file} that is not of a model repository of ours; name another folder")
+    if (run := run_that_owns(out / DOCKERFILE)) is not None:
+        raise RunError(f"--out {out}: is a part of the run {run.root}; name another folder")
     for engine in engines.values():
         if step:
             check_can_step(engine)
@@ -73,6 +84,7 @@ def write_repository(
     if max_length is not None and max_length > longest:
         raise RunError(f"--max-length {max_length}: the model and its engines take {longest} tokens")
     max_length = max_length or longest
+    _check_warmup(model_folder, max_length)
     named = [names[role] for role in engines]
     written = {*named, *(f"{name}_step" for name in named if step)}
     for name in sorted(written, key=len):
@@ -80,6 +92,8 @@ def write_repository(
             raise RunError(f"--name '{name}': letters, digits, dots, dashes and underscores, a letter or digit first")
         if len(name) > LONGEST_NAME:
             raise RunError(f"--name: a model would be '{name}', of {len(name)} characters; at most {LONGEST_NAME}")
+    for name in sorted(written):
+        _check_replaceable(out, name)
     outdated = _outdated_steps(out, {f"{name}_step" for name in named} - written)
     others = _others(out, written | outdated)
     needed = {names[role]: _packages(read_manifest(engine)) for role, engine in engines.items()}
@@ -105,6 +119,32 @@ def write_repository(
     write_json(out / MANIFEST, manifest)
     _write_text(out / README, readme(manifest))
     return manifest
+
+
+def _check_replaceable(out: Path, name: str) -> None:
+    """Raise RunError where a model would take the place of what no earlier call has made."""
+    folder = out / name
+    if (out / MANIFEST).is_file() and name in {model.name for model in read_repository(out).models}:
+        return
+    # Of a call that was killed before the repository's manifest.
+    left = (folder / "1" / SETTINGS).is_file() or (name.endswith("_step") and (folder / "config.pbtxt").is_file())
+    if folder.exists() and not left and not (folder.is_dir() and not any(folder.iterdir())):
+        raise RunError(f"{folder}: is no model of a repository of ours, and would be replaced; choose another --name")
+
+
+def _check_warmup(model_folder: Path, max_length: int) -> None:
+    """Raise RunError where the text that the server runs before its first request would not fit."""
+    file = model_folder / "tokenizer.json"
+    if not file.is_file():
+        return  # which is said where it is needed
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.no_padding()
+    needed = len(tokenizer.encode(WARMUP_TEXT).ids) + WARMUP_TOKENS
+    if needed > max_length:
+        raise RunError(
+            f"--max-length {max_length}: the server's warm-up, '{WARMUP_TEXT}' and {WARMUP_TOKENS} new tokens, has "
+            f"{needed}; that many at least"
+        )
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -224,7 +264,7 @@ def _write_model(
             "end_tokens": end_tokens(model_folder),
             "rotations": [rotation.model_dump(mode="json") for rotation in rotations],
         }
-        (version / "serving.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        (version / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         (version / "model.py").write_bytes(model_file().read_bytes())
         vendor(version / "vendor")
         (folder / "config.pbtxt").write_text(config, encoding="utf-8")

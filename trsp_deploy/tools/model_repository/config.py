@@ -36,7 +36,11 @@ INPUTS: dict[str, tuple[str, int, bool]] = {
 OUTPUTS = {"text_output": "TYPE_STRING", "output_tokens": "TYPE_INT32", "finish_reason": "TYPE_STRING"}
 # The warm-up's inputs, files below <name>/warmup: a string as Triton reads it from a file, its length (four bytes,
 # little-endian) before its UTF-8, and few new tokens.
-WARMUP = {"text_input": (5).to_bytes(4, "little") + b"Hello", "max_tokens": (2).to_bytes(4, "little")}
+WARMUP_TEXT, WARMUP_TOKENS = "Hello", 2
+WARMUP = {
+    "text_input": len(WARMUP_TEXT).to_bytes(4, "little") + WARMUP_TEXT.encode(),
+    "max_tokens": WARMUP_TOKENS.to_bytes(4, "little"),
+}
 DATA_TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "int64": "TYPE_INT64"}  # by numpy's names
 IDLE_S = 60  # of a sequence; the server's default of one second is shorter than a thoughtful caller's step
 

@@ -82,7 +82,7 @@ class RunningBatch:
         self._reader = runner  # reads prompts, one at a time
         self._decoder = runner.twin()  # the same session with the shared cache
         self._rotations = {name: rotation for rotation in rotations for name in rotation.caches}
-        self._max_batch = max_batch
+        self.max_batch = max_batch
         self._max_length = max_length
         self._texts: dict[int, _Text] = {}  # by the number that callers know them by
         self._joined = 0  # texts so far
@@ -98,7 +98,7 @@ class RunningBatch:
     @property
     def full(self) -> bool:
         """Whether no further text can join."""
-        return self.size == self._max_batch
+        return self.size == self.max_batch
 
     def join(self, prompt: Sequence[int]) -> tuple[int, np.ndarray]:
         """Read a prompt and add its text; returns its number and the logits (vocabulary,) of its next token.
@@ -106,7 +106,7 @@ class RunningBatch:
         Raises EngineUnavailable when the batch is full or the prompt leaves no room for a token.
         """
         if self.full:
-            raise EngineUnavailable(f"the batch is full: {self._max_batch} texts")
+            raise EngineUnavailable(f"the batch is full: {self.max_batch} texts")
         if not 0 < len(prompt) < self._max_length:
             raise EngineUnavailable(f"a prompt of {len(prompt)} tokens; valid: 1 to {self._max_length - 1}")
         input_ids = np.array([prompt], dtype=np.int64)
@@ -167,7 +167,7 @@ class RunningBatch:
         free = self._free_rows()
         if free:
             return min(free)
-        self._allocate(min(self._max_batch, 2 * self.size), self._mask.shape[1])
+        self._allocate(min(self.max_batch, 2 * self.size), self._mask.shape[1])
         return self.size  # the texts have moved to the first rows
 
     def _settle(self) -> None:
@@ -236,6 +236,8 @@ def texts_can_move(runner: OrtRunner) -> bool:
 
 class OneText:
     """`RunningBatch` for any runner, one text at a time."""
+
+    max_batch = 1
 
     def __init__(self, runner: Runner, max_length: int) -> None:
         self._runner = runner

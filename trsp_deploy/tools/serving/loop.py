@@ -55,6 +55,8 @@ class Ticket:
 class Batch(Protocol):
     """RunningBatch or OneText (tools/runners/running_batch.py)."""
 
+    max_batch: int  # texts at once
+
     @property
     def full(self) -> bool: ...
 
@@ -131,12 +133,13 @@ class ServingLoop:
             _refuse(ticket, problem)
             return
         with self._news:
-            if len(self._waiting) >= self._most_waiting:
+            if self._crowded():
                 self._forget_who_left()
             if self._stopping.is_set():
                 ticket.send(Answer("", 0, "error", STOPPING, "stopping"))
-            elif len(self._waiting) >= self._most_waiting:
-                ticket.send(Answer("", 0, "error", f"busy: {len(self._waiting)} requests wait already", "busy"))
+            elif self._crowded():
+                busy = f"busy: no more than {self._most_waiting} requests may wait"
+                ticket.send(Answer("", 0, "error", busy, "busy"))
             else:
                 self._waiting.append(waiting)
                 self._news.notify()
@@ -147,6 +150,10 @@ class ServingLoop:
         with self._news:
             self._news.notify()
         self._thread.join()
+
+    def _crowded(self) -> bool:
+        """Whether as many wait as may, beside those whom the batch has room for."""
+        return len(self._waiting) + len(self._running) >= self._most_waiting + self._batch.max_batch
 
     def _forget_who_left(self) -> None:
         """Answer those who wait and whose client is gone; they would be in the way of others."""

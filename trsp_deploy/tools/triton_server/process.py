@@ -29,7 +29,7 @@ from pathlib import Path
 import psutil
 
 from trsp_deploy.artifacts import locked, write_json, writing
-from trsp_deploy.errors import RunError
+from trsp_deploy.errors import RunError, one_line
 from trsp_deploy.reading import read_record
 from trsp_deploy.recipe import Strict
 from trsp_deploy.tools.sources.packaged import home
@@ -106,7 +106,10 @@ def _in_environment(environment: Path) -> Installation:
         raise RunError(f"{environment}: no virtual environment with nvidia-pytriton, so no tritonserver")
     python = environment / "bin" / "python"
     code = "import sysconfig; print(sysconfig.get_config_var('LIBDIR'))"
-    libraries = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        libraries = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError) as problem:
+        raise RunError(f"{environment}: its Python does not run ({one_line(problem)})") from problem
     version = site.parent.name.removeprefix("python")
     stub = next((server / "python_backend_stubs").glob(f"{version}*/triton_python_backend_stub"), None)
     if stub is None:

@@ -8,6 +8,7 @@ that it serves: an ONNX graph (`graph`), a TensorRT plan (`plan`), an engine of 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ PLATFORMS = {
     "ensemble": "ensemble",
 }
 PLATFORM_FILES = {"torch_aoti": "model.pt2"}  # where a backend opens another file for it
+VERSION = re.compile("[1-9][0-9]*")
 # Backends that some container of Triton's has; another one has to lie somewhere as libtriton_<name>.so.
 BACKENDS = (*DEFAULT_FILES, "tensorflow", "dali", "fil", "vllm", "tensorrtllm", "identity", "repeat", "square")
 
@@ -69,8 +71,7 @@ def _lint_model(folder: Path, names: set[str]) -> Iterator[Finding]:
 
     path = folder / CONFIG
     if not path.is_file():
-        completed = any((version / file).exists() for version in _numbered(folder) for file in COMPLETED)
-        if completed:
+        if any(map(_completes_itself, _numbered(folder))):
             yield warning(f"{CONFIG} is missing: the server makes one up, unless it is told not to")
         else:
             yield error(f"{CONFIG} is missing")
@@ -86,6 +87,7 @@ def _lint_model(folder: Path, names: set[str]) -> Iterator[Finding]:
     if config.name and config.name != folder.name:
         yield error(f"the config's name is '{config.name}', and the folder's is '{folder.name}'")
     versions = _numbered(folder)
+    yield from _version_names(folder, error, warning)
     yield from _versions(config, versions, error)
     yield from config_alone.batching(config, error, warning)
     yield from config_alone.states(config, error, warning)
@@ -104,8 +106,29 @@ def _lint_model(folder: Path, names: set[str]) -> Iterator[Finding]:
         yield from against_manifest(version, error)
 
 
+def _completes_itself(version: Path) -> bool:
+    """Whether the server makes up a config itself, of a graph or with what a Python model says."""
+    if any((version / file).exists() for file in COMPLETED):
+        return True
+    try:
+        return b"auto_complete_config" in (version / DEFAULT_FILES["python"]).read_bytes()
+    except OSError:
+        return False
+
+
 def _numbered(folder: Path) -> list[Path]:
-    return [each for each in folder.iterdir() if each.is_dir() and each.name.isdecimal() and each.name != "0"]
+    return [each for each in folder.iterdir() if each.is_dir() and VERSION.fullmatch(each.name)]
+
+
+def _version_names(folder: Path, error: Say, warning: Say) -> Iterator[Finding]:
+    """Folders that look like versions: the server reads a name up to its first other character (std::stoll), and skips
+    those that begin with 0 (VersionsToLoad in triton-inference-server/core)."""
+    for name in sorted(each.name for each in folder.iterdir() if each.is_dir()):
+        begins = VERSION.match(name)
+        if name[:1] == "0":
+            yield warning(f"folder {name} is no version to the server: its name begins with 0")
+        elif begins is not None and begins[0] != name:
+            yield error(f"the server takes folder {name} for version {begins[0]}: give it another name")
 
 
 def _versions(config: Any, versions: list[Path], error: Say) -> Iterator[Finding]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trsp_deploy.errors import EngineUnavailable
-from trsp_deploy.tools.model_repository.lint.finding import Finding, Say, type_name
+from trsp_deploy.tools.model_repository.lint.finding import Finding, Say, type_name, value_name
 from trsp_deploy.tools.runners.requirements import cuda_devices
 
 TOKENIZER_DIR = "tokenizer_dir"  # the parameter of models that make text into tokens for another (TensorRT-LLM's)
@@ -64,7 +64,7 @@ def onnxruntime(config: Any, error: Say, warning: Say) -> Iterator[Finding]:
 
 def instances(config: Any, on_cpu: bool, warning: Say) -> Iterator[Finding]:
     """Findings about instance groups. on_cpu: whether there is another config for a machine without a GPU."""
-    kinds = {group.Kind.Name(group.kind) for group in config.instance_group}
+    kinds = {value_name(group, "kind") for group in config.instance_group}
     if "KIND_GPU" in kinds:
         try:
             cuda_devices()

@@ -23,9 +23,15 @@ Say = Callable[[str], Finding]
 
 
 def type_name(tensor: Any) -> str:
-    """The data type of an input, output or state of a config, such as TYPE_FP32."""
-    name: str = tensor.DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_number[tensor.data_type].name
-    return name
+    """The data type of an input, output or state of a config, such as TYPE_FP32; its number where that is unknown."""
+    return value_name(tensor, "data_type")
+
+
+def value_name(message: Any, field: str) -> str:
+    """The name of a field's value, or the value itself where it has none: protobuf's text takes any number."""
+    number = getattr(message, field)
+    known = message.DESCRIPTOR.fields_by_name[field].enum_type.values_by_number
+    return str(known[number].name if number in known else number)
 
 
 def dims_with_batch(config: Any, tensor: Any) -> list[int]:
