@@ -156,6 +156,8 @@ def test_the_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(printed.out)
     assert [removal["path"] for removal in found["removals"]] == ["dense", "onnx", "pruned"] and not found["removed"]
     assert "would free" in printed.err and "export-dense-fp32" in printed.err and files(run) == before
+    assert cli.run(["clean", str(run), "--keep", "engines", "--keep", "reports", "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == found
     assert cli.run(["clean", str(run), "--keep", "engine"]) == 1
     assert "--keep engine: no such part; did you mean 'engines'?" in capsys.readouterr().err
     assert cli.run(["clean", str(run.parent), "--keep", "engines"]) == 1

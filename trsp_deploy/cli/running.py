@@ -69,7 +69,8 @@ def run_of(
 
     place: that the recipe's relative paths are relative to; None is the working directory.
     """
-    say(f"{recipe.public.model}, dropping {recipe.drop} of the layers")
+    dropping = f"{recipe.drop} of the layers" if plan is None else f"the layers of {plan}"
+    say(f"{recipe.public.model}, dropping {dropping}")
     _check_address_space()
     from trsp_deploy.artifacts import RunFolder
     from trsp_deploy.pipeline import Pipeline

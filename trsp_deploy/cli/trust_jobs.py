@@ -24,7 +24,7 @@ Out = Annotated[
     typer.Option("--out", help="Folder to write; without it a hub model is found by its name.", metavar="DIR"),
 ]
 Keep = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
         "--keep",
         help="What stays: dense, pruned, onnx, engines, engines/NAME, reports, plans, checkpoints, self-generated.",
@@ -102,7 +102,8 @@ def clean(run: RunOrSweep, keep: Keep = None, dry_run: DryRun = False, as_json: 
     from trsp_deploy.tools.resources.cleaning import held, plan_cleaning
 
     with held(run) as runs:
-        plan = plan_cleaning(runs, None if keep is None else [part.strip() for part in keep.split(",")])
+        parts = [part.strip() for listed in keep or () for part in listed.split(",")]
+        plan = plan_cleaning(runs, parts if keep else None)
         if not dry_run:
             cleaned(runs, plan)
     output = Output(as_json)

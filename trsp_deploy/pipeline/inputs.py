@@ -19,7 +19,7 @@ from trsp_deploy.results import Role
 from trsp_deploy.stages.bench import check_positions
 from trsp_deploy.tools.measuring.subjects import positions_of
 from trsp_deploy.tools.sources.mixture import joined, mix_windows
-from trsp_deploy.tools.sources.model_folders import copy_model
+from trsp_deploy.tools.sources.model_folders import copy_model, fingerprint_model
 from trsp_deploy.tools.sources.models import ModelSource, resolve_model
 from trsp_deploy.tools.sources.names import SHORT_NAMES
 from trsp_deploy.tools.sources.texts import SHORT_NAMES as TEXT_NAMES
@@ -64,7 +64,7 @@ class Inputs:
             lambda: self._copy_dense(source),
             Done,
             settings={"model": self.recipe.model},
-            inputs={"model": Path(source.path)},
+            inputs={"model": fingerprint_model(Path(source.path))},
             outputs=["dense"],
         )
         return source

@@ -43,10 +43,10 @@ class Pruning:
     def plan(self) -> PruningPlan:
         """Which layers go, as `plan.json`: chosen, handed in, or edited by hand."""
         settings, given = self._plan_settings, self._given_plan()
-        edited = self._edited_plan(settings) if given is None else None
-        if edited is not None:
-            return edited
         inputs = self._model_and_text()
+        kept = self._kept_plan(settings, inputs) if given is None else None
+        if kept is not None:
+            return kept
         return self._resumable(
             "plan",
             lambda checkpoints: self._write(given or self._select(checkpoints)),
@@ -71,12 +71,12 @@ class Pruning:
         record = self.run.record("plan")
         if record is None or "given" not in record.inputs or not self._plan_path.is_file():
             return {}
-        given: dict[str, Path | str] = {"given": record.inputs["given"]}
-        if record.key != self.run.key("plan", settings=settings, inputs={**inputs, **given}):
-            return {}
-        dropped = ", ".join(map(str, record.result["dropped"]))
-        self.inputs.say(f"plan.json was given, not chosen here: dropping {dropped}; delete it to have layers chosen")
-        return given
+        self._say_given(record.result["dropped"])
+        return {"given": record.inputs["given"]}
+
+    def _say_given(self, dropped: Sequence[int]) -> None:
+        listed = ", ".join(map(str, dropped))
+        self.inputs.say(f"plan.json was given, not chosen here: dropping {listed}; delete it to have layers chosen")
 
     def _is_replaced(self) -> bool:
         """Whether another plan than the recorded one was handed in."""
@@ -85,22 +85,31 @@ class Pruning:
             return False
         return record.result != read_plan(self._plan_file, self.inputs.num_layers()).model_dump(mode="json")
 
-    def _edited_plan(self, settings: dict[str, Any]) -> PruningPlan | None:
-        """`plan.json` as a person left it; None where it is not there, or is what the step made.
+    def _kept_plan(self, settings: dict[str, Any], inputs: dict[str, Path | str]) -> PruningPlan | None:
+        """`plan.json` as a person edited it, or handed it in for another text or model than it is to go with now; None
+        where it is not there, or is what the step makes of these settings and inputs.
 
         Raises PlanError where settings that choose layers are others now: the person's choice or theirs?
         """
         path, record = self._plan_path, self.run.record("plan")
-        if record is None or not path.is_file() or fingerprint(path) == record.outputs["plan.json"]:
+        if record is None or not path.is_file():
+            return None
+        edited, given = fingerprint(path) != record.outputs["plan.json"], "given" in record.inputs
+        if not edited and not given:
             return None
         if record.settings != settings:
-            raise PlanError(
-                f"{path}: was edited by hand, and settings that choose layers are others now; keep it with "
-                f"--plan {path}, or delete it to have them chosen anew"
-            )
-        edited = read_plan(path, self.inputs.num_layers())
-        self.inputs.say(f"plan.json was edited by hand: dropping {', '.join(map(str, edited.dropped))}")
-        return edited
+            mine = "was edited by hand, and settings that choose layers are others now"
+            other = mine if edited else "was given, and settings that choose layers are others now"
+            raise PlanError(f"{path}: {other}; keep it with --plan {path}, or delete it to have them chosen anew")
+        as_given = {**inputs, "given": record.inputs.get("given", "")}
+        if not edited and record.key == self.run.key("plan", settings=settings, inputs=as_given):
+            return None
+        plan = read_plan(path, self.inputs.num_layers())
+        if edited:
+            self.inputs.say(f"plan.json was edited by hand: dropping {', '.join(map(str, plan.dropped))}")
+        else:
+            self._say_given(plan.dropped)
+        return plan
 
     def plans(self, counts: tuple[int, ...]) -> dict[int, Path]:
         """A plan for each number of layers, as `plans/drop-K.json`, from one search; methods as the recipe says."""
@@ -177,12 +186,17 @@ class Pruning:
         """
         found = Finished(run or self.run)
         found.ask("dense", lambda: {"model": self.recipe.model}, dict, "dense")
-        model = {"model": found.left.get("dense")}
+
+        def started_from() -> dict[str, str | None]:
+            return {"model": found.left.get("dense"), "calibration": self.inputs.calibration_texts().fingerprint}
+
         if not self._is_replaced():
-            found.ask("plan", lambda: self._selection_settings(count or self._count), lambda: model, "plan.json")
+            found.ask("plan", lambda: self._selection_settings(count or self._count), started_from, "plan.json")
         if self._plan_file is None and "plan" in found.steps:
             found.left["plan"] = fingerprint(found.run.layout.plan)  # which a person may have edited
-        found.ask("prune", lambda: self._prune_settings, lambda: {**model, "plan": found.left.get("plan")}, "pruned")
+        found.ask(
+            "prune", lambda: self._prune_settings, lambda: {**started_from(), "plan": found.left.get("plan")}, "pruned"
+        )
         return found
 
     def unfinished(self) -> list[str]:
@@ -309,5 +323,5 @@ class Pruning:
         return {**self._selection_settings(max(counts)), "counts": list(counts)}
 
     def _chosen(self, *keys: str) -> dict[str, Any]:
-        """What the recipe says of these, as a record keeps it."""
-        return self.recipe.model_dump(mode="json", include=set(keys))
+        """What the recipe says of these, as a record keeps it; not by which names: texts are inputs, as they are."""
+        return self.recipe.model_dump(mode="json", include=set(keys), exclude={"calibration": {"texts"}})

@@ -13,7 +13,7 @@ from trsp_deploy.artifacts.layout import PLACE
 from trsp_deploy.errors import RunError, UserError
 from trsp_deploy.launch import launched
 from trsp_deploy.reading import read_yaml, user_path
-from trsp_deploy.recipe import Recipe, parse_drop, read_recipe
+from trsp_deploy.recipe import Recipe, parse_drop, read_recipe, shown_name
 from trsp_deploy.tools.sources.models import model_config
 
 
@@ -22,7 +22,7 @@ def default_folder(recipe: Recipe, say: Callable[[str], None]) -> Path:
     if launched():
         raise RunError("--out is missing: several processes have to be told where they meet")
     layers = model_config(recipe.model, say).num_hidden_layers
-    return Path("runs") / f"{Path(recipe.model).name}-drop{parse_drop(recipe.drop, layers)}"
+    return Path("runs") / f"{Path(shown_name(recipe.model)).name}-drop{parse_drop(recipe.drop, layers)}"
 
 
 def save_recipe(run: RunFolder, recipe: Recipe, place: Path | None = None) -> None:
@@ -55,12 +55,13 @@ def place_of(run: Path) -> Path:
 def seen_from(place: Path, text: str, known: Collection[str] = ()) -> str:
     """A file or folder of a recipe as this process finds it; known: names that mean no file.
 
-    What is not there stays as it was written, for the error's line.
+    What is there no more is not looked for here, where another one of its name may lie. A name that is no path in
+    either place stays as it was written.
     """
     path = user_path(text)
-    if text in known or path.is_absolute() or place == Path.cwd() or not (place / path).exists():
+    if text in known or path.is_absolute() or place == Path.cwd():
         return text
-    return str(place / path)
+    return str(place / path) if (place / path).exists() or path.exists() else text
 
 
 def saved_recipe(run: RunFolder) -> Recipe | None:

@@ -32,6 +32,8 @@ def parse_drop(drop: str, num_layers: int = UNREAD) -> int:
         if num_layers == UNREAD:
             what = "no layer" if count < 1 else "every layer"
             raise RecipeError(f"--drop '{drop}' drops {what}: at least 1 must go and at least 1 must stay")
+        if num_layers < 2:
+            raise RecipeError(f"--drop '{drop}': the model has {num_layers} layer, and at least 1 must stay")
         raise RecipeError(
             f"--drop '{drop}' is {count} of the model's {num_layers} layers: "
             f"at least 1 must go and at least 1 must stay (1 to {num_layers - 1}, "

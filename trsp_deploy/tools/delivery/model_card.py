@@ -14,7 +14,8 @@ from trsp_deploy.recipe import Recipe, shown_name
 from trsp_deploy.results import PrunedCheckpoint
 from trsp_deploy.tools.methods import METHODS
 from trsp_deploy.tools.plan import PruningPlan
-from trsp_deploy.tools.sources.models import LEGAL_FILES, ModelSource, card_metadata
+from trsp_deploy.tools.sources.model_folders import LEGAL_FILES
+from trsp_deploy.tools.sources.models import ModelSource, card_metadata
 from trsp_deploy.tools.sources.names import SHORT_NAMES
 
 TAGS = ("depth-pruning", "trsp_deploy")
@@ -63,7 +64,7 @@ def write_model_card(
 ) -> None:
     """Write `folder`/README.md, and copy the files of the base's licence beside it."""
     # A path says nothing to others, and something about this machine.
-    name = Path(source.name).name if source.kind == "folder" else source.name
+    name = Path(source.path).name if source.kind == "folder" else source.name
     base = source.origin.partition("@")[0] if source.kind == "hub" else name
     carried = card_metadata(Path(source.path))
     # A packaged model is one of the hub's, too; and a folder's card may name what it was made of.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
 from pathlib import Path
 
+from trsp_deploy.artifacts import fingerprint
 from trsp_deploy.errors import ModelError, first_line
 from trsp_deploy.model_code import TOKENIZER_FILES, copy_code, model_code, refuse_unless_trusted
 from trsp_deploy.reading import read_json, user_path
@@ -16,26 +18,49 @@ SAFETENSORS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 # Code, and what only code of others can read: a run's model folders hold none but the code that the user asked for.
 UNSAFE_FILES = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|pickle|h5|msgpack|npy|py|pyc|so)(\.index\.json)?", re.IGNORECASE)
 CHAT_TEMPLATES = "additional_chat_templates/*.jinja"  # beside chat_template.jinja, where a tokenizer has several
+# They go wherever the weights go: LICENSE, NOTICE.txt, LICENSE-MODEL, MODEL_LICENSE, ACCEPTABLE_USE_POLICY.md ...
+LEGAL_FILES = re.compile(
+    r"(?i:(\w+[-_])?(LICEN[CS]E|NOTICE|USE_POLICY|COPYING)([-_]\w+(\.\d+)*)?(\.(txt|md|rst|pdf|html))?)"
+)
+PAPERS = re.compile(rf"README\.md|\.gitattributes|{LEGAL_FILES.pattern}")  # no part of what a model computes
 PYTORCH_BINS = re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?")
 
 
 def copy_model(folder: Path, out: Path) -> None:
-    """Make `out` a Hugging Face folder with the files of another, sharing their blocks where the file system can.
+    """Make `out` a Hugging Face folder with the files of another; weights share their blocks where the disk lets them.
 
-    A model need not lie on the disk twice; files are never changed in place. Pickles stay behind, and so does code but
-    what the configs name.
+    Large ones need not lie there twice, and no library changes them in place, as transformers does a config. Pickles
+    stay behind, and so does code but what the configs name.
     """
     out.mkdir()
     copy_code(folder, out)
-    for file in sorted(path for path in [*folder.iterdir(), *folder.glob(CHAT_TEMPLATES)] if path.is_file()):
-        if UNSAFE_FILES.fullmatch(file.name):
-            continue
+    for file in _parts(folder):
         place = out / file.relative_to(folder)
         place.parent.mkdir(exist_ok=True)
-        try:
-            os.link(file.resolve(), place)
-        except OSError:
+        if file.suffix != ".safetensors" or not _linked(file, place):
             shutil.copyfile(file, place)
+
+
+def fingerprint_model(folder: Path) -> str:
+    """SHA-256 over what `copy_model` takes of a folder, whatever else lies in it: runs, a card that came later."""
+    code = model_code(folder)
+    files = [*_parts(folder), *(folder / file for file in (code.files if code else ()))]
+    named = "".join(f"{file.relative_to(folder).as_posix()} {fingerprint(file)}\n" for file in sorted(files))
+    return hashlib.sha256(os.fsencode(named)).hexdigest()
+
+
+def _linked(file: Path, place: Path) -> bool:
+    try:
+        os.link(file.resolve(), place)
+    except OSError:  # another disk, or one without such links
+        return False
+    return True
+
+
+def _parts(folder: Path) -> list[Path]:
+    """The files that a model is made of, but its code: a card and licences go with what is made of it."""
+    files = (path for path in [*folder.iterdir(), *folder.glob(CHAT_TEMPLATES)] if path.is_file())
+    return sorted(file for file in files if not UNSAFE_FILES.fullmatch(file.name) and not PAPERS.fullmatch(file.name))
 
 
 def check_decoder_only(folder: Path) -> str:

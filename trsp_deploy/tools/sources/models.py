@@ -23,6 +23,7 @@ from trsp_deploy.recipe import Strict
 from trsp_deploy.tools.sources.hub import hub_errors, hub_problem
 from trsp_deploy.tools.sources.model_folders import (
     CHAT_TEMPLATES,
+    LEGAL_FILES,
     PYTORCH_BINS,
     SAFETENSORS,
     check_decoder_only,
@@ -35,10 +36,6 @@ from trsp_deploy.tools.sources.model_folders import (
 from trsp_deploy.tools.sources.names import HUB_ID, SHORT_NAMES, is_model_folder, not_found
 from trsp_deploy.tools.sources.packaged import ASSETS, dequantised_model, home
 
-# They go wherever the weights go: LICENSE, NOTICE.txt, LICENSE-MODEL, MODEL_LICENSE, ACCEPTABLE_USE_POLICY.md ...
-LEGAL_FILES = re.compile(
-    r"(?i:(\w+[-_])?(LICEN[CS]E|NOTICE|USE_POLICY|COPYING)([-_]\w+(\.\d+)*)?(\.(txt|md|rst|pdf|html))?)"
-)
 COMPANIONS = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"
     r"|merges\.txt|vocab\.txt|tokenizer\.model|spiece\.model|chat_template\.jinja|README\.md"

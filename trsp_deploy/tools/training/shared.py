@@ -42,7 +42,11 @@ def autocast(recipe: Recipe, device: str) -> contextlib.AbstractContextManager[N
 
 
 def batch_order(count: int, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
-    """Endless shuffled batches of indices below `count`, (batch_size,) each; all come once before any comes twice."""
+    """Endless shuffled batches of indices below `count`, (batch_size,) each.
+
+    Where the batch size divides `count`, all come once before any comes twice; elsewhere each shuffle's rest is left
+    out.
+    """
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(count, generator=generator)
@@ -53,7 +57,7 @@ def batch_order(count: int, batch_size: int, seed: int) -> Iterator[torch.Tensor
 
 
 def batches(windows: torch.Tensor, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
-    """Endless shuffled batches of (batch_size, sequence); each window is seen once before any is seen twice."""
+    """Endless shuffled batches of (batch_size, sequence); in the order of `batch_order`."""
     return (windows[rows] for rows in batch_order(len(windows), batch_size, seed))
 
 
