@@ -17,7 +17,7 @@ from trsp_deploy.errors import EngineUnavailable, RunError
 from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.tools.runners import BACKENDS, EngineManifest, bound_to, check_can_build
 from trsp_deploy.tools.runners.calibration import INT4_TEXTS, READ_TOKENS
-from trsp_deploy.tools.runners.graph_files import onnx_sha256, source_files
+from trsp_deploy.tools.runners.graph_files import check_source, onnx_sha256, source_files
 from trsp_deploy.tools.runners.inspection import trtexec
 from trsp_deploy.tools.runners.manifest import ReadText, check_manifest, read_manifest, spec_sha256
 from trsp_deploy.tools.runners.passes import VERSION as PASSES
@@ -54,9 +54,11 @@ def build_engine(
     if not onnx.is_file():
         raise RunError(f"{onnx}: no ONNX file to build engine {spec.name} from; export it first")
     check_can_build(spec)
+    check_source(onnx, spec)
     release_torch_memory()
     began = time.perf_counter()
-    source, files = os.path.relpath(onnx.resolve(), folder.resolve()), source_files(onnx)
+    # Of a link its own place: by the names there the weights beside it are known, and it may be turned elsewhere.
+    source, files = os.path.relpath(onnx.parent.resolve() / onnx.name, folder.resolve()), source_files(onnx)
     with writing(folder) as partial, _log_of_failure(partial, folder.with_name(f"{folder.name}-failed.log")):
         partial.mkdir()
         built = BACKENDS[spec.backend].build(onnx, spec, partial, calibration)

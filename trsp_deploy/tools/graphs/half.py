@@ -22,6 +22,7 @@ from trsp_deploy.tools.graphs.nodes import SMALL_BYTES, NoMatch, Writer
 # added; where every score of a row is hidden, as on left padding, softmax then gives NaN, and NaN times 0 is NaN too.
 HIDDEN, HIDES = -1e4, -6e4
 HALF, WHOLE, BRAIN = ir.DataType.FLOAT16, ir.DataType.FLOAT, ir.DataType.BFLOAT16
+BOUNDED = ("Clip", "Max", "Min")
 CONSTANTS = ("Constant", "ConstantOfShape")
 MOVES = ("Gather", "Transpose")  # copy numbers, whatever their type
 GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
@@ -38,18 +39,19 @@ def infer_types(model: ir.Model) -> None:
 
 
 def hide_within_range(model: ir.Model) -> int:
-    """Lower the magnitude of constants that hide scores; returns how many there were."""
+    """Lower the magnitude of constants that hide scores; returns how many there were. Bounds of numbers are none."""
     hidden = np.array(HIDDEN, dtype=np.float16)
     changed = 0
     for value in model.graph.initializers.values():
         tensor = value.const_value
-        if tensor is not None and _hides(tensor):
+        if tensor is not None and _hides(tensor) and not _bounds(value):
             value.const_value = ir.tensor(np.full(tensor.numpy().shape, hidden), name=value.name)
             changed += 1
     for node in model.graph:
         attribute = node.attributes.get("value") if node.op_type in CONSTANTS else None
-        if attribute is not None and attribute.type == ir.AttributeType.TENSOR and _hides(attribute.as_tensor()):
-            shape = attribute.as_tensor().numpy().shape
+        held = None if attribute is None or attribute.type != ir.AttributeType.TENSOR else attribute.as_tensor()
+        if held is not None and _hides(held) and not _bounds(node.outputs[0]):
+            shape = held.numpy().shape
             node.attributes["value"] = ir.AttrTensor("value", ir.tensor(np.full(shape, hidden)))
             changed += 1
     return changed
@@ -57,6 +59,10 @@ def hide_within_range(model: ir.Model) -> int:
 
 def _hides(tensor: ir.TensorProtocol) -> bool:
     return tensor.dtype == HALF and tensor.size == 1 and float(tensor.numpy().reshape(())) <= HIDES
+
+
+def _bounds(value: ir.Value) -> bool:
+    return any(use.node.op_type in BOUNDED for use in value.uses())
 
 
 def widen(model: ir.Model, narrow: ir.DataType = HALF) -> None:

@@ -30,7 +30,7 @@ def cut_logits(model: ir.Model) -> int:
 
 def lm_head(model: ir.Model) -> ir.Node:
     """The product that makes the logits; raises NoMatch when there is none."""
-    value: ir.Value | None = next(output for output in model.graph.outputs if output.name == "logits")
+    value: ir.Value | None = next((output for output in model.graph.outputs if output.name == "logits"), None)
     node = None if value is None else value.producer()
     while node is not None and node.op_type in AFTER_THE_HEAD:
         value = next((found for found in node.inputs if found is not None and found.const_value is None), None)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+STANDARD = "ai.onnx"  # another name of the domain ""
 MICROSOFT = "com.microsoft"  # domain of ONNX Runtime's own operators
 
 
@@ -29,13 +30,25 @@ def check_opset(model: ir.Model) -> None:
 
 
 def load(path: Path) -> ir.Model:
-    """A graph with its weights left in their files; raises NoMatch for a damaged file."""
+    """A graph with its weights left in their files, in one of the forms that ONNX has for the same; raises NoMatch for
+    a damaged file.
+
+    Initializers are no inputs, and the standard operators' domain is called "".
+    """
     try:
-        return ir.load(path)
+        model = ir.load(path)
     except FileNotFoundError:
         raise
     except Exception as problem:  # whatever the parser stumbles over
         raise NoMatch(f"onnx_ir cannot read it ({type(problem).__name__})") from problem
+    inputs, weights = model.graph.inputs, model.graph.initializers
+    inputs[:] = [value for value in inputs if value.name not in weights]
+    opsets = model.graph.opset_imports
+    if STANDARD in opsets:
+        opsets.setdefault("", opsets.pop(STANDARD))
+        for node in model.graph:
+            node.domain = "" if node.domain == STANDARD else node.domain
+    return model
 
 
 SMALL_BYTES = 1 << 20  # of a weight that is loaded: what passes read are factors, shapes and vectors

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from trsp_deploy.tools.graphs.decoder_io import LOGITS_POSITIONS
 from trsp_deploy.tools.graphs.logits import lm_head
 from trsp_deploy.tools.graphs.nodes import NoMatch, Writer, constant, made_by
 from trsp_deploy.tools.graphs.rounding import parts
 
+MATRIX = 1024  # numbers that a node may hold itself and not be a weight
 SIGNAL = 21.0  # decibels of the median token; below it a product is not quantised with one scale a tensor
 
 
@@ -59,8 +62,16 @@ def open_products(model: ir.Model) -> str:
     """Give every product with a constant weight the form MatMul(x, weight); returns the LM head's name.
 
     model: changed in place. Gemm becomes MatMul and Add (GPT-2, OPT), and an LM head that transposes the embedding gets
-    a weight of its own. Raises NoMatch when no LM head is found.
+    a weight of its own; matrices that nodes hold become initializers, and products without a name, which ONNX allows,
+    get one. Raises NoMatch when no LM head is found.
     """
+    LiftConstantsToInitializersPass(size_limit=MATRIX)(model)
+    names = {node.name for node in model.graph}
+    for number, node in enumerate(node for node in model.graph if node.op_type in ("MatMul", "Gemm")):
+        if not node.name:
+            node.name = next(
+                name for name in (f"product_{number}{'_' * n}" for n in itertools.count()) if name not in names
+            )
     writer = Writer(model, "products")
     for node in [node for node in model.graph if node.op_type == "Gemm"]:
         _split(writer, node)
@@ -121,9 +132,15 @@ def pack_products(model: ir.Model, head: str) -> int:
 
 
 def weight_of(node: ir.Node) -> ir.Value | None:
-    """The constant weight (features in, features out) of a product; None for other nodes."""
+    """The constant weight (features in, features out) of a product; None for other nodes.
+
+    What multiplies each number of its input by itself is none: so some graphs turn positions into angles.
+    """
     weight = node.inputs[1] if node.op_type == "MatMul" else None
-    return weight if weight is not None and weight.const_value is not None else None
+    if weight is None or weight.const_value is None:
+        return None
+    shape = weight.const_value.shape
+    return None if len(shape) > 1 and shape[-2] == 1 else weight
 
 
 def measure_activations(
@@ -147,14 +164,14 @@ def measure_activations(
     ir.save(model, path)  # the weights stay in their file
     del model.graph.outputs[len(outputs) :]
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    dtypes = {value.name: np.int32 if value.type == "tensor(int32)" else np.int64 for value in session.get_inputs()}
     measured: dict[str | None, Activations] = {}
     for text in ids:
         mask = np.ones_like(text[None])
-        feeds = {"input_ids": text[None], "attention_mask": mask, "position_ids": mask.cumsum(axis=1) - 1, **past}
-        feeds[LOGITS_POSITIONS] = np.array([0])
-        found = session.run(
-            [value.name for value in inputs], {value.name: feeds[value.name] for value in session.get_inputs()}
-        )
+        tokens = {"input_ids": text[None], "attention_mask": mask, "position_ids": mask.cumsum(axis=1) - 1}
+        tokens[LOGITS_POSITIONS] = np.array([0])
+        feeds = {**past, **{name: array.astype(dtypes[name]) for name, array in tokens.items() if name in dtypes}}
+        found = session.run([value.name for value in inputs], feeds)
         for value, array in zip(inputs, found, strict=True):
             if not array.size:
                 continue

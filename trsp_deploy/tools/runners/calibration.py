@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from trsp_deploy.errors import ModelError
+from trsp_deploy.errors import EngineUnavailable, ModelError
 from trsp_deploy.reading import read_json
 from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.tools.runners.ort import OrtRunner
+from trsp_deploy.tools.runners.ort_session import one_line_errors
 
 TOKENS = 256  # of a text that is made up
 INT4_TEXTS = 8  # to round weights to 4 bits by; more gain little (docs/log.md). Everything else is seen in one
@@ -44,28 +45,35 @@ def read_text(
         if calibration is None:
             calibration = np.random.default_rng(0).integers(runner.vocabulary, size=(texts, text_length(exported)))
         calibration = fitting(calibration[:texts], exported)
+        unknown = int(calibration.max(initial=0))
+        if unknown >= runner.vocabulary:
+            raise EngineUnavailable(
+                f"{exported}: knows {runner.vocabulary} tokens, and the calibration text has token {unknown}: it was "
+                "read with the tokenizer of another model"
+            )
         past = runner.empty_cache(1)
-    return measure_activations(model, past, calibration, scratch, symmetric=symmetric)
+    with one_line_errors(f"ONNX Runtime cannot read a text with {exported}"):
+        return measure_activations(model, past, calibration, scratch, symmetric=symmetric)
 
 
 def text_length(exported: Path) -> int:
     """Tokens of a text that is made up for an exported model."""
-    from trsp_deploy.tools.graphs.nodes import NoMatch
-
-    try:
-        return min(TOKENS, max_positions(exported))
-    except NoMatch:
-        return TOKENS
+    return min(TOKENS, _readable(exported) or TOKENS)
 
 
 def fitting(calibration: np.ndarray, exported: Path) -> np.ndarray:
     """As much of a text (batch, sequence) as the model has positions for."""
+    return calibration[:, : _readable(exported)]
+
+
+def _readable(exported: Path) -> int | None:
+    """Tokens that an exported model can read, by its config or its graph; None where neither ends it."""
     from trsp_deploy.tools.graphs.nodes import NoMatch
 
     try:
-        return calibration[:, : max_positions(exported)]
+        return max_positions(exported)
     except NoMatch:
-        return calibration
+        return longest_text(exported)
 
 
 def max_positions(exported: Path) -> int:

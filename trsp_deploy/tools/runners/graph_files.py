@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trsp_deploy.artifacts import fingerprint
+from trsp_deploy.recipe import EngineSpec
+from trsp_deploy.tools.graphs import decoder_io
 from trsp_deploy.tools.runners.manifest import SourceFile
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 
 def source_files(onnx: Path) -> dict[str, SourceFile]:
@@ -35,6 +41,35 @@ def graph_files(onnx: Path) -> tuple[str, ...]:
     A file that cannot be read as ONNX is by itself.
     """
     return tuple(sorted({onnx.name, *_external_data(onnx)}))
+
+
+def check_source(onnx: Path, spec: EngineSpec) -> None:
+    """Raise EngineUnavailable for a file that is no decoder with a KV cache, or whose precision is not the spec's.
+
+    What cannot be read as ONNX is the backend's to say.
+    """
+    from trsp_deploy.tools.graphs.nodes import NoMatch, load
+
+    try:
+        graph = load(onnx).graph
+    except (NoMatch, FileNotFoundError):
+        return
+    inputs, outputs = _bindings(graph.inputs), _bindings(graph.outputs)
+    decoder_io.check_decoder(inputs, outputs)
+    if spec.precision != "bf16":  # which is made of fp16, and of what is bf16 already
+        decoder_io.check_precision(inputs, spec.graph_precision)
+
+
+def _bindings(values: Sequence[ir.Value]) -> decoder_io.Bindings:
+    return {
+        value.name or "": (
+            "" if value.dtype is None else str(value.dtype.numpy()),
+            ()
+            if value.shape is None
+            else tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape),
+        )
+        for value in values
+    }
 
 
 def _external_data(path: Path) -> set[str]:

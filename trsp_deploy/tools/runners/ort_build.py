@@ -127,11 +127,11 @@ def _quantise(
     import onnx_ir as ir
 
     from trsp_deploy.tools.graphs import costs, products, quantize
-    from trsp_deploy.tools.graphs.nodes import NoMatch, check_opset, put_down
+    from trsp_deploy.tools.graphs.nodes import NoMatch, check_opset, load, put_down
 
     out.parent.mkdir()
-    model = ir.load(graph)
     try:
+        model = load(graph)
         if spec.precision == "int4":
             check_opset(model)
         head = products.open_products(model)

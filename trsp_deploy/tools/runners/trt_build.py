@@ -186,12 +186,12 @@ def _quantise(
     from onnxscript import version_converter
 
     from trsp_deploy.tools.graphs import costs, products
-    from trsp_deploy.tools.graphs.nodes import NoMatch, check_opset, put_down
+    from trsp_deploy.tools.graphs.nodes import NoMatch, check_opset, load, put_down
     from trsp_deploy.tools.graphs.qdq import OPSET, quantize_products
 
     out.parent.mkdir()
-    model, source = ir.load(graph), ir.load(onnx)
     try:
+        model, source = load(graph), load(onnx)
         check_opset(model)
         if model.graph.opset_imports[""] < OPSET:
             version_converter.convert_version(model, OPSET)

@@ -1,0 +1,173 @@
+"""One decoder in the forms that ONNX has for the same: other exporters' graphs give the same engines, or one line."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from tests.tiny import tiny_model
+from trsp_deploy.errors import EngineUnavailable
+from trsp_deploy.recipe import ExportSettings
+from trsp_deploy.stages.build import build_engine
+from trsp_deploy.stages.export import FILE, export_onnx
+from trsp_deploy.tools.library import load_engine_spec
+from trsp_deploy.tools.runners import open_engine
+from trsp_deploy.tools.runners.half_range import within_range
+
+Change = Callable[[onnx.ModelProto], None]
+
+
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("graphs")
+    tiny_model("llama", hidden_size=64, intermediate_size=128).save_pretrained(folder / "model")
+    for precision in ("fp32", "fp16"):
+        (folder / precision).mkdir()
+        export_onnx(folder / "model", precision, ExportSettings(), folder / precision)
+    return folder
+
+
+def changed(graph: Path, change: Change, out: Path) -> Path:
+    """The graph in another form, its weights within it, and without the config that tells passes more."""
+    model = onnx.load(graph)
+    change(model)
+    out.mkdir(parents=True)
+    onnx.save(model, out / FILE)
+    return out / FILE
+
+
+def without_names(model: onnx.ModelProto) -> None:
+    for node in model.graph.node:
+        node.name = ""
+
+
+def weights_in_nodes(model: onnx.ModelProto) -> None:
+    made = [helper.make_node("Constant", [], [each.name], value=each) for each in model.graph.initializer]
+    nodes = [*made, *model.graph.node]
+    del model.graph.initializer[:], model.graph.node[:]
+    model.graph.node.extend(nodes)
+
+
+def weights_as_inputs(model: onnx.ModelProto) -> None:
+    for each in model.graph.initializer:
+        model.graph.input.append(helper.make_tensor_value_info(each.name, each.data_type, each.dims))
+
+
+def domain_by_its_other_name(model: onnx.ModelProto) -> None:
+    for opset in model.opset_import:
+        opset.domain = opset.domain or "ai.onnx"
+
+
+def as_it_is(_: onnx.ModelProto) -> None:
+    return
+
+
+def operators(engine: Path) -> Counter[str]:
+    return Counter(node.op_type for node in onnx.load(engine / "model.onnx", load_external_data=False).graph.node)
+
+
+@pytest.mark.parametrize("engine", ["ort-cpu-int4", "ort-cpu-int8"])
+@pytest.mark.parametrize("change", [without_names, weights_in_nodes, weights_as_inputs, domain_by_its_other_name])
+def test_integer_engines_of_every_form_are_alike(graphs: Path, tmp_path: Path, change: Change, engine: str) -> None:
+    spec, found = load_engine_spec(engine), {}
+    ids = np.arange(3, 19)[None]
+    for name, each in (("plain", as_it_is), ("other", change)):
+        graph = changed(graphs / "fp32" / FILE, each, tmp_path / name)
+        build_engine(graph, spec, tmp_path / f"{name}-engine")
+        with open_engine(tmp_path / f"{name}-engine") as runner:
+            found[name] = operators(tmp_path / f"{name}-engine"), runner.prefill(ids, np.ones_like(ids))
+    assert found["plain"][0] == found["other"][0] and found["plain"][0]["MatMulNBits"]
+    np.testing.assert_allclose(found["plain"][1], found["other"][1], atol=1e-5)
+
+
+def test_a_graph_of_another_precision_or_no_decoder_is_one_line_before_anything_is_built(
+    graphs: Path, tmp_path: Path
+) -> None:
+    for name in ("tensorrt-rtx-fp16", "ort-cuda-fp16"):
+        spec = load_engine_spec(name).model_copy(update={"backend": "onnxruntime-cpu"})
+        with pytest.raises(EngineUnavailable, match="the spec asks for fp16, but the ONNX graph's cache is float32"):
+            build_engine(graphs / "fp32" / FILE, spec, tmp_path / "engine")
+    with pytest.raises(EngineUnavailable, match="the spec asks for fp32, but the ONNX graph's cache is float16"):
+        build_engine(graphs / "fp16" / FILE, load_engine_spec("ort-cpu-int8"), tmp_path / "engine")
+
+    def without_logits(model: onnx.ModelProto) -> None:
+        del model.graph.output[0]
+
+    graph = changed(graphs / "fp32" / FILE, without_logits, tmp_path / "none")
+    for name in ("ort-cpu-int4", "ort-cpu-int8", "ort-cpu-fp32"):
+        with pytest.raises(EngineUnavailable, match=r"not a decoder with past key values \(no logits\)"):
+            build_engine(graph, load_engine_spec(name), tmp_path / "engine")
+
+
+def test_a_graph_with_other_integers_reads_a_text(graphs: Path, tmp_path: Path) -> None:
+    def narrow(model: onnx.ModelProto) -> None:
+        first = []
+        for value in model.graph.input:
+            if value.type.tensor_type.elem_type == TensorProto.INT64:
+                wide = f"{value.name}_int64"
+                for node in model.graph.node:
+                    node.input[:] = [wide if name == value.name else name for name in node.input]
+                first.append(helper.make_node("Cast", [value.name], [wide], to=TensorProto.INT64))
+                value.type.tensor_type.elem_type = TensorProto.INT32
+        nodes = [*first, *model.graph.node]
+        del model.graph.node[:]
+        model.graph.node.extend(nodes)
+
+    graph = changed(graphs / "fp32" / FILE, narrow, tmp_path / "int32")
+    assert build_engine(graph, load_engine_spec("ort-cpu-int8"), tmp_path / "engine").inputs["input_ids"][0] == "int32"
+
+
+def test_a_text_of_another_models_tokens_is_one_line(graphs: Path, tmp_path: Path) -> None:
+    text = np.full((1, 16), 10_000)
+    with pytest.raises(EngineUnavailable, match="the calibration text has token 10000"):
+        build_engine(graphs / "fp32" / FILE, load_engine_spec("ort-cpu-int4"), tmp_path / "engine", text)
+
+
+def test_an_engine_of_a_graph_behind_a_link_notices_its_change(graphs: Path, tmp_path: Path) -> None:
+    first = changed(graphs / "fp32" / FILE, as_it_is, tmp_path / "first")
+    second = changed(graphs / "fp32" / FILE, other_weights, tmp_path / "second")
+    link = tmp_path / "link" / FILE
+    link.parent.mkdir()
+    link.symlink_to(first)
+    build_engine(link, load_engine_spec("ort-cpu-fp32"), tmp_path / "engine")
+    open_engine(tmp_path / "engine")
+    link.unlink()
+    link.symlink_to(second)
+    with pytest.raises(EngineUnavailable, match="has SHA-256"):
+        open_engine(tmp_path / "engine")
+    link.unlink()
+    shutil.copy(first, link)
+    open_engine(tmp_path / "engine")
+
+
+def other_weights(model: onnx.ModelProto) -> None:
+    weight = next(each for each in model.graph.initializer if len(each.dims) == 2)
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * 2, weight.name))
+
+
+def test_a_bound_of_numbers_is_no_hidden_score(graphs: Path, tmp_path: Path) -> None:
+    """In fp16 what hides scores is lowered; the lower end of a Clip would cut values off."""
+
+    def clip(model: onnx.ModelProto) -> None:
+        del model.metadata_props[:]  # by which an export of ours says that it has been through this
+        for name, value in (("low", -65504.0), ("high", 65504.0)):
+            model.graph.initializer.append(numpy_helper.from_array(np.array(value, dtype=np.float16), name))
+        node = next(node for node in model.graph.node if "logits" in node.output)
+        index = list(model.graph.node).index(node)
+        clipped = helper.make_node("Clip", [node.input[0], "low", "high"], ["clipped"], name="clip")
+        node.input[0] = "clipped"
+        model.graph.node.insert(index, clipped)
+
+    graph = changed(graphs / "fp16" / FILE, clip, tmp_path / "clipped")
+    spec = load_engine_spec("ort-cuda-fp16").model_copy(update={"backend": "onnxruntime-cpu"})
+    source, found = within_range(graph, spec, tmp_path, None)
+    assert source != graph and found is not None and not found.reason
+    low = next(each for each in onnx.load(source).graph.initializer if each.name == "low")
+    assert float(numpy_helper.to_array(low)) == -65504
