@@ -162,15 +162,17 @@ def test_exit_codes_pass_through(tmp_path, body, code):
     assert subprocess.run(program(body), cwd=tmp_path, stderr=subprocess.DEVNULL).returncode == code
 
 
-def test_a_process_that_finished_does_not_wait_for_its_libraries(tmp_path):
+@pytest.mark.parametrize("then", ["return 0", "sys.exit()", "sys.exit(0)"])
+def test_a_process_that_finished_does_not_wait_for_its_libraries(tmp_path, then):
     """What a native thread does while the interpreter is finalised can abort the process."""
     body = """import __main__, atexit
     class Library:
         def __del__(self, touch=Path("unloaded").touch): touch()
     __main__.kept = Library()
     atexit.register(lambda: Path("registered").touch())
-    print("written", end="")"""
-    done = subprocess.run(program(body), cwd=tmp_path, capture_output=True, text=True)
+    print("written", end="")
+    """
+    done = subprocess.run(program(body + then), cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == "written"
     assert (tmp_path / "registered").exists() and not (tmp_path / "unloaded").exists()
 

@@ -78,6 +78,10 @@ def _said(work: Callable[[], int]) -> int:
         return work()
     except KeyboardInterrupt:
         return _interrupted()
+    except SystemExit as done:  # a library's, or of a process whose work others go on with
+        if isinstance(done.code, str):
+            return _say(done.code, 1)
+        return done.code or 0
     except Exception as problem:
         if asked_to_end():  # a library made an error of its own of it
             return _interrupted()
