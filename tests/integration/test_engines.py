@@ -415,7 +415,7 @@ class TestTensorRtRtx:
         assert str(tmp_path / "engine-failed.log") in message
         assert "Failed to parse" in (tmp_path / "engine-failed.log").read_text()
 
-    def test_unknown_operator_is_named(self, tmp_path: Path) -> None:
+    def test_unknown_operator_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         import onnx
         from onnx import TensorProto, helper
 
@@ -424,5 +424,6 @@ class TestTensorRtRtx:
         graph = helper.make_graph([node], "g", ends[:1], ends[1:])
         opsets = [helper.make_opsetid("", 18), helper.make_opsetid("example", 1)]
         onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), tmp_path / "model.onnx")
+        monkeypatch.setattr("trsp_deploy.stages.build.check_source", lambda *_: None)  # it is no decoder
         message = broken(load_engine_spec("tensorrt-rtx-fp16"), tmp_path / "model.onnx", tmp_path / "engine")
         assert "'strange' (Unheard)" in message

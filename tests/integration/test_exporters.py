@@ -195,7 +195,7 @@ def test_a_run_refuses_before_it_trains_what_cannot_be_exported(tmp_path: Path) 
     config, _ = UNTRACEABLE["a cache of convolutions"]
     said: list[str] = []
     inputs = SimpleNamespace(path=lambda role: saved(config, tmp_path / role), say=said.append)
-    for each in ("check_lengths", "calibration_windows", "read_evaluation"):
+    for each in ("calibration_texts", "find_evaluation", "check_lengths", "calibration_windows", "read_evaluation"):
         setattr(inputs, each, lambda: None)
     run = SimpleNamespace(main=True, recorded=list, from_main=lambda value: value)
     recipe = SimpleNamespace(export=ExportSettings(), evaluate=SimpleNamespace(tasks=()))
