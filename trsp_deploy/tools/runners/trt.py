@@ -162,8 +162,8 @@ class TrtRunner(Runner):
 
     @property
     def _captures(self) -> bool:
-        """Whether decoding may become a CUDA graph."""
-        return self.spec.cuda_graphs and self._fixed is not None
+        """Whether decoding may become a CUDA graph; streamed weights keep it from that (NvInferRuntime.h)."""
+        return self.spec.cuda_graphs and self._fixed is not None and self.spec.weight_streaming_gib is None
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None

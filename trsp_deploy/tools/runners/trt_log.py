@@ -19,8 +19,11 @@ BUILD_LOG = "build.log"
 
 # Words of a failure -> what its user can do. Each was met with TensorRT-RTX 1.7 unless it says otherwise.
 ADVICE = {
-    "Attention operation was not supported by a dedicated kernel": "TensorRT fuses attention in fp16 and bf16 only: "
-    "take precision fp16, or leave `cache_length` out",
+    "Attention operation was not supported by a dedicated kernel": "TensorRT fuses attention in fp16 and bf16 only, "
+    "and up to a length that depends on the GPU: take precision fp16, or leave `cache_length` out, or make it smaller",
+    # Of TensorRT 10.16 to 11.2, by NVIDIA/TensorRT-Model-Connect's issue 245; not met here.
+    "live inputs": "this TensorRT does not compile attention with a mask over a long cache: upgrade it, or leave "
+    "`cache_length` out",
     "Cannot compile for target(s)": "leave those capabilities out of `compute_capabilities`, or take precision fp16",
     "FP32 GEMM is not supported": "a rotary embedding multiplies in fp32, which TensorRT-RTX does not compile for 7.5: "
     "take an engine of `onnxruntime-cuda` or `tensorrt` for that card",
