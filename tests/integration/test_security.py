@@ -19,7 +19,8 @@ from tests.tiny import english, save_tiny, tokens
 from trsp_deploy import cli
 from trsp_deploy.decoder import load_model
 from trsp_deploy.errors import ModelError, redacted
-from trsp_deploy.tools.sources.model_folders import copy_model
+from trsp_deploy.tools.sources.model_folders import check_folder, copy_model, fingerprint_model
+from trsp_deploy.tools.sources.models import is_of_a_model
 from trsp_deploy.tools.training.checkpoints import Checkpoints
 
 CODE = "from pathlib import Path\nPath({mark!r}).touch()\n"
@@ -219,3 +220,105 @@ def test_a_key_may_begin_like_a_path(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert redacted(f"refused: {key}") == "refused: ***"
     for plain in (f"{tmp_path}/not-yet/token: no such file", f"{tmp_path}/run: no run"):
         assert redacted(plain) == plain
+
+
+# -- what a model's folder leads to ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "words"),
+    [
+        ("adapter_config.json", {"base_model_name_or_path": "../other"}, "has adapter_config.json, by which"),
+        ("config.json", {"transformers_weights": "../other/model.safetensors"}, "`transformers_weights` names a file"),
+    ],
+)
+def test_weights_of_another_folder_are_not_loaded(
+    model: Path, file: str, key: dict[str, str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = json.loads((model / file).read_text()) if (model / file).is_file() else {}
+    (model / file).write_text(json.dumps({**values, **key}))
+    assert words in prune(capsys)
+    assert not Path("run/dense").exists()
+
+
+def test_what_a_link_leads_to_does_not_go_with_the_model(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "secret.key").write_text("a key")
+    (model / "LICENSE").symlink_to(tmp_path / "secret.key")
+    assert f"{model.relative_to(tmp_path)}/LICENSE: is a link out of the model's folder" in prune(capsys)
+    (model / "LICENSE").unlink()
+    weights = shutil.move(model / "model.safetensors", tmp_path / "weights.safetensors")
+    (model / "model.safetensors").symlink_to(weights)
+    check_folder(model)
+    snapshot = tmp_path / "hub" / "models--a--b" / "snapshots" / "0"
+    blobs = snapshot.parents[1] / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for path in [*model.iterdir()]:
+        shutil.copy(path, blobs / path.name)
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    (blobs / "1").write_text("terms")
+    (snapshot / "LICENSE").symlink_to("../../blobs/1")
+    check_folder(snapshot)
+
+
+def test_a_lock_that_is_a_link_is_not_written_through(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    run = tmp_path / "made"
+    run.mkdir()
+    (run / "recipe.yaml").write_text("model: model\n")
+    (run / ".lock").symlink_to(tmp_path / "mine.txt")
+    assert "made/.lock: is a link" in fails(capsys, "clean", str(run), "--dry-run")
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_names_that_no_manifest_holds_stay_behind(model: Path, tmp_path: Path) -> None:
+    shutil.copy(model / "config.json", model / "original\\params.json")
+    copy_model(model, tmp_path / "dense")
+    assert not [path.name for path in (tmp_path / "dense").iterdir() if "\\" in path.name]
+    before = fingerprint_model(model)
+    (model / "original\\params.json").unlink()
+    assert fingerprint_model(model) == before
+
+
+def test_a_push_leaves_others_folders() -> None:
+    mine = ("config.json", "modeling_mine.py", "model-00001-of-00002.safetensors", "additional_chat_templates/a.jinja")
+    others = ("scripts/eval.py", "inference/server/app.py", "data/additional_chat_templates/x.jinja", "a/config.json")
+    assert all(map(is_of_a_model, mine)) and not any(map(is_of_a_model, others))
+
+
+# -- conversions -------------------------------------------------------------------------------------------------------
+
+
+def test_shards_of_another_save_are_left_out(model: Path, tmp_path: Path) -> None:
+    weights = AutoModelForCausalLM.from_pretrained(model).state_dict()
+    names = sorted(weights)
+    (model / "model.safetensors").unlink()
+    index = {}
+    for number, part in enumerate((names[::2], names[1::2]), start=1):
+        torch.save({name: weights[name] for name in part}, model / f"pytorch_model-0000{number}-of-00002.bin")
+        index |= dict.fromkeys(part, f"pytorch_model-0000{number}-of-00002.bin")
+    (model / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+    old = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    torch.save(old, model / "pytorch_model-00003-of-00003.bin")
+    assert cli.run(["convert", "model", "--out", "safe"]) == 0
+    found = load_model(tmp_path / "safe").state_dict()
+    assert all(torch.equal(found[name], weights[name]) for name in names)
+
+
+def test_weights_of_one_storage_are_each_written(model: Path, tmp_path: Path) -> None:
+    weights = AutoModelForCausalLM.from_pretrained(model).state_dict()
+    (model / "model.safetensors").unlink()
+    keys, values = (f"model.layers.0.self_attn.{name}_proj.weight" for name in "kv")
+    both = torch.cat([weights[keys], weights[values]])
+    weights[keys], weights[values] = both.split(len(weights[keys]))
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]  # once tied, and no longer so by its config
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    torch.save(weights, model / "pytorch_model.bin")
+    assert cli.run(["convert", "model", "--out", "safe"]) == 0
+    found = load_model(tmp_path / "safe").state_dict()
+    assert all(torch.equal(found[name], weights[name]) for name in weights)

@@ -10,7 +10,13 @@ import pytest
 
 from tests.command import Done, trsp_deploy
 from tests.tiny import english, save_tiny
-from trsp_deploy.pipeline.runs import seen_from
+from trsp_deploy.artifacts import RunFolder
+from trsp_deploy.pipeline import Pipeline
+from trsp_deploy.pipeline.inputs import Done as Made
+from trsp_deploy.pipeline.inputs import Inputs
+from trsp_deploy.pipeline.runs import load_recipe, seen_from
+from trsp_deploy.recipe import read_recipe
+from trsp_deploy.tools.sources.models import resolve_model
 
 SETTINGS = [
     *("--set", "calibration.context_length=32", "--set", "calibration.max_windows=8"),
@@ -56,7 +62,6 @@ def test_a_card_that_comes_later_and_another_spelling_of_a_path_redo_nothing(pla
     (place / "model" / "README.md").write_text("# a card")
     (place / "model" / "LICENSE").write_text("terms")
     assert started(prune(place, text="./train.txt")) == []
-    assert not (place / "run" / "dense" / "README.md").exists()
     (place / "model" / "generation_config.json").write_text('{"temperature": 0.5, "do_sample": true}')
     assert started(prune(place)) == ["dense", "plan", "prune"]
 
@@ -95,8 +100,47 @@ def test_a_plan_that_was_given_stays_with_another_text(place: Path) -> None:
     with (place / "train.txt").open("a") as file:
         file.write("\nOne more line.\n")
     done = trsp_deploy("prune", "--model", "model", "--calibration", "train.txt", "--out", "run", *SETTINGS, cwd=place)
-    assert done.code == 0 and dropped(place) == given and started(done) == ["prune"]
+    assert done.code == 0 and dropped(place) == given and started(done) == ["plan", "prune"]
     assert "plan.json was given, not chosen here" in done.stderr
+    with RunFolder(place / "run") as run:
+        recipe = read_recipe(load_recipe(place / "run"), "test")
+        assert Pipeline(run, recipe, place=place).pruning.unfinished() == []
+
+
+def test_a_run_of_before_keeps_its_given_plan(place: Path) -> None:
+    """Its record names the text among the settings."""
+    hand_in(place)
+    given, path = dropped(place), place / "run" / "records" / "plan.json"
+    record = json.loads(path.read_text())
+    record["settings"]["calibration"]["texts"], _ = "train.txt", record.pop("sha256")
+    path.write_text(json.dumps(record))
+    done = trsp_deploy("export", "run", cwd=place)
+    assert done.code == 0 and dropped(place) == given, done.stderr
+
+
+def test_a_sweep_with_another_text_is_not_searched(place: Path) -> None:
+    (place / "other.txt").write_text(english()[30_000:60_000])
+    prune(place)
+    with RunFolder(place / "run") as run:
+        recipe = read_recipe(load_recipe(place / "run"), "test")
+        job = Pipeline(run, recipe, place=place).pruning
+        job.plans((1, 2))
+        assert job.searched((1, 2))
+        other = recipe.model_copy(
+            update={"calibration": recipe.calibration.model_copy(update={"texts": ("other.txt",)})}
+        )
+        assert not Pipeline(run, other, place=place).pruning.searched((1, 2))
+
+
+def test_processes_of_other_machines_need_not_have_the_models_folder(place: Path) -> None:
+    """The main one has it in a cache of its own, and writes `dense` for all."""
+    prune(place)
+    recipe = read_recipe(load_recipe(place / "run"), "test")
+    source = resolve_model(str(place / "model"), lambda _: None).model_copy(update={"path": "/nowhere/on/this/machine"})
+    sent = iter([source, Made()])
+    run = RunFolder(place / "run")
+    run.main, run.from_main = False, lambda value: next(sent)
+    assert Inputs(run, recipe, lambda _: None, place).dense() == source
 
 
 def test_other_settings_that_choose_layers_ask_whose_choice_it_is(place: Path) -> None:

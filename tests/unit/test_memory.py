@@ -280,6 +280,14 @@ def test_what_comes_after_training_is_told_of_configs_that_say_it_otherwise(kind
     assert all(stage.needed_bytes > PROCESS_BYTES for stage in found)
 
 
+def test_text_by_a_model_without_a_cache_that_grows_is_planned_for():
+    """Mamba's state has no heads."""
+    config = transformers.MambaConfig(hidden_size=32, num_hidden_layers=4, state_size=8, vocab_size=384)
+    chosen = recipe("calibration.self_generated=0.2", "calibration.context_length=8", "calibration.max_windows=8")
+    stages = plan_memory(chosen, config).stages
+    assert [stage.stage for stage in stages] == ["selection", "transfer"]
+
+
 def test_an_engine_of_a_gpu_is_held_against_that(monkeypatch):
     config = tiny_config("llama")
     there = {"cpu": 10**12, "cuda": 1000}

@@ -18,7 +18,7 @@ import huggingface_hub.constants
 import huggingface_hub.file_download
 import pytest
 import torch
-from transformers import OPTForCausalLM
+from transformers import Gemma3Config, OPTForCausalLM
 
 from tests.command import one_line
 from tests.hub import forget_sessions
@@ -448,3 +448,9 @@ def test_a_cache_without_a_card_says_that_no_licence_goes_along(folder, hub):
 )
 def test_what_wants_to_be_carried_along_is_known_by_its_name(name, legal):
     assert bool(LEGAL_FILES.fullmatch(name)) == legal
+
+
+def test_a_model_of_several_parts_is_no_language_model(tmp_path: Path) -> None:
+    Gemma3Config(architectures=["Gemma3ForConditionalGeneration"]).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="'gemma3' is a model of several parts; give the folder of its language model"):
+        check_decoder_only(tmp_path)

@@ -60,12 +60,17 @@ def writing_alone(folder: Path) -> Iterator[None]:
 
 def _open(lock: Path) -> int:
     with storage_errors(lock):
-        return os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            return os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        except OSError as problem:
+            if problem.errno != errno.ELOOP:
+                raise
+            raise StorageError(f"{lock}: is a link, and what it leads to would be written over; remove it") from problem
 
 
 def _is_there(lock: Path, handle: int) -> bool:
     try:
-        return os.path.samestat(lock.stat(), os.fstat(handle))
+        return os.path.samestat(lock.lstat(), os.fstat(handle))
     except FileNotFoundError:
         return False
 

@@ -63,7 +63,9 @@ MaxPerplexity = Annotated[
 Budgeted = Annotated[
     str | None,
     typer.Option(
-        "--quality-budget", help="Quality to keep, 99% or 99.9%: limits how much perplexity may grow.", metavar="SHARE"
+        "--quality-budget",
+        help="Quality to keep, 99% or 99.9%: of accuracy, and 1 / that of perplexity.",
+        metavar="SHARE",
     ),
 ]
 MinAccuracy = Annotated[

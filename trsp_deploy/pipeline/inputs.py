@@ -64,7 +64,8 @@ class Inputs:
             lambda: self._copy_dense(source),
             Done,
             settings={"model": self.recipe.model},
-            inputs={"model": fingerprint_model(Path(source.path))},
+            # Of several machines the main process's alone has that folder.
+            inputs={"model": fingerprint_model(Path(source.path)) if self.run.main else ""},
             outputs=["dense"],
         )
         return source

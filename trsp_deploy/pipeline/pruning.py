@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel
 from transformers import PreTrainedModel
 
-from trsp_deploy.artifacts import Finished, RunFolder, fingerprint, write_json, writing
+from trsp_deploy.artifacts import Finished, RunFolder, fingerprint, seal, write_json, writing
 from trsp_deploy.artifacts.layout import PLANS
 from trsp_deploy.decoder import check_prunable, load_model
 from trsp_deploy.errors import PlanError
@@ -42,41 +42,22 @@ class Pruning:
     @functools.cache
     def plan(self) -> PruningPlan:
         """Which layers go, as `plan.json`: chosen, handed in, or edited by hand."""
-        settings, given = self._plan_settings, self._given_plan()
-        inputs = self._model_and_text()
-        kept = self._kept_plan(settings, inputs) if given is None else None
-        if kept is not None:
-            return kept
+        inputs, given = self._model_and_text(), self._given_plan()
         return self._resumable(
             "plan",
             lambda checkpoints: self._write(given or self._select(checkpoints)),
             PruningPlan,
-            settings=settings,
-            inputs={**inputs, **self._handed_in(settings, inputs)},
+            settings=self._plan_settings,
+            # Without it a plan that was handed in would pass for a choice of this run.
+            inputs=inputs if given is None else {**inputs, "given": seal(given.model_dump(mode="json"))},
             output="plan.json",
             together=True,
         )
 
     def _given_plan(self) -> PruningPlan | None:
-        """The plan handed in now, if any."""
-        return None if self._plan_file is None else read_plan(self._plan_file, self.inputs.num_layers())
-
-    def _handed_in(self, settings: dict[str, Any], inputs: dict[str, Path | str]) -> dict[str, Path | str]:
-        """The file that a plan was handed in as, now or before, as an input of the step; of a chosen plan nothing.
-
-        Without it a plan that was handed in once would pass for a choice of this run.
-        """
-        if self._plan_file is not None:
-            return {"given": self._plan_file}
-        record = self.run.record("plan")
-        if record is None or "given" not in record.inputs or not self._plan_path.is_file():
-            return {}
-        self._say_given(record.result["dropped"])
-        return {"given": record.inputs["given"]}
-
-    def _say_given(self, dropped: Sequence[int]) -> None:
-        listed = ", ".join(map(str, dropped))
-        self.inputs.say(f"plan.json was given, not chosen here: dropping {listed}; delete it to have layers chosen")
+        """A person's plan: handed in now, or before, or edited by hand; None where layers are to be chosen here."""
+        file = self._plan_file or (self._plan_path if self._is_kept() else None)
+        return None if file is None else read_plan(file, self.inputs.num_layers())
 
     def _is_replaced(self) -> bool:
         """Whether another plan than the recorded one was handed in."""
@@ -85,31 +66,33 @@ class Pruning:
             return False
         return record.result != read_plan(self._plan_file, self.inputs.num_layers()).model_dump(mode="json")
 
-    def _kept_plan(self, settings: dict[str, Any], inputs: dict[str, Path | str]) -> PruningPlan | None:
-        """`plan.json` as a person edited it, or handed it in for another text or model than it is to go with now; None
-        where it is not there, or is what the step makes of these settings and inputs.
+    def _is_kept(self) -> bool:
+        """Whether `plan.json` is a person's, edited or once handed in: it stays for other texts and models, too.
 
         Raises PlanError where settings that choose layers are others now: the person's choice or theirs?
         """
         path, record = self._plan_path, self.run.record("plan")
         if record is None or not path.is_file():
-            return None
-        edited, given = fingerprint(path) != record.outputs["plan.json"], "given" in record.inputs
-        if not edited and not given:
-            return None
-        if record.settings != settings:
+            return False
+        edited = fingerprint(path) != record.outputs["plan.json"]
+        if not edited and "given" not in record.inputs:
+            return False
+        before = {**record.settings, "calibration": {**record.settings["calibration"]}}
+        before["calibration"].pop("texts", None)  # which older records name
+        if before != self._plan_settings:
             mine = "was edited by hand, and settings that choose layers are others now"
             other = mine if edited else "was given, and settings that choose layers are others now"
-            raise PlanError(f"{path}: {other}; keep it with --plan {path}, or delete it to have them chosen anew")
-        as_given = {**inputs, "given": record.inputs.get("given", "")}
-        if not edited and record.key == self.run.key("plan", settings=settings, inputs=as_given):
-            return None
-        plan = read_plan(path, self.inputs.num_layers())
+            raise PlanError(
+                f"{path}: {other}; keep it with `prune` and --plan {path}, or delete it to have them chosen anew"
+            )
+        dropped = ", ".join(map(str, read_plan(path, self.inputs.num_layers()).dropped))
         if edited:
-            self.inputs.say(f"plan.json was edited by hand: dropping {', '.join(map(str, plan.dropped))}")
+            self.inputs.say(f"plan.json was edited by hand: dropping {dropped}")
         else:
-            self._say_given(plan.dropped)
-        return plan
+            self.inputs.say(
+                f"plan.json was given, not chosen here: dropping {dropped}; delete it to have layers chosen"
+            )
+        return True
 
     def plans(self, counts: tuple[int, ...]) -> dict[int, Path]:
         """A plan for each number of layers, as `plans/drop-K.json`, from one search; methods as the recipe says."""
@@ -186,16 +169,20 @@ class Pruning:
         """
         found = Finished(run or self.run)
         found.ask("dense", lambda: {"model": self.recipe.model}, dict, "dense")
-
-        def started_from() -> dict[str, str | None]:
-            return {"model": found.left.get("dense"), "calibration": self.inputs.calibration_texts().fingerprint}
-
         if not self._is_replaced():
-            found.ask("plan", lambda: self._selection_settings(count or self._count), started_from, "plan.json")
+            found.ask(
+                "plan",
+                lambda: self._selection_settings(count or self._count),
+                lambda: self._started_from(found),
+                "plan.json",
+            )
         if self._plan_file is None and "plan" in found.steps:
             found.left["plan"] = fingerprint(found.run.layout.plan)  # which a person may have edited
         found.ask(
-            "prune", lambda: self._prune_settings, lambda: {**started_from(), "plan": found.left.get("plan")}, "pruned"
+            "prune",
+            lambda: self._prune_settings,
+            lambda: {**self._started_from(found), "plan": found.left.get("plan")},
+            "pruned",
         )
         return found
 
@@ -207,8 +194,13 @@ class Pruning:
     def searched(self, counts: Sequence[int]) -> bool:
         """Whether the plans of a sweep need not be searched for again."""
         found = Finished(self.run)
-        found.ask("plans", lambda: self._sweep_settings(counts), dict, "plans")
+        found.ask("dense", lambda: {"model": self.recipe.model}, dict, "dense")
+        found.ask("plans", lambda: self._sweep_settings(counts), lambda: self._started_from(found), "plans")
         return "plans" in found.steps
+
+    def _started_from(self, found: Finished) -> dict[str, str | None]:
+        """`_model_and_text`, as far as it can be told before the model is there."""
+        return {"model": found.left.get("dense"), "calibration": self.inputs.calibration_texts().fingerprint}
 
     def _resumable(
         self,

@@ -13,7 +13,7 @@ from trsp_deploy.artifacts.layout import PLACE
 from trsp_deploy.errors import RunError, UserError
 from trsp_deploy.launch import launched
 from trsp_deploy.reading import read_yaml, user_path
-from trsp_deploy.recipe import Recipe, parse_drop, read_recipe, shown_name
+from trsp_deploy.recipe import Recipe, parse_drop, read_recipe
 from trsp_deploy.tools.sources.models import model_config
 
 
@@ -22,7 +22,7 @@ def default_folder(recipe: Recipe, say: Callable[[str], None]) -> Path:
     if launched():
         raise RunError("--out is missing: several processes have to be told where they meet")
     layers = model_config(recipe.model, say).num_hidden_layers
-    return Path("runs") / f"{Path(shown_name(recipe.model)).name}-drop{parse_drop(recipe.drop, layers)}"
+    return Path("runs") / f"{Path(recipe.model).name}-drop{parse_drop(recipe.drop, layers)}"
 
 
 def save_recipe(run: RunFolder, recipe: Recipe, place: Path | None = None) -> None:

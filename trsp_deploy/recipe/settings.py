@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -199,8 +199,6 @@ class EvaluateSettings(Strict):
 def shown_name(text: str) -> str:
     """A model or text as it is shown to others: a place on this machine by its name alone."""
     path = PurePath(text)
-    if path.name in ("", ".."):  # `.`, where the command runs, and such
-        return Path(text).resolve().name
     here = path.is_absolute() or text.startswith(("~", "./", "../"))
     return path.name if here else text
 

@@ -43,7 +43,8 @@ def _texts_readme(repository: RepositoryManifest, texts: list[ServedModel]) -> s
     listed = "\n".join(f"- {line}" for line in limits)
     return f"""# Model repository for Triton Inference Server
 
-Made by `trsp-deploy triton`. Text in, text out, streamed; requests that come together are answered in one batch.
+Made by `trsp-deploy triton`. Text in, text out, streamed; requests that come together are answered in one
+batch where the engine can, else one after the other (the lines below say how many texts at once).
 
 {listed}
 

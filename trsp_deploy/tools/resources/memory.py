@@ -217,7 +217,8 @@ class MemoryEstimate:
         length, layers = recipe.calibration.context_length, len(self.counts.layers)
         windows = math.ceil(recipe.calibration.self_generated * recipe.calibration.max_windows)
         batch = min(math.ceil(windows / USUAL_SHARE), writing_batch_size(length))
-        cache = (layers + 1) * batch * length * cache_per_token(self.config) * self._width(recipe)
+        per_token = cache_per_token(self.config) if hasattr(self.config, "num_attention_heads") else 0  # Mamba's state
+        cache = (layers + 1) * batch * length * per_token * self._width(recipe)
         scores = WRITING_SCORES * 4 * batch * self.config.vocab_size
         return Moment(
             name="text by the dense model",

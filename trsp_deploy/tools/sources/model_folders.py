@@ -8,10 +8,10 @@ import re
 import shutil
 from pathlib import Path
 
-from trsp_deploy.artifacts import fingerprint
+from trsp_deploy.artifacts import fingerprint, leaves
 from trsp_deploy.errors import ModelError, first_line
 from trsp_deploy.model_code import TOKENIZER_FILES, copy_code, model_code, refuse_unless_trusted
-from trsp_deploy.reading import read_json, user_path
+from trsp_deploy.reading import is_utf8, read_json, user_path
 from trsp_deploy.tools.sources.names import HUB_ID, SHORT_NAMES
 
 SAFETENSORS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
@@ -22,29 +22,33 @@ CHAT_TEMPLATES = "additional_chat_templates/*.jinja"  # beside chat_template.jin
 LEGAL_FILES = re.compile(
     r"(?i:(\w+[-_])?(LICEN[CS]E|NOTICE|USE_POLICY|COPYING)([-_]\w+(\.\d+)*)?(\.(txt|md|rst|pdf|html))?)"
 )
+ADAPTER = "adapter_config.json"
+READ_AS_WHAT_THEY_ARE = (".safetensors", ".json", ".model")  # anything else behind such a name is an error
+TEXTS = (".json", ".jinja", ".md", ".txt")
 PAPERS = re.compile(rf"README\.md|\.gitattributes|{LEGAL_FILES.pattern}")  # no part of what a model computes
 PYTORCH_BINS = re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?")
 
 
 def copy_model(folder: Path, out: Path) -> None:
-    """Make `out` a Hugging Face folder with the files of another; weights share their blocks where the disk lets them.
+    """Make `out` a Hugging Face folder with the files of another, sharing their blocks where the file system can.
 
-    Large ones need not lie there twice, and no library changes them in place, as transformers does a config. Pickles
-    stay behind, and so does code but what the configs name.
+    A model need not lie on the disk twice; texts, which libraries change in place, are copied. Pickles stay behind, and
+    so does code but what the configs name.
     """
     out.mkdir()
     copy_code(folder, out)
-    for file in _parts(folder):
+    for file in _files(folder):
         place = out / file.relative_to(folder)
         place.parent.mkdir(exist_ok=True)
-        if file.suffix != ".safetensors" or not _linked(file, place):
+        if file.suffix in TEXTS or not _linked(file, place):
             shutil.copyfile(file, place)
 
 
 def fingerprint_model(folder: Path) -> str:
-    """SHA-256 over what `copy_model` takes of a folder, whatever else lies in it: runs, a card that came later."""
+    """SHA-256 over what of a folder's files decides what the model computes, and not over a card that comes later."""
     code = model_code(folder)
-    files = [*_parts(folder), *(folder / file for file in (code.files if code else ()))]
+    parts = [file for file in _files(folder) if not PAPERS.fullmatch(file.name)]
+    files = [*parts, *(folder / file for file in (code.files if code else ()))]
     named = "".join(f"{file.relative_to(folder).as_posix()} {fingerprint(file)}\n" for file in sorted(files))
     return hashlib.sha256(os.fsencode(named)).hexdigest()
 
@@ -57,10 +61,20 @@ def _linked(file: Path, place: Path) -> bool:
     return True
 
 
-def _parts(folder: Path) -> list[Path]:
-    """The files that a model is made of, but its code: a card and licences go with what is made of it."""
+def _leads_out(folder: Path, file: Path) -> bool:
+    """Whether a link leaves a model's folder; a snapshot of the hub's cache is made of links to its blobs."""
+    blobs = folder.resolve().parent.parent / "blobs"
+    return leaves(folder, file) and not file.resolve().is_relative_to(blobs)
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of a model, but its code and whatever else lies in its folder, such as runs.
+
+    Names that no manifest can hold are no model's: transformers looks for none of them.
+    """
     files = (path for path in [*folder.iterdir(), *folder.glob(CHAT_TEMPLATES)] if path.is_file())
-    return sorted(file for file in files if not UNSAFE_FILES.fullmatch(file.name) and not PAPERS.fullmatch(file.name))
+    wanted = (file for file in files if "\\" not in file.name and is_utf8(file.name))
+    return sorted(file for file in wanted if not UNSAFE_FILES.fullmatch(file.name))
 
 
 def check_decoder_only(folder: Path) -> str:
@@ -85,6 +99,10 @@ def check_decoder_only(folder: Path) -> str:
     model_type = values.get("model_type")
     if not isinstance(model_type, str):
         raise ModelError(f"{path}: has no model_type, so it does not describe a transformers model")
+    if values.get("transformers_weights") is not None:
+        raise ModelError(
+            f"{path}: `transformers_weights` names a file of weights that is not the one beside it; take that key out"
+        )
     if "quantization_config" in values:
         raise ModelError(f"{folder}: holds quantised weights; pruning trains them, so give the unquantised model")
     own = values.get("auto_map") or {}
@@ -107,8 +125,11 @@ def check_decoder_only(folder: Path) -> str:
         meta_model(config)
     except Exception as problem:  # whatever values that do not go together lead to
         raise ModelError(f"{path}: transformers cannot build the model ({first_line(problem)})") from problem
-    if config.num_hidden_layers < 1:
-        raise ModelError(f"{path}: transformers cannot build the model (it has {config.num_hidden_layers} layers)")
+    layers = getattr(config, "num_hidden_layers", None)
+    if layers is None:
+        raise ModelError(f"{path}: '{model_type}' is a model of several parts; give the folder of its language model")
+    if layers < 1:
+        raise ModelError(f"{path}: transformers cannot build the model (it has {layers} layers)")
     return architecture
 
 
@@ -131,6 +152,17 @@ def _check_own_code(folder: Path, path: Path) -> str:
 def check_folder(folder: Path, name: str | None = None) -> None:
     """Raise ModelError when a model folder lacks something, or has its weights as pickles alone; name: for the line."""
     refuse_pickles(folder, name or str(folder))
+    if (folder / ADAPTER).exists():
+        raise ModelError(
+            f"{folder}: has {ADAPTER}, by which transformers loads another model, and its code; merge the adapter "
+            "(peft's merge_and_unload), or take the file out"
+        )
+    for file in _files(folder):
+        if file.is_symlink() and file.suffix not in READ_AS_WHAT_THEY_ARE and _leads_out(folder, file):
+            raise ModelError(
+                f"{file}: is a link out of the model's folder, and what it leads to would go with the model; put the "
+                "file itself there"
+            )
     missing = missing_part(folder)
     if missing is not None:
         raise ModelError(f"{folder}: is not a complete Hugging Face model: {missing}")

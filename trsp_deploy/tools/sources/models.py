@@ -7,6 +7,7 @@ weights, which can hold any code (`safe_copy` makes safetensors of them).
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -176,8 +177,10 @@ def _from_hub(name: str, repo: str, progress: Callable[[str], None]) -> ModelSou
 
 def is_of_a_model(name: str) -> bool:
     """Whether a file of a repository is one that a push may have left: weights, configs, tokenizers, code, licences."""
+    if "/" in name:  # others' folders stay
+        return fnmatch.fnmatchcase(name, CHAT_TEMPLATES) and name.count("/") == 1
     weights = SAFETENSORS.fullmatch(name) or PYTORCH_BINS.fullmatch(name)
-    return bool(weights or COMPANIONS.fullmatch(name) or Path(name).match(CODE) or Path(name).match(CHAT_TEMPLATES))
+    return bool(weights or COMPANIONS.fullmatch(name) or fnmatch.fnmatchcase(name, CODE))
 
 
 def conversions(repo: str) -> Path:

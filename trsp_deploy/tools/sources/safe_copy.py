@@ -6,6 +6,7 @@ weights, which knows tensors and plain containers alone and refuses whatever wou
 
 from __future__ import annotations
 
+import itertools
 import pickle
 import re
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trsp_deploy.artifacts import storage_errors, writing, writing_alone
+from trsp_deploy.decoder import load_config
 from trsp_deploy.errors import ModelError, first_line, machine_reason
 from trsp_deploy.model_code import CODE, copy_code
 from trsp_deploy.reading import read_json, user_path
@@ -22,6 +24,8 @@ from trsp_deploy.tools.sources.model_folders import PYTORCH_BINS, check_decoder_
 from trsp_deploy.tools.sources.models import COMPANIONS, conversions, quiet_retries
 from trsp_deploy.tools.sources.names import HUB_ID, SHORT_NAMES
 from trsp_deploy.tools.sources.packaged import alone
+
+INDEX = "pytorch_model.bin.index.json"
 
 
 def convert(name: str, out: Path | None, progress: Callable[[str], None]) -> Path:
@@ -48,7 +52,7 @@ def convert(name: str, out: Path | None, progress: Callable[[str], None]) -> Pat
 
 
 def _write(folder: Path, name: str, out: Path, progress: Callable[[str], None]) -> None:
-    shards = sorted(path for path in folder.iterdir() if PYTORCH_BINS.fullmatch(path.name) and path.suffix == ".bin")
+    shards = _shards(folder)
     if not shards:
         raise ModelError(f"model '{name}': has no pytorch_model.bin to convert")
     check_decoder_only(folder)
@@ -63,8 +67,19 @@ def _write(folder: Path, name: str, out: Path, progress: Callable[[str], None]) 
             progress(f"reading {shard.name}")
             weights |= _tensors(shard)
         _check_whole(folder, weights)
-        _save(weights, partial)
+        _save(weights, partial, tied=getattr(load_config(folder), "tie_word_embeddings", True))
         check_folder(partial)
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The files that transformers would read: a single one, else those of the index; others may be of another save."""
+    single, index = folder / "pytorch_model.bin", folder / INDEX
+    if single.is_file():
+        return [single]
+    named = read_json(index, ModelError).get("weight_map") if index.is_file() else None
+    if isinstance(named, dict):
+        return [folder / file for file in sorted(map(str, named.values())) if PYTORCH_BINS.fullmatch(file)]
+    return sorted(path for path in folder.iterdir() if PYTORCH_BINS.fullmatch(path.name) and path.suffix == ".bin")
 
 
 def _source(name: str, progress: Callable[[str], None]) -> Path:
@@ -88,7 +103,7 @@ def _source(name: str, progress: Callable[[str], None]) -> Path:
 
 def _check_whole(folder: Path, weights: Collection[str]) -> None:
     """Raise ModelError where the index of several shards names tensors that none of them has."""
-    index = folder / "pytorch_model.bin.index.json"
+    index = folder / INDEX
     named = read_json(index, ModelError).get("weight_map") if index.is_file() else {}
     if not isinstance(named, dict):
         raise ModelError(f"{index}: its weight_map is no mapping of tensors to files")
@@ -116,7 +131,8 @@ def _tensors(shard: Path) -> dict[str, Any]:
     return found
 
 
-def _save(weights: dict[str, Any], folder: Path) -> None:
+def _save(weights: dict[str, Any], folder: Path, tied: bool) -> None:
+    """tied: whether the config ties the head to the embedding."""
     from huggingface_hub import save_torch_state_dict
 
     by_place: dict[tuple[Any, ...], list[str]] = {}
@@ -124,9 +140,14 @@ def _save(weights: dict[str, Any], folder: Path) -> None:
         by_place.setdefault((weight.data_ptr(), weight.dtype, weight.shape), []).append(name)
     for names in by_place.values():
         # Tied weights are one tensor under two names: transformers wants the embedding's and ties the head to it.
-        tables = [name for name in names if re.search(r"embed(?!_out)|wte", name)]
+        tables = [name for name in names if tied and re.search(r"embed(?!_out)|wte", name)]
         for name in set(names) - {tables[0] if tables else names[0]}:
-            tied = weights.pop(name)
+            same = weights.pop(name)
             if not tables:
-                weights[name] = tied.clone()  # of what else is shared, both names are written
+                weights[name] = same.clone()  # of what else is shared, both names are written
+    parts: dict[int, list[str]] = {}  # of one storage, such as keys and values that were split
+    for name, weight in weights.items():
+        parts.setdefault(weight.untyped_storage().data_ptr(), []).append(name)
+    for name in itertools.chain.from_iterable(names for names in parts.values() if len(names) > 1):
+        weights[name] = weights[name].clone()
     save_torch_state_dict(weights, folder, safe_serialization=True, metadata={"format": "pt"})

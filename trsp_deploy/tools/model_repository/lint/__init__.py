@@ -125,7 +125,7 @@ def _version_names(folder: Path, error: Say, warning: Say) -> Iterator[Finding]:
     those that begin with 0 (VersionsToLoad in triton-inference-server/core)."""
     for name in sorted(each.name for each in folder.iterdir() if each.is_dir()):
         begins = VERSION.match(name)
-        if name[:1] == "0":
+        if name[:1] == "0" and len(name) > 1:
             yield warning(f"folder {name} is no version to the server: its name begins with 0")
         elif begins is not None and begins[0] != name:
             yield error(f"the server takes folder {name} for version {begins[0]}: give it another name")
