@@ -21,6 +21,7 @@ from trsp_deploy.decoder import load_model
 from trsp_deploy.errors import ModelError, redacted
 from trsp_deploy.tools.sources.model_folders import check_folder, copy_model, fingerprint_model
 from trsp_deploy.tools.sources.models import is_of_a_model
+from trsp_deploy.tools.sources.safe_copy import convert
 from trsp_deploy.tools.training.checkpoints import Checkpoints
 
 CODE = "from pathlib import Path\nPath({mark!r}).touch()\n"
@@ -246,21 +247,33 @@ def test_what_a_link_leads_to_does_not_go_with_the_model(
 ) -> None:
     (tmp_path / "secret.key").write_text("a key")
     (model / "LICENSE").symlink_to(tmp_path / "secret.key")
-    assert f"{model.relative_to(tmp_path)}/LICENSE: is a link out of the model's folder" in prune(capsys)
-    (model / "LICENSE").unlink()
-    weights = shutil.move(model / "model.safetensors", tmp_path / "weights.safetensors")
-    (model / "model.safetensors").symlink_to(weights)
+    (model / "notes.json").symlink_to(tmp_path / "secret.key")
+    for name in ("model.safetensors", "tokenizer.json"):  # as `ln -s base/*` leaves them
+        (model / name).symlink_to(shutil.move(model / name, tmp_path / name))
     check_folder(model)
+    copy_model(model, tmp_path / "dense")
+    kept = {path.name for path in (tmp_path / "dense").iterdir()}
+    assert {"model.safetensors", "tokenizer.json"} <= kept and not kept & {"LICENSE", "notes.json"}
+    (model / "chat_template.jinja").symlink_to(tmp_path / "secret.key")
+    assert "chat_template.jinja: is a link out of the model's folder" in prune(capsys)
+    (model / "chat_template.jinja").unlink()
+    torch.save(AutoModelForCausalLM.from_pretrained(model).state_dict(), model / "pytorch_model.bin")
+    assert cli.run(["convert", "model", "--out", "safe"]) == 0 and not (tmp_path / "safe" / "LICENSE").exists()
+    for name in ("LICENSE", "notes.json", "pytorch_model.bin"):
+        (model / name).unlink()
     snapshot = tmp_path / "hub" / "models--a--b" / "snapshots" / "0"
     blobs = snapshot.parents[1] / "blobs"
     snapshot.mkdir(parents=True)
-    blobs.mkdir()
+    (tmp_path / "bigger disk").mkdir()
+    blobs.symlink_to(tmp_path / "bigger disk")
     for path in [*model.iterdir()]:
         shutil.copy(path, blobs / path.name)
         (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
     (blobs / "1").write_text("terms")
     (snapshot / "LICENSE").symlink_to("../../blobs/1")
     check_folder(snapshot)
+    copy_model(snapshot, tmp_path / "of the hub")
+    assert (tmp_path / "of the hub" / "LICENSE").read_text() == "terms"
 
 
 def test_a_lock_that_is_a_link_is_not_written_through(
@@ -293,7 +306,7 @@ def test_a_push_leaves_others_folders() -> None:
 # -- conversions -------------------------------------------------------------------------------------------------------
 
 
-def test_shards_of_another_save_are_left_out(model: Path, tmp_path: Path) -> None:
+def test_shards_of_another_save_are_left_out(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = AutoModelForCausalLM.from_pretrained(model).state_dict()
     names = sorted(weights)
     (model / "model.safetensors").unlink()
@@ -304,9 +317,13 @@ def test_shards_of_another_save_are_left_out(model: Path, tmp_path: Path) -> Non
     (model / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
     old = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     torch.save(old, model / "pytorch_model-00003-of-00003.bin")
-    assert cli.run(["convert", "model", "--out", "safe"]) == 0
+    said: list[str] = []
+    convert("model", tmp_path / "safe", said.append)
+    assert len([line for line in said if line.startswith("reading")]) == 2
     found = load_model(tmp_path / "safe").state_dict()
     assert all(torch.equal(found[name], weights[name]) for name in names)
+    (model / "pytorch_model-00002-of-00002.bin").unlink()
+    assert "which pytorch_model.bin.index.json names in" in fails(capsys, "convert", "model", "--out", "more")
 
 
 def test_weights_of_one_storage_are_each_written(model: Path, tmp_path: Path) -> None:

@@ -107,6 +107,28 @@ def test_a_plan_that_was_given_stays_with_another_text(place: Path) -> None:
         assert Pipeline(run, recipe, place=place).pruning.unfinished() == []
 
 
+def test_what_a_persons_plan_leaves_to_do(place: Path) -> None:
+    prune(place)
+    path = place / "run" / "plan.json"
+    plan = json.loads(path.read_text())
+
+    def unfinished() -> list[str]:
+        with RunFolder(place / "run") as run:
+            return Pipeline(run, read_recipe(load_recipe(place / "run"), "test"), place=place).pruning.unfinished()
+
+    path.write_text(json.dumps({**plan, "dropped": [1, 3], "kept": [0, 2, 4, 5]}))
+    assert unfinished() == ["transfer"]
+    for _ in range(2):  # it says so again
+        assert "plan.json was edited by hand: dropping 1, 3" in prune(place).stderr
+    with (place / "train.txt").open("a") as file:
+        file.write("\nOne more line.\n")
+    assert unfinished() == ["transfer"], "no layers are chosen"
+    prune(place)
+    assert unfinished() == []
+    path.unlink()
+    assert unfinished() == ["selection", "transfer"], "others may be chosen"
+
+
 def test_a_run_of_before_keeps_its_given_plan(place: Path) -> None:
     """Its record names the text among the settings."""
     hand_in(place)

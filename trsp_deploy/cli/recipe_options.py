@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trsp_deploy.errors import RecipeError, nearest
@@ -31,8 +30,6 @@ def recipe_from_options(
 
     if model is None and recipe is None:
         raise RecipeError("--model is missing: give a folder, a hub id or a short name (or a --recipe that names one)")
-    if model is not None and Path(model).name in ("", ".."):  # `.` has no name to call a run by, and is elsewhere later
-        model = str(Path(model).resolve())
     name = recipe or (model if model in recipe_names() else "default")
     values, source = load_recipe_values(name)
     for key, value in (("model", model), ("drop", drop), ("seed", seed)):

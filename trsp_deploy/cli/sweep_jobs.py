@@ -81,6 +81,7 @@ def sweep(
     from trsp_deploy.cli.recipe_options import recipe_from_options
     from trsp_deploy.cli.running import check_disk, check_memory, run_of, say
     from trsp_deploy.cli.tables import print_sweep
+    from trsp_deploy.pipeline.runs import plain_name
     from trsp_deploy.recipe import parse_drops
     from trsp_deploy.tools.reports.sweeps import Targets
 
@@ -101,7 +102,7 @@ def sweep(
         then=then,
     )
     targets = Targets(min_speedup=target_speedup, max_latency_s=max_latency_s, max_ppl_ratio=max_ppl_ratio)
-    folder = out or Path("runs") / f"{Path(chosen.model).name}-sweep"
+    folder = out or Path("runs") / f"{plain_name(chosen.model)}-sweep"
     with run_of(chosen, folder, sweep=True) as job:
         from trsp_deploy.sweep import sweep as sweep_all
 

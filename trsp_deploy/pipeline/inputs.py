@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from trsp_deploy.artifacts import RunFolder, writing
 from trsp_deploy.decoder import known_positions, load_config, load_tokenizer
 from trsp_deploy.errors import RecipeError
-from trsp_deploy.pipeline.runs import seen_from
+from trsp_deploy.pipeline.runs import plain_name, seen_from
 from trsp_deploy.recipe import BenchSettings, Recipe, Strict
 from trsp_deploy.results import Role
 from trsp_deploy.stages.bench import check_positions
@@ -46,6 +46,12 @@ class Inputs:
     def model(self) -> str:
         """The recipe's model as this process finds it."""
         return seen_from(self.place, self.recipe.model, SHORT_NAMES)
+
+    @property
+    def shown_model(self) -> str:
+        """The recipe's model as reports call it."""
+        shown = self.recipe.public.model
+        return shown if PurePath(shown).name not in ("", "..") else plain_name(shown, self.place)
 
     def engine(self, name: str) -> str:
         """One of the recipe's engine specs as this process finds it."""

@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel
 from transformers import PreTrainedModel
 
-from trsp_deploy.artifacts import Finished, RunFolder, fingerprint, seal, write_json, writing
+from trsp_deploy.artifacts import Finished, RunFolder, StepRecord, fingerprint, seal, write_json, writing
 from trsp_deploy.artifacts.layout import PLANS
 from trsp_deploy.decoder import check_prunable, load_model
 from trsp_deploy.errors import PlanError
@@ -30,6 +30,22 @@ from trsp_deploy.tools.training.shared import TRAINING_DTYPES, pick_device
 Result = TypeVar("Result", bound=BaseModel)
 
 
+GIVEN, EDITED = "given", "edited"  # inputs of a plan's step that a person has made
+
+
+def _origin(record: StepRecord | None) -> str | None:
+    """How a person made a recorded plan; None of a chosen one."""
+    return next((how for how in (EDITED, GIVEN) if record is not None and how in record.inputs), None)
+
+
+def _made_by_a_person(run: RunFolder) -> str | None:
+    """How a person made the `plan.json` that is there; None of a chosen one."""
+    record, path = run.record("plan"), run.layout.plan
+    if record is None or not path.is_file():
+        return None
+    return EDITED if fingerprint(path) != record.outputs["plan.json"] else _origin(record)
+
+
 class Pruning:
     """Selection, transfer and removal."""
 
@@ -42,22 +58,50 @@ class Pruning:
     @functools.cache
     def plan(self) -> PruningPlan:
         """Which layers go, as `plan.json`: chosen, handed in, or edited by hand."""
-        inputs, given = self._model_and_text(), self._given_plan()
+        inputs, whose = self._model_and_text(), self._persons_plan()
+        plan = None if whose is None else read_plan(whose[1], self.inputs.num_layers())
         return self._resumable(
             "plan",
-            lambda checkpoints: self._write(given or self._select(checkpoints)),
+            lambda checkpoints: self._write(plan or self._select(checkpoints)),
             PruningPlan,
             settings=self._plan_settings,
-            # Without it a plan that was handed in would pass for a choice of this run.
-            inputs=inputs if given is None else {**inputs, "given": seal(given.model_dump(mode="json"))},
+            # Without it a person's plan would pass for a choice of this run.
+            inputs=inputs
+            if plan is None or whose is None
+            else {**inputs, whose[0]: seal(plan.model_dump(mode="json"))},
             output="plan.json",
             together=True,
         )
 
-    def _given_plan(self) -> PruningPlan | None:
-        """A person's plan: handed in now, or before, or edited by hand; None where layers are to be chosen here."""
-        file = self._plan_file or (self._plan_path if self._is_kept() else None)
-        return None if file is None else read_plan(file, self.inputs.num_layers())
+    def _persons_plan(self) -> tuple[str, Path] | None:
+        """How a person made the plan, and where it lies: handed in now or before, or edited by hand; None of a chosen
+        one. It stays for other texts and models.
+
+        Raises PlanError where settings that choose layers are others now: the person's choice or theirs?
+        """
+        if self._plan_file is not None:
+            return GIVEN, self._plan_file
+        path, how = self._plan_path, _made_by_a_person(self.run)
+        if how is None:
+            return None
+        if not self._chosen_alike(self.run, self._plan_settings):
+            mine = "was edited by hand, and settings that choose layers are others now"
+            other = mine if how == EDITED else "was given, and settings that choose layers are others now"
+            raise PlanError(
+                f"{path}: {other}; keep it with `prune` and --plan {path}, or delete it to have them chosen anew"
+            )
+        dropped = ", ".join(map(str, read_plan(path, self.inputs.num_layers()).dropped))
+        said = "edited by hand" if how == EDITED else "given, not chosen here"
+        self.inputs.say(f"plan.json was {said}: dropping {dropped}; delete it to have layers chosen")
+        return how, path
+
+    def _chosen_alike(self, run: RunFolder, settings: dict[str, Any]) -> bool:
+        """Whether a run's plan was made with these settings; older records name the texts among theirs."""
+        record = run.record("plan")
+        if record is None:
+            return False
+        texts = {name: value for name, value in record.settings["calibration"].items() if name != "texts"}
+        return {**record.settings, "calibration": texts} == settings
 
     def _is_replaced(self) -> bool:
         """Whether another plan than the recorded one was handed in."""
@@ -65,34 +109,6 @@ class Pruning:
         if self._plan_file is None or record is None:
             return False
         return record.result != read_plan(self._plan_file, self.inputs.num_layers()).model_dump(mode="json")
-
-    def _is_kept(self) -> bool:
-        """Whether `plan.json` is a person's, edited or once handed in: it stays for other texts and models, too.
-
-        Raises PlanError where settings that choose layers are others now: the person's choice or theirs?
-        """
-        path, record = self._plan_path, self.run.record("plan")
-        if record is None or not path.is_file():
-            return False
-        edited = fingerprint(path) != record.outputs["plan.json"]
-        if not edited and "given" not in record.inputs:
-            return False
-        before = {**record.settings, "calibration": {**record.settings["calibration"]}}
-        before["calibration"].pop("texts", None)  # which older records name
-        if before != self._plan_settings:
-            mine = "was edited by hand, and settings that choose layers are others now"
-            other = mine if edited else "was given, and settings that choose layers are others now"
-            raise PlanError(
-                f"{path}: {other}; keep it with `prune` and --plan {path}, or delete it to have them chosen anew"
-            )
-        dropped = ", ".join(map(str, read_plan(path, self.inputs.num_layers()).dropped))
-        if edited:
-            self.inputs.say(f"plan.json was edited by hand: dropping {dropped}")
-        else:
-            self.inputs.say(
-                f"plan.json was given, not chosen here: dropping {dropped}; delete it to have layers chosen"
-            )
-        return True
 
     def plans(self, counts: tuple[int, ...]) -> dict[int, Path]:
         """A plan for each number of layers, as `plans/drop-K.json`, from one search; methods as the recipe says."""
@@ -169,15 +185,19 @@ class Pruning:
         """
         found = Finished(run or self.run)
         found.ask("dense", lambda: {"model": self.recipe.model}, dict, "dense")
-        if not self._is_replaced():
-            found.ask(
-                "plan",
-                lambda: self._selection_settings(count or self._count),
-                lambda: self._started_from(found),
-                "plan.json",
-            )
+
+        def settings() -> dict[str, Any]:
+            return self._selection_settings(count or self._count)
+
+        person = self._plan_file is None and _made_by_a_person(found.run) is not None
+        if person and self._chosen_alike(found.run, settings()):
+            found.steps.add("plan")
+        elif not person and not self._is_replaced():
+            found.ask("plan", settings, lambda: self._started_from(found), "plan.json")
         if self._plan_file is None and "plan" in found.steps:
-            found.left["plan"] = fingerprint(found.run.layout.plan)  # which a person may have edited
+            found.left["plan"] = fingerprint(found.run.layout.plan)
+        elif self._plan_file is None and _origin(found.run.record("plan")) is not None:
+            found.left.pop("plan", None)  # it was a person's and is gone: others may be chosen
         found.ask(
             "prune",
             lambda: self._prune_settings,

@@ -45,7 +45,7 @@ def make_report(proof: Proof) -> Report:
     report = Report(
         schema_version=SCHEMA_VERSION,
         verdict=verdict(engines, quality, as_served),
-        model=model_report(proof.recipe.public.model, source.origin, decoder, checkpoint),
+        model=model_report(inputs.shown_model, source.origin, decoder, checkpoint),
         removal=removal_report(checkpoint),
         quality=quality,
         engines=tuple(engines),

@@ -22,7 +22,13 @@ def default_folder(recipe: Recipe, say: Callable[[str], None]) -> Path:
     if launched():
         raise RunError("--out is missing: several processes have to be told where they meet")
     layers = model_config(recipe.model, say).num_hidden_layers
-    return Path("runs") / f"{Path(recipe.model).name}-drop{parse_drop(recipe.drop, layers)}"
+    return Path("runs") / f"{plain_name(recipe.model)}-drop{parse_drop(recipe.drop, layers)}"
+
+
+def plain_name(model: str, place: Path = Path()) -> str:
+    """What a run is called by its model; of `.` and `..`, which have no name, by the folder that they are."""
+    name = Path(model).name
+    return name if name not in ("", "..") else (place / model).resolve().name
 
 
 def save_recipe(run: RunFolder, recipe: Recipe, place: Path | None = None) -> None:

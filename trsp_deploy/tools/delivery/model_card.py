@@ -14,7 +14,7 @@ from trsp_deploy.recipe import Recipe, shown_name
 from trsp_deploy.results import PrunedCheckpoint
 from trsp_deploy.tools.methods import METHODS
 from trsp_deploy.tools.plan import PruningPlan
-from trsp_deploy.tools.sources.model_folders import LEGAL_FILES
+from trsp_deploy.tools.sources.model_folders import LEGAL_FILES, goes_along
 from trsp_deploy.tools.sources.models import ModelSource, card_metadata
 from trsp_deploy.tools.sources.names import SHORT_NAMES
 
@@ -70,7 +70,7 @@ def write_model_card(
     # A packaged model is one of the hub's, too; and a folder's card may name what it was made of.
     hub_id = base if source.kind == "hub" else SHORT_NAMES.get(base) or carried.get("base_model")
     for file in sorted(Path(source.path).glob("*")):
-        if file.is_file() and LEGAL_FILES.fullmatch(file.name):
+        if file.is_file() and LEGAL_FILES.fullmatch(file.name) and goes_along(Path(source.path), file):
             shutil.copyfile(file, folder / file.name)
     code = model_code(folder)
     own_tags = ("trsp", *TAGS) if plan.method == "trsp" else TAGS

@@ -23,7 +23,11 @@ LEGAL_FILES = re.compile(
     r"(?i:(\w+[-_])?(LICEN[CS]E|NOTICE|USE_POLICY|COPYING)([-_]\w+(\.\d+)*)?(\.(txt|md|rst|pdf|html))?)"
 )
 ADAPTER = "adapter_config.json"
-READ_AS_WHAT_THEY_ARE = (".safetensors", ".json", ".model")  # anything else behind such a name is an error
+# What a folder of links to a base model's files has of these.
+LINKED = re.compile(
+    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"
+    r"|merges\.txt|vocab\.txt|tokenizer\.model|spiece\.model"
+)
 TEXTS = (".json", ".jinja", ".md", ".txt")
 PAPERS = re.compile(rf"README\.md|\.gitattributes|{LEGAL_FILES.pattern}")  # no part of what a model computes
 PYTORCH_BINS = re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?")
@@ -61,10 +65,14 @@ def _linked(file: Path, place: Path) -> bool:
     return True
 
 
-def _leads_out(folder: Path, file: Path) -> bool:
-    """Whether a link leaves a model's folder; a snapshot of the hub's cache is made of links to its blobs."""
-    blobs = folder.resolve().parent.parent / "blobs"
-    return leaves(folder, file) and not file.resolve().is_relative_to(blobs)
+def goes_along(folder: Path, file: Path) -> bool:
+    """Whether a file of a model's folder is taken with it: not what a link leads to outside, such as a secret under the
+    name of a licence. What is read as weights or as a tokenizer's data may lie elsewhere, and a snapshot of the hub's
+    cache is made of links to its blobs."""
+    blobs = (folder.resolve().parent.parent / "blobs").resolve()
+    if not leaves(folder, file) or file.resolve().is_relative_to(blobs):
+        return True
+    return file.parent == folder and bool(SAFETENSORS.fullmatch(file.name) or LINKED.fullmatch(file.name))
 
 
 def _files(folder: Path) -> list[Path]:
@@ -73,7 +81,7 @@ def _files(folder: Path) -> list[Path]:
     Names that no manifest can hold are no model's: transformers looks for none of them.
     """
     files = (path for path in [*folder.iterdir(), *folder.glob(CHAT_TEMPLATES)] if path.is_file())
-    wanted = (file for file in files if "\\" not in file.name and is_utf8(file.name))
+    wanted = (file for file in files if "\\" not in file.name and is_utf8(file.name) and goes_along(folder, file))
     return sorted(file for file in wanted if not UNSAFE_FILES.fullmatch(file.name))
 
 
@@ -157,12 +165,9 @@ def check_folder(folder: Path, name: str | None = None) -> None:
             f"{folder}: has {ADAPTER}, by which transformers loads another model, and its code; merge the adapter "
             "(peft's merge_and_unload), or take the file out"
         )
-    for file in _files(folder):
-        if file.is_symlink() and file.suffix not in READ_AS_WHAT_THEY_ARE and _leads_out(folder, file):
-            raise ModelError(
-                f"{file}: is a link out of the model's folder, and what it leads to would go with the model; put the "
-                "file itself there"
-            )
+    templates = (file for file in [*folder.glob("*.jinja"), *folder.glob(CHAT_TEMPLATES)])
+    if (outside := next((file for file in templates if not goes_along(folder, file)), None)) is not None:
+        raise ModelError(f"{outside}: is a link out of the model's folder; put the template itself there")
     missing = missing_part(folder)
     if missing is not None:
         raise ModelError(f"{folder}: is not a complete Hugging Face model: {missing}")

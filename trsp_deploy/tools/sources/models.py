@@ -25,6 +25,7 @@ from trsp_deploy.tools.sources.hub import hub_errors, hub_problem
 from trsp_deploy.tools.sources.model_folders import (
     CHAT_TEMPLATES,
     LEGAL_FILES,
+    LINKED,
     PYTORCH_BINS,
     SAFETENSORS,
     check_decoder_only,
@@ -37,11 +38,7 @@ from trsp_deploy.tools.sources.model_folders import (
 from trsp_deploy.tools.sources.names import HUB_ID, SHORT_NAMES, is_model_folder, not_found
 from trsp_deploy.tools.sources.packaged import ASSETS, dequantised_model, home
 
-COMPANIONS = re.compile(
-    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"
-    r"|merges\.txt|vocab\.txt|tokenizer\.model|spiece\.model|chat_template\.jinja|README\.md"
-    rf"|{LEGAL_FILES.pattern}"
-)
+COMPANIONS = re.compile(rf"{LINKED.pattern}|chat_template\.jinja|README\.md|{LEGAL_FILES.pattern}")
 
 
 LEGAL_PATTERNS = [f"*{word}*" for word in ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")]  # by fnmatch

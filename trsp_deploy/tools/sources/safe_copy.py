@@ -20,7 +20,7 @@ from trsp_deploy.errors import ModelError, first_line, machine_reason
 from trsp_deploy.model_code import CODE, copy_code
 from trsp_deploy.reading import read_json, user_path
 from trsp_deploy.tools.sources.hub import hub_errors, hub_problem
-from trsp_deploy.tools.sources.model_folders import PYTORCH_BINS, check_decoder_only, check_folder
+from trsp_deploy.tools.sources.model_folders import PYTORCH_BINS, check_decoder_only, check_folder, goes_along
 from trsp_deploy.tools.sources.models import COMPANIONS, conversions, quiet_retries
 from trsp_deploy.tools.sources.names import HUB_ID, SHORT_NAMES
 from trsp_deploy.tools.sources.packaged import alone
@@ -59,7 +59,7 @@ def _write(folder: Path, name: str, out: Path, progress: Callable[[str], None]) 
     with writing(out) as partial:
         partial.mkdir()
         for file in folder.iterdir():
-            if COMPANIONS.fullmatch(file.name):
+            if COMPANIONS.fullmatch(file.name) and goes_along(folder, file):
                 shutil.copyfile(file, partial / file.name)
         copy_code(folder, partial)
         weights: dict[str, Any] = {}
@@ -78,7 +78,8 @@ def _shards(folder: Path) -> list[Path]:
         return [single]
     named = read_json(index, ModelError).get("weight_map") if index.is_file() else None
     if isinstance(named, dict):
-        return [folder / file for file in sorted(map(str, named.values())) if PYTORCH_BINS.fullmatch(file)]
+        files = {file for file in map(str, named.values()) if PYTORCH_BINS.fullmatch(file)}
+        return sorted(folder / file for file in files if (folder / file).is_file())
     return sorted(path for path in folder.iterdir() if PYTORCH_BINS.fullmatch(path.name) and path.suffix == ".bin")
 
 
