@@ -67,12 +67,16 @@ def _linked(file: Path, place: Path) -> bool:
 
 def goes_along(folder: Path, file: Path) -> bool:
     """Whether a file of a model's folder is taken with it: not what a link leads to outside, such as a secret under the
-    name of a licence. What is read as weights or as a tokenizer's data may lie elsewhere, and a snapshot of the hub's
-    cache is made of links to its blobs."""
+    name of a licence.
+
+    What is read as weights or as a tokenizer's data may lie elsewhere, and a snapshot of the hub's cache is made of
+    links to its blobs.
+    """
     blobs = (folder.resolve().parent.parent / "blobs").resolve()
     if not leaves(folder, file) or file.resolve().is_relative_to(blobs):
         return True
-    return file.parent == folder and bool(SAFETENSORS.fullmatch(file.name) or LINKED.fullmatch(file.name))
+    read = file.suffix == ".safetensors" or SAFETENSORS.fullmatch(file.name) or LINKED.fullmatch(file.name)
+    return file.parent == folder and bool(read)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -165,7 +169,7 @@ def check_folder(folder: Path, name: str | None = None) -> None:
             f"{folder}: has {ADAPTER}, by which transformers loads another model, and its code; merge the adapter "
             "(peft's merge_and_unload), or take the file out"
         )
-    templates = (file for file in [*folder.glob("*.jinja"), *folder.glob(CHAT_TEMPLATES)])
+    templates = [*folder.glob("*.jinja"), *folder.glob(CHAT_TEMPLATES)]
     if (outside := next((file for file in templates if not goes_along(folder, file)), None)) is not None:
         raise ModelError(f"{outside}: is a link out of the model's folder; put the template itself there")
     missing = missing_part(folder)
