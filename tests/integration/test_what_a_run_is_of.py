@@ -170,5 +170,6 @@ def test_other_settings_that_choose_layers_ask_whose_choice_it_is(place: Path) -
     command = ["prune", "--model", "model", "--calibration", "train.txt", "--out", "run", *SETTINGS]
     done = trsp_deploy(*command, "--method", "uidl", "--then", "none", cwd=place)
     assert done.code == 1 and "plan.json: was given, and settings that choose layers are others now" in done.stderr
+    assert "keep it with `prune` and --plan run/plan.json, or delete it" in done.stderr
     done = trsp_deploy(*command, "--method", "uidl", "--then", "none", "--plan", "given.json", cwd=place)
     assert done.code == 0 and "dropping the layers of given.json" in done.stderr
