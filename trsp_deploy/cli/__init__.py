@@ -107,8 +107,9 @@ def _interrupted() -> int:
 def _end(code: int) -> NoReturn:
     """End this process, without the interpreter's finalisation, once all is written.
 
-    A native thread that asks for the interpreter while it is finalised is ended from within, which now and then aborts
-    a process that had finished (gloo's threads, which outlive their process group); and unloading torch takes time.
+    A native thread that asks for the interpreter while it is finalised is ended from within, which C++ answers with an
+    abort: the likely end of a process that had finished, as gloo's threads outlive their process group. Unloading torch
+    takes time, too.
     """
     if code - 128 not in ENDINGS:  # after those all is cleaned up
         atexit._run_exitfuncs()
