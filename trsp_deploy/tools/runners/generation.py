@@ -69,10 +69,10 @@ def generate(runner: Runner, prompts: Sequence[Sequence[int]], sampling: Samplin
     return [Continued(text, "length" if row in running else "stop") for row, text in enumerate(texts)]
 
 
-def left_padded(prompts: Sequence[Sequence[int]], pad: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     """Prompts of unequal length as (batch, longest) int64 ids and mask, padded on the left."""
     longest = max(len(prompt) for prompt in prompts)
-    input_ids = np.array([[pad] * (longest - len(p)) + list(p) for p in prompts], dtype=np.int64)
+    input_ids = np.array([[0] * (longest - len(p)) + list(p) for p in prompts], dtype=np.int64)
     mask = np.array([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], dtype=np.int64)
     return input_ids, mask
 

@@ -49,7 +49,6 @@ class OrtRunner(Runner):
     optimised: the file is a built CPU engine, whose graph needs no optimisation any more.
     lean: hold as little memory as can be, at the price of time.
     brief: a few tokens are run, too few to be worth moving the weights into huge pages.
-    reserve: tokens that the cache has room for from the start, where the graph writes it in place; it grows as needed.
     padding: whether the graph hides padding; batches that have some are refused where it does not.
     """
 
@@ -62,7 +61,6 @@ class OrtRunner(Runner):
         optimised: bool = False,
         lean: bool = False,
         brief: bool = False,
-        reserve: int = 0,
         padding: bool = True,
     ) -> None:
         self.model = model
@@ -71,7 +69,6 @@ class OrtRunner(Runner):
         self.optimised = optimised
         self.lean = lean
         self.brief = brief
-        self.reserve = reserve
         self.padding = padding
         self._session: Any = None
         self._inputs: decoder_io.Bindings = {}
@@ -157,7 +154,7 @@ class OrtRunner(Runner):
 
     def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray, *, last_only: bool = False) -> np.ndarray:
         batch, sequence = input_ids.shape
-        self.allocate(batch, (self._fixed or max(self.reserve, sequence + CHUNK)) if self._in_place else 0)
+        self.allocate(batch, (self._fixed or sequence + CHUNK) if self._in_place else 0)
         return self._step(input_ids, attention_mask, keep=1 if last_only else 0)
 
     def _allocate(self, shape: tuple[int, ...], dtype: str) -> Any:

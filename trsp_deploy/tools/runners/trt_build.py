@@ -84,11 +84,7 @@ def build(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.ndarray | 
         padding = holds_padding(source, spec, Path(scratch))
         graph, outcomes = prepare(source, spec, Path(scratch), calibration)
         builder = made(log, "no builder", lambda: trt.Builder(log))
-        # Without it 10 would choose precisions itself. The flag is another bit in 10 than in 11.
-        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-        _parse(trt, network, log, graph, onnx)
-        inputs = _network_bindings([network.get_input(i) for i in range(network.num_inputs)])
-        outputs = _network_bindings([network.get_output(i) for i in range(network.num_outputs)])
+        network, inputs, outputs = _network(trt, builder, log, graph, onnx)
         decoder_io.check_decoder(inputs, outputs)
         decoder_io.check_precision(inputs, "bf16" if spec.precision == "bf16" else spec.graph_precision)
         config = _configure(trt, builder, spec)
@@ -98,11 +94,7 @@ def build(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.ndarray | 
         engine = made(log, f"cannot build {onnx}", lambda: builder.build_serialized_network(network, config))
         (folder / ENGINE).write_bytes(memoryview(engine))
         if timings is not None:
-            try:
-                with writing(timings) as partial:
-                    partial.write_bytes(memoryview(config.get_timing_cache().serialize()))
-            except (OSError, StorageError) as problem:  # all that is lost is time of the next build
-                log.log(trt.ILogger.WARNING, f"timings are not kept: {problem}")
+            _keep_timings(trt, config, timings, log)
         if graph != onnx:
             for file in sorted(graph.parent.glob(f"{graph.name}*")):  # external data is found by its name
                 shutil.move(file, folder / file.name)
@@ -210,13 +202,19 @@ def _quantise(
     return out, kept
 
 
-def _parse(trt: ModuleType, network: Any, log: Any, graph: Path, onnx: Path) -> None:
+def _network(
+    trt: ModuleType, builder: Any, log: Any, graph: Path, onnx: Path
+) -> tuple[Any, decoder_io.Bindings, decoder_io.Bindings]:
+    """The graph as a network, its inputs and its outputs. Raises EngineUnavailable where TensorRT cannot read it."""
+    # Without it 10 would choose precisions itself. The flag is another bit in 10 than in 11.
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
-    if parser.parse_from_file(str(graph)):
-        return
-    errors = [_parser_error(parser.get_error(i)) for i in range(parser.num_errors)]
-    reason = "; ".join(dict.fromkeys(errors))
-    raise EngineUnavailable(f"TensorRT cannot read {onnx}: {with_advice(reason) if reason else log.complaint()}")
+    if not parser.parse_from_file(str(graph)):
+        errors = [_parser_error(parser.get_error(i)) for i in range(parser.num_errors)]
+        reason = "; ".join(dict.fromkeys(errors))
+        raise EngineUnavailable(f"TensorRT cannot read {onnx}: {with_advice(reason) if reason else log.complaint()}")
+    inputs = _network_bindings([network.get_input(i) for i in range(network.num_inputs)])
+    return network, inputs, _network_bindings([network.get_output(i) for i in range(network.num_outputs)])
 
 
 def _parser_error(error: Any) -> str:
@@ -276,6 +274,15 @@ def _use_timings(config: Any, spec: EngineSpec, log: Any) -> Path | None:
     if not config.set_timing_cache(config.create_timing_cache(known), False):
         config.set_timing_cache(config.create_timing_cache(b""), False)
     return path
+
+
+def _keep_timings(trt: ModuleType, config: Any, path: Path, log: Any) -> None:
+    """Write what the build learnt of kernels' times; without it the next build takes longer, and is as right."""
+    try:
+        with writing(path) as partial:
+            partial.write_bytes(memoryview(config.get_timing_cache().serialize()))
+    except (OSError, StorageError) as problem:
+        log.log(trt.ILogger.WARNING, f"timings are not kept: {problem}")
 
 
 def _optimisation_profile(builder: Any, inputs: decoder_io.Bindings, profile: ShapeProfile) -> Any:
