@@ -6,16 +6,22 @@ import base64
 import gzip
 import json
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.samples import by_documents, made_up, made_up_report, scores
 from trsp_deploy.artifacts import provenance
+from trsp_deploy.cli.terminal import Output
+from trsp_deploy.errors import TextError
+from trsp_deploy.reading import read_record
 from trsp_deploy.results import Perplexity
+from trsp_deploy.stages.report import summary, write_report
 from trsp_deploy.tools.judging import comparisons
 from trsp_deploy.tools.reports import html, markdown, plots
 from trsp_deploy.tools.reports.quality import Price, QualityReport, budget_text, choices_report, quality_report
-from trsp_deploy.tools.reports.record import measured_by, verdict
+from trsp_deploy.tools.reports.record import Report, measured_by, verdict
 from trsp_deploy.tools.reports.rows import (
     comparison_rows,
     engine_notes,
@@ -53,6 +59,28 @@ def test_a_model_that_a_cut_has_broken_has_a_report() -> None:
         report = made_up_report(made).model_copy(update={"quality": {"text": found}})
         assert "infx" in markdown.render(report) and "infx" in html.render(report, {"ort-cpu-fp32": made})
         assert budget_text(Price(None, {"text": found})).startswith("99.0% not kept, 99.9% not kept")
+
+
+def test_what_is_infinite_is_said_in_json_that_every_reader_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`Infinity` alone is none, and null, as the page's own copy had it, is another number."""
+    made, broken = made_up(), windows(800.0)
+    report = made_up_report(made).model_copy(update={"quality": {"text": quality_report(windows(3.0), broken)}})
+    write_report(report, {"ort-cpu-fp32": made}, tmp_path, {"evaluate-text-pruned": broken})
+    Output(as_json=True).result(summary(report, tmp_path))
+    page = (tmp_path / "report.html").read_text()
+    copy = base64.b64decode(page.partition('href="data:application/json;base64,')[2].partition('"')[0])
+    for text in ((tmp_path / "report.json").read_text(), copy, capsys.readouterr().out):
+        assert strict_json(text)["quality"]["text"]["pruned_ppl"] == "Infinity"
+    assert Report.model_validate_json(copy) == report == read_record(tmp_path / "report.json", Report, TextError)
+
+
+def strict_json(text: str | bytes) -> Any:
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    return json.loads(text, parse_constant=refuse)
 
 
 def windows(nll: float) -> Perplexity:

@@ -157,7 +157,7 @@ def link_tree(source: Path, target: Path, copied: tuple[str, ...] = ()) -> None:
 
 def write_json(path: Path, value: BaseModel | Mapping[str, Any]) -> None:
     """Write a record or mapping as indented JSON, whole or not at all."""
-    plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else dict(value)
+    plain = json.loads(value.model_dump_json()) if isinstance(value, BaseModel) else dict(value)
     if isinstance(value, Sealed):
         plain["sha256"] = seal(plain)
     with writing(path) as partial:

@@ -47,7 +47,9 @@ class Output:
     def result(self, found: Mapping[str, Any]) -> None:
         """What the command found, for programs; without --json nothing."""
         if self._as_json:
-            print(json.dumps(found))
+            from pydantic_core import to_json  # which `trsp-deploy --help` does without
+
+            print(json.dumps(json.loads(to_json(found, inf_nan_mode="strings"))))  # JSON has no infinity
 
 
 @contextlib.contextmanager

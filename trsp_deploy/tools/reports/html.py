@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import gzip
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from pydantic_core import to_json
 
 from trsp_deploy.results import Comparison, Perplexity, Served, ZeroShot
 from trsp_deploy.tools.judging.comparisons import ComparisonReport
@@ -90,7 +90,7 @@ def render(
         downloads=[
             _download("report.json", report.model_dump_json(indent=2), compress=False),
             *(_download(f"samples-{name}.json.gz", raw.model_dump_json()) for name, raw in comparisons.items()),
-            *([_download("quality.json.gz", _as_json(answers))] if answers else []),
+            *([_download("quality.json.gz", to_json(answers).decode())] if answers else []),
             *([] if served is None else [_download("served.json.gz", served.model_dump_json())]),
         ],
         recipe=yaml.safe_dump(report.recipe.model_dump(mode="json"), sort_keys=False),
@@ -233,10 +233,6 @@ def fill(template: str, **values: Any) -> str:
         trim_blocks=True,
     )
     return environment.get_template(template).render(**values)
-
-
-def _as_json(records: Mapping[str, Perplexity | ZeroShot]) -> str:
-    return json.dumps({name: each.model_dump(mode="json") for name, each in records.items()})
 
 
 def _download(name: str, text: str, compress: bool = True) -> dict[str, str]:
