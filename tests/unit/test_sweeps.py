@@ -152,6 +152,22 @@ def test_a_point_without_an_engine_is_never_fast() -> None:
     assert choose([unmeasured], Targets(max_ppl_ratio=3)).num_dropped == 8
 
 
+def test_a_point_that_could_not_be_measured_is_not_called_slow() -> None:
+    """Such as one whose engine's process ended: it had "no speed-up", and took "inf ms" a token."""
+    first, last = (POINTS[place].model_copy(update={"comparison": None, "engine": None}) for place in (0, 3))
+    for targets in (Targets(min_speedup=1.25), Targets(max_latency_s=0.008)):
+        taken = choose([first, POINTS[2]], targets)
+        assert taken.num_dropped == 6 and taken.reason.startswith("the smallest cut that is known to be fast enough: ")
+        assert "; 2 was not measured" in taken.reason
+    for targets, found in (
+        (Targets(min_speedup=1.5), "1.35x (1.35 to 1.35)"),
+        (Targets(max_latency_s=0.001), "7.4 ms"),
+    ):
+        none = choose([POINTS[2], last], targets)
+        assert none.num_dropped is None
+        assert none.reason.startswith(f"the largest cut that was measured, 6, is not fast enough: {found} of ")
+
+
 def test_the_page_has_the_answer_every_point_and_two_plots() -> None:
     targets = Targets(min_speedup=1.25)
     found = Sweep(

@@ -125,10 +125,8 @@ def _speedup(point: Point) -> float:
 
 
 def _said_speedup(point: Point) -> str:
-    totals = _totals(point)
-    if point.comparison is None or not totals:
-        return "no speed-up"
-    least = min(totals, key=_capped)
+    assert point.comparison is not None  # of what was not measured the reasons say that
+    least = min(_totals(point), key=_capped)
     above = f", and the limit is {least.limit:.2f}x" if _capped(least) < least.speedup.ratio else ""
     where = point.comparison.where if least.case == point.comparison.headline else f" at {least.case.title}"
     return f"{least.speedup.text(more=above)}{where}"
@@ -185,6 +183,8 @@ def _why_no_less(before: Sequence[Point], wishes: Sequence[Wish], taken: Point) 
         costs = f"{nearest.num_dropped} costs {nearest.worst_ppl_ratio:.2f}x perplexity"
         return f"the smallest cut that is fast and good enough: {found}; {costs}"
     nearest = before[-1]
+    if nearest.comparison is None:
+        return f"the smallest cut that is known to be fast enough: {found}; {nearest.num_dropped} was not measured"
     missed = [f"{nearest.num_dropped} gives {says(nearest)}" for _, keeps, says in wishes if not keeps(nearest)]
     return f"the smallest cut that is fast enough: {found}; {' and '.join(missed)}"
 
@@ -197,12 +197,14 @@ def _why_none(
     points: Sequence[Point], fast: Sequence[Point], good: Sequence[Point], targets: Targets, wishes: Sequence[Wish]
 ) -> str:
     parts = []
-    if wishes and all(point.comparison is None for point in points):
+    measured = [point for point in points if point.comparison is not None]
+    if wishes and not measured:
         parts.append("no engine ran here, so no speed is known")
     elif wishes and not fast:
-        last = points[-1]
+        last = measured[-1]
+        largest = "the largest cut" if last is points[-1] else "the largest cut that was measured"
         best = ", ".join(f"{says(last)} of {wanted}" for wanted, _, says in wishes)
-        parts.append(f"the largest cut, {last.num_dropped}, is not fast enough: {best}")
+        parts.append(f"{largest}, {last.num_dropped}, is not fast enough: {best}")
     elif wishes and fast:
         parts.append(f"fast enough: {_listed(fast)}")
     if targets.max_ppl_ratio is not None:
