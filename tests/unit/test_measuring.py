@@ -79,6 +79,15 @@ def test_who_is_in_memory_at_once(
     assert _arranged(engines, BenchSettings(control=control), "cpu") == (everyone, stay)
 
 
+def test_a_graph_is_as_large_as_its_own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder may hold a model in eight precisions: counted together, none of them has room beside another."""
+    for name, size in {"dense.onnx": 4000, "pruned.onnx": 3000, "pruned_int8.onnx": 10**6}.items():
+        (tmp_path / name).write_bytes(bytes(size))
+    monkeypatch.setattr(samples, "available_host_bytes", lambda: 17_000)
+    pair: dict[Subject, Path] = {"dense": tmp_path / "dense.onnx", "pruned": tmp_path / "pruned.onnx"}
+    assert _arranged(pair, BenchSettings(), "cpu")[1]
+
+
 def apart(made: Comparison, second_slower: float) -> Comparison:
     """The same, every turn a process of its own; dense's second turn of each cycle so much slower."""
     replicates = []
