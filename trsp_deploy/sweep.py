@@ -24,7 +24,10 @@ from trsp_deploy.tools.reports.sweeps import Point, Sweep, Targets, choose
 
 # Copied, not linked: onnx and onnx_ir refuse weights with a second hard link, and another engine may be built of them.
 EXTERNAL_DATA = (".onnx.data", ".onnx_data")
-DENSE_STEPS = ("dense", "self-generated", "export-dense-*", "build-*-dense", "parity-*-dense-*", "evaluate-*-dense")
+DENSE_STEPS = (
+    *("dense", "self-generated", "export-dense-*", "build-*-dense"),
+    *("parity-*-dense-*", "evaluate-*-dense", "zero-shot-*-dense"),
+)
 
 
 def sweep(job: Pipeline, counts: tuple[int, ...], targets: Targets, say: Callable[[str], None]) -> Sweep:

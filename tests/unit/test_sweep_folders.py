@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.made_run import made_run, made_sweep
+from tests.made_run import Nothing, made_run, made_sweep
 from trsp_deploy import cli
-from trsp_deploy.artifacts import MANIFEST, RunFolder
+from trsp_deploy.artifacts import MANIFEST, RunFolder, steps
 from trsp_deploy.errors import RunError
+from trsp_deploy.results import ROLES
 from trsp_deploy.sweep import _adopt_dense
 from trsp_deploy.tools.delivery.verification import manifest_of, verify
 from trsp_deploy.tools.resources.cleaning import clean, held, plan_cleaning
@@ -29,6 +30,25 @@ def test_what_was_cleaned_away_is_not_adopted(sweep: Path, tmp_path: Path) -> No
     _adopt_dense(source, tmp_path / "next")
     records = {path.stem for path in (tmp_path / "next" / "records").iterdir()}
     assert "dense" in records and "build-ort-cpu-fp32-dense" not in records
+
+
+def test_whatever_is_measured_of_the_dense_model_alone_is_adopted(tmp_path: Path) -> None:
+    """Its answers to choice tasks were not: thousands of prompts, asked anew in each of a sweep's runs."""
+    names = {
+        role: {
+            steps.parity("onnx", role, "fp32"),
+            steps.parity("e", role, "int8"),
+            steps.evaluate("text", role),
+            steps.evaluate("text", role, "e"),
+            steps.zero_shot("e", role),
+        }
+        for role in ROLES
+    }
+    with RunFolder(tmp_path / "drop-2") as first:
+        for name in (*names["dense"], *names["pruned"], steps.bench("e")):
+            first.step(name, Nothing, Nothing, settings={}, inputs={})
+    _adopt_dense(tmp_path / "drop-2", tmp_path / "drop-4")
+    assert {path.stem for path in (tmp_path / "drop-4" / "records").iterdir()} == names["dense"]
 
 
 def found(folder: Path) -> set[tuple[str, str]]:
