@@ -130,7 +130,7 @@ class Telemetry(Strict):
     load: float  # runnable processes, mean of the last minute
     busy_share: float  # of all cores since the sample before
     steal_share: float  # taken by the hypervisor
-    # To other processes and the hypervisor, of those that the comparison may use; None in files older than this key.
+    # To other processes and the hypervisor, of those that the comparison may use; None where the kernel does not tell.
     others_cores: float | None = None
     mhz: float | None
     gpu: GpuTelemetry | None = None

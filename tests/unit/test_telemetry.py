@@ -9,6 +9,7 @@ import sys
 import time
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -60,6 +61,17 @@ def test_a_worker_that_ends_while_the_driver_lists_it_is_none_of_the_others(monk
     monkeypatch.setattr(telemetry, "_nvml", lambda: (Driver(), None))
     sample = telemetry._gpu()
     assert sample is not None and sample.other_processes == 0 and worker.returncode == 0
+
+
+def test_cores_are_counted_by_their_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With core 1 offline, the third line was taken for core 2's, and nobody was seen to be at work on core 3."""
+    stat, second = tmp_path / "stat", os.sysconf("SC_CLK_TCK")
+    rows = {"cpu": 70, "cpu0": 10, "cpu2": 20, "cpu3": 40}
+    stat.write_text("".join(f"{name} {n * second} 0 0 9 9 0 0 0 5 0\n" for name, n in rows.items()) + "intr 1 2\n")
+    monkeypatch.setattr(telemetry, "_own_s", lambda: 1.0)
+    for allowed, others_s in (({0, 2, 3}, 69.0), ({2}, 19.0), ({0, 12}, None)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, allowed=allowed: allowed)
+        assert telemetry._others_s(stat) == others_s
 
 
 @contextlib.contextmanager

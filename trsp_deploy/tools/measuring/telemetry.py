@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Self
 
@@ -20,6 +21,8 @@ from trsp_deploy.artifacts.nvml import visible_gpus
 from trsp_deploy.results import GpuTelemetry, Telemetry
 
 EVERY_S = 1.0
+# Of a core's counts in /proc/stat: user (guests' among it), nice, system, irq, softirq, steal; not idle and iowait.
+WORKED = (0, 1, 2, 5, 6, 7)
 # NVML's bits of the reasons to run below the wanted clocks (nvml.h, nvmlClocksEventReasons); idleness is none of them.
 THROTTLES = {
     0x2: "application clocks",
@@ -61,21 +64,25 @@ class Recorder:
         psutil.cpu_times_percent()  # the next call of this thread tells what happened since this one
         others_s, at_s = _others_s(), self.now_s
         while not self._stopped.wait(EVERY_S):
-            before = others_s, at_s
+            before_s, before_at_s = others_s, at_s
             others_s, at_s = _others_s(), self.now_s
-            self.samples.append(_sample(at_s, max(0.0, (others_s - before[0]) / (at_s - before[1]))))
+            others_cores = None
+            if before_s is not None and others_s is not None:
+                others_cores = max(0.0, (others_s - before_s) / (at_s - before_at_s))
+            self.samples.append(_sample(at_s, others_cores))
 
 
-def _others_s() -> float:
-    """Seconds that the cores which this process may run on have worked for others, the hypervisor among them."""
-    cores = psutil.cpu_times(percpu=True)
-    allowed = [cores[number] for number in os.sched_getaffinity(0) if number < len(cores)]
-    return sum(_worked_s(each) for each in allowed) - _own_s()
+def _others_s(stat: Path = Path("/proc/stat")) -> float | None:
+    """Seconds that the cores which this process may run on have worked for others, the hypervisor among them.
 
-
-def _worked_s(core: Any) -> float:
-    # Guests' time is in the user's.
-    return sum(getattr(core, name, 0.0) for name in ("user", "nice", "system", "irq", "softirq", "steal"))
+    By the cores' numbers, which psutil leaves out: where one is offline, those behind it are not at their number's
+    place. None where one of ours is not listed, as in a container that shows cores of its own numbering.
+    """
+    listed = (line.split() for line in stat.read_text().splitlines() if line.startswith("cpu"))
+    ticks = {name: sum(int(counts[place]) for place in WORKED) for name, *counts in listed}
+    allowed = [ticks.get(f"cpu{number}") for number in os.sched_getaffinity(0)]
+    worked = [each for each in allowed if each is not None]
+    return sum(worked) / os.sysconf("SC_CLK_TCK") - _own_s() if len(worked) == len(allowed) else None
 
 
 def _own_s() -> float:
@@ -88,7 +95,7 @@ def _own_s() -> float:
     return found
 
 
-def _sample(at_s: float, others_cores: float) -> Telemetry:
+def _sample(at_s: float, others_cores: float | None) -> Telemetry:
     """The machine now; shares are of all cores' time since the last call."""
     times = psutil.cpu_times_percent()
     frequency = None
