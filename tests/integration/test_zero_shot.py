@@ -6,6 +6,7 @@ import importlib.util
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,6 +80,23 @@ def test_limit_takes_the_first_items(tiny: Path, own_items: None) -> None:
     every = evaluate_zero_shot(tiny, ("piqa",), None, "dense", RECIPE)
     first = evaluate_zero_shot(tiny, ("piqa",), 4, "dense", RECIPE)
     assert first.tasks[0].correct == every.tasks[0].correct[:4]
+
+
+@needs_lm_eval
+def test_a_task_that_gives_shares_of_a_point_is_refused(
+    tiny: Path, own_items: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """truthfulqa_mc2's `acc` is a probability: as right or wrong every item would be right, and all of it retained."""
+    load_task = zeroshot._load_task
+
+    def as_mc2(*arguments: Any) -> Any:
+        task = load_task(*arguments)
+        task.process_results = lambda doc, results: {"acc": 0.43}
+        return task
+
+    monkeypatch.setattr(zeroshot, "_load_task", as_mc2)
+    with pytest.raises(UserError, match=r"'piqa': an item's acc is 0\.43, neither right nor wrong"):
+        evaluate_zero_shot(tiny, ("piqa",), None, "dense", RECIPE)
 
 
 @needs_lm_eval

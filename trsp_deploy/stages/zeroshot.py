@@ -164,7 +164,13 @@ def _answer(subject: Any, name: str, items: Path | None, limit: int | None) -> T
         found = evaluate(lm=subject, task_dict={name: task}, limit=limit, bootstrap_iters=0, log_samples=True)
     samples = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
     metric = TASKS[name].metric if name in TASKS else _metric(name, samples[0])
-    return TaskScore(task=name, metric=metric, correct=tuple(bool(sample[metric]) for sample in samples))
+    scores = [float(sample[metric]) for sample in samples]
+    if part := next((score for score in scores if score not in (0, 1)), None):  # truthfulqa_mc2's is a probability
+        raise UserError(
+            f"zero-shot task '{name}': an item's {metric} is {part:.2g}, neither right nor wrong; answers are compared "
+            "item by item, so take a task that counts each as one of the two"
+        )
+    return TaskScore(task=name, metric=metric, correct=tuple(score == 1 for score in scores))
 
 
 def _metric(name: str, sample: dict[str, Any]) -> Literal["acc", "acc_norm"]:
