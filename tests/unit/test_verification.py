@@ -262,6 +262,16 @@ def test_a_path_that_is_none_is_refused_with_the_manifest(key: str, run: Path) -
         read_manifest(run / ENGINE)
 
 
+def test_a_folder_is_the_same_by_a_link_to_it(run: Path, repository: Path, tmp_path: Path) -> None:
+    for place in (run, repository, run / ENGINE):
+        link = tmp_path / f"latest-{place.name}"
+        link.symlink_to(place)
+        assert verify(link).whole
+        (place / "more").write_text("nobody made this")
+        assert found(link) == {("unknown", "more")}
+        (place / "more").unlink()
+
+
 def test_a_link_to_itself_is_a_finding(run: Path) -> None:
     (run / "loop").symlink_to(run / "loop")
     assert not verify(run).whole

@@ -224,9 +224,10 @@ def _differs(folder: Path, name: str, expected: str) -> Finding | None:
 
 
 def _unknown(folder: Path, known: Mapping[str, str], beside: tuple[str, ...], manifest: str) -> Iterator[Finding]:
-    for file in files_below(folder):
-        name = file.relative_to(folder).as_posix()
-        if leaves(folder, file):
+    root = folder.resolve()  # of a link the folder, of which alone there are files
+    for file in files_below(root):
+        name = file.relative_to(root).as_posix()
+        if leaves(root, file):
             if name not in known:  # else it has been said
                 yield _outside(name)
         elif name not in known and not any(fnmatch.fnmatch(name, pattern) for pattern in beside):
