@@ -327,6 +327,15 @@ def test_unwritable_place_is_one_line():
         RunFolder(Path("/sys/trsp-run")).__enter__()
 
 
+def test_a_link_to_a_disk_that_is_not_mounted_is_one_line(tmp_path):
+    link = tmp_path / "runs"
+    link.symlink_to(tmp_path / "disk" / "runs")
+    for folder in (link, link / "mine"):
+        said = f"{folder}: cannot be created .{link} is a link that leads nowhere.; choose another --out"
+        with pytest.raises(RunError, match=said):
+            RunFolder(folder).__enter__()
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 4 MB."""

@@ -87,6 +87,11 @@ class RunFolder:
                 raise RunError(f"{self.path}: is a file, expected a folder for the run")
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
+            except FileExistsError as problem:  # and no folder: of a disk that is not mounted, mostly
+                raise RunError(
+                    f"{self.path}: cannot be created ({problem.filename} is a link that leads nowhere); "
+                    "choose another --out"
+                ) from problem
             except (FileNotFoundError, NotADirectoryError) as problem:
                 raise RunError(
                     f"{self.path}: cannot be created ({problem.strerror}); choose another --out"
