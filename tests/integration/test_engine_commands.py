@@ -86,6 +86,26 @@ def test_what_is_built_from_a_file_is_not_built_twice(
     assert built(*text)[0], "the graph's weights had"
 
 
+def test_an_engine_at_a_link_lies_where_it_leads_and_is_of_its_graph(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    graph, link = tmp_path / "graph", tmp_path / "engine"
+    graph.mkdir()
+    for file in ("model.onnx", "model.onnx_data"):
+        shutil.copy(place / "onnx" / file, graph)
+    link.symlink_to(tmp_path / "another" / "disk" / "engine")
+    (tmp_path / "another" / "disk").mkdir(parents=True)
+    command = ["build", "--onnx", str(graph / "model.onnx"), "--engine", "ort-cpu-fp32", "--out", str(link), "--json"]
+    for reused in (False, True):
+        assert run(command) == 0
+        assert json.loads(capsys.readouterr().out)["reused"] is reused
+    assert link.is_symlink() and (tmp_path / "another" / "disk" / "engine" / "manifest.json").is_file()
+    weights = graph / "model.onnx_data"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(EngineUnavailable, match="by now, the engine was built from"):
+        open_engine(link)
+
+
 def test_an_engine_of_another_graph_or_spec_is_not_opened(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -28,6 +28,19 @@ def test_the_second_is_refused_and_told_by_whom(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []  # no lock file is left
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_folder_that_is_a_link_is_written_where_it_leads(there: bool, tmp_path: Path) -> None:
+    link, folder = tmp_path / "engine", tmp_path / "large-disk" / "engine"
+    folder.mkdir(parents=True) if there else folder.parent.mkdir()
+    link.symlink_to(folder)
+    with writing_alone(link) as place, writing(place) as partial:
+        with pytest.raises(RunError, match="in use by another"), writing_alone(folder):
+            pytest.fail("two at once, by two names")
+        partial.mkdir()
+        (partial / "model.onnx").write_text("built")
+    assert link.is_symlink() and (folder / "model.onnx").read_text() == "built"
+
+
 def test_two_writers_of_one_folder_do_not_mix(tmp_path: Path) -> None:
     begun, ended = threading.Event(), threading.Event()
 

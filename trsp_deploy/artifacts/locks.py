@@ -43,9 +43,13 @@ def locked(lock: Path, what: Path, patience_s: float | None = PATIENCE_S) -> Ite
 
 
 @contextlib.contextmanager
-def writing_alone(folder: Path) -> Iterator[None]:
-    """Keep other commands from writing a folder that is no run and has no lock inside, by a lock beside it."""
-    lock = folder.absolute().with_name(f".{folder.absolute().name}.lock")
+def writing_alone(folder: Path) -> Iterator[Path]:
+    """Keep other commands from writing a folder that is no run and has no lock inside, by a lock beside it.
+
+    Yields where to write: of a link the folder that it leads to, there or not, and the link stays one.
+    """
+    place = folder.resolve() if folder.is_symlink() else folder
+    lock = place.absolute().with_name(f".{place.absolute().name}.lock")
     with storage_errors(folder):
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +57,7 @@ def writing_alone(folder: Path) -> Iterator[None]:
             raise StorageError(f"{folder}: cannot be created ({problem.strerror}); name another --out") from problem
     with locked(lock, folder):
         try:
-            yield
+            yield place
         finally:
             lock.unlink(missing_ok=True)
 

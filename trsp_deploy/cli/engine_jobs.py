@@ -130,12 +130,12 @@ def build_from_onnx(
     command = ["trsp-deploy", "build", "--onnx", str(onnx), "--engine", engines[0], "--out", str(out)]
     command += ["--calibration", calibration] if calibration is not None else []
     command += ["--tokenizer", str(tokenizer)] if tokenizer is not None else []
-    with writing_alone(out), quiet_libraries():
-        known = finished(onnx, spec, out, text)
+    with writing_alone(out) as place, quiet_libraries():
+        known = finished(onnx, spec, place, text)
         manifest = known or build_engine(
             onnx,
             spec,
-            out,
+            place,
             text,
             text_name=calibration or "",
             rebuild=shlex.join(command),

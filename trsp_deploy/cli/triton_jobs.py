@@ -71,8 +71,8 @@ def triton(
     check_made(run, "prune", "pruned")  # its tokenizer goes along
     base = name or f"{run.resolve().name}-pruned"
     names: dict[Role, str] = {"pruned": base, "dense": f"{base}-dense"}
-    with writing_alone(out):
-        made = write_repository(engines, run / "pruned", names, out, max_batch, max_length, step=step)
+    with writing_alone(out) as place:
+        made = write_repository(engines, run / "pruned", names, place, max_batch, max_length, step=step)
     output = Output(as_json)
     output.say(
         *(f"{out / model.name}: {model.limits}" for model in made.models),

@@ -41,8 +41,8 @@ def convert(name: str, out: Path | None, progress: Callable[[str], None]) -> Pat
         raise ModelError(f"model '{name}': is a folder; name one for its safetensors with --out DIR")
     folder = _source(name, progress)
     if out is not None:
-        with writing_alone(out):
-            _write(folder, name, out, progress)
+        with writing_alone(out) as place:
+            _write(folder, name, place, progress)
         return out
     out = conversions(SHORT_NAMES.get(name, name)) / folder.name  # the commit
     with alone(out.with_name(f".{out.name}.lock")):
