@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from tests.doc_lines import ROOT
+from trsp_deploy.tools.model_repository.vendor import vendor
 from trsp_deploy.tools.quiet import quiet_libraries
 
 
@@ -28,3 +32,22 @@ def test_quantising_leaves_logging_alone() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["[]", str(logging.WARNING)] and done.stderr == ""
+
+
+@pytest.mark.parametrize("carried", [False, True])
+def test_onnx_runtime_reports_to_nobody(carried: bool, tmp_path: Path) -> None:
+    """1.32 does, from its import on, by an identifier that it leaves in the home folder."""
+    home, place = tmp_path / "home", tmp_path / "vendor"
+    vendor(place)
+    home.mkdir()
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    done = subprocess.run(
+        [sys.executable, "-c", "import trsp_deploy, onnxruntime; print(trsp_deploy.__file__)"],
+        cwd=place if carried else ROOT,
+        env={**environment, "HOME": str(home), "XDG_CACHE_HOME": str(home / ".cache")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith(str(place if carried else ROOT))
+    assert list(home.rglob("*")) == []

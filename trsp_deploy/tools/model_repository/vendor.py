@@ -44,7 +44,7 @@ def vendor(target: Path) -> None:
         shutil.copy2(source / module, place)
     for folder in {folder for module in MODULES for folder in Path(module).parents}:
         (root / folder / "__init__.py").touch()
-    (root / "__init__.py").write_text(f'__version__ = "{trsp_deploy.__version__}"\n', encoding="utf-8")
+    shutil.copy2(source / "__init__.py", root)
 
 
 def model_file() -> Path:
