@@ -405,6 +405,18 @@ def test_a_hub_that_is_not_there(local_hub: type[Hub], monkeypatch: pytest.Monke
     assert not said.buffer, "the client's own words about its tries"
 
 
+def test_a_hub_that_may_not_be_asked(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    asked = (
+        lambda: resolve_model("owner/gone", silent),
+        lambda: model_config("owner/gone", silent),
+        lambda: convert("owner/gone", None, silent),
+    )
+    for ask in asked:
+        with pytest.raises(ModelError, match="the hub may not be asked: HF_HUB_OFFLINE is set"):
+            ask()
+
+
 def test_smollm2_without_its_package(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packaged, "find_asset", lambda name: None)
     message = error_line("smollm2-135m")

@@ -215,13 +215,22 @@ def _download(repo: str, progress: Callable[[str], None]) -> Path:
 
 @contextlib.contextmanager
 def quiet_retries() -> Iterator[None]:
-    """Keep off the terminal that the hub's client tries a file five times more: what came of it is said in one line."""
+    """Keep off the terminal that the hub's client tries a file five times more: what came of it is said in one line.
+
+    That it may not ask at all it says in two ways; here it is OfflineModeIsEnabled alone.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
     from huggingface_hub.utils import logging
 
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         yield
+    except LocalEntryNotFoundError as problem:
+        if constants.HF_HUB_OFFLINE:
+            raise OfflineModeIsEnabled(str(problem)) from problem
+        raise
     finally:
         logging.set_verbosity(before)
 
