@@ -53,6 +53,10 @@ def test_drop_may_be_a_number_in_yaml() -> None:
         ({"model": "m", "plan": {"steps": 0}}, ["'plan.steps'", "greater than or equal to 1", "got 0"]),
         ({"model": "m", "transfer": {"form": "l3"}}, ["'transfer.form'", "'l1', 'train' or 'none'", "got 'l3'"]),
         ({"model": "m", "plan": 3}, ["'plan'", "got 3"]),
+        (
+            {"model": "m", "transfer": {"gradient_checkpointing": "none"}},
+            ["key 'transfer.gradient_checkpointing': should be True, False or 'selective', got 'none'"],
+        ),
         ({"model": "m", "seed": -1}, ["'seed'", "got -1"]),
         ({"model": "m", "engines": "auto"}, ["'engines'", "got 'auto'"]),
         ({"model": "m", "transfer": {"warmup_share": 1.5}}, ["'transfer.warmup_share'", "got 1.5"]),

@@ -118,9 +118,7 @@ def _values(schema: dict[str, Any]) -> str:
     if "anyOf" in schema:
         return " or ".join(map(_values, schema["anyOf"]))
     if "enum" in schema:
-        return ", ".join(f"`{value}`" for value in schema["enum"])
-    if "const" in schema:
-        return f"`{schema['const']}`"
+        return ", ".join(f"`{value if isinstance(value, str) else json.dumps(value)}`" for value in schema["enum"])
     if schema["type"] == "array":
         items = schema["items"] if "items" in schema else schema["prefixItems"][0]
         return f"list of: {_values(items)}"

@@ -85,7 +85,7 @@ class TransferSettings(Strict):
     anneal_share: Share = 0.25  # share of the steps in which the gates go from 1 to 0
     train: Literal["all", "layers"] = "layers"  # `layers` leaves embeddings and LM head as they are
     # What a backward pass computes again: selective, what is cheap; true, each layer (less memory, more time).
-    gradient_checkpointing: bool | Literal["selective"] = "selective"
+    gradient_checkpointing: Literal[True, False, "selective"] = "selective"
     lora_rank: Count | None = None  # train adapters of this rank, merged before saving; null trains the weights
     optimizer: Literal["adamw", "adamw-8bit"] = "adamw"  # adamw-8bit keeps its two moments in 8 bits
 
