@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -386,6 +387,17 @@ def test_a_wait_takes_its_time_on_the_clock_or_off_it(shares, on_the_clock, monk
     times = [block["prefill_s"], *block["decode_s"]]
     assert times == pytest.approx([call_s * on_the_clock] * calls, rel=0.01)
     assert block["total_s"] == pytest.approx(sum(times), rel=0.01)
+
+
+def test_no_file_of_the_working_directory_is_a_module_of_a_worker(tmp_path, monkeypatch):
+    """That may be a folder with a model from somebody else, whose code would run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])
+    for name in ("json", "numpy"):
+        (tmp_path / f"{name}.py").write_text("open('ran', 'w').close()")
+    with pytest.raises(EngineUnavailable, match="no engine here"), Worker(tmp_path):
+        pass
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_worker_that_cannot_start_says_why(tmp_path):

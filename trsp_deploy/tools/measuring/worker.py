@@ -29,7 +29,7 @@ class Worker:
         # No pipe: nothing reads it during a block, and a full one would stop the worker.
         self._said = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (closed by `close`)
         self._process = subprocess.Popen(
-            command or (sys.executable, "-m", "trsp_deploy.tools.measuring.bench_worker", str(engine)),
+            command or (*_python(), "-m", "trsp_deploy.tools.measuring.bench_worker", str(engine)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,
@@ -97,3 +97,8 @@ class Worker:
         self._said.seek(0)
         last = self._said.read().strip().splitlines()[-1:] or ["it said nothing"]
         return EngineUnavailable(f"{self._engine}: the measuring process died with code {code} ({last[0]})")
+
+
+def _python() -> list[str]:
+    """Python that takes no module from the working directory, a model's own folder perhaps, unless this one does."""
+    return [sys.executable, *([] if {"", str(Path.cwd())} & set(sys.path) else ["-P"])]

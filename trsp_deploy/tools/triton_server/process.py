@@ -107,7 +107,8 @@ def _in_environment(environment: Path) -> Installation:
     python = environment / "bin" / "python"
     code = "import sysconfig; print(sysconfig.get_config_var('LIBDIR'))"
     try:
-        libraries = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        command = [str(python), "-I", "-c", code]  # -I: no module of the working directory
+        libraries = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError) as problem:
         raise RunError(f"{environment}: its Python does not run ({one_line(problem)})") from problem
     version = site.parent.name.removeprefix("python")
