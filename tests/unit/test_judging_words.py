@@ -21,7 +21,7 @@ from trsp_deploy import cli
 from trsp_deploy.artifacts import provenance, write_json, writing
 from trsp_deploy.artifacts.storage import place_to_write
 from trsp_deploy.cli.tables import print_report
-from trsp_deploy.cli.terminal import lasting_streams
+from trsp_deploy.cli.terminal import lasting_streams, plain_table
 from trsp_deploy.errors import BaselineError, RecipeError, StorageError
 from trsp_deploy.recipe import BenchSettings
 from trsp_deploy.stages.bench import check_positions, pair_notes
@@ -261,6 +261,15 @@ def test_prompt_and_new_tokens_count_together() -> None:
     check_positions(settings, None, "m")
     with pytest.raises(RecipeError, match="prompt_tokens 240 and new_tokens 16: m has 255 positions"):
         check_positions(settings, 255, "m")
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_a_narrow_terminal_cuts_no_name_or_figure_short(width: int) -> None:
+    text = io.StringIO()
+    figures = ["1234.5 ms"] * 6
+    rows = [(name, *figures) for name in ("ort-cpu-int4", "ort-cpu-int4-accurate", "ort-cpu-int8")]
+    Console(file=text, width=width).print(plain_table(("engine", *map(str, range(6))), rows))
+    assert "…" not in text.getvalue()
 
 
 def test_a_folder_in_brackets_is_no_markup() -> None:

@@ -22,7 +22,9 @@ def console(file: TextIO) -> Console:
 
 def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """Rows under headings, without lines."""
-    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")  # a name or figure that is cut short would be another's
     for cells in rows:
         table.add_row(*cells)
     return table
