@@ -13,6 +13,7 @@ from tests.tiny import english, save_tiny
 from trsp_deploy.cli import run
 from trsp_deploy.cli.recipe_options import recipe_from_options
 from trsp_deploy.decoder import load_tokenizer
+from trsp_deploy.errors import RecipeError
 from trsp_deploy.pipeline import pruning
 from trsp_deploy.recipe import METHODS
 from trsp_deploy.stages import transfer
@@ -55,16 +56,23 @@ def test_each_method_prunes(prune, method):
         assert result["dropped"][1] == result["dropped"][0] + 1
 
 
+@pytest.mark.parametrize("sets", [[], ["transfer.lora_rank=4"]], ids=["", "set-adapters"])
 @pytest.mark.parametrize("recipe", ["smollm2-135m-131k", "llama2-7b", "adapters"])
-def test_the_papers_method_has_its_released_settings_in_every_recipe(recipe, tmp_path):
+def test_the_papers_method_has_its_released_settings_in_every_recipe(recipe, sets, tmp_path):
     if recipe == "adapters":
         (tmp_path / "adapters.yaml").write_text("model: model\ntransfer: {lora_rank: 4}\n")
         recipe = str(tmp_path / "adapters.yaml")
-    names = ("model", "drop", "engine", "calibration", "evaluation", "seed", "sets", "then")
-    found = recipe_from_options(recipe=recipe, method="trsp", **dict.fromkeys(names))
+    found = recipe_from_options(recipe=recipe, method="trsp", sets=sets)
     assert (found.transfer.form, found.transfer.weight, found.transfer.learning_rate) == ("l2", 1e-3, 2e-5)
     assert found.transfer.train == ("layers" if found.transfer.lora_rank else "all")
     assert found.calibration.self_generated == 0 and (found.plan.gate, found.plan.l1) == ("output", 5e-3)
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "trsp"}, {"then": "l2"}], ids=str)
+def test_a_group_of_settings_that_is_a_word_is_one_line(options, tmp_path):
+    (tmp_path / "word.yaml").write_text("model: model\ntransfer: quick\n")
+    with pytest.raises(RecipeError, match="'transfer'"):
+        recipe_from_options(recipe=str(tmp_path / "word.yaml"), **options)
 
 
 @pytest.mark.parametrize("method", ["shortgpt", "fold"])

@@ -38,7 +38,8 @@ def recipe_from_options(
     options: dict[str, Any] = {
         f"{group}.{key}": value for group, of in _method_settings(method).items() for key, value in of.items()
     }
-    if (values.get("transfer") or {}).get("lora_rank") is not None:  # adapters are for the layers alone
+    transfer = override(values, sets or []).get("transfer")
+    if isinstance(transfer, dict) and transfer.get("lora_rank") is not None:  # adapters are for the layers alone
         options.pop("transfer.train", None)
     if calibration:
         options["calibration.texts"] = calibration
