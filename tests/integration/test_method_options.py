@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -73,6 +74,21 @@ def test_a_group_of_settings_that_is_a_word_is_one_line(options, tmp_path):
     (tmp_path / "word.yaml").write_text("model: model\ntransfer: quick\n")
     with pytest.raises(RecipeError, match="'transfer'"):
         recipe_from_options(recipe=str(tmp_path / "word.yaml"), **options)
+
+
+@pytest.mark.parametrize(
+    ("package", "setting"), [("peft", "transfer.lora_rank=2"), ("bitsandbytes", "transfer.optimizer=adamw-8bit")]
+)
+def test_a_package_that_the_training_lacks_is_said_before_layers_are_chosen(
+    place, monkeypatch, capsys, tmp_path, package, setting
+):
+    monkeypatch.chdir(place)
+    monkeypatch.setitem(sys.modules, package, None)
+    options = ["--calibration", "text.txt", "--ignore-memory", "--out", str(tmp_path / "run")]
+    settings = [option for pair in [*QUICK, setting] for option in ("--set", pair)]
+    assert run(["prune", "--model", "model", "--drop", "2", *options, *settings]) == 1
+    assert f"{package} is not installed; pip install 'trsp_deploy[train]'" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "plan.json").exists()
 
 
 @pytest.mark.parametrize("method", ["shortgpt", "fold"])

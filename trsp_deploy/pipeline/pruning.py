@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from trsp_deploy.artifacts import Finished, RunFolder, StepRecord, fingerprint, seal, write_json, writing
 from trsp_deploy.artifacts.layout import PLANS
-from trsp_deploy.decoder import check_prunable, load_model
+from trsp_deploy.decoder import check_prunable, load_config, load_model, meta_model
 from trsp_deploy.errors import PlanError
 from trsp_deploy.pipeline.inputs import Done, Inputs
 from trsp_deploy.recipe import parse_drop
@@ -24,6 +24,9 @@ from trsp_deploy.tools.plan import PruningPlan, read_plan
 from trsp_deploy.tools.quiet import quiet_libraries
 from trsp_deploy.tools.sources.texts import jsonl, load_texts, tokenize_windows
 from trsp_deploy.tools.training.checkpoints import Checkpoints
+from trsp_deploy.tools.training.optimizers import make_optimizer
+from trsp_deploy.tools.training.parameters import add_adapters
+from trsp_deploy.tools.training.processes import Processes
 from trsp_deploy.tools.training.self_calibration import self_generated_windows, write_texts
 from trsp_deploy.tools.training.shared import TRAINING_DTYPES, pick_device
 
@@ -299,9 +302,19 @@ class Pruning:
         return self_generated_windows(share, self.recipe.calibration.max_windows, len(train))
 
     def _checked_model(self) -> PreTrainedModel:
+        """The dense model, for what comes before the transfer."""
+        self._check_training()
         model = load_model(self.inputs.path("dense"), pick_device(self.recipe), TRAINING_DTYPES[self.recipe.weights])
         check_prunable(model)
         return model
+
+    def _check_training(self) -> None:
+        """Raise what the transfer would raise after hours of selection: a package is missing, or FSDP cannot do it."""
+        settings = self.recipe.transfer
+        if settings.lora_rank is not None:
+            add_adapters(meta_model(load_config(self.inputs.path("dense"))), settings.lora_rank, self.recipe.seed)
+        if settings.form != "none":
+            make_optimizer(torch.nn.Linear(1, 1), settings, Processes(pick_device(self.recipe)).sharded)
 
     def _model_and_text(self) -> dict[str, Path | str]:
         """What every choice and training starts from, as inputs of a step."""
