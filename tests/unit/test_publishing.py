@@ -13,7 +13,7 @@ from tests.hub import TOKEN, Hub, stand_in
 from tests.samples import made_up, made_up_report
 from trsp_deploy import cli
 from trsp_deploy.artifacts import RunFolder, write_json
-from trsp_deploy.recipe import Recipe
+from trsp_deploy.recipe import Recipe, read_recipe
 from trsp_deploy.results import PrunedCheckpoint
 from trsp_deploy.tools.delivery.model_card import write_model_card
 from trsp_deploy.tools.reports.record import removal_report
@@ -138,6 +138,22 @@ def test_a_card_names_the_method_that_chose(run: Path, tmp_path: Path) -> None:
     write_model_card(tmp_path / "out", source, chosen, Recipe(model="tiny"), result)
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert "removed by sleb (SLEB, arXiv 2402.09025" in card.text and "trsp" not in card.data.to_dict()["tags"]
+
+
+@pytest.mark.parametrize(
+    ("form", "tokens", "said"),
+    [("none", 0, "no training."), ("train", 4096, "4,096 tokens, learning rate 0.0003.")],
+)
+def test_a_card_says_a_learning_rate_where_something_trained(
+    run: Path, tmp_path: Path, form: str, tokens: int, said: str
+) -> None:
+    result = PrunedCheckpoint.model_validate(RunFolder(run).record("prune").result)  # type: ignore[union-attr]
+    source = ModelSource(name="tiny", kind="folder", path=str(tmp_path), origin="tiny", licence=None)
+    (tmp_path / "out").mkdir()
+    chosen = read_recipe({"model": "tiny", "transfer": {"form": form}}, "test")
+    done = result.model_copy(update={"form": form, "tokens": tokens})
+    write_model_card(tmp_path / "out", source, made_up_report(made_up()).plan, chosen, done)
+    assert f"- Transfer: `{form}`, {said}\n" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_dry_run_asks_no_hub(run: Path, hub: type[Hub], capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,7 +53,7 @@ TEXT = """---
 
 - Removed layers, as indices of the dense model: {dropped}.
 - Selection: {method}, seed {seed}, calibrated on {calibration}.
-- Transfer: `{form}`, {refit}{tokens:,} tokens, learning rate {learning_rate:g}.
+- Transfer: `{form}`, {refit}{trained}.
 
 Removing a quarter of a model's layers costs quality: check it on your own task before use.
 """
@@ -106,10 +106,15 @@ def write_model_card(
         calibration=shown_name(plan.calibration),
         form=recipe.transfer.form,
         refit=FITTED.get(result.refit, ""),
-        tokens=result.tokens,
-        learning_rate=recipe.transfer.learning_rate,
+        trained=_trained(result, recipe),
     )
     ModelCard(card).save(folder / "README.md")
+
+
+def _trained(result: PrunedCheckpoint, recipe: Recipe) -> str:
+    if not result.tokens:
+        return "no training"
+    return f"{result.tokens:,} tokens, learning rate {recipe.transfer.learning_rate:g}"
 
 
 def _by(method: str) -> str:
