@@ -138,7 +138,7 @@ def batch_size(context_length: int) -> int:
 def _sampled(
     model: PreTrainedModel, form: Form, size: int, context_length: int, seed: int, show: Callable[[int], None]
 ) -> torch.Tensor:
-    """Tokens (size, up to context_length) that the model writes; behind a text's end stands the same token again."""
+    """Tokens (size, up to context_length) that the model writes; what stands behind a text's end is none of it."""
     batch = torch.tensor([form.opening] * size, device=model.device)
     end = -1 if form.end is None else form.end
     own, written = model.generation_config, 0
