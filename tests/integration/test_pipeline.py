@@ -224,6 +224,8 @@ def test_pruned_folder_works_with_plain_transformers(workspace, report):
     assert model.config.num_hidden_layers == 4
     ids = tokenizer("The import statement", return_tensors="pt", add_special_tokens=False).input_ids
     assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] > ids.shape[1]
+    modes = {file.name: file.stat().st_mode for file in folder.iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"], "whoever may read one may read the other"
 
 
 def test_built_engine_runs_from_its_folder(workspace, report):

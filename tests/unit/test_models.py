@@ -349,6 +349,7 @@ def test_pickles_on_the_hub_are_not_even_fetched(local_hub: type[Hub], tiny: Pat
     assert "pytorch_model.bin" not in local_hub.asked
     out = convert("owner/tiny", tmp_path / "safe", silent)
     assert resolve_model(str(out), silent).kind == "folder"
+    assert (out / "model.safetensors").stat().st_mode & 0o777 == out.stat().st_mode & 0o666
     assert "its weights are a pickle" in error_line("owner/tiny"), "the cache has it now, and it is still a pickle"
 
 

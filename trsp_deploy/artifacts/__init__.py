@@ -21,7 +21,15 @@ from trsp_deploy.artifacts.run_folder import (
     check_made,
     is_main_process,
 )
-from trsp_deploy.artifacts.storage import free_bytes, link_tree, nearest_existing, storage_errors, write_json, writing
+from trsp_deploy.artifacts.storage import (
+    free_bytes,
+    link_tree,
+    nearest_existing,
+    share_weights,
+    storage_errors,
+    write_json,
+    writing,
+)
 
 __all__ = [
     "ENGINE_MANIFEST",
@@ -50,6 +58,7 @@ __all__ = [
     "provenance",
     "run_of_engine",
     "seal",
+    "share_weights",
     "size_bytes",
     "storage_errors",
     "write_json",

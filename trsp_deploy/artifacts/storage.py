@@ -135,6 +135,12 @@ def writing(target: Path) -> Iterator[Path]:
         _remove(former)
 
 
+def share_weights(folder: Path) -> None:
+    """Let whoever may read a new folder read its safetensors, which their writer (0.8) keeps to the user alone."""
+    for file in folder.glob("*.safetensors"):
+        file.chmod(folder.stat().st_mode & 0o666)
+
+
 def link_tree(source: Path, target: Path, copied: tuple[str, ...] = ()) -> None:
     """Give a finished file or folder a second place: hard links, or copies where the file system has none.
 

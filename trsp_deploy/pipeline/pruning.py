@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel
 from transformers import PreTrainedModel
 
-from trsp_deploy.artifacts import Finished, RunFolder, StepRecord, fingerprint, seal, write_json, writing
+from trsp_deploy.artifacts import Finished, RunFolder, StepRecord, fingerprint, seal, share_weights, write_json, writing
 from trsp_deploy.artifacts.layout import PLANS
 from trsp_deploy.decoder import check_prunable, load_config, load_model, meta_model
 from trsp_deploy.errors import PlanError
@@ -111,7 +111,7 @@ class Pruning:
         record = self.run.record("plan")
         if self._plan_file is None or record is None:
             return False
-        return record.result != read_plan(self._plan_file, self.inputs.num_layers()).model_dump(mode="json")
+        return PruningPlan.model_validate(record.result) != read_plan(self._plan_file, self.inputs.num_layers())
 
     def plans(self, counts: tuple[int, ...]) -> dict[int, Path]:
         """A plan for each number of layers, as `plans/drop-K.json`, from one search; methods as the recipe says."""
@@ -281,7 +281,7 @@ class Pruning:
             train = torch.cat([train[: self.recipe.calibration.max_windows - len(written)], written])
         path = self.inputs.path("pruned")
         with quiet_libraries(), writing(path) if self.run.main else contextlib.nullcontext(path) as folder:
-            return transfer.transfer_and_remove(
+            pruned = transfer.transfer_and_remove(
                 dense=self.inputs.path("dense"),
                 source=self.inputs.dense(),
                 plan=plan,
@@ -291,6 +291,9 @@ class Pruning:
                 out=folder,
                 checkpoints=checkpoints,
             )
+            if self.run.main:
+                share_weights(folder)
+        return pruned
 
     def _self_generated_windows(self) -> int:
         """How many of the windows that the transfer reads the dense model writes; 0 where nothing reads them."""

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from trsp_deploy.artifacts import fingerprint, locked, storage_errors, write_json, writing
+from trsp_deploy.artifacts import fingerprint, locked, share_weights, storage_errors, write_json, writing
 from trsp_deploy.errors import ModelError, StorageError, TextError, UserError, nearest
 from trsp_deploy.reading import user_path
 
@@ -113,6 +113,7 @@ def dequantised_model(name: str, progress: Progress) -> Path | None:
                 _convert_gguf(gguf, partial)
             except ImportError as problem:
                 raise ModelError(f"model '{name}': reading GGUF needs the package gguf (pip install gguf)") from problem
+            share_weights(partial)
             write_json(partial / note.name, asset)
     return target
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from trsp_deploy.artifacts import storage_errors, writing, writing_alone
+from trsp_deploy.artifacts import share_weights, storage_errors, writing, writing_alone
 from trsp_deploy.decoder import load_config
 from trsp_deploy.errors import ModelError, first_line, machine_reason
 from trsp_deploy.model_code import CODE, copy_code
@@ -152,3 +152,4 @@ def _save(weights: dict[str, Any], folder: Path, tied: bool) -> None:
     for name in itertools.chain.from_iterable(names for names in parts.values() if len(names) > 1):
         weights[name] = weights[name].clone()
     save_torch_state_dict(weights, folder, safe_serialization=True, metadata={"format": "pt"})
+    share_weights(folder)
