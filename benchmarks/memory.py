@@ -122,6 +122,7 @@ def measure(folder: Path, quick: bool, limit_gb: float | None) -> Memory:
         rows.append(run(job, precision, quick, round(limit)))
         print(f"{job} {precision}: {rows[-1].peak_bytes / 1e9:.2f} GB", file=sys.stderr)
 
+    clear(folder)  # what a run that was stopped has left would be in the way of what is made, and be built from
     for job in JOBS:
         for precision in FLOAT_BYTES:
             measured(job, precision)
@@ -130,12 +131,17 @@ def measure(folder: Path, quick: bool, limit_gb: float | None) -> Memory:
                 for engine in ENGINES[precision]:
                     measured(BUILD + engine, precision)
                     shutil.rmtree(folder / "out", ignore_errors=True)
-            for made in ("out", "graph"):
-                shutil.rmtree(folder / made, ignore_errors=True)
+            clear(folder)
     found = Memory(machine=provenance(), code=code, parameters=counts_of(config).total, rows=tuple(rows))
     if not quick:
         keep(results_path("memory", found.machine.cpu), found)
     return found
+
+
+def clear(folder: Path) -> None:
+    """Delete what rows have made, if anything is there."""
+    for made in ("out", "graph"):
+        shutil.rmtree(folder / made, ignore_errors=True)
 
 
 def make(folder: Path, quick: bool) -> object:

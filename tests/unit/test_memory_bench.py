@@ -9,12 +9,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from transformers import OPTConfig
 
 from benchmarks import kept, memory
 from benchmarks.code import code_digest
 from benchmarks.memory import MOST, TARGETS, Memory, Row, figures, page, verdict, watch
 from trsp_deploy.artifacts import provenance
-from trsp_deploy.recipe import FLOAT_BYTES
+from trsp_deploy.recipe import FLOAT_BYTES, Float
 
 PARAMETERS = 10**6
 ENOUGH = 10**12
@@ -76,6 +77,29 @@ def test_a_report_judges_this_machine_or_the_worst(tmp_path: Path, monkeypatch, 
     kept.results_path("memory", here.machine.cpu).write_text(here.model_dump_json())
     assert judged() == provenance().cpu
     assert memory.PAGE.read_text().count("| peak RSS, GB |") == 3
+
+
+def test_engines_are_built_from_the_graph_of_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not from the one that a bench left which was killed in a build."""
+    (tmp_path / "graph").mkdir()
+    (tmp_path / "graph" / "made").write_text("of the killed one")
+    built_from: dict[str, str] = {}
+
+    def run(job: str, precision: Float, quick: bool, limit_bytes: int) -> Row:
+        if job.startswith(memory.BUILD):
+            built_from[job] = (tmp_path / "graph" / "made").read_text()
+        else:
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "made").write_text(f"{job} {precision}")
+        return Row(job=job, precision=precision, peak_bytes=1, anonymous_bytes=1, libraries_bytes=1)
+
+    monkeypatch.setattr(memory, "run", run)
+    monkeypatch.setattr(memory, "make", lambda *_: OPTConfig(num_hidden_layers=1))
+    memory.measure(tmp_path, quick=True, limit_gb=None)
+    wanted = {
+        memory.BUILD + name: f"export {precision}" for precision, names in memory.ENGINES.items() for name in names
+    }
+    assert built_from == wanted and not list(tmp_path.iterdir())
 
 
 def test_a_worker_that_says_much_is_read_to_its_end() -> None:
