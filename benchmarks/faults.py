@@ -26,7 +26,7 @@ import pytest
 import trsp_deploy
 from benchmarks import targets
 from benchmarks.code import code_digest
-from benchmarks.kept import keep
+from benchmarks.kept import keep, kept_in
 from benchmarks.pages import markdown, put_between_markers
 from benchmarks.targets import at_least, at_most
 from trsp_deploy.artifacts import Provenance, provenance
@@ -189,10 +189,7 @@ def name_of(nodeid: str) -> str:
 
 def read() -> dict[str, Tried]:
     """The last outcome of every test, by its name."""
-    if not RESULTS.is_file():
-        return {}
-    lines = RESULTS.read_text(encoding="utf-8").splitlines()
-    return {tried.test: tried for tried in map(Tried.model_validate_json, lines)}
+    return {tried.test: tried for tried in kept_in(RESULTS, Tried, "delete the line to forget its test")}
 
 
 def of(tests: Sequence[Tried], *kinds: str) -> list[Tried]:

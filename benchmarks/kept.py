@@ -7,13 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from trsp_deploy.artifacts import provenance, writing
 from trsp_deploy.errors import RunError
+from trsp_deploy.reading import what_is_wrong
 
 RESULTS = Path("benchmarks/results")
 Found = TypeVar("Found")  # what a bench found on one machine
+Record = TypeVar("Record", bound=BaseModel)  # a line of a file
 
 
 def results_path(bench: str, cpu: str, ending: str = "json") -> Path:
@@ -28,12 +30,27 @@ def keep(path: Path, *records: BaseModel) -> None:
         partial.write_text("".join(f"{record.model_dump_json()}\n" for record in records), encoding="utf-8")
 
 
-def every_machine(bench: str, ending: str = "json") -> list[bytes]:
-    """What a bench's files hold, by machine's name; raises RunError when there are none."""
+def kept_in(path: Path, kind: type[Record], remedy: str) -> list[Record]:
+    """A file's records, a line each; none where there is no file.
+
+    remedy: for the RunError that a line is which holds no such record.
+    """
+    found = []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else [], start=1):
+        try:
+            found.append(kind.model_validate_json(line))
+        except ValidationError as problem:
+            raise RunError(f"{path}: line {number}: {what_is_wrong(problem, kind)}; {remedy}") from problem
+    return found
+
+
+def every_machine(bench: str, kind: type[Record], ending: str = "json") -> list[list[Record]]:
+    """The records of each of a bench's files, by machine's name; raises RunError when there are none."""
     paths = sorted(RESULTS.glob(f"{bench}-*.{ending}"))
-    if not paths:
+    found = [records for path in paths if (records := kept_in(path, kind, f"`make bench-{bench}` measures it anew"))]
+    if not found:
         raise RunError(f"{RESULTS}: no {bench}-*.{ending}; `make bench-{bench}` measures")
-    return [path.read_bytes() for path in paths]
+    return found
 
 
 def judged(

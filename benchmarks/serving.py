@@ -248,7 +248,7 @@ def section(load: Loaded) -> str:
 
 def read() -> list[Serving]:
     """What is there, by machine; raises RunError when there is nothing."""
-    return [Serving.model_validate_json(each) for each in every_machine("serving")]
+    return [each for (each,) in every_machine("serving", Serving)]
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def main() -> int:
         if not options.report:
             measured = measure(options.out)
             keep(results_path("sweep", measured.sweep.provenance.cpu), measured)
-        every = [read(text) for text in every_machine("sweep")]
+        every = [derived(found) for (found,) in every_machine("sweep", Found)]
         put_between_markers(PAGE, "\n\n".join(text(found) for found in every), "sweep")
         draw(every, PLOT)
         found = judged(every, lambda each: each.sweep.provenance.cpu, lambda each: verdict(each)["met"])
@@ -68,9 +68,8 @@ def main() -> int:
     return 0
 
 
-def read(kept: bytes) -> Found:
-    """One machine's file, the intervals derived again from the blocks that were timed."""
-    found = Found.model_validate_json(kept)
+def derived(found: Found) -> Found:
+    """What one machine measured, the intervals derived again from the blocks that were timed."""
     points = tuple(_derived(point, found.comparisons.get(point.num_dropped)) for point in found.sweep.points)
     return found.model_copy(update={"sweep": found.sweep.model_copy(update={"points": points})})
 

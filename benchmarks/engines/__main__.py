@@ -16,16 +16,13 @@ import json
 import sys
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from benchmarks.engines.figures import Found, figures, processor_name, verdict
 from benchmarks.engines.race import race
 from benchmarks.engines.tables import markdown_text, short_text, text
-from benchmarks.kept import RESULTS, every_machine, judged, keep, results_path
+from benchmarks.kept import every_machine, judged, keep, results_path
 from benchmarks.pages import put_between_markers
 from trsp_deploy.artifacts import provenance
-from trsp_deploy.errors import TrspError, one_line
-from trsp_deploy.reading import what_is_wrong
+from trsp_deploy.errors import TrspError
 from trsp_deploy.tools.runners.requirements import adds_int8_exactly
 
 DOC, README = Path("docs/engines.md"), Path("README.md")
@@ -36,7 +33,7 @@ def main() -> int:
     options = _parse()
     try:
         if options.report:
-            machines = [Found.model_validate_json(each) for each in every_machine("engines")]
+            machines = [each for (each,) in every_machine("engines", Found)]
             put_between_markers(DOC, "\n\n".join(map(markdown_text, machines)), "engines")
             put_between_markers(README, "\n\n".join(map(short_text, machines)), "engines")
             here = processor_name(provenance().cpu, adds_int8_exactly())
@@ -47,10 +44,6 @@ def main() -> int:
                 _keep(found)
         print(text(found))
         print(json.dumps(verdict(figures(found))))
-    except (OSError, ValidationError) as problem:
-        reason = what_is_wrong(problem, Found) if isinstance(problem, ValidationError) else one_line(problem)
-        print(f"error: {RESULTS}: {reason}; `make bench-engines` writes it", file=sys.stderr)
-        return 1
     except TrspError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return problem.exit_code

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import targets
-from benchmarks.kept import every_machine, keep, results_path
+from benchmarks.kept import every_machine, keep, kept_in, results_path
 from benchmarks.pages import markdown
 from benchmarks.proof.trials import Kind, Trial
 from benchmarks.targets import at_least, at_most
@@ -26,17 +26,13 @@ TARGETS = {
 
 def read() -> list[list[Trial]]:
     """The trials that are there, by machine; raises RunError when there are none."""
-    return [trials for text in every_machine("proof", "jsonl") if (trials := _read(text))]
+    return every_machine("proof", Trial, "jsonl")
 
 
 def read_here() -> list[Trial]:
     """This machine's."""
     path = results_path("proof", provenance().cpu, "jsonl")
-    return _read(path.read_bytes()) if path.exists() else []
-
-
-def _read(text: bytes) -> list[Trial]:
-    return [Trial.model_validate_json(line) for line in text.splitlines()]
+    return kept_in(path, Trial, "delete the line to make its trial again")
 
 
 def write(trials: list[Trial]) -> None:

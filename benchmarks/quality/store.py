@@ -6,14 +6,10 @@ import hashlib
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
-
 from benchmarks.code import code_digest
-from benchmarks.kept import keep
+from benchmarks.kept import keep, kept_in
 from benchmarks.quality.rows import Losses, Outcome, Row, Selected, Work, recipe_of
 from trsp_deploy.artifacts import Provenance, provenance
-from trsp_deploy.errors import RunError
-from trsp_deploy.reading import what_is_wrong
 from trsp_deploy.recipe import Strict
 
 # Where each work's code begins, below trsp_deploy/; what it imports belongs to it. Its digest is kept with each row.
@@ -154,13 +150,4 @@ def products_here(row: Row) -> Literal["bf16", "fp32"]:
 
 def _read_lines(path: Path) -> dict[str, Line]:
     """Finished rows by key; none where there is no file."""
-    texts = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    lines = [_read(text, f"{path}: line {number}") for number, text in enumerate(texts, start=1)]
-    return {line.key: line for line in lines}
-
-
-def _read(text: str, where: str) -> Line:
-    try:
-        return Line.model_validate_json(text)
-    except ValidationError as problem:
-        raise RunError(f"{where}: {what_is_wrong(problem, Line)}; delete the line to make its row again") from problem
+    return {line.key: line for line in kept_in(path, Line, "delete the line to make its row again")}

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from benchmarks import coverage, kept, serving
+import benchmarks.engines.__main__ as engines_bench
+import benchmarks.proof.__main__ as proof_bench
+from benchmarks import coverage, kept, memory, serving, sweep
 from trsp_deploy.artifacts import provenance
 from trsp_deploy.errors import RunError
+from trsp_deploy.recipe import Strict
 
 ROOT = Path(__file__).parents[2]
+
+
+class Cpu(Strict):
+    """A record."""
+
+    name: str
 
 
 def judged(*machines: tuple[str, int]) -> str:
@@ -28,11 +39,34 @@ def test_a_report_judges_this_machine_else_the_worst() -> None:
 def test_files_of_every_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kept, "RESULTS", tmp_path)
     with pytest.raises(RunError, match=r"no proof-\*\.jsonl; `make bench-proof` measures"):
-        kept.every_machine("proof", "jsonl")
-    for cpu in ("Intel(R) Xeon(R) Processor", "AMD EPYC"):
-        kept.results_path("proof", cpu, "jsonl").write_text(cpu)
+        kept.every_machine("proof", Cpu, "jsonl")
+    for name in ("Intel(R) Xeon(R) Processor", "AMD EPYC"):
+        kept.keep(kept.results_path("proof", name, "jsonl"), Cpu(name=name), Cpu(name="again"))
     kept.results_path("proof", "other").write_text("")
-    assert kept.every_machine("proof", "jsonl") == [b"AMD EPYC", b"Intel(R) Xeon(R) Processor"]
+    kept.results_path("proof", "empty", "jsonl").write_text("")
+    found = kept.every_machine("proof", Cpu, "jsonl")
+    assert [[cpu.name for cpu in cpus] for cpus in found] == [
+        ["AMD EPYC", "again"],
+        ["Intel(R) Xeon(R) Processor", "again"],
+    ]
+
+
+@pytest.mark.parametrize("bench", [engines_bench, memory, proof_bench, serving, sweep])
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [('{"x": 1}', "unknown key 'x'"), ("", "is not valid JSON"), ("<<<<<<< ours", "is not valid JSON")],
+)
+def test_a_file_that_is_none_of_a_bench_is_one_line(
+    bench: ModuleType, line: str, reason: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """As a merge leaves one, or a later version's record; the bench named after its results measures."""
+    name = bench.__name__.split(".")[1]
+    monkeypatch.setattr(kept, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", [name, "--report"])
+    kept.results_path(name, "a", "jsonl" if name == "proof" else "json").write_text(f"{line}\n")
+    assert bench.main() == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert f"line 1: {reason}" in said and said.endswith(f"; `make bench-{name}` measures it anew")
 
 
 def test_coverage_is_judged_before_it_is_rounded() -> None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmarks import kept
 from benchmarks.engines import figures, subjects
-from benchmarks.engines.__main__ import main
 from benchmarks.engines.peers import negative_log_likelihood
 from trsp_deploy.decoder import DecoderSize, WeightCounts
 from trsp_deploy.tools.judging.limits import stored
@@ -97,15 +94,3 @@ def test_an_engine_of_another_spec_or_other_code_is_made_anew(tmp_path: Path, mo
 def test_likelihood_is_that_of_the_next_token() -> None:
     logits = np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8], [1.0, 1.0, 1.0]]))
     assert negative_log_likelihood(logits, np.array([2, 0, 2])) == pytest.approx(-(np.log(0.5) + np.log(0.8)) / 2)
-
-
-def test_a_damaged_file_of_results_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "engines-cpu.json").write_text('{"sampels": {}}')
-    monkeypatch.setattr(kept, "RESULTS", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["engines", "--report"])
-    assert main() == 1
-    said = capsys.readouterr().err
-    assert "unknown key 'sampels'; did you mean 'samples'?; `make bench-engines` writes it" in said
-    assert said.count("\n") == 1

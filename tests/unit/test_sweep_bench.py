@@ -48,7 +48,7 @@ def test_the_page_and_the_plot_are_written_from_what_is_kept(
     monkeypatch.setattr("sys.argv", ["sweep", "--report"])
     assert bench.main() == 0
     lines = capsys.readouterr().out.splitlines()
-    assert json.loads(lines[-1]) == bench.verdict(bench.read(found.model_dump_json().encode()))
+    assert json.loads(lines[-1]) == bench.verdict(bench.derived(found))
     page = (tmp_path / "docs/choosing-a-drop.md").read_text()
     assert "| 3 of 30 |" in page and "not run" in page and page.startswith("before") and page.endswith("after\n")
     assert (tmp_path / "docs/img/sweep.png").read_bytes().startswith(b"\x89PNG")
@@ -57,8 +57,8 @@ def test_the_page_and_the_plot_are_written_from_what_is_kept(
 def test_intervals_are_derived_again_from_what_was_timed(found: bench.Found) -> None:
     """The file keeps the intervals of the code that measured; the page says what today's code makes of the blocks."""
     noisy = made_up(speedup=1.1, noise=0.05, seed=3)
-    read = bench.read(found.model_copy(update={"comparisons": {3: noisy}}).model_dump_json().encode())
-    for point, kept in zip(read.sweep.points, found.sweep.points, strict=True):
+    derived = bench.derived(found.model_copy(update={"comparisons": {3: noisy}}))
+    for point, kept in zip(derived.sweep.points, found.sweep.points, strict=True):
         if point.num_dropped != 3 or point.comparison is None:
             assert point == kept
             continue
