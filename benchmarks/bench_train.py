@@ -33,6 +33,7 @@ from benchmarks import targets
 from benchmarks.kept import results_path
 from benchmarks.targets import at_least, at_most
 from trsp_deploy.artifacts import provenance, writing
+from trsp_deploy.errors import RunError, TrspError
 from trsp_deploy.tools.host_memory import forget_peak, peak_resident_bytes
 from trsp_deploy.tools.prctl import end_with_parent
 
@@ -45,23 +46,32 @@ ENGINES = ("stage 2", "stage 2 with teacher", "Trainer")
 def main() -> int:
     """Measure blocks in turn and report."""
     options = parse(sys.argv[1:])
-    if options.worker:
-        end_with_parent()
-        print(json.dumps(WORKERS[options.worker](options)))
-        return 0
+    try:
+        if options.worker:
+            end_with_parent()
+            print(json.dumps(WORKERS[options.worker](options)))
+        else:
+            measure(options)
+    except TrspError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return problem.exit_code
+    return 0
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Every block; the table before the samples are kept, which a full disk may refuse."""
     samples: dict[str, list[dict[str, Any]]] = {engine: [] for engine in ENGINES}
     for pair in range(options.pairs):
         for engine in ENGINES if pair % 2 == 0 else reversed(ENGINES):
             samples[engine].append(block(engine, sys.argv[1:]))
             print(f"{engine}: {row(samples[engine][-1:], options)}", file=sys.stderr)
+    for engine in ENGINES:
+        print(f"{engine:20}  {row(samples[engine], options)}")
+    print(json.dumps(verdict(samples, options)))
     if decisive(options) == decisive(parse([])):
         keep(samples, options)
     else:
         print("not kept: options other than the defaults", file=sys.stderr)
-    for engine in ENGINES:
-        print(f"{engine:20}  {row(samples[engine], options)}")
-    print(json.dumps(verdict(samples, options)))
-    return 0
 
 
 def keep(samples: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -> None:
@@ -83,10 +93,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench_train", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", default="smollm2-135m", help="a folder or a short name")
     parser.add_argument("--texts", default="exl-wiki", help="as --calibration of trsp-deploy")
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--context", type=int, default=256, help="tokens a window")
-    parser.add_argument("--steps", type=int, default=12, help="measured steps a block")
-    parser.add_argument("--pairs", type=int, default=4, help="blocks of each of the two")
+    parser.add_argument("--batch-size", type=count, default=4)
+    parser.add_argument("--context", type=count, default=256, help="tokens a window")
+    parser.add_argument("--steps", type=count, default=12, help="measured steps a block")
+    parser.add_argument("--pairs", type=count, default=4, help="blocks of each of the two")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--quick", action="store_true", help="3 steps, 1 pair: shows that it works")
     parser.add_argument("--worker", choices=ENGINES, help=argparse.SUPPRESS)
@@ -96,10 +106,19 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
+def count(text: str) -> int:
+    """For argparse, which names this function in what it says of another text: 1 at least."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
 def block(engine: str, arguments: list[str]) -> dict[str, Any]:
-    """One block in a fresh process that sees one GPU."""
+    """One block in a fresh process that sees one GPU; raises RunError when it fails."""
     command = [sys.executable, "-m", "benchmarks.bench_train", *arguments, "--worker", engine]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=one_gpu(os.environ))
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=one_gpu(os.environ))
+    if done.returncode:
+        raise RunError(f"{engine}: its process ended with {done.returncode}; what it said is above")
     sample: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return sample
 

@@ -99,18 +99,20 @@ def main() -> int:
             found = judged(read(), lambda each: each.machine.cpu, met)
         else:
             found = measure(folder, options.quick, options.limit_gb)
+        print(page(found))
+        print(json.dumps(verdict(found)))
+        if not options.report and not options.quick:  # after the table, which a full disk does not refuse
+            keep(results_path("memory", found.machine.cpu), found)
+        if not options.quick:
+            put_between_markers(PAGE, "\n\n".join(map(page, read())), "memory")
     except TrspError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return problem.exit_code
-    if not options.quick:
-        put_between_markers(PAGE, "\n\n".join(map(page, read())), "memory")
-    print(page(found))
-    print(json.dumps(verdict(found)))
     return 0
 
 
 def measure(folder: Path, quick: bool, limit_gb: float | None) -> Memory:
-    """Make the model where it is missing, and run every job; the full bench keeps its rows."""
+    """Make the model where it is missing, and run every job."""
     from trsp_deploy.tools.resources.weights import counts_of
 
     config = make(folder / "model", quick)
@@ -132,10 +134,7 @@ def measure(folder: Path, quick: bool, limit_gb: float | None) -> Memory:
                     measured(BUILD + engine, precision)
                     shutil.rmtree(folder / "out", ignore_errors=True)
             clear(folder)
-    found = Memory(machine=provenance(), code=code, parameters=counts_of(config).total, rows=tuple(rows))
-    if not quick:
-        keep(results_path("memory", found.machine.cpu), found)
-    return found
+    return Memory(machine=provenance(), code=code, parameters=counts_of(config).total, rows=tuple(rows))
 
 
 def clear(folder: Path) -> None:

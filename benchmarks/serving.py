@@ -98,18 +98,20 @@ def main() -> int:
             found = judged(read(), lambda each: each.provenance.cpu, met)
         else:
             found = measure(QUICK, (SHORT,)) if options.quick else measure(FULL, (SHORT, LONG))
+        print(page(found))
+        print(json.dumps(verdict(found)))
+        if not options.report and not options.quick:  # after the table, which a full disk does not refuse
+            keep(results_path("serving", found.provenance.cpu), found)
+        if not options.quick:
+            put_between_markers(PAGE, "\n\n".join(map(page, read())), "serving")
     except TrspError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return problem.exit_code
-    if not options.quick:
-        put_between_markers(PAGE, "\n\n".join(map(page, read())), "serving")
-    print(page(found))
-    print(json.dumps(verdict(found)))
     return 0
 
 
 def measure(settings: LoadSettings, lengths: tuple[int, ...]) -> Serving:
-    """Make the repository where it is missing, and measure; the full bench keeps its samples."""
+    """Make the repository where it is missing, and measure."""
     environment = environment_of(None)
     generator = find_load_generator(environment)
     run = engines()
@@ -132,10 +134,7 @@ def measure(settings: LoadSettings, lengths: tuple[int, ...]) -> Serving:
         found = measure_served(repository, lambda: started(repository, environment), generator, asked, before=run_bare)
         return Loaded(served=found, bare_s={role: tuple(each) for role, each in bare.items()})
 
-    result = Serving(loads={new_tokens: loaded(new_tokens) for new_tokens in lengths})
-    if settings == FULL:
-        keep(results_path("serving", result.provenance.cpu), result)
-    return result
+    return Serving(loads={new_tokens: loaded(new_tokens) for new_tokens in lengths})
 
 
 def engines() -> Path:

@@ -40,19 +40,14 @@ def main() -> int:
             found = judged(machines, lambda each: each.processor, lambda each: verdict(figures(each))["met"], here)
         else:
             found = race(options.peers, options.quick)
-            if not options.quick:
-                _keep(found)
         print(text(found))
         print(json.dumps(verdict(figures(found))))
+        if not options.report and not options.quick:  # after the table, which a full disk does not refuse
+            keep(results_path("engines", found.processor), found)
     except TrspError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return problem.exit_code
     return 0
-
-
-def _keep(found: Found) -> None:
-    """Keep the raw samples, in the file of this kind of machine."""
-    keep(results_path("engines", found.processor), found)
 
 
 def _parse() -> argparse.Namespace:

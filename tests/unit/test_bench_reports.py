@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -10,12 +11,17 @@ import pytest
 
 import benchmarks.engines.__main__ as engines_bench
 import benchmarks.proof.__main__ as proof_bench
-from benchmarks import coverage, kept, memory, serving, sweep
+from benchmarks import bench_train, coverage, kept, memory, serving, sweep
+from benchmarks.engines.figures import TARGETS, Found
 from trsp_deploy.artifacts import provenance
 from trsp_deploy.errors import RunError
 from trsp_deploy.recipe import Strict
 
 ROOT = Path(__file__).parents[2]
+
+
+KINDS = {"engines": Found, "memory": memory.Memory, "serving": serving.Serving}
+SAMPLE = {"device": "cpu", "wall_s": [1.0], "cpu_s": [1.0], "peak_bytes": 1, "mean_loss": 3.0}  # of `bench_train`
 
 
 class Cpu(Strict):
@@ -67,6 +73,29 @@ def test_a_file_that_is_none_of_a_bench_is_one_line(
     assert bench.main() == 1
     (said,) = capsys.readouterr().err.splitlines()
     assert f"line 1: {reason}" in said and said.endswith(f"; `make bench-{name}` measures it anew")
+
+
+@pytest.mark.parametrize(
+    ("bench", "measures"),
+    [(engines_bench, "race"), (memory, "measure"), (serving, "measure"), (bench_train, "block")],
+)
+def test_what_cannot_be_kept_has_been_shown(
+    bench: ModuleType, measures: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """An hour's figures, and a disk that is full by then."""
+    name = bench.__name__.split(".")[1]
+    there = next((ROOT / kept.RESULTS).glob(f"{name}-*.json"), None)
+    found = SAMPLE if there is None else KINDS[name].model_validate_json(there.read_bytes())
+    monkeypatch.setattr(bench, measures, lambda *_: found)
+    if bench is engines_bench:  # whose figures ask for the model that was measured
+        monkeypatch.setattr(bench, "figures", lambda _: dict.fromkeys(TARGETS, 1.0))
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(kept, "RESULTS", tmp_path / "file" / "results")
+    monkeypatch.setattr(sys, "argv", [name])
+    assert bench.main() == 1
+    told = capsys.readouterr()
+    assert told.err.splitlines()[-1].startswith("error: ") and "its folder cannot be made" in told.err
+    assert "figures" in json.loads(told.out.splitlines()[-1])
 
 
 def test_coverage_is_judged_before_it_is_rounded() -> None:

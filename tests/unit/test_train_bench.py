@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -53,11 +54,29 @@ def test_blocks_run_with_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def run(command: list[str], *, env: dict[str, str], **_: object) -> Any:
         seen.update(env)
-        return type("Done", (), {"stdout": "noise\n{}"})()
+        return type("Done", (), {"stdout": "noise\n{}", "returncode": 0})()
 
     monkeypatch.setattr(bench_train.subprocess, "run", run)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     assert bench_train.block("Trainer", []) == {} and seen["CUDA_VISIBLE_DEVICES"] == "2"
+
+
+def test_a_mistake_is_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the process that meets it, and one of the bench."""
+    monkeypatch.setattr(bench_train, "end_with_parent", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["bench_train", "--model", "/nowhere", "--worker", "stage 2"])
+    assert bench_train.main() == 1
+    assert capsys.readouterr().err.startswith("error: model '/nowhere': no such folder")
+    monkeypatch.setattr(bench_train.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1, stdout=""))
+    monkeypatch.setattr(sys, "argv", ["bench_train", "--model", "/nowhere"])
+    assert bench_train.main() == 1
+    assert capsys.readouterr().err == "error: stage 2: its process ended with 1; what it said is above\n"
+
+
+def test_a_number_of_blocks_is_one_at_least(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--pairs", "0"])
+    assert "argument --pairs: invalid count value: '0'" in capsys.readouterr().err
 
 
 def test_only_the_defaults_are_kept_each_processor_in_its_file(tmp_path: Path, monkeypatch, capsys) -> None:
