@@ -73,7 +73,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--report", action="store_true", help="run nothing")
     options = parser.parse_args(arguments)
     codes = [0] if options.report else list(measure([options.tests] if options.tests else MAKE_TEST))
-    found = Covered(machine=provenance(), passed=not any(codes), packages=packages(table()))
+    try:
+        files = table()
+    except coverage.exceptions.NoDataError:
+        print("error: .coverage: nothing was measured here; `make coverage` does", file=sys.stderr)
+        return 1
+    found = Covered(machine=provenance(), passed=not any(codes), packages=packages(files))
     line = verdict(found.percent)
     print(json.dumps(line))
     if options.report or options.tests:

@@ -103,6 +103,12 @@ def test_coverage_is_judged_before_it_is_rounded() -> None:
     assert coverage.verdict(90.0)["met"] == {"lines_percent": True}
 
 
+def test_a_report_of_no_coverage_is_a_line(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert coverage.main(["--report"]) == 1
+    assert capsys.readouterr().err == "error: .coverage: nothing was measured here; `make coverage` does\n"
+
+
 def covered(*, run: int) -> dict[str, dict[str, dict[str, int]]]:
     """Files as coverage.py tells of them."""
     files = {"trsp_deploy/a.py": (40, 40), "trsp_deploy/tools/b.py": (50, run), "trsp_deploy/tools/c.py": (10, 10)}
