@@ -86,11 +86,13 @@ def _losses(row: Row, store: Store, checkpoints: Path) -> Losses:
         began = time.perf_counter()
         checkpoint = _make_model(row, store, folder)
         elapsed = time.perf_counter() - began
-        return Losses(
+        found = Losses(
             nll=_test_losses(row, _folder(row, folder)),
             checkpoint=checkpoint.model_dump(mode="json") if checkpoint else {},
             transfer_s=round(elapsed, 1),
         )
+    _training(row, store).remove()  # not before: a row that is killed while it is tested goes on from there too
+    return found
 
 
 def _answers(row: Row, store: Store, checkpoints: Path) -> Accuracies:
@@ -98,6 +100,7 @@ def _answers(row: Row, store: Store, checkpoints: Path) -> Accuracies:
     folder = _checkpoint(made, store, checkpoints)
     if not folder.is_dir():  # never made here, or deleted: it is made again
         _make_model(made, store, folder)
+        _training(made, store).remove()
     score = evaluate_zero_shot(_folder(made, folder), row.tasks, row.items, row.role, recipe_of(row))
     return Accuracies(score=score)
 
@@ -106,6 +109,12 @@ def _checkpoint(row: Row, store: Store, checkpoints: Path) -> Path:
     """Where a row's model, or its training, is kept: under another name for other code, settings or layers."""
     layers = "-".join(map(str, store.dropped(row) or ()))
     return checkpoints / "-".join(part for part in (row.key, digest(row), layers) if part)
+
+
+def _training(row: Row, store: Store) -> Checkpoints:
+    """What a row's training goes on from where it was killed."""
+    folder = _checkpoint(row, store, TRAINING)
+    return Checkpoints(folder, folder.name, recipe_of(row).checkpoint_s)
 
 
 MAKERS: dict[str, Callable[[Row, Store, Path], Outcome]] = {
@@ -149,7 +158,10 @@ def counting_passes(model: PreTrainedModel, context_length: int) -> Iterator[Cal
 
 
 def _make_model(row: Row, store: Store, out: Path) -> PrunedCheckpoint | None:
-    """Write the row's model to `out`; None for the dense model, which is where it is."""
+    """Write the row's model to `out`; None for the dense model, which is where it is.
+
+    What its training goes on from is left.
+    """
     if not row.transfer:
         return None
     recipe, calibration = recipe_of(row), _calibration(row)
@@ -158,10 +170,8 @@ def _make_model(row: Row, store: Store, out: Path) -> PrunedCheckpoint | None:
     own = _self_generated(row, self_generated_windows(row.self_generated, windows, len(calibration.train)))
     others = [_same_source(row, name, round(share * windows)) for name, share in row.test_sources.items()]
     beside = torch.cat([own, *others])
-    folder = _checkpoint(row, store, TRAINING)
-    checkpoints = Checkpoints(folder, folder.name, recipe.checkpoint_s)
     with writing(out) as partial:
-        made = transfer_and_remove(
+        return transfer_and_remove(
             dense=Path(source.path),
             source=source,
             plan=plan_of(row, store),
@@ -169,10 +179,8 @@ def _make_model(row: Row, store: Store, out: Path) -> PrunedCheckpoint | None:
             validation=calibration.validation,
             recipe=recipe,
             out=partial,
-            checkpoints=checkpoints,
+            checkpoints=_training(row, store),
         )
-    checkpoints.remove()
-    return made
 
 
 def _self_generated(row: Row, count: int) -> torch.Tensor:

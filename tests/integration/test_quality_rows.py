@@ -229,6 +229,31 @@ def test_a_row_killed_while_it_trains_goes_on(
     assert not (tmp_path / "training").exists()
 
 
+def test_a_row_killed_while_it_is_tested_does_not_train_again(
+    table: Table, made: tuple[Store, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row, whole = find(table, made[0], "trained", "control", 2)
+    step, steps = Training._step, []
+
+    def counted(self: Training, *rest: Any) -> None:
+        steps.append(rest[-1])
+        step(self, *rest)
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(work, "TRAINING", tmp_path / "training")
+    monkeypatch.setattr(work, "recipe_of", lambda row: recipe_of(row).model_copy(update={"checkpoint_s": 0.0}))
+    monkeypatch.setattr(Training, "_step", counted)
+    with monkeypatch.context() as once, pytest.raises(KeyboardInterrupt):
+        once.setattr(work, "evaluate_perplexity", killed)
+        compute(row, made[0], tmp_path / "checkpoints")
+    found = compute(row, made[0], tmp_path / "checkpoints")
+    assert steps == [0, 1] and isinstance(found, Losses) and isinstance(whole, Losses)
+    assert found.nll == whole.nll and found.checkpoint == whole.checkpoint
+    assert not (tmp_path / "training").exists()
+
+
 def test_an_interrupted_row_leaves_nothing_and_the_rest_goes_on(
     table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
