@@ -21,6 +21,7 @@ from release.audit import Audit, audit
 from release.licences import page, refused
 from release.sbom import bill_of_materials, invalid, missing
 from trsp_deploy import __version__
+from trsp_deploy.artifacts import write_json, writing
 from trsp_deploy.errors import TrspError
 
 
@@ -60,10 +61,9 @@ def wrong(bom: dict[str, Any], extras: str, found: Audit, require_audit: bool) -
 
 def write(bom: dict[str, Any], folder: Path) -> None:
     """The bill of materials and the page of licences."""
-    folder.mkdir(parents=True, exist_ok=True)
-    name = f"trsp_deploy-{__version__}.cdx.json"
-    (folder / name).write_text(json.dumps(bom, indent=2) + "\n", encoding="utf-8")
-    (folder / "licences.md").write_text("\n".join(page(bom)) + "\n", encoding="utf-8")
+    write_json(folder / f"trsp_deploy-{__version__}.cdx.json", bom)
+    with writing(folder / "licences.md") as partial:
+        partial.write_text("\n".join(page(bom)) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

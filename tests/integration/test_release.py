@@ -116,6 +116,15 @@ def test_a_mistake_has_its_line(arguments, said, bom, monkeypatch, tmp_path, cap
     assert printed.err.startswith(f"error: {said}") and printed.out == ""
 
 
+def test_files_that_cannot_be_written_have_their_line(bom, monkeypatch, tmp_path, capsys):
+    as_validated(bom, monkeypatch)
+    monkeypatch.setattr("release.__main__.audit", lambda _: Audit(None, "", 0, [], []))
+    (tmp_path / "dist").write_text("")
+    assert main(["somewhere", "--out", str(tmp_path / "dist")]) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("error: ") and "its folder cannot be made" in said
+
+
 def test_every_licence_that_comes_along_is_in_the_policy(brought):
     assert [line for line in map(refused, brought) if line] == []
 
