@@ -47,7 +47,7 @@ def main() -> int:
     keys = {key_of(name, layers, plan): (name, layers) for name in contenders for layers in plan.layers}
     lines = {} if options.tiny else {line.key: line for line in read() if line.key in keys}
     reasons = {} if options.tiny else absent(name for name in contenders if options.only in name)
-    failed = []
+    failed, code = [], 0
     for key, (name, layers) in _missing(keys, lines, options.only):
         if name in reasons:
             continue
@@ -59,11 +59,16 @@ def main() -> int:
             continue
         lines[key] = found
         if not options.tiny:
-            keep(found)
+            try:
+                keep(found)
+            except TrspError as problem:  # a full disk: what is shown below is all that is known of it
+                print(f"error: {problem}", file=sys.stderr)
+                code = problem.exit_code
+                break
     here = [lines[key] for key in keys if key in lines]
     print(text(here, plan, reasons))
     print(json.dumps(verdict(here, plan, failed)))
-    return 0
+    return code
 
 
 def _missing(keys: dict[str, tuple[str, int]], lines: dict[str, Line], only: str) -> list[tuple[str, tuple[str, int]]]:

@@ -352,6 +352,14 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bench:
     return Bench(monkeypatch, tmp_path)
 
 
+def test_what_cannot_be_kept_is_shown_and_nothing_more_is_measured(bench, tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(kept, "RESULTS", tmp_path / "file" / "gpu.jsonl")
+    assert bench_command.main() == 1 and bench.measured == [("torch-eager", 32)]
+    told = capsys.readouterr()
+    assert "its folder cannot be made" in told.err.splitlines()[-1] and "| torch-eager | 32 |" in told.out
+
+
 ALL = [(name, layers) for name in ("torch-eager", "ort-cuda-fp16") for layers in FULL.layers]
 
 
