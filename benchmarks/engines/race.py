@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -99,7 +100,7 @@ def _small_pages() -> Worker:
 
 
 def _peer(python: Path, kind: str, path: Path) -> Worker:
-    if not python.exists():
+    if shutil.which(python) is None:
         raise EngineUnavailable(
             f"no environment of peers at {python.parent.parent}: make {python.parent.parent}/.ready"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -100,7 +101,7 @@ def genai(name: str, precision: str, python: Path) -> Path:
             said = done.stderr.strip().splitlines() or [f"it ended with {done.returncode} and said nothing"]
             raise EngineUnavailable(f"onnxruntime-genai's builder: {said[-1]}")
 
-    if not python.exists():
+    if shutil.which(python) is None:
         raise EngineUnavailable(f"onnxruntime-genai is not installed in {python.parent.parent}")
     return once(f"genai/{name}-{precision}", make, str(peer_versions(python)))
 
@@ -113,7 +114,7 @@ def peer_versions(python: Path) -> dict[str, str]:
         f"there = {{d.metadata['Name'].lower().replace('_', '-'): d.version for d in m.distributions()}}; "
         f"print(json.dumps({{n: there[n] for n in {list(PEER_PACKAGES)} if n in there}}))"
     )
-    if not python.exists():
+    if shutil.which(python) is None:
         return {}
     versions: dict[str, str] = json.loads(
         subprocess.run([str(python), "-c", code], capture_output=True, check=True).stdout

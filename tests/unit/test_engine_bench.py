@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.engines import figures, subjects
+from benchmarks.engines import figures, race, subjects
 from benchmarks.engines.peers import negative_log_likelihood
 from trsp_deploy.decoder import DecoderSize, WeightCounts
+from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.tools.judging.limits import stored
 
 TOKEN_MS = {
@@ -94,3 +95,13 @@ def test_an_engine_of_another_spec_or_other_code_is_made_anew(tmp_path: Path, mo
 def test_likelihood_is_that_of_the_next_token() -> None:
     logits = np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8], [1.0, 1.0, 1.0]]))
     assert negative_log_likelihood(logits, np.array([2, 0, 2])) == pytest.approx(-(np.log(0.5) + np.log(0.8)) / 2)
+
+
+@pytest.mark.parametrize("python", ["nowhere/bin/python", "plain"])
+def test_peers_that_are_no_program_took_no_part(python: str, tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text("not to be run")
+    assert subjects.peer_versions(tmp_path / python) == {}
+    with pytest.raises(EngineUnavailable, match="no environment of peers at"):
+        race._peer(tmp_path / python, "llama", tmp_path)
+    with pytest.raises(EngineUnavailable, match="onnxruntime-genai is not installed in"):
+        subjects.genai("dense", "fp32", tmp_path / python)
