@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
@@ -21,6 +22,7 @@ from trsp_deploy.recipe import EngineSpec, Precision
 from trsp_deploy.stages import parity
 from trsp_deploy.stages.build import build_engine
 from trsp_deploy.tools.delivery.verification import verify
+from trsp_deploy.tools.graphs import masks
 from trsp_deploy.tools.graphs.attention import find_layers
 from trsp_deploy.tools.graphs.nodes import NoMatch, Writer
 from trsp_deploy.tools.graphs.static_cache import fix_cache
@@ -121,6 +123,50 @@ def test_masks_that_do_more_are_refused(exported: Made) -> None:
     writer.finish()
     with pytest.raises(NoMatch, match="does more than hide padding, later tokens and what is outside a window"):
         fix_cache(model, LENGTH)
+
+
+def chunked(chunk: int) -> ir.Model:
+    """A graph of nothing but a mask: each token sees those before it in its own chunk of the text."""
+    node = onnx.helper.make_node
+    numbers = {"zero": 0, "one": 1, "chunk": chunk, "rows": [1], "heads": [1, 2]}
+    nodes = [
+        node("Shape", ["attention_mask"], ["mask_shape"], start=1),
+        node("Squeeze", ["mask_shape"], ["total"]),
+        node("Shape", ["input_ids"], ["tokens_shape"], start=1),
+        node("Squeeze", ["tokens_shape"], ["new"]),
+        node("Sub", ["total", "new"], ["past"]),
+        node("Range", ["zero", "total", "one"], ["places"]),
+        node("Range", ["past", "total", "one"], ["new_places"]),
+        node("Unsqueeze", ["new_places", "rows"], ["own"]),
+        *(node("Div", [name, "chunk"], [f"{name}_chunk"]) for name in ("places", "own")),
+        node("Equal", ["places_chunk", "own_chunk"], ["together"]),
+        node("LessOrEqual", ["places", "own"], ["earlier"]),
+        node("And", ["together", "earlier"], ["near"]),
+        node("Cast", ["attention_mask"], ["there"], to=onnx.TensorProto.BOOL),
+        node("Unsqueeze", ["there", "heads"], ["there_for_all"]),
+        node("And", ["near", "there_for_all"], ["visible"]),
+        node("Where", ["visible", "nothing", "lowest"], ["mask"]),
+    ]
+    floats = {"nothing": np.array(0, np.float32), "lowest": np.array(-3e38, np.float32)}
+    constants = {**{name: np.array(value) for name, value in numbers.items()}, **floats}
+    whole, info = onnx.TensorProto.INT64, onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        nodes,
+        "mask",
+        [info("input_ids", whole, ["batch", "new"]), info("attention_mask", whole, ["batch", "total"])],
+        [info("mask", onnx.TensorProto.FLOAT, ["batch", 1, "new", "total"])],
+        [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    return ir.from_proto(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)]))
+
+
+@pytest.mark.parametrize(("chunk", "longest"), [(512, 1024), (512, 1500)])
+def test_attention_in_chunks_is_no_window(chunk: int, longest: int) -> None:
+    """To the last token of a text of whole chunks its chunk is what a window of that size would be."""
+    model = chunked(chunk)
+    with pytest.raises(NoMatch, match="does more than hide padding"):
+        masks.window(model, model.graph.outputs[0], longest)
+    assert masks.window(model, model.graph.outputs[0], chunk) is None, "of one chunk it is the whole text"
 
 
 def static_spec(precision: Precision = "fp16", **changes: object) -> EngineSpec:

@@ -14,6 +14,7 @@ from trsp_deploy.tools.graphs.nodes import MICROSOFT, NoMatch, Part, Writer
 
 MASK = 10  # input of GroupQueryAttention
 LENGTHS = ((9, 9), (9, 300), (1, 9), (1, 300))  # new and all tokens, beside the longest text
+LAST = 9  # tokens of that: of one alone a chunk, which begins at one place for all of them, looks like a window
 PADDING = 3
 HIDDEN = -1e4  # a score that hides: fp16 graphs use -65504
 
@@ -53,9 +54,9 @@ def window(model: ir.Model, mask: ir.Value, longest: int) -> int | None:
     Raises NoMatch when the mask does anything but add 0 to the scores of those and hide padding and the rest.
     """
     part = Part(model, mask, ["input_ids", "attention_mask", "position_ids"])
-    lengths = dict.fromkeys((*LENGTHS, (1, max(longest, LENGTHS[-1][1]))))
+    lengths = dict.fromkeys((*LENGTHS, (LAST, max(longest, LENGTHS[-1][1]))))
     new, total = list(lengths)[-1]
-    seen = int((_added(part, new, total)[-1] > HIDDEN).sum())
+    seen = int((_added(part, new, total)[-1, -1] > HIDDEN).sum())
     size = None if seen == total else seen
     for new, total in lengths:
         there, _ = example(new, total)
