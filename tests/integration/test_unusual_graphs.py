@@ -139,6 +139,39 @@ def test_a_table_of_positions_ends_the_texts(family: str, exporter: str, tmp_pat
             runner.decode(ids[:, :1])
 
 
+@pytest.mark.parametrize(
+    ("operator", "domain", "longest"), [("Same", "own", POSITIONS), ("QuickGelu", "com.microsoft", None)]
+)
+def test_what_computes_positions_may_be_no_operator_of_onnx(
+    operator: str, domain: str, longest: int | None, tmp_path: Path
+) -> None:
+    """A function of the graph's own, or an operator of ONNX Runtime's, of which no table's end is known."""
+    graph = exported(tiny_model("gpt2", num_hidden_layers=2), tmp_path)
+    model, node = onnx.load(graph), onnx.helper.make_node
+    del model.metadata_props[:]
+    for reader in model.graph.node:
+        reader.input[:] = ["positions" if name == "position_ids" else name for name in reader.input]
+    before = [
+        node("Cast", ["position_ids"], ["real"], to=onnx.TensorProto.FLOAT),
+        node(operator, ["real"], ["same"], domain=domain, **({"alpha": 1e6} if longest is None else {})),
+        node("Cast", ["same"], ["positions"], to=onnx.TensorProto.INT64),
+    ]
+    nodes = [*before, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    opset = onnx.helper.make_opsetid("", 18)
+    model.functions.append(
+        onnx.helper.make_function("own", "Same", ["x"], ["y"], [node("Identity", ["x"], ["y"])], [opset])
+    )
+    model.opset_import.extend(onnx.helper.make_opsetid(name, 1) for name in ("own", "com.microsoft"))
+    onnx.save(model, tmp_path / FILE)
+    build_engine(tmp_path / FILE, load_engine_spec("ort-cpu-fp32"), tmp_path / "engine")
+    ids = np.arange(3, 19)[None]
+    with open_engine(tmp_path / "engine") as runner, OrtRunner(graph) as plain:
+        assert runner.longest_text == longest
+        np.testing.assert_allclose(*(each.prefill(ids, np.ones_like(ids)) for each in (runner, plain)), atol=1e-4)
+
+
 def test_a_pass_that_fails_is_left_out_with_its_reason(tmp_path: Path) -> None:
     def fails(model: Any) -> int:
         raise IndexError("list index out of range")

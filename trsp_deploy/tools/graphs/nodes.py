@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+
+from trsp_deploy.errors import named, passes_through
 
 STANDARD = "ai.onnx"  # another name of the domain ""
 MICROSOFT = "com.microsoft"  # domain of ONNX Runtime's own operators
@@ -121,7 +124,8 @@ class Part:
     def __init__(self, model: ir.Model, value: ir.Value, inputs: Sequence[str]) -> None:
         """Take what lies between some inputs and the value.
 
-        inputs: names; those that the graph lacks are left out. Raises NoMatch when the value needs others too.
+        inputs: names; those that the graph lacks are left out. Raises NoMatch when the value needs others too, or
+        what onnx does not compute.
         """
         import onnx.reference
 
@@ -130,17 +134,29 @@ class Part:
             graph = ir.convenience.extract(model.graph, given, [value])
         except ValueError as problem:
             raise NoMatch(f"'{value.name}' does not depend on {' and '.join(inputs)} alone") from problem
-        part = ir.Model(graph, ir_version=model.ir_version)
+        part = ir.Model(graph, ir_version=model.ir_version, functions=list(model.functions.values()))
         ir.external_data.load_to_model(part)
-        self._names = [found.name or "" for found in given]
+        self._dtypes = {found.name or "": (found.dtype or ir.DataType.INT64).numpy() for found in given}
         self.needs = {value.name or "" for value in graph.inputs if value.uses()}  # of those inputs
-        self._evaluator = onnx.reference.ReferenceEvaluator(ir.to_proto(part))
+        self._what = f"'{value.name}' cannot be computed here"
+        with self._no_match():
+            self._evaluator = onnx.reference.ReferenceEvaluator(ir.to_proto(part))
 
     def __call__(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
-        """The value for these inputs; those that are not needed are ignored."""
-        (found,) = self._evaluator.run(None, {name: feeds[name] for name in self._names})
+        """The value for these inputs; those that are not needed are ignored. Raises NoMatch where it has none."""
+        with self._no_match():
+            (found,) = self._evaluator.run(None, {name: feeds[name].astype(of) for name, of in self._dtypes.items()})
         array: np.ndarray = found
         return array
+
+    @contextlib.contextmanager
+    def _no_match(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as problem:  # operators that are ONNX Runtime's own, lengths that the graph is not for
+            if passes_through(problem):
+                raise
+            raise NoMatch(f"{self._what} ({named(problem)})") from problem
 
 
 class Writer:

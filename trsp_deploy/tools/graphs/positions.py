@@ -39,17 +39,17 @@ def offset_of(model: ir.Model, node: ir.Node, inputs: Sequence[str]) -> int | No
         return None
     if indices.producer() is None:
         return 0 if indices.name == POSITIONS and POSITIONS in inputs else None
+    offsets: set[int] = set()
     try:
         part = Part(model, indices, inputs)
+        if not part.needs & {"attention_mask", POSITIONS}:
+            return None
+        for new, total in masks.LENGTHS:
+            there, feeds = masks.example(new, total)
+            found, positions = part(feeds), feeds[POSITIONS]
+            if found.shape != positions.shape:
+                return None
+            offsets.update((found - positions)[there[:, -new:] == 1].tolist())
     except NoMatch:
         return None
-    if not part.needs & {"attention_mask", POSITIONS}:
-        return None
-    offsets: set[int] = set()
-    for new, total in masks.LENGTHS:
-        there, feeds = masks.example(new, total)
-        found, positions = part(feeds), feeds[POSITIONS]
-        if found.shape != positions.shape:
-            return None
-        offsets.update((found - positions)[there[:, -new:] == 1].tolist())
     return offsets.pop() if len(offsets) == 1 else None
