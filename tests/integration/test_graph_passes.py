@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from onnx import TensorProto, numpy_helper
 
 from tests.breadth import by_default
-from tests.exported import HEADS, LAYERS, Made
+from tests.exported import HEADS, LAYERS, Made, onnx_of
 from tests.families import FAMILIES
 from tests.tiny import VOCABULARY, tiny_model
 from trsp_deploy.decoder import decoder_layers, load_model
@@ -24,9 +25,10 @@ from trsp_deploy.recipe import EngineSpec, ExportSettings
 from trsp_deploy.stages import parity
 from trsp_deploy.stages.build import build_engine
 from trsp_deploy.stages.export import export_onnx
-from trsp_deploy.tools.graphs import nodes, products
+from trsp_deploy.tools.graphs import costs, nodes, products
 from trsp_deploy.tools.graphs.attention import fuse_attention
 from trsp_deploy.tools.graphs.norms import fuse_norms
+from trsp_deploy.tools.graphs.products import Activations
 from trsp_deploy.tools.graphs.quantize import quantize_int8
 from trsp_deploy.tools.graphs.rotary import fuse_rotary
 from trsp_deploy.tools.graphs.static_cache import fix_cache
@@ -355,6 +357,25 @@ def test_the_tokens_table_alone_is_rounded(width: int, exported: Made, tmp_path:
     )
     assert set(bits(engine)) == {4} and operators(engine).count("MatMul") == 1, "the head is in floats"
     assert agreement(source, engine, "int4") < 2
+
+
+def test_every_token_of_the_text_says_how_to_round_the_head(
+    exported: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Engines compute the logits of the last token alone, and of it nothing is learned about the others."""
+    tokens: dict[str, float] = {}
+
+    def chosen(
+        model: ir.Model, head: str, activations: Mapping[str, Activations], spec: EngineSpec
+    ) -> dict[str, float]:
+        tokens.update({name: float(found.power.mean()) for name, found in activations.items()})
+        assert head in tokens
+        return {}
+
+    monkeypatch.setattr(costs, "chosen", chosen)
+    text = np.random.default_rng(0).integers(3, 380, size=(3, 16))
+    build_engine(onnx_of(exported("llama")), load_engine_spec("ort-cpu-int4"), tmp_path / "engine", text)
+    assert list(tokens.values()) == pytest.approx([text.size] * len(tokens), rel=0.01)
 
 
 @pytest.mark.parametrize("precision", by_default(["int4"], ["int4", "int8"]))

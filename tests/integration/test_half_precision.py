@@ -23,7 +23,7 @@ from trsp_deploy.recipe import EngineSpec, ExportSettings, Precision
 from trsp_deploy.results import Parity
 from trsp_deploy.stages import export, parity
 from trsp_deploy.stages.build import build_engine
-from trsp_deploy.tools.graphs import check, decoder_io, half
+from trsp_deploy.tools.graphs import check, half
 from trsp_deploy.tools.graphs.fp16_range import LARGEST
 from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.runners import open_engine, trt_build
@@ -90,8 +90,7 @@ def strict_error(model: Path, graph: Path) -> float:
     """
     reference = parity.make_reference(model, PROMPTS)
     with OrtRunner(graph) as runner:
-        feeds = decoder_io.token_inputs(runner._inputs, reference.input_ids, reference.attention_mask)
-        feeds |= runner.empty_cache(len(PROMPTS))
+        feeds = runner.feeds(reference.input_ids, reference.attention_mask)
     with np.errstate(all="ignore"):
         (logits,) = ReferenceEvaluator(str(graph)).run(["logits"], feeds)
     assert logits.dtype == np.float16

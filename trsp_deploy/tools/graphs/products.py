@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,6 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
-from trsp_deploy.tools.graphs.decoder_io import LOGITS_POSITIONS
 from trsp_deploy.tools.graphs.logits import lm_head
 from trsp_deploy.tools.graphs.nodes import NoMatch, Writer, constant, made_by
 from trsp_deploy.tools.graphs.rounding import parts
@@ -144,15 +144,15 @@ def weight_of(node: ir.Node) -> ir.Value | None:
 
 
 def measure_activations(
-    model: ir.Model, past: dict[str, np.ndarray], ids: np.ndarray, scratch: Path, *, symmetric: bool = False
+    model: ir.Model, texts: Iterable[Mapping[str, np.ndarray]], scratch: Path, *, symmetric: bool = False
 ) -> dict[str, Activations]:
-    """What every product with a weight reads while ONNX Runtime's CPU provider reads a text; by the product's name.
+    """What every product with a weight reads while ONNX Runtime's CPU provider reads texts; by the product's name.
 
     A product that read nothing, such as an expert's that no token of the text was sent to, is left out.
 
-    model: as it lies in a file (nodes.py: put_down). past: an empty cache of one row by input name. ids: (texts,
-    sequence) int64 tokens of real text, read one text after the other: what their products read would else be in memory
-    at once. scratch: the folder of that file. symmetric: the 8-bit scale has no zero point.
+    model: as it lies in a file (nodes.py: put_down). texts: every input of the graph for each of them, read one after
+    the other: what their products read would else be in memory at once. scratch: the folder of that file. symmetric:
+    the 8-bit scale has no zero point.
     """
     import onnxruntime
 
@@ -164,14 +164,9 @@ def measure_activations(
     ir.save(model, path)  # the weights stay in their file
     del model.graph.outputs[len(outputs) :]
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    dtypes = {value.name: np.int32 if value.type == "tensor(int32)" else np.int64 for value in session.get_inputs()}
     measured: dict[str | None, Activations] = {}
-    for text in ids:
-        mask = np.ones_like(text[None])
-        tokens = {"input_ids": text[None], "attention_mask": mask, "position_ids": mask.cumsum(axis=1) - 1}
-        tokens[LOGITS_POSITIONS] = np.array([0])
-        feeds = {**past, **{name: array.astype(dtypes[name]) for name, array in tokens.items() if name in dtypes}}
-        found = session.run([value.name for value in inputs], feeds)
+    for text in texts:
+        found = session.run([value.name for value in inputs], dict(text))
         for value, array in zip(inputs, found, strict=True):
             if not array.size:
                 continue

@@ -40,20 +40,20 @@ def read_text(
     """
     from trsp_deploy.tools.graphs.products import measure_activations
 
-    texts = INT4_TEXTS if spec.precision == "int4" else 1
+    count = INT4_TEXTS if spec.precision == "int4" else 1
     with OrtRunner(graph, threads=spec.threads, lean=True) as runner:
         if calibration is None:
-            calibration = np.random.default_rng(0).integers(runner.vocabulary, size=(texts, text_length(exported)))
-        calibration = fitting(calibration[:texts], exported)
+            calibration = np.random.default_rng(0).integers(runner.vocabulary, size=(count, text_length(exported)))
+        calibration = fitting(calibration[:count], exported)
         unknown = int(calibration.max(initial=0))
         if unknown >= runner.vocabulary:
             raise EngineUnavailable(
                 f"{exported}: knows {runner.vocabulary} tokens, and the calibration text has token {unknown}: it was "
                 "read with the tokenizer of another model"
             )
-        past = runner.empty_cache(1)
+        texts = [runner.feeds(text[None], np.ones_like(text[None])) for text in calibration]
     with one_line_errors(f"ONNX Runtime cannot read a text with {exported}"):
-        return measure_activations(model, past, calibration, scratch, symmetric=symmetric)
+        return measure_activations(model, texts, scratch, symmetric=symmetric)
 
 
 def text_length(exported: Path) -> int:

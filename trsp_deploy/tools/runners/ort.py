@@ -163,9 +163,11 @@ class OrtRunner(Runner):
             return value.ortvalue_from_numpy(np.zeros(shape, dtype), device, 0)
         return value.ortvalue_from_shape_and_type(list(shape), np.dtype(dtype).type, device, 0)
 
-    def empty_cache(self, batch: int) -> dict[str, np.ndarray]:
-        """The cache of a text that has not begun, by input name: what a session is fed that is driven from outside."""
-        return {name: np.zeros(shape, dtype) for name, (dtype, shape) in self._cache_shapes(batch, 0).items()}
+    def feeds(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> dict[str, np.ndarray]:
+        """Everything that a session is fed which is driven from outside, to read a prompt from its beginning."""
+        shapes = self._cache_shapes(len(input_ids), 0)
+        cache = {name: np.zeros(shape, dtype) for name, (dtype, shape) in shapes.items()}
+        return cache | decoder_io.token_inputs(self._inputs, input_ids, attention_mask)
 
     def _cache_shapes(self, batch: int, past: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         inputs = {name: self._inputs[name] for name in decoder_io.cache_inputs(self._inputs)}
