@@ -124,6 +124,52 @@ def test_a_graph_with_other_integers_reads_a_text(graphs: Path, tmp_path: Path) 
     assert build_engine(graph, load_engine_spec("ort-cpu-int8"), tmp_path / "engine").inputs["input_ids"][0] == "int32"
 
 
+def with_cast(model: onnx.ModelProto, name: str, outside: int, inside: int) -> None:
+    """Let an input or output of the graph be of another type than its nodes read or make."""
+    made, own = name in {value.name for value in model.graph.output}, f"{name}_inside"
+    for node in model.graph.node:
+        names = node.output if made else node.input
+        names[:] = [own if each == name else each for each in names]
+    cast = helper.make_node("Cast", [own if made else name], [name if made else own])
+    cast.attribute.append(helper.make_attribute("to", outside if made else inside))
+    nodes = [*model.graph.node, cast] if made else [cast, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    value = next(each for each in (*model.graph.input, *model.graph.output) if each.name == name)
+    value.type.tensor_type.elem_type = outside
+
+
+@pytest.mark.parametrize("engine", ["ort-cpu-fp32", "ort-cpu-int8"])
+def test_inputs_and_logits_of_other_types(graphs: Path, tmp_path: Path, engine: str) -> None:
+    def other_types(model: onnx.ModelProto) -> None:
+        with_cast(model, "attention_mask", TensorProto.BOOL, TensorProto.INT64)
+        with_cast(model, "position_ids", TensorProto.FLOAT, TensorProto.INT64)
+        with_cast(model, "logits", TensorProto.DOUBLE, TensorProto.FLOAT)
+
+    found, ids, mask = [], np.arange(3, 19).reshape(2, 8), np.ones((2, 8), dtype=np.int64)
+    mask[0, :3] = 0
+    for name, change in (("plain", as_it_is), ("other", other_types)):
+        graph = changed(graphs / "fp32" / FILE, change, tmp_path / name)
+        build_engine(graph, load_engine_spec(engine), tmp_path / f"{name}-engine")
+        with open_engine(tmp_path / f"{name}-engine") as runner:
+            found.append(runner.prefill(ids, mask)[mask == 1])
+    np.testing.assert_allclose(*found, atol=1e-5)
+
+
+def test_a_type_that_nobody_feeds_or_reads_is_one_line(graphs: Path, tmp_path: Path) -> None:
+    for name, kind, said in (
+        ("attention_mask", TensorProto.INT8, "int8"),
+        ("logits", TensorProto.BFLOAT16, "bfloat16"),
+    ):
+        graph = changed(
+            graphs / "fp32" / FILE,
+            lambda model, name=name, kind=kind: with_cast(model, name, kind, TensorProto.INT64),  # type: ignore[misc]
+            tmp_path / name,
+        )
+        with pytest.raises(EngineUnavailable, match=rf"the graph's {name} is .*{said}.*; understood are int64, "):
+            build_engine(graph, load_engine_spec("ort-cpu-fp32"), tmp_path / "engine")
+
+
 def test_a_text_of_another_models_tokens_is_one_line(graphs: Path, tmp_path: Path) -> None:
     text = np.full((1, 16), 10_000)
     with pytest.raises(EngineUnavailable, match="the calibration text has token 10000"):

@@ -31,6 +31,8 @@ IN_PLACE = "trsp_deploy.cache_in_place"
 # Metadata: the most tokens of a text that a graph holds for. It says nothing when it computes a longer one.
 LONGEST = "trsp_deploy.longest_text"
 CACHE_DTYPE = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+# Of inputs and logits; "" where a graph does not say.
+DTYPES = ("int64", "int32", "bool", "float64", "float32", "float16", "bfloat16", "")
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # numpy itself knows no bfloat16
 
 TOKENS: dict[int, Dimension] = {0: "batch", 1: "sequence"}
@@ -60,8 +62,11 @@ def check_decoder(inputs: Bindings, outputs: Bindings) -> None:
             f"the graph wants {', '.join(unknown)}, which nothing here feeds: export it without; "
             f"understood are {', '.join(DYNAMIC_AXES)} and {PAST}*"
         )
-    for name, (_, shape) in inputs.items():
-        input_shape(name, shape, batch=1, sequence=1, past=0)
+    for name, (dtype, shape) in (*inputs.items(), ("logits", outputs["logits"])):
+        if dtype not in DTYPES:
+            raise EngineUnavailable(f"the graph's {name} is {dtype}; understood are {', '.join(filter(None, DTYPES))}")
+        if name in inputs:
+            input_shape(name, shape, batch=1, sequence=1, past=0)
 
 
 def check_precision(inputs: Bindings, precision: Float | Literal["bf16"]) -> None:

@@ -28,6 +28,8 @@ PROVIDER_OPTIONS: dict[Backend, dict[str, str]] = {
 NUMPY_DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
+    "tensor(double)": "float64",
+    "tensor(bool)": "bool",
     "tensor(int64)": "int64",
     "tensor(int32)": "int32",
 }
