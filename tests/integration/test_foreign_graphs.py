@@ -18,8 +18,9 @@ from trsp_deploy.recipe import ExportSettings
 from trsp_deploy.stages.build import build_engine
 from trsp_deploy.stages.export import FILE, export_onnx
 from trsp_deploy.tools.library import load_engine_spec
-from trsp_deploy.tools.runners import open_engine
+from trsp_deploy.tools.runners import open_engine, trt_build
 from trsp_deploy.tools.runners.half_range import within_range
+from trsp_deploy.tools.runners.ort import OrtRunner
 
 Change = Callable[[onnx.ModelProto], None]
 
@@ -85,6 +86,19 @@ def test_integer_engines_of_every_form_are_alike(graphs: Path, tmp_path: Path, c
             found[name] = operators(tmp_path / f"{name}-engine"), runner.prefill(ids, np.ones_like(ids))
     assert found["plain"][0] == found["other"][0] and found["plain"][0]["MatMulNBits"]
     np.testing.assert_allclose(found["plain"][1], found["other"][1], atol=1e-5)
+
+
+def test_products_without_names_are_the_same_in_the_graph_that_passes_made(graphs: Path, tmp_path: Path) -> None:
+    """A cache of fixed length takes products out, and what the others read was measured before."""
+    spec, found = load_engine_spec("tensorrt-rtx-int4"), []
+    ids = np.arange(3, 19)[None]
+    for name, change in (("plain", as_it_is), ("other", without_names)):
+        graph = changed(graphs / "fp16" / FILE, change, tmp_path / name)
+        (tmp_path / f"{name}-passes").mkdir()
+        prepared, _ = trt_build.prepare(graph, spec, tmp_path / f"{name}-passes", None)
+        with OrtRunner(prepared, lean=True) as runner:
+            found.append(runner.prefill(ids, np.ones_like(ids)))
+    np.testing.assert_array_equal(*found)
 
 
 def test_a_graph_of_another_precision_or_no_decoder_is_one_line_before_anything_is_built(

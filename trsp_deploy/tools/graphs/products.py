@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,15 +62,13 @@ def open_products(model: ir.Model) -> str:
 
     model: changed in place. Gemm becomes MatMul and Add (GPT-2, OPT), and an LM head that transposes the embedding gets
     a weight of its own; matrices that nodes hold become initializers, and products without a name, which ONNX allows,
-    get one. Raises NoMatch when no LM head is found.
+    get one after what they make: the same in every graph that passes make of one. Raises NoMatch when no LM head is
+    found.
     """
     LiftConstantsToInitializersPass(size_limit=MATRIX)(model)
-    names = {node.name for node in model.graph}
-    for number, node in enumerate(node for node in model.graph if node.op_type in ("MatMul", "Gemm")):
-        if not node.name:
-            node.name = next(
-                name for name in (f"product_{number}{'_' * n}" for n in itertools.count()) if name not in names
-            )
+    for node in model.graph:
+        if node.op_type in ("MatMul", "Gemm"):
+            node.name = node.name or f"product/{node.outputs[0].name}"
     writer = Writer(model, "products")
     for node in [node for node in model.graph if node.op_type == "Gemm"]:
         _split(writer, node)
