@@ -18,7 +18,7 @@ from trsp_deploy.recipe import ExportSettings
 from trsp_deploy.stages.build import build_engine
 from trsp_deploy.stages.export import FILE, export_onnx
 from trsp_deploy.tools.library import load_engine_spec
-from trsp_deploy.tools.runners import open_engine, trt_build
+from trsp_deploy.tools.runners import open_engine, ort_build, trt_build
 from trsp_deploy.tools.runners.half_range import within_range
 from trsp_deploy.tools.runners.ort import OrtRunner
 
@@ -99,6 +99,27 @@ def test_products_without_names_are_the_same_in_the_graph_that_passes_made(graph
         with OrtRunner(prepared, lean=True) as runner:
             found.append(runner.prefill(ids, np.ones_like(ids)))
     np.testing.assert_array_equal(*found)
+
+
+def stacked(model: onnx.ModelProto) -> None:
+    """The last layer's last product with a stack of one matrix, as of experts."""
+    node = [node for node in model.graph.node if "down_proj" in node.name][-1]
+    weight = next(each for each in model.graph.initializer if each.name == node.input[1])
+    weight.dims[:] = [1, *weight.dims]
+
+
+@pytest.mark.parametrize(
+    ("engine", "kept"), [("ort-cpu-int8", 0), ("ort-cpu-int4", 2), ("tensorrt-rtx-int8", 2), ("tensorrt-rtx-int4", 0)]
+)
+def test_a_stack_of_matrices_is_beside_quantised_ones(graphs: Path, tmp_path: Path, engine: str, kept: int) -> None:
+    spec = load_engine_spec(engine).model_copy(update={"keep_high_precision": kept})
+    graph = changed(graphs / spec.graph_precision / FILE, stacked, tmp_path / "stacked")
+    prepare = trt_build.prepare if "rtx" in engine else ort_build.prepare
+    quantised, _ = prepare(graph, spec, tmp_path, None)
+    ids = np.arange(3, 19)[None]
+    with OrtRunner(quantised, lean=True) as runner, OrtRunner(graph, lean=True) as plain:
+        one, other = (each.prefill(ids, np.ones_like(ids)) for each in (runner, plain))
+    assert np.abs(one - other).mean() < 0.5 * other.std()
 
 
 def test_a_graph_of_another_precision_or_no_decoder_is_one_line_before_anything_is_built(

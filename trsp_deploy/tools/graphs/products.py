@@ -112,7 +112,7 @@ def pack_products(model: ir.Model, head: str) -> int:
     gone = 0
     for value, nodes in together.items():
         weights = [constant(node.inputs[1]) for node in nodes]
-        if len(nodes) == 1 or any(weight is None or weight.ndim != 2 for weight in weights):
+        if len(nodes) == 1:
             continue
         joined = writer.constant(np.concatenate([weight for weight in weights if weight is not None], axis=1), "weight")
         whole = writer.one("MatMul", [value, joined])
@@ -131,13 +131,14 @@ def pack_products(model: ir.Model, head: str) -> int:
 def weight_of(node: ir.Node) -> ir.Value | None:
     """The constant weight (features in, features out) of a product; None for other nodes.
 
-    What multiplies each number of its input by itself is none: so some graphs turn positions into angles.
+    What multiplies each number of its input by itself is none: so some graphs turn positions into angles. Nor is a
+    stack of matrices, as of experts, which has no form in integers here.
     """
     weight = node.inputs[1] if node.op_type == "MatMul" else None
     if weight is None or weight.const_value is None:
         return None
     shape = weight.const_value.shape
-    return None if len(shape) > 1 and shape[-2] == 1 else weight
+    return weight if len(shape) == 2 and shape[0] != 1 else None
 
 
 def measure_activations(

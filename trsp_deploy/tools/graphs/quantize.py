@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from trsp_deploy.tools.graphs.nodes import MICROSOFT, Writer, constant
 from trsp_deploy.tools.graphs.products import Activations, weight_of
-from trsp_deploy.tools.graphs.rounding import Rounded, round_weight
+from trsp_deploy.tools.graphs.rounding import round_weight
 from trsp_deploy.tools.progress import Meter
 from trsp_deploy.tools.quiet import quiet_libraries
 
@@ -52,11 +52,8 @@ def quantize_int4(
     products = [node for node in model.graph if weight_of(node) is not None and node.name not in wide]
     with Meter("rounding to 4 bits", len(products)) as meter:
         for node in products:
-            weight, found = constant(node.inputs[1]), activations.get(node.name or "")
-            if weight is not None and weight.ndim == 2:
-                moments = None if found is None else found.moments
-                rounded = round_weight(weight, block_size, moments, symmetric=not zero_points)
-                writer.replace_output(node.outputs[0], _product(writer, node, rounded, block_size, zero_points))
+            found = activations.get(node.name or "")
+            writer.replace_output(node.outputs[0], _product(writer, node, found, block_size, zero_points))
             meter.advance(node.name or "")
     embeddings = _token_tables(model)
     if embedding_bits == HEAD_BITS:
@@ -104,11 +101,14 @@ def _lookup(writer: Writer, node: ir.Node) -> ir.Value:
     return writer.one("GatherBlockQuantized", values, sizes, domain=MICROSOFT, name=f"{node.name}_Q8")
 
 
-def _product(writer: Writer, node: ir.Node, rounded: Rounded, block_size: int, zero_points: bool) -> ir.Value:
-    """The product of a node with a rounded weight as MatMulNBits, which has outputs in rows and two numbers per byte.
+def _product(writer: Writer, node: ir.Node, found: Activations | None, block_size: int, zero_points: bool) -> ir.Value:
+    """The product of a node with its weight, rounded, as MatMulNBits, which has outputs in rows and two numbers a byte.
 
-    Without zero points the operator takes 8 everywhere, and so does a symmetric rounding.
+    found: what it reads. Without zero points the operator takes 8 everywhere, and so does a symmetric rounding.
     """
+    weight = constant(node.inputs[1])  # in its file: whoever holds it keeps that from being closed
+    assert weight is not None
+    rounded = round_weight(weight, block_size, None if found is None else found.moments, symmetric=not zero_points)
     inputs, outputs = rounded.codes.shape
     codes = np.pad(rounded.codes, ((0, -inputs % block_size), (0, 0))).T.reshape(outputs, -1, block_size)
     zeros = np.pad(rounded.zeros, ((0, len(rounded.zeros) % 2), (0, 0))).T
@@ -150,24 +150,23 @@ def quantize_int8(
     inputs: dict[ir.Value | None, list[ir.Value]] = {}  # products that read the same share its rounding
     with Meter("rounding to 8 bits", len(products)) as meter:
         for node in products:
-            weight, value = constant(node.inputs[1]), node.inputs[0]
-            if weight is not None and weight.ndim == 2:
-                if value not in inputs:
-                    inputs[value] = writer.emit("DynamicQuantizeLinear", [value], outputs=3)
-                writer.replace_output(node.outputs[0], _integers(writer, node, weight, inputs[value], reduced))
+            value = node.inputs[0]
+            if value not in inputs:
+                inputs[value] = writer.emit("DynamicQuantizeLinear", [value], outputs=3)
+            writer.replace_output(node.outputs[0], _integers(writer, node, inputs[value], reduced))
             meter.advance(node.name or "")
     writer.finish()
     ir.external_data.load_to_model(model)  # what is left in floats
     return ir.from_proto(_in_blocks(ir.to_proto(model), "MatMul", HEAD_BITS, block_size, exclude=[*floats]))
 
 
-def _integers(
-    writer: Writer, node: ir.Node, weight: np.ndarray, rounded: Sequence[ir.Value], reduced: bool
-) -> ir.Value:
+def _integers(writer: Writer, node: ir.Node, rounded: Sequence[ir.Value], reduced: bool) -> ir.Value:
     """The product of a node as MatMulInteger, its weight (in, out) in 8 bits with a scale for each output.
 
     rounded: codes, scale and zero point of what it reads.
     """
+    weight = constant(node.inputs[1])  # in its file: whoever holds it keeps that from being closed
+    assert weight is not None
     steps = 64 if reduced else 127
     largest = np.abs(weight).max(axis=0).astype(np.float64)
     scale = (largest / steps).astype(np.float32)  # (out,)
