@@ -88,6 +88,36 @@ def test_integer_engines_of_every_form_are_alike(graphs: Path, tmp_path: Path, c
     np.testing.assert_allclose(found["plain"][1], found["other"][1], atol=1e-5)
 
 
+def weights_behind_nodes(model: onnx.ModelProto) -> None:
+    """As torch writes them without folding: each weight as the module has it, transposed by a node, and shared ones
+    behind an Identity."""
+    weights, before = {each.name: each for each in model.graph.initializer}, []
+    for number, node in enumerate(model.graph.node):
+        if node.op_type == "MatMul" and node.input[1] in weights:
+            name = node.input[1]
+            turned = numpy_helper.from_array(np.ascontiguousarray(numpy_helper.to_array(weights.pop(name)).T), name)
+            model.graph.initializer.remove(next(each for each in model.graph.initializer if each.name == name))
+            model.graph.initializer.append(turned)
+            node.input[1] = f"{name}_turned"
+            before.append(helper.make_node("Identity", [name], [f"{name}_same"], f"same_{number}"))
+            before.append(
+                helper.make_node("Transpose", [f"{name}_same"], [node.input[1]], f"turn_{number}", perm=[1, 0])
+            )
+    nodes = [*before, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+
+
+@pytest.mark.parametrize("engine", ["ort-cpu-int4", "ort-cpu-int8"])
+def test_weights_behind_nodes_are_quantised(graphs: Path, tmp_path: Path, engine: str) -> None:
+    spec, found = load_engine_spec(engine).model_copy(update={"fuse": False}), {}
+    for name, change in (("plain", as_it_is), ("other", weights_behind_nodes)):
+        graph = changed(graphs / "fp32" / FILE, change, tmp_path / name)
+        build_engine(graph, spec, tmp_path / f"{name}-engine")
+        found[name] = operators(tmp_path / f"{name}-engine")
+    assert found["plain"] == found["other"]
+
+
 def test_products_without_names_are_the_same_in_the_graph_that_passes_made(graphs: Path, tmp_path: Path) -> None:
     """A cache of fixed length takes products out, and what the others read was measured before."""
     spec, found = load_engine_spec("tensorrt-rtx-int4"), []

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import LiftConstantsToInitializersPass
+from onnx_ir.passes.common import IdentityEliminationPass, LiftConstantsToInitializersPass
 
 from trsp_deploy.tools.graphs.logits import lm_head
 from trsp_deploy.tools.graphs.nodes import NoMatch, Writer, constant, made_by
@@ -60,23 +60,25 @@ class Activations:
 def open_products(model: ir.Model) -> str:
     """Give every product with a constant weight the form MatMul(x, weight); returns the LM head's name.
 
-    model: changed in place. Gemm becomes MatMul and Add (GPT-2, OPT), and an LM head that transposes the embedding gets
-    a weight of its own; matrices that nodes hold become initializers, and products without a name, which ONNX allows,
-    get one after what they make: the same in every graph that passes make of one. Raises NoMatch when no LM head is
-    found.
+    model: changed in place. Gemm becomes MatMul and Add (GPT-2, OPT), and a product that transposes its weight, as an
+    LM head does the embedding, gets one of its own; matrices that nodes hold become initializers, and products without
+    a name, which ONNX allows, get one after what they make: the same in every graph that passes make of one. Raises
+    NoMatch when no LM head is found.
     """
     LiftConstantsToInitializersPass(size_limit=MATRIX)(model)
+    IdentityEliminationPass()(model)
     for node in model.graph:
         if node.op_type in ("MatMul", "Gemm"):
             node.name = node.name or f"product/{node.outputs[0].name}"
     writer = Writer(model, "products")
     for node in [node for node in model.graph if node.op_type == "Gemm"]:
         _split(writer, node)
+    for node in [node for node in model.graph if node.op_type == "MatMul"]:
+        transposed = made_by(node.inputs[1], "Transpose")
+        weight = None if transposed is None else constant(transposed.inputs[0])
+        if weight is not None and weight.ndim == 2:
+            node.replace_input_with(1, writer.constant(np.ascontiguousarray(weight.T), "turned"))
     head = lm_head(model)
-    transposed = made_by(head.inputs[1], "Transpose")
-    embedding = None if transposed is None else constant(transposed.inputs[0])
-    if embedding is not None:
-        head.replace_input_with(1, writer.constant(np.ascontiguousarray(embedding.T), "lm_head"))
     writer.finish()
     return head.name or ""
 
