@@ -257,6 +257,10 @@ def test_trtexec_line_has_every_profile() -> None:
         (["build"], "give a run's folder, or --onnx"),
         (["build", "--onnx", "missing.onnx", "--engine", "ort-cpu-fp32", "--out", "x"], "missing.onnx: no ONNX file"),
         (["build", "--onnx", "missing.onnx", "--out", "x"], "needs one --engine"),
+        (
+            ["build", "--onnx", "x/m.onnx", "--engine", "ort-cpu-fp32", "--out", "x"],
+            "is replaced by the engine, and x/m",
+        ),
         (["build", "somewhere", "--calibration", "x"], "--calibration and --tokenizer are for --onnx"),
         ([*FROM_FILE, "--engine", "ort-cpu-fp32", "--calibration", "t"], "reads no text"),
         ([*FROM_FILE, "--engine", "ort-cpu-int4", "--calibration", "t"], "no tokenizer in ."),

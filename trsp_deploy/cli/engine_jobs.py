@@ -116,6 +116,8 @@ def build_from_onnx(
 
     spec = load_engine_spec(engines[0])
     _check_engine_folder(out)
+    if onnx.resolve().is_relative_to(out.resolve()):
+        raise RecipeError(f"--out {out}: is replaced by the engine, and {onnx} lies in it; name another folder")
     text = None
     if calibration is not None:
         if not spec.reads_text:
