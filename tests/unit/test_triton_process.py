@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import sys
 import threading
@@ -11,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.command import PYTHON_SCRIPT
@@ -119,6 +121,27 @@ def test_of_two_starts_at_once_one_serves_and_is_found(repository: Path, monkeyp
     assert f"is served already on port {served.http}" in str(refused)
     assert find(repository) == served
     assert stop(repository).was_running and process._processes(served) == []
+
+
+def test_a_path_that_a_shell_would_split_is_given_to_the_server_as_a_link(repository: Path) -> None:
+    spaced = repository.parent / "my models; (é)"
+    spaced.mkdir()
+    server = start(spaced, program(repository, READY))
+    (given,) = [
+        Path(option.removeprefix("--model-repository="))
+        for option in psutil.Process(server.pid).cmdline()
+        if option.startswith("--model-repository=")
+    ]
+    assert re.fullmatch(r"[\w/.-]+", str(given)) and given.samefile(spaced)
+    assert stop(spaced, grace_s=0).was_running
+
+
+def test_a_home_that_a_shell_would_split_is_one_line(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRSP_DEPLOY_HOME", str(repository.parent / "my home"))
+    with pytest.raises(
+        RunError, match="Triton cannot start a model from there; set TRSP_DEPLOY_HOME to a path without"
+    ):
+        start(repository, program(repository, READY))
 
 
 def test_stopping_what_is_not_there_is_an_error(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ READY_S = 600.0  # loading an engine of many gigabytes takes minutes
 GRACE_S = 30.0  # for running requests, before a server is killed
 POLL_S = 0.1
 STATE = "server.json"
+ONE_WORD = re.compile(r"[\w@%+=:,./~-]+")  # paths that a shell takes for one, quoted or not
 # Not through a proxy that the environment names: the server is on this machine, or as near as its load generator needs.
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -170,7 +171,7 @@ def _launch(
     prefix = f"trsp-{secrets.token_hex(4)}-"
     command = [
         str(installation.binary),
-        f"--model-repository={repository.resolve()}",
+        f"--model-repository={_one_word(repository.resolve(), folder)}",
         *_backend_options(installation, folder),
         f"--backend-config=python,shm-region-prefix-name={prefix}",
         *(f"--{name}-address={ADDRESS}" for name in ("http", "grpc", "metrics")),
@@ -199,6 +200,25 @@ def _launch(
         shared_memory=prefix,
         log=str(log),
     )
+
+
+def _one_word(repository: Path, folder: Path) -> Path:
+    """The repository, by a link in `folder` where a shell would not take its path for one word.
+
+    Until August 2025 (its pull request 404) the Python backend had a shell start a model, with no quotes around paths;
+    the model gets half of one and ends, and the server waits for it for good. Raises RunError where `folder`, which
+    holds the backend too, has no such path itself.
+    """
+    if ONE_WORD.fullmatch(str(folder)) is None:
+        raise RunError(
+            f"{folder}: Triton cannot start a model from there; set TRSP_DEPLOY_HOME to a path without spaces"
+        )
+    if ONE_WORD.fullmatch(str(repository)) is not None:
+        return repository
+    link = folder / "models"
+    link.unlink(missing_ok=True)
+    link.symlink_to(repository)
+    return link
 
 
 def find(repository: Path) -> Server | None:
