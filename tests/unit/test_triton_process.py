@@ -32,6 +32,11 @@ class Ready(BaseHTTPRequestHandler):
 options = dict(option.removeprefix("--").split("=", 1) for option in sys.argv[1:])
 HTTPServer(("127.0.0.1", int(options["http-port"])), Ready).serve_forever()
 """
+# Has a model's process beside it, as the Python backend makes them, which does not end with it.
+WITH_A_MODEL = READY.replace(
+    "HTTPServer((",
+    'subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", options["backend-config"]])\nHTTPServer((',
+).replace("import sys\n", "import subprocess\nimport sys\n", 1)
 # Finds its port taken, after the other server has answered for it.
 ENDS = """#!/bin/sh
 while [ ! -e "$(dirname "$0")/answered" ]; do sleep 0.01; done
@@ -121,6 +126,16 @@ def test_of_two_starts_at_once_one_serves_and_is_found(repository: Path, monkeyp
     assert f"is served already on port {served.http}" in str(refused)
     assert find(repository) == served
     assert stop(repository).was_running and process._processes(served) == []
+
+
+def test_what_a_killed_server_left_is_no_server(repository: Path) -> None:
+    installation = program(repository, WITH_A_MODEL)
+    killed = psutil.Process(start(repository, installation).pid)
+    killed.kill()
+    killed.wait()
+    assert find(repository) is None
+    again = start(repository, installation)
+    assert find(repository) == again and again.pid != killed.pid
 
 
 def test_a_path_that_a_shell_would_split_is_given_to_the_server_as_a_link(repository: Path) -> None:

@@ -222,9 +222,11 @@ def _one_word(repository: Path, folder: Path) -> Path:
 
 
 def find(repository: Path) -> Server | None:
-    """The running server of a repository; None when there is none."""
+    """The running server of a repository; None when there is none, or nothing but what a killed one left."""
     server = _last(repository)
-    return server if server is not None and _processes(server) else None
+    if server is None or all(process.pid != server.pid for process in _processes(server)):
+        return None
+    return server
 
 
 def stop(repository: Path, grace_s: float = GRACE_S) -> Stopped:
