@@ -97,6 +97,25 @@ def test_the_cache_is_no_larger_than_its_texts_can_use() -> None:
     assert sizes == [(1, 1001), (2, 1001), (4, 1001), (8, 1001)]
 
 
+@pytest.mark.parametrize("moved", [False, True])
+def test_numbers_that_overflow_are_one_texts_alone(moved: bool, served_engine: Path) -> None:
+    """As those of an fp16 engine may: what is masked counts as zero times what lies there."""
+    prompt = [7, 8, 9]
+    with opened(served_engine, 2, MAX_LENGTH) as batch:
+        assert isinstance(batch, RunningBatch)
+        other, _ = batch.join(list(range(3, 13)))
+        broken, _ = batch.join(list(range(3, 33)))
+        for rows in batch._views().values():
+            rows[batch._texts[broken].row, :, : batch._length] = np.nan
+        if moved:
+            batch._move(60)
+        batch.leave(broken)
+        text, logits = batch.join(prompt)
+        first = int(logits.argmax())
+        second = int(batch.step({other: 3, text: first})[text].argmax())
+    assert [first, second] == alone(served_engine, prompt, 2)
+
+
 def test_what_does_not_fit_is_refused(served_engine: Path) -> None:
     with opened(served_engine, 1, 10) as batch:
         for prompt in ([], list(range(3, 13))):

@@ -141,8 +141,8 @@ class RunningBatch:
         for number, token in tokens.items():
             input_ids[self._texts[number].row] = token
         self._mask[:, self._length] = 1
+        logits = self._decoder.step(input_ids, self._mask[:, : self._length + 1])
         self._length += 1
-        logits = self._decoder.step(input_ids, self._mask[:, : self._length])
         for text in self._texts.values():
             text.tokens += 1
         self._mask[list(self._free_rows())] = 0
@@ -150,7 +150,10 @@ class RunningBatch:
 
     def leave(self, number: int) -> None:
         """End a text; its row is free for another."""
-        self._mask[self._texts.pop(number).row] = 0
+        text = self._texts.pop(number)
+        self._mask[text.row] = 0
+        for rows in self._views().values():
+            self._vacate(rows, text)
         if not self._texts:
             self._length = 0
         elif self._length - self._longest >= SLACK:
@@ -192,10 +195,16 @@ class RunningBatch:
             row, tokens = text.row, text.tokens
             for name, rows in self._views().items():
                 there = rows[row, :, self._length - tokens : self._length].copy()
+                self._vacate(rows, text)
                 rows[row, :, length - tokens : length] = self._moved(name, there, length - self._length)
             self._mask[row] = 0
             self._mask[row, length - tokens : length] = 1
         self._length = length
+
+    def _vacate(self, rows: np.ndarray, text: _Text) -> None:
+        """Clear a text's places: attention multiplies what is masked by zero, and what overflowed in one text would be
+        no number for the next one either."""
+        rows[text.row, :, self._length - text.tokens : self._length] = 0
 
     def _moved(self, name: str, values: np.ndarray, places: int) -> np.ndarray:
         """Part of a cache (heads, tokens, head_dim) as it has to be `places` places further on."""
