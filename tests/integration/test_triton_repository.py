@@ -155,6 +155,17 @@ def test_a_call_that_was_killed_is_made_again(served_run: Path, tmp_path: Path) 
 
 
 @needs_schema
+def test_what_is_said_of_another_versions_repository_helps(served_run: Path, tmp_path: Path) -> None:
+    call = ["triton", "run", "--out", str(tmp_path / "out")]
+    assert trsp_deploy(*call, cwd=served_run.parent).code == 0
+    (tmp_path / "out" / "MANIFEST.json").write_text('{"models": []}')
+    done = trsp_deploy(*call, cwd=served_run.parent)
+    assert done.code == 1 and "delete the folder and write it again: trsp-deploy triton RUN --out" in done.said
+    shutil.rmtree(tmp_path / "out")
+    assert trsp_deploy(*call, cwd=served_run.parent).code == 0
+
+
+@needs_schema
 def test_a_config_that_is_none_says_where() -> None:
     with pytest.raises(RunError, match=r"x/config.pbtxt: 2:1"):
         parse_config('name: "x"\nbackends: "python"', "x/config.pbtxt")

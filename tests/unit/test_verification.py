@@ -328,7 +328,9 @@ def test_a_damaged_manifest_says_what_is_wrong_with_it_and_what_helps(repository
     values = {name: value for name, value in json.loads(manifest.read_text()).items() if name != "sha256"}
     manifest.write_text(json.dumps(values | {"gpus": 1}))
     reason = r"\(unknown key 'gpus'; did you mean 'gpu'\?\)"
-    with pytest.raises(RunError, match=rf"or damaged {reason}; write it again: trsp-deploy triton RUN --out"):
+    with pytest.raises(
+        RunError, match=rf"or damaged {reason}; delete the folder and write it again: trsp-deploy triton"
+    ):
         read_repository(repository)
     with pytest.raises(RunError, match=rf"damaged, unsafe, or of another version {reason}$"):
         verify(repository)
