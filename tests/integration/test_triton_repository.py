@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from tests.tiny import LAYERS
 from trsp_deploy.artifacts import write_json
 from trsp_deploy.errors import RunError
 from trsp_deploy.stages.serve_bench import Address, LoadSettings, measure_served
+from trsp_deploy.tools.delivery.verification import verify
 from trsp_deploy.tools.model_repository.config import SCHEMA, WARMUP, parse_config
 from trsp_deploy.tools.model_repository.lint import lint, own_engine
 from trsp_deploy.tools.model_repository.manifest import read_repository
@@ -68,6 +71,18 @@ def test_a_repository_is_whole_and_its_config_is_tritons(served_repository: Path
         assert model["cache_bytes"] == 4 * 257 * layers * 2 * 2 * 16 * 4
         assert f"{model['cache_bytes'] / 1e6:.1f} MB of cache at most" in (served_repository / "README.md").read_text()
     assert all((served_repository / "pruned" / file).is_file() for file in manifest["models"][0]["files"])
+
+
+@needs_schema
+def test_a_model_that_was_loaded_leaves_nothing_beside_it(served_repository: Path, tmp_path: Path) -> None:
+    """As the Python backend loads it, whose Python is isolated and so heeds no variable."""
+    repository = tmp_path / "repository"
+    shutil.copytree(served_repository, repository)
+    backend = tmp_path / "triton_python_backend_utils.py"
+    backend.write_text("TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1")
+    load = "import sys; sys.path += sys.argv[1:]; import model"
+    subprocess.run([sys.executable, "-I", "-c", load, repository / "pruned" / "1", tmp_path], check=True)
+    assert verify(repository).findings == ()
 
 
 @needs_schema

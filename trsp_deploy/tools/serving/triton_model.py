@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import queue
+import shutil
 import sys
 import threading
 from collections.abc import Callable
@@ -18,6 +19,10 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 HERE = Path(__file__).resolve().parent
+# Bytecode would be files that no manifest names; the backend's Python heeds no PYTHONDONTWRITEBYTECODE, and has written
+# this file's own by now.
+sys.dont_write_bytecode = True
+shutil.rmtree(HERE / "__pycache__", ignore_errors=True)
 sys.path.insert(0, str(HERE / "vendor"))
 
 from trsp_deploy.errors import TrspError  # noqa: E402

@@ -184,8 +184,7 @@ def _launch(
     with log.open("wb") as file:
         process = subprocess.Popen(
             command,
-            # Bytecode beside the model would be files that no manifest names.
-            env={"PYTHONDONTWRITEBYTECODE": "1", **os.environ, **installation.environment},
+            env={**os.environ, **installation.environment},
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,
