@@ -103,6 +103,12 @@ def test_a_good_model_has_nothing_wrong(model: Path) -> None:
             'platform: "ensemble" ensemble_scheduling { step [ { model_name: "nowhere" } ] }',
             "a step of the ensemble is model 'nowhere', which is not here",
         ),
+        (
+            'backend: "onnxruntime"',
+            'platform: "ensemble" ensemble_scheduling { step [ { model_name: "m" model_version: 3 } ] }',
+            "a step of the ensemble is version 3 of 'm', which is not here",
+        ),
+        ('name: "y" ', 'name: "y" label_filename: "classes.txt" ', "output 'y': classes.txt, which has its labels, is"),
     ],
 )
 def test_each_fault_is_found(model: Path, old: str, new: str, line: str) -> None:
@@ -123,7 +129,9 @@ def test_other_backends_are_fine(backend: str, file: str, model: Path) -> None:
 def test_an_ensemble_of_models_that_are_here_is_fine(model: Path) -> None:
     ensemble = model.parent / "e"
     (ensemble / "1").mkdir(parents=True)
-    steps = 'ensemble_scheduling { step [ { model_name: "m" model_version: -1 } ] }'
+    steps = (
+        'ensemble_scheduling { step [ { model_name: "m" model_version: -1 }, { model_name: "m" model_version: 1 } ] }'
+    )
     text = GOOD.replace('"m"', '"e"').replace('backend: "onnxruntime"', 'platform: "ensemble"')
     (ensemble / "config.pbtxt").write_text(text + steps)
     assert said(model) == ""

@@ -93,10 +93,14 @@ def _lint_model(folder: Path, names: set[str]) -> Iterator[Finding]:
     yield from config_alone.states(config, error, warning)
     yield from config_alone.instances(config, (folder / "configs" / "cpu.pbtxt").is_file(), warning)
     yield from config_alone.warmup(config, folder, error, warning)
+    yield from config_alone.labels(config, folder, error)
     yield from config_alone.tokenizer(config, error, warning)
     for step in config.ensemble_scheduling.step:
         if step.model_name not in names:
             yield error(f"a step of the ensemble is model '{step.model_name}', which is not here")
+        elif step.model_version > 0 and not (folder.parent / step.model_name / str(step.model_version)).is_dir():
+            wanted = f"version {step.model_version} of '{step.model_name}'"
+            yield error(f"a step of the ensemble is {wanted}, which is not here")
     backend = _backend(config, versions)
     yield from _known(config, backend, folder, error, warning)
     if backend == "onnxruntime":

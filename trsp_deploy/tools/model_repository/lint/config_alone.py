@@ -85,6 +85,13 @@ def warmup(config: Any, folder: Path, error: Say, warning: Say) -> Iterator[Find
                 yield error(f"warm-up '{sample.name}': warmup/{value.input_data_file} of input '{name}' is missing")
 
 
+def labels(config: Any, folder: Path, error: Say) -> Iterator[Finding]:
+    """The files that name an output's classes; folder: the model's."""
+    for each in config.output:
+        if each.label_filename and not (folder / each.label_filename).is_file():
+            yield error(f"output '{each.name}': {each.label_filename}, which has its labels, is missing")
+
+
 def tokenizer(config: Any, error: Say, warning: Say) -> Iterator[Finding]:
     """Where a model looks for its tokenizer; a path that is relative may be a name on the hub, or the server's own."""
     if TOKENIZER_DIR not in config.parameters:
