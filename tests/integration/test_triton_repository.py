@@ -136,6 +136,29 @@ def test_dense_and_pruned_have_one_engine(served_run: Path, tmp_path: Path) -> N
 
 
 @needs_schema
+def test_another_runs_engine_is_not_measured_for_a_report(
+    served_run: Path, served_repository: Path, tmp_path: Path
+) -> None:
+    """Not after the measurement, which would have taken the place of an earlier one of the run's own engine."""
+    shutil.copytree(served_run, tmp_path / "run")
+    built = tmp_path / "run" / "engines" / "ort-cpu-fp32" / "pruned" / "manifest.json"
+    built.write_text(built.read_text() + "\n")
+    generator: Any = None  # never asked
+    for run, words in (
+        (tmp_path / "run", "is not the run's pruned engine ort-cpu-fp32"),
+        (served_run, "--prompt-tokens"),
+    ):
+        with pytest.raises(RunError, match=words):
+            measure_served(
+                served_repository,
+                lambda: contextlib.nullcontext(Address("", "")),
+                generator,
+                LoadSettings(prompt_tokens=10_000),
+                run=run,
+            )
+
+
+@needs_schema
 @pytest.mark.parametrize("file", ["README.md", "Dockerfile"])
 def test_another_projects_files_are_left_alone(file: str, served_run: Path, tmp_path: Path) -> None:
     (tmp_path / file).write_text("a project")

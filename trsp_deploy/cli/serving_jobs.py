@@ -127,7 +127,7 @@ def bench_server(
     def serve() -> contextlib.AbstractContextManager[Address]:
         return started(repository, server) if where is None else contextlib.nullcontext(Address(*where))
 
-    found = measure_served(repository, serve, generator, settings, fresh=where is None)
+    found = measure_served(repository, serve, generator, settings, fresh=where is None, run=run)
     for path in (out, None if run is None else RunLayout(run).served):
         if path is not None:
             write_json(path, found)

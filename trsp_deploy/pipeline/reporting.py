@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from trsp_deploy.artifacts import ENGINE_MANIFEST, fingerprint, provenance
+from trsp_deploy.artifacts import provenance
 from trsp_deploy.artifacts.layout import SWEEP
 from trsp_deploy.pipeline.engines import EngineOutcome
 from trsp_deploy.pipeline.inputs import Inputs
@@ -26,7 +26,7 @@ from trsp_deploy.tools.reports.record import (
 )
 from trsp_deploy.tools.reports.sweeps import Sweep
 from trsp_deploy.tools.sources.model_folders import check_decoder_only
-from trsp_deploy.tools.triton_server.served import derive
+from trsp_deploy.tools.triton_server.served import derive, of_another_engine
 
 
 def make_report(proof: Proof) -> Report:
@@ -101,11 +101,10 @@ def served_of(inputs: Inputs) -> Served | None:
     except ValidationError:
         inputs.say(f"{path}: is no measurement of this version; it is left out of the report")
         return None
-    for role, sha256 in found.engines.items():
-        manifest = run.engine(found.engine, role) / ENGINE_MANIFEST
-        if not manifest.is_file() or fingerprint(manifest) != sha256:
-            inputs.say(f"{path}: is of another {role} engine; `trsp-deploy bench-server` measures this one")
-            return None
+    role = of_another_engine(found.engine, found.engines, run)
+    if role is not None:
+        inputs.say(f"{path}: is of another {role} engine; `trsp-deploy bench-server` measures this one")
+        return None
     return found
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trsp_deploy.artifacts import ENGINE_MANIFEST, fingerprint, provenance
+from trsp_deploy.artifacts import ENGINE_MANIFEST, RunLayout, fingerprint, provenance
 from trsp_deploy.errors import RunError
 from trsp_deploy.recipe import Strict
 from trsp_deploy.results import ROLES, Role, Served, ServedRequest, ServedWindow, Subject
@@ -22,7 +22,7 @@ from trsp_deploy.tools.runners.manifest import read_manifest
 from trsp_deploy.tools.serving.text import read_tokenizer
 from trsp_deploy.tools.triton_server import process as triton_server
 from trsp_deploy.tools.triton_server.load import LoadGenerator, prompts_of
-from trsp_deploy.tools.triton_server.served import tokens_per_s
+from trsp_deploy.tools.triton_server.served import of_another_engine, tokens_per_s
 
 PROMPTS = 16
 FEWEST_REQUESTS = 3  # after each other, in a window
@@ -76,16 +76,27 @@ def measure_served(
     before: Callable[[int], None] = lambda replicate: None,
     *,
     fresh: bool = True,
+    run: Path | None = None,
 ) -> Served:
     """Load dense, dense again and pruned in turn, at every concurrency, `replicates` times.
 
     serve: a server of the repository; fresh: whether another one each time, as it should be: where a process has its
     memory decides by some percent how fast it is. before: called with each replicate's number, while no server runs.
-    Raises RunError when the repository is none of ours, dense and pruned have two engines, a text does not fit its
-    models, or the server fails.
+    run: whose report is to show it.
+    Raises RunError when the repository is none of ours, dense and pruned have two engines or not the run's, a text does
+    not fit its models, or the server fails.
     """
     models = read_repository(repository).texts
     engine = _common_engine(repository, models)
+    engines = {
+        role: fingerprint(repository / model.name / "1" / "engine" / ENGINE_MANIFEST) for role, model in models.items()
+    }
+    other = None if run is None else of_another_engine(engine, engines, RunLayout(run))
+    if other is not None:
+        raise RunError(
+            f"--run {run}: '{models[other].name}' of {repository} is not the run's {other} engine {engine} as it is "
+            f"now; `trsp-deploy triton {run} --out DIR --dense` writes a repository of it"
+        )
     load = Load(repository, generator, settings)
     names = {role: model.name for role, model in models.items()}
     with Recorder() as recorder:
@@ -94,9 +105,7 @@ def measure_served(
     return Served(
         engine=engine,
         models=names,
-        engines={
-            role: fingerprint(repository / name / "1" / "engine" / ENGINE_MANIFEST) for role, name in names.items()
-        },
+        engines=engines,
         prompt_tokens=settings.prompt_tokens,
         new_tokens=settings.new_tokens,
         window_s=settings.window_s,

@@ -6,11 +6,12 @@ a request's time after its first answer over the tokens that came after it; requ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 
+from trsp_deploy.artifacts import ENGINE_MANIFEST, RunLayout, fingerprint
 from trsp_deploy.recipe import Strict
 from trsp_deploy.results import ROLES, Role, Served, ServedRequest, ServedWindow, Subject
 from trsp_deploy.tools.judging.statistics import Speedup, widened
@@ -73,6 +74,15 @@ def derive(served: Served) -> ServedReport:
         elapsed_s=served.elapsed_s,
         levels=tuple(_level(served, concurrency) for concurrency in served.concurrencies),
     )
+
+
+def of_another_engine(engine: str, engines: Mapping[Role, str], run: RunLayout) -> Role | None:
+    """The first role whose engine in a run is not the one that is served; engines: SHA-256 of their manifests."""
+    for role, sha256 in engines.items():
+        manifest = run.engine(engine, role) / ENGINE_MANIFEST
+        if not manifest.is_file() or fingerprint(manifest) != sha256:
+            return role
+    return None
 
 
 def _level(served: Served, concurrency: int) -> ServedLevel:
