@@ -103,6 +103,10 @@ def test_limits_that_training_left_in_a_tokenizer_are_not_for_prompts(
         ({"text_input": "x", "temperature": -1.0}, "input 'temperature'"),
         ({"text_input": "x", "top_p": 0.0}, "input 'top_p'"),
         ({"text_input": "x", "top_k": -1}, "input 'top_k'"),
+        (
+            {"text_input": "x", "repetition_penalty": 1e-40},
+            "input 'repetition_penalty': should be greater than or equal to 0.01",
+        ),
         ({"text_input": "x", "seed": -1}, "input 'seed'"),
         ({"text_input": "x", "stop": ("",)}, "input 'stop.0'"),
         ({"text_input": "x", "stop": ("a",) * 17}, "input 'stop': 17 strings, at most 16"),

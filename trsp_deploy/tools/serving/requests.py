@@ -28,7 +28,8 @@ class GenerationRequest(Strict):
     temperature: Annotated[float, Field(ge=0, le=100)] = 0.0  # 0 is greedy
     top_k: Annotated[int, Field(ge=0)] = 0  # 0 is all
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0  # above 1 makes what is there less likely
+    # Above 1 makes what is there less likely; one next to 0 would make logits infinite.
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     ignore_eos: bool = False
     stop: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] = ()
