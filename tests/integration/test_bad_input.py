@@ -232,6 +232,10 @@ def test_no_file_of_a_run_or_a_check_is_written_over(place, fails, made, tmp_pat
     fails([*against, "--out", baseline], f"check: --against and --out are both {baseline}")
     both = ["--out", baseline, "--junit", baseline]
     fails([*check, *both], f"check: --out and --junit are both {baseline}")
+    graph = tmp_path / "model.onnx"
+    graph.write_text("{}")
+    fails(["compare", "other.onnx", str(graph), "--out", str(graph)], f"compare: PRUNED and --out are both {graph}")
+    assert graph.read_text() == "{}"
     assert Path(plan).read_text() == Path(baseline).read_text() == "{}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,6 +60,9 @@ def compare(
     """Measure two engines in turn: speed-up with interval, limit, control. With --min-speedup the exit code judges."""
     least = speedups(min_speedup)
     settings = bench_settings({}, budget, sets)
+    for subject, path in (("DENSE", dense), ("PRUNED", pruned)):
+        _check_files("compare", {subject: path, "--out": out})
+    from trsp_deploy.artifacts import write_json
     from trsp_deploy.cli.tables import print_comparison
     from trsp_deploy.stages import bench
     from trsp_deploy.tools.judging.comparisons import sentence
@@ -71,10 +75,6 @@ def compare(
     comparison = bench.compare_engines(*pair, label, settings, seed=0, goals=goals)
     found = bench.derive(*pair, comparison)
     outcomes = [goal.outcome(comparison.replicates) for goal in goals]
-    if out is not None:
-        from trsp_deploy.artifacts import write_json
-
-        write_json(out, comparison)
     output = Output(as_json)
     print_comparison(label, found, output.stream)
     said = bench.pair_notes(*pair)
@@ -87,6 +87,8 @@ def compare(
             "notes": said,
         }
     )
+    if out is not None:  # last: what cannot be written has been shown
+        write_json(out, comparison)
     raise typer.Exit(EXIT_CODES[worst(outcome.word for outcome in outcomes)])
 
 
@@ -145,7 +147,7 @@ def check(
 ) -> None:
     """The regression check for CI: exit code 0 pass, 2 fail, 3 inconclusive, 4 parity, 1 error."""
     output = Output(as_json)
-    _check_files(against, out, junit)
+    _check_files("check", {"--against": against, "--out": out, "--junit": junit})
     with errors_told(out, junit, output):
         if quality_budget is not None and (max_ppl_ratio is not None or min_accuracy_retained is not None):
             raise RecipeError("check: --quality-budget sets the limits of perplexity and accuracy; give it or your own")
@@ -197,13 +199,12 @@ def _check(
         return check_run(job, tolerances, against, engine, bench_settings(values, budget, sets))
 
 
-def _check_files(against: Path | None, out: Path | None, junit: Path | None) -> None:
+def _check_files(command: str, named: Mapping[str, Path | None]) -> None:
     """Raise RecipeError where one file is to be two things, before anything is written or removed."""
-    named = {"--against": against, "--out": out, "--junit": junit}
     given = [(option, path, path.resolve()) for option, path in named.items() if path is not None]
     for (one, path, place), (other, _, place_of_other) in itertools.combinations(given, 2):
         if place == place_of_other:
-            raise RecipeError(f"check: {one} and {other} are both {path}; give each a file of its own")
+            raise RecipeError(f"{command}: {one} and {other} are both {path}; give each a file of its own")
 
 
 def _no_shapes(sets: list[str]) -> None:
