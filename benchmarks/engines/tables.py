@@ -72,7 +72,7 @@ def short_text(found: Found) -> str:
 
 
 def _with_interval(found: Ratio) -> str:
-    return found.text(unit="") if found.low < found.high else f"{found.ratio:.2f}"
+    return found.text(".3f", unit="") if found.low < found.high else f"{found.ratio:.3f}"
 
 
 def _median(values: Iterator[float]) -> float:
