@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -151,12 +152,22 @@ def test_a_path_that_a_shell_would_split_is_given_to_the_server_as_a_link(reposi
     assert stop(spaced, grace_s=0).was_running
 
 
-def test_a_home_that_a_shell_would_split_is_one_line(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_home_that_a_shell_would_split_is_one_line_where_a_model_starts_from_it(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds the backend of an environment, and the link to a repository; a container's server needs neither."""
     monkeypatch.setenv("TRSP_DEPLOY_HOME", str(repository.parent / "my home"))
-    with pytest.raises(
-        RunError, match="Triton cannot start a model from there; set TRSP_DEPLOY_HOME to a path without"
-    ):
-        start(repository, program(repository, READY))
+    spaced = repository.parent / "my models"
+    spaced.mkdir()
+    server = program(repository, READY)
+    of_environment = replace(server, backends=repository, stub=server.binary)
+    for folder, installation in ((repository, of_environment), (spaced, server)):
+        with pytest.raises(
+            RunError, match="Triton cannot start a model from there; set TRSP_DEPLOY_HOME to a path without"
+        ):
+            start(folder, installation)
+    assert find(repository) is None
+    assert start(repository, server) == find(repository)
 
 
 def test_stopping_what_is_not_there_is_an_error(tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ def _launch(
     prefix = f"trsp-{secrets.token_hex(4)}-"
     command = [
         str(installation.binary),
-        f"--model-repository={_one_word(repository.resolve(), folder)}",
+        f"--model-repository={_one_word(repository.resolve(), folder, installation)}",
         *_backend_options(installation, folder),
         f"--backend-config=python,shm-region-prefix-name={prefix}",
         *(f"--{name}-address={ADDRESS}" for name in ("http", "grpc", "metrics")),
@@ -201,18 +201,21 @@ def _launch(
     )
 
 
-def _one_word(repository: Path, folder: Path) -> Path:
+def _one_word(repository: Path, folder: Path, installation: Installation) -> Path:
     """The repository, by a link in `folder` where a shell would not take its path for one word.
 
     Until August 2025 (its pull request 404) the Python backend had a shell start a model, with no quotes around paths;
     the model gets half of one and ends, and the server waits for it for good. Raises RunError where `folder`, which
-    holds the backend too, has no such path itself.
+    holds that link or the backend, has no such path itself.
     """
+    given = ONE_WORD.fullmatch(str(repository)) is not None
+    if given and installation.backends is None:  # nothing of `folder` is started
+        return repository
     if ONE_WORD.fullmatch(str(folder)) is None:
         raise RunError(
             f"{folder}: Triton cannot start a model from there; set TRSP_DEPLOY_HOME to a path without spaces"
         )
-    if ONE_WORD.fullmatch(str(repository)) is not None:
+    if given:
         return repository
     link = folder / "models"
     link.unlink(missing_ok=True)
