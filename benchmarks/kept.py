@@ -45,9 +45,14 @@ def kept_in(path: Path, kind: type[Record], remedy: str) -> list[Record]:
 
 
 def every_machine(bench: str, kind: type[Record], ending: str = "json") -> list[list[Record]]:
-    """The records of each of a bench's files, by machine's name; raises RunError when there are none."""
-    paths = sorted(RESULTS.glob(f"{bench}-*.{ending}"))
-    found = [records for path in paths if (records := kept_in(path, kind, f"`make bench-{bench}` measures it anew"))]
+    """The records of each of a bench's files, one in a json's, by machine's name; raises RunError without any."""
+    found, remedy = [], f"`make bench-{bench}` measures it anew"
+    for path in sorted(RESULTS.glob(f"{bench}-*.{ending}")):
+        records = kept_in(path, kind, remedy)
+        if ending == "json" and len(records) > 1:  # as a merge leaves them that keeps both sides
+            raise RunError(f"{path}: holds {len(records)} records, expected one; {remedy}")
+        if records:
+            found.append(records)
     if not found:
         raise RunError(f"{RESULTS}: no {bench}-*.{ending}; `make bench-{bench}` measures")
     return found

@@ -55,6 +55,9 @@ def test_files_of_every_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ["AMD EPYC", "again"],
         ["Intel(R) Xeon(R) Processor", "again"],
     ]
+    kept.keep(kept.results_path("memory", "AMD EPYC"), Cpu(name="ours"), Cpu(name="theirs"))
+    with pytest.raises(RunError, match=r"memory-amd-epyc\.json: holds 2 records, expected one; `make bench-memory`"):
+        kept.every_machine("memory", Cpu)
 
 
 @pytest.mark.parametrize("bench", [engines_bench, memory, proof_bench, serving, sweep])
