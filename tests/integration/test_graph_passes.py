@@ -386,15 +386,16 @@ def test_the_costliest_products_keep_more_bits(precision: str, tmp_path: Path) -
     model.save_pretrained(tmp_path / "model")
     with quiet_libraries():
         export_onnx(tmp_path / "model", "fp32", ExportSettings(), tmp_path / "onnx")
-    plain = built(tmp_path, tmp_path / "plain", f"ort-cpu-{precision}", keep_high_precision=0)
-    careful = built(tmp_path, tmp_path / "careful", f"ort-cpu-{precision}", keep_high_precision=1)
+    spec, blocks = f"ort-cpu-{precision}", {"block_size": 32} if precision == "int4" else {}
+    plain = built(tmp_path, tmp_path / "plain", spec, **blocks, keep_high_precision=0)
+    careful = built(tmp_path, tmp_path / "careful", spec, **blocks, keep_high_precision=1)
     (outcome,) = [found for found in read_manifest(careful).passes if found.kept]
     ((name, cost),) = outcome.kept.items()
     assert "layers.2/mlp/down_proj" in name and cost > 0
     assert outcome.name not in {found.name for found in read_manifest(plain).passes}
     assert f"{name} ({cost:.1%})" in describe(inspect_engine(careful))
     assert agreement(tmp_path, careful, precision) < agreement(tmp_path, plain, precision)
-    named = built(tmp_path, tmp_path / "named", f"ort-cpu-{precision}", keep_high_precision=[name])
+    named = built(tmp_path, tmp_path / "named", spec, **blocks, keep_high_precision=[name])
     assert [found.kept for found in read_manifest(named).passes if found.kept] == [outcome.kept]
     with pytest.raises(EngineSpecError, match=r"no product '.*downproj.*' in the graph; did you mean '.*down_proj"):
-        built(tmp_path, tmp_path / "wrong", f"ort-cpu-{precision}", keep_high_precision=[name.replace("_", "")])
+        built(tmp_path, tmp_path / "wrong", spec, **blocks, keep_high_precision=[name.replace("_", "")])

@@ -45,7 +45,7 @@ MEASURED = {
 # MB of dense engines that `build --onnx` made.
 ENGINES = {
     "SmolLM2-135M, ort-cpu-int8": (SMOLLM2, "ort-cpu-int8", 257.6),
-    "SmolLM2-135M, ort-cpu-int4": (SMOLLM2, "ort-cpu-int4", 104.2),
+    "SmolLM2-135M, ort-cpu-int4": (SMOLLM2, "ort-cpu-int4", 95.8),
     "SmolLM2-135M, ort-cpu-int4-accurate": (SMOLLM2, "ort-cpu-int4-accurate", 110.8),
     "OPT-125M, ort-cpu-fp32": (OPT, "ort-cpu-fp32", 655.1),
     "GPT-2, ort-cpu-fp32": (GPT2Config(), "ort-cpu-fp32", 652.2),
