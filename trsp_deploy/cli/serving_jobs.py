@@ -128,12 +128,12 @@ def bench_server(
         return started(repository, server) if where is None else contextlib.nullcontext(Address(*where))
 
     found = measure_served(repository, serve, generator, settings, fresh=where is None, run=run)
-    for path in (out, None if run is None else RunLayout(run).served):
-        if path is not None:
-            write_json(path, found)
     report = derive(found)
     output = Output(as_json)
     print_served(report, output.stream)
+    for path in (out, None if run is None else RunLayout(run).served):
+        if path is not None:  # after the table: what cannot be written has been shown
+            write_json(path, found)
     if run is not None:
         with existing(run) as job:
             job.report()
