@@ -12,7 +12,7 @@ from typing import Any, TextIO, cast
 from rich.console import Console
 from rich.table import Table
 
-PIPED_WIDTH = 120
+PIPED_WIDTH = 140  # columns: the report's table, its longest names and intervals in one line each
 
 
 def console(file: TextIO) -> Console:
