@@ -60,6 +60,13 @@ def test_a_good_model_has_nothing_wrong(model: Path) -> None:
         ),
         ("max_batch_size: 4", "max_batch_size: 0", "dims [3] with the batch, [-1, 3] in the graph"),
         ("max_batch_size: 4", "max_batch_size: 0\ndynamic_batching { }", "loads, and never batches"),
+        ("max_batch_size: 4", "max_batch_size: -1", "max_batch_size -1: the server takes none below 0"),
+        ("max_batch_size: 4", "max_batch_size: 4\nversion_policy { latest { } }", "version_policy latest serves no"),
+        (
+            "max_batch_size: 4",
+            "max_batch_size: 4\nversion_policy { specific { } }",
+            "version_policy specific serves no",
+        ),
         (
             "max_batch_size: 4",
             "max_batch_size: 4\ndynamic_batching { preferred_batch_size: [ 8 ] }",
@@ -124,6 +131,36 @@ def test_other_backends_are_fine(backend: str, file: str, model: Path) -> None:
     (model / "config.pbtxt").write_text(GOOD.replace('"onnxruntime"', f'"{backend}"'))
     (model / "1" / file).touch()
     assert said(model) == ""
+
+
+def add_ensemble(model: Path, name: str, batch: int, *steps: str) -> None:
+    folder = model.parent / name
+    (folder / "1").mkdir(parents=True)
+    text = GOOD.replace('"m"', f'"{name}"').replace('backend: "onnxruntime"', 'platform: "ensemble"')
+    text = text.replace("max_batch_size: 4", f"max_batch_size: {batch}")
+    named = ", ".join(f'{{ model_name: "{step}" }}' for step in steps)
+    (folder / "config.pbtxt").write_text(text + f"ensemble_scheduling {{ step [ {named} ] }}")
+
+
+def test_ensembles_that_hold_one_another_are_found(model: Path) -> None:
+    add_ensemble(model, "a", 4, "b")
+    add_ensemble(model, "b", 4, "m", "a")
+    add_ensemble(model, "c", 4, "a")
+    found = said(model)
+    assert "a: the ensemble is a step of its own" in found and "b: the ensemble is a step of its own" in found
+    assert "c:" not in found and "m:" not in found
+
+
+def test_an_ensemble_of_larger_batches_than_its_step_takes_is_found(model: Path) -> None:
+    add_ensemble(model, "e", 8, "m")
+    assert "max_batch_size 8, and step 'm' takes 4" in said(model)
+
+
+def test_a_step_whose_config_cannot_be_read_is_that_model_s_error_alone(model: Path) -> None:
+    add_ensemble(model, "e", 4, "m")
+    (model / "config.pbtxt").write_text("nonsense")
+    found = said(model)
+    assert "m: config.pbtxt: 1:1" in found and "e:" not in found
 
 
 def test_an_ensemble_of_models_that_are_here_is_fine(model: Path) -> None:

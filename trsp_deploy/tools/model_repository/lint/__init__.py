@@ -2,20 +2,22 @@
 
     for finding in lint(Path("model_repository")): print(finding)
 
-Of each model: its versions and backend (here), its config by itself (`config_alone`), and the config beside the file
-that it serves: an ONNX graph (`graph`), a TensorRT plan (`plan`), an engine of ours (`own_engine`).
+Of each model: its versions and backend (here), its config by itself (`config_alone`), and the config beside the models
+that it is made of (`ensembles`) or the file that it serves: an ONNX graph (`graph`), a TensorRT plan (`plan`), an
+engine of ours (`own_engine`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from trsp_deploy.errors import RunError, nearest
 from trsp_deploy.tools.model_repository.config import parse_config
 from trsp_deploy.tools.model_repository.lint import config_alone
+from trsp_deploy.tools.model_repository.lint.ensembles import against_steps
 from trsp_deploy.tools.model_repository.lint.finding import Finding, Say
 from trsp_deploy.tools.model_repository.lint.graph import against_graph
 from trsp_deploy.tools.model_repository.lint.own_engine import against_manifest
@@ -56,12 +58,20 @@ def lint(repository: Path) -> list[Finding]:
     folders = sorted(path for path in repository.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not folders:
         raise RunError(f"{repository}: holds no model (a model is a folder with {CONFIG} and numbered versions)")
-    names = {folder.name for folder in folders}
-    return [finding for folder in folders for finding in _lint_model(folder, names)]
+    configs = {folder.name: _readable_config(folder) for folder in folders}
+    return [finding for folder in folders for finding in _lint_model(folder, configs)]
 
 
-def _lint_model(folder: Path, names: set[str]) -> Iterator[Finding]:
-    """names: of the repository's models."""
+def _readable_config(folder: Path) -> Any:
+    """A model's config, or None; what is wrong with it is found where the model is looked at."""
+    try:
+        return parse_config((folder / CONFIG).read_text(encoding="utf-8"), CONFIG)
+    except (RunError, OSError, UnicodeDecodeError):
+        return None
+
+
+def _lint_model(folder: Path, configs: Mapping[str, Any]) -> Iterator[Finding]:
+    """configs: of the repository's models, None for one that cannot be read."""
 
     def error(message: str) -> Finding:
         return Finding(severity="error", model=folder.name, message=message)
@@ -95,12 +105,7 @@ def _lint_model(folder: Path, names: set[str]) -> Iterator[Finding]:
     yield from config_alone.warmup(config, folder, error, warning)
     yield from config_alone.labels(config, folder, error)
     yield from config_alone.tokenizer(config, error, warning)
-    for step in config.ensemble_scheduling.step:
-        if step.model_name not in names:
-            yield error(f"a step of the ensemble is model '{step.model_name}', which is not here")
-        elif step.model_version > 0 and not (folder.parent / step.model_name / str(step.model_version)).is_dir():
-            wanted = f"version {step.model_version} of '{step.model_name}'"
-            yield error(f"a step of the ensemble is {wanted}, which is not here")
+    yield from against_steps(config, folder, configs, error)
     backend = _backend(config, versions)
     yield from _known(config, backend, folder, error, warning)
     if backend == "onnxruntime":
@@ -142,6 +147,10 @@ def _versions(config: Any, versions: list[Path], error: Say) -> Iterator[Finding
     for wanted in config.version_policy.specific.versions:
         if wanted not in numbers:
             yield error(f"version_policy wants version {wanted}, and there is {sorted(numbers) or 'none'}")
+    if versions and not config.version_policy.specific.versions and not _served(config, versions):
+        chosen = config.version_policy.WhichOneof("policy_choice")
+        wanted = "num_versions, 1 or more" if chosen == "latest" else "the versions' numbers"
+        yield error(f"version_policy {chosen} serves no version: give it {wanted}")
 
 
 def _backend(config: Any, versions: list[Path]) -> str:
@@ -172,7 +181,8 @@ def _served(config: Any, versions: list[Path]) -> list[Path]:
         return versions
     if policy.HasField("specific"):
         return [version for version in versions if int(version.name) in policy.specific.versions]
-    return sorted(versions, key=lambda version: int(version.name))[-(policy.latest.num_versions or 1) :]
+    count = policy.latest.num_versions if policy.HasField("latest") else 1
+    return sorted(versions, key=lambda version: int(version.name), reverse=True)[:count]
 
 
 def _files(config: Any, backend: str, version: Path, error: Say, warning: Say) -> Iterator[Finding]:

@@ -17,6 +17,8 @@ TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 
 def batching(config: Any, error: Say, warning: Say) -> Iterator[Finding]:
     """Whether requests will be batched as the config wants it."""
+    if config.max_batch_size < 0:
+        yield error(f"max_batch_size {config.max_batch_size}: the server takes none below 0")
     if config.HasField("dynamic_batching") and config.max_batch_size == 0:
         yield error("dynamic_batching with max_batch_size 0 loads, and never batches")
     for size in config.dynamic_batching.preferred_batch_size:
