@@ -31,7 +31,7 @@ from benchmarks.gpu.plan import FULL, SETTLING, TINY, Plan, Shape, shapes
 from benchmarks.gpu.torch_runner import measure_bandwidth
 from trsp_deploy.artifacts import provenance
 from trsp_deploy.decoder import decoder_size
-from trsp_deploy.errors import NO_MEMORY, EngineUnavailable, TrspError, one_line
+from trsp_deploy.errors import NO_MEMORY, EngineUnavailable, RunError, TrspError, one_line
 from trsp_deploy.tools.judging.limits import decode_bytes, stored
 from trsp_deploy.tools.prctl import end_with_parent
 from trsp_deploy.tools.runners import Runner
@@ -44,6 +44,10 @@ def main() -> int:
     if options.measure:
         return _work(options.measure, options.layers, plan, device)
     contenders = TINY_CONTENDERS if options.tiny else CONTENDERS
+    if not any(options.only in name for name in contenders):
+        problem = RunError(f"--only '{options.only}': no contender's name holds it; there are {', '.join(contenders)}")
+        print(f"error: {problem}", file=sys.stderr)
+        return problem.exit_code
     keys = {key_of(name, layers, plan): (name, layers) for name in contenders for layers in plan.layers}
     lines = {} if options.tiny else {line.key: line for line in read() if line.key in keys}
     reasons = {} if options.tiny else absent(name for name in contenders if options.only in name)

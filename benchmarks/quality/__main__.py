@@ -32,6 +32,8 @@ def main() -> int:
         if options.row:
             return make_row(table, options.row, store)
         wanted = rows(table, options.only)
+        if not wanted:
+            raise RunError(f"--only '{options.only}': no row's title holds it; the titles are in `--list`")
         if options.list:
             return list_rows(wanted, store)
         with RunFolder(SCRATCH):

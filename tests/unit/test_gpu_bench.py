@@ -360,6 +360,12 @@ def test_what_cannot_be_kept_is_shown_and_nothing_more_is_measured(bench, tmp_pa
     assert "its folder cannot be made" in told.err.splitlines()[-1] and "| torch-eager | 32 |" in told.out
 
 
+def test_a_name_of_no_contender_is_said(bench: Bench, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu", "--only", "torch-egaer"])
+    assert bench_command.main() == 1 and bench.measured == []
+    assert "--only 'torch-egaer': no contender's name holds it; there are torch-eager," in capsys.readouterr().err
+
+
 ALL = [(name, layers) for name in ("torch-eager", "ort-cuda-fp16") for layers in FULL.layers]
 
 

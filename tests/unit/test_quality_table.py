@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from pydantic import ValidationError
 
 from benchmarks import code
 from benchmarks.pages import put_between_markers
+from benchmarks.quality import __main__ as bench_command
 from benchmarks.quality import report, store
 from benchmarks.quality.estimates import estimate_s, pace
 from benchmarks.quality.figures import TARGETS, Found, figures, over_seeds
@@ -63,6 +65,12 @@ def test_rows_come_once_and_after_what_they_need(table: Table) -> None:
 def test_some_rows_bring_what_they_need() -> None:
     found = rows(FULL, "fold, 7 layers, 33k tokens, seed 0")
     assert [(row.kind, row.arm, row.seed) for row in found] == [("selection", "fold", 0), ("trained", "fold", 0)]
+
+
+def test_a_title_of_no_row_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["quality", "--only", "fold, 8 leyers"])
+    assert bench_command.main() == 1
+    assert "--only 'fold, 8 leyers': no row's title holds it" in capsys.readouterr().err
 
 
 def test_the_full_table_has_what_it_promises() -> None:

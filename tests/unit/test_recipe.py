@@ -53,6 +53,13 @@ def test_drop_may_be_a_number_in_yaml() -> None:
         ({"model": "m", "plan": {"steps": 0}}, ["'plan.steps'", "greater than or equal to 1", "got 0"]),
         ({"model": "m", "transfer": {"form": "l3"}}, ["'transfer.form'", "'l1', 'train' or 'none'", "got 'l3'"]),
         ({"model": "m", "plan": 3}, ["'plan'", "got 3"]),
+        *(
+            (
+                {"model": "m", "transfer": {**form, "ce_weight": 0, "kl_weight": 0}},
+                ["both 0, so nothing would be learned"],
+            )
+            for form in ({}, {"form": "anneal"}, {"form": "l2", "refit": "none", "weight": 0})
+        ),
         (
             {"model": "m", "transfer": {"gradient_checkpointing": "none"}},
             ["key 'transfer.gradient_checkpointing': should be True, False or 'selective', got 'none'"],
@@ -69,6 +76,11 @@ def test_recipe_errors(values: dict, words: list[str]) -> None:
     message = recipe_error(values)
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize("form", [{"form": "none"}, {"form": "l1", "refit": "none"}])
+def test_what_has_no_language_loss_may_have_weights_of_0(form: dict) -> None:
+    read_recipe({"model": "m", "transfer": {**form, "ce_weight": 0, "kl_weight": 0}}, "my.yaml")
 
 
 def test_override_sets_nested_keys_as_yaml_and_leaves_the_original() -> None:

@@ -262,6 +262,17 @@ class Recipe(Strict):
         return self
 
     @model_validator(mode="after")
+    def _something_is_learned(self) -> Recipe:
+        transfer = self.transfer
+        penalised = transfer.form in ("l1", "l2") and transfer.weight > 0
+        if transfer.form != "none" and not penalised and transfer.ce_weight == 0 and transfer.kl_weight == 0:
+            raise ValueError(
+                "transfer.ce_weight and transfer.kl_weight are both 0, so nothing would be learned; valid: one of them "
+                "above 0, or transfer.form none"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _penalties_are_of_whole_batches(self) -> Recipe:
         if self.transfer.micro_batch is not None and self.transfer.form in ("l1", "l2"):
             raise ValueError(
