@@ -25,6 +25,11 @@ class Driver(ModuleType):
     class NVMLError(Exception):
         """Of the driver."""
 
+    class NVMLError_NoPermission(NVMLError):
+        """A GPU of somebody else's."""
+
+    forbidden: tuple[int, ...] = ()
+
     def __init__(self, uuids: list[str]) -> None:
         super().__init__("pynvml")
         self.uuids = uuids
@@ -37,6 +42,8 @@ class Driver(ModuleType):
         return len(self.uuids)
 
     def nvmlDeviceGetHandleByIndex(self, index: int) -> str:
+        if index in self.forbidden:
+            raise self.NVMLError_NoPermission("insufficient permissions")
         return self.uuids[index]
 
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
@@ -95,6 +102,15 @@ def test_cudas_order_goes_before_the_buss(monkeypatch: pytest.MonkeyPatch) -> No
     assert [gpu.uuid for gpu in visible_gpus()] == [UUIDS[1], UUIDS[0]]
     found = telemetry._nvml()
     assert found is not None and found[1] == UUIDS[1]
+
+
+def test_gpus_that_this_process_may_not_talk_to_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVML counts them (nvmlDeviceGetCount_v2), CUDA does not: its number 0 is the first of the others."""
+    monkeypatch.setattr(Driver, "forbidden", (0, 2))
+    for asked in (None, "0"):
+        if asked is not None:
+            monkeypatch.setenv(nvml.VISIBLE, asked)
+        assert [gpu.name for gpu in visible_gpus()] == ["card b"]
 
 
 class Cuda:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import uuid
@@ -32,8 +33,7 @@ def visible_gpus() -> tuple[Gpu, ...]:
 
     try:
         pynvml.nvmlInit()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        gpus = tuple(map(_gpu, handles))
+        gpus = tuple(map(_gpu, _handles()))
     except pynvml.NVMLError:
         return ()
     asked = os.environ.get(VISIBLE)
@@ -42,6 +42,15 @@ def visible_gpus() -> tuple[Gpu, ...]:
         if shown and by_uuid.keys() >= set(shown):
             return tuple(by_uuid[each] for each in shown)
     return gpus if asked is None else tuple(_named(asked, gpus))
+
+
+def _handles() -> Iterator[Any]:
+    """Of the GPUs that this process may talk to; NVML counts the others too, and CUDA does not (Slurm's cgroups)."""
+    import pynvml
+
+    for index in range(pynvml.nvmlDeviceGetCount()):
+        with contextlib.suppress(pynvml.NVMLError_NoPermission):
+            yield pynvml.nvmlDeviceGetHandleByIndex(index)
 
 
 def driver_version() -> str | None:
