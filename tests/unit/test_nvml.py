@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import uuid
 from collections.abc import Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ from trsp_deploy.tools.measuring import telemetry
 
 UUIDS = [f"GPU-{digit * 8}-0000-0000-0000-000000000000" for digit in ("a", "b", "c")]  # in the order of the bus
 SLICE = "MIG-dddddddd-0000-0000-0000-000000000000"
+WHOLE, PART = 80 << 30, 10 << 30  # bytes of a GPU, and of its slice
 
 
 class Driver(ModuleType):
@@ -28,7 +29,10 @@ class Driver(ModuleType):
     class NVMLError_NoPermission(NVMLError):
         """A GPU of somebody else's."""
 
+    NVML_DEVICE_MIG_ENABLE = 1
+    NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 0, 2, 0
     forbidden: tuple[int, ...] = ()
+    in_slices = ""  # the UUID of a GPU whose slice SLICE is
 
     def __init__(self, uuids: list[str]) -> None:
         super().__init__("pynvml")
@@ -56,6 +60,43 @@ class Driver(ModuleType):
 
     def nvmlDeviceGetName(self, handle: str) -> str:
         return f"card {handle[4]}"
+
+    def nvmlDeviceGetMigMode(self, handle: str) -> tuple[int, int]:
+        if not self.in_slices:
+            raise self.NVMLError("not supported")
+        return int(handle == self.in_slices), 0
+
+    def nvmlDeviceIsMigDeviceHandle(self, handle: str) -> bool:
+        return handle == SLICE
+
+    def nvmlDeviceGetDeviceHandleFromMigDeviceHandle(self, handle: str) -> str:
+        return self.in_slices
+
+    def nvmlDeviceGetMemoryInfo(self, handle: str) -> SimpleNamespace:
+        if handle == self.in_slices:  # it tells of all slices together, and in a container nobody
+            raise self.NVMLError("insufficient permissions")
+        total = PART if handle == SLICE else WHOLE
+        return SimpleNamespace(used=1, free=total - 1)
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: str) -> list[SimpleNamespace]:
+        return []
+
+    def nvmlDeviceGetClockInfo(self, handle: str, which: int) -> int:
+        return self._of_a_card(handle)
+
+    def nvmlDeviceGetPowerUsage(self, handle: str) -> int:
+        return self._of_a_card(handle)
+
+    def nvmlDeviceGetTemperature(self, handle: str, which: int) -> int:
+        return self._of_a_card(handle)
+
+    def nvmlDeviceGetCurrentClocksEventReasons(self, handle: str) -> int:
+        return self._of_a_card(handle)
+
+    def _of_a_card(self, handle: str) -> int:
+        if handle == SLICE:
+            raise self.NVMLError("not supported")
+        return 0
 
     def nvmlSystemGetDriverVersion(self) -> str:
         return "580.1"
@@ -98,7 +139,7 @@ def test_what_the_variable_names(monkeypatch: pytest.MonkeyPatch, asked: str | N
 def test_cudas_order_goes_before_the_buss(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of unlike cards CUDA counts the fastest first, and its number 0 is what engines run on."""
     monkeypatch.setenv(nvml.VISIBLE, "0,2")  # CUDA's numbers, not the bus's
-    monkeypatch.setattr(nvml, "_shown_by_cuda", lambda: [UUIDS[1], UUIDS[0]])
+    monkeypatch.setattr(nvml, "_shown_by_cuda", lambda: [UUIDS[1][4:], UUIDS[0][4:]])
     assert [gpu.uuid for gpu in visible_gpus()] == [UUIDS[1], UUIDS[0]]
     found = telemetry._nvml()
     assert found is not None and found[1] == UUIDS[1]
@@ -113,10 +154,28 @@ def test_gpus_that_this_process_may_not_talk_to_are_none(monkeypatch: pytest.Mon
         assert [gpu.name for gpu in visible_gpus()] == ["card b"]
 
 
+@pytest.mark.parametrize("asked", [None, "0"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_slice_is_its_own_and_not_its_gpus(monkeypatch: pytest.MonkeyPatch, asked: str | None, count: int) -> None:
+    """As in a container that was given one: no variable names it, and CUDA shows nothing else."""
+    monkeypatch.setitem(sys.modules, "pynvml", Driver(UUIDS[:count]))
+    monkeypatch.setattr(Driver, "in_slices", UUIDS[0])
+    monkeypatch.setattr(nvml, "_shown_by_cuda", lambda: [SLICE[4:]])
+    if asked is not None:
+        monkeypatch.setenv(nvml.VISIBLE, asked)
+    assert [gpu.name for gpu in visible_gpus()] == ["card d"]
+    assert telemetry.gpu_memory_free() == PART - 1
+    assert telemetry._gpu() is not None, "with the card's clocks"
+    telemetry._nvml.cache_clear()
+    monkeypatch.setattr(nvml, "_shown_by_cuda", lambda: ["no such"])
+    assert visible_gpus()[0].name == "card a", "where NVML does not know what CUDA shows"
+
+
 class Cuda:
-    """libcuda of two devices."""
+    """libcuda of two devices, the first of them a slice."""
 
     UUIDS = (uuid.uuid4(), uuid.uuid4())
+    SLICE = uuid.uuid4()
 
     def __init__(self, status: int = 0) -> None:
         self.status = status
@@ -137,10 +196,20 @@ class Cuda:
         return 0
 
 
+class LaterCuda(Cuda):
+    """That of a driver since CUDA 11.4."""
+
+    def cuDeviceGetUuid_v2(self, raw: Any, device: Any) -> int:
+        raw._obj[:] = (self.SLICE, self.UUIDS[1])[device.value].bytes
+        return 0
+
+
 def test_cuda_names_its_devices_as_nvml_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # of `_shown_by_cuda`
     monkeypatch.setattr(nvml.ctypes, "CDLL", lambda name: Cuda())
-    assert nvml._shown_by_cuda() == [f"GPU-{each}" for each in Cuda.UUIDS]
+    assert nvml._shown_by_cuda() == [str(each) for each in Cuda.UUIDS]
+    monkeypatch.setattr(nvml.ctypes, "CDLL", lambda name: LaterCuda())
+    assert nvml._shown_by_cuda() == [str(Cuda.SLICE), str(Cuda.UUIDS[1])]
     monkeypatch.setattr(nvml.ctypes, "CDLL", lambda name: Cuda(status=100))  # no device
     assert nvml._shown_by_cuda() == []
 

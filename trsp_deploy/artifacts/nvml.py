@@ -26,8 +26,8 @@ def visible_gpus() -> tuple[Gpu, ...]:
     """The GPUs that CUDA would show this process, its device 0 first; none without a driver.
 
     NVML lists every GPU of the machine by bus, CUDA those of CUDA_VISIBLE_DEVICES and the fastest first (unless
-    CUDA_DEVICE_ORDER says otherwise), so where there are several CUDA itself is asked. Like every CUDA start-up, that
-    must not come before a fork whose child uses CUDA.
+    CUDA_DEVICE_ORDER says otherwise), and of a GPU in slices (MIG) a slice, named or not. So where there are several
+    or slices CUDA itself is asked. Like every CUDA start-up, that must not come before a fork whose child uses CUDA.
     """
     import pynvml
 
@@ -37,10 +37,12 @@ def visible_gpus() -> tuple[Gpu, ...]:
     except pynvml.NVMLError:
         return ()
     asked = os.environ.get(VISIBLE)
-    if len(gpus) > 1 and "MIG-" not in (asked or ""):
-        by_uuid, shown = {gpu.uuid: gpu for gpu in gpus}, _shown_by_cuda()
-        if shown and by_uuid.keys() >= set(shown):
-            return tuple(by_uuid[each] for each in shown)
+    if (len(gpus) > 1 or any(map(_in_slices, gpus))) and "MIG-" not in (asked or ""):
+        by_uuid = {gpu.uuid: gpu for gpu in gpus}
+        with contextlib.suppress(pynvml.NVMLError):
+            shown = [by_uuid.get(f"GPU-{each}") or _slice(f"MIG-{each}") for each in _shown_by_cuda()]
+            if shown:
+                return tuple(shown)
     return gpus if asked is None else tuple(_named(asked, gpus))
 
 
@@ -70,6 +72,21 @@ def _gpu(handle: Any) -> Gpu:
     return Gpu(handle, pynvml.nvmlDeviceGetUUID(handle), pynvml.nvmlDeviceGetName(handle))
 
 
+def _in_slices(gpu: Gpu) -> bool:
+    import pynvml
+
+    try:
+        return bool(pynvml.nvmlDeviceGetMigMode(gpu.handle)[0] == pynvml.NVML_DEVICE_MIG_ENABLE)
+    except pynvml.NVMLError:  # most cards have no such mode
+        return False
+
+
+def _slice(name: str) -> Gpu:
+    import pynvml
+
+    return _gpu(pynvml.nvmlDeviceGetHandleByUUID(name))
+
+
 def _named(asked: str, gpus: Sequence[Gpu]) -> Iterator[Gpu]:
     """What CUDA_VISIBLE_DEVICES names: numbers, or beginnings of UUIDs; as in CUDA, nothing behind the first misfit."""
     import pynvml
@@ -77,7 +94,7 @@ def _named(asked: str, gpus: Sequence[Gpu]) -> Iterator[Gpu]:
     for entry in map(str.strip, asked.split(",")):
         if entry.startswith("MIG-"):
             try:
-                yield _gpu(pynvml.nvmlDeviceGetHandleByUUID(entry))
+                yield _slice(entry)
             except pynvml.NVMLError:
                 return
             continue
@@ -91,18 +108,20 @@ def _named(asked: str, gpus: Sequence[Gpu]) -> Iterator[Gpu]:
 
 
 def _shown_by_cuda() -> list[str]:
-    """UUIDs of the GPUs that CUDA shows this process, in its order; empty where it does not say."""
+    """UUIDs of the GPUs or slices that CUDA shows this process, in its order; empty where it does not say."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return []
+    # The second says a slice's own and not its GPU's; drivers before CUDA 11.4 have the first alone.
+    uuid_of = getattr(driver, "cuDeviceGetUuid_v2", driver.cuDeviceGetUuid)
     count, device, raw = ctypes.c_int(), ctypes.c_int(), (ctypes.c_ubyte * 16)()
     if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
         return []
     found = []
     for index in range(count.value):
         driver.cuDeviceGet(ctypes.byref(device), index)
-        if driver.cuDeviceGetUuid(ctypes.byref(raw), device) != 0:
+        if uuid_of(ctypes.byref(raw), device) != 0:
             return []
-        found.append(f"GPU-{uuid.UUID(bytes=bytes(raw))}")
+        found.append(str(uuid.UUID(bytes=bytes(raw))))
     return found

@@ -114,7 +114,7 @@ def _sample(at_s: float, others_cores: float | None) -> Telemetry:
 
 @functools.cache
 def _nvml() -> tuple[ModuleType, Any] | None:
-    """NVIDIA's management library and the first GPU that this process may use; None without one."""
+    """NVIDIA's management library and the first GPU, or slice, that this process may use; None without one."""
     import pynvml
 
     gpus = visible_gpus()
@@ -127,14 +127,17 @@ def _gpu() -> GpuTelemetry | None:
         return None
     nvml, gpu = found
     try:
-        reasons = nvml.nvmlDeviceGetCurrentClocksEventReasons(gpu)
+        # What a slice has of its own is memory and processes.
+        sliced = nvml.nvmlDeviceIsMigDeviceHandle(gpu)
+        card = nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(gpu) if sliced else gpu
+        reasons = nvml.nvmlDeviceGetCurrentClocksEventReasons(card)
         before = _ours()  # a worker may end while the driver lists it
         listed = {process.pid for process in nvml.nvmlDeviceGetComputeRunningProcesses(gpu)}
         return GpuTelemetry(
-            sm_mhz=nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM),
-            memory_mhz=nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_MEM),
-            power_w=nvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
-            temperature_c=nvml.nvmlDeviceGetTemperature(gpu, nvml.NVML_TEMPERATURE_GPU),
+            sm_mhz=nvml.nvmlDeviceGetClockInfo(card, nvml.NVML_CLOCK_SM),
+            memory_mhz=nvml.nvmlDeviceGetClockInfo(card, nvml.NVML_CLOCK_MEM),
+            power_w=nvml.nvmlDeviceGetPowerUsage(card) / 1000,
+            temperature_c=nvml.nvmlDeviceGetTemperature(card, nvml.NVML_TEMPERATURE_GPU),
             throttle_reasons=tuple(name for bit, name in THROTTLES.items() if reasons & bit),
             other_processes=_others(listed, before | _ours()),
             used_bytes=nvml.nvmlDeviceGetMemoryInfo(gpu).used,
