@@ -49,6 +49,7 @@ class Context:
         self.addresses: dict[str, int] = {}
         self.launches: list[dict[str, int]] = []  # addresses of each
         self.recorded: list[Any] | None = None  # while a CUDA graph is captured
+        self.launched = False  # since shapes and addresses were set
 
     def set_optimization_profile_async(self, index: int, stream: int) -> None:
         self.active_optimization_profile = index
@@ -57,10 +58,12 @@ class Context:
         low, _, high = self.engine.get_tensor_profile_shape(name, self.active_optimization_profile)
         assert all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True)), (name, shape)
         self.shapes[name] = shape
+        self.launched = False
 
     def set_tensor_address(self, name: str, address: int) -> None:
         assert address
         self.addresses[name] = address
+        self.launched = False
 
     def infer_shapes(self) -> list[str]:
         return [name for name in self.engine.inputs if name not in self.shapes]
@@ -80,7 +83,9 @@ class Context:
         )
         if self.recorded is None:
             self.run(*launch)
+            self.launched = True
         else:
+            assert self.launched, "TensorRT's guide: call enqueueV3() once after an input shape change, then capture"
             self.recorded.append(launch)
         return True
 

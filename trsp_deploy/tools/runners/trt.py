@@ -209,7 +209,9 @@ class TrtRunner(Runner):
                     self._began.record()
                     self._graph.replay()
                 else:
-                    self._bind(values, batch, past=length - input_ids.shape[1])
+                    # A capture wants a launch after the last shape was set (TensorRT's guide, "CUDA Graphs").
+                    if self._fixed is None or self._steps < 2:
+                        self._bind(values, batch, past=length - input_ids.shape[1])
                     self._launch()
                 logits = self._tensors["logits"].float()  # (batch, positions, vocabulary)
                 self._ended.record()
