@@ -124,9 +124,11 @@ REFUSALS = {
 }
 NO_MEMORY = re.compile(
     r"can(no|')t allocate memory|failed to allocate memory|bad allocation|bad_alloc|failed to map segment"
-    r"|can't start new thread|out of memory",
+    r"|can't start new thread|out of memory|cublas_status_alloc_failed",
     re.IGNORECASE,
 )
+# torch's words where its allocator finds no room, and where CUDA itself or cuBLAS does, which torch only passes on.
+GPU_FULL = re.compile("CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def machine_reason(problem: BaseException) -> str | None:
@@ -136,7 +138,7 @@ def machine_reason(problem: BaseException) -> str | None:
     """
     cause: BaseException | None = problem
     while cause is not None:
-        if "CUDA out of memory" in str(cause):
+        if GPU_FULL.search(str(cause)):
             return (
                 f"the GPU's memory is full ({shown(first_line(cause))}); `--plan-memory` shows what needs how much; "
                 "smaller batches, --set transfer.gradient_checkpointing=true or --set weights=bf16 need less: finished "

@@ -13,6 +13,7 @@ import torch
 from trsp_deploy import cli, errors
 from trsp_deploy.cli import app
 from trsp_deploy.errors import (
+    NO_MEMORY,
     EngineUnavailable,
     ModelError,
     first_line,
@@ -105,10 +106,20 @@ def test_what_has_its_line_already_is_not_a_librarys() -> None:
     assert not passes_through(wrapped(ValueError("an odd shape")))
 
 
-def test_a_full_gpu_is_no_matter_of_the_machines_limits() -> None:
-    found = machine_reason(torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"))
-    assert found is not None and found.startswith("the GPU's memory is full ('CUDA out of memory. Tried to")
+@pytest.mark.parametrize(
+    "problem",
+    [
+        torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"),
+        RuntimeError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in https://docs.nvidia.com/"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=["allocator", "context", "cublas"],
+)
+def test_a_full_gpu_is_no_matter_of_the_machines_limits(problem: RuntimeError) -> None:
+    found = machine_reason(problem)
+    assert found is not None and found.startswith(f"the GPU's memory is full ('{str(problem)[:20]}")
     assert "--plan-memory" in found and "ulimit" not in found
+    assert NO_MEMORY.search(str(problem)), "another time it would be the same"
 
 
 def test_every_error_is_in_the_tree_that_is_drawn() -> None:
