@@ -110,7 +110,6 @@ class TrtRunner(Runner):
         self._cache: dict[tuple[int, str], torch.Tensor] = {}
         self._reads = 0  # which of the two parts of a growing cache the next step reads
         self._tensors: dict[str, torch.Tensor] = {}  # inputs and logits of the last step
-        self._steps = 0  # since the prompt
         self._graph: Any = None  # a captured decoding step
         self._began: Any = None  # CUDA events around the last call
         self._ended: Any = None
@@ -178,14 +177,14 @@ class TrtRunner(Runner):
         torch.cuda.empty_cache()
 
     def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray, *, last_only: bool = False) -> np.ndarray:
-        self._steps, self._graph = 0, None
+        self._tensors = {}  # so everything is bound anew
+        self._clear_cache()
         logits = self._step(input_ids, attention_mask, keep=1 if last_only else 0)
         return logits[:, -1:] if last_only else logits
 
     def decode(self, input_ids: np.ndarray) -> np.ndarray:
         if self._attention_mask is None:
             raise RuntimeError("decode comes after prefill")
-        self._steps += 1
         return self._step(input_ids, decoder_io.extended(self._attention_mask, input_ids))
 
     def _step(self, input_ids: np.ndarray, attention_mask: np.ndarray, keep: int = 0) -> np.ndarray:
@@ -199,20 +198,12 @@ class TrtRunner(Runner):
         values = decoder_io.token_inputs(self._inputs, input_ids, attention_mask, keep)
         try:
             with torch.cuda.stream(self._stream):
-                if self._steps == 0 and self._fixed is not None and self._cache:
-                    # What a text leaves behind its successor's end is masked, and a masked NaN is a NaN: 0 times it.
-                    torch._foreach_zero_(list(self._cache.values()))
-                if self._steps < 2:  # later steps of a fixed length find everything where it was
-                    self._tensors = {}
-                self._feed(values)
-                if self._graph is not None:
-                    self._began.record()
-                    self._graph.replay()
-                else:
-                    # A capture wants a launch after the last shape was set (TensorRT's guide, "CUDA Graphs").
-                    if self._fixed is None or self._steps < 2:
-                        self._bind(values, batch, past=length - input_ids.shape[1])
+                if self._feed(values) or self._fixed is None:
+                    self._graph = None
+                    self._bind(values, batch, past=length - input_ids.shape[1])
                     self._launch()
+                else:
+                    self._replay()
                 logits = self._tensors["logits"].float()  # (batch, positions, vocabulary)
                 self._ended.record()
                 result: np.ndarray = logits.cpu().numpy()  # waits for the stream
@@ -225,16 +216,26 @@ class TrtRunner(Runner):
         self._attention_mask = attention_mask
         return result
 
-    def _feed(self, values: dict[str, np.ndarray]) -> None:
-        """Copy a step's inputs to the GPU, over the last step's where the shapes are the same."""
+    def _clear_cache(self) -> None:
+        """What a text leaves behind its successor's end is masked, and a masked NaN is a NaN: 0 times it."""
         import torch
 
+        if self._fixed is not None and self._cache:
+            with torch.cuda.stream(self._stream):
+                torch._foreach_zero_(list(self._cache.values()))
+
+    def _feed(self, values: dict[str, np.ndarray]) -> bool:
+        """Copy a step's inputs to the GPU, over the last step's where the shapes are the same; whether one moved."""
+        import torch
+
+        moved = False
         for name, value in values.items():
             there, here = self._tensors.get(name), torch.from_numpy(value)
             if there is None or there.shape != here.shape:
-                self._tensors[name] = here.cuda()
+                self._tensors[name], moved = here.cuda(), True
             else:
                 there.copy_(here)
+        return moved
 
     def _bind(self, values: dict[str, np.ndarray], batch: int, past: int) -> None:
         """Choose a profile and tell the context every shape and address."""
@@ -264,25 +265,33 @@ class TrtRunner(Runner):
         self._context.set_tensor_address("logits", self._tensors["logits"].data_ptr())
 
     def _launch(self) -> None:
-        """Run the step, or from the second decoding step on, where nothing moves any more, capture and replay it."""
+        self._began.record()  # here, and not before: until now the host has prepared, and the GPU waited
+        self._enqueue()
+
+    def _replay(self) -> None:
+        """Run a step where nothing has moved since the last one: as a CUDA graph, captured at the first of them.
+
+        Not at the one before, which everything was set for: a capture wants a launch after that (TensorRT's guide,
+        "CUDA Graphs").
+        """
         import torch
 
-        if self._steps < 2 or not self._captures or self.spec.backend == "tensorrt-rtx":
-            self._began.record()  # here, and not before: until now the host has prepared, and the GPU waited
-            self._enqueue()
+        if not self._captures or self.spec.backend == "tensorrt-rtx":
+            self._launch()
             return
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, stream=self._stream):
-                self._enqueue()
-        except RuntimeError as problem:
-            raise EngineUnavailable(
-                f"{self.engine}: a decoding step cannot become a CUDA graph ({problem}); "
-                "build it again from a spec with `cuda_graphs: false`"
-            ) from problem
+        if self._graph is None:
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, stream=self._stream):
+                    self._enqueue()
+            except RuntimeError as problem:
+                raise EngineUnavailable(
+                    f"{self.engine}: a decoding step cannot become a CUDA graph ({problem}); "
+                    "build it again from a spec with `cuda_graphs: false`"
+                ) from problem
+            self._graph = graph
         self._began.record()
-        graph.replay()
-        self._graph = graph
+        self._graph.replay()
 
     def _enqueue(self) -> None:
         if not self._context.execute_async_v3(self._stream.cuda_stream):
