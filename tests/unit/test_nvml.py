@@ -67,6 +67,8 @@ class Driver(ModuleType):
         return int(handle == self.in_slices), 0
 
     def nvmlDeviceIsMigDeviceHandle(self, handle: str) -> bool:
+        if not self.in_slices:
+            raise self.NVMLError("not supported")
         return handle == SLICE
 
     def nvmlDeviceGetDeviceHandleFromMigDeviceHandle(self, handle: str) -> str:
@@ -219,6 +221,11 @@ def test_records_and_telemetry_agree_that_a_hidden_gpu_is_none(monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "torch", None)  # it may have seen a GPU before
     assert provenance().gpus == () and provenance().driver is None
     assert telemetry._gpu() is None and telemetry.gpu_memory_used() is None
+
+
+def test_a_card_without_slices_is_watched_too() -> None:
+    watched = telemetry._gpu()
+    assert watched is not None and (watched.power_w, watched.used_bytes) == (0.0, 1)
 
 
 def test_no_driver_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

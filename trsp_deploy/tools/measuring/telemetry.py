@@ -127,9 +127,7 @@ def _gpu() -> GpuTelemetry | None:
         return None
     nvml, gpu = found
     try:
-        # What a slice has of its own is memory and processes.
-        sliced = nvml.nvmlDeviceIsMigDeviceHandle(gpu)
-        card = nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(gpu) if sliced else gpu
+        card = _whole(nvml, gpu)  # what a slice has of its own is memory and processes
         reasons = nvml.nvmlDeviceGetCurrentClocksEventReasons(card)
         before = _ours()  # a worker may end while the driver lists it
         listed = {process.pid for process in nvml.nvmlDeviceGetComputeRunningProcesses(gpu)}
@@ -144,6 +142,15 @@ def _gpu() -> GpuTelemetry | None:
         )
     except nvml.NVMLError:  # a driver that does not tell all of it, as in some virtual GPUs
         return None
+
+
+def _whole(nvml: ModuleType, gpu: Any) -> Any:
+    """The GPU that a slice (MIG) is of; any other as it is."""
+    try:
+        sliced = nvml.nvmlDeviceIsMigDeviceHandle(gpu)
+    except nvml.NVMLError:  # a card that has no slices may refuse the question
+        return gpu
+    return nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(gpu) if sliced else gpu
 
 
 def _ours() -> set[int]:
