@@ -11,7 +11,7 @@ from tests.tiny import save_tiny, tiny_model
 from tests.training import TRAIN, recipe, same_weights, transfer, windows
 from trsp_deploy.stages.selection import select_layers
 from trsp_deploy.tools.progress import Meter
-from trsp_deploy.tools.training import forms, teacher
+from trsp_deploy.tools.training import forms, optimizers, teacher
 from trsp_deploy.tools.training.checkpoints import Checkpoints, put_back_moments
 
 
@@ -138,6 +138,31 @@ def test_an_optimiser_holds_nothing_of_the_file_it_goes_on_from(tmp_path):
     put_back_moments(checkpoints.load()["optimizer"], fresh)
     assert torch.equal(fresh.state[weight]["exp_avg"], optimizer.state[weight]["exp_avg"])
     assert "state.safetensors" not in Path("/proc/self/maps").read_text()
+
+
+def test_bf16_weights_on_another_device_go_on_from_a_checkpoint(tmp_path, monkeypatch):
+    """The fused kernel of a GPU reads the number of steps where it is told to, and main memory is out of its reach."""
+    told: list[torch.Tensor] = []
+    monkeypatch.setattr(
+        optimizers, "adamw", lambda *lists, state_steps, **_: told.extend(each for (each,) in (*lists, state_steps))
+    )
+    monkeypatch.setattr(optimizers, "rounding_draws", lambda *_: None)  # `meta` has no generators
+
+    def stepped(device, state=None):
+        weight = torch.nn.Parameter(torch.ones(1000, dtype=torch.bfloat16, device=device))
+        weight.grad = torch.ones_like(weight)
+        optimizer = optimizers.RoundingAdamW([weight])
+        if state is not None:
+            put_back_moments(state, optimizer)
+        optimizer.step()
+        return optimizer
+
+    checkpoints = Checkpoints(tmp_path / "stage", "key", 0)
+    checkpoints.save({"optimizer": stepped("cpu").state_dict()})
+    told.clear()
+    (moments,) = stepped("meta", checkpoints.load()["optimizer"]).state.values()
+    assert {each.device.type for each in told} == {"meta"} and len(told) == 5
+    assert int(moments["step"]) == 2
 
 
 def test_due_after_the_interval_and_gone_when_removed(tmp_path):

@@ -62,7 +62,7 @@ class RoundingAdamW(torch.optim.AdamW):
     def _update(self, parameter: nn.Parameter, gradient: torch.Tensor, index: int, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.zeros((), device=parameter.device)
+            state["step"] = torch.zeros(())  # on the CPU, where it is after `load_state_dict` too: nothing waits for it
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         draws = rounding_draws(int(state["step"]), index, parameter.device)
         whole = [_local(tensor).view(-1) for tensor in (parameter, state["exp_avg"], state["exp_avg_sq"])]
@@ -77,7 +77,7 @@ class RoundingAdamW(torch.optim.AdamW):
                 [average],
                 [square],
                 max_exp_avg_sqs=[],
-                state_steps=[steps.clone()],  # each slice advances it
+                state_steps=[steps.to(parameter.device, copy=True)],  # a GPU's kernel reads it, and each slice adds 1
                 fused=True,
                 amsgrad=False,
                 beta1=group["betas"][0],
