@@ -30,7 +30,7 @@ class PrunedCheckpoint(Strict):
 
     form: str
     refit: str = ""  # what was fitted in closed form first: span, layers or none; of runs that did not keep it ""
-    unfitted_because: str = ""  # where a fold was asked for by default and cannot be
+    unfitted_because: str = ""  # why a fold that was asked for was not made
     dropped: tuple[int, ...]
     num_layers_dense: int
     num_layers_pruned: int

@@ -12,8 +12,9 @@ import torch
 import transformers
 from torch import nn
 
-from tests.tiny import LAYERS, next_token_loss, save_tiny, tiny_model, tokens
+from tests.tiny import LAYERS, next_token_loss, random_model, save_tiny, tiny_model, tokens
 from trsp_deploy.decoder import (
+    check_removal,
     count_weights,
     decoder_layers,
     decoder_size,
@@ -34,6 +35,23 @@ assert torch.equal(logits, torch.load(sys.argv[3])), "reloaded logits differ"
 out = model.generate(torch.load(sys.argv[2])[:1], max_new_tokens=4, do_sample=False)
 assert out.shape[1] == 24, out.shape
 """
+
+
+@pytest.mark.skipif(transformers.__version__ >= "5", reason="transformers 4's cache of such a model needs attention")
+def test_a_model_that_does_not_run_without_its_only_attention_is_refused():
+    config = transformers.Lfm2Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention", "conv"],
+    )
+    model = random_model(config)
+    check_removal(model, [0])
+    with pytest.raises(ModelError, match="without layers 1: what is left does not run"):
+        check_removal(model, [1])
 
 
 def test_per_layer_config_lists_are_cut():

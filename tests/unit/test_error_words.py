@@ -25,7 +25,7 @@ from trsp_deploy import checks, cli, errors
 from trsp_deploy.artifacts import storage_errors
 from trsp_deploy.cli import engine_jobs
 from trsp_deploy.pipeline.runs import default_folder
-from trsp_deploy.recipe import BenchSettings, parse_drops
+from trsp_deploy.recipe import BenchSettings, TransferSettings, parse_drops
 from trsp_deploy.stages import triton_repository, zeroshot
 from trsp_deploy.stages.bench import compare_engines
 from trsp_deploy.stages.serve_bench import Load
@@ -45,7 +45,7 @@ from trsp_deploy.tools.runners.running_batch import OneText, RunningBatch
 from trsp_deploy.tools.sources.model_folders import check_decoder_only
 from trsp_deploy.tools.sources.safe_copy import convert
 from trsp_deploy.tools.sources.texts import load_texts
-from trsp_deploy.tools.training.forms import Anneal
+from trsp_deploy.tools.training.forms import check_weights_are_whole
 from trsp_deploy.tools.triton_server import process
 from trsp_deploy.tools.triton_server.load import prompts_of
 
@@ -300,9 +300,9 @@ def test_a_prompt_of_nothing() -> None:
 
 
 def test_whole_weights_in_pieces() -> None:
-    form: Any = SimpleNamespace(fitted="fold", processes=SimpleNamespace(sharded=True))
-    check = Anneal._check_weights_are_whole
-    says("with transfer.form 'anneal' moves whole weights", lambda: check(form), errors.RecipeError)
+    settings = TransferSettings(form="anneal", refit="layers")
+    words = "with transfer.form 'anneal' moves whole weights"
+    says(words, lambda: check_weights_are_whole(settings, sharded=True), errors.RecipeError)
 
 
 def test_engines_of_two_devices() -> None:

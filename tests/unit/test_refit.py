@@ -55,6 +55,23 @@ def test_groups_of_a_gpt2_layer():
     assert groups_of("gpt2") == [(("c_attn",), False), (("c_proj",), True), (("c_fc",), False), (("c_proj",), True)]
 
 
+def test_a_product_that_returns_more_is_no_member_of_a_group():
+    class Router(torch.nn.Linear):  # as Llama 4's
+        def forward(self, hidden):
+            scores = super().forward(hidden)
+            return scores, scores
+
+    model = tiny_model("llama")
+    layer = decoder_layers(model)[1]
+    gate = layer.mlp.gate_proj
+    layer.mlp.gate_proj = Router(gate.in_features, gate.out_features, bias=False)
+    layer.mlp.act_fn.forward = lambda scores: torch.nn.functional.silu(scores[0])
+    modules = [
+        module for group in linear_groups(layer, layer_calls(model, tokens(2, 8))[1]) for module in group.modules
+    ]
+    assert layer.mlp.gate_proj not in modules and {layer.mlp.up_proj, layer.mlp.down_proj} < set(modules)
+
+
 def test_groups_of_a_parallel_residual_layer():
     assert [names for names, writes in groups_of("gpt_neox") if writes] == [("dense",), ("dense_4h_to_h",)]
 

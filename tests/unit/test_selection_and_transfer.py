@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from trsp_deploy.tools.methods.trials import Trials
 from trsp_deploy.tools.plan import PruningPlan
 from trsp_deploy.tools.sources.models import ModelSource
 from trsp_deploy.tools.training.checkpoints import Checkpoints
+from trsp_deploy.tools.training.forms import L2
 from trsp_deploy.tools.training.shared import batches, learning_rate, mean_loss
 
 IDLE = [1, 4]  # layers that add nothing
@@ -119,13 +121,13 @@ PLAN = PruningPlan(
 )
 
 
-def run_transfer(dense, out, windows, checkpoints=None, **transfer):
+def run_transfer(dense, out, windows, checkpoints=None, plan=PLAN, **transfer):
     source = ModelSource(name="tiny", kind="folder", path=str(dense), origin=str(dense))
     settings = {"steps": 12, "batch_size": 4, "learning_rate": 3e-3, **transfer}
     return transfer_and_remove(
         dense=dense,
         source=source,
-        plan=PLAN,
+        plan=plan,
         train=windows[:32],
         validation=windows[32:40],
         recipe=recipe(transfer=settings),
@@ -168,6 +170,29 @@ def test_what_trains_is_folded_first_unless_it_cannot_be(dense, tmp_path, window
     assert plain.refit == "none" and "Gemma2ForCausalLM cannot be folded: layer 0" in plain.unfitted_because
     with pytest.raises(ModelError, match="cannot be folded"):
         run_transfer(post_norm, tmp_path / "refused", windows, refit="span", steps=1)
+
+
+@pytest.mark.parametrize("refit", ["auto", "span"])
+def test_what_begins_with_the_first_layer_is_not_said_to_be_folded(dense, tmp_path, windows, refit):
+    plan = PLAN.model_copy(update={"dropped": (0, 1), "kept": (2, 3, 4, 5)})
+    result = run_transfer(dense, tmp_path / "out", windows, plan=plan, steps=1, refit=refit)
+    assert result.refit == "none" and "begins with the first layer" in result.unfitted_because
+
+
+@pytest.mark.parametrize("change", [torch.zeros(2, 3), torch.tensor([[3.0, 4.0]])])
+def test_the_norm_over_processes_has_the_gradient_of_one(change):
+    def gradient(form):
+        leaf = change.clone().requires_grad_()
+        norm = form.norm(leaf)
+        norm.backward()
+        return norm.item(), leaf.grad
+
+    alone = L2.__new__(L2)
+    alone.processes = SimpleNamespace(count=1)
+    together = L2.__new__(L2)
+    together.processes = SimpleNamespace(count=2, all_reduce_sum=lambda tensor: tensor)
+    (norm, wanted), (found, got) = gradient(alone), gradient(together)
+    assert found == norm and torch.equal(got, wanted)
 
 
 def test_a_loss_that_is_not_finite_ends_the_training(dense, tmp_path, windows):

@@ -33,6 +33,8 @@ PROBE_TOKENS = 16
 # same weights: 0 was measured for every family. The rest is for a GPU that adds in another order, by rounding step.
 PROBE_TOLERANCE = {torch.float16: 0.02, torch.bfloat16: 0.02}
 FULL_PROBE_TOLERANCE = 1e-3
+# What a model's own code raises where it is called as it was not made for.
+CANNOT_RUN = (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError)
 
 
 def check_prunable(model: PreTrainedModel) -> None:
@@ -45,7 +47,7 @@ def check_prunable(model: PreTrainedModel) -> None:
     name, layers = type(model).__name__, decoder_layers(model)
     try:
         calls = _layer_calls(model, layers)
-    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError) as problem:
+    except CANNOT_RUN as problem:
         raise ModelError(
             f"{name} cannot run on token ids alone, or not from a KV cache ({one_line(problem)[:300]})"
         ) from problem
@@ -216,7 +218,11 @@ def _check_same_function(dense: PreTrainedModel, cut: PreTrainedModel, kept: Seq
             if index not in kept:
                 hooks.enter_context(layer.register_forward_hook(_skip, with_kwargs=True))
         wanted = _probe_logits(dense)
-    error, scale = (_probe_logits(cut) - wanted).abs().max(), wanted.std()
+    try:
+        found = _probe_logits(cut)
+    except CANNOT_RUN as problem:  # a model of convolutions and attention that is left without either
+        raise ModelError(f"what is left does not run ({one_line(problem)[:300]})") from problem
+    error, scale = (found - wanted).abs().max(), wanted.std()
     if not torch.isfinite(scale):
         raise ModelError("its logits are not finite on random tokens: the model overflows; try fp32 weights")
     if not error <= scale * PROBE_TOLERANCE.get(dense.dtype, FULL_PROBE_TOLERANCE):  # nan is no success

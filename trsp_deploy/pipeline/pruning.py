@@ -24,6 +24,7 @@ from trsp_deploy.tools.plan import PruningPlan, read_plan
 from trsp_deploy.tools.quiet import quiet_libraries
 from trsp_deploy.tools.sources.texts import jsonl, load_texts, tokenize_windows
 from trsp_deploy.tools.training.checkpoints import Checkpoints
+from trsp_deploy.tools.training.forms import check_weights_are_whole
 from trsp_deploy.tools.training.optimizers import make_optimizer
 from trsp_deploy.tools.training.parameters import add_adapters
 from trsp_deploy.tools.training.processes import Processes
@@ -317,7 +318,9 @@ class Pruning:
         if settings.lora_rank is not None:
             add_adapters(meta_model(load_config(self.inputs.path("dense"))), settings.lora_rank, self.recipe.seed)
         if settings.form != "none":
-            make_optimizer(torch.nn.Linear(1, 1), settings, Processes(pick_device(self.recipe)).sharded)
+            sharded = Processes(pick_device(self.recipe)).sharded
+            check_weights_are_whole(settings, sharded)
+            make_optimizer(torch.nn.Linear(1, 1), settings, sharded)
 
     def _model_and_text(self) -> dict[str, Path | str]:
         """What every choice and training starts from, as inputs of a step."""

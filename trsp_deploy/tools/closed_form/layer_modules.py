@@ -145,8 +145,8 @@ def watched(modules: Sequence[nn.Module]) -> Iterator[Watch]:
 def linear_groups(layer: nn.Module, call: LayerCall) -> list[Group]:
     """The layer's linear modules in the order in which they run.
 
-    call: a few tokens, in full precision. Modules that run more than once a call, or for some of its tokens (experts),
-    are left out.
+    call: a few tokens, in full precision. Modules that run more than once a call, for some of its tokens (experts), or
+    that return more than their product (Llama 4's router) are left out.
     """
     with watched([module for module in layer.modules() if isinstance(module, nn.Linear | Conv1D)]) as watch:
         call.run(layer)
@@ -154,7 +154,9 @@ def linear_groups(layer: nn.Module, call: LayerCall) -> list[Group]:
     once = [
         module
         for module in watch.order
-        if watch.order.count(module) == 1 and watch.inputs[module].numel() == tokens * in_width(module)
+        if watch.order.count(module) == 1
+        and watch.inputs[module].numel() == tokens * in_width(module)
+        and isinstance(watch.outputs[module], torch.Tensor)
     ]
     scales = _writers(layer, call, once)
     groups: list[Group] = []

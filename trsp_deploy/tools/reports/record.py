@@ -39,7 +39,7 @@ class RemovalReport(Strict):
 
     form: str
     refit: str = ""  # what was fitted in closed form first: span, layers or none; of runs that did not keep it ""
-    unfitted_because: str = ""  # where a fold was asked for by default and cannot be
+    unfitted_because: str = ""  # why a fold that was asked for was not made
     trained_tokens: int
     dense_ppl: float
     before_ppl: float

@@ -27,6 +27,15 @@ from trsp_deploy.tools.gates import LayerGates
 from trsp_deploy.tools.training.processes import Processes
 
 
+def check_weights_are_whole(settings: TransferSettings, sharded: bool) -> None:
+    """Raise RecipeError where a training moves whole weights and FSDP holds them in pieces."""
+    if sharded and settings.form == "anneal" and settings.closed_form != "none":
+        raise RecipeError(
+            f"transfer.refit '{settings.closed_form}' with transfer.form 'anneal' moves whole weights at every step, "
+            "which under FSDP are in pieces; valid: transfer.form train, or a run without FSDP"
+        )
+
+
 class Form:
     """Nothing happens to the dropped layers while the others train; afterwards they are removed (`none`)."""
 
@@ -54,7 +63,7 @@ class Form:
         autocast: what the training runs in. resumed: whether a checkpoint's weights are put back afterwards. What they
         do not hold is worked out again then, so the result must not vary.
         """
-        if self.settings.refit == "auto" and self.fitted == "span":
+        if self.fitted == "span":
             self._look_before_folding(windows)
         # Without adapters every weight of the layers trains, so the checkpoint holds whatever the refit wrote.
         if not resumed or self.settings.lora_rank is not None:
@@ -71,9 +80,14 @@ class Form:
 
     def _look_before_folding(self, windows: torch.Tensor) -> None:
         try:
-            foldable_spans(self.model, self.dropped, windows)
+            foldable = foldable_spans(self.model, self.dropped, windows)
         except (ModelError, TextError) as problem:
+            if self.settings.refit != "auto":
+                raise
             self.fitted, self.unfitted_because = "none", str(problem)
+            return
+        if not foldable:
+            self.fitted, self.unfitted_because = "none", "what goes begins with the first layer, and none is before it"
 
     def before_step(self, step: int) -> None:
         """Set everything that changes over the steps; it must follow from `step` alone, for runs that are resumed."""
@@ -147,17 +161,10 @@ class Anneal(Form):
         """Work out the refit and put the dense weights back; a resumed training needs the moves too."""
         if self.fitted == "none":
             return
-        self._check_weights_are_whole()
+        check_weights_are_whole(self.settings, self.processes.sharded)
         dense = [(weight, weight.detach().clone()) for weight in decoder_layers(self.model).parameters()]
         self.refit(windows, autocast)
         self._moves = _take_back(dense)
-
-    def _check_weights_are_whole(self) -> None:
-        if self.processes.sharded:
-            raise RecipeError(
-                f"transfer.refit '{self.fitted}' with transfer.form 'anneal' moves whole weights at every step, which "
-                "under FSDP are in pieces; valid: transfer.form train, or a run without FSDP"
-            )
 
     @property
     def _steps(self) -> int:
@@ -209,7 +216,9 @@ class L2(Form):
         """Norm of what one layer adds to the rows of all processes."""
         if self.processes.count == 1:
             return torch.linalg.vector_norm(change)
-        return self.processes.all_reduce_sum(change.square().sum()).sqrt()
+        squares = self.processes.all_reduce_sum(change.square().sum())
+        # Of 0 the root's gradient is no number; vector_norm's is 0, as the sum's is.
+        return squares.sqrt() if squares > 0 else squares
 
 
 class L1(L2):
