@@ -12,7 +12,7 @@ import fnmatch
 from collections.abc import Callable
 from pathlib import Path
 
-from trsp_deploy.artifacts import RunFolder, RunLayout, link_tree, provenance, write_json, writing
+from trsp_deploy.artifacts import RunFolder, RunLayout, StepRecord, link_tree, provenance, write_json, writing
 from trsp_deploy.artifacts.layout import PLANS, SWEEP, SWEEP_PAGE
 from trsp_deploy.errors import RecipeError
 from trsp_deploy.pipeline import Pipeline, check_before_work, prune_and_build
@@ -24,7 +24,7 @@ from trsp_deploy.tools.reports.sweeps import Point, Sweep, Targets, choose
 
 # Copied, not linked: onnx and onnx_ir refuse weights with a second hard link, and another engine may be built of them.
 EXTERNAL_DATA = (".onnx.data", ".onnx_data")
-DENSE_STEPS = (
+DENSE_STEPS = (  # each after those that it may be of
     *("dense", "self-generated", "export-dense-*", "build-*-dense"),
     *("parity-*-dense-*", "evaluate-*-dense", "zero-shot-*-dense"),
 )
@@ -48,9 +48,8 @@ def sweep(job: Pipeline, counts: tuple[int, ...], targets: Targets, say: Callabl
     for number, count in enumerate(counts, start=1):
         say(f"[{number}/{len(counts)}] {count} of {job.inputs.num_layers()} layers")
         folder = root / f"drop-{count}"
-        if number > 1:
-            _adopt_dense(root / f"drop-{counts[0]}", folder)
-        runs.append(_run(job, folder, count, plans[count], say))
+        source = runs[0][0].run if runs else _of_earlier_call(job.run, folder)
+        runs.append(_run(job, folder, count, plans[count], source, say))
         points.append(_point(runs[-1][1], folder.relative_to(root), count, _measured(runs[0][1])))
         found = Sweep(
             model=job.recipe.public.model,
@@ -68,28 +67,47 @@ def sweep(job: Pipeline, counts: tuple[int, ...], targets: Targets, say: Callabl
     return found
 
 
-def _run(job: Pipeline, folder: Path, count: int, plan: Path, say: Callable[[str], None]) -> tuple[Pipeline, Report]:
+def _of_earlier_call(sweep: RunFolder, folder: Path) -> RunFolder | None:
+    """The run that a new one can have what is made of the dense model from; None for one that was begun before."""
+    others = [] if RunLayout(folder).is_run else sweep.layout.runs
+    return RunFolder(others[0].root) if others else None
+
+
+def _run(
+    job: Pipeline, folder: Path, count: int, plan: Path, source: RunFolder | None, say: Callable[[str], None]
+) -> tuple[Pipeline, Report]:
     recipe = job.recipe.model_copy(update={"drop": str(count)})
     with RunFolder(folder, lambda step, state: say(f"{folder.name}: {step}: {state}")) as run:
+        if source is not None:
+            _adopt_dense(source, run)
         one = Pipeline(run, recipe, plan, say, job.inputs.place)
         save_recipe(run, recipe, job.inputs.place)
         return one, prune_and_build(one)
 
 
-def _adopt_dense(source: Path, target: Path) -> None:
-    """Link what was made of the dense model into another run; the run's own records say whether it still holds."""
-    for record in sorted(RunLayout(source).records.glob("*.json")):
-        if not any(fnmatch.fnmatch(record.stem, step) for step in DENSE_STEPS):
-            continue
-        done, there = RunFolder(source).record(record.stem), RunFolder(target).record(record.stem)
-        if done is None or (there is not None and there.key == done.key):
-            continue
-        if not all((source / output).exists() for output in done.outputs):  # of an engine that was cleaned away
-            continue
-        RunFolder(target).outdate_manifest()
-        for output in done.outputs:
-            link_tree(source / output, target / output, copied=EXTERNAL_DATA)
-        link_tree(record, RunLayout(target).record(record.stem))
+def _adopt_dense(source: RunFolder, target: RunFolder) -> None:
+    """Link what was made of the dense model into another run; the run's own records say whether it still holds.
+
+    What the other run has made by itself it keeps, and what was measured of that: an engine is another each time.
+    """
+    steps = [step for pattern in DENSE_STEPS for step in fnmatch.filter(source.recorded(), pattern)]
+    found = {step: record for step in steps if (record := source.record(step)) is not None}
+    lacking: set[str] = set()  # what the source has made and the other run has not
+    for step, record in found.items():
+        own = target.record(step)
+        holds = own is not None and own.key == record.key and _has_outputs(target, own)
+        # Without its outputs it is of an engine that was cleaned away.
+        if not holds and lacking.isdisjoint(record.inputs.values()) and _has_outputs(source, record):
+            target.outdate_manifest()
+            for output in record.outputs:
+                link_tree(source.path / output, target.path / output, copied=EXTERNAL_DATA)
+            link_tree(source.layout.record(step), target.layout.record(step))
+            own = record
+        lacking |= set(record.outputs.values()) - set(own.outputs.values() if own is not None else ())
+
+
+def _has_outputs(run: RunFolder, record: StepRecord) -> bool:
+    return all((run.path / output).exists() for output in record.outputs)
 
 
 def _measured(report: Report) -> str | None:

@@ -13,7 +13,7 @@ from trsp_deploy import cli
 from trsp_deploy.artifacts import MANIFEST, RunFolder, steps
 from trsp_deploy.errors import RunError
 from trsp_deploy.results import ROLES
-from trsp_deploy.sweep import _adopt_dense
+from trsp_deploy.sweep import _adopt_dense, _of_earlier_call
 from trsp_deploy.tools.delivery.verification import manifest_of, verify
 from trsp_deploy.tools.resources.cleaning import clean, held, plan_cleaning
 
@@ -27,7 +27,7 @@ def test_what_was_cleaned_away_is_not_adopted(sweep: Path, tmp_path: Path) -> No
     """Records stay behind `clean`; the engine of one that nobody asks for any more is gone."""
     source = sweep / "drop-4"
     shutil.rmtree(source / "engines" / "ort-cpu-fp32" / "dense")
-    _adopt_dense(source, tmp_path / "next")
+    _adopt_dense(RunFolder(source), RunFolder(tmp_path / "next"))
     records = {path.stem for path in (tmp_path / "next" / "records").iterdir()}
     assert "dense" in records and "build-ort-cpu-fp32-dense" not in records
 
@@ -47,8 +47,48 @@ def test_whatever_is_measured_of_the_dense_model_alone_is_adopted(tmp_path: Path
     with RunFolder(tmp_path / "drop-2") as first:
         for name in (*names["dense"], *names["pruned"], steps.bench("e")):
             first.step(name, Nothing, Nothing, settings={}, inputs={})
-    _adopt_dense(tmp_path / "drop-2", tmp_path / "drop-4")
+    _adopt_dense(first, RunFolder(tmp_path / "drop-4"))
     assert {path.stem for path in (tmp_path / "drop-4" / "records").iterdir()} == names["dense"]
+
+
+def test_a_run_keeps_its_own_engine_with_what_was_measured_of_it(tmp_path: Path) -> None:
+    """A smaller cut that came later had an engine of its own, and every call measured the others' dense one anew."""
+    runs = [RunFolder(tmp_path / name) for name in ("drop-2", "drop-3")]
+    measured = steps.evaluate("text", "dense", "e")
+    for run in runs:
+        with run:
+            _build_dense(run, run.path.name)  # two builds of one graph differ, by their times
+            run.step(
+                measured, Nothing, Nothing, settings={}, inputs={"engine": run.layout.engine("e", "dense"), "text": "1"}
+            )
+    before = runs[1].record(measured)
+    _adopt_dense(*runs)
+    assert runs[1].record(measured) == before, "of the engine that it has"
+    shutil.rmtree(runs[1].layout.engines)
+    _adopt_dense(*runs)
+    assert runs[1].record(measured) == runs[0].record(measured)
+    assert (runs[1].layout.engine("e", "dense") / "engine").read_text() == "drop-2"
+    assert not list(runs[1].path.rglob(".*.partial"))
+
+
+def test_a_cut_that_comes_later_has_the_dense_engine_of_those_before(tmp_path: Path) -> None:
+    assert _of_earlier_call(RunFolder(tmp_path), tmp_path / "drop-1") is None
+    sweep = RunFolder(made_sweep(tmp_path / "sweep"))
+    source = _of_earlier_call(sweep, sweep.path / "drop-1")
+    assert source is not None and source.path == sweep.path / "drop-4"
+    assert _of_earlier_call(sweep, sweep.path / "drop-4") is None, "it has its own"
+
+
+def _build_dense(run: RunFolder, content: str) -> None:
+    folder = run.layout.engine("e", "dense")
+
+    def work() -> Nothing:
+        folder.mkdir(parents=True)
+        (folder / "engine").write_text(content)
+        return Nothing()
+
+    output = run.layout.below(folder)
+    run.step(steps.build("e", "dense"), work, Nothing, settings={}, inputs={"onnx": "0"}, outputs=[output])
 
 
 def found(folder: Path) -> set[tuple[str, str]]:

@@ -123,6 +123,7 @@ def writing(target: Path) -> Iterator[Path]:
             if target.is_dir():
                 target.replace(former)
             partial.replace(target)
+            _remove(partial)  # which is still there where both are names of one file: a rename does nothing then
             for folder in target.absolute().parents:
                 _sync_names(folder)
                 if folder == there:  # the ones below are new, and their names too
