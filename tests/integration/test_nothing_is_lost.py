@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -151,6 +152,20 @@ def test_a_run_that_was_moved_with_what_it_is_of(place: Path, tmp_path: Path) ->
     (moved / "run" / ".place").write_text(str(tmp_path / "where it was"))
     done = trsp_deploy("export", "run", cwd=moved)
     assert done.code == 0 and "prune: reused" in done.stderr, done.stderr
+
+
+def test_a_working_directory_need_not_be_named_in_utf8(place: Path, tmp_path: Path) -> None:
+    """What a run's relative paths are relative to was written as UTF-8: a traceback, and no run."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    for name in ("tiny", "train.txt", "test.txt"):
+        (folder / name).symlink_to(place / name)
+    command = ["prune", "--model", "tiny", "--drop", "2", "--calibration", "train.txt", "--out", "run"]
+    done = trsp_deploy(*command, *OPTIONS, "--set", "evaluation={manual: test.txt}", cwd=folder)
+    assert done.code == 0, done.stderr
+    (tmp_path / "elsewhere").symlink_to(folder / "run")
+    elsewhere = trsp_deploy("evaluate", "elsewhere", cwd=tmp_path)
+    assert elsewhere.code == 0 and "prune: reused" in elsewhere.stderr, elsewhere.stderr
 
 
 def test_another_model_of_the_same_name_does_not_take_a_runs_place(place: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -39,21 +40,21 @@ def save_recipe(run: RunFolder, recipe: Recipe, place: Path | None = None) -> No
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
     if not run.main:
         return
-    # The place is no part of what a run is, so its manifest has nothing of it.
-    for path, content in ((run.path / PLACE, str(place or Path.cwd())), (run.path / RUN_MARK, text)):
-        if path.is_file() and path.read_bytes() == content.encode():
+    # The place is no part of what a run is, so its manifest has nothing of it; a folder's name need not be UTF-8.
+    for path, content in ((run.path / PLACE, os.fsencode(place or Path.cwd())), (run.path / RUN_MARK, text.encode())):
+        if path.is_file() and path.read_bytes() == content:
             continue
         if path.name == RUN_MARK:
             run.outdate_manifest()
         with writing(path) as partial:
-            partial.write_text(content, encoding="utf-8")
+            partial.write_bytes(content)
 
 
 def place_of(run: Path) -> Path:
     """What the relative paths of a run's recipe are relative to: where its command ran, else where this one does."""
     try:
-        place = Path((run / PLACE).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError):
+        place = Path(os.fsdecode((run / PLACE).read_bytes()))
+    except OSError:
         return Path.cwd()
     return place if place.is_dir() else Path.cwd()
 
