@@ -17,7 +17,9 @@ import transformers
 from tests.breadth import by_default
 from tests.exported import MODELS
 from tests.families import FAMILIES, family_config
+from tests.made_run import SPEC
 from tests.tiny import LAYERS, random_model, save_tiny
+from trsp_deploy.artifacts.steps import export
 from trsp_deploy.errors import ModelError
 from trsp_deploy.pipeline import check_before_work
 from trsp_deploy.recipe import ExportSettings, Float
@@ -197,14 +199,18 @@ def test_a_run_refuses_before_it_trains_what_cannot_be_exported(tmp_path: Path) 
     inputs = SimpleNamespace(path=lambda role: saved(config, tmp_path / role), say=said.append)
     for each in ("calibration_texts", "find_evaluation", "check_lengths", "calibration_windows", "read_evaluation"):
         setattr(inputs, each, lambda: None)
-    run = SimpleNamespace(main=True, recorded=list, from_main=lambda value: value)
+    run = SimpleNamespace(main=True, from_main=lambda value: value)
     recipe = SimpleNamespace(export=ExportSettings(), evaluate=SimpleNamespace(tasks=()))
-    engines = SimpleNamespace(buildable=lambda: ["an engine"])
-    job: Any = SimpleNamespace(inputs=inputs, run=run, recipe=recipe, engines=engines)
+    engines = SimpleNamespace(buildable=lambda: [SPEC])
+    # What is there of another model or other settings is made again, so that it says nothing.
+    job: Any = SimpleNamespace(inputs=inputs, run=run, recipe=recipe, engines=engines, finished=frozenset)
     with pytest.raises(ModelError, match=r"not the keys and values .*; `trsp-deploy prune` makes the checkpoint alone"):
         check_before_work(job)
     known = ["export: Optimum does not know this type of model, so torch's own exporter is taken (dynamo)"]
     assert said == (known if optimum.installed() else [])
+    job.finished = lambda: frozenset({export("dense", "fp32")})
+    check_before_work(job)
+    job.finished = frozenset
     engines.buildable = list  # nothing is exported
     check_before_work(job)
 
@@ -213,6 +219,8 @@ def test_what_torch_cannot_trace_is_one_line(tmp_path: Path, monkeypatch: pytest
     folder = save_tiny("llama", tmp_path / "model")
     with pytest.raises(ModelError, match=r"export\.opset: 18, and this exporter begins at 20"):
         export_onnx(folder, "fp32", ExportSettings(exporter="dynamo", opset=18), tmp_path / "onnx")
+    with pytest.raises(ModelError, match=r"export\.opset: 18, and this exporter begins at 20"):
+        check_exportable(folder, ExportSettings(exporter="dynamo", opset=18), pytest.fail)
 
     import torch
 

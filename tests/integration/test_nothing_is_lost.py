@@ -94,6 +94,7 @@ def test_a_run_takes_no_folder_with_other_things_of_its_names(place: Path, tmp_p
     ("command", "words"),
     [
         (["evaluate", "run", "--eval", "manual=tset.txt"], ["tset.txt", "no such file"]),
+        (["export", "run", "--set", "evaluate.tasks=[piqqa]"], UNKNOWN_TASK),
         (["bench", "run", "--set", "calibration.context_length=4096"], ["4096", "positions"]),
         (["prune", "--model", "tiny", "--drop", "50", "--calibration", "train.txt", "--out", "run"], ["--drop '50'"]),
         (["check", "run", "--min-accuracy-retained", "90%", "--task", "piqqa"], UNKNOWN_TASK),

@@ -185,10 +185,6 @@ def _check(
     from trsp_deploy.cli.recipe_options import task_sets
     from trsp_deploy.cli.running import existing
 
-    if task:
-        from trsp_deploy.stages.zeroshot import check_tasks
-
-        check_tasks(task)  # before anything is done, and before the run's recipe says so
     with existing(run, sets=task_sets(task)) as job:
         if share is not None and job.recipe.evaluate.tasks:  # of what the run has to be judged on
             texts = tolerances.max_ppl_ratio if job.recipe.evaluation else None

@@ -129,6 +129,7 @@ def _check_model(job: Pipeline, before: str) -> None:
 def _check_change(job: Pipeline, before: Recipe, plan: Path | None) -> None:
     """Raise what is wrong with a recipe that is to take another's place in a run's folder."""
     from trsp_deploy.recipe import parse_drop
+    from trsp_deploy.stages.zeroshot import check_tasks
     from trsp_deploy.tools.plan import read_plan
 
     recipe = job.recipe
@@ -140,6 +141,8 @@ def _check_change(job: Pipeline, before: Recipe, plan: Path | None) -> None:
         job.inputs.calibration_windows()
     if (recipe.evaluation, recipe.evaluate) != (before.evaluation, before.evaluate):
         job.inputs.read_evaluation()
+    if recipe.evaluate.tasks != before.evaluate.tasks:
+        check_tasks(recipe.evaluate.tasks)
     if recipe.bench != before.bench:
         job.inputs.check_bench(recipe.bench)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from trsp_deploy.artifacts import RunFolder, steps
 from trsp_deploy.errors import RecipeError, TrspError
 from trsp_deploy.launch import launched
-from trsp_deploy.pipeline.engines import Engines
+from trsp_deploy.pipeline.engines import Engines, runnable
 from trsp_deploy.pipeline.inputs import Inputs
 from trsp_deploy.pipeline.proof import Proof
 from trsp_deploy.pipeline.pruning import Pruning
@@ -106,7 +106,8 @@ def check_before_work(job: Pipeline) -> None:
     """Raise what would otherwise be raised after hours: texts and tasks that are not there, windows too long, a model
     that cannot be exported.
 
-    Texts come first: the model may have to be downloaded. Tasks that were answered are not asked for again.
+    Texts come first: the model may have to be downloaded. Tasks that were answered are not asked for again, nor is an
+    export that is there tried.
     """
     job.inputs.calibration_texts()
     _tried_by_main(job.run, job.inputs.find_evaluation)
@@ -115,9 +116,11 @@ def check_before_work(job: Pipeline) -> None:
 
     def judged() -> None:
         job.inputs.read_evaluation()
-        if not any(step.startswith(steps.ZERO_SHOT) for step in job.run.recorded()):
+        finished, buildable = job.finished(), job.engines.buildable()
+        answers = {steps.zero_shot(spec.name, role) for spec in runnable(buildable) for role in ROLES}
+        if not answers or not answers <= finished:
             zeroshot.check_tasks(job.recipe.evaluate.tasks)
-        if job.engines.buildable() and not any(step.startswith(steps.EXPORT) for step in job.run.recorded()):
+        if not finished.issuperset(steps.export("dense", spec.graph_precision) for spec in buildable):
             export.check_exportable(job.inputs.path("dense"), job.recipe.export, job.inputs.say)
 
     _tried_by_main(job.run, judged)

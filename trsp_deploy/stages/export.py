@@ -104,6 +104,7 @@ def check_exportable(model: Path, settings: ExportSettings, say: Callable[[str],
             if exporter == "optimum":
                 optimum.check_traceable(model, settings.opset or optimum.OPSET)
             else:
+                _opset(settings, dynamo.OPSET)
                 dynamo.check_traceable(model)
     except ModelError as problem:
         raise ModelError(f"{problem}; `trsp-deploy prune` makes the checkpoint alone") from problem
