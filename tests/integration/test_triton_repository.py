@@ -46,6 +46,9 @@ def test_a_tokenizer_that_is_another_one_is_not_served(served_run: Path, tmp_pat
         file.write(" ")
     done = trsp_deploy("triton", "run", cwd=tmp_path)
     assert done.code == 1 and "run/pruned: is not what its step made" in done.said
+    shutil.rmtree(tmp_path / "run/pruned")
+    done = trsp_deploy("triton", "run", cwd=tmp_path)
+    assert done.code == 1 and "run/pruned: is not there, as after `clean`; `trsp-deploy report run`" in done.said
     assert not (tmp_path / "model_repository").exists()
 
 

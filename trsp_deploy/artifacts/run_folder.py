@@ -289,8 +289,10 @@ class Finished:
 
 
 def check_made(run: Path, step: str, output: str) -> None:
-    """Raise RunError where a step's output is not what the step made; without a record of it there is no telling."""
+    """Raise RunError where a step's output is not there or not what it made; without a record there is no telling."""
     record, path = RunFolder(run).record(step), run / output
+    if not path.exists():
+        raise RunError(f"{path}: is not there, as after `clean`; `trsp-deploy report {run}` makes it again")
     if record is not None and (leaves(run, path) or fingerprint(path) != record.outputs.get(output)):
         raise RunError(f"{path}: is not what its step made (`trsp-deploy verify {run}` names the file); make it again")
 
