@@ -108,3 +108,11 @@ def test_engines_of_two_names_are_both_named() -> None:
 def test_compare_says_what_it_cannot_use(workspace: Path, baseline: Path, paths: list[str], words: list[str]) -> None:
     done = trsp_deploy("compare", *paths, cwd=workspace)
     assert done.code == 1 and all(word in done.stderr for word in words), done.stderr
+
+
+def test_a_config_that_was_damaged_is_one_line(workspace: Path, baseline: Path, tmp_path: Path) -> None:
+    shutil.copytree(workspace / "run", tmp_path / "run")
+    (tmp_path / "run/dense/config.json").unlink()  # else it may be another name of the model's own
+    (tmp_path / "run/dense/config.json").write_text("{")
+    done = trsp_deploy("compare", "run", cwd=tmp_path)
+    assert done.code == 1 and "dense/config.json: transformers cannot read it (" in done.last, done.stderr

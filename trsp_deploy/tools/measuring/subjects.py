@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from trsp_deploy.artifacts import ENGINE_MANIFEST, RUN_MARK, RunLayout, check_is_run, check_no_sweep, model_of_engine
 from trsp_deploy.decoder import DecoderSize, decoder_size, known_positions, load_config, max_positions
-from trsp_deploy.errors import EngineUnavailable, RunError, nearest
+from trsp_deploy.errors import EngineUnavailable, RunError, first_line, nearest, passes_through
 from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.results import Role
 from trsp_deploy.tools.runners import EngineManifest, check_can_run, check_fresh, device_of, read_manifest
@@ -80,18 +81,23 @@ def _from_onnx(path: Path) -> Subject:
 
 def _from_engine(folder: Path) -> Subject:
     manifest = _usable(folder)
-    model = model_of_engine(folder)
-    if model is not None and not (model / "config.json").is_file():
-        model = None
-    return Subject(
+    subject = Subject(
         path=folder,
         spec=manifest.spec,
         vocabulary=int(manifest.outputs["logits"][1][-1]),
         cuts_logits=any(outcome.changed for outcome in manifest.passes if outcome.name == "cut-logits"),
-        size=None if model is None else decoder_size(model),
-        positions=None if model is None else positions_of(model),
-        architecture="" if model is None else load_config(model).model_type,
+        size=None,
     )
+    model = model_of_engine(folder)
+    if model is None or not (model / "config.json").is_file():
+        return subject
+    try:
+        size, positions, kind = decoder_size(model), positions_of(model), load_config(model).model_type
+    except Exception as problem:  # of a config that was changed, or by code of the model's own
+        if passes_through(problem):
+            raise
+        raise RunError(f"{model / 'config.json'}: transformers cannot read it ({first_line(problem)})") from problem
+    return dataclasses.replace(subject, size=size, positions=positions, architecture=kind)
 
 
 def _usable(folder: Path) -> EngineManifest:
