@@ -221,3 +221,8 @@ def test_default_folder_names_model_and_count(place, monkeypatch, capsys):
     for drop in ("34%", "2"):
         assert run([*command, "--drop", drop]) == 0
         assert json.loads(capsys.readouterr().out)["run"] == "runs/model-drop2"
+    plan = json.loads(Path("runs/model-drop2/plan.json").read_text())
+    everything = range(plan["num_layers"])
+    Path("three.json").write_text(json.dumps({**plan, "dropped": [1, 2, 3], "kept": [0, *everything[4:]]}))
+    assert run([*command, "--plan", "three.json"]) == 0
+    assert json.loads(capsys.readouterr().out)["run"] == "runs/model-drop3", "the run of two layers stays"

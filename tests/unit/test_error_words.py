@@ -185,7 +185,7 @@ def test_a_conversion_without_the_hub() -> None:
 
 def test_processes_that_were_not_told_where_they_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
-    says("--out is missing: several processes", lambda: default_folder(ANYTHING, silent), errors.RunError)
+    says("--out is missing: several processes", lambda: default_folder(ANYTHING, None, silent), errors.RunError)
 
 
 # -- graphs ------------------------------------------------------------------------------------------------------------

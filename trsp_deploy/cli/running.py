@@ -76,7 +76,7 @@ def run_of(
     from trsp_deploy.pipeline import Pipeline
     from trsp_deploy.pipeline.runs import default_folder, place_of, save_recipe, saved_recipe, seen_from
 
-    folder = out or default_folder(recipe, say)
+    folder = out or default_folder(recipe, plan, say)
     _check_folder(folder, sweep)
     _check_outside(recipe.model, folder)
     with RunFolder(folder, _Announcer()) as run:

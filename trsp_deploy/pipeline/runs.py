@@ -15,15 +15,20 @@ from trsp_deploy.errors import RunError, UserError
 from trsp_deploy.launch import launched
 from trsp_deploy.reading import read_yaml, user_path
 from trsp_deploy.recipe import Recipe, parse_drop, read_recipe
+from trsp_deploy.tools.plan import read_plan
 from trsp_deploy.tools.sources.models import model_config
 
 
-def default_folder(recipe: Recipe, say: Callable[[str], None]) -> Path:
-    """`runs/<model>-drop<k>` for k layers: 25% and 8 of 32 are the same run. Of a hub model its config is read."""
+def default_folder(recipe: Recipe, plan: Path | None, say: Callable[[str], None]) -> Path:
+    """`runs/<model>-drop<k>` for k layers: 25% and 8 of 32 are the same run. Of a hub model its config is read.
+
+    plan: that was handed in, which says how many go whatever the recipe does.
+    """
     if launched():
         raise RunError("--out is missing: several processes have to be told where they meet")
     layers = model_config(recipe.model, say).num_hidden_layers
-    return Path("runs") / f"{plain_name(recipe.model)}-drop{parse_drop(recipe.drop, layers)}"
+    count = parse_drop(recipe.drop, layers) if plan is None else len(read_plan(plan, layers).dropped)
+    return Path("runs") / f"{plain_name(recipe.model)}-drop{count}"
 
 
 def plain_name(model: str, place: Path = Path()) -> str:
