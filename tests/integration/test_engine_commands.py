@@ -142,7 +142,7 @@ def test_an_engine_of_another_graph_or_spec_is_not_opened(
     spec.write_text(f"{plain}threads: none\n")
     with pytest.raises(EngineUnavailable, match=r"its spec has changed: .*mine\.yaml: .*threads"):
         open_engine(out)
-    spec.write_text(f"{plain}# nothing else\n")
+    spec.write_text(f"{plain}# nothing else\n".replace("mine", "my own"))
     open_engine(out)
 
     graph.unlink()

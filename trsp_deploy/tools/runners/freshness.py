@@ -73,7 +73,8 @@ def _check_spec(folder: Path, manifest: EngineManifest) -> None:
         there = load_engine_spec(str(path)).model_dump()
     except EngineSpecError as problem:
         raise EngineUnavailable(f"engine {manifest.name}: its spec has changed: {problem}") from problem
-    changed = [name for name, value in manifest.spec.model_dump().items() if there[name] != value]
+    built = manifest.spec.model_dump(exclude={"description"})  # which is words about it
+    changed = [name for name, value in built.items() if there[name] != value]
     if changed:
         raise EngineUnavailable(
             f"engine {manifest.name}: {path} has another {', '.join(changed)} by now than it was built with; "
