@@ -350,6 +350,17 @@ def test_main_memory_that_a_gpus_job_lacks_is_refused_with_what_would_fit(monkey
     assert absent.host_available_bytes is None and all(map(absent.host_fits, absent.host))
 
 
+def test_no_setting_is_tried_that_a_recipe_refuses(monkeypatch):
+    """Fewer windows than texts; and no teacher where that is all there is to learn from."""
+    config = tiny_config("llama", hidden_size=512, intermediate_size=2048, dtype="bfloat16")
+    there = {"cpu": 10**8, "cuda": 10**12}
+    monkeypatch.setattr(memory_plan, "available_bytes", there.get)
+    windows = ["calibration.texts=[a,b,c]", "calibration.max_windows=4", "transfer.batch_size=1", "drop=1"]
+    for setting in ("transfer.ce_weight=0.5", "transfer.ce_weight=0"):
+        with pytest.raises(DeviceMemoryError, match=r"^transfer needs about \d\.\d GB of main memory and 0\.1 GB"):
+            check_memory(recipe(*windows, setting), config, ["transfer"])
+
+
 def test_settings_are_tried_together_and_nothing_is_promised(card):
     config = tiny_config("llama", hidden_size=256, intermediate_size=1024)
     card(1000)

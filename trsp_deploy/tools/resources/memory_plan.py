@@ -267,12 +267,12 @@ def _host_changes(recipe: Recipe, stage: Stage) -> list[list[str]]:
     transfer, windows = recipe.transfer, recipe.calibration.max_windows
     if stage == "selection" or transfer.form == "none":
         return half + ([["transfer.refit=none"]] if stage == "transfer" and transfer.closed_form == "layers" else [])
-    fewer = max(transfer.batch_size, windows // 2)
+    fewer = max(transfer.batch_size, len(recipe.calibration.texts), windows // 2)
     return [
         *half,
         *([[f"calibration.max_windows={fewer}"]] if fewer < windows else []),
         *([["transfer.refit=none"]] if transfer.closed_form == "layers" else []),
-        *([["transfer.kl_weight=0"]] if transfer.kl_weight else []),
+        *([["transfer.kl_weight=0"]] if transfer.kl_weight and transfer.ce_weight else []),
     ]
 
 
