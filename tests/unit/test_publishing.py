@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
@@ -86,6 +87,30 @@ def test_the_card_carries_what_holds_for_the_pruned_model_too(run: Path, tmp_pat
     assert (run / "pruned" / "LICENSE").read_text() == "You may."
     assert "tiny with 2 of its 8 transformer layers removed" in card.text and "calibrated on train.txt" in card.text
     assert str(tmp_path) not in str(card), "paths of this machine are nobody's business"
+
+
+def test_a_card_names_what_can_be_of_the_hub_and_no_place_that_a_trainer_wrote(run: Path, tmp_path: Path) -> None:
+    result = PrunedCheckpoint.model_validate(RunFolder(run).record("prune").result)  # type: ignore[union-attr]
+    base = tmp_path / "gpt2"  # named as a model of the hub, and of another one
+    base.mkdir()
+    (base / "README.md").write_text(
+        "---\nbase_model: [/home/alice/tuned, owner/base, ./runs/1]\n"
+        "datasets: [/home/alice/customers.jsonl, squad]\nlicense: other\nlicense_link: /home/alice/LICENSE\n---\n"
+    )
+    source = ModelSource(name=str(base), kind="folder", path=str(base), origin=str(base), licence="other")
+    (tmp_path / "out").mkdir()
+
+    def card(source: ModelSource) -> dict[str, Any]:
+        write_model_card(tmp_path / "out", source, made_up_report(made_up()).plan, Recipe(model="tiny"), result)
+        metadata: dict[str, Any] = ModelCard.load(tmp_path / "out" / "README.md").data.to_dict()
+        return metadata
+
+    assert card(source).items() >= {"base_model": ["owner/base"], "datasets": ["squad"]}.items()
+    assert "alice" not in (tmp_path / "out" / "README.md").read_text()
+    (base / "README.md").write_text("---\nbase_model: /home/alice/tuned\nlicense: mit\n---\n")
+    assert not {"base_model", "base_model_relation", "datasets"} & set(card(source))
+    packaged = source.model_copy(update={"name": "smollm2-135m", "kind": "packaged"})
+    assert card(packaged)["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def test_a_push_uploads_the_checkpoint_and_what_was_measured(

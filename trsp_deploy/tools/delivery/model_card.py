@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, not marked as exported
 
 from trsp_deploy import __version__
 from trsp_deploy.model_code import model_code
@@ -21,7 +24,7 @@ from trsp_deploy.tools.sources.names import SHORT_NAMES
 TAGS = ("depth-pruning", "trsp_deploy")
 TRSP = "TRSP ([arXiv 2505.18232](https://arxiv.org/abs/2505.18232))"
 # What the base's card says that holds for the pruned model as well, beside its licence and tags.
-CARRIED = ("language", "license_name", "license_link", "datasets")
+CARRIED = ("language", "license_name")
 # Tags of other formats, and of services that run the base itself.
 NOT_CARRIED = re.compile(
     r"(?i)(gguf|onnx|openvino|mlx|safetensors|pytorch|tf|jax|flax|transformers\.js|.*:.*|.*_compatible)$"
@@ -68,7 +71,8 @@ def write_model_card(
     base = source.origin.partition("@")[0] if source.kind == "hub" else name
     carried = card_metadata(Path(source.path))
     # A packaged model is one of the hub's, too; and a folder's card may name what it was made of.
-    hub_id = base if source.kind == "hub" else SHORT_NAMES.get(base) or carried.get("base_model")
+    packaged = SHORT_NAMES.get(base) if source.kind == "packaged" else None
+    hub_id = base if source.kind == "hub" else packaged or _of_the_hub(carried.get("base_model"))
     for file in sorted(Path(source.path).glob("*")):
         if file.is_file() and LEGAL_FILES.fullmatch(file.name) and goes_along(Path(source.path), file):
             shutil.copyfile(file, folder / file.name)
@@ -80,6 +84,8 @@ def write_model_card(
         base_model_relation="finetune" if hub_id else None,
         library_name="transformers",
         license=source.licence.lower() if source.licence else None,
+        license_link=shown_name(str(carried["license_link"])) if carried.get("license_link") else None,
+        datasets=_of_the_hub(carried.get("datasets")),
         pipeline_tag="text-generation",
         tags=list(dict.fromkeys([*tags, *own_tags, *(["custom_code"] if code else [])])),
         **{key: carried[key] for key in CARRIED if carried.get(key)},
@@ -109,6 +115,20 @@ def write_model_card(
         trained=_trained(result, recipe),
     )
     ModelCard(card).save(folder / "README.md")
+
+
+def _of_the_hub(named: Any) -> list[str] | None:
+    """What the base's card names that can be a repository; a trainer's card names places of its own machine, too."""
+    names = named if isinstance(named, list) else [named]
+    return [name for name in names if isinstance(name, str) and _can_be_repository(name)] or None
+
+
+def _can_be_repository(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _trained(result: PrunedCheckpoint, recipe: Recipe) -> str:
