@@ -92,6 +92,11 @@ def test_model_part_of_the_report(report):
     assert 0 < share < model["layers_dropped_share"]
 
 
+def test_no_place_of_this_machine_is_in_the_report(workspace, report):
+    assert report["plan"]["calibration"] == "train.txt" and report["recipe"]["calibration"]["texts"] == "train.txt"
+    assert str(workspace) not in json.dumps(report)
+
+
 def test_quality_is_paired_and_finite(report):
     assert set(report["quality"]) == {"manual", "other"}
     for text in report["quality"].values():

@@ -21,6 +21,7 @@ from trsp_deploy.tools.reports.record import (
     Report,
     measured_by,
     model_report,
+    plan_report,
     removal_report,
     verdict,
 )
@@ -52,7 +53,7 @@ def make_report(proof: Proof) -> Report:
         served=as_served,
         parity=parity,
         recipe=proof.recipe.public,
-        plan=pruning.plan(),
+        plan=plan_report(pruning.plan()),
         provenance=now,
         measured=measured_by(made, now),
     )

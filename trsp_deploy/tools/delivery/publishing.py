@@ -17,10 +17,10 @@ from pydantic import ValidationError
 
 from trsp_deploy.artifacts import RunFolder, RunLayout, check_no_sweep, files_below, fingerprint, leaves
 from trsp_deploy.errors import RunError, UserError
-from trsp_deploy.recipe import Strict, shown_name
+from trsp_deploy.recipe import Strict
 from trsp_deploy.results import PrunedCheckpoint
 from trsp_deploy.tools.plan import PruningPlan
-from trsp_deploy.tools.reports.record import Report, removal_report
+from trsp_deploy.tools.reports.record import Report, plan_report, removal_report
 from trsp_deploy.tools.sources.hub import hub_errors, hub_problem
 from trsp_deploy.tools.sources.models import is_of_a_model
 from trsp_deploy.tools.sources.names import HUB_ID
@@ -128,10 +128,9 @@ def _check_name(repo: str) -> None:
 
 
 def _shown_plan(file: Path) -> str:
-    plan = PruningPlan.model_validate_json(file.read_bytes())
+    plan = plan_report(PruningPlan.model_validate_json(file.read_bytes()))
     of_the_hub = HUB_ID.fullmatch(plan.model) is not None and not Path(plan.model).exists()
-    model = plan.model if of_the_hub else Path(plan.model).name
-    shown = plan.model_copy(update={"model": model, "calibration": shown_name(plan.calibration)})
+    shown = plan if of_the_hub else plan.model_copy(update={"model": Path(plan.model).name})
     return json.dumps(shown.model_dump(mode="json"), indent=2) + "\n"
 
 

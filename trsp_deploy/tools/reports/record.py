@@ -120,6 +120,12 @@ def model_report(name: str, origin: str, architecture: str, checkpoint: PrunedCh
     )
 
 
+def plan_report(plan: PruningPlan) -> PruningPlan:
+    """The plan as it is shown to others: files and folders of this machine by name alone."""
+    shown = {"model": shown_name(plan.model), "calibration": shown_name(plan.calibration)}
+    return plan.model_copy(update=shown)
+
+
 def removal_report(checkpoint: PrunedCheckpoint) -> RemovalReport:
     """What the removal did to held-out calibration text."""
     return RemovalReport(
