@@ -86,6 +86,7 @@ def test_the_card_carries_what_holds_for_the_pruned_model_too(run: Path, tmp_pat
     assert data["pipeline_tag"] == "text-generation" and "base_model" not in data
     assert (run / "pruned" / "LICENSE").read_text() == "You may."
     assert "tiny with 2 of its 8 transformer layers removed" in card.text and "calibrated on train.txt" in card.text
+    assert "| parameters | 1,000 | 800 (20.0% fewer) |" in card.text
     assert str(tmp_path) not in str(card), "paths of this machine are nobody's business"
 
 
@@ -165,18 +166,34 @@ def test_a_card_names_the_method_that_chose(run: Path, tmp_path: Path) -> None:
     assert "removed by sleb (SLEB, arXiv 2402.09025" in card.text and "trsp" not in card.data.to_dict()["tags"]
 
 
+def test_a_licence_that_is_a_link_elsewhere_does_not_go_out(run: Path, tmp_path: Path) -> None:
+    result = PrunedCheckpoint.model_validate(RunFolder(run).record("prune").result)  # type: ignore[union-attr]
+    base = tmp_path / "home" / "tiny"
+    (tmp_path / "secret").write_text("a key")
+    (base / "NOTICE").symlink_to(tmp_path / "secret")
+    source = ModelSource(name="tiny", kind="folder", path=str(base), origin="tiny", licence=None)
+    (tmp_path / "out").mkdir()
+    write_model_card(tmp_path / "out", source, made_up_report(made_up()).plan, Recipe(model="tiny"), result)
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"LICENSE", "README.md"}
+
+
 @pytest.mark.parametrize(
-    ("form", "tokens", "said"),
-    [("none", 0, "no training."), ("train", 4096, "4,096 tokens, learning rate 0.0003.")],
+    ("form", "refit", "tokens", "said"),
+    [
+        ("none", "none", 0, "no training."),
+        ("train", "none", 4096, "4,096 tokens, learning rate 0.0003."),
+        ("none", "span", 0, "after the removed spans were folded into the projections before them, no training."),
+        ("none", "layers", 0, "after every kept layer behind the first removed one was refitted, no training."),
+    ],
 )
-def test_a_card_says_a_learning_rate_where_something_trained(
-    run: Path, tmp_path: Path, form: str, tokens: int, said: str
+def test_a_card_says_what_was_fitted_and_a_learning_rate_where_something_trained(
+    run: Path, tmp_path: Path, form: str, refit: str, tokens: int, said: str
 ) -> None:
     result = PrunedCheckpoint.model_validate(RunFolder(run).record("prune").result)  # type: ignore[union-attr]
     source = ModelSource(name="tiny", kind="folder", path=str(tmp_path), origin="tiny", licence=None)
     (tmp_path / "out").mkdir()
     chosen = read_recipe({"model": "tiny", "transfer": {"form": form}}, "test")
-    done = result.model_copy(update={"form": form, "tokens": tokens})
+    done = result.model_copy(update={"form": form, "refit": refit, "tokens": tokens})
     write_model_card(tmp_path / "out", source, made_up_report(made_up()).plan, chosen, done)
     assert f"- Transfer: `{form}`, {said}\n" in (tmp_path / "out" / "README.md").read_text()
 

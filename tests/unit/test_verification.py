@@ -175,6 +175,25 @@ def test_an_unfinished_run_is_held_against_its_records(tmp_path: Path) -> None:
     }
 
 
+def test_links_that_leave_an_unfinished_run_are_not_followed(tmp_path: Path) -> None:
+    run = made_run(tmp_path / "run", finished=False)
+    file = run / "pruned" / "model.safetensors"
+    file.rename(tmp_path / "elsewhere")  # the very same bytes
+    file.symlink_to(tmp_path / "elsewhere")
+    assert found(run) == {("outside", "pruned/model.safetensors")}
+
+
+def test_of_an_engine_the_graph_that_it_was_compiled_from_is_held_too_and_its_log_is_not(run: Path) -> None:
+    engine = run / ENGINE
+    for name in ("graph.onnx", "build.log"):
+        (engine / name).write_text("made")
+    beside = {"graph.onnx": fingerprint(engine / "graph.onnx")}
+    write_json(engine / ENGINE_MANIFEST, read_manifest(engine).model_copy(update={"beside": beside}))
+    assert verify(engine).whole and verify(engine).checked == len(read_manifest(engine).files) + 1
+    (engine / "graph.onnx").write_text("other")
+    assert found(engine) == {("changed", "graph.onnx")}
+
+
 def test_a_manifest_that_is_there_holds(run: Path) -> None:
     """A step that works removes it, and what a step did not make never gets into it."""
     with RunFolder(run) as folder:
@@ -349,6 +368,15 @@ def test_a_repository(repository: Path) -> None:
     (repository / "m" / "1" / "model.py").write_text("import os")
     (repository / "m" / "1" / "more.py").write_text("")
     assert found(repository) == {("changed", "m/1/model.py"), ("unknown", "m/1/more.py")}
+
+
+def test_what_lies_beside_a_repositorys_models_is_held_too(repository: Path) -> None:
+    (repository / "compose.yaml").write_text("made")
+    files = {"compose.yaml": fingerprint(repository / "compose.yaml")}
+    write_json(repository / MANIFEST, read_repository(repository).model_copy(update={"files": files}))
+    assert verify(repository).whole
+    (repository / "compose.yaml").write_text("other")
+    assert found(repository) == {("changed", "compose.yaml")}
 
 
 def test_the_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
