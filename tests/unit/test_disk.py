@@ -92,6 +92,19 @@ def test_the_highest_moment_is_what_has_to_fit(tmp_path: Path) -> None:
     )
 
 
+def test_graphs_lie_beside_what_is_made_of_them(tmp_path: Path) -> None:
+    """As docs/memory.md has it: for an fp16 export one more, for an engine in floats one, in integers two."""
+    fp32, fp16 = SPECS
+    as_exported = fp32.model_copy(update={"name": "as-exported", "fuse": False})
+    plan = smollm2(tmp_path / "run", [as_exported, fp32, fp16, load_engine_spec("ort-cpu-int8")])
+    scratch = {stage.stage: stage.scratch_bytes for stage in plan.stages}
+    counts = disk.counts_of(SMOLLM2)
+    large, small = disk._graph(counts, "fp32"), disk._graph(counts, "fp16")
+    assert (scratch["onnx fp32"], scratch["onnx fp16"]) == (0, small)
+    assert (scratch["engine as-exported"], scratch["engine ort-cpu-fp32"]) == (0, large)
+    assert (scratch["engine tensorrt-rtx-fp16"], scratch["engine ort-cpu-int8"]) == (small, 2 * large)
+
+
 def test_a_training_that_goes_on_needs_room_for_one_checkpoint(tmp_path: Path) -> None:
     """The one that is there gives way once the next is whole; a run is not refused where it was let begin."""
     run, settings = tmp_path / "run", recipe(transfer={"form": "anneal"})
@@ -157,6 +170,9 @@ def test_a_checkpoint_holds_what_moves_under_adapters() -> None:
 
     assert size(lora_rank=8, form="train", refit="layers") == 0
     assert size(lora_rank=8, form="anneal", refit="layers") == 2 * 2 * (600 + 600)  # weights, and what was rounded off
+    assert size(form="train") == 2 * 600 * (2 + 2 * 2), "weights and two moments, twice"
+    assert size(form="train", train="all") == 2 * 1000 * (2 + 2 * 2)
+    assert size(form="train", optimizer="adamw-8bit") == round(2 * 600 * (2 + 2 * (1 + 4 / 256)))
     assert size(form="anneal", refit="layers") - size(form="anneal", refit="none") == 2 * 2 * 600
 
 
