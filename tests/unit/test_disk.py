@@ -183,6 +183,8 @@ def test_too_small_a_disk_is_one_line_with_what_would_fit(tmp_path: Path) -> Non
     line = str(caught.value)
     assert "\n" not in line and "4.00 GB are free" in line and "--ignore-disk" in line
     assert "--engine ort-cpu-fp32 alone (3." in line and "--out on a larger disk" in line and "clean" not in line
+    with pytest.raises(StorageError, match=r"would fit: --engine tensorrt-rtx-fp16 alone \(2\.82 GB\), --out"):
+        check_disk(smollm2(tmp_path / "run", free=3 * 10**9), alone(tmp_path / "run", 3 * 10**9))
     (tmp_path / "run").mkdir()
     with pytest.raises(StorageError, match="trsp-deploy clean"):
         check_disk(smollm2(tmp_path / "run", free=10), alone(tmp_path / "run", 10))
@@ -199,6 +201,7 @@ def test_a_sweep_needs_a_run_for_every_number_of_layers(tmp_path: Path) -> None:
 
     few, many, both = planned(3), planned(12), planned(3, 12)
     assert few.needed_bytes > many.needed_bytes, "fewer layers go"
+    assert few.needed_bytes == plan_disk(tmp_path / "drop-3", recipe(drop=3), SMOLLM2, SPECS).needed_bytes
     assert [stage.stage for stage in both.stages] == ["drop-3", "drop-12"]
     assert both.needed_bytes == few.stages[0].kept_bytes + many.needed_bytes
     steps = ["dense", "prune", *(f"export-{role}-{each}" for role in ROLES for each in ("fp32", "fp16"))]
