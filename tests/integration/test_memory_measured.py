@@ -85,10 +85,22 @@ def measure(model: Path, stage: str, settings: list[str], environment: dict[str,
 def test_transfer_of_a_small_model(folder):
     settings = ["calibration.context_length=256", CHECKPOINTING]
     model = folder("small", SMALL)
-    estimate = MemoryEstimate(SMALL, "cpu", fast_bf16=False)
+    estimate = MemoryEstimate(AutoConfig.from_pretrained(model), "cpu", fast_bf16=False)
     peak = estimate.stages(recipe_for(model, settings))[1].peak.total_bytes
     measured = measure(model, "transfer", settings, {})
     assert measured <= peak <= 1.15 * measured + LIBRARIES_BYTES
+
+
+@pytest.mark.slow
+def test_weights_that_train_in_fewer_bits_than_they_are_stored_in(folder):
+    settings = ["calibration.context_length=32", "weights=bf16", "transfer.form=none", "transfer.refit=none"]
+    model = folder("opt", OPT)
+    peak = (
+        MemoryEstimate(AutoConfig.from_pretrained(model), "cpu", fast_bf16=False)
+        .stages(recipe_for(model, settings))[1]
+        .peak
+    )
+    assert peak.name == "saving" and measure(model, "transfer", settings, {}) <= peak.total_bytes
 
 
 @pytest.mark.slow
@@ -97,7 +109,11 @@ def test_transfer_of_a_small_model(folder):
 def test_a_closed_form_fit(folder, refit, form):
     settings = ["calibration.context_length=512", f"transfer.refit={refit}", f"transfer.form={form}"]
     model = folder("small", SMALL)
-    peak = MemoryEstimate(SMALL, "cpu", fast_bf16=False).stages(recipe_for(model, settings))[1].peak.total_bytes
+    peak = (
+        MemoryEstimate(AutoConfig.from_pretrained(model), "cpu", fast_bf16=False)
+        .stages(recipe_for(model, settings))[1]
+        .peak.total_bytes
+    )
     measured = measure(model, "transfer", settings, {})
     assert measured <= peak <= 2 * measured  # annealing is counted for every layer, and moves those behind the cut
 

@@ -232,6 +232,17 @@ def card(monkeypatch):
 SMALL = ["calibration.context_length=128", "drop=1", "device=cpu", "autocast='off'"]
 
 
+def test_a_checkpoint_is_saved_in_its_stored_dtype_whatever_it_trained_in():
+    """Trained in bf16, a model that is stored in fp32 is largest when it is saved."""
+    none = ["weights=bf16", "transfer.form=none", "transfer.refit=none", "drop=1", *SMALL]
+    for dtype, width in (("float32", 4), ("bfloat16", 2)):
+        config = tiny_config("llama", hidden_size=512, intermediate_size=2048, dtype=dtype)
+        estimate = MemoryEstimate(config, "cpu", fast_bf16=False)
+        saving = next(moment for moment in estimate.stages(recipe(*none))[1].moments if moment.name == "saving")
+        pruned = estimate.counts.total - estimate.counts.layers[0]
+        assert (saving.weights_bytes, saving.activations_bytes) == (width * pruned, width * pruned)
+
+
 def test_a_refusal_names_what_would_fit(card):
     config = tiny_config("llama", hidden_size=256, intermediate_size=1024)
     peaks = {stage.stage: stage.peak.total_bytes for stage in plan_memory(recipe(*SMALL), config).stages}

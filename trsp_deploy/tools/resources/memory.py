@@ -130,13 +130,7 @@ class MemoryEstimate:
             refit_bytes=self._streams_bytes(recipe) if recipe.transfer.closed_form == "layers" else 0,
             slack_bytes=LIBRARIES_BYTES,
         )
-        saved = self._stored_dtype.itemsize * self._pruned_weights(recipe)
-        saving = Moment(
-            name="saving",
-            weights_bytes=saved,
-            activations_bytes=min(saved, SHARD_BYTES),
-            slack_bytes=LIBRARIES_BYTES,
-        )
+        saving = self._saving(recipe).model_copy(update={"slack_bytes": LIBRARIES_BYTES})
         return (
             StageMemory(stage="selection", moments=(loading,)),
             StageMemory(stage="transfer", moments=(loading, kept, saving)),
@@ -208,9 +202,14 @@ class MemoryEstimate:
             moments.append(Moment(name="refitted weights beside the dense", refit_bytes=copies, **held))
         if settings.form != "none":
             moments += self._training(recipe, held)
-        if self.device == "cpu":  # on the way to the disk a shard is copied whole
-            moments.append(_moment("saving", 0, min(held["weights_bytes"], SHARD_BYTES), 0, **held))
+        if self.device == "cpu":
+            moments.append(self._saving(recipe))
         return moments
+
+    def _saving(self, recipe: Recipe) -> Moment:
+        """The pruned model in its stored dtype, whatever it trained in, and a shard of it, which is copied whole."""
+        saved = self._stored_dtype.itemsize * self._pruned_weights(recipe)
+        return Moment(name="saving", weights_bytes=saved, activations_bytes=min(saved, SHARD_BYTES))
 
     def _writing(self, recipe: Recipe) -> Moment:
         """The dense model writes text: its KV cache, of one layer twice as it grows, and next-token distributions."""
