@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 
 from trsp_deploy.decoder import graph_positions, load_config
 from trsp_deploy.errors import EngineUnavailable, ModelError
@@ -41,7 +42,7 @@ def export_onnx(
         if exporter == "optimum":
             optimum.export(model, precision, settings.opset or optimum.OPSET, settings.slim, out / FILE)
         else:
-            dynamo.export(model, precision, _opset(settings, dynamo.OPSET), out / FILE)
+            dynamo.export(model, precision, _opset(settings), out / FILE)
         copy_code(model, out)  # the config beside the graph names it
         _note_longest(model, out)
         if precision == "fp16":
@@ -104,13 +105,15 @@ def check_exportable(model: Path, settings: ExportSettings, say: Callable[[str],
             if exporter == "optimum":
                 optimum.check_traceable(model, settings.opset or optimum.OPSET)
             else:
-                _opset(settings, dynamo.OPSET)
+                _opset(settings)
                 dynamo.check_traceable(model)
     except ModelError as problem:
         raise ModelError(f"{problem}; `trsp-deploy prune` makes the checkpoint alone") from problem
 
 
-def _opset(settings: ExportSettings, lowest: int) -> int:
-    if settings.opset is not None and settings.opset < lowest:
-        raise ModelError(f"export.opset: {settings.opset}, and this exporter begins at {lowest}")
-    return settings.opset or lowest
+def _opset(settings: ExportSettings) -> int:
+    """The opset that torch's exporter is to write; one that it does not know it would silently replace by 18."""
+    wanted, highest = settings.opset or dynamo.OPSET, onnx.defs.onnx_opset_version()
+    if not dynamo.OPSET <= wanted <= highest:
+        raise ModelError(f"export.opset: {wanted}, and this exporter writes {dynamo.OPSET} to {highest}")
+    return wanted
