@@ -64,7 +64,7 @@ def test_engine_runs_and_agrees(engine: str, tmp_path: Path) -> None:
         report = prune_and_build(Pipeline(run, read_recipe(values, "test")))
     (found,) = report.engines
     assert found.status == "ran" and found.comparison is not None
-    assert found.comparison.of("decode").device is not None, "CUDA events"
+    assert (found.comparison.of("decode").device is not None) == engine.startswith("tensorrt"), "CUDA events"
     assert {(p.subject, p.role) for p in report.parity} >= {(engine, "dense"), (engine, "pruned")}
 
 

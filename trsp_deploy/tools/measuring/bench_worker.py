@@ -87,7 +87,7 @@ def measure_block(
     total_s = time.perf_counter() - started - off_s
     _pause((decode_s or [prefill_s])[-1] * paused)  # before the next block
     found: dict[str, Any] = {"prefill_s": prefill_s, "decode_s": decode_s, "total_s": total_s}
-    if None not in on_device:
+    if on_device[0] is not None:
         found |= {"device_prefill_s": on_device[0], "device_decode_s": on_device[1:]}
     return found
 

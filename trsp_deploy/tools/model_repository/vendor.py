@@ -16,7 +16,6 @@ MODULES = (
     "tools/graphs/decoder_io.py",
     "tools/graphs/fp16_range.py",
     "tools/runners/base.py",
-    "tools/runners/cuda_clock.py",
     "tools/runners/generation.py",
     "tools/runners/huge_pages.py",
     "tools/runners/manifest.py",

@@ -16,8 +16,8 @@ class Runner(abc.ABC):
     the KV cache and the attention mask between calls; `prefill` starts over.
     Raises EngineUnavailable on entry when this machine cannot run the engine.
 
-    device_s: seconds of the last call on the GPU by CUDA events, from its launch on and without copies to it, nor from
-    it but for ONNX Runtime's of the logits; None where the runner has no events of its own.
+    device_s: seconds of the last call on the GPU by CUDA events, from its launch on and without copies to and from it;
+    None where the runner has no events of its own.
     """
 
     device_s: float | None = None

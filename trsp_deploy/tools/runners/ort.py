@@ -19,7 +19,6 @@ from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.recipe import Backend
 from trsp_deploy.tools.graphs import decoder_io
 from trsp_deploy.tools.runners.base import Runner
-from trsp_deploy.tools.runners.cuda_clock import CudaClock, cuda_clock
 from trsp_deploy.tools.runners.huge_pages import in_huge_pages
 from trsp_deploy.tools.runners.manifest import EngineManifest
 from trsp_deploy.tools.runners.ort_session import bindings_of, create_session, one_line_errors
@@ -72,7 +71,6 @@ class OrtRunner(Runner):
         self.brief = brief
         self.padding = padding
         self._session: Any = None
-        self._clock: CudaClock | None = None  # of the session's stream
         self._inputs: decoder_io.Bindings = {}
         self._in_place = False
         self._fixed: int | None = None  # tokens in a cache of fixed length
@@ -86,24 +84,10 @@ class OrtRunner(Runner):
         self._attention_mask: np.ndarray | None = None  # (batch, past)
 
     def __enter__(self) -> Self:
-        self._clock = cuda_clock() if self.backend == "onnxruntime-cuda" else None
-        try:
-            self._open()
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
-        return self
-
-    def _open(self) -> None:
         worth_it = self.backend == "onnxruntime-cpu" and not self.lean and not self.brief
         with in_huge_pages() if worth_it else contextlib.nullcontext():
             self._session = create_session(
-                self.model,
-                self.backend,
-                self.threads,
-                optimised=self.optimised,
-                lean=self.lean,
-                stream=None if self._clock is None else self._clock.stream,
+                self.model, self.backend, self.threads, optimised=self.optimised, lean=self.lean
             )
         self._inputs = bindings_of(self._session.get_inputs())
         metadata = self._session.get_modelmeta().custom_metadata_map
@@ -112,6 +96,7 @@ class OrtRunner(Runner):
         self._outputs = bindings_of(self._session.get_outputs())
         decoder_io.check_decoder(self._inputs, self._outputs)
         self._fixed = decoder_io.cache_length(self._inputs)
+        return self
 
     def twin(self) -> OrtRunner:
         """A second runner over this one's session, with a cache of its own; it ends with this one."""
@@ -166,9 +151,6 @@ class OrtRunner(Runner):
         self._cache = {}
         self._attention_mask = self._logits = None
         self._binding = self._session = None
-        if self._clock is not None:
-            self._clock.close()
-            self._clock = None
 
     def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray, *, last_only: bool = False) -> np.ndarray:
         batch, sequence = input_ids.shape
@@ -210,11 +192,8 @@ class OrtRunner(Runner):
         self._tokens = tokens  # bound in place: they must outlive the run
         kept = tokens.get(decoder_io.LOGITS_POSITIONS)
         logits = self._bind_logits(len(input_ids), input_ids.shape[1] if kept is None else len(kept))
-        if self._clock is not None:
-            self._clock.begin()
         with one_line_errors(f"ONNX Runtime stopped in {self.model}"):
             self._session.run_with_iobinding(self._binding)
-        self.device_s = None if self._clock is None else self._clock.end()
         if not self._in_place:
             present = self._binding.get_outputs()[:-1]
             self._cache = dict(zip(self._cache, present, strict=True))

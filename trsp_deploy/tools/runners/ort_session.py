@@ -65,7 +65,6 @@ def create_session(
     optimised: bool = False,
     lean: bool = False,
     save_to: Path | None = None,
-    stream: int | None = None,
 ) -> Any:
     """An InferenceSession that really runs on the wanted provider.
 
@@ -75,7 +74,6 @@ def create_session(
         they are multiplied, and only one at a time is fp32), nodes run in the order of the file, so that its writer
         decides what has to be held at a time, and what is freed goes back to the system.
     save_to: write the optimised graph there, with its weights beside it in `<name>.data`.
-    stream: address of the CUDA stream to work on; None takes one of ONNX Runtime's own.
     Raises EngineUnavailable when the file is refused, or when ONNX Runtime falls back to the CPU.
     """
     ort = load_package(backend)
@@ -100,12 +98,12 @@ def create_session(
         options.add_session_config_entry(f"{entry}_file_name", f"{save_to.name}.data")
         options.add_session_config_entry(f"{entry}_min_size_in_bytes", "1024")
     trouble = _prepare_cuda(ort) if backend == "onnxruntime-cuda" else ""
-    provider, settings = PROVIDERS[backend], dict(PROVIDER_OPTIONS[backend])
-    if stream is not None:
-        settings["user_compute_stream"] = str(stream)
+    provider = PROVIDERS[backend]
     with one_line_errors(f"ONNX Runtime cannot load {model}"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns about a missing provider; below that is an error
-        session = ort.InferenceSession(str(model), options, providers=[provider], provider_options=[settings])
+        session = ort.InferenceSession(
+            str(model), options, providers=[provider], provider_options=[PROVIDER_OPTIONS[backend]]
+        )
     if session.get_providers()[0] != provider:
         raise EngineUnavailable(
             f"ONNX Runtime fell back to {session.get_providers()[0]}, because {provider} did not load"
