@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import onnx_ir as ir
@@ -269,6 +269,48 @@ def test_a_text_that_overflowed_leaves_nothing_to_the_next(
         for memory in runner._cache.values():
             memory.fill_(np.nan)
         assert parity.check_parity(reference, runner, "trt", "dense", "fp32").max_error < 1e-4
+
+
+@pytest.mark.usefixtures("cuda")
+def test_after_a_step_that_failed_everything_is_bound_anew(
+    exported: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = exported("llama")
+    model = ir.load(onnx_of(source))
+    fix_cache(model, 64)
+    ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data")
+    profile = {"batch": {"min": 1, "opt": 1, "max": 2}, "sequence": {"min": 1, "opt": 1, "max": 32}}
+    spec = spec_of("tensorrt-fp16-static", cache_length=64, fuse=False, profiles=[profile])
+    runner, engine = opened(tmp_path / "model.onnx", spec, monkeypatch, tmp_path / "engine")
+    ids = np.array([[30, 31, 7, 8, 90, 12, 55, 60, 61]])
+    with runner:
+        Graph.context = context = engine.contexts[0]
+        wanted = runner.prefill(ids, np.ones_like(ids))  # logits at each of the nine
+        runner.prefill(ids[:, :3], np.ones_like(ids[:, :3]))
+        for place in range(3, 6):
+            found = runner.decode(ids[:, place : place + 1])
+            np.testing.assert_allclose(found[:, 0], wanted[:, place], atol=1e-4)
+        assert runner._graph is not None
+        found = runner.decode(ids[:, 6:8])  # of another number of tokens than was captured
+        np.testing.assert_allclose(found, wanted[:, 6:8], atol=1e-4)
+
+        def refused(*_: object) -> NoReturn:
+            raise RuntimeError("CUDA error: out of memory")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(runner, "_select_profile", refused)
+            with pytest.raises(EngineUnavailable, match="the GPU's memory is full at batch 1 with 9 tokens"):
+                runner.decode(ids[:, 8:])
+        np.testing.assert_allclose(runner.decode(ids[:, 8:])[:, 0], wanted[:, 8], atol=1e-4)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(context, "execute_async_v3", refused)
+            with pytest.raises(EngineUnavailable, match="the GPU's memory is full at batch 1 with 10 tokens"):
+                runner.decode(ids[:, :1])  # where it would be captured
+        with pytest.raises(EngineUnavailable, match="its cache holds 64 tokens"):
+            runner.prefill(np.ones((1, 70), np.int64), np.ones((1, 70), np.int64))
+        with pytest.raises(RuntimeError, match="decode comes after prefill"):
+            runner.decode(ids[:, :1])
 
 
 @pytest.mark.usefixtures("cuda")

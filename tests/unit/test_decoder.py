@@ -14,6 +14,7 @@ from torch import nn
 
 from tests.tiny import LAYERS, next_token_loss, random_model, save_tiny, tiny_model, tokens
 from trsp_deploy.decoder import (
+    check_prunable,
     check_removal,
     count_weights,
     decoder_layers,
@@ -52,6 +53,25 @@ def test_a_model_that_does_not_run_without_its_only_attention_is_refused():
     check_removal(model, [0])
     with pytest.raises(ModelError, match="without layers 1: what is left does not run"):
         check_removal(model, [1])
+
+
+@pytest.mark.parametrize(
+    ("asks", "passes"),  # after so many of the dense model's
+    [(check_prunable, 0), (lambda model: check_removal(model, [1]), 3)],
+    ids=["dense", "cut"],
+)
+def test_a_full_gpu_is_no_reason_against_an_architecture(asks, passes, monkeypatch):
+    model, forward, calls = tiny_model("llama"), transformers.LlamaForCausalLM.forward, []
+
+    def full(*args, **kwargs):
+        calls.append(args)
+        if len(calls) <= passes:
+            return forward(*args, **kwargs)
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(type(model), "forward", full)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        asks(model)
 
 
 def test_per_layer_config_lists_are_cut():

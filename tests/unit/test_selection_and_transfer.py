@@ -172,10 +172,10 @@ def test_what_trains_is_folded_first_unless_it_cannot_be(dense, tmp_path, window
         run_transfer(post_norm, tmp_path / "refused", windows, refit="span", steps=1)
 
 
-@pytest.mark.parametrize("refit", ["auto", "span"])
-def test_what_begins_with_the_first_layer_is_not_said_to_be_folded(dense, tmp_path, windows, refit):
+@pytest.mark.parametrize(("form", "refit"), [("train", "auto"), ("train", "span"), ("anneal", "span")])
+def test_what_begins_with_the_first_layer_is_not_said_to_be_folded(dense, tmp_path, windows, form, refit):
     plan = PLAN.model_copy(update={"dropped": (0, 1), "kept": (2, 3, 4, 5)})
-    result = run_transfer(dense, tmp_path / "out", windows, plan=plan, steps=1, refit=refit)
+    result = run_transfer(dense, tmp_path / "out", windows, plan=plan, steps=1, form=form, refit=refit)
     assert result.refit == "none" and "begins with the first layer" in result.unfitted_because
 
 

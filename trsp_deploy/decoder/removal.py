@@ -26,7 +26,7 @@ from trsp_deploy.decoder.layers import (
     with_layer_output,
 )
 from trsp_deploy.decoder.loading import meta_model
-from trsp_deploy.errors import ModelError, one_line
+from trsp_deploy.errors import ModelError, one_line, passes_through
 
 PROBE_TOKENS = 16
 # Largest difference of a probe's logits over their standard deviation. The two models run the same operations on the
@@ -48,6 +48,8 @@ def check_prunable(model: PreTrainedModel) -> None:
     try:
         calls = _layer_calls(model, layers)
     except CANNOT_RUN as problem:
+        if passes_through(problem):
+            raise
         raise ModelError(
             f"{name} cannot run on token ids alone, or not from a KV cache ({one_line(problem)[:300]})"
         ) from problem
@@ -221,6 +223,8 @@ def _check_same_function(dense: PreTrainedModel, cut: PreTrainedModel, kept: Seq
     try:
         found = _probe_logits(cut)
     except CANNOT_RUN as problem:  # a model of convolutions and attention that is left without either
+        if passes_through(problem):
+            raise
         raise ModelError(f"what is left does not run ({one_line(problem)[:300]})") from problem
     error, scale = (found - wanted).abs().max(), wanted.std()
     if not torch.isfinite(scale):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from trsp_deploy.errors import EngineUnavailable
+from trsp_deploy.errors import GPU_FULL, EngineUnavailable
 from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.tools.graphs import decoder_io
 from trsp_deploy.tools.runners.base import Runner
@@ -177,7 +177,7 @@ class TrtRunner(Runner):
         torch.cuda.empty_cache()
 
     def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray, *, last_only: bool = False) -> np.ndarray:
-        self._tensors = {}  # so everything is bound anew
+        self._tensors, self._attention_mask = {}, None  # so everything is bound anew, and nothing goes on if it fails
         self._clear_cache()
         logits = self._step(input_ids, attention_mask, keep=1 if last_only else 0)
         return logits[:, -1:] if last_only else logits
@@ -207,10 +207,13 @@ class TrtRunner(Runner):
                 logits = self._tensors["logits"].float()  # (batch, positions, vocabulary)
                 self._ended.record()
                 result: np.ndarray = logits.cpu().numpy()  # waits for the stream
-        except torch.cuda.OutOfMemoryError as problem:
-            raise EngineUnavailable(
-                f"{self.spec.backend}: the GPU's memory is full at batch {batch} with {length} tokens"
-            ) from problem
+        except BaseException as problem:
+            self._tensors = {}  # what moved may not have been bound
+            if isinstance(problem, RuntimeError) and GPU_FULL.search(str(problem)):
+                raise EngineUnavailable(
+                    f"{self.spec.backend}: the GPU's memory is full at batch {batch} with {length} tokens"
+                ) from problem
+            raise
         self.device_s = self._began.elapsed_time(self._ended) / 1e3
         self._reads = 1 - self._reads
         self._attention_mask = attention_mask
@@ -285,6 +288,8 @@ class TrtRunner(Runner):
                 with torch.cuda.graph(graph, stream=self._stream):
                     self._enqueue()
             except RuntimeError as problem:
+                if GPU_FULL.search(str(problem)):
+                    raise
                 raise EngineUnavailable(
                     f"{self.engine}: a decoding step cannot become a CUDA graph ({problem}); "
                     "build it again from a spec with `cuda_graphs: false`"

@@ -55,7 +55,7 @@ class Form:
         self.settings = settings
         self.processes = processes
         self.fitted: str = settings.closed_form  # in closed form
-        self.unfitted_because = ""  # where `auto` asked for a fold that cannot be
+        self.unfitted_because = ""  # why a fold that was asked for was not made
 
     def prepare(self, windows: torch.Tensor, autocast: AbstractContextManager[None], resumed: bool = False) -> None:
         """Once, on the dense model, before anything trains; windows: (windows, sequence) int64.
@@ -159,6 +159,8 @@ class Anneal(Form):
 
     def prepare(self, windows: torch.Tensor, autocast: AbstractContextManager[None], resumed: bool = False) -> None:
         """Work out the refit and put the dense weights back; a resumed training needs the moves too."""
+        if self.fitted == "span":
+            self._look_before_folding(windows)
         if self.fitted == "none":
             return
         check_weights_are_whole(self.settings, self.processes.sharded)
