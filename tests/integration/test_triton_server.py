@@ -359,3 +359,66 @@ def test_a_load_that_cannot_be_is_one_line(
         "bench-server", "repository", "--server", str(ENVIRONMENT), *options, cwd=served_repository.parent
     )
     assert done.code == 1 and all(word in done.stderr.splitlines()[-1] for word in words), done.stderr
+
+
+ECHO = """
+import triton_python_backend_utils as pb
+class TritonPythonModel:
+    def execute(self, requests):
+        values = [pb.get_input_tensor_by_name(each, "x").as_numpy() for each in requests]
+        return [pb.InferenceResponse([pb.Tensor("y", value)]) for value in values]
+"""
+TENSORS = """
+input [ { name: "x" data_type: TYPE_FP32 dims: [ 3 ] } ]
+output [ { name: "y" data_type: TYPE_FP32 dims: [ 3 ] } ]
+"""
+
+
+def ensemble_of(step: str, batch: int) -> str:
+    maps = 'input_map { key: "x" value: "x" } output_map { key: "y" value: "y" }'
+    scheduling = f'ensemble_scheduling {{ step [ {{ model_name: "{step}" model_version: -1 {maps} }} ] }}'
+    return f'platform: "ensemble" max_batch_size: {batch}\n{TENSORS}\n{scheduling}'
+
+
+def echo(batch: int, policy: str = "") -> str:
+    return f'backend: "python" max_batch_size: {batch}\n{TENSORS}\n{policy}'
+
+
+@needs_schema
+@needs_server
+@pytest.mark.parametrize(
+    ("models", "found", "refused"),
+    [
+        (
+            {"m": echo(0, "version_policy { latest { } }")},
+            "m: version_policy latest serves no version",
+            "at least one version must be available under the version policy",
+        ),
+        ({"m": echo(-1)}, "m: max_batch_size -1: the server takes none below 0", "must be non-negative"),
+        (
+            {"a": ensemble_of("b", 0), "b": ensemble_of("a", 0)},
+            "a: the ensemble is a step of its own",
+            "circular dependency between ensembles",
+        ),
+        (
+            {"m": echo(4), "e": ensemble_of("m", 8)},
+            "e: max_batch_size 8, and step 'm' takes 4",
+            "allows maximum batch size 8, but it contains model m which only allows",
+        ),
+    ],
+    ids=["policy", "negative", "circle", "batch"],
+)
+def test_what_the_linter_calls_an_error_the_server_does_not_load(
+    models: dict[str, str], found: str, refused: str, tmp_path: Path
+) -> None:
+    for name, config in models.items():
+        version = tmp_path / "repository" / name / "1"
+        version.mkdir(parents=True)
+        (version.parent / "config.pbtxt").write_text(f'name: "{name}"\n{config}')
+        if "python" in config:
+            (version / "model.py").write_text(ECHO)
+    lint = trsp_deploy("triton-lint", "repository", cwd=tmp_path)
+    assert lint.code == 2 and found in lint.said
+    done = trsp_deploy("triton-start", "repository", "--server", str(ENVIRONMENT), cwd=tmp_path)
+    trsp_deploy("triton-stop", "repository", cwd=tmp_path)
+    assert done.code == 1 and refused in done.stderr.splitlines()[-1], done.stderr
