@@ -251,17 +251,23 @@ def test_a_cache_of_fixed_length_is_one_memory_and_decoding_is_replayed(
             runner.prefill(np.ones((1, 70), np.int64), np.ones((1, 70), np.int64))
 
 
+def opened_with_fixed_cache(
+    source: Path, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> tuple[trt.TrtRunner, Engine]:
+    model = ir.load(onnx_of(source))
+    fix_cache(model, 64)
+    ir.save(model, folder / "model.onnx", external_data="model.onnx.data")
+    profile = {"batch": {"min": 1, "opt": 1, "max": 2}, "sequence": {"min": 1, "opt": 1, "max": 32}}
+    spec = spec_of("tensorrt-fp16-static", cache_length=64, fuse=False, profiles=[profile])
+    return opened(folder / "model.onnx", spec, monkeypatch, folder / "engine")
+
+
 @pytest.mark.usefixtures("cuda")
 def test_a_text_that_overflowed_leaves_nothing_to_the_next(
     exported: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = exported("llama")
-    model = ir.load(onnx_of(source))
-    fix_cache(model, 64)
-    ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data")
-    profile = {"batch": {"min": 1, "opt": 1, "max": 2}, "sequence": {"min": 1, "opt": 1, "max": 32}}
-    spec = spec_of("tensorrt-fp16-static", cache_length=64, fuse=False, profiles=[profile])
-    runner, engine = opened(tmp_path / "model.onnx", spec, monkeypatch, tmp_path / "engine")
+    runner, engine = opened_with_fixed_cache(source, monkeypatch, tmp_path)
     reference = parity.make_reference(source / "model", PROMPTS)
     with runner:
         Graph.context = engine.contexts[0]
@@ -275,13 +281,7 @@ def test_a_text_that_overflowed_leaves_nothing_to_the_next(
 def test_after_a_step_that_failed_everything_is_bound_anew(
     exported: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = exported("llama")
-    model = ir.load(onnx_of(source))
-    fix_cache(model, 64)
-    ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data")
-    profile = {"batch": {"min": 1, "opt": 1, "max": 2}, "sequence": {"min": 1, "opt": 1, "max": 32}}
-    spec = spec_of("tensorrt-fp16-static", cache_length=64, fuse=False, profiles=[profile])
-    runner, engine = opened(tmp_path / "model.onnx", spec, monkeypatch, tmp_path / "engine")
+    runner, engine = opened_with_fixed_cache(exported("llama"), monkeypatch, tmp_path)
     ids = np.array([[30, 31, 7, 8, 90, 12, 55, 60, 61]])
     with runner:
         Graph.context = context = engine.contexts[0]
