@@ -68,9 +68,9 @@ def sweep(job: Pipeline, counts: tuple[int, ...], targets: Targets, say: Callabl
 
 
 def _of_earlier_call(sweep: RunFolder, folder: Path) -> RunFolder | None:
-    """The run that a new one can have what is made of the dense model from; None for one that was begun before."""
-    others = [] if RunLayout(folder).is_run else sweep.layout.runs
-    return RunFolder(others[0].root) if others else None
+    """The run that has most of what is made of the dense model, for a new one; None for one that was begun before."""
+    others = [] if RunLayout(folder).is_run else [RunFolder(run.root) for run in sweep.layout.runs]
+    return max(others, key=lambda run: len(_made_of_dense(run)), default=None)
 
 
 def _run(
@@ -90,10 +90,8 @@ def _adopt_dense(source: RunFolder, target: RunFolder) -> None:
 
     What the other run has made by itself it keeps, and what was measured of that: an engine is another each time.
     """
-    steps = [step for pattern in DENSE_STEPS for step in fnmatch.filter(source.recorded(), pattern)]
-    found = {step: record for step in steps if (record := source.record(step)) is not None}
     lacking: set[str] = set()  # what the source has made and the other run has not
-    for step, record in found.items():
+    for step, record in _made_of_dense(source).items():
         own = target.record(step)
         holds = own is not None and own.key == record.key and _has_outputs(target, own)
         # Without its outputs it is of an engine that was cleaned away.
@@ -104,6 +102,11 @@ def _adopt_dense(source: RunFolder, target: RunFolder) -> None:
             link_tree(source.layout.record(step), target.layout.record(step))
             own = record
         lacking |= set(record.outputs.values()) - set(own.outputs.values() if own is not None else ())
+
+
+def _made_of_dense(run: RunFolder) -> dict[str, StepRecord]:
+    steps = [step for pattern in DENSE_STEPS for step in fnmatch.filter(run.recorded(), pattern)]
+    return {step: record for step in steps if (record := run.record(step)) is not None}
 
 
 def _has_outputs(run: RunFolder, record: StepRecord) -> bool:

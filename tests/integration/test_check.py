@@ -79,6 +79,26 @@ def test_a_reader_that_left_changes_no_verdict(workspace: Path, tmp_path: Path) 
     assert ElementTree.parse(tmp_path / "check.xml").find(".//skipped") is not None
 
 
+def test_a_verdict_that_cannot_be_written_is_shown(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk was full by then, and minutes of measuring ended in a line about the file."""
+    folder, measured = tmp_path / "results", checks.check_run
+    folder.mkdir()
+
+    def then_the_folder_goes(*given: Any) -> Any:
+        found = measured(*given)
+        folder.rmdir()
+        folder.write_text("")
+        return found
+
+    monkeypatch.setattr(checks, "check_run", then_the_folder_goes)
+    options = ["--max-ppl-ratio", "100", "--budget", "1", "--out", str(folder / "check.json")]
+    done = trsp_deploy("check", "run", *options, cwd=workspace)
+    assert done.code == 1 and "its folder cannot be made" in done.stderr.splitlines()[-1], done.said
+    assert done.stdout.splitlines()[-1] == "PASS"
+
+
 def test_an_error_takes_the_place_of_an_earlier_verdict(workspace: Path, tmp_path: Path) -> None:
     junit = tmp_path / "check.xml"
     junit.write_text("<testsuites/>")

@@ -108,3 +108,15 @@ def test_a_file_system_without_locks_is_one_line(tmp_path: Path, monkeypatch: py
     said = r"this file system has no locks .*name a folder on another one"
     with pytest.raises(StorageError, match=said), locked(tmp_path / ".lock", tmp_path):
         pytest.fail("not locked")
+
+
+def test_a_full_disk_leaves_no_lock_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It had taken the name, and no word in the file."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(locks.os, "pwrite", refuse)
+    with pytest.raises(StorageError, match="the disk is full"), writing_alone(tmp_path / "engine"):
+        pytest.fail("not locked")
+    assert list(tmp_path.iterdir()) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging.handlers
+import os
 import shutil
 import socket
 import threading
@@ -27,7 +28,7 @@ from trsp_deploy.decoder import load_tokenizer
 from trsp_deploy.errors import ModelError
 from trsp_deploy.tools.sources import packaged
 from trsp_deploy.tools.sources.hub import hub_problem
-from trsp_deploy.tools.sources.model_folders import check_decoder_only, copy_model
+from trsp_deploy.tools.sources.model_folders import check_decoder_only, copy_model, fingerprint_model
 from trsp_deploy.tools.sources.models import LEGAL_FILES, model_config, resolve_model
 from trsp_deploy.tools.sources.names import HUB_ID, SHORT_NAMES
 from trsp_deploy.tools.sources.safe_copy import convert
@@ -260,6 +261,31 @@ def test_half_a_model_in_the_cache_is_not_used(hub: Path, folder: Path) -> None:
     assert "(or not all) in the Hugging Face cache" in error_line("opt-125m")
 
 
+def test_a_model_in_the_cache_without_its_code_is_not_used(hub: Path, folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_tiny.TinyForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(config))
+    put_into_cache(hub, "facebook/opt-125m", folder)
+    assert "(or not all) in the Hugging Face cache" in error_line("opt-125m")
+
+
+def test_pickles_in_the_cache_are_refused_without_a_network(hub: Path, folder: Path) -> None:
+    pickled(folder, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    put_into_cache(hub, "facebook/opt-125m", folder)
+    message = error_line("opt-125m")
+    assert "its weights are a pickle (pytorch_model.bin)" in message and "`trsp-deploy convert opt-125m`" in message
+
+
+def test_a_card_is_no_part_of_what_a_model_computes(folder: Path) -> None:
+    before = fingerprint_model(folder)
+    for name in ("README.md", "LICENSE", ".gitattributes"):
+        (folder / name).write_text("another one")
+    assert fingerprint_model(folder) == before
+    (folder / "generation_config.json").write_text("{}")
+    assert fingerprint_model(folder) != before
+
+
 class Hub(BaseHTTPRequestHandler):
     """As much of the hub's protocol as a download needs, for one repository."""
 
@@ -351,6 +377,8 @@ def test_pickles_on_the_hub_are_not_even_fetched(local_hub: type[Hub], tiny: Pat
     assert resolve_model(str(out), silent).kind == "folder"
     assert (out / "model.safetensors").stat().st_mode & 0o777 == out.stat().st_mode & 0o666
     assert "its weights are a pickle" in error_line("owner/tiny"), "the cache has it now, and it is still a pickle"
+    with pytest.raises(ModelError, match=r"--out .*safe: is there already; name a folder that is not"):
+        convert("owner/tiny", tmp_path / "safe", silent)
 
 
 def test_a_conversion_is_found_by_the_models_name(local_hub: type[Hub], tiny: Path, tmp_path: Path) -> None:
@@ -364,6 +392,11 @@ def test_a_conversion_is_found_by_the_models_name(local_hub: type[Hub], tiny: Pa
     assert convert("owner/tiny", None, silent) == out and (out / "model.safetensors").stat().st_mtime_ns == made
     with pytest.raises(ModelError, match="is a folder; name one for its safetensors with --out DIR"):
         convert(str(tiny), None, silent)
+    older, half = out.with_name("an-earlier-commit"), out.with_name(".a-later-commit.partial")
+    for folder in (older, half):
+        folder.mkdir()
+    os.utime(older, (1, 1))
+    assert resolve_model("owner/tiny", silent) == source, "the newest that is whole"
     (out / "model.safetensors").unlink()
     assert f"{out}: is not a complete Hugging Face model" in error_line("owner/tiny")
 

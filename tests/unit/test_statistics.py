@@ -9,7 +9,7 @@ import pytest
 
 from tests.samples import by_documents, made_up, scores, slow_again
 from trsp_deploy.errors import TextError
-from trsp_deploy.results import TURNS
+from trsp_deploy.results import TURNS, Block, Subject
 from trsp_deploy.tools.judging import statistics
 from trsp_deploy.tools.judging.statistics import (
     Ratio,
@@ -18,6 +18,7 @@ from trsp_deploy.tools.judging.statistics import (
     paired_accuracy,
     paired_by_documents,
     perplexity_ratio,
+    replicate_ratios,
     retained_accuracy,
     speedup,
 )
@@ -30,6 +31,33 @@ def test_turns_are_as_many_for_each_and_a_linear_drift_cancels(subjects: int) ->
     assert len({len(each) for each in places}) == 1 and len({sum(each) for each in places}) == 1
     if subjects == 3:
         assert all(first != second for first, second in zip(turns, turns[1:] + turns[:1], strict=True))
+
+
+@pytest.mark.parametrize("first", range(3))
+@pytest.mark.parametrize("control", [True, False])
+def test_a_drift_cancels_between_dense_and_pruned(control: bool, first: int) -> None:
+    """The machine slows down by 1% from turn to turn."""
+    replicate = made_up(speedup=1.2, noise=0, replicates=2, cycles=3, control=control).replicates[0]
+    order = tuple(np.roll(replicate.order, first))
+    taken: dict[Subject, list[Block]] = {subject: [] for subject in order}
+    for place, index in enumerate(3 * TURNS[len(order)]):
+        block = replicate.blocks[order[index]][0][0]
+        taken[order[index]].append(block.model_copy(update={"prefill_s": block.prefill_s * 1.01**place}))
+    blocks = {subject: (tuple(each),) for subject, each in taken.items()}
+    drifting = replicate.model_copy(update={"order": order, "blocks": blocks})
+    ratios, against_itself = replicate_ratios([drifting], 0, "prefill")
+    assert ratios == [pytest.approx(math.log(1.2))]
+    assert against_itself is None or abs(against_itself[0]) <= math.log(1.011)
+
+
+def test_blocks_that_something_held_up_move_nothing() -> None:
+    """A mean over a cycle's three blocks would be 12% off."""
+    replicate = made_up(speedup=1.2, noise=0, replicates=2, cycles=3).replicates[0]
+    (blocks,) = replicate.blocks["pruned"]
+    held_up = [block.model_copy(update={"prefill_s": 1.4 * block.prefill_s}) for block in blocks[::3]]
+    others = [block for place, block in enumerate(blocks) if place % 3]
+    disturbed = replicate.model_copy(update={"blocks": {**replicate.blocks, "pruned": ((*held_up, *others),)}})
+    assert replicate_ratios([disturbed], 0, "prefill")[0] == [pytest.approx(math.log(1.2))]
 
 
 @pytest.mark.parametrize(("replicates", "draws", "least"), [(2, 300, 0.92), (5, 2000, 0.94), (6, 2000, 0.94)])

@@ -77,6 +77,10 @@ def test_a_cut_that_comes_later_has_the_dense_engine_of_those_before(tmp_path: P
     source = _of_earlier_call(sweep, sweep.path / "drop-1")
     assert source is not None and source.path == sweep.path / "drop-4"
     assert _of_earlier_call(sweep, sweep.path / "drop-4") is None, "it has its own"
+    for record in (sweep.path / "drop-4" / "records").glob("*-dense*"):
+        record.unlink()
+    source = _of_earlier_call(sweep, sweep.path / "drop-1")
+    assert source is not None and source.path == sweep.path / "drop-10", "the first was stopped before its engines"
 
 
 def _build_dense(run: RunFolder, content: str) -> None:

@@ -35,8 +35,7 @@ def locked(lock: Path, what: Path, patience_s: float | None = PATIENCE_S) -> Ite
             os.close(handle)  # its holder has removed it: a third command would lock the next one
             handle = _open(lock)
         with storage_errors(lock):
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, f"{os.getpid()} {socket.gethostname()}".encode(), 0)
+            _sign(handle, lock)
         yield
     finally:
         os.close(handle)
@@ -70,6 +69,15 @@ def _open(lock: Path) -> int:
             if problem.errno != errno.ELOOP:
                 raise
             raise StorageError(f"{lock}: is a link, and what it leads to would be written over; remove it") from problem
+
+
+def _sign(handle: int, lock: Path) -> None:
+    try:
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"{os.getpid()} {socket.gethostname()}".encode(), 0)
+    except OSError:
+        lock.unlink(missing_ok=True)  # a full disk takes a file's name, but no word in it
+        raise
 
 
 def _is_there(lock: Path, handle: int) -> bool:

@@ -44,14 +44,22 @@ def _publish_error(line: str, junit: Path | None, output: Output) -> None:
 def publish(found: Check, out: Path | None, junit: Path | None, output: Output) -> None:
     """Write the verdict wherever a CI system looks for it, and to the terminal. Files first: a reader may have left."""
     from trsp_deploy.artifacts import write_json
+    from trsp_deploy.tools.reports import ci
+
+    try:
+        if out is not None:
+            write_json(out, found)
+        if junit is not None:
+            _write_text(junit, ci.junit(found.engine, found.outcomes, found.comparison.elapsed_s))
+    finally:  # what minutes of measuring found is not lost to a full disk
+        _show(found, output)
+
+
+def _show(found: Check, output: Output) -> None:
     from trsp_deploy.cli.tables import print_comparison
     from trsp_deploy.tools.judging.comparisons import notes
     from trsp_deploy.tools.reports import ci
 
-    if out is not None:
-        write_json(out, found)
-    if junit is not None:
-        _write_text(junit, ci.junit(found.engine, found.outcomes, found.comparison.elapsed_s))
     _add_step_summary(ci.step_summary(found.engine, found.verdict, found.outcomes, found.notes))
     print_comparison(found.engine, found.comparison, output.stream)
     more = [note for note in found.notes if note not in notes(found.comparison)]  # those of the comparison are shown

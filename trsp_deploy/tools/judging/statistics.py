@@ -1,7 +1,7 @@
 """Ratios with intervals, from samples that were taken in pairs.
 
-A speed-up is the geometric mean over replicates (fresh processes) of the median over their cycles of the ratio of
-neighbouring blocks. The replicate is the unit: blocks of one process share its memory layout and its moment.
+A speed-up is the geometric mean over replicates (fresh processes) of the median ratio of a block of dense and one of
+pruned, over all such pairs. The replicate is the unit: blocks of one process share its memory layout and its moment.
 """
 
 from __future__ import annotations
@@ -135,13 +135,14 @@ def replicate_ratios(
     not cancel between these two, so that the noise floor is rather too high than too low.
     clock: that every block was timed by.
     """
-    values = [_cycles(replicate, case, phase, clock) for replicate in replicates]
-    ratios = [_median(_dense(v) - v["pruned"]) for v in values]
-    if all("again" in v for v in values):
-        return ratios, [_median(v["again"] - v["dense"]) for v in values]
+    logs = [_logs(replicate, case, phase, clock) for replicate in replicates]
+    ratios = [_shift(_dense(each), each["pruned"]) for each in logs]
+    if all("again" in each for each in logs):
+        return ratios, [_shift(each["again"], each["dense"]) for each in logs]
     if any(replicate.together for replicate in replicates):
         return ratios, None
-    return ratios, [_median(second - first) for first, second in (_turns(r, case, phase, clock) for r in replicates)]
+    turns = [_turns(each["dense"], replicate) for each, replicate in zip(logs, replicates, strict=True)]
+    return ratios, [_shift(last, first) for first, last in turns]
 
 
 Speedups = dict[tuple[int, Phase], Speedup]  # by index of the case, and phase
@@ -152,31 +153,33 @@ def speedups(replicates: Sequence[Replicate], cases: int) -> Speedups:
     return {(index, phase): speedup(replicates, index, phase) for index in range(cases) for phase in PHASES}
 
 
-def _cycles(replicate: Replicate, case: int, phase: Phase, clock: Clock = phase_s) -> dict[Subject, np.ndarray]:
-    """Mean log seconds of each cycle's turns, (cycles,): a drift that is linear over a cycle cancels."""
-
-    def logs(subject: Subject) -> np.ndarray:
-        blocks = replicate.blocks[subject][case]
-        return np.log([clock(block, phase) for block in blocks]).reshape(-1, replicate.blocks_per_cycle).mean(axis=1)
-
-    return {subject: logs(subject) for subject in replicate.blocks}
+def _logs(replicate: Replicate, case: int, phase: Phase, clock: Clock = phase_s) -> dict[Subject, np.ndarray]:
+    """Log seconds of every block, (blocks,), in the order taken."""
+    return {
+        subject: np.log([clock(block, phase) for block in cases[case]]) for subject, cases in replicate.blocks.items()
+    }
 
 
-def _turns(replicate: Replicate, case: int, phase: Phase, clock: Clock) -> tuple[np.ndarray, np.ndarray]:
-    """Mean log seconds of dense's first and of its last turn of each cycle, (cycles,) each."""
-    logs = np.log([clock(block, phase) for block in replicate.blocks["dense"][case]])
-    turns = logs.reshape(-1, replicate.blocks_per_cycle // replicate.blocks_per_turn, replicate.blocks_per_turn)
-    means = turns.mean(axis=2)  # (cycles, turns)
-    return means[:, 0], means[:, -1]
+def _shift(one: np.ndarray, other: np.ndarray) -> float:
+    """By how much log seconds (blocks,) are more than others, blind to a few that something held up.
+
+    The median over all pairs: Hodges and Lehmann 1963, Annals of Mathematical Statistics 34, 598 to 611. A drift that is
+    linear over the replicate cancels between dense and pruned (`results.TURNS`), and to a turn of it between dense and
+    itself, now with one sign and now with the other.
+    """
+    return float(np.median(np.subtract.outer(one, other)))
 
 
-def _dense(values: dict[Subject, np.ndarray]) -> np.ndarray:
-    """Values of dense; both copies count, so that the control costs little of the precision that its time buys."""
-    return (values["dense"] + values["again"]) / 2 if "again" in values else values["dense"]
+def _turns(logs: np.ndarray, replicate: Replicate) -> tuple[np.ndarray, np.ndarray]:
+    """Of a subject's blocks those of the first and those of the last turn of each cycle."""
+    size = replicate.blocks_per_turn
+    cycles = logs.reshape(-1, replicate.blocks_per_cycle)
+    return cycles[:, :size].ravel(), cycles[:, -size:].ravel()
 
 
-def _median(values: np.ndarray) -> float:
-    return float(np.median(values))
+def _dense(logs: dict[Subject, np.ndarray]) -> np.ndarray:
+    """Blocks of dense; both copies count, so that the control costs little of the precision that its time buys."""
+    return np.concatenate([logs["dense"], logs["again"]]) if "again" in logs else logs["dense"]
 
 
 def _reach(ratio: Ratio) -> float:
@@ -254,8 +257,8 @@ def change(before: Sequence[float], after: Sequence[float], controls: Sequence[S
 
 
 def replicate_logs(replicates: Sequence[Replicate], subject: Subject, case: int, phase: Phase) -> list[float]:
-    """Log seconds of each replicate: the median over its cycles."""
-    return [_median(_cycles(replicate, case, phase)[subject]) for replicate in replicates]
+    """Log seconds of each replicate: of its median block."""
+    return [float(np.median(_logs(replicate, case, phase)[subject])) for replicate in replicates]
 
 
 def median_s(comparison: Comparison, subject: Subject, case: int, phase: Phase) -> float:
