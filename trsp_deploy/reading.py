@@ -177,10 +177,6 @@ def load_yaml(text: str) -> Any:
         raise ValueError("nested too deeply")
     try:
         return _bounded(yaml.load(text, _Loader))
-    except yaml.MarkedYAMLError as problem:  # whose own words quote the text and call it "<unicode string>"
-        mark = problem.problem_mark
-        where = "" if mark is None else f" at line {mark.line + 1}, column {mark.column + 1}"
-        raise ValueError(f"{problem.problem}{where}") from problem
     except (yaml.YAMLError, ArithmeticError, TypeError, LookupError, AttributeError) as problem:
         raise ValueError(str(problem)) from problem
     except RecursionError as problem:

@@ -195,10 +195,10 @@ def test_a_task_counts_once() -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"a: [1", "not valid YAML (expected ',' or ']', but got '<stream end>' at line 1, column 6)"),
+        (b"a: [1", "not valid YAML"),
         (b"\xff\xfe\x00", "is not UTF-8 text (byte 0)"),
         (b"- a\n- b\n", "holds a list, expected a mapping"),
-        (b"seed: 1\nmodel: m\nseed: 2\n", "the key 'seed' stands twice at line 3, column 1)"),
+        (b"seed: 1\nmodel: m\nseed: 2\n", "the key 'seed' stands twice"),
         (b"", "holds a NoneType, expected a mapping"),
         (None, "no such file"),
     ],

@@ -163,9 +163,9 @@ def _logs(replicate: Replicate, case: int, phase: Phase, clock: Clock = phase_s)
 def _shift(one: np.ndarray, other: np.ndarray) -> float:
     """By how much log seconds (blocks,) are more than others, blind to a few that something held up.
 
-    The median over all pairs: Hodges and Lehmann 1963, Annals of Mathematical Statistics 34, 598 to 611. A drift that is
-    linear over the replicate cancels between dense and pruned (`results.TURNS`), and to a turn of it between dense and
-    itself, now with one sign and now with the other.
+    The median over all pairs: Hodges and Lehmann 1963, Annals of Mathematical Statistics 34, 598 to 611. A drift that
+    is linear over the replicate cancels between dense and pruned (`results.TURNS`), and to a turn of it between dense
+    and itself, now with one sign and now with the other.
     """
     return float(np.median(np.subtract.outer(one, other)))
 
