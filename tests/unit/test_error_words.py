@@ -239,6 +239,13 @@ def test_keys_that_cannot_be_moved(tmp_path: Path) -> None:
     says("its keys are not turned by one angle a place", lambda: engine_rotations(path), errors.EngineUnavailable)
 
 
+def test_keys_of_very_long_texts_can_be_moved(tmp_path: Path) -> None:
+    """The tables of half a million positions and more (Qwen2.5 has a million), as graphs compute them: in fp32."""
+    turns = np.arange(2**19, dtype=np.float32) * np.float32(0.83)
+    (rotation,) = engine_rotations(turning([turns], tmp_path / "m.onnx"))
+    assert rotation.angles == (pytest.approx(0.83, abs=1e-7),)
+
+
 def test_keys_that_are_turned_in_two_ways(tmp_path: Path) -> None:
     slow, quick = engine_rotations(turning([0.1 * np.arange(8), 0.2 * np.arange(8)], tmp_path / "m.onnx"))
     assert (slow.angles, slow.caches) == (pytest.approx((0.1,)), ("past0",))
