@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import socket
 import sys
@@ -17,7 +18,7 @@ import psutil
 import pytest
 
 from tests.command import PYTHON_SCRIPT
-from trsp_deploy.errors import RunError
+from trsp_deploy.errors import RunError, StorageError
 from trsp_deploy.tools.triton_server import process
 from trsp_deploy.tools.triton_server.process import Installation, Server, find, start, stop
 
@@ -183,7 +184,7 @@ def test_stopping_what_was_never_served_writes_nothing(repository: Path) -> None
 def test_a_start_that_fails_leaves_alone_what_was_started_since(repository: Path) -> None:
     first = start(repository, program(repository, READY))
     last = first.model_copy(update={"shared_memory": "trsp-00000000-", "pid": 0})
-    process._clear_up(last)
+    process._clear_up(repository, last)
     assert find(repository) == first
 
 
@@ -206,3 +207,51 @@ def test_an_environment_whose_python_is_gone_is_one_line(tmp_path: Path) -> None
     (tmp_path / "bin" / "python").symlink_to(tmp_path / "gone")
     with pytest.raises(RunError, match="its Python does not run"):
         process.find_installation(tmp_path)
+
+
+def test_another_machine_with_the_same_home_leaves_a_server_alone(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It sees none of its processes, and would take it for one that was killed."""
+    installation = program(repository, READY)
+    first = start(repository, installation)
+    with monkeypatch.context() as there:
+        there.setattr(socket, "gethostname", lambda: "another")
+        there.setattr(process, "_processes", lambda server: [])
+        assert find(repository) is None and not stop(repository).was_running
+    assert find(repository) == first and stop(repository).was_running
+
+
+def test_a_server_that_cannot_be_recorded_does_not_stay(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[Server] = []
+
+    def full(path: Path, server: Server) -> None:
+        launched.append(server)
+        raise StorageError("the disk is full")
+
+    monkeypatch.setattr(process, "write_json", full)
+    with pytest.raises(StorageError, match="the disk is full"):
+        start(repository, program(repository, READY))
+    (server,) = launched
+    assert not psutil.pid_exists(server.pid) and process._processes(server) == []
+
+
+def test_a_repository_in_a_folder_whose_name_is_not_utf_8_is_served(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = repository.parent / os.fsdecode(b"m\xff")
+    (place / "models").mkdir(parents=True)
+    monkeypatch.chdir(place)
+    server = start(Path("models"), program(repository, READY))
+    assert find(Path("models")) == server and stop(Path("models"), grace_s=0).was_running
+
+
+def test_what_is_said_to_stop_a_server_can_be_copied(repository: Path) -> None:
+    spaced = repository.parent / "my models"
+    with pytest.raises(RunError, match=f"`trsp-deploy triton RUN --out '{spaced}'` writes one"):
+        start(spaced, program(repository, READY))
+    spaced.mkdir()
+    start(spaced, program(repository, READY))
+    with pytest.raises(RunError, match=f"is served already on port [0-9]+; `trsp-deploy triton-stop '{spaced}'`"):
+        start(spaced, program(repository, READY))
+    assert stop(spaced, grace_s=0).was_running

@@ -358,7 +358,7 @@ def test_a_damaged_manifest_says_what_is_wrong_with_it_and_what_helps(repository
 def test_a_record_of_a_server_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "_folder", lambda repository: tmp_path)
     assert process.find(tmp_path) is None
-    (tmp_path / process.STATE).write_text('{"repository": ""}')
+    (tmp_path / process.STATE).write_text('{"log": ""}')
     with pytest.raises(RunError, match=r"is no record of a server \(key 'pid' is missing\); delete it"):
         process.find(tmp_path)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -70,9 +71,9 @@ def triton_start(repository: Repository, server: Environment = None, port: Port 
     output.say(
         f"ready: http 127.0.0.1:{started.http}, grpc 127.0.0.1:{started.grpc}, metrics 127.0.0.1:{started.metrics}",
         f"log: {started.log}",
-        f"stop it: trsp-deploy triton-stop {repository}",
+        f"stop it: trsp-deploy triton-stop {shlex.quote(str(repository))}",
     )
-    output.result(started.model_dump(mode="json"))
+    output.result({"repository": str(repository), **started.model_dump(mode="json")})
 
 
 def triton_stop(repository: Repository, as_json: Json = False) -> None:

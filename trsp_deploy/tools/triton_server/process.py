@@ -16,6 +16,7 @@ import http.client
 import os
 import re
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -49,7 +50,6 @@ DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 class Server(Strict):
     """A server that was started; `server.json` of its folder."""
 
-    repository: str
     pid: int
     http: int  # ports of ADDRESS
     grpc: int
@@ -140,25 +140,30 @@ def start(
     Raises RunError when a server of this repository runs already, when a port is taken, when a model does not load
     (with the server's own words), or when it is not ready in time.
     """
+    named = shlex.quote(str(repository))
     if not repository.is_dir():
-        raise RunError(f"{repository}: no such folder; `trsp-deploy triton RUN --out {repository}` writes one")
+        raise RunError(f"{repository}: no such folder; `trsp-deploy triton RUN --out {named}` writes one")
     with _alone(repository):
         there = find(repository)
         if there is not None:
-            stop_it = f"`trsp-deploy triton-stop {repository}`"
+            stop_it = f"`trsp-deploy triton-stop {named}`"
             raise RunError(f"{repository}: is served already on port {there.http}; {stop_it}")
         last = _last(repository)
         if last is not None:
-            _clear_up(last)  # it was killed
+            _clear_up(repository, last)  # it was killed
         if ports is not None:
             _check_free(ports)
         process, server = _launch(repository, installation, ports or _free_ports(3), options)
-        write_json(_folder(repository) / STATE, server)
+        try:
+            write_json(_folder(repository) / STATE, server)
+        except BaseException:
+            _clear_up(repository, server)  # nobody would find it again
+            raise
     try:
         _wait(process, server)
     except BaseException:
         with _alone(repository):
-            _clear_up(server)
+            _clear_up(repository, server)
         raise
     return server
 
@@ -191,7 +196,6 @@ def _launch(
             start_new_session=True,  # Ctrl-C in this terminal is not meant for it
         )
     return process, Server(
-        repository=str(repository.resolve()),
         pid=process.pid,
         http=http,
         grpc=grpc,
@@ -252,11 +256,11 @@ def stop(repository: Path, grace_s: float = GRACE_S) -> Stopped:
                 process.send_signal(signal.SIGTERM)
         # Its stubs end with it; nothing would end those of a killed one.
         psutil.wait_procs(running, timeout=grace_s if main else 0)
-        killed, removed = _clear_up(server)
+        killed, removed = _clear_up(repository, server)
     return Stopped(was_running=bool(main), killed=killed, removed=removed)
 
 
-def _clear_up(server: Server) -> tuple[int, tuple[str, ...]]:
+def _clear_up(repository: Path, server: Server) -> tuple[int, tuple[str, ...]]:
     """Kill what is left of a server, and remove its shared memory and its record: how many, and which files."""
     left = _processes(server)
     for process in left:
@@ -266,7 +270,6 @@ def _clear_up(server: Server) -> tuple[int, tuple[str, ...]]:
     files = sorted(SHARED_MEMORY.glob(f"{server.shared_memory}*"))
     for file in files:
         file.unlink(missing_ok=True)
-    repository = Path(server.repository)
     if _last(repository) == server:  # and none that another command has started since
         (_folder(repository) / STATE).unlink()
     return len(left), tuple(file.name for file in files)
@@ -282,8 +285,12 @@ def _alone(repository: Path) -> Iterator[None]:
 
 
 def _folder(repository: Path) -> Path:
-    """Outside the repository, which may be mounted read-only and belongs to Triton."""
-    return home() / "servers" / hashlib.sha256(str(repository.resolve()).encode()).hexdigest()[:16]
+    """Outside the repository, which may be mounted read-only and belongs to Triton.
+
+    Of this machine alone: another one may share home and repository, and knows nothing of our processes.
+    """
+    place = os.fsencode(f"{socket.gethostname()}:{repository.resolve()}")  # a folder's name need not be UTF-8
+    return home() / "servers" / hashlib.sha256(place).hexdigest()[:16]
 
 
 def _last(repository: Path) -> Server | None:
