@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +96,7 @@ def measure_served(
     if other is not None:
         raise RunError(
             f"--run {run}: '{models[other].name}' of {repository} is not the run's {other} engine {engine} as it is "
-            f"now; `trsp-deploy triton {run} --out DIR --dense` writes a repository of it"
+            f"now; `trsp-deploy triton {shlex.quote(str(run))} --out DIR --dense` writes a repository of it"
         )
     load = Load(repository, generator, settings)
     names = {role: model.name for role, model in models.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Literal
 
@@ -86,5 +87,5 @@ def read_repository(folder: Path) -> RepositoryManifest:
     """Read a repository's manifest; raises RunError when there is none or it is damaged."""
     if not (folder / MANIFEST).exists():
         raise RunError(f"{folder}: no repository of `trsp-deploy triton` ({MANIFEST} is missing)")
-    again = f"delete the folder and write it again: trsp-deploy triton RUN --out {folder}"
+    again = f"delete the folder and write it again: trsp-deploy triton RUN --out {shlex.quote(str(folder))}"
     return read_record(folder / MANIFEST, RepositoryManifest, RunError, DAMAGED, again)
