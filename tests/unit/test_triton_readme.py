@@ -64,6 +64,9 @@ def test_the_image_has_the_packages_and_the_cluster_its_name() -> None:
     (container,) = deployment["spec"]["template"]["spec"]["containers"]
     assert f"docker build -t {container['image']} - < Dockerfile" in readme(repository)
     assert f"docker push {container['image']}" in readme(repository)
+    assert f'bash -c "{install.removeprefix("RUN ").replace(" --no-cache-dir", "")} && tritonserver' in readme(
+        repository
+    )
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from trsp_deploy.tools.serving.loop import MOST_WAITING
 # bulletin 5816 asks for 26.02. Any later one will do for an ONNX Runtime engine, whose package is installed into it.
 # Not tried: no Docker was at hand.
 CONTAINER = "nvcr.io/nvidia/tritonserver:26.02-py3"
+INSTALL = "PIP_BREAK_SYSTEM_PACKAGES=1 pip install"  # the Python of an image of Ubuntu 24.04 is left alone otherwise
 # What MatMulInteger multiplies is rounded with one scale for all texts of a step.
 SHARED_SCALE = "An int8 engine's answer, with one seed too, may differ with what others ask at the same time."
 
@@ -25,7 +26,7 @@ def dockerfile(repository: RepositoryManifest) -> str:
     """An image of the server with what the models need; they themselves are mounted."""
     return f"""# Triton with the packages that the models of this repository need; README.md has the words to it.
 FROM {repository.container}
-RUN PIP_BREAK_SYSTEM_PACKAGES=1 pip install --no-cache-dir {_quoted(repository.packages)}
+RUN {INSTALL} --no-cache-dir {_quoted(repository.packages)}
 """
 
 
@@ -35,7 +36,7 @@ def _quoted(packages: tuple[str, ...]) -> str:
 
 def _texts_readme(repository: RepositoryManifest, texts: list[ServedModel]) -> str:
     name = texts[0].name
-    install = f"pip install {_quoted(repository.packages)}"
+    install = f"{INSTALL} {_quoted(repository.packages)}"
     device = "" if all(model.backend == "onnxruntime-cpu" for model in repository.models) else "--gpus 1 "
     limits = [f"`{model.name}`: {model.limits}" for model in repository.models]
     if any(model.precision == "int8" and model.max_batch > 1 for model in texts):
