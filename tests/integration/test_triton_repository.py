@@ -17,7 +17,7 @@ import yaml
 from tests.command import trsp_deploy
 from tests.tiny import LAYERS
 from trsp_deploy.artifacts import write_json
-from trsp_deploy.errors import RunError
+from trsp_deploy.errors import EngineUnavailable, RunError
 from trsp_deploy.stages.serve_bench import Address, LoadSettings, measure_served
 from trsp_deploy.tools.delivery.verification import verify
 from trsp_deploy.tools.model_repository.config import SCHEMA, WARMUP, parse_config
@@ -292,3 +292,25 @@ def test_the_linter_holds_an_engine_against_package_gpu_and_driver(
     monkeypatch.setattr(own_engine, "cuda_devices", lambda: [CudaDevice("a GPU", "sm89", 2**30)])
     monkeypatch.setattr(own_engine, "driver_version", lambda: "580.65.06")
     assert [each.message for each in lint(tmp_path)] == ([f"the engine was built {message}"] if message else [])
+
+
+@needs_schema
+@pytest.mark.parametrize("gpus", [[], [CudaDevice("a GPU", "sm89", 2**30)]])
+def test_the_linter_holds_an_int8_engine_against_the_processor(
+    gpus: list[CudaDevice], served_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Path(shutil.copytree(served_repository / "pruned", tmp_path / "pruned"))
+    changed = read_manifest(model / "1" / "engine").model_copy(update={"bound": Bound(exact_int8=True)})
+
+    def devices() -> list[CudaDevice]:
+        if not gpus:
+            raise EngineUnavailable("no CUDA device")
+        return gpus
+
+    monkeypatch.setattr(own_engine, "read_manifest", lambda folder: changed)
+    monkeypatch.setattr(own_engine, "cuda_devices", devices)
+    monkeypatch.setattr(own_engine, "driver_version", lambda: None)
+    monkeypatch.setattr(own_engine, "adds_int8_exactly", lambda: False)
+    assert [each.message for each in lint(tmp_path)] == [
+        "the engine was built for a processor with VNNI; on this one, without, its int8 products would overflow"
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,8 +10,8 @@ from trsp_deploy.artifacts import ENGINE_MANIFEST, fingerprint
 from trsp_deploy.errors import EngineUnavailable, RunError
 from trsp_deploy.reading import read_json
 from trsp_deploy.tools.model_repository.lint.finding import Finding, Say
-from trsp_deploy.tools.runners.manifest import EngineManifest, read_manifest
-from trsp_deploy.tools.runners.requirements import cuda_devices, driver_version, package_version
+from trsp_deploy.tools.runners.manifest import Bound, EngineManifest, read_manifest
+from trsp_deploy.tools.runners.requirements import adds_int8_exactly, cuda_devices, driver_version, package_version
 
 
 def against_manifest(version: Path, error: Say) -> Iterator[Finding]:
@@ -48,20 +49,20 @@ def against_manifest(version: Path, error: Say) -> Iterator[Finding]:
 
 
 def _machine(manifest: EngineManifest, error: Say) -> Iterator[Finding]:
-    """Whether the engine is for the package, the GPU and its driver that are here, where there are any."""
+    """Whether the engine is for the package, processor, GPU and driver that are here, where there are any."""
     try:
         version = package_version(manifest.spec.backend)
     except EngineUnavailable:
         version = manifest.backend_version  # nothing to compare with: the server is elsewhere
     if version != manifest.backend_version:
         yield error(f"the engine was built with {manifest.spec.backend} {manifest.backend_version}, here is {version}")
-    try:
-        gpu = cuda_devices()[0].compute_capability
-    except EngineUnavailable:
-        return
-    misfit = manifest.bound.misfit(manifest.bound.model_copy(update={"gpu": gpu, "driver": driver_version()}))
+    gpu: str | None = None
+    driver: str | None = None
+    with contextlib.suppress(EngineUnavailable):
+        gpu, driver = cuda_devices()[0].compute_capability, driver_version()
+    misfit = manifest.bound.misfit(Bound(gpu=gpu, driver=driver, exact_int8=adds_int8_exactly()))
     if misfit is not None:
         yield error(f"the engine was built {misfit}")
     wanted = manifest.spec.compute_capabilities
-    if wanted and gpu not in [name.lower() for name in wanted]:
+    if gpu is not None and wanted and gpu not in [name.lower() for name in wanted]:
         yield error(f"the engine was built for GPUs of compute capability {', '.join(wanted)}, here is {gpu}")
