@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -469,3 +470,22 @@ def test_a_python_model_may_complete_its_config_itself(tmp_path: Path) -> None:
 def test_numbers_that_no_name_is_known_of_are_no_traceback(model: Path) -> None:
     (model / "config.pbtxt").write_text(f"{GOOD.replace('TYPE_FP32', '99')}instance_group [ {{ kind: 7 }} ]")
     assert "99" in said(model)
+
+
+def test_names_that_are_not_utf_8_are_no_traceback(model: Path) -> None:
+    for folder in (b"caf\xe9", b"m/2\xe9"):
+        (model.parent / os.fsdecode(folder)).mkdir()
+    assert said(model).splitlines() == [
+        r"error: caf\udce9: config.pbtxt is missing",
+        r"error: m: the server takes folder 2\udce9 for version 2: give it another name",
+    ]
+
+
+def test_a_place_of_weights_that_is_not_utf_8_is_no_traceback(model: Path) -> None:
+    path = model / "1" / "model.onnx"
+    graph = onnx.load(path)
+    weight = onnx.TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[1], data_location=TensorProto.EXTERNAL)
+    weight.external_data.add(key="location", value="elsewhere")
+    graph.graph.initializer.append(weight)
+    path.write_bytes(graph.SerializeToString().replace(b"elsewhere", b"\xff" * 9))
+    assert "m: 1/model.onnx: has a name that is not UTF-8" in said(model)

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
 
 from trsp_deploy.recipe import Strict
+
+
+def _shown(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()  # a file's name need not be UTF-8
+
+
+Shown = Annotated[str, BeforeValidator(_shown)]
 
 
 class Finding(Strict):
     """One thing that is wrong, or that may be."""
 
     severity: Literal["error", "warning"]
-    model: str
-    message: str
+    model: Shown
+    message: Shown
 
     def __str__(self) -> str:
         return f"{self.severity}: {self.model}: {self.message}"

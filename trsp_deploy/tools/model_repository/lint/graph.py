@@ -39,7 +39,9 @@ def against_graph(config: Any, path: Path, error: Say) -> Iterator[Finding]:
         yield error(f"{path.parent.name}/{path.name}: not an ONNX file ({type(problem).__name__})")
         return
     graph = model.graph
-    if any(isinstance(value.name, bytes) for value in (*graph.input, *graph.output)):  # protobuf's form of no UTF-8
+    places = [entry.value for each in graph.initializer for entry in each.external_data if entry.key == "location"]
+    # protobuf's form of no UTF-8
+    if any(isinstance(text, bytes) for text in (*places, *(value.name for value in (*graph.input, *graph.output)))):
         yield error(f"{path.parent.name}/{path.name}: has a name that is not UTF-8")
         return
     initialisers = {tensor.name for tensor in graph.initializer}
@@ -68,7 +70,9 @@ def against_graph(config: Any, path: Path, error: Say) -> Iterator[Finding]:
     missing = [name for name in inputs if name not in named]
     if config.input and missing:
         yield error(f"inputs of the graph that the config does not have: {', '.join(missing)}")
-    yield from _weights(graph, path, error)
+    for file in sorted(set(places)):
+        if not (path.parent / file).is_file():
+            yield error(f"{path.parent.name}/{file} is missing: it holds weights of {path.name}")
 
 
 def _takes(wanted: int, graph: int) -> bool:
@@ -104,11 +108,3 @@ def _against_tensor(
         dims = [-1]  # texts of a batch after each other
     if len(dims) != len(graph_dims) or not all(fits(one, other) for one, other in zip(dims, graph_dims, strict=True)):
         yield error(f"{title}: dims {dims} with the batch, {graph_dims} in the graph")
-
-
-def _weights(graph: Any, path: Path, error: Say) -> Iterator[Finding]:
-    """The files that hold the graph's weights."""
-    places = (entry for tensor in graph.initializer for entry in tensor.external_data if entry.key == "location")
-    for file in sorted({entry.value for entry in places}):
-        if not (path.parent / file).is_file():
-            yield error(f"{path.parent.name}/{file} is missing: it holds weights of {path.name}")
