@@ -157,6 +157,18 @@ def test_an_ensemble_of_larger_batches_than_its_step_takes_is_found(model: Path)
     assert "max_batch_size 8, and step 'm' takes 4" in said(model)
 
 
+@pytest.mark.parametrize("policy", ["", "version_policy { all { } }"])
+def test_a_step_of_a_version_that_is_not_loaded_is_found(policy: str, model: Path) -> None:
+    """As where a newer one was put beside it: the server loads the latest alone where the config does not say."""
+    add_ensemble(model, "e", 4, "m")
+    config = model.parent / "e" / "config.pbtxt"
+    config.write_text(config.read_text().replace('model_name: "m"', 'model_name: "m" model_version: 1'))
+    shutil.copytree(model / "1", model / "2")
+    (model / "config.pbtxt").write_text(GOOD + policy)
+    line = "error: e: a step of the ensemble is version 1 of 'm', whose version_policy loads 2"
+    assert said(model) == ("" if policy else line)
+
+
 def test_a_step_whose_config_cannot_be_read_is_that_model_s_error_alone(model: Path) -> None:
     add_ensemble(model, "e", 4, "m")
     (model / "config.pbtxt").write_text("nonsense")
@@ -200,6 +212,25 @@ def test_a_state_begins_with_something(model: Path) -> None:
     assert "state 'a': a dimension of -1 begins as 1" in said(model) and "state 'c': has no initial_state" in said(
         model
     )
+
+
+@pytest.mark.parametrize(
+    ("dims", "begins", "fits"),
+    [
+        ("2", "2", True),
+        ("-1", "1", True),
+        ("4, -1", "4, 1", True),
+        ("2", "3", False),
+        ("-1", "-1", False),
+        ("2", "2, 1", False),
+    ],
+)
+def test_a_state_begins_in_dims_that_it_may_have(dims: str, begins: str, fits: bool, model: Path) -> None:
+    initial = f'initial_state: {{ data_type: TYPE_FP32 dims: [ {begins} ] zero_data: true name: "i" }}'
+    one = state(("a", "b"), initial).replace("dims: [ 2 ] initial", f"dims: [ {dims} ] initial")
+    (model / "config.pbtxt").write_text(f"{GOOD}sequence_batching {{ state [ {one} ] }}")
+    assert ("its initial_state is of another type or other dims" not in said(model)) is fits
+    assert "begins" not in said(model)
 
 
 class Plan:
@@ -246,7 +277,8 @@ PLANNED = GOOD.replace('backend: "onnxruntime"', 'platform: "tensorrt_plan"')
         ("max_batch_size: 4", "max_batch_size: 512", "max_batch_size 512, and the plan's profiles end at a batch of 8"),
         ('name: "x" ', 'name: "z" ', "input 'z': the plan has x"),
         ('name: "y" data_type: TYPE_FP32', 'name: "y" data_type: TYPE_FP16', "TYPE_FP16 in the config, TYPE_FP32"),
-        ("max_batch_size: 4", "", "dims [3] with the batch, [-1, 3] in the plan"),
+        ("max_batch_size: 4", "", ""),  # the backend finds it where dims lack the batch
+        ("dims: [ 3 ]", "dims: [ 4 ]", "dims [-1, 4] with the batch, [-1, 3] in the plan"),
     ],
 )
 def test_a_plan_is_held_against_its_config(
@@ -322,6 +354,27 @@ def test_a_folder_without_a_tokenizer_is_named(file: str, model: Path, tmp_path:
     assert said(model) == f"error: m: parameter tokenizer_dir: {folder} holds no tokenizer (such as tokenizer.json)"
     (folder / file).touch()
     assert said(model) == ""
+
+
+def test_batch_sizes_that_the_server_finds_itself_batch(model: Path) -> None:
+    """The onnxruntime backend completes a config that lacks inputs or outputs, a Python model what it says it does."""
+    (model / "config.pbtxt").write_text('backend: "onnxruntime"\ndynamic_batching { }')
+    assert said(model) == ""
+    (model / "config.pbtxt").write_text('backend: "python"\ndynamic_batching { }')
+    (model / "1" / "model.py").write_text("class TritonPythonModel: pass")
+    assert said(model) == "error: m: dynamic_batching with max_batch_size 0 loads, and never batches"
+    (model / "1" / "model.py").write_text("class TritonPythonModel:\n    def auto_complete_config(c): return c")
+    assert said(model) == ""
+
+
+def test_a_file_for_each_kind_of_gpu_is_in_place_of_one_for_all(model: Path) -> None:
+    by_gpu = 'cc_model_filenames [ { key: "7.5" value: "turing.onnx" }, { key: "8.9" value: "ada.onnx" } ]'
+    (model / "config.pbtxt").write_text(GOOD + by_gpu)
+    (model / "1" / "model.onnx").rename(model / "1" / "turing.onnx")
+    assert said(model).splitlines() == [
+        "error: m: 1/ada.onnx is missing, which is for GPUs of compute capability 8.9",
+        "warning: m: 1/model.onnx is missing: only GPUs of compute capability 7.5, 8.9 have a file",
+    ]
 
 
 def test_missing_parts(model: Path, tmp_path: Path) -> None:
@@ -451,6 +504,13 @@ def test_what_a_server_takes_is_no_fault(model: Path) -> None:
 def test_folders_that_only_look_like_versions(model: Path, name: str, finding: str) -> None:
     (model / name).mkdir()
     assert said(model) == finding
+
+
+def test_an_openvino_model_completes_its_config_itself(tmp_path: Path) -> None:
+    file = tmp_path / "m" / "1" / "model.xml"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    assert said(tmp_path / "m").startswith("warning: m: config.pbtxt is missing: the server makes one up")
 
 
 def test_a_version_with_leading_zeros_is_none(model: Path) -> None:

@@ -9,7 +9,6 @@ engine of ours (`own_engine`).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from trsp_deploy.tools.model_repository.lint.finding import Finding, Say
 from trsp_deploy.tools.model_repository.lint.graph import against_graph
 from trsp_deploy.tools.model_repository.lint.own_engine import against_manifest
 from trsp_deploy.tools.model_repository.lint.plan import against_plan
+from trsp_deploy.tools.model_repository.lint.versions import VERSION, numbered, served
 
 CONFIG = "config.pbtxt"
 # The file that each backend opens where the config names no other; a python model without it hangs the server for good.
@@ -34,7 +34,7 @@ DEFAULT_FILES = {
     "pytorch": "model.pt",
     "python": "model.py",
 }
-COMPLETED = ("model.onnx", "model.plan")  # of which the server can make up a config itself
+COMPLETED = ("model.onnx", "model.plan", "model.xml")  # of which the server can make up a config itself
 PLATFORMS = {
     "tensorrt_plan": "tensorrt",
     "onnxruntime_onnx": "onnxruntime",
@@ -46,7 +46,6 @@ PLATFORMS = {
     "ensemble": "ensemble",
 }
 PLATFORM_FILES = {"torch_aoti": "model.pt2"}  # where a backend opens another file for it
-VERSION = re.compile("[1-9][0-9]*")
 # Backends that some container of Triton's has; another one has to lie somewhere as libtriton_<name>.so.
 BACKENDS = (*DEFAULT_FILES, "tensorflow", "dali", "fil", "vllm", "tensorrtllm", "identity", "repeat", "square")
 
@@ -81,7 +80,7 @@ def _lint_model(folder: Path, configs: Mapping[str, Any]) -> Iterator[Finding]:
 
     path = folder / CONFIG
     if not path.is_file():
-        if any(map(_completes_itself, _numbered(folder))):
+        if any(map(_completes_itself, numbered(folder))):
             yield warning(f"{CONFIG} is missing: the server makes one up, unless it is told not to")
         else:
             yield error(f"{CONFIG} is missing")
@@ -96,37 +95,42 @@ def _lint_model(folder: Path, configs: Mapping[str, Any]) -> Iterator[Finding]:
         return
     if config.name and config.name != folder.name:
         yield error(f"the config's name is '{config.name}', and the folder's is '{folder.name}'")
-    versions = _numbered(folder)
+    versions = numbered(folder)
+    backend = _backend(config, versions)
     yield from _version_names(folder, error, warning)
     yield from _versions(config, versions, error)
-    yield from config_alone.batching(config, error, warning)
+    yield from config_alone.batching(config, _gets_a_batch_size(config, backend, versions), error, warning)
     yield from config_alone.states(config, error, warning)
     yield from config_alone.instances(config, (folder / "configs" / "cpu.pbtxt").is_file(), warning)
     yield from config_alone.warmup(config, folder, error, warning)
     yield from config_alone.labels(config, folder, error)
     yield from config_alone.tokenizer(config, error, warning)
     yield from against_steps(config, folder, configs, error)
-    backend = _backend(config, versions)
     yield from _known(config, backend, folder, error, warning)
     if backend == "onnxruntime":
         yield from config_alone.onnxruntime(config, error, warning)
-    for version in _served(config, versions):
+    for version in served(config, versions):
         yield from _files(config, backend, version, error, warning)
         yield from against_manifest(version, error)
 
 
+def _gets_a_batch_size(config: Any, backend: str, versions: list[Path]) -> bool:
+    """Whether the server may find a max_batch_size where the config says none (AutoCompleteConfig of its backends)."""
+    if backend in ("onnxruntime", "openvino"):  # which look into the file where inputs or outputs are wanting
+        return not (config.input and config.output)
+    return backend == "tensorrt" or (backend == "python" and any(map(_python_completes, versions)))
+
+
 def _completes_itself(version: Path) -> bool:
     """Whether the server makes up a config itself, of a graph or with what a Python model says."""
-    if any((version / file).exists() for file in COMPLETED):
-        return True
+    return any((version / file).exists() for file in COMPLETED) or _python_completes(version)
+
+
+def _python_completes(version: Path) -> bool:
     try:
         return b"auto_complete_config" in (version / DEFAULT_FILES["python"]).read_bytes()
     except OSError:
         return False
-
-
-def _numbered(folder: Path) -> list[Path]:
-    return [each for each in folder.iterdir() if each.is_dir() and VERSION.fullmatch(each.name)]
 
 
 def _version_names(folder: Path, error: Say, warning: Say) -> Iterator[Finding]:
@@ -147,7 +151,7 @@ def _versions(config: Any, versions: list[Path], error: Say) -> Iterator[Finding
     for wanted in config.version_policy.specific.versions:
         if wanted not in numbers:
             yield error(f"version_policy wants version {wanted}, and there is {sorted(numbers) or 'none'}")
-    if versions and not config.version_policy.specific.versions and not _served(config, versions):
+    if versions and not config.version_policy.specific.versions and not served(config, versions):
         chosen = config.version_policy.WhichOneof("policy_choice")
         wanted = "num_versions, 1 or more" if chosen == "latest" else "the versions' numbers"
         yield error(f"version_policy {chosen} serves no version: give it {wanted}")
@@ -174,24 +178,20 @@ def _known(config: Any, backend: str, folder: Path, error: Say, warning: Say) ->
         yield warning(f"backend '{backend}' is none of Triton's own: the server needs libtriton_{backend}.so{hint}")
 
 
-def _served(config: Any, versions: list[Path]) -> list[Path]:
-    """Of the versions those that the server loads: the latest one where the config does not say."""
-    policy = config.version_policy
-    if policy.HasField("all"):
-        return versions
-    if policy.HasField("specific"):
-        return [version for version in versions if int(version.name) in policy.specific.versions]
-    count = policy.latest.num_versions if policy.HasField("latest") else 1
-    return sorted(versions, key=lambda version: int(version.name), reverse=True)[:count]
-
-
 def _files(config: Any, backend: str, version: Path, error: Say, warning: Say) -> Iterator[Finding]:
     default = PLATFORM_FILES.get(config.platform, DEFAULT_FILES.get(backend))
     file = config.default_model_filename or default
     if file is None or config.runtime:  # a backend written in Python has files of its own
         return
+    for capability, other in sorted(config.cc_model_filenames.items()):
+        if not (version / other).exists():
+            yield error(f"{version.name}/{other} is missing, which is for GPUs of compute capability {capability}")
     path = version / file
     if not path.exists():
+        if config.cc_model_filenames:
+            others = ", ".join(sorted(config.cc_model_filenames))
+            yield warning(f"{version.name}/{file} is missing: only GPUs of compute capability {others} have a file")
+            return
         hangs = ", and the server would wait for it for good" if backend == "python" else ""
         yield error(f"{version.name}/{file} is missing{hangs}")
     elif backend == "onnxruntime":

@@ -15,11 +15,14 @@ TOKENIZER_DIR = "tokenizer_dir"  # the parameter of models that make text into t
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 
 
-def batching(config: Any, error: Say, warning: Say) -> Iterator[Finding]:
-    """Whether requests will be batched as the config wants it."""
+def batching(config: Any, completed: bool, error: Say, warning: Say) -> Iterator[Finding]:
+    """Whether requests will be batched as the config wants it.
+
+    completed: whether the server may find a max_batch_size itself, where the config says none.
+    """
     if config.max_batch_size < 0:
         yield error(f"max_batch_size {config.max_batch_size}: the server takes none below 0")
-    if config.HasField("dynamic_batching") and config.max_batch_size == 0:
+    if config.HasField("dynamic_batching") and config.max_batch_size == 0 and not completed:
         yield error("dynamic_batching with max_batch_size 0 loads, and never batches")
     for size in config.dynamic_batching.preferred_batch_size:
         if size > config.max_batch_size:
@@ -41,14 +44,23 @@ def states(config: Any, error: Say, warning: Say) -> Iterator[Finding]:
                 yield error(f"{count} states have the {title} '{name}'; the server takes the first alone")
     for state in states:
         for initial in state.initial_state:
-            if (initial.data_type, list(initial.dims)) != (state.data_type, list(state.dims)):
+            if not _fits(initial, state):
                 yield error(f"state '{state.input_name}': its initial_state is of another type or other dims")
-        if -1 in state.dims:
+        if not state.initial_state and -1 in state.dims:
             yield warning(
                 f"state '{state.input_name}': a dimension of -1 begins as 1 and holds what was there; fix its length"
             )
         elif not state.initial_state:
             yield warning(f"state '{state.input_name}': has no initial_state, so a sequence begins with what was there")
+
+
+def _fits(initial: Any, state: Any) -> bool:
+    """Whether an initial_state is of its state, and fixes what that leaves open (GenerateInitialStateData in core)."""
+    return (
+        initial.data_type == state.data_type
+        and len(initial.dims) == len(state.dims)
+        and all(one != -1 and other in (-1, one) for one, other in zip(initial.dims, state.dims, strict=True))
+    )
 
 
 def onnxruntime(config: Any, error: Say, warning: Say) -> Iterator[Finding]:

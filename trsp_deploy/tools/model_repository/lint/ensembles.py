@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trsp_deploy.tools.model_repository.lint.finding import Finding, Say
+from trsp_deploy.tools.model_repository.lint.versions import numbered, served
 
 
 def against_steps(config: Any, folder: Path, configs: Mapping[str, Any], error: Say) -> Iterator[Finding]:
@@ -18,10 +19,15 @@ def against_steps(config: Any, folder: Path, configs: Mapping[str, Any], error: 
         if step.model_name not in configs:
             yield error(f"a step of the ensemble is model '{step.model_name}', which is not here")
             continue
-        if step.model_version > 0 and not (folder.parent / step.model_name / str(step.model_version)).is_dir():
-            wanted = f"version {step.model_version} of '{step.model_name}'"
+        within, wanted = configs[step.model_name], f"version {step.model_version} of '{step.model_name}'"
+        versions = numbered(folder.parent / step.model_name)
+        if step.model_version > 0 and str(step.model_version) not in {version.name for version in versions}:
             yield error(f"a step of the ensemble is {wanted}, which is not here")
-        within = configs[step.model_name]
+        elif step.model_version > 0 and within is not None:
+            loaded = sorted(version.name for version in served(within, versions))
+            if str(step.model_version) not in loaded:
+                others = ", ".join(loaded) or "none"
+                yield error(f"a step of the ensemble is {wanted}, whose version_policy loads {others}")
         # The server compares them unless the step takes no batch at all (ValidateEnsembleConfig in its core).
         if within is not None and 0 < within.max_batch_size < config.max_batch_size:
             yield error(

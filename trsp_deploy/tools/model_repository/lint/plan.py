@@ -67,6 +67,8 @@ def _against_tensor(config: Any, each: Any, title: str, engine: Any, error: Say)
         return
     dims = dims_with_batch(config, each)
     shape = list(engine.get_tensor_shape(each.name))
+    if len(dims) + 1 == len(shape) and not config.max_batch_size:
+        dims = [-1, *dims]  # by which the backend knows that it has to find the batch size itself
     fits = len(dims) == len(shape) and all(-1 in pair or pair[0] == pair[1] for pair in zip(dims, shape, strict=True))
     if not fits:
         yield error(f"{title}: dims {dims} with the batch, {shape} in the plan")
