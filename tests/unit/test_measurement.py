@@ -113,9 +113,13 @@ def test_a_limit_is_of_engines_that_differ_by_their_layers_alone() -> None:
     dense, pruned = engine_of("ort-cpu-int4", 32), engine_of("ort-cpu-int4", 24)
     assert without_limit(dense, pruned) == "" and pair_notes(dense, pruned) == []
     for other, reason in (
-        (engine_of("ort-cpu-int4-accurate", 32), "ort-cpu-int4-accurate and ort-cpu-int4 do not store their numbers"),
-        (engine_of("ort-cpu-fp32", 32), "ort-cpu-fp32 and ort-cpu-int4 do not store their numbers alike"),
-        (engine_of("ort-cpu-int4", 32, threads=1), "another number of threads each"),
+        (
+            engine_of("ort-cpu-int4-accurate", 32),
+            "the specs of ort-cpu-int4-accurate-32 and ort-cpu-int4-24 differ in head_bits, zero_points",
+        ),
+        (engine_of("ort-cpu-fp32", 32), "differ in block_size, head_bits, precision, zero_points"),
+        (engine_of("ort-cpu-int4", 32, threads=1), "differ in threads"),
+        (engine_of("ort-cpu-int4", 32, fuse=False), "differ in fuse"),
         (replace(dense, size=None), "ort-cpu-int4-32 has no model beside it"),
         (replace(dense, spec=None), "ort-cpu-int4-32 is a graph alone"),
     ):

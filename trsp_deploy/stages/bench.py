@@ -7,7 +7,7 @@ from pathlib import Path
 
 from trsp_deploy.artifacts import ENGINE_MANIFEST, RUN_MARK, RunLayout
 from trsp_deploy.errors import EngineUnavailable, RecipeError, RunError
-from trsp_deploy.recipe import BenchSettings, Case
+from trsp_deploy.recipe import BenchSettings, Case, EngineSpec
 from trsp_deploy.results import Comparison, Phase, Rates, Replicate, Role
 from trsp_deploy.results import Subject as Name
 from trsp_deploy.tools.judging.comparisons import ComparisonReport, LimitOf, compare
@@ -121,10 +121,10 @@ def without_limit(dense: Subject, pruned: Subject) -> str:
         if subject.size is None:
             return f"{subject.path} has no model beside it"
     assert dense.spec is not None and pruned.spec is not None
-    if stored_by(dense.spec) != stored_by(pruned.spec):
-        return f"{dense.name} and {pruned.name} do not store their numbers alike"
-    if dense.spec.threads != pruned.spec.threads:
-        return f"{dense.path} and {pruned.path} have another number of threads each"
+    settings = EngineSpec.model_fields.keys() - {"name", "description"}
+    unlike = sorted(name for name in settings if getattr(dense.spec, name) != getattr(pruned.spec, name))
+    if unlike:
+        return f"the specs of {dense.path} and {pruned.path} differ in {', '.join(unlike)}"
     return ""
 
 
