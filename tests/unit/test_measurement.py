@@ -11,15 +11,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
-from tests.samples import made_up
+from tests.samples import made_up, scores
 from tests.tiny import save_tiny
+from trsp_deploy.artifacts import RunFolder
 from trsp_deploy.decoder import DecoderSize, WeightCounts
 from trsp_deploy.errors import EngineUnavailable, ParityError
 from trsp_deploy.pipeline.proof import Proof
-from trsp_deploy.recipe import Case
+from trsp_deploy.recipe import Case, Recipe
 from trsp_deploy.results import Parity, Perplexity, Rates
-from trsp_deploy.stages import parity
+from trsp_deploy.stages import bench, parity
 from trsp_deploy.stages.bench import derive, pair_notes, without_limit
 from trsp_deploy.tools.judging.limits import decode_bytes, prefill_operations, speed_limit, stored, stored_by
 from trsp_deploy.tools.judging.statistics import perplexity_ratio
@@ -27,6 +29,7 @@ from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.measuring import bench_worker, rates, samples, telemetry
 from trsp_deploy.tools.measuring.subjects import Subject
 from trsp_deploy.tools.measuring.worker import Worker
+from trsp_deploy.tools.reports import baselines
 from trsp_deploy.tools.runners import Runner
 
 
@@ -269,6 +272,23 @@ def test_a_failed_parity_stops_with_one_line(reference):
     )
     with pytest.raises(ParityError, match=rf"parity: ort \(pruned, fp32\) is .* {words}"):
         parity.check_parity(reference, Broken(), "ort", "pruned", "fp32")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_logits_that_are_off_beyond_any_perplexity_fail_in_one_line(reference, precision):
+    """A perplexity ratio beyond a float had ended the job in a traceback."""
+
+    class Scaled:
+        def prefill(self, input_ids, attention_mask):
+            self.place = input_ids.shape[1]
+            return 1e5 * reference.logits[:, : self.place]
+
+        def decode(self, input_ids):
+            self.place += 1
+            return 1e5 * reference.logits[:, self.place - 1 : self.place]
+
+    with pytest.raises(ParityError, match="perplexity inf times PyTorch's"):
+        parity.check_parity(reference, Scaled(), "ort", "pruned", precision)
 
 
 class Driver(SimpleNamespace):

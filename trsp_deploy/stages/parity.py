@@ -23,7 +23,7 @@ import torch
 from trsp_deploy.decoder import load_widened
 from trsp_deploy.errors import EngineUnavailable, ParityError
 from trsp_deploy.recipe import Precision
-from trsp_deploy.results import Parity, Perplexity, PerplexityParity, Role
+from trsp_deploy.results import Parity, Perplexity, PerplexityParity, Role, perplexity_of
 from trsp_deploy.tools.runners import Runner
 from trsp_deploy.tools.runners.generation import left_padded
 from trsp_deploy.tools.runners.ort import OrtRunner
@@ -159,7 +159,7 @@ def compare(reference: Reference, logits: np.ndarray, subject: str, role: Role, 
         tolerance=tolerance,
         tokens_compared=len(differs),
         tokens_equal=int((~differs).sum()),
-        ppl_ratio=math.exp(off),
+        ppl_ratio=perplexity_of(off),
         ppl_tolerance=bound,
         passed=bool(error <= tolerance and not wrong.any() and near),
     )
