@@ -291,6 +291,22 @@ def test_logits_that_are_off_beyond_any_perplexity_fail_in_one_line(reference, p
         parity.check_parity(reference, Scaled(), "ort", "pruned", precision)
 
 
+def test_times_of_a_processor_of_the_same_name_are_not_taken_for_this_ones(monkeypatch, tmp_path):
+    """Whose fp32 engine is the same file: a run that moved from one "AMD EPYC" to another kept its times."""
+    for role in ("dense", "pruned"):
+        (tmp_path / role).mkdir()
+    pair = tuple(SimpleNamespace(path=tmp_path / role) for role in ("dense", "pruned"))
+    measured = []
+    monkeypatch.setattr(bench, "compare_engines", lambda *_: measured.append(1) or made_up())
+    with RunFolder(tmp_path / "run") as run:
+        inputs = SimpleNamespace(run=run, recipe=Recipe(model="m"))
+        proof = Proof(inputs, None, SimpleNamespace(pair=lambda spec: pair))
+        for sets, count in (("avx2", 1), ("avx2", 1), ("avx512_vnni", 2), ("avx512_vnni", 2)):
+            monkeypatch.setattr(baselines, "instruction_sets", lambda sets=sets: (sets,))
+            proof._measure(load_engine_spec("ort-cpu-fp32"))
+            assert len(measured) == count
+
+
 class Driver(SimpleNamespace):
     """NVML of a GPU with some processes on it, as process number -> bytes."""
 

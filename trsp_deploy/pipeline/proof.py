@@ -21,6 +21,7 @@ from trsp_deploy.results import ROLES, Comparison, Parity, Perplexity, Perplexit
 from trsp_deploy.stages import bench, evaluate, export, parity, zeroshot
 from trsp_deploy.tools.judging.comparisons import ComparisonReport
 from trsp_deploy.tools.quiet import quiet_libraries
+from trsp_deploy.tools.reports.baselines import this_machine
 from trsp_deploy.tools.reports.quality import ChoicesReport, QualityReport, choices_report, quality_report
 from trsp_deploy.tools.runners import Runner, open_engine
 from trsp_deploy.tools.runners.freshness import MODEL_STEPS
@@ -345,6 +346,5 @@ class Proof:
 
 
 def _machine_sha256() -> str:
-    """SHA-256 of what decides how fast an engine is."""
-    machine = provenance().model_dump_json(include={"cpu", "cores", "gpus"})
-    return hashlib.sha256(machine.encode()).hexdigest()
+    """SHA-256 of what decides how fast an engine is: as a baseline's times, a run's hold where it is the same."""
+    return hashlib.sha256(this_machine().model_dump_json().encode()).hexdigest()
