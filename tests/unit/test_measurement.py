@@ -259,6 +259,17 @@ def test_damage_that_hits_both_models_alike_is_found(monkeypatch, scale, sound):
             proof.engine_quality(spec)
 
 
+@pytest.mark.parametrize(("tokens", "lengths"), [(80, [40, 23]), (63, [40, 23]), (32, [20, 12]), (2, [1, 1])])
+def test_a_short_calibration_text_is_two_prompts_all_the_same(monkeypatch, tokens, lengths):
+    """One without a token gave no numbers, and the graph was blamed for it."""
+    prompts = []
+    monkeypatch.setattr(parity, "make_reference", lambda folder, given: prompts.extend(given))
+    inputs = SimpleNamespace(run=None, recipe=None, calibration_windows=lambda: (torch.arange(tokens)[None], None))
+    Proof(inputs, SimpleNamespace(ready=lambda role: Path()), None)._reference("dense")
+    assert [len(prompt) for prompt in prompts] == lengths
+    assert prompts[0] + prompts[1] == list(range(min(tokens, 63)))
+
+
 def test_a_failed_parity_stops_with_one_line(reference):
     class Broken:
         def prefill(self, input_ids, attention_mask):

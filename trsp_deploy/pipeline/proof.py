@@ -262,7 +262,8 @@ class Proof:
     def _reference(self, role: Role) -> parity.Reference:
         train, _ = self.inputs.calibration_windows()
         ids = train.flatten()[: sum(PARITY_PROMPTS)].tolist()
-        prompts = [ids[: PARITY_PROMPTS[0]], ids[PARITY_PROMPTS[0] :]]
+        first = len(ids) * PARITY_PROMPTS[0] // sum(PARITY_PROMPTS)  # of a shorter text, too, each prompt has some
+        prompts = [ids[:first], ids[first:]]
         with quiet_libraries():
             return parity.make_reference(self.pruning.ready(role), prompts)
 
