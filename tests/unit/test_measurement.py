@@ -259,6 +259,17 @@ def test_damage_that_hits_both_models_alike_is_found(monkeypatch, scale, sound):
             proof.engine_quality(spec)
 
 
+def test_a_dense_model_without_a_right_answer_leaves_the_rest_its_report(monkeypatch):
+    """Of a few items of a hard task that is likely, and it had ended the whole job at its last step."""
+    said = []
+    recipe = Recipe.model_validate({"model": "m", "evaluate": {"tasks": ["arc-challenge"]}})
+    proof = Proof(SimpleNamespace(run=None, recipe=recipe, say=said.append), None, None)
+    monkeypatch.setattr(proof, "_engine_zero_shot", lambda spec, role: scores("000"))
+    assert proof.engine_choices(load_engine_spec("ort-cpu-fp32")) is None
+    words = "ort-cpu-fp32: its accuracy is not compared (zero-shot: the dense model has no item right to retain"
+    assert len(said) == 1 and said[0].startswith(words)
+
+
 @pytest.mark.parametrize(("tokens", "lengths"), [(80, [40, 23]), (63, [40, 23]), (32, [20, 12]), (2, [1, 1])])
 def test_a_short_calibration_text_is_two_prompts_all_the_same(monkeypatch, tokens, lengths):
     """One without a token gave no numbers, and the graph was blamed for it."""

@@ -212,3 +212,22 @@ def test_accuracy_is_on_the_pages_and_a_run_without_texts_says_nothing_of_them()
 
 def test_verdict_without_an_engine_claims_nothing() -> None:
     assert verdict([], {}).startswith("NOT MEASURED")
+def test_accuracy_that_was_asked_for_and_has_no_figure_is_said() -> None:
+    """As of items that are longer than the engine reads: the report of such a run did not mention the tasks."""
+    made = made_up(speedup=1.25)
+    report = made_up_report(made)
+    recipe = report.recipe.model_copy(
+        update={"evaluate": report.recipe.evaluate.model_copy(update={"tasks": ("piqa", "copa")})}
+    )
+    asked = report.model_copy(update={"recipe": recipe})
+    words = "its accuracy on piqa, copa is not measured, or dense has none to retain"
+    for page in (html.render(asked, {"ort-cpu-fp32": made}), markdown.render(asked), *engine_notes(asked)[-2:-1]):
+        assert words in page
+    assert not any("accuracy" in note for note in engine_notes(report))
+    choices = choices_report(scores("1" * 100), scores("1" * 90 + "0" * 10))
+    ran, other = (report.engines[0].model_copy(update={"name": name, "quality": {}}) for name in ("a", "b"))
+    two = asked.model_copy(update={"engines": (ran, other.model_copy(update={"choices": choices})), "quality": {}})
+    page = html.render(two, {"a": made, "b": made})
+    assert "<b>90.0%</b><span>of accuracy retained, b</span>" in page
+
+

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from trsp_deploy.artifacts import Finished, provenance, steps
-from trsp_deploy.errors import EngineUnavailable
+from trsp_deploy.artifacts import Finished, steps
+from trsp_deploy.errors import EngineUnavailable, TextError
 from trsp_deploy.pipeline.engines import Engines
 from trsp_deploy.pipeline.inputs import Inputs
 from trsp_deploy.pipeline.pruning import Pruning
@@ -126,7 +126,11 @@ class Proof:
     def engine_choices(self, spec: EngineSpec) -> ChoicesReport | None:
         """Choice tasks through an engine that runs here; None where the recipe asks for none, or it cannot."""
         answers = self.engine_answers(spec)
-        return choices_report(answers["dense"], answers["pruned"]) if answers else None
+        try:
+            return choices_report(answers["dense"], answers["pruned"]) if answers else None
+        except TextError as problem:  # dense has no item right: what else was found has its report all the same
+            self.inputs.say(f"{spec.name}: its accuracy is not compared ({problem})")
+            return None
 
     @functools.cache
     def engine_answers(self, spec: EngineSpec) -> dict[Role, ZeroShot]:

@@ -173,7 +173,7 @@ def _price_cards(found: list[Price], engine: str | None) -> list[tuple[str, str]
     whose = "" if engine is not None and price.engine == engine else f", {price.source}"
     cards = [(f"{text.ratio:.2f}x", f"perplexity on {name}{whose}") for name, text in price.quality.items()]
     if price.choices is not None:
-        cards.append((f"{price.choices.retained.ratio:.1%}", "of accuracy retained"))
+        cards.append((f"{price.choices.retained.ratio:.1%}", f"of accuracy retained{whose}"))
     return cards
 
 

@@ -218,9 +218,11 @@ def measured_notes(report: Report, engine: EngineReport) -> list[str]:
     """How one engine was measured, and what of it was not; none of one that was not timed."""
     if engine.comparison is None:
         return []
-    unread = [name for name in report.quality if name not in engine.quality]
-    lack = [f"its perplexity on {', '.join(unread)} is not measured"] if unread else []
-    return [*notes(engine.comparison), *lack]
+    unread, tasks = [name for name in report.quality if name not in engine.quality], report.recipe.evaluate.tasks
+    lacking = [f"its perplexity on {', '.join(unread)} is not measured"] if unread else []
+    if tasks and engine.choices is None:
+        lacking.append(f"its accuracy on {', '.join(tasks)} is not measured, or dense has none to retain")
+    return [*notes(engine.comparison), *lacking]
 
 
 def absent_note(engine: EngineReport) -> str:
