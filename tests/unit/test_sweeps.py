@@ -216,7 +216,10 @@ def test_a_runs_report_keeps_the_sweep_that_it_is_a_point_of(tmp_path: Path) -> 
     (tmp_path / "drop-4").mkdir()
     inputs: Any = SimpleNamespace(run=SimpleNamespace(path=tmp_path / "drop-4"), say=said.append)
     report = made_up_report(made_up())
-    report = report.model_copy(update={"plan": report.plan.model_copy(update={"dropped": (0, 1, 2, 3)})})
+    measured = report.engines[0].model_copy(update={"comparison": found.points[1].comparison})
+    plan = report.plan.model_copy(update={"dropped": (0, 1, 2, 3)})
+    timed_anew = report.model_copy(update={"plan": plan})
+    report = timed_anew.model_copy(update={"engines": (measured,)})
     assert sweep_of(inputs, report) is None and not said, "a run by itself"
     (tmp_path / SWEEP).write_text(found.model_dump_json())
     assert sweep_of(inputs, report) == found
@@ -256,3 +259,5 @@ def test_ranges_of_layers(text: str, counts: tuple[int, ...]) -> None:
 def test_what_is_no_range(text: str) -> None:
     with pytest.raises(RecipeError, match="--drop"):
         parse_drops(text, 30)
+    assert sweep_of(inputs, timed_anew) is None, "the page would show two speed-ups of one cut"
+    assert "has other times of drop-4 than it has now; `trsp-deploy sweep` makes it again" in said.pop()

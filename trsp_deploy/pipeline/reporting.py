@@ -82,11 +82,15 @@ def sweep_of(inputs: Inputs, report: Report) -> Sweep | None:
     except (OSError, ValidationError):
         inputs.say(f"{path}: is no sweep of this version; it is left out of the report")
         return None
-    points = [point for point in found.points if point.folder == folder.name]
-    if not points:
+    point = next((point for point in found.points if point.folder == folder.name), None)
+    if point is None:
         return None
-    if found.model != report.recipe.model or points[0].dropped != report.plan.dropped:
+    if found.model != report.recipe.model or point.dropped != report.plan.dropped:
         inputs.say(f"{path}: is of another cut than {folder.name} is now; `trsp-deploy sweep` makes it again")
+        return None
+    measured = {engine.name: engine.comparison for engine in report.engines}
+    if point.engine is not None and point.comparison != measured.get(point.engine):
+        inputs.say(f"{path}: has other times of {folder.name} than it has now; `trsp-deploy sweep` makes it again")
         return None
     return found
 
