@@ -9,7 +9,8 @@ What concerns the dense model alone is made once and linked or copied into the o
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from trsp_deploy.artifacts import RunFolder, RunLayout, StepRecord, link_tree, provenance, write_json, writing
@@ -43,18 +44,17 @@ def sweep(job: Pipeline, counts: tuple[int, ...], targets: Targets, say: Callabl
     job.run.outdate_manifest()
     (root / PLANS).mkdir(exist_ok=True)  # a sweep by its first sign, and no run to go on with
     plans = job.pruning.plans(counts)
-    points: list[Point] = []
     runs: list[tuple[Pipeline, Report]] = []
     for number, count in enumerate(counts, start=1):
         say(f"[{number}/{len(counts)}] {count} of {job.inputs.num_layers()} layers")
         folder = root / f"drop-{count}"
         source = runs[0][0].run if runs else _of_earlier_call(job.run, folder)
         runs.append(_run(job, folder, count, plans[count], source, say))
-        points.append(_point(runs[-1][1], folder.relative_to(root), count, _measured(runs[0][1])))
+        points = _points({one.run.path.name: report for one, report in runs})
         found = Sweep(
             model=job.recipe.public.model,
             num_layers=job.inputs.num_layers(),
-            points=tuple(points),
+            points=points,
             targets=targets,
             choice=choose(points, targets),
             provenance=provenance(),
@@ -113,17 +113,19 @@ def _has_outputs(run: RunFolder, record: StepRecord) -> bool:
     return all((run.path / output).exists() for output in record.outputs)
 
 
-def _measured(report: Report) -> str | None:
-    """The first engine that ran: all points are of the same one."""
-    return next((engine.name for engine in report.engines if engine.comparison is not None), None)
+def _points(reports: Mapping[str, Report]) -> tuple[Point, ...]:
+    """A point of each run, by its folder; all of one engine: that which ran in most of them, of several the first."""
+    ran = Counter(each.name for report in reports.values() for each in report.engines if each.comparison is not None)
+    name = max(ran, key=ran.__getitem__, default=None)
+    return tuple(_point(report, folder, name) for folder, report in reports.items())
 
 
-def _point(report: Report, folder: Path, count: int, name: str | None) -> Point:
+def _point(report: Report, folder: str, name: str | None) -> Point:
     engine = next((each for each in report.engines if each.name == name and each.comparison is not None), None)
     return Point(
-        num_dropped=count,
+        num_dropped=len(report.plan.dropped),
         dropped=report.plan.dropped,
-        folder=folder.as_posix(),
+        folder=folder,
         engine=None if engine is None else engine.name,
         parameters_dropped_share=report.model.parameters_dropped_share,
         quality=_quality(report, engine),

@@ -14,8 +14,10 @@ from trsp_deploy.artifacts.layout import SWEEP
 from trsp_deploy.errors import RecipeError
 from trsp_deploy.pipeline.reporting import sweep_of
 from trsp_deploy.recipe import parse_drops
+from trsp_deploy.sweep import _points
 from trsp_deploy.tools.judging.comparisons import compare
 from trsp_deploy.tools.reports import markdown, plots, sweep_page
+from trsp_deploy.tools.reports.record import EngineReport, Report
 from trsp_deploy.tools.reports.rows import sweep_row
 from trsp_deploy.tools.reports.sweeps import Sweep, Targets, choose
 
@@ -168,6 +170,32 @@ def test_a_point_that_could_not_be_measured_is_not_called_slow() -> None:
         assert none.reason.startswith(f"the largest cut that was measured, 6, is not fast enough: {found} of ")
 
 
+def test_points_are_of_the_engine_that_ran_in_most_runs() -> None:
+    """Where the first run's could not be timed, no point was measured, and "no engine ran here" was said."""
+    report = made_up_report(made_up(speedup=1.3, noise=1e-6))
+    ran, absent = report.engines
+    untimed = ran.model_copy(update={"comparison": None, "status": "built", "reason": "the measuring process died"})
+
+    def run(count: int, *engines: EngineReport) -> Report:
+        plan = report.plan.model_copy(update={"dropped": tuple(range(count))})
+        return report.model_copy(update={"engines": engines, "plan": plan})
+
+    points = _points({"drop-2": run(2, untimed, absent), "drop-4": run(4, ran, absent), "drop-6": run(6, ran, absent)})
+    assert [(point.folder, point.num_dropped, point.engine) for point in points] == [
+        ("drop-2", 2, None),
+        ("drop-4", 4, "ort-cpu-fp32"),
+        ("drop-6", 6, "ort-cpu-fp32"),
+    ]
+    found = choose(points, Targets(min_speedup=1.2))
+    assert found.num_dropped == 4 and "the smallest cut that is known to be fast enough" in found.reason
+    other = ran.model_copy(update={"name": "another"})
+    both = _points({"drop-2": run(2, other), "drop-4": run(4, ran, other), "drop-6": run(6, ran, other)})
+    assert [point.engine for point in both] == ["another"] * 3
+    alike = _points({"drop-2": run(2, ran, other), "drop-4": run(4, ran, other)})
+    assert [point.engine for point in alike] == ["ort-cpu-fp32"] * 2
+    assert [point.engine for point in _points({"drop-2": run(2, untimed)})] == [None]
+
+
 def test_the_page_has_the_answer_every_point_and_two_plots() -> None:
     targets = Targets(min_speedup=1.25)
     found = Sweep(
@@ -227,6 +255,8 @@ def test_a_runs_report_keeps_the_sweep_that_it_is_a_point_of(tmp_path: Path) -> 
     assert sweep_of(other, report) is None and not said, "beside a sweep, and none of it"
     changed = report.model_copy(update={"plan": report.plan.model_copy(update={"dropped": (0, 1, 2, 7)})})
     assert sweep_of(inputs, changed) is None and "is of another cut than drop-4 is now" in said.pop()
+    assert sweep_of(inputs, timed_anew) is None, "the page would show two speed-ups of one cut"
+    assert "has other times of drop-4 than it has now; `trsp-deploy sweep` makes it again" in said.pop()
     (tmp_path / SWEEP).write_text("{}")
     assert sweep_of(inputs, report) is None and "is no sweep of this version" in said.pop()
 
@@ -259,5 +289,3 @@ def test_ranges_of_layers(text: str, counts: tuple[int, ...]) -> None:
 def test_what_is_no_range(text: str) -> None:
     with pytest.raises(RecipeError, match="--drop"):
         parse_drops(text, 30)
-    assert sweep_of(inputs, timed_anew) is None, "the page would show two speed-ups of one cut"
-    assert "has other times of drop-4 than it has now; `trsp-deploy sweep` makes it again" in said.pop()
