@@ -91,6 +91,17 @@ def test_an_assumed_limit_says_so() -> None:
     assert not any("assumed" in line for line in comparisons.notes(report(1.2)))
 
 
+def test_above_an_assumed_limit_nothing_is_said_to_be_impossible() -> None:
+    """Products that are bound otherwise may be quicker: an int4 engine was, at 1.05 of its limit."""
+    limit = SpeedLimit(prefill=1.3, decode=1.3, total=1.3, assumed=True)
+    found = comparisons.compare(made_up(speedup=1.5, noise=0.005), lambda case: limit)
+    assert not any(phase.above_limit for phase in found.phases)
+    assert "distrust" not in comparisons.sentence("e", found) and "(!)" not in str(comparison_rows(found))
+    lines = [line for line in comparisons.notes(found) if "above its limit of 1.300x" in line]
+    ending = "; its whole interval is: something else binds than is assumed, or distrust it"
+    assert len(lines) == 3 and all(line.endswith(ending) for line in lines)
+
+
 def test_efficiency_is_the_share_of_what_was_possible() -> None:
     found = report(1.15, noise=0.001)
     assert found.of("decode").efficiency == pytest.approx(0.5, abs=0.02)

@@ -44,6 +44,7 @@ def test_headlines_are_of_the_least_of_several_shapes_and_name_it() -> None:
     page = html.render(report, {"ort-cpu-fp32": made})
     assert f"Faster: ort-cpu-fp32 ({where}) generates 1.20 times as fast" in page
     assert f"<b>1.20x</b><span>end to end {where}, of 1.40x possible</span>" in page
+    assert "<span>each new token at batch 1, prompt 256, of 1.40x possible</span>" in page, "the least by end to end"
     assert "Every block at batch 1, prompt 256." in page and f"The band is the interval {where}." in page
     drawn = plots.samples(made, 1)
     assert drawn in page and drawn != plots.samples(made, 0)
@@ -85,6 +86,20 @@ def strict_json(text: str | bytes) -> Any:
 
 def windows(nll: float) -> Perplexity:
     return Perplexity(text="t", role="dense", origin="", context_length=11, nll=(nll,) * 30)
+
+
+def test_the_page_names_all_that_leaves_a_difference_open() -> None:
+    """Of intervals that exclude 1, within what dense differs by from itself, it said that one leaves none possible."""
+    made = made_up(speedup=1.05, noise=0.001)
+    report = made_up_report(made)
+    engine = report.engines[0]
+    assert engine.comparison is not None and all(phase.speedup.low > 1 for phase in engine.comparison.phases)
+    open_still = engine.comparison.model_copy(update={"claim": "INCONCLUSIVE"})
+    changed = report.model_copy(update={"engines": (engine.model_copy(update={"comparison": open_still}),)})
+    assert (
+        "Not decided: ort-cpu-fp32 generates 1.05 times as fast (1.05 to 1.05), but for a phase its interval, or what "
+        "dense shows against itself, leaves no difference possible." in html.render(changed, {"ort-cpu-fp32": made})
+    )
 
 
 def test_one_shape_needs_no_name() -> None:
@@ -210,8 +225,6 @@ def test_accuracy_is_on_the_pages_and_a_run_without_texts_says_nothing_of_them()
     assert "Perplexity" not in verdict(unread, {})
 
 
-def test_verdict_without_an_engine_claims_nothing() -> None:
-    assert verdict([], {}).startswith("NOT MEASURED")
 def test_accuracy_that_was_asked_for_and_has_no_figure_is_said() -> None:
     """As of items that are longer than the engine reads: the report of such a run did not mention the tasks."""
     made = made_up(speedup=1.25)
@@ -231,3 +244,5 @@ def test_accuracy_that_was_asked_for_and_has_no_figure_is_said() -> None:
     assert "<b>90.0%</b><span>of accuracy retained, b</span>" in page
 
 
+def test_verdict_without_an_engine_claims_nothing() -> None:
+    assert verdict([], {}).startswith("NOT MEASURED")

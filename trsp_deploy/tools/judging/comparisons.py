@@ -55,7 +55,7 @@ class PhaseReport(Strict):
     limit: float | None  # None where the models' sizes are not known
     limit_assumed: bool = False  # not by measured rates: decoding bound by bytes, prefill by operations
     efficiency: float | None  # (speed-up - 1) / (limit - 1)
-    above_limit: bool  # the whole interval: a measurement to distrust
+    above_limit: bool  # the whole interval, of a limit that is not assumed: a measurement to distrust
     device: DeviceTimes | None = None  # what `device_speedup` rests on; None too in files older than this key
 
     @property
@@ -148,7 +148,7 @@ def compare(
 
 
 def _phase(comparison: Comparison, case: int, phase: Phase, found: Speedup, limits: SpeedLimit | None) -> PhaseReport:
-    limit = None if limits is None else getattr(limits, phase)
+    limit, assumed = (None, False) if limits is None else (getattr(limits, phase), limits.assumed)
     ratio, device = found.found, _device(comparison, case, phase)
     return PhaseReport(
         case=comparison.settings.cases[case],
@@ -162,9 +162,9 @@ def _phase(comparison: Comparison, case: int, phase: Phase, found: Speedup, limi
         device_speedup=None if device is None else device.speedup.ratio,
         device=device,
         limit=limit,
-        limit_assumed=limits is not None and limits.assumed,
+        limit_assumed=assumed,
         efficiency=None if limit is None or limit <= 1 else (ratio.ratio - 1) / (limit - 1),
-        above_limit=limit is not None and ratio.low > limit,
+        above_limit=limit is not None and not assumed and ratio.low > limit,
     )
 
 
@@ -280,9 +280,8 @@ def notes(found: ComparisonReport) -> list[str]:
         )
     for phase in found.phases:
         if phase.limit is not None and phase.speedup.ratio > phase.limit:
-            how_far = "its whole interval is: distrust it" if phase.above_limit else "its interval reaches below"
             above = f"{phase.speedup.ratio:.3f}x, above its limit of {phase.limit:.3f}x"
-            lines.append(f"{phase.title}: {above}; {how_far}")
+            lines.append(f"{phase.title}: {above}; {_how_far(phase, phase.limit)}")
     machine = found.machine
     if machine is not None:
         lines.append(_load_note(found, machine))
@@ -293,6 +292,14 @@ def notes(found: ComparisonReport) -> list[str]:
         if machine.throttle_reasons:
             lines.append(f"the GPU was throttled: {', '.join(machine.throttle_reasons)}")
     return lines
+
+
+def _how_far(phase: PhaseReport, limit: float) -> str:
+    """How much of a speed-up that is estimated above its limit is above it, and what follows."""
+    if phase.speedup.low <= limit:
+        return "its interval reaches below"
+    then = "something else binds than is assumed, or distrust it" if phase.limit_assumed else "distrust it"
+    return f"its whole interval is: {then}"
 
 
 def _load_note(found: ComparisonReport, machine: MachineReport) -> str:

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from pydantic_core import to_json
 
 from trsp_deploy.results import Comparison, Perplexity, Served, ZeroShot
-from trsp_deploy.tools.judging.comparisons import ComparisonReport
+from trsp_deploy.tools.judging.comparisons import ComparisonReport, PhaseReport
 from trsp_deploy.tools.judging.statistics import FEWEST_REPLICATES, replicate_ratios
 from trsp_deploy.tools.judging.verdicts import Claim
 from trsp_deploy.tools.reports import plots
@@ -38,10 +38,10 @@ TEMPLATE = "report.html.jinja"
 MOODS: dict[Claim, str] = {"CONFIRMED": "good", "NOT THERE": "bad", "INCONCLUSIVE": ""}
 OPENINGS: dict[Claim, str] = {
     "CONFIRMED": "Faster: {name} generates {ratio:.2f} times as fast as before ({low:.2f} to {high:.2f}).",
-    "NOT THERE": "Not faster: a phase got slower on {name}, which is {ratio:.2f} times as fast end to end "
+    "NOT THERE": "Not faster throughout: a phase got slower on {name}, which is {ratio:.2f} times as fast end to end "
     "({low:.2f} to {high:.2f}).",
-    "INCONCLUSIVE": "Not decided: {name} generates {ratio:.2f} times as fast, but the interval of a phase, "
-    "{low:.2f} to {high:.2f} end to end, leaves no difference possible.",
+    "INCONCLUSIVE": "Not decided: {name} generates {ratio:.2f} times as fast ({low:.2f} to {high:.2f}), but for a "
+    "phase its interval, or what dense shows against itself, leaves no difference possible.",
 }
 
 
@@ -156,9 +156,10 @@ def _cards(report: Report, measured: list[EngineReport]) -> list[tuple[str, str]
         assert engine.comparison is not None and engine.dense is not None and engine.pruned is not None
         for phase, what in (("total", "end to end"), ("decode", "each new token"), ("prefill", "reading the prompt")):
             found = engine.comparison.of(phase)  # type: ignore[arg-type]
-            whose = "" if len(measured) == 1 else f"{engine.name}, "
-            possible = _possible(found.speedup.ratio, found.limit)
-            cards.append((f"{found.speedup.ratio:.2f}x", f"{whose}{what}{engine.comparison.where}{possible}"))
+            whose, where = "" if len(measured) == 1 else f"{engine.name}, ", engine.comparison.where
+            if where and phase != "total":  # of this one another shape may have the least
+                where = f" at {found.case.title}"
+            cards.append((f"{found.speedup.ratio:.2f}x", f"{whose}{what}{where}{_possible(found)}"))
         share = 1 - engine.pruned.size_bytes / engine.dense.size_bytes
         cards.append((f"{share:.0%}", f"smaller: {engine.pruned.size_bytes / 1e6:.0f} MB"))
     return cards + _price_cards(prices(report.engines, report.quality), measured[0].name if measured else None)
@@ -177,12 +178,14 @@ def _price_cards(found: list[Price], engine: str | None) -> list[tuple[str, str]
     return cards
 
 
-def _possible(speedup: float, limit: float | None) -> str:
+def _possible(phase: PhaseReport) -> str:
     """What stands behind a speed-up: its limit, and where it lies above that, where the rest comes from."""
-    if limit is None:
+    if phase.limit is None:
         return ""
-    above = round(speedup, 2) > round(limit, 2)  # as they are shown
-    return f"; {limit:.2f}x possible, the rest is noise" if above else f", of {limit:.2f}x possible"
+    above = round(phase.speedup.ratio, 2) > round(phase.limit, 2)  # as they are shown
+    if phase.limit_assumed:
+        return f"{';' if above else ', of'} {phase.limit:.2f}x assumed possible"
+    return f"; {phase.limit:.2f}x possible, the rest is noise" if above else f", of {phase.limit:.2f}x possible"
 
 
 def _engine(report: Report, engine: EngineReport, raw: Comparison) -> dict[str, Any]:

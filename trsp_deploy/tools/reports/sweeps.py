@@ -166,7 +166,7 @@ def _undecided(point: Point, targets: Targets) -> list[str]:
     timed = targets.min_speedup is not None or targets.max_latency_s is not None
     if timed and point.comparison is not None and (few := too_few(point.comparison.replicates)):
         found.append(f"it has {few.partition(':')[0]}")
-    if targets.min_speedup is not None and any(t.above_limit and not t.limit_assumed for t in _totals(point)):
+    if targets.min_speedup is not None and any(total.above_limit for total in _totals(point)):
         found.append("its speed-up is above its limit")
     if targets.max_ppl_ratio is not None:
         found += [f"'{name}' is {text.doubt.partition(':')[0]}" for name, text in point.quality.items() if text.doubt]
