@@ -170,6 +170,20 @@ def test_a_point_that_could_not_be_measured_is_not_called_slow() -> None:
         assert none.reason.startswith(f"the largest cut that was measured, 6, is not fast enough: {found} of ")
 
 
+@pytest.mark.parametrize(
+    ("targets", "words"),
+    [
+        ({"min_speedup": 1.2504}, "is not fast enough: 1.2502x (1.2502 to 1.2502) of 1.2504x end to end"),
+        ({"max_latency_s": 0.007998}, "is not fast enough: 7.999 ms of 7.998 ms a token"),
+        ({"max_ppl_ratio": 1.2}, "the smallest cut, 4, costs 1.2001x perplexity of at most 1.2x"),
+    ],
+)
+def test_what_misses_a_target_by_little_is_not_shown_as_it(targets: dict[str, float], words: str) -> None:
+    """As "1.25x is not fast enough" for 1.25x."""
+    found = choose([made_up_point(4, 1.2502, 1.2001)], Targets(**targets))
+    assert found.num_dropped is None and words in found.reason, found.reason
+
+
 def test_points_are_of_the_engine_that_ran_in_most_runs() -> None:
     """Where the first run's could not be timed, no point was measured, and "no engine ran here" was said."""
     report = made_up_report(made_up(speedup=1.3, noise=1e-6))

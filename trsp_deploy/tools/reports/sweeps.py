@@ -84,13 +84,13 @@ def choose(points: Sequence[Point], targets: Targets) -> Choice:
     if wishes and both:
         taken = both[0]
         before = [point for point in points if point.num_dropped < taken.num_dropped]
-        return _chosen(taken, targets, _why_no_less(before, wishes, taken))
+        return _chosen(taken, targets, _why_no_less(before, targets, wishes, taken))
     if not wishes and good:
         taken = good[-1]
         after = [point for point in points if point.num_dropped > taken.num_dropped]
-        bound = f"perplexity {taken.worst_ppl_ratio:.2f}x of at most {targets.max_ppl_ratio:g}x"
-        more = f"{after[0].num_dropped} would cost {after[0].worst_ppl_ratio:.2f}x" if after else "more was not tried"
-        return _chosen(taken, targets, f"the most that quality allows: {bound}; {more}")
+        bound = f"perplexity {_said_perplexity(taken, targets)} of at most {targets.max_ppl_ratio:g}x"
+        more = f"{after[0].num_dropped} would cost {_said_perplexity(after[0], targets)}" if after else ""
+        return _chosen(taken, targets, f"the most that quality allows: {bound}; {more or 'more was not tried'}")
     return Choice(num_dropped=None, folder=None, reason=_why_none(points, fast, good, targets, wishes))
 
 
@@ -101,11 +101,9 @@ def _speed_wishes(targets: Targets) -> list[Wish]:
     wishes: list[Wish] = []
     least, most = targets.min_speedup, targets.max_latency_s
     if least is not None:
-        wishes.append((f"{least:g}x end to end", lambda p: _speedup(p) >= least, _said_speedup))
+        wishes.append((f"{least:g}x end to end", lambda p: _speedup(p) >= least, lambda p: _said_speedup(p, least)))
     if most is not None:
-        wishes.append(
-            (f"{1e3 * most:g} ms a token", lambda p: _token_s(p) <= most, lambda p: f"{1e3 * _token_s(p):.1f} ms")
-        )
+        wishes.append((f"{1e3 * most:g} ms a token", lambda p: _token_s(p) <= most, lambda p: _said_token(p, most)))
     return wishes
 
 
@@ -124,12 +122,28 @@ def _speedup(point: Point) -> float:
     return min(map(_capped, _totals(point)), default=0.0)
 
 
-def _said_speedup(point: Point) -> str:
+def _said_speedup(point: Point, wanted: float) -> str:
     assert point.comparison is not None  # of what was not measured the reasons say that
     least = min(_totals(point), key=_capped)
-    above = f", and the limit is {least.limit:.2f}x" if _capped(least) < least.speedup.ratio else ""
+    form = f".{_decimals(_capped(least), wanted, 2)}f"
+    above = f", and the limit is {least.limit:{form}}x" if _capped(least) < least.speedup.ratio else ""
     where = point.comparison.where if least.case == point.comparison.headline else f" at {least.case.title}"
-    return f"{least.speedup.text(more=above)}{where}"
+    return f"{least.speedup.text(form, more=above)}{where}"
+
+
+def _said_token(point: Point, wanted_s: float) -> str:
+    token_ms, wanted_ms = 1e3 * _token_s(point), 1e3 * wanted_s
+    return f"{token_ms:.{_decimals(token_ms, wanted_ms, 1)}f} ms"
+
+
+def _said_perplexity(point: Point, targets: Targets) -> str:
+    ratio, wanted = point.worst_ppl_ratio, targets.max_ppl_ratio or 0.0
+    return f"{ratio:.{_decimals(ratio, wanted, 2)}f}x"
+
+
+def _decimals(figure: float, wanted: float, least: int) -> int:
+    """How many of a figure to show: as many as tell it from what it misses by less, within reason."""
+    return next((n for n in range(least, 6) if figure == wanted or round(figure, n) != round(wanted, n)), 6)
 
 
 def _token_s(point: Point) -> float:
@@ -173,14 +187,14 @@ def _undecided(point: Point, targets: Targets) -> list[str]:
     return found
 
 
-def _why_no_less(before: Sequence[Point], wishes: Sequence[Wish], taken: Point) -> str:
+def _why_no_less(before: Sequence[Point], targets: Targets, wishes: Sequence[Wish], taken: Point) -> str:
     found = " and ".join(f"{says(taken)} of {wanted}" for wanted, _, says in wishes)
     if not before:
         return f"the smallest cut that was tried is fast enough: {found}"
     poor = [point for point in before if all(keeps(point) for _, keeps, _ in wishes)]
     if poor:  # fast enough, and refused for its quality: a larger cut may come out better
         nearest = poor[-1]
-        costs = f"{nearest.num_dropped} costs {nearest.worst_ppl_ratio:.2f}x perplexity"
+        costs = f"{nearest.num_dropped} costs {_said_perplexity(nearest, targets)} perplexity"
         return f"the smallest cut that is fast and good enough: {found}; {costs}"
     nearest = before[-1]
     if nearest.comparison is None:
@@ -213,7 +227,7 @@ def _why_none(
         else:
             first = points[0]
             parts.append(
-                f"the smallest cut, {first.num_dropped}, costs {first.worst_ppl_ratio:.2f}x perplexity "
+                f"the smallest cut, {first.num_dropped}, costs {_said_perplexity(first, targets)} perplexity "
                 f"of at most {targets.max_ppl_ratio:g}x"
             )
     return "; ".join(parts)
