@@ -88,6 +88,15 @@ def windows(nll: float) -> Perplexity:
     return Perplexity(text="t", role="dense", origin="", context_length=11, nll=(nll,) * 30)
 
 
+def test_both_pages_say_what_their_marks_and_intervals_are() -> None:
+    """Markdown had the mark without a word of it, and intervals as wide as an earlier rule made them."""
+    made = made_up(speedup=1.5)  # its limit is 1.4
+    report = made_up_report(made)
+    for page in (markdown.render(report), html.render(report, {"ort-cpu-fp32": made}).replace("&#39;", "'")):
+        assert " (!)" in page and "(!) above its limit: a measurement to distrust." in page
+        assert "never narrower than the control is off on average" in page
+
+
 def test_the_page_names_all_that_leaves_a_difference_open() -> None:
     """Of intervals that exclude 1, within what dense differs by from itself, it said that one leaves none possible."""
     made = made_up(speedup=1.05, noise=0.001)

@@ -22,6 +22,7 @@ from trsp_deploy.tools.reports.quality import Price, QualityReport
 from trsp_deploy.tools.reports.record import EngineReport, Report, prices
 from trsp_deploy.tools.reports.rows import (
     ENGINE_COLUMNS,
+    FOOTNOTE,
     absent_note,
     engine_rows,
     measured_notes,
@@ -73,6 +74,7 @@ def render(
         engines=[_engine(report, engine, comparisons[engine.name]) for engine in measured],
         engine_columns=ENGINE_COLUMNS,
         engine_rows=engine_rows(report),
+        footnote=FOOTNOTE,
         absent=[absent_note(engine) for engine in report.engines if engine.comparison is None],
         sweep_plots=[] if report.sweep is None else sweep_plots(report.sweep),
         sweep_columns=() if report.sweep is None else sweep_columns(report.sweep),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from trsp_deploy.tools.reports.record import Report
 from trsp_deploy.tools.reports.rows import (
     ENGINE_COLUMNS,
+    FOOTNOTE,
     engine_notes,
     engine_rows,
     model_rows,
@@ -28,11 +29,7 @@ def render(report: Report) -> str:
     lines += ["", *(f"- {note}" for note in engine_notes(report))]
     lines += [
         "",
-        f"{'; '.join(case.title for case in bench.cases)}; {bench.new_tokens} tokens a block. Dense, dense again (the "
-        "control, where memory allows it) and pruned in turn, in replicates of fresh processes. Speed-up: mean over "
-        "replicates with a 95% interval (the wider of a bootstrap's and Student's t), never narrower than what the "
-        "control shows. Limit: from bytes and operations at this machine's measured rates, "
-        "or as assumed where an engine's notes say so.",
+        f"{'; '.join(case.title for case in bench.cases)}; {bench.new_tokens} tokens a block. {FOOTNOTE}",
         "",
     ]
     if report.served is not None:
