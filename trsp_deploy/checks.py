@@ -29,6 +29,7 @@ from trsp_deploy.tools.reports.baselines import (
     check_model,
     engine_baseline,
     engine_of,
+    other_hardware,
     other_versions,
     read_baseline,
     this_machine,
@@ -116,7 +117,7 @@ def check_run(
     outcomes += _quality(quality, choices, tolerances)
     for what, dense, pruned, tolerance in to_pytorch_rows(job.proof.check_perplexity(spec)):
         said.append(f"{what}: dense {dense}, pruned {pruned} ({tolerance})")
-    said += [] if baseline is None else other_versions(baseline)
+    said += [] if baseline is None else [*other_hardware(baseline), *other_versions(baseline)]
     said += [] if before is None else weaknesses(before)
     return Check(
         schema_version=CHECK_VERSION,

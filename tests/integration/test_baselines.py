@@ -93,6 +93,7 @@ def test_times_of_other_hardware_are_refused_and_ratios_are_not(
     ratio = ["--max-speedup-loss", "60%", "--budget", "1"]
     taken = trsp_deploy("check", "run", "--against", str(other), *ratio, cwd=workspace)
     assert taken.code in (0, 3), taken.said
+    assert "the baseline is of other hardware: Other CPU" in taken.stdout
 
 
 @pytest.mark.parametrize(

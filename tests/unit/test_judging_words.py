@@ -36,6 +36,7 @@ from trsp_deploy.tools.reports.baselines import (
     check_machine,
     check_model,
     engine_baseline,
+    other_hardware,
     other_versions,
     read_baseline,
     speedups_of,
@@ -197,9 +198,11 @@ def test_processors_of_one_name_are_told_apart(tmp_path: Path, monkeypatch: pyte
     """Int8 products take twice as long without VNNI, and both kinds may call themselves "AMD EPYC"."""
     found, path = read(made_baseline(), tmp_path / "b.json"), tmp_path / "b.json"
     check_machine(found, path, "--max-latency-regression")
+    assert other_hardware(found) == []
     monkeypatch.setattr(baselines, "instruction_sets", lambda: ("avx2",))
     with pytest.raises(BaselineError, match=r"was made on other hardware; there: .*; here: .* \(avx2\), "):
         check_machine(found, path, "--max-latency-regression")
+    assert " (avx2), " in other_hardware(found)[0]
     older = made_baseline()
     del older["machine"]["instructions"]
     check_machine(read(older, path), path, "--max-latency-regression")

@@ -224,18 +224,27 @@ def engine_of(baseline: Baseline, name: str, path: Path) -> EngineBaseline:
 
 def check_machine(baseline: Baseline, path: Path, option: str) -> None:
     """Raise BaselineError, with both fingerprints, when times of this machine cannot be held against the baseline's."""
-    here = this_machine()
-    if baseline.machine.instructions is None:
-        here = here.model_copy(update={"instructions": None})
-    if here != baseline.machine:
+    if (here := _machine_as(baseline)) != baseline.machine:
         raise BaselineError(
             f"{option}: {path} was made on other hardware; there: {baseline.machine}; here: {here}; times do not carry "
             "over: make a baseline here, or ask for --max-speedup-loss or --min-speedup, which do"
         )
 
 
+def other_hardware(baseline: Baseline) -> list[str]:
+    """What to say of a baseline of another machine, whose speed-ups carry over as far as the same binds on both."""
+    here = _machine_as(baseline)
+    return [] if here == baseline.machine else [f"the baseline is of other hardware: {baseline.machine}; here: {here}"]
+
+
+def _machine_as(baseline: Baseline) -> Machine:
+    """The hardware here, as far as a baseline tells of its own."""
+    here = this_machine()
+    return here.model_copy(update={"instructions": None}) if baseline.machine.instructions is None else here
+
+
 def other_versions(baseline: Baseline) -> list[str]:
-    """What has another version here, as lines: the toolkit, Python, packages. Hardware is `check_machine`'s concern."""
+    """What has another version here, as lines: the toolkit, Python, packages; hardware is told by itself."""
     hardware = ("processor", "cores", "GPU", "driver")
     return [
         f"{name} {there} in the baseline, {here} here"
