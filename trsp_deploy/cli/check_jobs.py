@@ -65,7 +65,7 @@ def compare(
     from trsp_deploy.artifacts import write_json
     from trsp_deploy.cli.tables import print_comparison
     from trsp_deploy.stages import bench
-    from trsp_deploy.tools.judging.comparisons import sentence
+    from trsp_deploy.tools.judging.comparisons import notes, sentence
     from trsp_deploy.tools.judging.verdicts import EXIT_CODES, worst
 
     pair = bench.find_pair(dense, pruned, engine)
@@ -84,7 +84,7 @@ def compare(
             "verdict": sentence(label, found),
             "comparison": found.model_dump(mode="json"),
             "outcomes": [outcome.model_dump(mode="json") for outcome in outcomes],
-            "notes": said,
+            "notes": [*notes(found), *said],
         }
     )
     if out is not None:  # last: what cannot be written has been shown
