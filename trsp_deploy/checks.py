@@ -259,9 +259,10 @@ def make_baseline(job: Pipeline, engine: str | None, settings: BenchSettings, ou
     others = [spec for spec in job.engines.specs if spec != first and job.engines.engine(spec).reason is None]
     job.proof.check_engines()  # what does not compute what was trained is nothing to hold others against
     found, lacking = {}, dict(job.proof.failed)
-    for spec in [first, *(others if engine is None else ())]:
-        if spec.name in lacking:
-            continue
+    specs = [spec for spec in (first, *(others if engine is None else ())) if spec.name not in lacking]
+    # Before anything is timed: it may end the job with an error.
+    quality = {spec.name: job.proof.engine_quality(spec) for spec in specs}
+    for spec in specs:
         try:
             pair = job.engines.pair(spec)
             comparison = bench.compare_engines(*pair, spec.name, settings, job.recipe.seed)
@@ -270,7 +271,7 @@ def make_baseline(job: Pipeline, engine: str | None, settings: BenchSettings, ou
             job.inputs.say(f"{spec.name}: {lacking[spec.name]}; not in the baseline")
             continue
         disturbed = disturbance(bench.derive(*pair, comparison))
-        found[spec.name] = engine_baseline(comparison, job.proof.engine_quality(spec), disturbed)
+        found[spec.name] = engine_baseline(comparison, quality[spec.name], disturbed)
     if not found:
         raise RunError(f"{job.run.path}: no baseline ({'; '.join(f'{name} {why}' for name, why in lacking.items())})")
     baseline = Baseline(

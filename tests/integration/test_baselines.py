@@ -12,7 +12,7 @@ import pytest
 from tests.command import Done, trsp_deploy
 from tests.samples import made_up
 from trsp_deploy import checks
-from trsp_deploy.errors import EngineUnavailable, RunError
+from trsp_deploy.errors import EngineUnavailable, ParityError, RunError
 from trsp_deploy.tools.measuring.subjects import Subject
 
 pytestmark = pytest.mark.alone
@@ -125,34 +125,48 @@ def test_a_damaged_baseline_is_one_line(
     assert done.code == 1 and line.startswith(f"error: --against {path}: {words}"), done.stderr
 
 
-def test_a_baseline_leaves_out_an_engine_that_cannot_be_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    made = made_up()
-    said: list[str] = []
-    specs = [SimpleNamespace(name=name) for name in ("a", "b", "c")]
-    subject = Subject(path=tmp_path, spec=None, vocabulary=9, cuts_logits=True, size=None)
-    job: Any = SimpleNamespace(
+def job_of_three(folder: Path, said: list[str], engine_quality: Any = lambda spec: {}) -> Any:
+    """A run of the engines a, b and c, of which c does not agree with PyTorch."""
+    subject = Subject(path=folder, spec=None, vocabulary=9, cuts_logits=True, size=None)
+    return SimpleNamespace(
         engines=SimpleNamespace(
-            specs=specs, engine=lambda spec: SimpleNamespace(reason=None), pair=lambda spec: (subject, subject)
+            specs=[SimpleNamespace(name=name) for name in ("a", "b", "c")],
+            engine=lambda spec: SimpleNamespace(reason=None),
+            pair=lambda spec: (subject, subject),
         ),
         proof=SimpleNamespace(
             failed={"c": "cannot be checked"},
             check_engines=lambda: said.append("parity"),
-            engine_quality=lambda spec: {},
+            engine_quality=engine_quality,
         ),
         recipe=SimpleNamespace(seed=0),
         inputs=SimpleNamespace(say=said.append, check_bench=lambda settings: None),
-        run=SimpleNamespace(path=tmp_path),
+        run=SimpleNamespace(path=folder),
     )
+
+
+@pytest.fixture
+def runnable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine that is named, else the first."""
+    monkeypatch.setattr(
+        checks, "runnable", lambda job, engine: next(s for s in job.engines.specs if s.name == (engine or "a"))
+    )
+    cut = checks.Cut(name="m", num_layers_dense=6, num_layers_pruned=4)
+    monkeypatch.setattr(checks, "cut_of", lambda job: cut)
+
+
+@pytest.mark.usefixtures("runnable")
+def test_a_baseline_leaves_out_an_engine_that_cannot_be_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = made_up()
+    said: list[str] = []
+    job = job_of_three(tmp_path, said)
 
     def compare(dense: Any, pruned: Any, name: str, *rest: Any) -> Any:
         if name == lacking:
             raise EngineUnavailable("the GPU is full")
         return made
 
-    monkeypatch.setattr(checks, "runnable", lambda job, engine: next(s for s in specs if s.name == (engine or "a")))
     monkeypatch.setattr(checks.bench, "compare_engines", compare)
-    cut = checks.Cut(name="m", num_layers_dense=6, num_layers_pruned=4)
-    monkeypatch.setattr(checks, "cut_of", lambda job: cut)
     lacking = "b"
     assert list(checks.make_baseline(job, None, made.settings, tmp_path / "b.json").engines) == ["a"]
     assert said == ["parity", "b: cannot be timed: the GPU is full; not in the baseline"]
@@ -160,3 +174,21 @@ def test_a_baseline_leaves_out_an_engine_that_cannot_be_timed(monkeypatch: pytes
     with pytest.raises(RunError, match=r"no baseline \(c cannot be checked; a cannot be timed: the GPU is full\)"):
         checks.make_baseline(job, "a", made.settings, tmp_path / "none.json")
     assert not (tmp_path / "none.json").exists()
+
+
+@pytest.mark.usefixtures("runnable")
+def test_a_perplexity_that_ends_a_baseline_ends_it_before_anything_is_timed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of the second engine's the first one's minutes were lost."""
+    timed: list[str] = []
+
+    def quality(spec: Any) -> dict[str, Any]:
+        if spec.name == "b":
+            raise ParityError("b has perplexity 17.00")
+        return {}
+
+    monkeypatch.setattr(checks.bench, "compare_engines", lambda *given: timed.append(given[2]) or made_up())
+    with pytest.raises(ParityError, match="b has perplexity"):
+        checks.make_baseline(job_of_three(tmp_path, [], quality), None, made_up().settings, tmp_path / "b.json")
+    assert not timed
