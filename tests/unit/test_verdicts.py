@@ -46,6 +46,12 @@ def alone(low: float, high: float) -> Speedup:
     return Speedup(found=Ratio(ratio=math.sqrt(low * high), low=low, high=high), control=None)
 
 
+def test_why_nothing_can_be_decided_is_said_of_an_open_interval_too() -> None:
+    """A baseline of two replicates leaves it open however long is measured now, and the outcome did not say so."""
+    outcome = judge(FASTER, Ratio(ratio=1.15, low=1.1, high=1.2), "the baseline has 2 replicates")
+    assert outcome.word == "inconclusive" and outcome.sentence.endswith("inconclusive; the baseline has 2 replicates")
+
+
 def test_what_speedups_claim_together() -> None:
     faster, open_, slower = alone(1.1, 1.3), alone(0.9, 1.1), alone(0.8, 0.9)
     assert claim([faster, faster], 5) == "CONFIRMED"

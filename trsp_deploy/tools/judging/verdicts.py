@@ -33,7 +33,7 @@ class Outcome(Strict):
     requirement: Requirement
     found: Ratio
     word: Word
-    note: str = ""  # why it is inconclusive, where the interval alone does not say it
+    note: str = ""  # why it is inconclusive, whatever the interval is
 
     @property
     def sentence(self) -> str:
@@ -45,10 +45,9 @@ class Outcome(Strict):
 
 def judge(requirement: Requirement, found: Ratio, doubt: str = "") -> Outcome:
     """Compare an interval with a bound; doubt: why this interval decides nothing, whatever it is."""
-    word = _word(requirement, found)
-    if doubt and word != "inconclusive":
+    if doubt:
         return Outcome(requirement=requirement, found=found, word="inconclusive", note=doubt)
-    return Outcome(requirement=requirement, found=found, word=word)
+    return Outcome(requirement=requirement, found=found, word=_word(requirement, found))
 
 
 def too_few(replicates: int) -> str:
