@@ -50,6 +50,7 @@ class Tolerances(Strict):
     max_speedup_loss: float | None = None  # share of the baseline's speed-up, end to end
     max_ppl_ratio: Positive | None = None  # pruned / dense perplexity, on every text
     min_accuracy_retained: Positive | None = None  # pruned / dense mean accuracy over the recipe's tasks
+    quality_source: str | None = None  # the option that both limits of quality come from; None: each has its own
 
     @property
     def relative(self) -> bool:
@@ -76,12 +77,6 @@ class Check(Strict):
     notes: tuple[str, ...]
     tolerances: Tolerances
     provenance: Provenance
-
-    @property
-    def sentence(self) -> str:
-        """The verdict for people, and what decided it."""
-        deciding = [outcome.sentence for outcome in self.outcomes if outcome.word == self.verdict]
-        return f"{self.verdict.upper()} on {self.engine}: {'; '.join(deciding)}"
 
 
 def check_run(
@@ -194,7 +189,7 @@ def _quality(quality: dict[str, QualityReport], choices: ChoicesReport | None, t
     if tolerances.min_accuracy_retained is not None and choices is not None:
         kept = Requirement(
             name="zero-shot accuracy over dense",
-            source="--min-accuracy-retained",
+            source=tolerances.quality_source or "--min-accuracy-retained",
             sense="at least",
             bound=tolerances.min_accuracy_retained,
         )
@@ -205,7 +200,7 @@ def _quality(quality: dict[str, QualityReport], choices: ChoicesReport | None, t
         judge(
             Requirement(
                 name=f"perplexity over dense, {name}",
-                source="--max-ppl-ratio",
+                source=tolerances.quality_source or "--max-ppl-ratio",
                 sense="at most",
                 bound=tolerances.max_ppl_ratio,
             ),

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from tests.samples import busy, made_up, made_up_report, scores, slow_again
+from trsp_deploy import cli
 from trsp_deploy.checks import Tolerances, _quality
+from trsp_deploy.cli import check_jobs
+from trsp_deploy.errors import RunError
 from trsp_deploy.results import Comparison
 from trsp_deploy.tools.judging import comparisons, goals
 from trsp_deploy.tools.judging.statistics import (
@@ -42,14 +46,14 @@ def test_too_few_replicates_decide_nothing() -> None:
     assert too_few(5) == ""
 
 
-def alone(low: float, high: float) -> Speedup:
-    return Speedup(found=Ratio(ratio=math.sqrt(low * high), low=low, high=high), control=None)
-
-
 def test_why_nothing_can_be_decided_is_said_of_an_open_interval_too() -> None:
     """A baseline of two replicates leaves it open however long is measured now, and the outcome did not say so."""
     outcome = judge(FASTER, Ratio(ratio=1.15, low=1.1, high=1.2), "the baseline has 2 replicates")
     assert outcome.word == "inconclusive" and outcome.sentence.endswith("inconclusive; the baseline has 2 replicates")
+
+
+def alone(low: float, high: float) -> Speedup:
+    return Speedup(found=Ratio(ratio=math.sqrt(low * high), low=low, high=high), control=None)
 
 
 def test_what_speedups_claim_together() -> None:
@@ -190,3 +194,24 @@ def test_quality_of_a_window_or_a_few_items_decides_nothing() -> None:
         close = short.model_copy(update={"ratio": 1.0, "ratio_low": 1.0, "ratio_high": 1.0})
         assert budget_text(Price("e", {"t": close})).startswith("99.0% kept" if windows == 5 else "99.0% not decided")
     assert not text.doubt, "its documents are paired"
+
+
+def test_limits_of_a_quality_budget_are_said_to_be_its(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A JUnit file named options that nobody had given."""
+    text, right = made_up_report(made_up()).quality["text"], "1" * 400
+    asked: list[Tolerances] = []
+
+    def caught(run: Path, tolerances: Tolerances, *rest: object) -> None:
+        asked.append(tolerances.model_copy(update={"min_accuracy_retained": 0.99}))
+        raise RunError("enough")
+
+    monkeypatch.setattr(check_jobs, "_check", caught)
+    for option, sources in (
+        ("--quality-budget=99%", ["--quality-budget"] * 2),
+        ("--max-ppl-ratio=1.3", ["--min-accuracy-retained", "--max-ppl-ratio"]),
+    ):
+        assert cli.run(["check", "run", option]) == 1 and "enough" in capsys.readouterr().err
+        outcomes = _quality({"t": text}, choices_report(scores(right), scores(right)), asked.pop())
+        assert [outcome.requirement.source for outcome in outcomes] == sources

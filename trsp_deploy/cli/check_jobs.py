@@ -162,6 +162,7 @@ def check(
             max_speedup_loss=lost_share("--max-speedup-loss", max_speedup_loss),
             max_ppl_ratio=max_ppl_ratio if share is None else 1 / share,
             min_accuracy_retained=kept_share("--min-accuracy-retained", min_accuracy_retained),
+            quality_source=None if share is None else "--quality-budget",
         )
         found = _check(run, tolerances, share, against, engine, task, budget, sets)
         publish(found, out, junit, output)
