@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from trsp_deploy.errors import EngineSpecError, RecipeError
 from trsp_deploy.reading import read_yaml
-from trsp_deploy.recipe import override, parse_drop, read_engine_spec, read_recipe, shown_name
+from trsp_deploy.recipe import override, parse_drop, read_bench_settings, read_engine_spec, read_recipe, shown_name
 
 PROFILE = {
     "batch": {"min": 1, "opt": 1, "max": 4},
@@ -190,6 +190,13 @@ def test_engine_spec_errors(changes: dict, words: list[str]) -> None:
 def test_a_task_counts_once() -> None:
     with pytest.raises(RecipeError, match=r"key 'evaluate.tasks': 'piqa' stands twice"):
         read_recipe({"model": "m", "evaluate": {"tasks": ["piqa", "copa", "piqa"]}}, "test")
+
+
+@pytest.mark.parametrize("name", ["batch_sizes", "prompt_tokens"])
+def test_a_shape_that_stands_twice_is_refused(name: str) -> None:
+    """It was measured twice, and verdicts named the one of the least speed-up and showed the other's figures."""
+    with pytest.raises(RecipeError, match=f"key '{name}': '8' stands twice"):
+        read_bench_settings({name: [8, 16, 8]}, "--set")
 
 
 @pytest.mark.parametrize(

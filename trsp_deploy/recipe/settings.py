@@ -11,6 +11,7 @@ from trsp_deploy.errors import redacted
 from trsp_deploy.recipe.values import (
     NUMBER,
     Count,
+    Counts,
     Different,
     Length,
     Name,
@@ -156,8 +157,8 @@ class Case(Strict):
 class BenchSettings(Strict):
     """Dense and pruned in turn: alternating blocks in replicates of fresh processes, until the interval is narrow."""
 
-    batch_sizes: Annotated[tuple[Count, ...], Field(min_length=1)] = (1,)  # each is measured at every prompt length
-    prompt_tokens: Annotated[tuple[Count, ...], Field(min_length=1)] = (128,)  # prompt lengths that prefill reads
+    batch_sizes: Counts = (1,)  # each is measured at every prompt length
+    prompt_tokens: Counts = (128,)  # prompt lengths that prefill reads
     new_tokens: Count = 16  # decode steps per block
     budget_s: Positive = 120.0  # seconds for all shapes of one engine together
     precision: Positive = 0.01  # enough: this half-width of the log ratio's 95% interval, for every shape and phase

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import PurePosixPath
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
+
+Value = TypeVar("Value")
 
 
 def _no_truth(value: Any) -> Any:
@@ -51,13 +53,14 @@ def _as_list(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else (value,)
 
 
-def _no_other_twice(texts: tuple[str, ...]) -> tuple[str, ...]:
-    if twice := next((text for text in texts if texts.count(text) > 1), None):
+def _no_other_twice(values: tuple[Value, ...]) -> tuple[Value, ...]:
+    if twice := next((value for value in values if values.count(value) > 1), None):
         raise ValueError(f"'{twice}' stands twice")
-    return texts
+    return values
 
 
 Different = Annotated[tuple[Text, ...], AfterValidator(_no_other_twice)]
+Counts = Annotated[tuple[Count, ...], Field(min_length=1), AfterValidator(_no_other_twice)]
 # One text as it is, or a list of them.
 OneOrMore = Annotated[
     tuple[Text, ...],
