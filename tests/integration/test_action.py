@@ -104,6 +104,15 @@ def test_the_actions_step_ends_as_the_check_does(
     assert not (workspace / "hacked").exists()
 
 
+def test_an_input_that_is_empty_is_no_option(action: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a workflow's own input that was not given; an empty budget had ended the check in an error."""
+    said_back = program(tmp_path) / "trsp-deploy"
+    said_back.write_text('#!/bin/sh\necho "$@"\n')
+    monkeypatch.setitem(globals(), "program", lambda folder: said_back.parent)
+    empty = dict.fromkeys(set(action["inputs"]) - {"run"}, "")
+    assert run_action(action, tmp_path, tmp_path, run="run", **empty) == (0, "verdict=pass\n", "check run\n")
+
+
 @pytest.fixture(scope="module")
 def sound_baseline(workspace: Path) -> Path:
     """With replicates enough to decide."""
