@@ -391,12 +391,15 @@ def test_control_groups_count(tmp_path):
     write("sys/fs/cgroup/jobs/mine/memory.max", "max\n")
     write("sys/fs/cgroup/jobs/memory.max", "4000000000\n")
     write("sys/fs/cgroup/jobs/memory.current", "3000000000\n")
-    write("sys/fs/cgroup/jobs/memory.stat", "file 7\ninactive_file 500000000\n")
-    assert available_host_bytes(tmp_path) == 1_500_000_000
-    write("proc/self/cgroup", "9:cpu,memory:/\n")
-    write("sys/fs/cgroup/memory/memory.limit_in_bytes", "2000000000\n")
-    write("sys/fs/cgroup/memory/memory.usage_in_bytes", "1000000000\n")
+    write("sys/fs/cgroup/jobs/memory.stat", "file 7\ninactive_file 500000000\nactive_file 700000000\n")
+    assert available_host_bytes(tmp_path) == 2_200_000_000
+    write("proc/self/cgroup", "9:cpu,memory:/pod/mine\n")
+    write("sys/fs/cgroup/memory/pod/memory.limit_in_bytes", "2000000000\n")
+    write("sys/fs/cgroup/memory/pod/memory.usage_in_bytes", "1000000000\n")
     assert available_host_bytes(tmp_path) == 1_000_000_000
+    files = "inactive_file 0\nactive_file 16384\ntotal_inactive_file 300000000\ntotal_active_file 400000000\n"
+    write("sys/fs/cgroup/memory/pod/memory.stat", files)  # its own, and with those of the groups within
+    assert available_host_bytes(tmp_path) == 1_700_000_000
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")

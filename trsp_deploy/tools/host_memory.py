@@ -22,8 +22,11 @@ def _left_by_groups(host: Path) -> Iterator[int]:
         limit, usage = ("memory.max", "memory.current") if new else ("memory.limit_in_bytes", "memory.usage_in_bytes")
         most, used = text_of(folder / limit).strip(), text_of(folder / usage).strip()
         if most.isdecimal() and used.isdecimal():
-            cached = re.search(r"^(?:total_)?inactive_file (\d+)", text_of(folder / "memory.stat"), re.MULTILINE)
-            yield int(most) - int(used) + (int(cached[1]) if cached else 0)
+            stat = dict(re.findall(r"^(\w+) (\d+)$", text_of(folder / "memory.stat"), re.MULTILINE))
+            # Of version 1 the totals, as the usage is one: its other figures leave out the groups within. What was read
+            # twice is in active files, and goes as well.
+            files = [f"{'' if new else 'total_'}{which}_file" for which in ("active", "inactive")]
+            yield int(most) - int(used) + sum(int(stat.get(name, 0)) for name in files)
 
 
 def resident_bytes() -> int | None:
