@@ -235,6 +235,35 @@ def test_a_type_that_nobody_feeds_or_reads_is_one_line(graphs: Path, tmp_path: P
             build_engine(graph, load_engine_spec("ort-cpu-fp32"), tmp_path / "engine")
 
 
+def open_logits(model: onnx.ModelProto) -> None:
+    """The vocabulary by a name alone, behind a Reshape whose sizes nobody infers."""
+    shape = helper.make_node("Shape", ["logits_inside"], ["logits_shape"])
+    reshape = helper.make_node("Reshape", ["logits_inside", "logits_shape"], ["logits"])
+    next(node for node in model.graph.node if "logits" in node.output).output[:] = ["logits_inside"]
+    model.graph.node.extend([shape, reshape])
+    logits = next(value for value in model.graph.output if value.name == "logits")
+    logits.type.tensor_type.shape.dim[-1].dim_param = "vocabulary"
+
+
+def last_logits(model: onnx.ModelProto) -> None:
+    """Of each text's last token, without a dimension for tokens."""
+    next(node for node in model.graph.node if "logits" in node.output).output[:] = ["logits_inside"]
+    model.graph.initializer.append(numpy_helper.from_array(np.array(-1), "last"))
+    model.graph.node.append(helper.make_node("Gather", ["logits_inside", "last"], ["logits"], axis=1))
+    del next(value for value in model.graph.output if value.name == "logits").type.tensor_type.shape.dim[1]
+
+
+@pytest.mark.parametrize(("change", "said"), [(open_logits, ", vocabulary"), (last_logits, ", 384")])
+def test_logits_of_another_form_are_one_line(graphs: Path, tmp_path: Path, change: Change, said: str) -> None:
+    plain = changed(graphs / "fp32" / FILE, change, tmp_path / "plain")
+    with pytest.raises(EngineUnavailable, match=rf"the graph's logits are \[.*{said}\]; understood is \[batch, "):
+        build_engine(plain, load_engine_spec("ort-cpu-fp32"), tmp_path / "engine")
+    half = changed(graphs / "fp16" / FILE, change, tmp_path / "half")
+    spec = load_engine_spec("ort-cuda-fp16").model_copy(update={"backend": "onnxruntime-cpu"})
+    with pytest.raises(EngineUnavailable, match="the graph's logits are "):
+        build_engine(half, spec, tmp_path / "engine")
+
+
 def test_a_text_of_another_models_tokens_is_one_line(graphs: Path, tmp_path: Path) -> None:
     text = np.full((1, 16), 10_000)
     with pytest.raises(EngineUnavailable, match="the calibration text has token 10000"):

@@ -69,6 +69,16 @@ def check_decoder(inputs: Bindings, outputs: Bindings) -> None:
             input_shape(name, shape, batch=1, sequence=1, past=0)
 
 
+def check_logits(outputs: Bindings) -> None:
+    """Raise EngineUnavailable unless the logits, as a session tells them, are of each token over a known vocabulary."""
+    shape = outputs["logits"][1]
+    if len(shape) != 3 or not isinstance(shape[-1], int):
+        raise EngineUnavailable(
+            f"the graph's logits are [{', '.join(map(str, shape))}]; understood is [batch, tokens, vocabulary], "
+            "the last of them a number"
+        )
+
+
 def check_precision(inputs: Bindings, precision: Float | Literal["bf16"]) -> None:
     """Raise EngineUnavailable when the graph's KV cache is not in the precision that the spec asks for."""
     found = inputs[cache_inputs(inputs)[0]][0]

@@ -95,6 +95,7 @@ class OrtRunner(Runner):
         self._longest = int(metadata[decoder_io.LONGEST]) if decoder_io.LONGEST in metadata else None
         self._outputs = bindings_of(self._session.get_outputs())
         decoder_io.check_decoder(self._inputs, self._outputs)
+        decoder_io.check_logits(self._outputs)
         self._fixed = decoder_io.cache_length(self._inputs)
         return self
 

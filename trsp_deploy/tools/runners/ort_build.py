@@ -74,6 +74,7 @@ def _built(
     """What is in the engine's folder. bindings: its inputs and outputs. onnx: the graph as it was exported."""
     inputs, outputs = bindings
     decoder_io.check_decoder(inputs, outputs)
+    decoder_io.check_logits(outputs)
     decoder_io.check_precision(inputs, spec.graph_precision)
     longest = longest_text(onnx)
     if longest is not None:
