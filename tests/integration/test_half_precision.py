@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -26,7 +27,7 @@ from trsp_deploy.stages.build import build_engine
 from trsp_deploy.tools.graphs import check, half
 from trsp_deploy.tools.graphs.fp16_range import LARGEST
 from trsp_deploy.tools.library import load_engine_spec
-from trsp_deploy.tools.runners import open_engine, trt_build
+from trsp_deploy.tools.runners import half_range, open_engine, trt_build
 from trsp_deploy.tools.runners.half_range import within_range
 from trsp_deploy.tools.runners.inspection import describe, inspect_engine
 from trsp_deploy.tools.runners.ort import OrtRunner
@@ -138,6 +139,24 @@ def test_what_would_overflow_stays_in_fp32(change: object, tmp_path: Path, monke
             assert parity.check_parity(reference, runner, name, "dense", "fp16").max_error < 0.1
         text = describe(inspect_engine(tmp_path / name))
         assert f"{len(names)} nodes in fp32, whose values pass 32752 on 192 tokens: /model/layers.1/" in text
+
+
+def test_one_graph_lies_beside_the_exported_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As docs/memory.md has it, by which a job is let in: an fp16 export takes the disk of two graphs."""
+    model, sizes = changed(tmp_path / "model", "llama", beyond_in_the_mlp), list[int]()
+
+    def counted(make: Any) -> Any:
+        def made(*arguments: Any, **options: Any) -> Any:
+            sizes.append(sum(path.stat().st_size for path in (tmp_path / "onnx").rglob("*_data")))
+            return make(*arguments, **options)
+
+        return made
+
+    for name in ("create_session", "OrtRunner"):
+        monkeypatch.setattr(half_range, name, counted(getattr(half_range, name)))
+    export.export_onnx(model, "fp16", ExportSettings(), tmp_path / "onnx")
+    assert len(sizes) == 3
+    assert max(sizes) < 2.1 * (tmp_path / "onnx" / "model.onnx_data").stat().st_size
 
 
 def test_left_padding_is_no_nan_where_scores_are_low(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +56,6 @@ def guard_range(
     from trsp_deploy.tools.graphs.nodes import NoMatch, load
 
     out = scratch / onnx.name
-    fp32 = scratch / "fp32"  # graphs that compute in fp32
-    fp32.mkdir()
     try:
         model = load(onnx)
         if METADATA in model.metadata_props:
@@ -64,9 +64,7 @@ def guard_range(
         half.hide_within_range(model)
         wide = model.clone()
         half.widen(wide)
-        tokens, largest = _read(
-            wide, half.half_values(model), onnx, fp32 / f"largest-{onnx.name}", calibration, threads
-        )
+        tokens, largest = _read(wide, half.half_values(model), onnx, scratch, calibration, threads)
     except (NoMatch, EngineUnavailable, FileNotFoundError, ValidationError) as problem:
         # The backend says what it thinks of it.
         wrong = what_is_wrong(problem, HalfRange) if isinstance(problem, ValidationError) else one_line(problem)
@@ -79,15 +77,16 @@ def guard_range(
     except NoMatch as problem:
         raise EngineUnavailable(f"{onnx}: {problem}; take precision fp32, or bf16 with TensorRT") from problem
     found = HalfRange(tokens=tokens, largest=max(largest.values()), kept=kept)
+    expected = _logits(wide, scratch, threads) if kept else None  # first: a graph beside the exported one is enough
     ir.save(model, out, external_data=f"{out.name}_data")
-    if kept:
-        ir.save(wide, fp32 / onnx.name, external_data=f"{onnx.name}_data")
-        found = found.model_copy(update={"error": _error(fp32 / onnx.name, out, threads)})
+    if expected is not None:
+        with OrtRunner(out, threads=threads, brief=True) as runner:
+            error = check.difference(expected, check.sample_logits(runner, runner.vocabulary))
+        found = found.model_copy(update={"error": error})
     _write_record(out, found)
     config = onnx.with_name("config.json")
     if config.is_file():
         shutil.copy(config, scratch)  # says how long a text may be
-    shutil.rmtree(fp32)
     return out, found
 
 
@@ -116,10 +115,9 @@ def _read(
 ) -> tuple[int, dict[str, float]]:
     """Tokens read, and the largest magnitude of each of these values, computed in fp32.
 
-    wide: the onnx_ir model of `onnx` after `half.widen`; stays as it is. scratch: where a graph goes that tells them.
+    wide: the onnx_ir model of `onnx` after `half.widen`; stays as it is. scratch: a folder, in which a graph that tells
+    them lies meanwhile.
     """
-    import onnx_ir as ir
-
     from trsp_deploy.tools.graphs import half
 
     copy = wide.clone()
@@ -127,34 +125,44 @@ def _read(
     # The cache would be held to the end; the logits tell the vocabulary.
     told = {*outputs.values(), "logits"}
     copy.graph.outputs[:] = [value for value in copy.graph.outputs if value.name in told]
-    ir.save(copy, scratch, external_data=f"{scratch.name}_data")
-    # In another order every value is held to the end, for its magnitude is an output: 4.2 GB, not 0.9, beside 0.4 GB
-    # of weights.
-    session = create_session(scratch, "onnxruntime-cpu", threads, lean=True)
-    inputs, made = bindings_of(session.get_inputs()), bindings_of(session.get_outputs())
-    decoder_io.check_decoder(inputs, {value.name: ("", ()) for value in wide.graph.outputs})
-    if calibration is None:
-        vocabulary = int(made["logits"][1][-1])
-        calibration = np.random.default_rng(0).integers(vocabulary, size=(1, text_length(onnx)))
-    ids = fitting(calibration, onnx)[:1]  # (1, sequence): a second row would be memory
-    mask = np.ones_like(ids)
-    mask[0, : ids.shape[1] // PADDING] = 0
-    feeds = decoder_io.token_inputs(inputs, ids, mask, keep=1)
-    for name in decoder_io.cache_inputs(inputs):
-        dtype, shape = inputs[name]
-        feeds[name] = np.zeros(decoder_io.input_shape(name, shape, batch=1, sequence=0, past=0), dtype)
-    with one_line_errors(f"ONNX Runtime cannot read a text with {onnx}"):
-        found = session.run(list(outputs.values()), feeds)
+    with _in_a_file(copy, scratch) as path:
+        # In another order every value is held to the end, for its magnitude is an output: 4.2 GB, not 0.9, beside 0.4
+        # GB of weights.
+        session = create_session(path, "onnxruntime-cpu", threads, lean=True)
+        inputs, made = bindings_of(session.get_inputs()), bindings_of(session.get_outputs())
+        decoder_io.check_decoder(inputs, {value.name: ("", ()) for value in wide.graph.outputs})
+        decoder_io.check_logits(made)
+        if calibration is None:
+            vocabulary = int(made["logits"][1][-1])
+            calibration = np.random.default_rng(0).integers(vocabulary, size=(1, text_length(onnx)))
+        ids = fitting(calibration, onnx)[:1]  # (1, sequence): a second row would be memory
+        mask = np.ones_like(ids)
+        mask[0, : ids.shape[1] // PADDING] = 0
+        feeds = decoder_io.token_inputs(inputs, ids, mask, keep=1)
+        for name in decoder_io.cache_inputs(inputs):
+            dtype, shape = inputs[name]
+            feeds[name] = np.zeros(decoder_io.input_shape(name, shape, batch=1, sequence=0, past=0), dtype)
+        with one_line_errors(f"ONNX Runtime cannot read a text with {onnx}"):
+            found = session.run(list(outputs.values()), feeds)
     # The largest of nothing is minus infinity: of an expert that no token of the text was sent to.
     return int(mask.sum()), {name: max(float(value), 0.0) for name, value in zip(outputs, found, strict=True)}
 
 
-def _error(wide: Path, out: Path, threads: int | None) -> float:
-    """How far the new graph's logits are from those in fp32, in their standard deviations."""
-    with OrtRunner(wide, threads=threads, lean=True) as runner:
-        expected = check.sample_logits(runner, runner.vocabulary)
-    with OrtRunner(out, threads=threads, brief=True) as runner:
-        return check.difference(expected, check.sample_logits(runner, runner.vocabulary))
+def _logits(wide: Any, scratch: Path, threads: int | None) -> np.ndarray:
+    """What the passes' proof asks of a graph, of one in fp32; scratch: as in `_read`."""
+    with _in_a_file(wide, scratch) as path, OrtRunner(path, threads=threads, lean=True) as runner:
+        return check.sample_logits(runner, runner.vocabulary)
+
+
+@contextlib.contextmanager
+def _in_a_file(graph: Any, scratch: Path) -> Iterator[Path]:
+    """A graph as a file, which goes again: it is as large as the model."""
+    import onnx_ir as ir
+
+    with tempfile.TemporaryDirectory(prefix="fp32-", dir=scratch) as folder:
+        path = Path(folder) / "model.onnx"
+        ir.save(graph, path, external_data=f"{path.name}_data")
+        yield path
 
 
 def _write_record(graph: Path, found: HalfRange) -> None:
