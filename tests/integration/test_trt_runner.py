@@ -314,6 +314,36 @@ def test_after_a_step_that_failed_everything_is_bound_anew(
 
 
 @pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("call", ["infer_shapes", "set_optimization_profile_async"])
+def test_what_tensorrt_refuses_is_a_line_with_its_reason(
+    call: str, exported: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its bindings raise a RuntimeError that tells nothing; why is in the log."""
+    runner, engine = opened_with_fixed_cache(exported("llama"), monkeypatch, tmp_path)
+    log = SimpleNamespace(errors=[], complaint=lambda: "shapes that no kernel is for")
+
+    def refused(*_: object) -> NoReturn:
+        log.errors.append("shapes that no kernel is for")
+        raise RuntimeError("infer_shapes error code: -1")
+
+    with runner:
+        context, ids = engine.contexts[0], np.ones((1, 3), np.int64)
+        context.active_optimization_profile = 1  # another than the one that these shapes want
+        monkeypatch.setattr(trt, "logger", lambda module: log)
+        monkeypatch.setattr(context, call, refused)
+        with pytest.raises(EngineUnavailable, match=r"TensorRT: stopped in .*engine: shapes that no kernel is for"):
+            runner.prefill(ids, ids)
+        monkeypatch.setattr(context, call, bug)
+        log.errors.clear()
+        with pytest.raises(RuntimeError, match="a bug"):
+            runner.prefill(ids, ids)
+
+
+def bug(*_: object) -> NoReturn:
+    raise RuntimeError("a bug")
+
+
+@pytest.mark.usefixtures("cuda")
 def test_weights_stream_within_the_specs_budget(
     exported: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

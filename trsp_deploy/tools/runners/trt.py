@@ -213,6 +213,9 @@ class TrtRunner(Runner):
                 raise EngineUnavailable(
                     f"{self.spec.backend}: the GPU's memory is full at batch {batch} with {length} tokens"
                 ) from problem
+            if isinstance(problem, RuntimeError) and logger(self._trt).errors:  # where TensorRT tells why it refused
+                complaint = logger(self._trt).complaint()
+                raise EngineUnavailable(f"TensorRT: stopped in {self.engine}: {complaint}") from problem
             raise
         self.device_s = self._began.elapsed_time(self._ended) / 1e3
         self._reads = 1 - self._reads
