@@ -151,6 +151,49 @@ def test_an_engine_of_another_graph_or_spec_is_not_opened(
     open_engine(out)  # of what is not known any more
 
 
+def test_an_engine_is_of_the_files_that_it_was_asked_for_last(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A copy of a graph is another one: it is looked at when the engine is opened, and the first one no more."""
+    for name in ("first", "copy"):
+        shutil.copytree(place / "onnx", tmp_path / name)
+        (tmp_path / name / "mine.yaml").write_text("description: mine\nbackend: onnxruntime-cpu\nprecision: fp32\n")
+
+    def reused(graph: str, spec: str) -> bool:
+        command = ["build", "--onnx", str(tmp_path / graph / "model.onnx"), "--out", str(tmp_path / "engine")]
+        assert run([*command, "--engine", str(tmp_path / spec / "mine.yaml"), "--json"]) == 0
+        return bool(json.loads(capsys.readouterr().out)["reused"])
+
+    assert not reused("first", "first") and reused("first", "first")
+    assert not reused("copy", "first") and not reused("copy", "copy") and reused("copy", "copy")
+    for file in ("first/model.onnx_data", "first/mine.yaml", "copy/mine.yaml"):
+        open_engine(tmp_path / "engine")
+        path = tmp_path / file
+        path.write_bytes(path.read_bytes()[:-1] + b"8")
+    with pytest.raises(EngineUnavailable, match=r"copy/mine\.yaml has another|its spec has changed"):
+        open_engine(tmp_path / "engine")
+
+
+def test_nothing_goes_that_is_no_engines(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    graph, engine, file = place / "onnx" / "model.onnx", tmp_path / "engine", tmp_path / "file"
+
+    def build(spec: str, out: Path) -> tuple[int, str]:
+        code = run(["build", "--onnx", str(graph), "--engine", spec, "--out", str(out)])
+        return code, capsys.readouterr().err
+
+    file.write_text("mine")
+    code, said = build("ort-cpu-fp32", file)
+    assert code == 1 and "is a file, and an engine is a folder" in said and file.read_text() == "mine"
+    assert build("ort-cpu-fp32", engine)[0] == 0
+    (engine / "notes.md").write_text("mine")
+    assert build("ort-cpu-fp32", engine)[0] == 0, "the same engine stays"
+    code, said = build("ort-cpu-int8", engine)
+    assert code == 1 and "notes.md in it is yours: move that away" in said
+    assert (engine / "notes.md").read_text() == "mine" and read_manifest(engine).name == "ort-cpu-fp32"
+    (engine / "notes.md").unlink()
+    assert build("ort-cpu-int8", engine)[0] == 0
+
+
 def test_inspect_says_what_the_engine_is(engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["inspect", str(engine)]) == 0
     said = capsys.readouterr().out

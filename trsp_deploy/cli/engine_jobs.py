@@ -132,8 +132,11 @@ def build_from_onnx(
     command = ["trsp-deploy", "build", "--onnx", str(onnx), "--engine", engines[0], "--out", str(out)]
     command += ["--calibration", calibration] if calibration is not None else []
     command += ["--tokenizer", str(tokenizer)] if tokenizer is not None else []
+    file = spec_file(engines[0])
     with writing_alone(out) as place, quiet_libraries():
-        known = finished(onnx, spec, place, text)
+        known = finished(onnx, spec, place, text, spec_file=file)
+        if known is None:
+            _check_nothing_else(place)
         manifest = known or build_engine(
             onnx,
             spec,
@@ -141,7 +144,7 @@ def build_from_onnx(
             text,
             text_name=calibration or "",
             rebuild=shlex.join(command),
-            spec_file=spec_file(engines[0]),
+            spec_file=file,
         )
     size = f"{manifest.size_bytes / 1e6:.0f} MB"
     how = f"built in {manifest.build_s:.0f} s" if known is None else "as it was built, for nothing has changed"
@@ -159,5 +162,25 @@ def _check_engine_folder(out: Path) -> None:
         raise RecipeError(f"--out {out}: is of the run {run.root}, whose engines `build RUN` makes; name another one")
     if Path.cwd().is_relative_to(out.resolve()):
         raise RecipeError(f"--out {out}: is the folder that this runs in, or one around it; name a new one")
+    if out.exists() and not out.is_dir():
+        raise RecipeError(f"--out {out}: is a file, and an engine is a folder; name a new one")
     if out.is_dir() and any(out.iterdir()) and not (out / ENGINE_MANIFEST).is_file():
         raise RecipeError(f"--out {out}: holds other things than an engine; name a new folder, or an engine's")
+
+
+def _check_nothing_else(folder: Path) -> None:
+    """Raise RecipeError where an engine's folder, which is about to be replaced, holds what no build has put there."""
+    from trsp_deploy.artifacts import ENGINE_MANIFEST, files_below
+    from trsp_deploy.errors import EngineUnavailable
+    from trsp_deploy.tools.runners import read_manifest
+    from trsp_deploy.tools.runners.trt_log import BUILD_LOG
+
+    try:
+        manifest = read_manifest(folder)
+    except EngineUnavailable:
+        return  # none is there, or it does not say what its own is
+    own = {*manifest.files, *manifest.beside, ENGINE_MANIFEST, BUILD_LOG}
+    names = (file.relative_to(folder).as_posix() for file in files_below(folder))
+    other = next((name for name in names if name not in own), None)
+    if other is not None:
+        raise RecipeError(f"--out {folder}: is replaced by the new engine, and {other} in it is yours: move that away")

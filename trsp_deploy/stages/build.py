@@ -57,8 +57,7 @@ def build_engine(
     check_source(onnx, spec)
     release_torch_memory()
     began = time.perf_counter()
-    # Of a link its own place: by the names there the weights beside it are known, and it may be turned elsewhere.
-    source, files = os.path.relpath(onnx.parent.resolve() / onnx.name, folder.resolve()), source_files(onnx)
+    source, files = _from_folder(onnx, folder), source_files(onnx)
     with writing(folder) as partial, _log_of_failure(partial, folder.with_name(f"{folder.name}-failed.log")):
         partial.mkdir()
         built = BACKENDS[spec.backend].build(onnx, spec, partial, calibration)
@@ -71,7 +70,7 @@ def build_engine(
             spec=spec,
             source=source,
             source_files=files,
-            spec_file=None if spec_file is None else os.path.relpath(spec_file.resolve(), folder.resolve()),
+            spec_file=None if spec_file is None else _from_folder(spec_file.resolve(), folder),
             text=_text_of(spec, calibration, text_name),
             passes_version=PASSES,
             rebuild=rebuild,
@@ -101,11 +100,17 @@ def build_engine(
 
 
 def finished(
-    onnx: Path, spec: EngineSpec, folder: Path, calibration: np.ndarray | None = None
+    onnx: Path,
+    spec: EngineSpec,
+    folder: Path,
+    calibration: np.ndarray | None = None,
+    *,
+    spec_file: Path | None = None,
 ) -> EngineManifest | None:
     """The manifest of the engine in `folder` where `build_engine` with these arguments would make it again; else None.
 
-    Raises RunError when there is no ONNX file, EngineUnavailable where the backend is not installed.
+    The same files in another place make another engine: where its own lie is looked at when it is opened. Raises
+    RunError when there is no ONNX file, EngineUnavailable where the backend is not installed.
     """
     if not onnx.is_file():
         raise RunError(f"{onnx}: no ONNX file to build engine {spec.name} from; export it first")
@@ -123,10 +128,18 @@ def finished(
         and manifest.bound == bound
         and (manifest.text and manifest.text.sha256) == (read and read.sha256)
         and manifest.beside == beside
+        and manifest.source == _from_folder(onnx, folder)
+        and manifest.spec_file == (None if spec_file is None else _from_folder(spec_file.resolve(), folder))
         and manifest.source_files.keys() == files.keys()  # an older version's knows none
         and manifest.onnx_sha256 == onnx_sha256(files)
     )
     return manifest if same else None
+
+
+def _from_folder(file: Path, folder: Path) -> str:
+    """A file as a path from an engine's folder: of a link its own place, for it may be turned elsewhere, and by the
+    names there the weights beside a graph are known."""
+    return os.path.relpath(file.parent.resolve() / file.name, folder.resolve())
 
 
 def _text_of(spec: EngineSpec, calibration: np.ndarray | None, name: str) -> ReadText | None:
