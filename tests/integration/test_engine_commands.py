@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.tiny import POSITIONS, english, save_tiny, tiny_tokenizer
+from trsp_deploy.artifacts import write_json
 from trsp_deploy.cli import run
 from trsp_deploy.decoder import load_model
 from trsp_deploy.errors import EngineUnavailable, RecipeError
@@ -22,6 +23,7 @@ from trsp_deploy.tools.quiet import quiet_libraries
 from trsp_deploy.tools.runners import open_engine, read_manifest
 from trsp_deploy.tools.runners.generation import Sampling, choose, generate
 from trsp_deploy.tools.runners.inspection import describe, inspect_engine, trtexec
+from trsp_deploy.tools.runners.manifest import PassOutcome
 
 FROM_FILE = ["build", "--onnx", "missing.onnx", "--out", "x"]
 PROMPTS = ["The import statement", "A list of"]
@@ -208,6 +210,17 @@ def test_inspect_says_what_the_engine_is(engine: Path, capsys: pytest.CaptureFix
     assert run(["inspect", str(engine), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["operators"]["GroupQueryAttention"] == 6 and found["trtexec"] is None
+
+
+def test_inspect_says_what_no_json_number_is(engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A pass after which logits are no numbers is infinitely far off."""
+    shutil.copytree(engine, tmp_path / "engine")
+    left_out = PassOutcome(name="cut-logits", error=float("inf"), reason="no numbers")
+    manifest = read_manifest(engine).model_copy(update={"passes": (left_out,)})
+    write_json(tmp_path / "engine" / "manifest.json", manifest)
+    assert run(["inspect", str(tmp_path / "engine"), "--json"]) == 0
+    said = capsys.readouterr().out
+    assert json.loads(said, parse_constant=pytest.fail)["manifest"]["passes"][0]["error"] == "Infinity"
 
 
 def test_generate_goes_on_as_transformers_does(place: Path, engine: Path, capsys: pytest.CaptureFixture[str]) -> None:

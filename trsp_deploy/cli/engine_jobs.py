@@ -45,7 +45,7 @@ def inspect(engine: Engine, as_json: Json = False) -> None:
     from trsp_deploy.tools.runners.inspection import describe, inspect_engine
 
     found = inspect_engine(engine)
-    print(json.dumps(found.model_dump(mode="json")) if as_json else describe(found))
+    print(found.model_dump_json() if as_json else describe(found))
 
 
 def generate(
