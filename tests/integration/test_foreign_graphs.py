@@ -311,3 +311,13 @@ def test_a_bound_of_numbers_is_no_hidden_score(graphs: Path, tmp_path: Path) -> 
     assert source != graph and found is not None and not found.reason
     low = next(each for each in onnx.load(source).graph.initializer if each.name == "low")
     assert float(numpy_helper.to_array(low)) == -65504
+
+
+@pytest.mark.parametrize("kept", [None, 1000])
+def test_weights_that_are_not_whole_are_one_line(graphs: Path, tmp_path: Path, kept: int | None) -> None:
+    shutil.copytree(graphs / "fp32", tmp_path / "graph")
+    weights = tmp_path / "graph" / f"{FILE}_data"
+    weights.unlink() if kept is None else weights.write_bytes(weights.read_bytes()[:kept])
+    for name in ("ort-cpu-fp32", "ort-cpu-int4"):
+        with pytest.raises(EngineUnavailable, match=r"its weights are not whole: .*_data is missing, or cut off"):
+            build_engine(tmp_path / "graph" / FILE, load_engine_spec(name), tmp_path / "engine")

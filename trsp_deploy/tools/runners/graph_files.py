@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trsp_deploy.artifacts import fingerprint
+from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.tools.graphs import decoder_io
 from trsp_deploy.tools.runners.manifest import SourceFile
@@ -44,16 +45,23 @@ def graph_files(onnx: Path) -> tuple[str, ...]:
 
 
 def check_source(onnx: Path, spec: EngineSpec) -> None:
-    """Raise EngineUnavailable for a file that is no decoder with a KV cache, or whose precision is not the spec's.
+    """Raise EngineUnavailable for a file that is no decoder with a KV cache, lacks weights, or is of another precision.
 
     What cannot be read as ONNX is the backend's to say.
     """
+    import onnx_ir as ir
+
     from trsp_deploy.tools.graphs.nodes import NoMatch, load
 
     try:
         graph = load(onnx).graph
     except (NoMatch, FileNotFoundError):
         return
+    for tensor in [value.const_value for value in graph.initializers.values()]:
+        if isinstance(tensor, ir.ExternalTensor):
+            file = Path(tensor.path)
+            if not file.is_file() or file.stat().st_size < (tensor.offset or 0) + tensor.nbytes:
+                raise EngineUnavailable(f"{onnx}: its weights are not whole: {file} is missing, or cut off")
     inputs, outputs = _bindings(graph.inputs), _bindings(graph.outputs)
     decoder_io.check_decoder(inputs, outputs)
     if spec.precision != "bf16":  # which is made of fp16, and of what is bf16 already
