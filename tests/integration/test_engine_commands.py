@@ -193,7 +193,8 @@ def test_nothing_goes_that_is_no_engines(place: Path, tmp_path: Path, capsys: py
     assert code == 1 and "notes.md in it is yours: move that away" in said
     assert (engine / "notes.md").read_text() == "mine" and read_manifest(engine).name == "ort-cpu-fp32"
     (engine / "notes.md").unlink()
-    assert build("ort-cpu-int8", engine)[0] == 0
+    (engine / "manifest.json.sig").write_text("of the engine that goes")
+    assert build("ort-cpu-int8", engine)[0] == 0 and not (engine / "manifest.json.sig").exists()
 
 
 def test_inspect_says_what_the_engine_is(engine: Path, capsys: pytest.CaptureFixture[str]) -> None:

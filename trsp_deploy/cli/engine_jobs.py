@@ -171,6 +171,7 @@ def _check_engine_folder(out: Path) -> None:
 def _check_nothing_else(folder: Path) -> None:
     """Raise RecipeError where an engine's folder, which is about to be replaced, holds what no build has put there."""
     from trsp_deploy.artifacts import ENGINE_MANIFEST, files_below
+    from trsp_deploy.artifacts.fingerprints import SIGNED
     from trsp_deploy.errors import EngineUnavailable
     from trsp_deploy.tools.runners import read_manifest
     from trsp_deploy.tools.runners.trt_log import BUILD_LOG
@@ -179,7 +180,7 @@ def _check_nothing_else(folder: Path) -> None:
         manifest = read_manifest(folder)
     except EngineUnavailable:
         return  # none is there, or it does not say what its own is
-    own = {*manifest.files, *manifest.beside, ENGINE_MANIFEST, BUILD_LOG}
+    own = {*manifest.files, *manifest.beside, ENGINE_MANIFEST, SIGNED, BUILD_LOG}
     names = (file.relative_to(folder).as_posix() for file in files_below(folder))
     other = next((name for name in names if name not in own), None)
     if other is not None:
