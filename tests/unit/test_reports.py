@@ -150,6 +150,10 @@ def test_a_budget_is_of_accuracy_too() -> None:
     few = choices_report(scores("10"), scores("10"))
     assert budget_text(Price("e", {}, few)).startswith("99.0% not decided")
     assert budget_text(Price(None, {})) == "neither a text nor a task was evaluated"
+    assert budget_text(Price("e", {"a": text}), ["piqa"]) == (
+        "99.0% not decided, 99.9% not decided (worst text 1.00x; they allow 1.01x and 1.001x; not measured: piqa)"
+    )
+    assert budget_text(Price("e", {"a": text}, lost), ["b"]).startswith("99.0% not kept, 99.9% not kept")
 
 
 def test_the_price_is_the_engines_and_pytorchs_only_where_no_engine_read() -> None:
@@ -246,6 +250,7 @@ def test_accuracy_that_was_asked_for_and_has_no_figure_is_said() -> None:
     for page in (html.render(asked, {"ort-cpu-fp32": made}), markdown.render(asked), *engine_notes(asked)[-2:-1]):
         assert words in page
     assert not any("accuracy" in note for note in engine_notes(report))
+    assert dict(model_rows(asked))["quality budgets, ort-cpu-fp32"].endswith("not measured: piqa, copa)")
     choices = choices_report(scores("1" * 100), scores("1" * 90 + "0" * 10))
     ran, other = (report.engines[0].model_copy(update={"name": name, "quality": {}}) for name in ("a", "b"))
     two = asked.model_copy(update={"engines": (ran, other.model_copy(update={"choices": choices})), "quality": {}})

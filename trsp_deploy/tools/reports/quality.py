@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -124,21 +124,25 @@ def price_sentences(prices: list[Price]) -> list[str]:
     return lines
 
 
-def budget_text(price: Price) -> str:
+def budget_text(price: Price, unmeasured: Sequence[str] = ()) -> str:
     """Whether quality stays within each budget. A share kept of q allows a perplexity ratio of 1 / q on every text, and
     asks for q of the mean accuracy.
 
-    What is too short or too little to decide leaves a budget open, unless something else misses it.
+    unmeasured: texts and tasks that were asked for beside. They leave a budget open unless something else misses it,
+    as does what is too short or too little to decide.
     """
     if not price.quality and price.choices is None:
         return "neither a text nor a task was evaluated"
-    words = [f"{share:.1%} {_word(list(_judged(price, share)))}" for share in QUALITY_BUDGETS]
+    left = [None] * len(unmeasured)
+    words = [f"{share:.1%} {_word([*_judged(price, share), *left])}" for share in QUALITY_BUDGETS]
     rests_on = []
     if price.quality:
         worst = max(text.ratio for text in price.quality.values())
         rests_on.append(f"worst text {worst:.2f}x; they allow 1.01x and 1.001x")
     if price.choices is not None:
         rests_on.append(f"accuracy {price.choices.retained.ratio:.1%} retained")
+    if unmeasured:
+        rests_on.append(f"not measured: {', '.join(unmeasured)}")
     return f"{', '.join(words)} ({'; '.join(rests_on)})"
 
 

@@ -8,7 +8,7 @@ from trsp_deploy.artifacts import Provenance
 from trsp_deploy.results import PHASES, ROLES, PerplexityParity, Role
 from trsp_deploy.tools.judging.comparisons import ComparisonReport, notes
 from trsp_deploy.tools.judging.goals import PHASE_TITLES
-from trsp_deploy.tools.reports.quality import ChoicesReport, budget_text
+from trsp_deploy.tools.reports.quality import ChoicesReport, Price, budget_text
 from trsp_deploy.tools.reports.record import EngineReport, Report, prices
 from trsp_deploy.tools.reports.sweeps import Point, Sweep, token_s
 from trsp_deploy.tools.triton_server.served import served_notes
@@ -63,7 +63,7 @@ def model_rows(report: Report) -> list[tuple[str, str]]:
             )
         )
     for price in prices(report.engines, report.quality):
-        rows.append((f"quality budgets, {price.source}", budget_text(price)))
+        rows.append((f"quality budgets, {price.source}", budget_text(price, _unmeasured(report, price))))
     worst = max(report.parity, key=lambda parity: parity.max_error / parity.tolerance, default=None)
     if worst is not None:
         rows.append(
@@ -74,6 +74,14 @@ def model_rows(report: Report) -> list[tuple[str, str]]:
             )
         )
     return rows
+
+
+def _unmeasured(report: Report, price: Price) -> list[str]:
+    """Texts and tasks of the recipe that a price has no figure of; PyTorch's, beside engines', is to have no other."""
+    if price.engine is None and any(engine.comparison is not None for engine in report.engines):
+        return []
+    tasks = report.recipe.evaluate.tasks if price.choices is None else ()
+    return [*(name for name in report.quality if name not in price.quality), *tasks]
 
 
 def provenance_rows(report: Report) -> list[tuple[str, str]]:
