@@ -258,5 +258,12 @@ def test_accuracy_that_was_asked_for_and_has_no_figure_is_said() -> None:
     assert "<b>90.0%</b><span>of accuracy retained, b</span>" in page
 
 
+def test_a_name_with_a_bar_stays_in_its_cell() -> None:
+    report = made_up_report(made_up())
+    named = report.model_copy(update={"model": report.model.model_copy(update={"name": "a|b"})})
+    row = next(line for line in markdown.render(named).splitlines() if line.startswith("| model |"))
+    assert row == r"| model | a\|b (LlamaForCausalLM) |"
+
+
 def test_verdict_without_an_engine_claims_nothing() -> None:
     assert verdict([], {}).startswith("NOT MEASURED")
