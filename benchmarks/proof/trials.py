@@ -20,7 +20,13 @@ from trsp_deploy.tools.measuring.bench_worker import PAUSED, PLANTED
 from trsp_deploy.tools.measuring.samples import measure
 
 Kind = Literal["same", "same, loaded", "slower", "faster"]
-SAME_S, PLANTED_S = 30.0, 59.0  # budgets
+MINUTE_S = 60.0  # that a slow-down has to be found within
+BUDGETS_S: dict[Kind, float] = {
+    "same": 30.0,
+    "same, loaded": 30.0,
+    "slower": MINUTE_S - 1,
+    "faster": BenchSettings().budget_s,
+}
 PLANTS: dict[Kind, tuple[float, float]] = {  # by how much dense and pruned are slowed down; the other waits as long
     "same": (0, 0),
     "same, loaded": (0, 0),
@@ -63,13 +69,14 @@ class Trial(Strict):
     control: dict[Phase, tuple[float, ...]]
     load: float  # mean number of runnable processes
     disturbance: str | None = None  # what else the machine did, as it was noticed; None in trials older than this key
+    ended_s: tuple[float, ...] = ()  # when each replicate did; empty in trials older than this key
     terms: Terms | None = None  # None, and no code, where a trial is older than these
     code: str = ""  # digest
 
     @functools.cached_property
     def speedups(self) -> dict[Phase, Speedup]:
         """By phase, with their controls."""
-        return {phase: widened(logs, self.control[phase] or None) for phase, logs in self.replicates.items()}
+        return self._after(len(self.replicates["total"]))
 
     @property
     def total(self) -> Ratio:
@@ -92,16 +99,30 @@ class Trial(Strict):
     @functools.cached_property
     def answer(self) -> str:
         """The claim, or the verdict on the requirement."""
-        count = len(self.replicates["total"])
-        goal = goal_of(self.kind)
-        if goal is None:
-            return claim(list(self.speedups.values()), count)
-        return judge(goal.requirement, self.total, too_few(count)).word
+        return self._answer(self.speedups, len(self.replicates["total"]))
 
     @property
     def right(self) -> bool:
         """Whether the answer is the truth."""
         return self.answer == RIGHT[self.kind]
+
+    @property
+    def right_in_a_minute(self) -> bool:
+        """Whether what it had after a minute says the truth; older trials had no more than that."""
+        count = sum(each <= MINUTE_S for each in self.ended_s) if self.ended_s else len(self.replicates["total"])
+        return count > 0 and self._answer(self._after(count), count) == RIGHT[self.kind]
+
+    def _after(self, count: int) -> dict[Phase, Speedup]:
+        """What the first replicates found."""
+        return {
+            phase: widened(logs[:count], self.control[phase][:count] or None) for phase, logs in self.replicates.items()
+        }
+
+    def _answer(self, found: dict[Phase, Speedup], count: int) -> str:
+        goal = goal_of(self.kind)
+        if goal is None:
+            return claim(list(found.values()), count)
+        return judge(goal.requirement, found["total"].found, too_few(count)).word
 
     def checked(self, bound: float) -> str:
         """The verdict on a least speed-up, had it been asked after every replicate until it was decided."""
@@ -132,8 +153,7 @@ def comparison_digest() -> str:
 
 def terms_of(kind: Kind) -> Terms:
     """What a trial of this kind asks now."""
-    budget_s = PLANTED_S if kind in WANTED else SAME_S
-    settings = BenchSettings(prompt_tokens=(64,), new_tokens=16, budget_s=budget_s)
+    settings = BenchSettings(prompt_tokens=(64,), new_tokens=16, budget_s=BUDGETS_S[kind])
     return Terms(planted=PLANTS[kind], wanted=WANTED.get(kind), settings=settings)
 
 
@@ -167,6 +187,7 @@ def make(kind: Kind, number: int, engine: Path) -> Trial:
         control={phase: _ratios(comparison, phase)[1] for phase in PHASES},
         load=0.0 if found.machine is None else found.machine.load,
         disturbance=disturbance(found),
+        ended_s=(*(round(each.began_s, 2) for each in comparison.replicates[1:]), round(comparison.elapsed_s, 2)),
         terms=terms,
         code=comparison_digest(),
     )

@@ -21,6 +21,7 @@ from benchmarks.proof.trials import RIGHT, Kind, Trial, comparison_digest, terms
 from tests.made_run import SPEC, made_run
 from tests.samples import made_up
 from trsp_deploy.artifacts import provenance
+from trsp_deploy.recipe import BenchSettings
 from trsp_deploy.results import PHASES
 
 RIGHT_LOG: dict[Kind, float] = {"same": 0.0, "same, loaded": 0.0, "slower": -0.05, "faster": 0.18}
@@ -101,6 +102,23 @@ def test_a_check_that_ends_early_is_told_apart_from_a_whole_trial(early: float, 
     made = made.model_copy(update={"control": dict.fromkeys(PHASES, (0.0,) * 10)})
     assert made.answer == "INCONCLUSIVE" and words in page([made])
     assert ('and 1 "at least 2% faster" met' in page([made])) == (early > 0)
+
+
+@pytest.mark.parametrize(
+    ("ended_s", "confirmed"),
+    [((), True), ((20, 30, 40, 50, 55, 58), True), ((20, 30, 40, 50, 60, 70), True), ((30, 40, 50, 59, 61, 70), False)],
+)
+def test_what_a_minute_said_is_told_apart(ended_s: tuple[float, ...], confirmed: bool) -> None:
+    """Five replicates decide, four do not; a trial that is older than the times had no more than a minute."""
+    made = trial("faster", 0, right=True).model_copy(update={"ended_s": ended_s})
+    assert made.right and made.right_in_a_minute is confirmed
+    assert figures([made])["faster_confirmed_share"] == 1
+    assert figures([made])["faster_in_a_minute_share"] == confirmed
+
+
+def test_a_speedup_has_the_budget_that_a_comparison_has_by_default() -> None:
+    assert terms_of("faster").settings.budget_s == BenchSettings().budget_s
+    assert terms_of("slower").settings.budget_s < TARGETS["slower_longest_s"].bound
 
 
 @pytest.mark.parametrize("kind", COUNTS)
