@@ -33,6 +33,7 @@ from trsp_deploy.tools.reports.baselines import (
     other_versions,
     read_baseline,
     this_machine,
+    unusable_quality,
     weaknesses,
 )
 from trsp_deploy.tools.reports.quality import ChoicesReport, QualityReport
@@ -112,6 +113,11 @@ def check_run(
     outcomes += _quality(quality, choices, tolerances)
     for what, dense, pruned, tolerance in to_pytorch_rows(job.proof.check_perplexity(spec)):
         said.append(f"{what}: dense {dense}, pruned {pruned} ({tolerance})")
+    said += [
+        f"'{name}' is the calibration text, and flatters the model"
+        for name in quality
+        if job.inputs.is_calibration(name)
+    ]
     said += [] if baseline is None else [*other_hardware(baseline), *other_versions(baseline)]
     said += [] if before is None else weaknesses(before)
     return Check(
@@ -247,7 +253,8 @@ def runnable(job: Pipeline, engine: str | None) -> EngineSpec:
 def make_baseline(job: Pipeline, engine: str | None, settings: BenchSettings, out: Path) -> Baseline:
     """Measure every engine of a run that runs here (or the one named), and write what later checks are held against.
 
-    An engine that cannot be measured is said and left out. Raises RunError when none is left, or it is the one named.
+    An engine that cannot be measured, or whose quality is no number, is said and left out. Raises RunError when none is
+    left, or it is the one named.
     """
     job.inputs.check_bench(settings)
     first = runnable(job, engine)
@@ -257,13 +264,20 @@ def make_baseline(job: Pipeline, engine: str | None, settings: BenchSettings, ou
     specs = [spec for spec in (first, *(others if engine is None else ())) if spec.name not in lacking]
     # Before anything is timed: it may end the job with an error.
     quality = {spec.name: job.proof.engine_quality(spec) for spec in specs}
+
+    def leave_out(spec: EngineSpec, why: str) -> None:
+        lacking[spec.name] = why
+        job.inputs.say(f"{spec.name}: {why}; not in the baseline")
+
     for spec in specs:
+        if unusable := next(unusable_quality(quality[spec.name]), None):
+            leave_out(spec, f"nothing can be held against its {unusable}")
+            continue
         try:
             pair = job.engines.pair(spec)
             comparison = bench.compare_engines(*pair, spec.name, settings, job.recipe.seed)
         except EngineUnavailable as problem:  # such as shapes beyond its profiles, or a GPU that is full
-            lacking[spec.name] = f"cannot be timed: {problem}"
-            job.inputs.say(f"{spec.name}: {lacking[spec.name]}; not in the baseline")
+            leave_out(spec, f"cannot be timed: {problem}")
             continue
         disturbed = disturbance(bench.derive(*pair, comparison))
         found[spec.name] = engine_baseline(comparison, quality[spec.name], disturbed)

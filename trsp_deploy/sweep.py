@@ -19,8 +19,7 @@ from trsp_deploy.errors import RecipeError
 from trsp_deploy.pipeline import Pipeline, check_before_work, prune_and_build
 from trsp_deploy.pipeline.reporting import write_pages
 from trsp_deploy.pipeline.runs import save_recipe
-from trsp_deploy.tools.reports.quality import QualityReport
-from trsp_deploy.tools.reports.record import EngineReport, Report
+from trsp_deploy.tools.reports.record import Report
 from trsp_deploy.tools.reports.sweeps import Point, Sweep, Targets, choose
 
 # Copied, not linked: onnx and onnx_ir refuse weights with a second hard link, and another engine may be built of them.
@@ -122,22 +121,20 @@ def _points(reports: Mapping[str, Report]) -> tuple[Point, ...]:
 
 def _point(report: Report, folder: str, name: str | None) -> Point:
     engine = next((each for each in report.engines if each.name == name and each.comparison is not None), None)
+    # Through the engine where that read every text.
+    through = engine is not None and engine.quality.keys() == report.quality.keys()
     return Point(
         num_dropped=len(report.plan.dropped),
         dropped=report.plan.dropped,
         folder=folder,
         engine=None if engine is None else engine.name,
         parameters_dropped_share=report.model.parameters_dropped_share,
-        quality=_quality(report, engine),
+        quality=engine.quality if engine is not None and through else report.quality,
+        quality_engine=engine.name if engine is not None and through else None,
         comparison=None if engine is None else engine.comparison,
         size_bytes=None if engine is None or engine.pruned is None else engine.pruned.size_bytes,
         dense_size_bytes=None if engine is None or engine.dense is None else engine.dense.size_bytes,
     )
-
-
-def _quality(report: Report, engine: EngineReport | None) -> dict[str, QualityReport]:
-    """Quality of a point, through the engine where that read every text."""
-    return engine.quality if engine is not None and engine.quality.keys() == report.quality.keys() else report.quality
 
 
 def _write(found: Sweep, root: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import pytest
 
 from tests.command import Done, trsp_deploy
-from tests.samples import made_up
+from tests.samples import MADE_UP_QUALITY, made_up
 from trsp_deploy import checks
 from trsp_deploy.errors import EngineUnavailable, ParityError, RunError
 from trsp_deploy.tools.measuring.subjects import Subject
+from trsp_deploy.tools.reports.baselines import read_baseline
 
 pytestmark = pytest.mark.alone
 
@@ -192,3 +194,18 @@ def test_a_perplexity_that_ends_a_baseline_ends_it_before_anything_is_timed(
     with pytest.raises(ParityError, match="b has perplexity"):
         checks.make_baseline(job_of_three(tmp_path, [], quality), None, made_up().settings, tmp_path / "b.json")
     assert not timed
+
+
+@pytest.mark.usefixtures("runnable")
+def test_a_baseline_leaves_out_an_engine_whose_perplexity_is_no_number(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It was written, and every check refused it."""
+    broken = MADE_UP_QUALITY.model_copy(update={"pruned_ppl": math.inf})
+    said: list[str] = []
+    job = job_of_three(tmp_path, said, lambda spec: {"wiki": broken if spec.name == "b" else MADE_UP_QUALITY})
+    monkeypatch.setattr(checks.bench, "compare_engines", lambda *given: made_up())
+    out = tmp_path / "b.json"
+    assert list(checks.make_baseline(job, None, made_up().settings, out).engines) == ["a"]
+    assert "nothing can be held against its quality.wiki.pruned_ppl: expected a finite number" in said[-1]
+    assert list(read_baseline(out).engines) == ["a"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -274,6 +274,62 @@ def test_every_weight_is_quantised(family: str, precision: str, exported: Made, 
     assert not {"MatMul", "Gemm"} & set(operators(engine))
     assert 1e-3 < agreement(source, engine, precision) < 2
     assert read_manifest(engine).size_bytes < read_manifest(built(source, tmp_path / "fp32")).size_bytes / 2
+
+
+def hidden_weights(
+    source: Path, out: Path, hide: Callable[[onnx.GraphProto, onnx.NodeProto, np.ndarray], None]
+) -> Path:
+    """A copy of an export, whose products with a constant matrix read it from what `hide` puts in its place."""
+    model = onnx.load(source / "onnx" / "model.onnx")
+    weights = {each.name: numpy_helper.to_array(each) for each in model.graph.initializer}
+    for node in list(model.graph.node):
+        if node.op_type == "MatMul" and weights.get(node.input[1], np.empty(0)).ndim == 2:
+            hide(model.graph, node, weights[node.input[1]])
+    (out / "onnx").mkdir(parents=True)
+    shutil.copytree(source / "model", out / "model")
+    onnx.save(model, out / "onnx" / "model.onnx")
+    return out
+
+
+def behind_a_cast(graph: onnx.GraphProto, node: onnx.NodeProto, weight: np.ndarray) -> None:
+    name = f"{node.name}/half"
+    graph.initializer.append(numpy_helper.from_array(weight.astype(np.float16), name))
+    graph.node.insert(0, onnx.helper.make_node("Cast", [name], [f"{name}/cast"], to=TensorProto.FLOAT))
+    node.input[1] = f"{name}/cast"
+
+
+def behind_scales(graph: onnx.GraphProto, node: onnx.NodeProto, weight: np.ndarray) -> None:
+    name, scale = f"{node.name}/codes", (np.abs(weight).max(axis=0) / 127).astype(np.float32)
+    graph.initializer.append(numpy_helper.from_array(np.rint(weight / scale).astype(np.int8), name))
+    graph.initializer.append(numpy_helper.from_array(scale, f"{name}/scale"))
+    graph.node.insert(0, onnx.helper.make_node("DequantizeLinear", [name, f"{name}/scale"], [f"{name}/out"], axis=1))
+    node.input[1] = f"{name}/out"
+
+
+def in_a_stack(graph: onnx.GraphProto, node: onnx.NodeProto, weight: np.ndarray) -> None:
+    if "down_proj" in node.name:
+        graph.initializer.append(numpy_helper.from_array(weight[None], f"{node.name}/stack"))
+        node.input[1] = f"{node.name}/stack"
+
+
+@pytest.mark.parametrize("hide", [behind_a_cast, behind_scales])
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_weights_that_are_computed_of_constants_are_quantised_too(
+    precision: str, hide: Callable[..., None], exported: Made, tmp_path: Path
+) -> None:
+    source = hidden_weights(exported("llama"), tmp_path / "hidden", hide)
+    engine = built(source, tmp_path / precision, f"ort-cpu-{precision}")
+    floats = [node.name for node in onnx.load(engine / "model.onnx").graph.node if node.op_type in ("MatMul", "Gemm")]
+    assert not [name for name in floats if "_proj" in name or "lm_head" in name]
+    assert 1e-3 < agreement(source, engine, precision) < 2 and read_manifest(engine).in_floats is None
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_weights_without_a_form_in_integers_are_told(precision: str, exported: Made, tmp_path: Path) -> None:
+    source = hidden_weights(exported("llama"), tmp_path / "hidden", in_a_stack)
+    engine = built(source, tmp_path / precision, f"ort-cpu-{precision}")
+    said = read_manifest(engine).in_floats or ""
+    assert f"{LAYERS} products" in said and "down_proj" in said and said in describe(inspect_engine(engine))
 
 
 def test_signal_to_noise_is_that_of_the_ordinary_token() -> None:

@@ -17,10 +17,11 @@ from tests.command import QUICK, Done, own_process, trsp_deploy
 from tests.planted import SECRETS, check_no_secret
 from tests.tiny import english, save_tiny
 from trsp_deploy.artifacts import RunFolder, size_bytes
+from trsp_deploy.checks import Tolerances, check_run
 from trsp_deploy.errors import EngineUnavailable, RecipeError
 from trsp_deploy.pipeline import Pipeline
 from trsp_deploy.pipeline.runs import load_recipe
-from trsp_deploy.recipe import read_recipe
+from trsp_deploy.recipe import BenchSettings, read_recipe
 from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.resources import disk, memory_plan
 from trsp_deploy.tools.resources.disk import plan_disk
@@ -310,6 +311,10 @@ def test_a_model_judged_on_its_calibration_text_says_so(workspace, report, tmp_p
             "evaluation 'same' is the calibration text: its perplexity flatters what learned from it"
         ]
         found = job.proof.evaluate()
+        settings = BenchSettings(prompt_tokens=(8,), new_tokens=2, budget_s=1.0)
+        checked = check_run(job, Tolerances(max_ppl_ratio=100.0), None, "ort-cpu-fp32", settings)
+    assert "'same' is the calibration text, and flatters the model" in checked.notes
+    assert not [note for note in checked.notes if "'manual'" in note]
     assert found["same"]["pruned"].origin.endswith("train.txt (the calibration text itself)")
     assert "calibration" not in found["manual"]["pruned"].origin
 

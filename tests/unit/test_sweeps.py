@@ -75,6 +75,8 @@ def test_what_an_estimate_keeps_and_its_interval_may_miss_is_said(targets: dict[
     assert found.num_dropped == 4
     words = f"; by estimates, for the interval of its {doubt} allows a miss: `check` decides"
     assert found.reason.endswith(words) if doubt else "by estimates" not in found.reason
+    page = sweep_page.render(made_up_sweep().model_copy(update={"choice": found}))
+    assert ('<div class="verdict good">' in page) == (not doubt), "green is for what a check would pass"
 
 
 def test_a_speed_up_counts_for_no_more_than_its_limit() -> None:
@@ -200,6 +202,10 @@ def test_points_are_of_the_engine_that_ran_in_most_runs() -> None:
         ("drop-4", 4, "ort-cpu-fp32"),
         ("drop-6", 6, "ort-cpu-fp32"),
     ]
+    assert [point.quality_engine for point in points] == [None, "ort-cpu-fp32", "ort-cpu-fp32"]
+    assert [sweep_row(point)[2].endswith("(PyTorch)") for point in points] == [True, False, False]
+    small = choose(points[:1], Targets(max_ppl_ratio=9))
+    assert small.num_dropped == 2 and "for its perplexity is PyTorch's: `check` decides" in small.reason
     found = choose(points, Targets(min_speedup=1.2))
     assert found.num_dropped == 4 and "the smallest cut that is known to be fast enough" in found.reason
     other = ran.model_copy(update={"name": "another"})

@@ -146,6 +146,8 @@ def build_from_onnx(
             rebuild=shlex.join(command),
             spec_file=file,
         )
+    if manifest.in_floats is not None:
+        say(f"{spec.name}: {manifest.in_floats}")
     size = f"{manifest.size_bytes / 1e6:.0f} MB"
     how = f"built in {manifest.build_s:.0f} s" if known is None else "as it was built, for nothing has changed"
     output.say(f"{out}: {spec.name}, {size}, {how} (`trsp-deploy inspect {out}`)")

@@ -113,6 +113,9 @@ class Engines:
         except EngineUnavailable as problem:
             self.inputs.say(f"{spec.name}: unavailable ({problem})")
             return EngineOutcome(spec, {}, str(problem))
+        for role, manifest in manifests.items():
+            if manifest.in_floats is not None:
+                self.inputs.say(f"{spec.name}, {role}: {manifest.in_floats}")
         return EngineOutcome(spec, manifests, why_not(check_can_run, spec))
 
     def pair(self, spec: EngineSpec) -> tuple[Subject, Subject]:

@@ -10,11 +10,13 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import IdentityEliminationPass, LiftConstantsToInitializersPass
 
+from trsp_deploy.errors import passes_through
 from trsp_deploy.tools.graphs.logits import lm_head
 from trsp_deploy.tools.graphs.nodes import NoMatch, Writer, constant, made_by
 from trsp_deploy.tools.graphs.rounding import parts
 
 MATRIX = 1024  # numbers that a node may hold itself and not be a weight
+PRODUCTS = ("MatMul", "Gemm")
 SIGNAL = 21.0  # decibels of the median token; below it a product is not quantised with one scale a tensor
 
 
@@ -61,16 +63,18 @@ def open_products(model: ir.Model) -> str:
     """Give every product with a constant weight the form MatMul(x, weight); returns the LM head's name.
 
     model: changed in place. Gemm becomes MatMul and Add (GPT-2, OPT), and a product that transposes its weight, as an
-    LM head does the embedding, gets one of its own; matrices that nodes hold become initializers, and products without
-    a name, which ONNX allows, get one after what they make: the same in every graph that passes make of one. Raises
-    NoMatch when no LM head is found.
+    LM head does the embedding, gets one of its own, as one does whose weight is computed of constants (stored in fp16
+    and cast, or in integers already); matrices that nodes hold become initializers, and products without a name, which
+    ONNX allows, get one after what they make: the same in every graph that passes make of one. Raises NoMatch when no
+    LM head is found, or no product has a weight.
     """
     LiftConstantsToInitializersPass(size_limit=MATRIX)(model)
     IdentityEliminationPass()(model)
     for node in model.graph:
-        if node.op_type in ("MatMul", "Gemm"):
+        if node.op_type in PRODUCTS:
             node.name = node.name or f"product/{node.outputs[0].name}"
     writer = Writer(model, "products")
+    _fold(model, writer)
     for node in [node for node in model.graph if node.op_type == "Gemm"]:
         _split(writer, node)
     for node in [node for node in model.graph if node.op_type == "MatMul"]:
@@ -80,7 +84,80 @@ def open_products(model: ir.Model) -> str:
             node.replace_input_with(1, writer.constant(np.ascontiguousarray(weight.T), "turned"))
     head = lm_head(model)
     writer.finish()
+    if not any(weight_of(node) for node in model.graph):
+        raise NoMatch("no product has a constant weight")
     return head.name or ""
+
+
+def in_floats(model: ir.Model) -> list[str]:
+    """Names of the products that no integers are made for though their weights never change, such as experts' stacks.
+
+    model: after `open_products`. What turns positions into angles is no weight.
+    """
+    known: dict[ir.Value, bool] = {}
+    return [
+        node.name or ""
+        for node in model.graph
+        if node.op_type in PRODUCTS and weight_of(node) is None and not _turns(node)
+        if any(value is not None and _constant(value, known) and _large(value) for value in node.inputs[:2])
+    ]
+
+
+def _large(value: ir.Value) -> bool:
+    """Whether a constant is larger than what is no weight; what nobody could compute counts as large."""
+    return value.const_value is None or value.const_value.size > MATRIX
+
+
+def _fold(model: ir.Model, writer: Writer) -> None:
+    """Compute the weights that nodes make of constants, but for transposed ones, which need less memory."""
+    known: dict[ir.Value, bool] = {}
+    folded: dict[ir.Value, ir.Value] = {}
+    for node in [node for node in model.graph if node.op_type in PRODUCTS]:
+        value = node.inputs[1]
+        if value is None or value.const_value is not None or not _constant(value, known):
+            continue
+        transposed = made_by(value, "Transpose")
+        if transposed is not None and constant(transposed.inputs[0]) is not None:
+            continue
+        if value not in folded:
+            try:
+                folded[value] = writer.constant(_computed(model, value), "folded")
+            except Exception as problem:  # of ONNX Runtime, of protobuf above 2 GB: `in_floats` tells of what is left
+                if passes_through(problem):
+                    raise
+                continue
+        node.replace_input_with(1, folded[value])
+
+
+def _computed(model: ir.Model, value: ir.Value) -> np.ndarray:
+    """What a value that depends on no input is, by ONNX Runtime: onnx itself lacks older operators."""
+    import onnxruntime
+
+    graph = ir.convenience.extract(model.graph, [], [value])
+    part = ir.Model(graph, ir_version=model.ir_version, functions=list(model.functions.values()))
+    ir.external_data.load_to_model(part)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    graph_bytes = ir.to_proto(part).SerializeToString()
+    session = onnxruntime.InferenceSession(graph_bytes, options, providers=["CPUExecutionProvider"])
+    array: np.ndarray = session.run(None, {})[0]
+    return array
+
+
+def _constant(value: ir.Value, known: dict[ir.Value, bool]) -> bool:
+    """Whether a value depends on no input of the graph. known: what was found out before."""
+    waiting = [value]
+    while waiting:  # a graph may be deeper than calls may be
+        current = waiting[-1]
+        node = current.producer()
+        inputs = [] if node is None else [each for each in node.inputs if each is not None]
+        open_ones = [each for each in inputs if each not in known]
+        if current.const_value is None and node is not None and open_ones:
+            waiting += open_ones
+            continue
+        known[current] = current.const_value is not None or (node is not None and all(known[each] for each in inputs))
+        waiting.pop()
+    return known[value]
 
 
 def _split(writer: Writer, node: ir.Node) -> None:
@@ -137,10 +214,16 @@ def weight_of(node: ir.Node) -> ir.Value | None:
     stack of matrices, as of experts, which has no form in integers here.
     """
     weight = node.inputs[1] if node.op_type == "MatMul" else None
-    if weight is None or weight.const_value is None:
+    if weight is None or weight.const_value is None or _turns(node):
         return None
-    shape = weight.const_value.shape
-    return weight if len(shape) == 2 and shape[0] != 1 else None
+    return weight if len(weight.const_value.shape) == 2 else None
+
+
+def _turns(node: ir.Node) -> bool:
+    """Whether a product multiplies every number of its input by one and the same row."""
+    weight = node.inputs[1]
+    tensor = None if weight is None else weight.const_value
+    return tensor is not None and len(tensor.shape) >= 2 and tensor.shape[-2] == 1
 
 
 def measure_activations(

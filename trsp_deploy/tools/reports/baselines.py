@@ -170,10 +170,15 @@ def _unusable(baseline: Baseline) -> Iterator[str]:
                 yield f"engines.{engine}.{place}: expected a finite number, got {value}"
             elif abs(value) > LARGEST_LOG:
                 yield f"engines.{engine}.{place}: expected a logarithm within ±{LARGEST_LOG:g}, got {value:g}"
-        for text, quality in part.quality.items():
-            for field, value in quality.model_dump(exclude={"origin", "pairs"}).items():
-                if not 0 < value < math.inf:
-                    yield f"engines.{engine}.quality.{text}.{field}: expected a finite number above 0, got {value}"
+        yield from (f"engines.{engine}.{line}" for line in unusable_quality(part.quality))
+
+
+def unusable_quality(found: dict[str, QualityReport]) -> Iterator[str]:
+    """Figures by text that nothing can be held against, a line each."""
+    for text, quality in found.items():
+        for field, value in quality.model_dump(exclude={"origin", "pairs"}).items():
+            if not 0 < value < math.inf:
+                yield f"quality.{text}.{field}: expected a finite number above 0, got {value}"
 
 
 def _samples(part: EngineBaseline) -> Iterator[tuple[str, float]]:

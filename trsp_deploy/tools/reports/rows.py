@@ -253,7 +253,8 @@ def sweep_columns(found: Sweep) -> tuple[str, ...]:
 
 def sweep_row(point: Point) -> tuple[str, ...]:
     """One point's figures, in the order of `sweep_columns`."""
-    perplexity = (text.interval.text() for text in point.quality.values())
+    source = " (PyTorch)" if point.quality_engine is None else ""
+    perplexity = (text.interval.text() + source for text in point.quality.values())
     cut = (f"-{point.num_dropped}", f"-{point.parameters_dropped_share:.1%}", *perplexity)
     found = point.comparison
     if found is None or point.size_bytes is None:

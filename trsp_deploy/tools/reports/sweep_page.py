@@ -12,7 +12,7 @@ def render(found: Sweep) -> str:
     return fill(
         "sweep.html.jinja",
         title=f"{found.model}: how many of {found.num_layers} layers to drop",
-        mood="good" if found.choice.num_dropped is not None else "",
+        mood="good" if found.choice.num_dropped is not None and not found.choice.doubts else "",
         sentences=[answer(found)],
         plots=sweep_plots(found),
         columns=sweep_columns(found),

@@ -30,6 +30,7 @@ class Point(Strict):
     engine: str | None  # that the figures are of; None where none runs here
     parameters_dropped_share: float
     quality: dict[str, QualityReport]  # by text
+    quality_engine: str | None = None  # that it was measured through; None is PyTorch, and in files older than this key
     comparison: ComparisonReport | None
     size_bytes: int | None
     dense_size_bytes: int | None
@@ -47,6 +48,7 @@ class Choice(Strict):
     num_dropped: int | None  # None: no point keeps every target
     folder: str | None
     reason: str  # which target bound, and by how much its neighbour misses it
+    doubts: tuple[str, ...] = ()  # why a check may not pass it, though by estimates it keeps every target
 
 
 class Sweep(Strict):
@@ -162,7 +164,7 @@ def _good(point: Point, targets: Targets) -> bool:
 def _chosen(point: Point, targets: Targets, reason: str) -> Choice:
     doubts = [*_intervals_that_miss(point, targets), *_undecided(point, targets)]
     doubt = f"; by estimates, for {' and '.join(doubts)}: `check` decides" if doubts else ""
-    return Choice(num_dropped=point.num_dropped, folder=point.folder, reason=reason + doubt)
+    return Choice(num_dropped=point.num_dropped, folder=point.folder, reason=reason + doubt, doubts=tuple(doubts))
 
 
 def _intervals_that_miss(point: Point, targets: Targets) -> list[str]:
@@ -183,6 +185,7 @@ def _undecided(point: Point, targets: Targets) -> list[str]:
     if targets.min_speedup is not None and any(total.above_limit for total in _totals(point)):
         found.append("its speed-up is above its limit")
     if targets.max_ppl_ratio is not None:
+        found += ["its perplexity is PyTorch's"] if point.quality_engine is None else []
         found += [f"'{name}' is {text.doubt.partition(':')[0]}" for name, text in point.quality.items() if text.doubt]
     return found
 

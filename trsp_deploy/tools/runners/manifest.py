@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -40,11 +41,21 @@ class PassOutcome(Strict):
 
 
 KEEP = "keep-high-precision"
+QUANTISE = "quantise"
 
 
 def kept_products(kept: dict[str, float]) -> tuple[PassOutcome, ...]:
     """The outcome of a quantisation that left some products more bits; none where it left none."""
     return (PassOutcome(name=KEEP, changed=len(kept), kept=kept),) if kept else ()
+
+
+def left_in_floats(names: Sequence[str]) -> tuple[PassOutcome, ...]:
+    """The outcome of a quantisation that has no form for the weights of some products; none where it has for all."""
+    if not names:
+        return ()
+    products = "the product" if len(names) == 1 else f"{len(names)} products, the first"
+    reason = f"no form in integers for the weights of {products} '{names[0]}', which stay in floats"
+    return (PassOutcome(name=QUANTISE, reason=reason),)
 
 
 @dataclass(frozen=True)
@@ -143,6 +154,11 @@ class EngineManifest(Sealed):
     half_range: HalfRange | None = None  # what computes in fp32 within an fp16 graph, and why
     longest_text: int | None = None  # tokens that the graph holds for, whatever its shapes allow; None is any number
     padding: bool = True  # whether left padding leaves a text's logits what they are; if not, it is refused
+
+    @property
+    def in_floats(self) -> str | None:
+        """What of the weights has stayed in floats although integers were asked for; None where nothing has."""
+        return next((outcome.reason for outcome in self.passes if outcome.name == QUANTISE), None)
 
 
 def spec_sha256(spec: EngineSpec) -> str:

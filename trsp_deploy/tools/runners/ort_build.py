@@ -16,7 +16,7 @@ from trsp_deploy.tools.graphs.fp16_range import HalfRange
 from trsp_deploy.tools.runners.calibration import longest_text, max_positions, read_text
 from trsp_deploy.tools.runners.graph_files import graph_files
 from trsp_deploy.tools.runners.half_range import within_range
-from trsp_deploy.tools.runners.manifest import BuiltEngine, PassOutcome, kept_products
+from trsp_deploy.tools.runners.manifest import BuiltEngine, PassOutcome, kept_products, left_in_floats
 from trsp_deploy.tools.runners.ort_session import bindings_of, create_session
 from trsp_deploy.tools.runners.passes import Pass, holds_padding, run_passes
 from trsp_deploy.tools.runners.requirements import adds_int8_exactly
@@ -98,8 +98,8 @@ def prepare(
         wanted = {name: wanted[name] for name in ("fuse-norms", "cut-logits") if name in wanted}
     current, outcomes = run_passes(onnx, wanted, spec, scratch)
     if spec.precision in ("int8", "int4"):
-        current, kept = _quantise(onnx, current, spec, scratch / "quantize" / onnx.name, calibration)
-        outcomes += kept_products(kept)
+        current, quantised = _quantise(onnx, current, spec, scratch / "quantize" / onnx.name, calibration)
+        outcomes += quantised
     return current, outcomes
 
 
@@ -124,7 +124,7 @@ def fusions(onnx: Path) -> dict[str, Pass]:
 
 def _quantise(
     onnx: Path, graph: Path, spec: EngineSpec, out: Path, calibration: np.ndarray | None
-) -> tuple[Path, dict[str, float]]:
+) -> tuple[Path, tuple[PassOutcome, ...]]:
     import onnx_ir as ir
 
     from trsp_deploy.tools.graphs import costs, products, quantize
@@ -136,6 +136,7 @@ def _quantise(
         if spec.precision == "int4":
             check_opset(model)
         head = products.open_products(model)
+        floats = products.in_floats(model)
         products.pack_products(model, head)  # fewer kernels: 10% of an int8 step on two cores, 2 to 8% of an int4 one
         model = put_down(model, out.parent / "opened.onnx")
         activations = read_text(model, graph, onnx, spec, calibration, out.parent)
@@ -165,4 +166,4 @@ def _quantise(
             head_bits=spec.head_bits,
         )
     ir.save(model, out, external_data=f"{out.name}.data")
-    return out, kept
+    return out, (*kept_products(kept), *left_in_floats(floats))

@@ -18,7 +18,7 @@ from trsp_deploy.tools.runners.half_range import write_widened
 from trsp_deploy.tools.runners.manifest import PassOutcome
 from trsp_deploy.tools.runners.ort import OrtRunner
 
-VERSION = "5"  # raise when what the passes make of a graph changes: engines are then built anew
+VERSION = "6"  # raise when what the passes make of a graph changes: engines are then built anew
 Pass = Callable[[Any], int]  # changes an onnx_ir model in place; returns in how many places, or raises NoMatch
 
 

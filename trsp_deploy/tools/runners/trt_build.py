@@ -20,7 +20,7 @@ from trsp_deploy.recipe import EngineSpec, ShapeProfile
 from trsp_deploy.tools.graphs import decoder_io
 from trsp_deploy.tools.runners.calibration import longest_text, longest_turned, read_text
 from trsp_deploy.tools.runners.half_range import within_range
-from trsp_deploy.tools.runners.manifest import BuiltEngine, PassOutcome, kept_products
+from trsp_deploy.tools.runners.manifest import BuiltEngine, PassOutcome, kept_products, left_in_floats
 from trsp_deploy.tools.runners.passes import Pass, holds_padding, run_passes
 from trsp_deploy.tools.runners.requirements import cuda_devices, load_package
 from trsp_deploy.tools.runners.trt_log import BUILD_LOG, logger, made, with_advice
@@ -132,8 +132,8 @@ def prepare(
             f"{onnx}: no cache of fixed length: {fixed.reason}; a spec without `cache_length` lets it grow"
         )
     if spec.precision in ("int8", "int4"):
-        current, kept = _quantise(onnx, current, spec, scratch / "quantize" / onnx.name, calibration)
-        outcomes += kept_products(kept)
+        current, quantised = _quantise(onnx, current, spec, scratch / "quantize" / onnx.name, calibration)
+        outcomes += quantised
     if spec.precision == "bf16":
         current = _to_bf16(current, scratch / "bf16" / onnx.name)
     return current, outcomes
@@ -173,7 +173,7 @@ def _to_bf16(graph: Path, out: Path) -> Path:
 
 def _quantise(
     onnx: Path, graph: Path, spec: EngineSpec, out: Path, calibration: np.ndarray | None
-) -> tuple[Path, dict[str, float]]:
+) -> tuple[Path, tuple[PassOutcome, ...]]:
     import onnx_ir as ir
     from onnxscript import version_converter
 
@@ -188,6 +188,7 @@ def _quantise(
         if model.graph.opset_imports[""] < OPSET:
             version_converter.convert_version(model, OPSET)
         head = products.open_products(model)
+        floats = products.in_floats(model)
         products.open_products(source)  # the text is read by the graph as it came, whose cache grows
         source = put_down(source, out.parent / "opened.onnx")
         activations = read_text(source, onnx, onnx, spec, calibration, out.parent, symmetric=True)
@@ -199,7 +200,7 @@ def _quantise(
     bits = 8 if spec.precision == "int8" else 4
     quantize_products(model, bits, spec.block_size, head, activations, kept, head_bits=spec.head_bits)
     ir.save(model, out, external_data=f"{out.name}.data")
-    return out, kept
+    return out, (*kept_products(kept), *left_in_floats(floats))
 
 
 def _network(
