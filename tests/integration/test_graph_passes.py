@@ -332,6 +332,23 @@ def test_weights_without_a_form_in_integers_are_told(precision: str, exported: M
     assert f"{LAYERS} products" in said and "down_proj" in said and said in describe(inspect_engine(engine))
 
 
+def test_what_an_fp16_graph_multiplies_in_fp32_stays_as_it_is(exported: Made) -> None:
+    """Its activations are beyond the range of fp16, or of an 8-bit scale (fp16_range.py)."""
+    graph = onnx.load(onnx_of(exported("llama", "fp16"), "fp16"))
+    node = next(node for node in graph.graph.node if node.op_type == "MatMul" and "down_proj" in node.name)
+    where = list(graph.graph.node).index(node)
+    (made,) = node.output
+    casts = [onnx.helper.make_node("Cast", [name], [f"{name}/wide"], to=TensorProto.FLOAT) for name in list(node.input)]
+    node.input[:], node.output[:] = [f"{name}/wide" for name in node.input], [f"{made}/wide"]
+    graph.graph.node.insert(where + 1, onnx.helper.make_node("Cast", [f"{made}/wide"], [made], to=TensorProto.FLOAT16))
+    for cast in casts:
+        graph.graph.node.insert(where, cast)
+    model = ir.from_proto(graph)
+    products.open_products(model)
+    names = [each.name for each in model.graph if products.weight_of(each) is not None]
+    assert len(names) == 7 * LAYERS and node.name not in names and products.in_floats(model) == []
+
+
 def test_signal_to_noise_is_that_of_the_ordinary_token() -> None:
     random = np.random.default_rng(0).normal(size=(100, 64))
     assert products.signal_to_noise(random) == pytest.approx(10 * np.log10(12 * (255 / 8.5) ** 2), abs=2)

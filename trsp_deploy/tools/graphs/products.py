@@ -11,6 +11,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import IdentityEliminationPass, LiftConstantsToInitializersPass
 
 from trsp_deploy.errors import passes_through
+from trsp_deploy.tools.graphs.decoder_io import PAST
 from trsp_deploy.tools.graphs.logits import lm_head
 from trsp_deploy.tools.graphs.nodes import NoMatch, Writer, constant, made_by
 from trsp_deploy.tools.graphs.rounding import parts
@@ -92,13 +93,16 @@ def open_products(model: ir.Model) -> str:
 def in_floats(model: ir.Model) -> list[str]:
     """Names of the products that no integers are made for though their weights never change, such as experts' stacks.
 
-    model: after `open_products`. What turns positions into angles is no weight.
+    model: after `open_products`. What turns positions into angles is no weight, and what is in fp32 for its range was
+    meant to be (fp16_range.py).
     """
     known: dict[ir.Value, bool] = {}
+    floats = _floats(model)
     return [
         node.name or ""
         for node in model.graph
         if node.op_type in PRODUCTS and weight_of(node) is None and not _turns(node)
+        if not _widened(node.inputs[1], floats)
         if any(value is not None and _constant(value, known) and _large(value) for value in node.inputs[:2])
     ]
 
@@ -109,12 +113,13 @@ def _large(value: ir.Value) -> bool:
 
 
 def _fold(model: ir.Model, writer: Writer) -> None:
-    """Compute the weights that nodes make of constants, but for transposed ones, which need less memory."""
-    known: dict[ir.Value, bool] = {}
+    """Compute the weights that nodes make of constants, but for transposed ones, which need less memory, and for what
+    an fp16 graph multiplies in fp32, for its range (fp16_range.py)."""
+    floats, known = _floats(model), dict[ir.Value, bool]()
     folded: dict[ir.Value, ir.Value] = {}
     for node in [node for node in model.graph if node.op_type in PRODUCTS]:
         value = node.inputs[1]
-        if value is None or value.const_value is not None or not _constant(value, known):
+        if value is None or value.const_value is not None or not _constant(value, known) or _widened(value, floats):
             continue
         transposed = made_by(value, "Transpose")
         if transposed is not None and constant(transposed.inputs[0]) is not None:
@@ -127,6 +132,17 @@ def _fold(model: ir.Model, writer: Writer) -> None:
                     raise
                 continue
         node.replace_input_with(1, folded[value])
+
+
+def _floats(model: ir.Model) -> ir.DataType | None:
+    """What the graph computes in: the type of its cache."""
+    return next((value.dtype for value in model.graph.inputs if (value.name or "").startswith(PAST)), None)
+
+
+def _widened(value: ir.Value | None, floats: ir.DataType | None) -> bool:
+    """Whether a value was cast to another type than the graph computes in."""
+    cast = made_by(value, "Cast")
+    return cast is not None and cast.attributes.get_int("to", ir.DataType.UNDEFINED) != floats
 
 
 def _computed(model: ir.Model, value: ir.Value) -> np.ndarray:
