@@ -121,16 +121,15 @@ def _points(reports: Mapping[str, Report]) -> tuple[Point, ...]:
 
 def _point(report: Report, folder: str, name: str | None) -> Point:
     engine = next((each for each in report.engines if each.name == name and each.comparison is not None), None)
-    # Through the engine where that read every text.
-    through = engine is not None and engine.quality.keys() == report.quality.keys()
+    read = engine if engine is not None and engine.quality.keys() == report.quality.keys() else None  # every text
     return Point(
         num_dropped=len(report.plan.dropped),
         dropped=report.plan.dropped,
         folder=folder,
         engine=None if engine is None else engine.name,
         parameters_dropped_share=report.model.parameters_dropped_share,
-        quality=engine.quality if engine is not None and through else report.quality,
-        quality_engine=engine.name if engine is not None and through else None,
+        quality=report.quality if read is None else read.quality,
+        quality_engine=None if read is None else read.name,
         comparison=None if engine is None else engine.comparison,
         size_bytes=None if engine is None or engine.pruned is None else engine.pruned.size_bytes,
         dense_size_bytes=None if engine is None or engine.dense is None else engine.dense.size_bytes,
