@@ -248,7 +248,6 @@ def made_up_point(count: int, speed: float, ppl: float, limit: float | None = No
         engine="ort-cpu-fp32",
         parameters_dropped_share=count / 10,
         quality={"text": quality.model_copy(update={"ratio": ppl, "ratio_low": ppl - 0.1, "ratio_high": ppl + 0.1})},
-        quality_engine="ort-cpu-fp32",
         comparison=found.model_copy(update={"phases": phases}),
         size_bytes=10**8,
         dense_size_bytes=2 * 10**8,

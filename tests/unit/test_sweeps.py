@@ -202,7 +202,7 @@ def test_points_are_of_the_engine_that_ran_in_most_runs() -> None:
         ("drop-4", 4, "ort-cpu-fp32"),
         ("drop-6", 6, "ort-cpu-fp32"),
     ]
-    assert [point.quality_engine for point in points] == [None, "ort-cpu-fp32", "ort-cpu-fp32"]
+    assert [point.quality_in_pytorch for point in points] == [True, False, False]
     assert [sweep_row(point)[2].endswith("(PyTorch)") for point in points] == [True, False, False]
     small = choose(points[:1], Targets(max_ppl_ratio=9))
     assert small.num_dropped == 2 and "for its perplexity is PyTorch's: `check` decides" in small.reason

@@ -253,7 +253,7 @@ def sweep_columns(found: Sweep) -> tuple[str, ...]:
 
 def sweep_row(point: Point) -> tuple[str, ...]:
     """One point's figures, in the order of `sweep_columns`."""
-    source = " (PyTorch)" if point.quality_engine is None else ""
+    source = " (PyTorch)" if point.quality_in_pytorch else ""
     perplexity = (text.interval.text() + source for text in point.quality.values())
     cut = (f"-{point.num_dropped}", f"-{point.parameters_dropped_share:.1%}", *perplexity)
     found = point.comparison

@@ -30,7 +30,7 @@ class Point(Strict):
     engine: str | None  # that the figures are of; None where none runs here
     parameters_dropped_share: float
     quality: dict[str, QualityReport]  # by text
-    quality_engine: str | None = None  # that it was measured through; None is PyTorch, and in files older than this key
+    quality_in_pytorch: bool = False  # and not through the engine; files older than this key do not say
     comparison: ComparisonReport | None
     size_bytes: int | None
     dense_size_bytes: int | None
@@ -185,7 +185,7 @@ def _undecided(point: Point, targets: Targets) -> list[str]:
     if targets.min_speedup is not None and any(total.above_limit for total in _totals(point)):
         found.append("its speed-up is above its limit")
     if targets.max_ppl_ratio is not None:
-        found += ["its perplexity is PyTorch's"] if point.quality_engine is None else []
+        found += ["its perplexity is PyTorch's"] if point.quality_in_pytorch else []
         found += [f"'{name}' is {text.doubt.partition(':')[0]}" for name, text in point.quality.items() if text.doubt]
     return found
 
