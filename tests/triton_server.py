@@ -9,13 +9,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Generator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+import psutil
 
 from trsp_deploy.tools.triton_server import process as triton_server
 
@@ -36,6 +40,27 @@ def client(script: str, *arguments: object, stdin: object = None) -> Any:
     done = subprocess.run(command, input=json.dumps(stdin), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+# Added to a served model: SIGUSR1 has it write down where its threads are.
+TELLS_WHERE_IT_IS = """
+import faulthandler, os, signal
+
+THREADS = (HERE / f"threads-{os.getpid()}").open("w")
+faulthandler.register(signal.SIGUSR1, file=THREADS)
+"""
+
+
+def stuck_in_triton(model: psutil.Process) -> str | None:
+    """The thread that is handing Triton an answer, of a model to which TELLS_WHERE_IT_IS was added; None without one.
+
+    Means what it is called where nothing is to be sent: when nobody has had an answer for a minute.
+    """
+    file = next(Path(part).parent for part in model.cmdline() if part.endswith("/model.py")) / f"threads-{model.pid}"
+    model.send_signal(signal.SIGUSR1)
+    time.sleep(1)
+    threads = file.read_text().split("\n\n")
+    return next((thread for thread in threads if re.search(r"^.*\n  File .* in _send\n", thread)), None)
 
 
 class TritonServer:
@@ -66,9 +91,17 @@ class TritonServer:
         """Address."""
         return f"127.0.0.1:{self.server.grpc}"
 
-    def crashed(self) -> bool:
-        """Whether Triton's own code ended it: the model's runs in a process of its own."""
-        return re.search(r"^Signal \((6|11)\) received", Path(self.server.log).read_text(), re.MULTILINE) is not None
+    def lost(self) -> str | None:
+        """How Triton's own code ended it, or hangs; None where it did not. The models run in processes of their own.
+
+        TELLS_WHERE_IT_IS is in each of them.
+        """
+        # Of this one, too, it may only be the process that hangs: in the signal's handler, where the heap is broken.
+        ended = re.search(r"^Signal \((6|11)\) received", Path(self.server.log).read_text(), re.MULTILINE)
+        if ended is not None:
+            return ended.group()
+        models = psutil.Process(self.server.pid).children(recursive=True)
+        return next(filter(None, map(stuck_in_triton, models)), None)
 
     def metric(self, name: str, **labels: str) -> float:
         """One of the server's metrics."""

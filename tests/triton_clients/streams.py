@@ -2,12 +2,14 @@
 
 stdin: {"prompts": [...], "max_tokens": n} as JSON. Prints {"texts": {prompt: [texts of those that were
 not cancelled]}, "cancelled": n, "errors": [...]}. Runs in the server's environment, which has tritonclient.
+Ends with code 3 where no answer comes for a minute.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import json
+import os
 import queue
 import random
 import sys
@@ -76,7 +78,11 @@ def stream(client: Any, model: str, asked: dict[str, Any], prompt: int, after: i
         if after is not None and pieces >= after:
             client.stop_stream(cancel_requests=True)
             return text, None, True
-        result, error = answers.get(timeout=TIMEOUT_S)
+        try:
+            result, error = answers.get(timeout=TIMEOUT_S)
+        except queue.Empty:
+            print(f"no answer to a request for {TIMEOUT_S} s", file=sys.stderr, flush=True)
+            os._exit(3)  # closing a stream waits for its answers, without end
         if error is not None:
             client.stop_stream()
             return text, error.message(), False

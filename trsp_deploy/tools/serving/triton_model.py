@@ -11,6 +11,7 @@ import queue
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,10 @@ from trsp_deploy.tools.serving.requests import GenerationRequest, RequestError, 
 from trsp_deploy.tools.serving.text import read_tokenizer  # noqa: E402
 
 WAITING = "max_waiting"  # of the config's parameters
+# A request whose client has left is answered so much later. Before release 25.04 Triton's gRPC handler may crash or
+# hang where a request ends while it is still busy with its cancellation (its pull requests 7840 and 8078). Not later
+# still: a server told to stop while one waits whose HTTP connection is closed takes Triton's 30 s.
+FAREWELL_S = 0.2
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
@@ -49,7 +54,7 @@ class TritonPythonModel:
         except TrspError as problem:
             raise pb_utils.TritonModelException(str(problem)) from problem
         tokenizer = read_tokenizer(HERE / "tokenizer.json")
-        self._outbox = Outbox()
+        self._outbox, self._farewells = Outbox(), Outbox(FAREWELL_S)
         parameters = json.loads(args["model_config"]).get("parameters", {})
         most_waiting = int(parameters.get(WAITING, {}).get("string_value", MOST_WAITING))
         self._loop = ServingLoop(batch, tokenizer, tuple(settings["end_tokens"]), settings["max_length"], most_waiting)
@@ -59,7 +64,7 @@ class TritonPythonModel:
         for request in requests:
             sender = request.get_response_sender()
             try:
-                ticket = Ticket(parse(_inputs(request)), self._outbox.towards(sender), sender.is_cancelled)
+                ticket = Ticket(parse(_inputs(request)), self._towards(sender), sender.is_cancelled)
             except TrspError as problem:
                 _fail(sender, str(problem))
                 continue
@@ -69,7 +74,12 @@ class TritonPythonModel:
         """Stop the loop and close the engine."""
         self._loop.stop()
         self._outbox.close()
+        self._farewells.close()
         self._opened.__exit__(None, None, None)
+
+    def _towards(self, sender: Any) -> Callable[[Answer], None]:
+        """A function that takes answers to one client."""
+        return lambda answer: (self._farewells if answer.finish == "cancelled" else self._outbox).put(sender, answer)
 
 
 def _inputs(request: Any) -> dict[str, object]:
@@ -104,26 +114,34 @@ def _plain(name: str, item: object) -> object:
 
 class Outbox:
     """Answers on their way to the server, in order, by a thread of their own: handing one over takes the server half a
-    millisecond or more, which the next step need not wait for."""
+    millisecond or more, which the next step need not wait for.
 
-    def __init__(self) -> None:
-        self._answers: queue.SimpleQueue[tuple[Any, Answer] | None] = queue.SimpleQueue()  # None: no more will come
+    delay_s: how long each waits here; none does once it closes.
+    """
+
+    def __init__(self, delay_s: float = 0.0) -> None:
+        self._delay_s = delay_s
+        self._answers: queue.SimpleQueue[tuple[float, Any, Answer] | None] = queue.SimpleQueue()  # None: no more comes
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, name="trsp-deploy-outbox", daemon=True)
         self._thread.start()
 
-    def towards(self, sender: Any) -> Callable[[Answer], None]:
-        """A function that takes answers to one client."""
-        return lambda answer: self._answers.put((sender, answer))
+    def put(self, sender: Any, answer: Answer) -> None:
+        """Take an answer to one client."""
+        self._answers.put((time.monotonic() + self._delay_s, sender, answer))
 
     def close(self) -> None:
         """Return when everything is sent."""
+        self._closing.set()
         self._answers.put(None)
         self._thread.join()
 
     def _work(self) -> None:
         while (item := self._answers.get()) is not None:
+            due, sender, answer = item
+            self._closing.wait(max(0.0, due - time.monotonic()))
             try:
-                _send(*item)
+                _send(sender, answer)
             except Exception as problem:  # a client that is gone must not take the others' answers with it
                 pb_utils.Logger.log_error(f"an answer could not be sent: {problem}")
 
