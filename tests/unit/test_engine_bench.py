@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ TOKEN_MS = {
     "ours fp32, past 1900": 13.0,
 }
 PROMPT_MS = {"ours fp32": 100.0, "ours int8": 40.0}
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -105,3 +107,10 @@ def test_peers_that_are_no_program_took_no_part(python: str, tmp_path: Path) -> 
         race._peer(tmp_path / python, "llama", tmp_path)
     with pytest.raises(EngineUnavailable, match="onnxruntime-genai is not installed in"):
         subjects.genai("dense", "fp32", tmp_path / python)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4", "int4-accurate"])
+def test_what_a_spec_says_of_perplexity_is_what_the_bench_kept(precision: str) -> None:
+    kept = json.loads((ROOT / "benchmarks/results/engines-amd-epyc.json").read_text(encoding="utf-8"))["perplexity"]
+    spec = (ROOT / f"engines/ort-cpu-{precision}.yaml").read_text(encoding="utf-8")
+    assert f"{kept['ours fp32']:.1f} -> {kept[f'ours {precision}']:.1f}" in spec

@@ -24,6 +24,7 @@ from trsp_deploy.errors import RunError
 from trsp_deploy.results import TaskScore, ZeroShot
 
 DENSE = {"wiki": 3.0, "c4": 4.0, "alpaca": 2.5}  # nats
+ROOT = Path(__file__).parents[2]
 START, END = "<!-- quality:start -->", "<!-- quality:end -->"
 COST = {"default": 0.2, "layers": 0.2, "control": 0.22, "sleb": 0.6}  # nats that an arm loses, others 0.5
 
@@ -303,3 +304,34 @@ def test_the_repository_s_pages_have_their_markers() -> None:
     for page in (report.DOC, report.README):
         text = page.read_text(encoding="utf-8")
         assert text.count(START) == text.count(END) == 1
+
+
+def test_figures_in_prose_are_the_rows() -> None:
+    """A mean is rounded once, and what is said of each seed holds for each."""
+    found = Found(FULL, Store(ROOT / bench_command.RESULTS))
+
+    def mean(arm: str, text: str, steps: int) -> float:
+        interval = found.ratio("trained", arm, text, steps)
+        assert interval is not None
+        return interval.mean
+
+    def behind(steps: int) -> str:
+        ours, control = (found.rows("trained", arm, steps) for arm in ("default", "control"))
+        gaps = [
+            theirs - found.log_ratios(ours, text)[seed]
+            for text in found.texts
+            for seed, theirs in found.log_ratios(control, text).items()
+        ]
+        return " to ".join(f"{100 * math.expm1(end):.0f}" for end in (min(gaps), max(gaps)))
+
+    own = [mean("own-text", text, 128) for text in found.texts]
+    change = [100 * (mean("own-text", text, 512) / mean("given-text", text, 512) - 1) for text in found.texts]
+    said = {
+        "README.md": f"{behind(128)}% behind, and {behind(512)}% at 524k tokens",
+        "docs/faq.md": f"{own[0]:.2f}, {own[1]:.2f} and {own[2]:.2f} with a quarter",
+        "docs/quality.md": f"with 524k tokens {-change[2]:.0f}% less for {change[0]:.1f}% and {change[1]:.1f}%",
+        "recipes/smollm2-135m-131k.yaml": f"Wikipedia {mean('given-text', 'wiki', 128):.2f} and {own[0]:.2f})",
+    }
+    for page, figures_said in said.items():
+        text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
+        assert figures_said in text, f"{page}: {figures_said}"
