@@ -69,7 +69,8 @@ def load_package(backend: Backend) -> ModuleType:
 
 
 def _reinstall(package: Package) -> str:
-    return package.install.replace("pip install", "pip install --force-reinstall")
+    # `--force-reinstall` would ask the index for trsp_deploy itself, which came from a checkout.
+    return f"pip uninstall -y {package.distribution} && {package.install}"
 
 
 def package_version(backend: Backend) -> str:
