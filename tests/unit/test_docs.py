@@ -205,6 +205,15 @@ def test_the_reference_has_every_command_and_option() -> None:
                 assert f"`{parameter.opts[0]}" in section
 
 
+def test_the_tutorials_check_passes_with_the_tutorials_figures() -> None:
+    text = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    ((least, most),) = re.findall(r"trsp-deploy check .* --min-speedup ([\d.]+) --max-ppl-ratio ([\d.]+)\n", text)
+    end_to_end = re.findall(r"^ +end to end .*x \(([\d.]+) to [\d.]+\)", text, re.MULTILINE)
+    perplexity = re.findall(r"^ +ppl on .*x \([\d.]+ to ([\d.]+)\)", text, re.MULTILINE)
+    assert [float(low) >= float(least) for low in end_to_end] == [True]
+    assert [float(high) <= float(most) for high in perplexity] == [True, True]
+
+
 def test_make_targets_in_the_docs_exist() -> None:
     targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     for page in PAGES:
