@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# An environment keeps the Python that it was first made with, whatever PYTHON says later: one that is too old makes none.
+NEW_VENV = @$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python %d.%d is too old, 3.11 to 3.14 will do: give one, as in make demo PYTHON=python3.12" % sys.version_info[:2])' && $(PYTHON) -m venv
 
 .PHONY: demo triton-demo test test-breadth test-slow test-docs test-transformers5 test-triton test-extras test-network check format gpu quality quality-report bench-train bench-engines bench-sweep bench-proof bench-serving bench-memory faults coverage release docs clean
 
@@ -113,7 +115,7 @@ EXTRAS ?= optimum,cpu,rtx,train,eval,signing
 release: $(READY) ## wheel and sdist in dist/, with bill of materials, licences, and known vulnerabilities where a service is reached
 	rm -rf dist .venv-release
 	$(BIN)/python -m hatchling build -d dist
-	$(PYTHON) -m venv --without-pip .venv-release
+	$(NEW_VENV) --without-pip .venv-release
 	$(BIN)/pip --python .venv-release/bin/python install --quiet --disable-pip-version-check "$$(ls dist/*.whl)[$(EXTRAS)]"
 	$(BIN)/python -m release .venv-release --extras $(EXTRAS) $(ARGS)
 
@@ -127,7 +129,7 @@ format: $(READY)
 # The stamp comes last, so that an interrupted installation is taken up again. The bindings of TensorRT 10 and 11 are for the
 # contract tests alone, which skip without them; they cannot be installed into one environment.
 $(READY): pyproject.toml
-	$(PYTHON) -m venv $(VENV)
+	$(NEW_VENV) $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[optimum,cpu,rtx,dev]'
 	-$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/tensorrt-bindings/10 'tensorrt-cu12-bindings==10.16.*'
 	-$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/tensorrt-bindings/11 'tensorrt-cu13-bindings==11.4.*'
@@ -136,14 +138,14 @@ $(READY): pyproject.toml
 
 # TensorRT's wheels are not for every machine and fetch libraries from elsewhere; ONNX Runtime is timed without them.
 .venv-gpu/.ready: pyproject.toml
-	$(PYTHON) -m venv .venv-gpu
+	$(NEW_VENV) .venv-gpu
 	.venv-gpu/bin/pip install --quiet --disable-pip-version-check -e '.[optimum,gpu,dev]'
 	-.venv-gpu/bin/pip install --quiet --disable-pip-version-check -e '.[tensorrt]'
 	-.venv-gpu/bin/pip install --quiet --disable-pip-version-check -e '.[rtx]'
 	touch .venv-gpu/.ready
 
 .venv-transformers5/.ready: pyproject.toml
-	$(PYTHON) -m venv .venv-transformers5
+	$(NEW_VENV) .venv-transformers5
 	.venv-transformers5/bin/pip install --quiet --disable-pip-version-check -e '.[transformers5,cpu,rtx,dev]'
 	touch .venv-transformers5/.ready
 
@@ -161,7 +163,7 @@ $(VENV)/.ready-docs: $(READY)
 
 # A real tritonserver and its load generator: it wants another numpy, and its Python backend imports what a repository needs.
 .venv-triton/.ready:
-	$(PYTHON) -m venv .venv-triton
+	$(NEW_VENV) .venv-triton
 	.venv-triton/bin/pip install --quiet --disable-pip-version-check 'nvidia-pytriton==0.7.0' 'numpy<2' \
 	    'onnxruntime>=1.31,<1.33' tokenizers 'pydantic>=2.12,<3' 'pyyaml>=6,<7' 'perf-analyzer>=2.60,<3'
 	touch $@
@@ -169,7 +171,7 @@ $(VENV)/.ready-docs: $(READY)
 # Other engines, in an environment of their own: onnxruntime-genai's builder needs another transformers. llama.cpp is compiled,
 # minutes long, and left out where it does not compile.
 .venv-peers/.ready:
-	$(PYTHON) -m venv .venv-peers
+	$(NEW_VENV) .venv-peers
 	.venv-peers/bin/pip install --quiet --disable-pip-version-check \
 	    'onnxruntime-genai>=0.18,<0.19' 'onnxruntime>=1.31,<1.33' 'transformers>=5.17,<6' 'torch>=2.13,<2.16' onnx-ir
 	-.venv-peers/bin/pip install --quiet --disable-pip-version-check 'llama-cpp-python>=0.3.16,<0.4'

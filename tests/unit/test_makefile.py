@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,3 +39,22 @@ def test_a_gpu_is_tested_without_what_this_machine_cannot_install(
     if there is not None:
         installed = (tmp_path / "installed").read_text().splitlines()
         assert [line.rpartition(" .")[2] for line in installed] == there
+
+
+def test_a_python_that_is_too_old_makes_no_environment(tmp_path: Path) -> None:
+    """It would stay in the environment: a second call with a newer one leaves `bin/python` as it is."""
+    if shutil.which("make") is None:
+        pytest.skip("needs make")
+    shutil.copy(MAKEFILE, tmp_path)
+    (tmp_path / "pyproject.toml").touch()
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} -c "import sys; sys.version_info = (3, 10, 4); $2"\n'
+        'touch "$3"\n'
+    )
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["make", ".venv/.ready", f"PYTHON={python}"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0 and not (tmp_path / ".venv").exists()
+    assert "Python 3.10 is too old" in done.stderr and "PYTHON=python3.12" in done.stderr
