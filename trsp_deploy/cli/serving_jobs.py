@@ -25,7 +25,12 @@ Environment = Annotated[
 ]
 Port = Annotated[
     int | None,
-    typer.Option("--port", help="Port of HTTP on 127.0.0.1; gRPC and metrics take the next two.", min=1, max=65533),
+    typer.Option(
+        "--port",
+        help="Port of HTTP on 127.0.0.1; gRPC and metrics take the next two. Three free ones when not given.",
+        min=1,
+        max=65533,
+    ),
 ]
 RunFolder = Annotated[
     Path | None,
