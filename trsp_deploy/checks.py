@@ -1,6 +1,6 @@
 """The regression check: is the speed-up still there, and at what cost? Pass, fail, or inconclusive.
 
-    check = check_run(job, Tolerances(min_speedup={"total": 1.2}), against=Path("baseline.json"))
+    check = check_run(job, Tolerances(min_speedup={"total": 1.2}), None, "ort-cpu-fp32", job.recipe.bench)
 
 Sits above the pipeline: it finishes what a run lacks, measures anew, and judges.
 """

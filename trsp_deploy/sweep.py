@@ -1,6 +1,6 @@
 """How much should go? One search for layers, then a run for every number of them, each through real engines.
 
-    found = sweep(job, folder, counts, Targets(min_speedup=1.25), say)
+    found = sweep(job, counts, Targets(min_speedup=1.25), say)
 
 Every number of layers is a run folder of its own, `drop-K/`, to be looked at, continued and shipped like any other.
 What concerns the dense model alone is made once and linked or copied into the others. Sits above the pipeline.

@@ -324,6 +324,35 @@ def test_the_keys_of_a_report_are_those_of_its_page() -> None:
     assert said <= known, "the page names what no report has"
 
 
+def test_the_example_of_a_module_calls_what_is_there() -> None:
+    found = 0
+    for path in (path for name, path in MODULES.items() if name.startswith("trsp_deploy/")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        functions = {node.name: node.args for node in tree.body if isinstance(node, ast.FunctionDef)}
+        for line in (ast.get_docstring(tree) or "").splitlines():
+            for name, given in calls_of(line) if line.startswith("    ") else ():
+                if name not in functions:
+                    continue
+                names = [each.arg for each in functions[name].args]
+                wanted = {*names[: len(names) - len(functions[name].defaults)]}
+                by_place = [names[place] for place, key in enumerate(given) if key is None and place < len(names)]
+                said = {*by_place, *(key for key in given if key)}
+                assert wanted <= said and len(said) == len(given), f"{path.relative_to(ROOT)}: {line.strip()}"
+                found += 1
+    assert found > 10
+
+
+def calls_of(line: str) -> Iterator[tuple[str, list[str | None]]]:
+    """Every call of a name in a line of Python: the name, and for each argument its keyword or None."""
+    try:
+        tree = ast.parse(line.strip())
+    except SyntaxError:
+        return  # a drawing, or half a statement
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            yield node.func.id, [*(None for _ in node.args), *(keyword.arg for keyword in node.keywords)]
+
+
 # -- error messages ----------------------------------------------------------------------------------------------------
 
 HOLE = "\0"  # what is of a run, in a message
