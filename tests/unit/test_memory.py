@@ -5,6 +5,7 @@ No GPU has confirmed the figures for GPUs; what a CPU confirms is in tests/integ
 
 from __future__ import annotations
 
+import io
 import re
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from benchmarks.memory import BUILD, ENGINES, OPT_1B3, Memory
 from tests.breadth import by_default
 from tests.families import GROUPED, family_config
 from tests.tiny import FAMILIES, tiny_config
+from trsp_deploy.cli.tables import print_memory
 from trsp_deploy.decoder import WeightCounts, count_config, count_weights
 from trsp_deploy.errors import DeviceMemoryError
 from trsp_deploy.recipe import Recipe, override, read_recipe
@@ -357,8 +359,13 @@ def test_main_memory_that_a_gpus_job_lacks_is_refused_with_what_would_fit(monkey
     assert "--set calibration.max_windows=1024 (0.3 GB), or --set transfer.kl_weight=0 (" in said and "\n" not in said
     check_memory(chosen, config, ["selection"])
     there["cuda"] = None  # no such machine: nor is its main memory this one's
-    absent = plan_memory(chosen, config)
+    there["cpu"] = 1000
+    engine = load_engine_spec("ort-cpu-fp32")
+    chosen = chosen.model_copy(update={"evaluation": {"text": "wiki-demo"}})
+    absent = check_memory(chosen, config, ["engine ort-cpu-fp32", "evaluation"], engines=Engines([engine], [engine]))
     assert absent.host_available_bytes is None and all(map(absent.host_fits, absent.host))
+    print_memory(absent, shown := io.StringIO())
+    assert {line.device for line in absent.later} == {"cpu", "cuda"} and "yes" not in shown.getvalue()
 
 
 def test_no_setting_is_tried_that_a_recipe_refuses(monkeypatch):

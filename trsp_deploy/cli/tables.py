@@ -110,27 +110,35 @@ def print_memory(plan: MemoryPlan, file: TextIO) -> None:
         ["needed at least" if plan.at_least else "needed", *(f"{peak.total_bytes / 1e9:.2f}" for peak in peaks)]
     )
     rows.append(["highest at", *(peak.name for peak in peaks)])
-    rows.append(["fits", *(_fits(plan.fits(stage)) for stage in plan.stages)])
     there = "unknown: it is not in this machine or does not tell"
     if plan.available_bytes is not None:
         there = f"{plan.available_bytes / 1e9:.2f} GB"
-    else:
-        rows.pop()
+        rows.append(["fits", *(_fits(plan.fits(stage), plan.available_bytes) for stage in plan.stages)])
     out.print(plain_table(("GB", *(stage.stage for stage in plan.stages)), rows))
     out.print(f"{plan.model}, {plan.weights} weights; {NAMES[plan.device]} available: {there}", soft_wrap=True)
     if plan.at_least:
         out.print("activations are missing: this architecture's cannot be told without its data", soft_wrap=True)
-    known = plan.host_available_bytes is not None
     rows = [
-        [each.stage, NAMES["cpu"], f"{each.peak.total_bytes / 1e9:.2f}", _fits(plan.host_fits(each)) if known else ""]
+        [
+            each.stage,
+            NAMES["cpu"],
+            f"{each.peak.total_bytes / 1e9:.2f}",
+            _fits(plan.host_fits(each), plan.host_available_bytes),
+        ]
         for each in plan.host
     ]
     rows += [
-        [each.stage, NAMES[each.device], f"{each.needed_bytes / 1e9:.2f}", _fits(plan.later_fits(each))]
+        [
+            each.stage,
+            NAMES[each.device],
+            f"{each.needed_bytes / 1e9:.2f}",
+            _fits(plan.later_fits(each), plan.later_available_bytes[each.device]),
+        ]
         for each in plan.later
     ]
     out.print(plain_table(("beside and after training, GB", "in", "needed", "fits"), rows))
 
 
-def _fits(within: bool) -> str:
-    return "yes" if within else "no"
+def _fits(within: bool, there: int | None) -> str:
+    """Nothing where it is not known what is there."""
+    return "" if there is None else "yes" if within else "no"

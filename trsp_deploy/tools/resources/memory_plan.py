@@ -43,7 +43,7 @@ class MemoryPlan(Strict):
     host: tuple[StageMemory, ...] = ()  # main memory of the same stages, where their device is a GPU
     host_available_bytes: int | None = None  # None, too, where the GPU is not in this machine
     later: tuple[LaterStage, ...] = ()  # exports, engines, evaluation
-    later_available_bytes: dict[Device, int | None] = Field(default_factory=dict)  # where those run
+    later_available_bytes: dict[Device, int | None] = Field(default_factory=dict)  # where those run; None as above
 
     def fits(self, stage: StageMemory) -> bool:
         """Whether a stage's peak is within what is there; what cannot be told is not held against it."""
@@ -166,6 +166,7 @@ def _plan(recipe: Recipe, estimate: MemoryEstimate, engines: Engines | None) -> 
     device = _device(recipe)
     available = available_bytes(device)
     later = _later(recipe, estimate, engines) if engines is not None else ()
+    elsewhere = device == "cuda" and available is None  # nor is this machine's main memory that of the GPU's
     return MemoryPlan(
         model=recipe.public.model,
         device=device,
@@ -174,9 +175,12 @@ def _plan(recipe: Recipe, estimate: MemoryEstimate, engines: Engines | None) -> 
         stages=stages,
         at_least=estimate.at_least,
         host=estimate.host_stages(recipe),
-        host_available_bytes=None if available is None else available_bytes("cpu"),
+        host_available_bytes=None if elsewhere else available_bytes("cpu"),
         later=later,
-        later_available_bytes={each: available_bytes(each) for each in dict.fromkeys(stage.device for stage in later)},
+        later_available_bytes={
+            each: None if elsewhere else available_bytes(each)
+            for each in dict.fromkeys(stage.device for stage in later)
+        },
     )
 
 
