@@ -52,7 +52,7 @@ UNREADABLE = "damaged, unsafe, or of another version"  # what a manifest is that
 
 
 class Finding(Strict):
-    """Something that is not as the manifest says."""
+    """Something that is not as the manifest, or a step's record, says."""
 
     state: State
     path: str  # below the folder
@@ -216,11 +216,11 @@ def _differs(folder: Path, name: str, expected: str) -> Finding | None:
     if leaves(folder, path):
         return _outside(name)
     if not path.exists():
-        return Finding(state="missing", path=name, detail="the manifest names it and it is not there")
+        return Finding(state="missing", path=name, detail="it is named and not there")
     found = fingerprint(path)
     if found == expected:
         return None
-    return Finding(state="changed", path=name, detail=f"SHA-256 {found[:12]}…, the manifest says {expected[:12]}…")
+    return Finding(state="changed", path=name, detail=f"SHA-256 {found[:12]}…, {expected[:12]}… when it was made")
 
 
 def _unknown(folder: Path, known: Mapping[str, str], beside: tuple[str, ...], manifest: str) -> Iterator[Finding]:
