@@ -264,6 +264,39 @@ def test_logits_of_another_form_are_one_line(graphs: Path, tmp_path: Path, chang
         build_engine(half, spec, tmp_path / "engine")
 
 
+def one_text(model: onnx.ModelProto) -> None:
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 1
+
+
+def test_a_graph_for_one_text_at_a_time_gets_every_pass(graphs: Path, tmp_path: Path) -> None:
+    found, ids, mask = {}, np.arange(3, 19)[None], np.ones((1, 16), dtype=np.int64)
+    mask[0, :3] = 0
+    for name, change in (("plain", as_it_is), ("other", one_text)):
+        graph = changed(graphs / "fp32" / FILE, change, tmp_path / name)
+        shutil.copy(graphs / "fp32" / "config.json", graph.parent)
+        build_engine(graph, load_engine_spec("ort-cpu-fp32"), tmp_path / f"{name}-engine")
+        with open_engine(tmp_path / f"{name}-engine") as runner:
+            found[name] = operators(tmp_path / f"{name}-engine"), runner.prefill(ids, mask)[mask == 1]
+    assert found["plain"][0] == found["other"][0] and found["other"][0]["GroupQueryAttention"]
+    np.testing.assert_allclose(found["plain"][1], found["other"][1], atol=1e-5)
+
+
+def test_a_graph_for_one_text_at_a_time_is_kept_within_fp16(graphs: Path, tmp_path: Path) -> None:
+    def beyond(model: onnx.ModelProto) -> None:
+        del model.metadata_props[:]  # by which an export of ours says that it has been through this
+        one_text(model)
+        for node in model.graph.node:
+            if "up_proj" in node.name:
+                weight = next(each for each in model.graph.initializer if each.name == node.input[1])
+                weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float16(2**15), weight.name))
+
+    graph = changed(graphs / "fp16" / FILE, beyond, tmp_path / "beyond")
+    spec = load_engine_spec("ort-cuda-fp16").model_copy(update={"backend": "onnxruntime-cpu"})
+    _, found = within_range(graph, spec, tmp_path, None)
+    assert found is not None and found.kept and found.error is not None and found.error < 0.1
+
+
 def test_a_text_of_another_models_tokens_is_one_line(graphs: Path, tmp_path: Path) -> None:
     text = np.full((1, 16), 10_000)
     with pytest.raises(EngineUnavailable, match="the calibration text has token 10000"):

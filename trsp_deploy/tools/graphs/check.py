@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from trsp_deploy.recipe import Float
+from trsp_deploy.tools.graphs.decoder_io import PAST
 
 # Largest |difference| over the standard deviation of the logits. A pass changes the order of sums: 1e-5 to 5e-5 was
 # measured in fp32 and 0.01 in fp16; a wrong mask, position, factor or head costs more than 1.
@@ -17,6 +18,9 @@ PROMPT, PADDING, STEPS = 11, 4, 3
 class Decoder(Protocol):
     """What is asked of a graph: a `Runner` (tools/runners/base.py) that has been entered."""
 
+    def feeds(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> dict[str, np.ndarray]:
+        """Every input of the graph, to read a prompt; of a fixed length where it says so."""
+
     def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
         """Logits (batch, sequence, vocabulary) of a prompt."""
 
@@ -24,16 +28,22 @@ class Decoder(Protocol):
         """Logits (batch, 1, vocabulary) after one more token."""
 
 
+def texts_at_once(decoder: Decoder, wanted: int) -> int:
+    """As many texts as are wanted, or as the graph reads where it is for one number of them alone."""
+    ids = np.zeros((wanted, 1), dtype=np.int64)
+    return next(len(value) for name, value in decoder.feeds(ids, np.ones_like(ids)).items() if name.startswith(PAST))
+
+
 def sample_logits(decoder: Decoder, vocabulary: int) -> np.ndarray:
     """Logits (positions, vocabulary) of two random texts of unequal length, left-padded: a prompt and a few steps."""
-    random = np.random.default_rng(0)
-    ids = random.integers(vocabulary, size=(2, PROMPT))
+    rows, random = texts_at_once(decoder, 2), np.random.default_rng(0)
+    ids = random.integers(vocabulary, size=(rows, PROMPT))
     mask = np.ones_like(ids)
     mask[0, :PADDING] = 0
     parts = [decoder.prefill(ids, mask)]
     for _ in range(STEPS):
-        parts.append(decoder.decode(random.integers(vocabulary, size=(2, 1))))
-    seen = np.concatenate([mask, np.ones((2, STEPS), dtype=mask.dtype)], axis=1) == 1
+        parts.append(decoder.decode(random.integers(vocabulary, size=(rows, 1))))
+    seen = np.concatenate([mask, np.ones((rows, STEPS), dtype=mask.dtype)], axis=1) == 1
     logits: np.ndarray = np.concatenate(parts, axis=1)[seen]  # what stands on padding means nothing
     return logits
 
@@ -41,12 +51,14 @@ def sample_logits(decoder: Decoder, vocabulary: int) -> np.ndarray:
 def padding_error(decoder: Decoder, vocabulary: int) -> float:
     """Largest |difference| that left padding and a longer neighbour make to a text's logits, over their standard
     deviation: of a prompt and a few steps."""
-    random = np.random.default_rng(0)
-    ids, mask = random.integers(vocabulary, size=(2, PROMPT)), np.ones((2, PROMPT), dtype=np.int64)
+    rows, random = texts_at_once(decoder, 2), np.random.default_rng(0)
+    ids, mask = random.integers(vocabulary, size=(rows, PROMPT)), np.ones((rows, PROMPT), dtype=np.int64)
     mask[0, :PADDING] = 0
-    steps = random.integers(vocabulary, size=(STEPS, 2, 1))
+    steps = random.integers(vocabulary, size=(STEPS, rows, 1))
     padded = [decoder.prefill(ids, mask)[:1, PADDING:], *(decoder.decode(step)[:1] for step in steps)]
-    alone = [decoder.prefill(ids[:1, PADDING:], mask[:1, PADDING:]), *(decoder.decode(step[:1]) for step in steps)]
+    only = slice(texts_at_once(decoder, 1))
+    alone = [decoder.prefill(ids[only, PADDING:], np.ones_like(ids[only, PADDING:]))[:1]]
+    alone += [decoder.decode(step[only])[:1] for step in steps]
     return difference(np.concatenate(alone, axis=1), np.concatenate(padded, axis=1))
 
 
