@@ -264,6 +264,36 @@ def test_logits_of_another_form_are_one_line(graphs: Path, tmp_path: Path, chang
         build_engine(half, spec, tmp_path / "engine")
 
 
+def one_token(model: onnx.ModelProto) -> None:
+    next(value for value in model.graph.input if value.name == "input_ids").type.tensor_type.shape.dim[1].dim_value = 1
+
+
+def last_logits_alone(model: onnx.ModelProto) -> None:
+    """Of each text's last token, as (batch, 1, vocabulary): the hidden states are cut before the LM head."""
+    head = next(node for node in model.graph.node if "logits" in node.output)
+    model.graph.initializer.append(numpy_helper.from_array(np.array([-1]), "last"))
+    cut = helper.make_node("Gather", [head.input[0], "last"], ["last_hidden"], axis=1)
+    model.graph.node.insert(list(model.graph.node).index(head), cut)
+    head.input[0] = "last_hidden"
+    next(value for value in model.graph.output if value.name == "logits").type.tensor_type.shape.dim[1].dim_value = 1
+
+
+@pytest.mark.parametrize(
+    ("change", "engine", "said"),
+    [
+        (one_token, "ort-cpu-fp32", r"input_ids are of 1 .*\[.*, 1\]"),
+        (last_logits_alone, "ort-cpu-fp32", r"logits are of 1 .*, 384\]"),
+        (last_logits_alone, "ort-cpu-int4", r"logits are of 1 .*, 384\]"),
+    ],
+)
+def test_a_graph_that_reads_no_prompt_is_one_line(
+    graphs: Path, tmp_path: Path, change: Change, engine: str, said: str
+) -> None:
+    graph = changed(graphs / "fp32" / FILE, change, tmp_path / "graph")
+    with pytest.raises(EngineUnavailable, match=f"the graph's {said}; understood is one that reads any number"):
+        build_engine(graph, load_engine_spec(engine), tmp_path / "engine")
+
+
 def one_text(model: onnx.ModelProto) -> None:
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = 1

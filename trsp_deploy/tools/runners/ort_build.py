@@ -75,12 +75,23 @@ def _built(
     inputs, outputs = bindings
     decoder_io.check_decoder(inputs, outputs)
     decoder_io.check_logits(outputs)
+    _check_reads_prompts(inputs, outputs)
     decoder_io.check_precision(inputs, spec.graph_precision)
     longest = longest_text(onnx)
     if longest is not None:
         decoder_io.write_longest(engine, longest)
     files = tuple(path.relative_to(engine.parent).as_posix() for path in files_below(engine.parent))
     return BuiltEngine(engine.name, files, inputs, outputs, passes, found, longest, padding)
+
+
+def _check_reads_prompts(inputs: decoder_io.Bindings, outputs: decoder_io.Bindings) -> None:
+    """Raise EngineUnavailable for tokens or logits of a fixed number: such an engine would stop at its first prompt."""
+    for name, shape in (("input_ids", inputs["input_ids"][1]), ("logits", outputs["logits"][1])):
+        if isinstance(shape[1], int):
+            raise EngineUnavailable(
+                f"the graph's {name} are of {shape[1]} tokens a text, [{', '.join(map(str, shape))}]; understood is "
+                "one that reads any number of them and gives logits of each"
+            )
 
 
 def prepare(
