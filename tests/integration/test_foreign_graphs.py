@@ -66,6 +66,18 @@ def domain_by_its_other_name(model: onnx.ModelProto) -> None:
         opset.domain = opset.domain or "ai.onnx"
 
 
+def in_functions(model: onnx.ModelProto, opset: int = 18) -> None:
+    """Every product a call of one function, as exporters that keep a library's functions write them."""
+    weights = {each.name for each in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "MatMul" and node.input[1] in weights:
+            node.op_type, node.domain = "Linear", "own"
+    inner = [helper.make_node("MatMul", ["x", "w"], ["y"], "product")]
+    opsets = [helper.make_opsetid("", opset)]
+    model.functions.append(helper.make_function("own", "Linear", ["x", "w"], ["y"], inner, opsets))
+    model.opset_import.append(helper.make_opsetid("own", 1))
+
+
 def as_it_is(_: onnx.ModelProto) -> None:
     return
 
@@ -75,7 +87,9 @@ def operators(engine: Path) -> Counter[str]:
 
 
 @pytest.mark.parametrize("engine", ["ort-cpu-int4", "ort-cpu-int8"])
-@pytest.mark.parametrize("change", [without_names, weights_in_nodes, weights_as_inputs, domain_by_its_other_name])
+@pytest.mark.parametrize(
+    "change", [without_names, weights_in_nodes, weights_as_inputs, domain_by_its_other_name, in_functions]
+)
 def test_integer_engines_of_every_form_are_alike(graphs: Path, tmp_path: Path, change: Change, engine: str) -> None:
     spec, found = load_engine_spec(engine), {}
     ids = np.arange(3, 19)[None]
@@ -116,6 +130,44 @@ def test_weights_behind_nodes_are_quantised(graphs: Path, tmp_path: Path, engine
         build_engine(graph, spec, tmp_path / f"{name}-engine")
         found[name] = operators(tmp_path / f"{name}-engine")
     assert found["plain"] == found["other"]
+
+
+def weights_in_fp16(model: onnx.ModelProto) -> None:
+    """Matrices at half their size, each behind a Cast, and nothing said of what nodes make."""
+    before = []
+    for each in model.graph.initializer:
+        if len(each.dims) == 2:
+            name = each.name
+            each.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(each).astype(np.float16), f"{name}_half"))
+            before.append(helper.make_node("Cast", [each.name], [name], to=TensorProto.FLOAT))
+    nodes = [*before, *model.graph.node]
+    del model.graph.node[:], model.graph.value_info[:]
+    model.graph.node.extend(nodes)
+
+
+@pytest.mark.parametrize("engine", ["ort-cpu-fp32", "ort-cpu-int4", "ort-cpu-int8"])
+def test_weights_in_fp16_get_the_passes_of_others(graphs: Path, tmp_path: Path, engine: str) -> None:
+    found, ids = {}, np.arange(3, 19)[None]
+    for name, change in (("plain", as_it_is), ("other", weights_in_fp16)):
+        graph = changed(graphs / "fp32" / FILE, change, tmp_path / name)
+        shutil.copy(graphs / "fp32" / "config.json", graph.parent)
+        build_engine(graph, load_engine_spec(engine), tmp_path / f"{name}-engine")
+        found[name] = operators(tmp_path / f"{name}-engine")
+    for operator in ("GroupQueryAttention", "MatMulNBits", "DynamicQuantizeMatMul", "GatherBlockQuantized"):
+        assert found["plain"][operator] == found["other"][operator]
+    assert found["other"]["GroupQueryAttention"]
+    with open_engine(tmp_path / "other-engine") as runner, OrtRunner(graph) as plain:
+        one, other = (each.prefill(ids, np.ones_like(ids)) for each in (runner, plain))
+    assert np.abs(one - other).mean() < (1e-4 if engine == "ort-cpu-fp32" else 0.5) * other.std()
+
+
+def test_functions_of_another_opset_are_one_line_or_stay(graphs: Path, tmp_path: Path) -> None:
+    graph = changed(graphs / "fp32" / FILE, lambda model: in_functions(model, 17), tmp_path / "graph")
+    said = "its functions cannot be written out: Opset mismatch"
+    with pytest.raises(EngineUnavailable, match=f"graph/model.onnx: cannot be quantised: {said}"):
+        build_engine(graph, load_engine_spec("ort-cpu-int4"), tmp_path / "engine")
+    outcomes = build_engine(graph, load_engine_spec("ort-cpu-fp32"), tmp_path / "engine").passes
+    assert all(said in (outcome.reason or "") for outcome in outcomes)
 
 
 def test_products_without_names_are_the_same_in_the_graph_that_passes_made(graphs: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
 
 from trsp_deploy.tools.graphs.decoder_io import IN_PLACE, PAST, PRESENT
 from trsp_deploy.tools.graphs.nodes import MICROSOFT, NoMatch, Writer, made_by, only_reader, permutes, readers, scalar
@@ -69,6 +70,8 @@ def fuse_attention(model: ir.Model) -> int:
 
 def find_layers(model: ir.Model) -> list[Attention]:
     """The attention of every layer; raises NoMatch when one does not fit."""
+    # What nodes make of weights (stored in fp16 and cast, or in integers) has a shape that few exporters write down.
+    ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)
     names = [value.name or "" for value in model.graph.inputs]
     layers = [name.removeprefix(PAST).removesuffix(".key") for name in names if name.endswith(".key")]
     return [find_attention(model.graph, layer) for layer in layers]

@@ -8,16 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import IdentityEliminationPass, LiftConstantsToInitializersPass
 
-from trsp_deploy.errors import passes_through
-from trsp_deploy.tools.graphs.decoder_io import PAST
+from trsp_deploy.tools.graphs.forms import MATRIX, PRODUCTS, floats_of, fold_weights, never_changes, widened
 from trsp_deploy.tools.graphs.logits import lm_head
 from trsp_deploy.tools.graphs.nodes import NoMatch, Writer, constant, made_by
 from trsp_deploy.tools.graphs.rounding import parts
 
-MATRIX = 1024  # numbers that a node may hold itself and not be a weight
-PRODUCTS = ("MatMul", "Gemm")
 SIGNAL = 21.0  # decibels of the median token; below it a product is not quantised with one scale a tensor
 
 
@@ -64,18 +60,15 @@ def open_products(model: ir.Model) -> str:
     """Give every product with a constant weight the form MatMul(x, weight); returns the LM head's name.
 
     model: changed in place. Gemm becomes MatMul and Add (GPT-2, OPT), and a product that transposes its weight, as an
-    LM head does the embedding, gets one of its own, as one does whose weight is computed of constants (stored in fp16
-    and cast, or in integers already); matrices that nodes hold become initializers, and products without a name, which
-    ONNX allows, get one after what they make: the same in every graph that passes make of one. Raises NoMatch when no
-    LM head is found, or no product has a weight.
+    LM head does the embedding, gets one of its own; products without a name, which ONNX allows, get one after what they
+    make: the same in every graph that passes make of one. Raises NoMatch when no LM head is found, or no product has a
+    weight.
     """
-    LiftConstantsToInitializersPass(size_limit=MATRIX)(model)
-    IdentityEliminationPass()(model)
+    fold_weights(model)
     for node in model.graph:
         if node.op_type in PRODUCTS:
             node.name = node.name or f"product/{node.outputs[0].name}"
     writer = Writer(model, "products")
-    _fold(model, writer)
     for node in [node for node in model.graph if node.op_type == "Gemm"]:
         _split(writer, node)
     for node in [node for node in model.graph if node.op_type == "MatMul"]:
@@ -97,83 +90,19 @@ def in_floats(model: ir.Model) -> list[str]:
     meant to be (fp16_range.py).
     """
     known: dict[ir.Value, bool] = {}
-    floats = _floats(model)
+    floats = floats_of(model)
     return [
         node.name or ""
         for node in model.graph
         if node.op_type in PRODUCTS and weight_of(node) is None and not _turns(node)
-        if not _widened(node.inputs[1], floats)
-        if any(value is not None and _constant(value, known) and _large(value) for value in node.inputs[:2])
+        if not widened(node.inputs[1], floats)
+        if any(value is not None and never_changes(value, known) and _large(value) for value in node.inputs[:2])
     ]
 
 
 def _large(value: ir.Value) -> bool:
     """Whether a constant is larger than what is no weight; what nobody could compute counts as large."""
     return value.const_value is None or value.const_value.size > MATRIX
-
-
-def _fold(model: ir.Model, writer: Writer) -> None:
-    """Compute the weights that nodes make of constants, but for transposed ones, which need less memory, and for what
-    an fp16 graph multiplies in fp32, for its range (fp16_range.py)."""
-    floats, known = _floats(model), dict[ir.Value, bool]()
-    folded: dict[ir.Value, ir.Value] = {}
-    for node in [node for node in model.graph if node.op_type in PRODUCTS]:
-        value = node.inputs[1]
-        if value is None or value.const_value is not None or not _constant(value, known) or _widened(value, floats):
-            continue
-        transposed = made_by(value, "Transpose")
-        if transposed is not None and constant(transposed.inputs[0]) is not None:
-            continue
-        if value not in folded:
-            try:
-                folded[value] = writer.constant(_computed(model, value), "folded")
-            except Exception as problem:  # of ONNX Runtime, of protobuf above 2 GB: `in_floats` tells of what is left
-                if passes_through(problem):
-                    raise
-                continue
-        node.replace_input_with(1, folded[value])
-
-
-def _floats(model: ir.Model) -> ir.DataType | None:
-    """What the graph computes in: the type of its cache."""
-    return next((value.dtype for value in model.graph.inputs if (value.name or "").startswith(PAST)), None)
-
-
-def _widened(value: ir.Value | None, floats: ir.DataType | None) -> bool:
-    """Whether a value was cast to another type than the graph computes in."""
-    cast = made_by(value, "Cast")
-    return cast is not None and cast.attributes.get_int("to", ir.DataType.UNDEFINED) != floats
-
-
-def _computed(model: ir.Model, value: ir.Value) -> np.ndarray:
-    """What a value that depends on no input is, by ONNX Runtime: onnx itself lacks older operators."""
-    import onnxruntime
-
-    graph = ir.convenience.extract(model.graph, [], [value])
-    part = ir.Model(graph, ir_version=model.ir_version, functions=list(model.functions.values()))
-    ir.external_data.load_to_model(part)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    graph_bytes = ir.to_proto(part).SerializeToString()
-    session = onnxruntime.InferenceSession(graph_bytes, options, providers=["CPUExecutionProvider"])
-    array: np.ndarray = session.run(None, {})[0]
-    return array
-
-
-def _constant(value: ir.Value, known: dict[ir.Value, bool]) -> bool:
-    """Whether a value depends on no input of the graph. known: what was found out before."""
-    waiting = [value]
-    while waiting:  # a graph may be deeper than calls may be
-        current = waiting[-1]
-        node = current.producer()
-        inputs = [] if node is None else [each for each in node.inputs if each is not None]
-        open_ones = [each for each in inputs if each not in known]
-        if current.const_value is None and node is not None and open_ones:
-            waiting += open_ones
-            continue
-        known[current] = current.const_value is not None or (node is not None and all(known[each] for each in inputs))
-        waiting.pop()
-    return known[value]
 
 
 def _split(writer: Writer, node: ir.Node) -> None:

@@ -94,12 +94,13 @@ def longest_text(exported: Path) -> int | None:
     says itself.
     """
     from trsp_deploy.tools.graphs.decoder_io import LONGEST
-    from trsp_deploy.tools.graphs.nodes import NoMatch, load
+    from trsp_deploy.tools.graphs.forms import open_graph
+    from trsp_deploy.tools.graphs.nodes import NoMatch
     from trsp_deploy.tools.graphs.positions import table_end
 
     limits = [longest_turned(exported)]
     try:
-        model = load(exported)
+        model = open_graph(exported)
     except NoMatch:
         return limits[0]  # whoever builds from it says so
     said = model.metadata_props.get(LONGEST)

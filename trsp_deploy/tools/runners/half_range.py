@@ -53,11 +53,12 @@ def guard_range(
     import onnx_ir as ir
 
     from trsp_deploy.tools.graphs import half
-    from trsp_deploy.tools.graphs.nodes import NoMatch, load
+    from trsp_deploy.tools.graphs.forms import open_graph
+    from trsp_deploy.tools.graphs.nodes import NoMatch
 
     out = scratch / onnx.name
     try:
-        model = load(onnx)
+        model = open_graph(onnx)
         if METADATA in model.metadata_props:
             return onnx, HalfRange.model_validate_json(model.metadata_props[METADATA])
         half.infer_types(model)
@@ -99,10 +100,11 @@ def write_widened(onnx: Path, out: Path) -> None:
     import onnx_ir as ir
 
     from trsp_deploy.tools.graphs import half
-    from trsp_deploy.tools.graphs.nodes import NoMatch, load
+    from trsp_deploy.tools.graphs.forms import open_graph
+    from trsp_deploy.tools.graphs.nodes import NoMatch
 
     try:
-        model = load(onnx)
+        model = open_graph(onnx)
         half.infer_types(model)
         half.widen(model)
     except NoMatch as problem:

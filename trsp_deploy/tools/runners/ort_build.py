@@ -139,11 +139,12 @@ def _quantise(
     import onnx_ir as ir
 
     from trsp_deploy.tools.graphs import costs, products, quantize
-    from trsp_deploy.tools.graphs.nodes import NoMatch, check_opset, load, put_down
+    from trsp_deploy.tools.graphs.forms import open_graph
+    from trsp_deploy.tools.graphs.nodes import NoMatch, check_opset, put_down
 
     out.parent.mkdir()
     try:
-        model = load(graph)
+        model = open_graph(graph)
         if spec.precision == "int4":
             check_opset(model)
         head = products.open_products(model)
@@ -153,7 +154,7 @@ def _quantise(
         activations = read_text(model, graph, onnx, spec, calibration, out.parent)
         products.check_finite(activations, spec.graph_precision)
     except NoMatch as problem:
-        raise EngineUnavailable(f"{graph}: cannot be quantised: {problem}") from problem
+        raise EngineUnavailable(f"{onnx}: cannot be quantised: {problem}") from problem
     kept = costs.chosen(model, head, activations, spec)
     if spec.precision == "int4":
         model = quantize.quantize_int4(

@@ -18,7 +18,7 @@ from trsp_deploy.tools.runners.half_range import write_widened
 from trsp_deploy.tools.runners.manifest import PassOutcome
 from trsp_deploy.tools.runners.ort import OrtRunner
 
-VERSION = "6"  # raise when what the passes make of a graph changes: engines are then built anew
+VERSION = "7"  # raise when what the passes make of a graph changes: engines are then built anew
 Pass = Callable[[Any], int]  # changes an onnx_ir model in place; returns in how many places, or raises NoMatch
 
 
@@ -87,9 +87,10 @@ def _changed(work: Pass, before: Path, after: Path) -> int:
 
     What the pass held in memory is gone when this returns: the proof after it needs room for a model of its own.
     """
-    from trsp_deploy.tools.graphs.nodes import load, put_down
+    from trsp_deploy.tools.graphs.forms import open_graph
+    from trsp_deploy.tools.graphs.nodes import put_down
 
-    model = load(before)
+    model = open_graph(before)
     changed = work(model)
     if changed:
         after.parent.mkdir()

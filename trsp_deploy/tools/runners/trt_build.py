@@ -178,12 +178,13 @@ def _quantise(
     from onnxscript import version_converter
 
     from trsp_deploy.tools.graphs import costs, products
-    from trsp_deploy.tools.graphs.nodes import NoMatch, check_opset, load, put_down
+    from trsp_deploy.tools.graphs.forms import open_graph
+    from trsp_deploy.tools.graphs.nodes import NoMatch, check_opset, put_down
     from trsp_deploy.tools.graphs.qdq import OPSET, quantize_products
 
     out.parent.mkdir()
     try:
-        model, source = load(graph), load(onnx)
+        model, source = open_graph(graph), open_graph(onnx)
         check_opset(model)
         if model.graph.opset_imports[""] < OPSET:
             version_converter.convert_version(model, OPSET)
