@@ -168,6 +168,9 @@ def test_an_engine_is_of_the_files_that_it_was_asked_for_last(
 
     assert not reused("first", "first") and reused("first", "first")
     assert not reused("copy", "first") and not reused("copy", "copy") and reused("copy", "copy")
+    spec = tmp_path / "copy" / "mine.yaml"
+    spec.write_text(spec.read_text().replace("mine", "other words about it"))
+    assert reused("copy", "copy")
     for file in ("first/model.onnx_data", "first/mine.yaml", "copy/mine.yaml"):
         open_engine(tmp_path / "engine")
         path = tmp_path / file

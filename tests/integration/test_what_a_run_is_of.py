@@ -173,3 +173,12 @@ def test_other_settings_that_choose_layers_ask_whose_choice_it_is(place: Path) -
     assert "keep it with `prune` and --plan run/plan.json, or delete it" in done.stderr
     done = trsp_deploy(*command, "--method", "uidl", "--then", "none", "--plan", "given.json", cwd=place)
     assert done.code == 0 and "dropping the layers of given.json" in done.stderr
+
+
+def test_other_words_about_an_engine_build_nothing(place: Path) -> None:
+    prune(place)
+    spec = place / "mine.yaml"
+    for words, state in (("mine", "started"), ("other words about it", "reused")):
+        spec.write_text(f"description: {words}\nbackend: onnxruntime-cpu\nprecision: fp32\n")
+        done = trsp_deploy("build", "run", "--engine", "mine.yaml", cwd=place)
+        assert done.code == 0 and f"> build-mine-pruned: {state}" in done.stderr, done.stderr

@@ -140,7 +140,7 @@ class Engines:
         )
         found.ask(
             built,
-            lambda: spec,
+            lambda: spec.settings,
             lambda: {"onnx": found.left.get(exported), **self._build_inputs(spec)},
             self.run.layout.below(self.path(spec, role)),
         )
@@ -162,7 +162,7 @@ class Engines:
                 text_name=self.recipe.public.calibration.name,
             ),
             EngineManifest,
-            settings=spec,
+            settings=spec.settings,
             inputs={"onnx": self.run.path / model.folder, **self._build_inputs(spec)},
             outputs=[self.run.layout.below(folder)],
         )

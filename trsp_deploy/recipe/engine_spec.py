@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -60,6 +60,11 @@ class EngineSpec(Strict):
     # int4, int8: products whose weights get 8 bits in the one and stay in floats in the other; so many of those whose
     # rounding costs most on the calibration text, or names of the graph's nodes.
     keep_high_precision: Annotated[int, Field(ge=0), NUMBER] | tuple[str, ...] = 0
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What an engine depends on: everything but the words about it."""
+        return self.model_dump(mode="json", exclude={"description"})
 
     @property
     def graph_precision(self) -> Float:

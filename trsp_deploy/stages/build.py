@@ -123,7 +123,7 @@ def finished(
     read, files = _text_of(spec, calibration, ""), source_files(onnx)
     beside = {name: fingerprint(folder / name) for name in manifest.beside if (folder / name).is_file()}
     same = (
-        manifest.spec == spec
+        manifest.spec.settings == spec.settings
         and manifest.passes_version == PASSES
         and manifest.bound == bound
         and (manifest.text and manifest.text.sha256) == (read and read.sha256)

@@ -70,11 +70,10 @@ def _check_spec(folder: Path, manifest: EngineManifest) -> None:
     if manifest.spec_file is None or not (path := (folder.resolve() / manifest.spec_file).resolve()).is_file():
         return
     try:
-        there = load_engine_spec(str(path)).model_dump()
+        there = load_engine_spec(str(path)).settings
     except EngineSpecError as problem:
         raise EngineUnavailable(f"engine {manifest.name}: its spec has changed: {problem}") from problem
-    built = manifest.spec.model_dump(exclude={"description"})  # which is words about it
-    changed = [name for name, value in built.items() if there[name] != value]
+    changed = [name for name, value in manifest.spec.settings.items() if there[name] != value]
     if changed:
         raise EngineUnavailable(
             f"engine {manifest.name}: {path} has another {', '.join(changed)} by now than it was built with; "
