@@ -17,9 +17,10 @@ PRODUCTS = ("MatMul", "Gemm")
 
 
 def open_graph(path: Path) -> ir.Model:
-    """`nodes.load` of a graph whose functions are written out where they are called; raises NoMatch.
+    """`nodes.load` of a graph without Identity, whose functions are written out where they are called; raises NoMatch.
 
-    What a function holds is no node of the graph: no pass would see its products.
+    What a function holds is no node of the graph, and what is behind an Identity is another value: no pass would see
+    the products in the one, or that the other is a weight, the cache or the logits.
     """
     model = load(path)
     if model.functions:
@@ -27,18 +28,18 @@ def open_graph(path: Path) -> ir.Model:
             InlinePass()(model)
         except (ValueError, ir.passes.PassError) as problem:  # another opset than the graph's, calls in a circle
             raise NoMatch(f"its functions cannot be written out: {one_line(problem)}") from problem
+    IdentityEliminationPass()(model)
     return model
 
 
 def fold_weights(model: ir.Model) -> None:
-    """Let weights be initializers: those that nodes hold, that are behind an Identity, and that nodes compute of
-    constants (stored in fp16 and cast, or in integers already); and so tables that are cast before they are looked up.
+    """Let weights be initializers: those that nodes hold, and that nodes compute of constants (stored in fp16 and cast,
+    or in integers already); and so tables that are cast before they are looked up.
 
     model: changed in place. What stays behind nodes: transposed weights, which need less memory so, tables in integers,
     and what an fp16 graph multiplies in fp32, for its range (fp16_range.py).
     """
     LiftConstantsToInitializersPass(size_limit=MATRIX)(model)
-    IdentityEliminationPass()(model)
     writer, known = Writer(model, "weights"), dict[ir.Value, bool]()
     floats = floats_of(model)
     folded: dict[ir.Value, ir.Value] = {}
