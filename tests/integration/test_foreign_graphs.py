@@ -380,19 +380,34 @@ def test_a_graph_for_one_text_at_a_time_gets_every_pass(graphs: Path, tmp_path: 
     np.testing.assert_allclose(found["plain"][1], found["other"][1], atol=1e-5)
 
 
-def test_a_graph_for_one_text_at_a_time_is_kept_within_fp16(graphs: Path, tmp_path: Path) -> None:
-    def beyond(model: onnx.ModelProto) -> None:
-        del model.metadata_props[:]  # by which an export of ours says that it has been through this
-        one_text(model)
-        for node in model.graph.node:
-            if "up_proj" in node.name:
-                weight = next(each for each in model.graph.initializer if each.name == node.input[1])
-                weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float16(2**15), weight.name))
+def beyond(model: onnx.ModelProto, part: str, factor: float) -> None:
+    """Let a product of every layer leave the range of fp16."""
+    del model.metadata_props[:]  # by which an export of ours says that it has been through this
+    for node in model.graph.node:
+        if part in node.name and node.op_type == "MatMul":
+            weight = next(each for each in model.graph.initializer if each.name == node.input[1])
+            values = numpy_helper.to_array(weight).astype(np.float32) * factor
+            weight.CopyFrom(numpy_helper.from_array(values.clip(-6e4, 6e4).astype(np.float16), weight.name))
 
-    graph = changed(graphs / "fp16" / FILE, beyond, tmp_path / "beyond")
+
+def test_a_graph_for_one_text_at_a_time_is_kept_within_fp16(graphs: Path, tmp_path: Path) -> None:
+    def change(model: onnx.ModelProto) -> None:
+        beyond(model, "up_proj", 2**15)
+        one_text(model)
+
+    graph = changed(graphs / "fp16" / FILE, change, tmp_path / "beyond")
     spec = load_engine_spec("ort-cuda-fp16").model_copy(update={"backend": "onnxruntime-cpu"})
     _, found = within_range(graph, spec, tmp_path, None)
     assert found is not None and found.kept and found.error is not None and found.error < 0.1
+
+
+def test_a_projection_that_is_kept_in_fp32_does_not_hide_its_attention(graphs: Path, tmp_path: Path) -> None:
+    graph = changed(graphs / "fp16" / FILE, lambda model: beyond(model, "o_proj", 2**17), tmp_path / "beyond")
+    spec = load_engine_spec("tensorrt-rtx-fp16-static")
+    source, found = within_range(graph, spec, tmp_path, None)
+    assert found is not None and any("o_proj" in kept.name and kept.operator == "MatMul" for kept in found.kept)
+    _, outcomes = trt_build.prepare(source, spec, tmp_path, None)
+    assert next(outcome.changed for outcome in outcomes if outcome.name == "fix-cache")
 
 
 def test_a_text_of_another_models_tokens_is_one_line(graphs: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from trsp_deploy.tools.graphs.decoder_io import IN_PLACE, PAST, PRESENT
 from trsp_deploy.tools.graphs.nodes import MICROSOFT, NoMatch, Writer, made_by, only_reader, permutes, readers, scalar
 
 ON_THE_WAY = ("Unsqueeze", "Expand", "Reshape", "Transpose", "Mul", "Div", "Cast")  # from the cache to its MatMul
+BEFORE_THE_PROJECTION = ("Reshape", "Cast")  # the second where an fp16 graph keeps it in fp32, for its range
 SHAPE_ONLY = ("Shape",)
 Dimensioned = tuple[tuple[ir.Value, tuple[str, ...]], ...]  # values, each with what its dimensions are
 
@@ -228,9 +229,9 @@ def _output(value: ir.Value) -> tuple[ir.Value, int]:
     output = found = reshape.outputs[0]
     while True:
         node = only_reader(found, without=SHAPE_ONLY)
-        if node is None or node.op_type not in ("Reshape", "MatMul", "Gemm"):
+        if node is None or node.op_type not in (*BEFORE_THE_PROJECTION, "MatMul", "Gemm"):
             raise NoMatch(f"'{output.name}' is not read by one projection")
-        if node.op_type != "Reshape":
+        if node.op_type not in BEFORE_THE_PROJECTION:
             weight = node.inputs[1]
             if weight is None or weight.shape is None or len(weight.shape) != 2 or not weight.shape.is_static():
                 raise NoMatch(f"the projection '{node.name}' has no constant weight")
