@@ -5,6 +5,9 @@ ONNX Runtime's optimiser fuses the normalisations themselves when it loads a gra
 
 from __future__ import annotations
 
+import contextlib
+import io
+
 import onnx_ir as ir
 
 from trsp_deploy.tools.graphs.nodes import leave_in_files
@@ -29,7 +32,8 @@ def fuse_norms(model: ir.Model) -> int:
 
     in_files = leave_in_files(model)
     wrapped = OnnxModel(ir.to_proto(model))
-    with quiet_libraries():
+    # They print where shapes are unknown to them, and fuse without.
+    with quiet_libraries(), contextlib.redirect_stdout(io.StringIO()):
         FusionSimplifiedLayerNormalization(wrapped).apply()
         FusionLayerNormalization(wrapped).apply()
         FusionSkipSimplifiedLayerNormalization(wrapped).apply()

@@ -129,7 +129,7 @@ def prepare(
     fixed = next((outcome for outcome in outcomes if outcome.name == FIX_CACHE), None)
     if fixed is not None and not fixed.changed:
         raise EngineUnavailable(
-            f"{onnx}: no cache of fixed length: {fixed.reason}; a spec without `cache_length` lets it grow"
+            f"{spec.name}: no cache of fixed length: {fixed.reason}; a spec without `cache_length` lets it grow"
         )
     if spec.precision in ("int8", "int4"):
         current, quantised = _quantise(onnx, current, spec, scratch / "quantize" / onnx.name, calibration)
@@ -195,7 +195,7 @@ def _quantise(
         activations = read_text(source, onnx, onnx, spec, calibration, out.parent, symmetric=True)
         products.check_finite(activations, spec.graph_precision)
     except NoMatch as problem:
-        raise EngineUnavailable(f"{onnx}: cannot be quantised: {problem}") from problem
+        raise EngineUnavailable(f"{spec.name}: cannot be quantised: {problem}") from problem
     products.pack_products(model, head)
     kept = costs.chosen(model, head, activations, spec)
     bits = 8 if spec.precision == "int8" else 4
