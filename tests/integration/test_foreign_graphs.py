@@ -121,6 +121,16 @@ def test_integer_engines_of_every_form_are_alike(graphs: Path, tmp_path: Path, c
     np.testing.assert_allclose(found["plain"][1], found["other"][1], atol=1e-5)
 
 
+def test_an_output_that_is_given_twice_keeps_its_name(graphs: Path, tmp_path: Path) -> None:
+    def twice(model: onnx.ModelProto) -> None:
+        model.graph.node.append(helper.make_node("Identity", ["logits"], ["again"]))
+        model.graph.output.append(helper.make_tensor_value_info("again", TensorProto.FLOAT, ["batch", "tokens", 384]))
+
+    graph = changed(graphs / "fp32" / FILE, twice, tmp_path / "twice")
+    build_engine(graph, load_engine_spec("ort-cpu-int4"), tmp_path / "engine")
+    assert operators(tmp_path / "engine")["GroupQueryAttention"]
+
+
 def weights_behind_nodes(model: onnx.ModelProto) -> None:
     """As torch writes them without folding: each weight as the module has it, transposed by a node, and shared ones
     behind an Identity."""
