@@ -28,10 +28,8 @@ def open_graph(path: Path) -> ir.Model:
             InlinePass()(model)
         except (ValueError, ir.passes.PassError) as problem:  # another opset than the graph's, calls in a circle
             raise NoMatch(f"its functions cannot be written out: {one_line(problem)}") from problem
-    same = [node.inputs[0] for node in model.graph if node.op_type == "Identity"]
-    if not any(
-        value is not None and value.is_graph_output() for value in same
-    ):  # of two outputs one would lose its name
+    kept = [node.inputs[0] for node in model.graph if node.op_type == "Identity"]
+    if not any(value and value.is_graph_output() for value in kept):  # of two outputs one would lose its name
         IdentityEliminationPass()(model)
     return model
 
