@@ -8,7 +8,7 @@ What concerns the dense model alone is made once and linked or copied into the o
 
 from __future__ import annotations
 
-import fnmatch
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,9 +24,9 @@ from trsp_deploy.tools.reports.sweeps import Point, Sweep, Targets, choose
 
 # Copied, not linked: onnx and onnx_ir refuse weights with a second hard link, and another engine may be built of them.
 EXTERNAL_DATA = (".onnx.data", ".onnx_data")
-DENSE_STEPS = (  # each after those that it may be of
-    *("dense", "self-generated", "export-dense-*", "build-*-dense"),
-    *("parity-*-dense-*", "evaluate-*-dense", "zero-shot-*-dense"),
+DENSE_STEPS = (  # each after those that it may be of; behind a role no name follows, which may say "-dense-" too
+    *("dense", "self-generated", r"export-dense-\w+", "build-.+-dense"),
+    *(r"parity-.+-dense-\w+", "evaluate-.+-dense", "zero-shot-.+-dense"),
 )
 
 
@@ -104,7 +104,7 @@ def _adopt_dense(source: RunFolder, target: RunFolder) -> None:
 
 
 def _made_of_dense(run: RunFolder) -> dict[str, StepRecord]:
-    steps = [step for pattern in DENSE_STEPS for step in fnmatch.filter(run.recorded(), pattern)]
+    steps = [step for pattern in DENSE_STEPS for step in run.recorded() if re.fullmatch(pattern, step)]
     return {step: record for step in steps if (record := run.record(step)) is not None}
 
 

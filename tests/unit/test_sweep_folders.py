@@ -38,6 +38,7 @@ def test_whatever_is_measured_of_the_dense_model_alone_is_adopted(tmp_path: Path
         role: {
             steps.parity("onnx", role, "fp32"),
             steps.parity("e", role, "int8"),
+            steps.parity("own-dense-cpu", role, "fp32"),
             steps.evaluate("text", role),
             steps.evaluate("text", role, "e"),
             steps.zero_shot("e", role),
