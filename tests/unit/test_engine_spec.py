@@ -9,7 +9,8 @@ import types
 import numpy as np
 import pytest
 
-from trsp_deploy.errors import EngineSpecError, EngineUnavailable
+from trsp_deploy.errors import EngineSpecError, EngineUnavailable, RecipeError
+from trsp_deploy.pipeline.engines import _check_names
 from trsp_deploy.recipe import Backend, EngineSpec, Range, ShapeProfile, read_engine_spec
 from trsp_deploy.tools.graphs import decoder_io
 from trsp_deploy.tools.library import engine_names, load_engine_spec
@@ -274,3 +275,13 @@ def test_a_fixed_cache_wants_a_tensorrt_that_can_write_it(
     words = r"TensorRT 10\.14\.1\.48 has no TensorScatter.*upgrade to 10\.15 or later, or leave `cache_length` out"
     with pytest.raises(EngineUnavailable, match=words):
         check_can_build(load_engine_spec(name))
+
+
+def test_no_two_measurements_are_steps_of_one_name() -> None:
+    """Each would take the other's record away, so that every command measured both anew, for ever."""
+    _check_names(["ort-cpu-fp32", "ort-cpu-fp32-q", "onnx-q"], ["own", "onnx", "other"])
+    words = "evaluation 'q-own' through ort-cpu-fp32: is what engine ort-cpu-fp32-q on text 'own' is called"
+    with pytest.raises(RecipeError, match=words):
+        _check_names(["ort-cpu-fp32", "ort-cpu-fp32-q"], ["own", "q-own"])
+    with pytest.raises(EngineSpecError, match="engine 'onnx': is what the exported graph is called"):
+        _check_names(["onnx"], [])

@@ -34,6 +34,7 @@ AUTO_ENGINES = {
     "cpu": ("ort-cpu-fp32", "tensorrt-rtx-fp16"),
     "cuda": ("ort-cuda-fp16", "tensorrt-fp16", "tensorrt-rtx-fp16"),
 }
+GRAPH = "onnx"  # what steps call an exported graph where others are of an engine
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Engines:
         self.recipe = inputs.recipe
         # A wrong name is found before anything slow begins.
         self.specs = specs_of([inputs.engine(name) for name in inputs.recipe.engines])
-        _check_texts(self.specs, inputs.recipe.evaluation)
+        _check_names([spec.name for spec in self.specs], inputs.recipe.evaluation)
 
     def export(self) -> dict[tuple[Role, Float], OnnxModel]:
         """Every ONNX model that an engine of the recipe can be built from here."""
@@ -201,12 +202,18 @@ class Engines:
         return hashlib.sha256(self._calibration().tobytes()).hexdigest()
 
 
-def _check_texts(specs: Sequence[EngineSpec], texts: Collection[str]) -> None:
-    """Raise RecipeError where the step of one text would have the name of an engine's step on another."""
-    for spec, text in itertools.product(specs, texts):
-        if (both := f"{spec.name}-{text}") in texts:
+def _check_names(engines: Sequence[str], texts: Collection[str]) -> None:
+    """Raise where two measurements would be steps of one name, of which each takes the other's record away."""
+    if GRAPH in engines:
+        raise EngineSpecError(f"engine '{GRAPH}': is what the exported graph is called; give its file another name")
+    called: dict[str, tuple[str | None, str]] = {}
+    for engine, text in itertools.product((None, *engines), texts):
+        other, its_text = called.setdefault(steps.evaluate(text, "", engine), (engine, text))
+        if (other, its_text) != (engine, text):
+            through = "" if other is None else f" through {other}"
             raise RecipeError(
-                f"evaluation '{both}': is what engine {spec.name} on text '{text}' is called; give it another name"
+                f"evaluation '{its_text}'{through}: is what engine {engine} on text '{text}' is called; give it "
+                "another name"
             )
 
 

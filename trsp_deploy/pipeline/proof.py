@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from trsp_deploy.artifacts import Finished, steps
 from trsp_deploy.errors import EngineUnavailable, TextError
-from trsp_deploy.pipeline.engines import Engines
+from trsp_deploy.pipeline.engines import GRAPH, Engines
 from trsp_deploy.pipeline.inputs import Inputs
 from trsp_deploy.pipeline.pruning import Pruning
 from trsp_deploy.recipe import EngineSpec, Precision
@@ -53,7 +53,7 @@ class Proof:
         built = {(spec.graph_precision, spec.precision) for spec in self.engines.buildable()}
         return tuple(
             self._parity(
-                "onnx",
+                GRAPH,
                 role,
                 precision,
                 self.run.path / model.folder,
