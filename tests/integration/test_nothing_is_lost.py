@@ -110,6 +110,23 @@ def test_a_mistake_leaves_the_run_its_settings(place: Path, run: Path, command: 
     assert files(run) == before
 
 
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (["--drop", "50", "--calibration", "train.txt"], "--drop '50'"),
+        (["--drop", "2", "--calibration", "tran.txt"], "tran.txt"),
+    ],
+)
+def test_a_mistake_leaves_the_run_its_model(place: Path, run: Path, wrong: list[str], words: str) -> None:
+    """What was wrong was said when another model lay in `dense/` already, of which the run is not."""
+    save_tiny("llama", run.parent / "other", seed=9)
+    (run.parent / "train.txt").symlink_to(place / "train.txt")
+    before = files(run)
+    done = trsp_deploy("prune", "--model", "other", *wrong, *OPTIONS, "--out", "run", cwd=run.parent)
+    assert done.code == 1 and words in done.last, done.stderr
+    assert files(run) == before
+
+
 def test_text_by_the_dense_model_is_no_reason_to_choose_layers_anew(run: Path) -> None:
     path = run / "plan.json"
     plan = json.loads(path.read_text())

@@ -82,10 +82,12 @@ def run_of(
     with RunFolder(folder, _Announcer()) as run:
         job = Pipeline(run, recipe, plan, say, place)
         before = saved_recipe(run)
-        if before is not None and out is None:
-            _check_model(job, seen_from(place_of(folder), before.model))
-        if before is not None and before != recipe:
-            _check_change(job, before, plan)  # before it takes the place of what was finished
+        if before is not None:
+            was, now = _where(seen_from(place_of(folder), before.model)), _where(job.inputs.model)
+            if was != now and out is None:  # the folder is called by a model's name, and there are two of it
+                raise RunError(f"{folder}: is a run of {was}; give --out for one of {now}")
+            if before != recipe or was != now:
+                _check_change(job, before, plan, was != now)  # before it takes the place of what was finished
         save_recipe(run, recipe, place)
         yield job
 
@@ -117,26 +119,32 @@ def _check_outside(model: str, folder: Path) -> None:
         raise RunError(f"--model {model}: lies in {folder}, which the run writes into; choose another --out")
 
 
-def _check_model(job: Pipeline, before: str) -> None:
-    """Raise RunError where a model's own folder holds a run of another one of its name."""
-    one, other = (
-        user_path(name).resolve() if user_path(name).exists() else name for name in (before, job.inputs.model)
-    )
-    if one != other:
-        raise RunError(f"{job.run.path}: is a run of {one}; give --out for one of {other}")
+def _where(model: str) -> Path | str:
+    """A model's folder in whatever way it was written; of one that has a name that name."""
+    path = user_path(model)
+    return path.resolve() if path.exists() else model
 
 
-def _check_change(job: Pipeline, before: Recipe, plan: Path | None) -> None:
-    """Raise what is wrong with a recipe that is to take another's place in a run's folder."""
+def _check_change(job: Pipeline, before: Recipe, plan: Path | None, another: bool) -> None:
+    """Raise what is wrong with a recipe that is to take another's place in a run's folder.
+
+    another: it is of another model, which `dense/` would become as soon as the run is asked for it.
+    """
     from trsp_deploy.recipe import parse_drop
     from trsp_deploy.stages.zeroshot import check_tasks
     from trsp_deploy.tools.plan import read_plan
+    from trsp_deploy.tools.sources.models import model_config
 
     recipe = job.recipe
-    layers = job.inputs.num_layers()
+    ahead = another and not launched_as_several()  # of several machines the main process's alone may have the model
+    layers = model_config(job.inputs.model, say).num_hidden_layers if ahead else job.inputs.num_layers()
     parse_drop(recipe.drop, layers)
     if plan is not None:
         read_plan(plan, layers)
+    if ahead:
+        job.inputs.calibration_texts()
+        job.inputs.find_evaluation()
+        return
     if recipe.calibration != before.calibration:
         job.inputs.calibration_windows()
     if (recipe.evaluation, recipe.evaluate) != (before.evaluation, before.evaluate):
