@@ -127,8 +127,24 @@ def test_each_damage_is_named_from_the_sweeps_folder(sweep: Path) -> None:
         ("missing", "drop-10/report.md"),
         ("missing", "drop-10/recipe.yaml"),
         ("unknown", "drop-4/mine.txt"),
-        ("unknown", "drop-6/recipe.yaml"),
+        ("unknown", "drop-6"),
     }
+
+
+def test_a_run_that_a_sweep_was_finished_without_is_one_finding(sweep: Path) -> None:
+    """A larger range was asked for and given up: each of the files of the last run was a line of its own."""
+    made_run(sweep / "drop-12", finished=False)
+    (sweep / "drop-12" / "checkpoints").mkdir()
+    with RunFolder(sweep) as folder:
+        folder.write_manifest()
+    (finding,) = verify(sweep).findings
+    assert (finding.state, finding.path) == ("unknown", "drop-12")
+    assert f"`trsp-deploy report {sweep / 'drop-12'}` and the same `trsp-deploy sweep` make it a part" in finding.detail
+    with RunFolder(sweep / "drop-12") as run:
+        run.write_manifest()
+    with RunFolder(sweep) as folder:
+        folder.write_manifest()
+    assert verify(sweep).whole
 
 
 def test_a_run_that_was_exchanged_whole_is_found(sweep: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ sweep's too, with every run within; an engine folder against its `manifest.json`
 from __future__ import annotations
 
 import fnmatch
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
@@ -136,14 +137,16 @@ def _run(path: Path) -> Verification:
 
 def _sweep(path: Path) -> Verification:
     """What lies at a sweep's root, and every run within."""
+    there = [run.root.name for run in RunLayout(path).runs]
     if (path / MANIFEST).is_file():
         files = _files_of_run(path)
         runs = [name.removesuffix(f"/{MANIFEST}") for name in files if fnmatch.fnmatch(name, f"{POINTS}/{MANIFEST}")]
-        found = _held_against(path, "sweep", MANIFEST, files, tuple(f"{name}/*" for name in runs))
+        others = [name for name in there if name not in runs and not leaves(path, path / name)]
+        found = _held_against(path, "sweep", MANIFEST, files, tuple(f"{name}/*" for name in (*runs, *others)))
     else:
-        runs = [run.root.name for run in RunLayout(path).runs]
+        runs, others = there, []
         found = _unfinished(path, "sweep")
-    checked, findings = found.checked, list(found.findings)
+    checked, findings = found.checked, [*found.findings, *(_not_of(path, name) for name in others)]
     for name in runs:
         within = path / name
         if leaves(path, within):
@@ -158,6 +161,16 @@ def _sweep(path: Path) -> Verification:
         checked += one.checked
         findings += _seen_from_above(name, one.findings)
     return found.model_copy(update={"checked": checked, "findings": _in_order(findings)})
+
+
+def _not_of(sweep: Path, name: str) -> Finding:
+    """A run that a sweep was finished without, as one finding, however many files it has."""
+    run = shlex.quote(str(sweep / name))
+    detail = (
+        f"a run that {MANIFEST} does not name, for it was not finished, or was put there; "
+        f"`trsp-deploy report {run}` and the same `trsp-deploy sweep` make it a part, or delete it"
+    )
+    return Finding(state="unknown", path=name, detail=detail)
 
 
 def _files_of_run(path: Path) -> dict[RelativePath, str]:
