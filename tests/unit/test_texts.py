@@ -10,8 +10,9 @@ import torch
 
 from tests.command import one_line
 from tests.hub import forget_sessions
-from tests.tiny import tiny_tokenizer
+from tests.tiny import english, tiny_tokenizer
 from trsp_deploy.errors import TextError
+from trsp_deploy.stages.build import read_calibration
 from trsp_deploy.tools.sources import texts as module
 from trsp_deploy.tools.sources.packaged import ASSETS, find_asset
 from trsp_deploy.tools.sources.texts import Texts, documents_of, load_texts, split_windows, tokenize_windows
@@ -277,3 +278,15 @@ def test_tokens_know_their_document() -> None:
     for index in (0, 2, 3):
         own = [token for token, document in zip(ids, found, strict=True) if document == index]
         assert tokenizer.decode(own).strip() == documents[index]
+
+
+def test_a_text_too_short_for_an_engine_names_no_setting_that_its_command_lacks(tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path)
+    text = tmp_path / "short.txt"
+    text.write_text("a word or two")
+    with pytest.raises(TextError) as caught:
+        read_calibration(str(text), tmp_path)
+    assert "holds fewer than the 512 tokens that an engine makes its choices on" in one_line(caught.value)
+    assert "context_length" not in str(caught.value)
+    text.write_text(english()[:3000])
+    assert read_calibration(str(text), tmp_path).shape[1] == 512

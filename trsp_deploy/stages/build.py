@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from trsp_deploy.artifacts import ENGINE_MANIFEST, files_below, fingerprint, provenance, write_json, writing
-from trsp_deploy.errors import EngineUnavailable, RunError
+from trsp_deploy.errors import EngineUnavailable, RunError, TextError, shown
 from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.tools.runners import BACKENDS, EngineManifest, bound_to, check_can_build
 from trsp_deploy.tools.runners.calibration import INT4_TEXTS, READ_TOKENS
@@ -157,7 +157,14 @@ def read_calibration(texts: str, tokenizer: Path) -> np.ndarray:
     """
     from trsp_deploy.decoder import load_tokenizer
 
-    windows = tokenize_windows(load_texts(texts, "calibration"), load_tokenizer(tokenizer), READ_TOKENS, INT4_TEXTS)
+    found, words = load_texts(texts, "calibration"), load_tokenizer(tokenizer)
+    try:
+        windows = tokenize_windows(found, words, READ_TOKENS, INT4_TEXTS)
+    except TextError as problem:  # which names a setting of recipes, and there is none here
+        raise TextError(
+            f"--calibration {shown(texts)}: holds fewer than the {READ_TOKENS} tokens that an engine makes its choices "
+            "on; give more text, or none for random tokens"
+        ) from problem
     tokens: np.ndarray = windows.numpy()
     return tokens
 
