@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -24,11 +26,13 @@ from trsp_deploy.artifacts import (
 )
 from trsp_deploy.errors import EngineUnavailable, RunError
 from trsp_deploy.recipe import read_engine_spec, read_recipe
+from trsp_deploy.stages.serve_bench import Address, LoadSettings, measure_served
 from trsp_deploy.tools.delivery.verification import verify
 from trsp_deploy.tools.model_repository.manifest import RepositoryManifest, ServedModel, read_repository
 from trsp_deploy.tools.runners import check_fresh
 from trsp_deploy.tools.runners.manifest import Bound, check_manifest, read_manifest
 from trsp_deploy.tools.triton_server import process
+from trsp_deploy.tools.triton_server.load import LoadGenerator
 
 ENGINE = "engines/ort-cpu-fp32/pruned"
 ONNX = "onnx/pruned-fp32"
@@ -69,6 +73,27 @@ def test_two_models_of_one_role_are_not_compared_by_chance(repository: Path) -> 
         RunError, match="'m' and 'n' are both pruned: a comparison is of one dense and one pruned model"
     ):
         manifest.model_copy(update={"models": (*manifest.models, again)}).texts  # noqa: B018 (a property that refuses)
+
+
+@pytest.mark.parametrize("gone", ["m/1/model.py", "m"])
+def test_a_server_of_models_that_are_gone_is_not_measured(repository: Path, gone: str) -> None:
+    """It was told of an engine called `engine`, to be built, and of a tokenizer by a traceback."""
+    path = repository / gone
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    words = f"{repository}: m/1/model.py is not there any more (`trsp-deploy verify {repository}` names all"
+    with pytest.raises(RunError, match=re.escape(words)):
+        measure_served(
+            repository, lambda: contextlib.nullcontext(Address("", "")), LoadGenerator(Path("none")), LoadSettings()
+        )
+
+
+def test_an_engine_that_is_gone_is_built_by_the_name_that_it_had(run: Path) -> None:
+    """That of its folder is its model's."""
+    engine = run / ENGINE
+    shutil.rmtree(engine)
+    for folder, again in ((engine, f"{run} --engine ort-cpu-fp32"), (run / "nowhere", "RUN --engine NAME")):
+        with pytest.raises(EngineUnavailable, match=f"no engine here; build it again: trsp-deploy build {again}$"):
+            read_manifest(folder)
 
 
 def found(folder: Path) -> set[tuple[str, str]]:

@@ -88,6 +88,7 @@ def measure_served(
     not fit its models, or the server fails.
     """
     models = read_repository(repository).texts
+    _check_there(repository, models)
     engine = _common_engine(repository, models)
     engines = {
         role: fingerprint(repository / model.name / "1" / "engine" / ENGINE_MANIFEST) for role, model in models.items()
@@ -119,6 +120,17 @@ def measure_served(
         provenance=provenance(),
         elapsed_s=elapsed_s,
     )
+
+
+def _check_there(repository: Path, models: Mapping[Role, ServedModel]) -> None:
+    """Raise RunError where a model, or a file of one, is gone: no server could load it."""
+    files = (f"{model.name}/{file}" for model in models.values() for file in model.files)
+    missing = next((file for file in files if not (repository / file).is_file()), None)
+    if missing is not None:
+        raise RunError(
+            f"{repository}: {missing} is not there any more (`trsp-deploy verify {shlex.quote(str(repository))}` names "
+            "all that is missing); `trsp-deploy triton RUN --out DIR --dense` writes another repository"
+        )
 
 
 def _common_engine(repository: Path, models: Mapping[Role, ServedModel]) -> str:

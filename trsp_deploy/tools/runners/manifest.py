@@ -176,7 +176,8 @@ def read_manifest(folder: Path) -> EngineManifest:
         raise EngineUnavailable(f"{folder}: is a run; name one of its engines, such as {folder}/engines/NAME/pruned")
     if folder.is_file():
         raise EngineUnavailable(f"{folder}: is a file; name the folder of an engine, such as {folder.parent}")
-    again = build_command(folder.name)
+    name = "NAME" if run_of_engine(folder) is None else folder.resolve().parent.name
+    again = build_command(name, folder)
     if not (folder / ENGINE_MANIFEST).exists():
         raise EngineUnavailable(f"{folder}: no engine here; {again}")
     return read_record(folder / ENGINE_MANIFEST, EngineManifest, EngineUnavailable, DAMAGED, again)
@@ -234,7 +235,7 @@ def rebuild(manifest: EngineManifest, folder: Path) -> str:
 
 
 def build_command(name: str, folder: Path | None = None) -> str:
-    """What to type to get the engine in a folder again; RUN stands for a run that is not known."""
+    """What to type to get the engine in a folder again; RUN stands for a run that is not known, NAME for an engine."""
     run = None if folder is None else run_of_engine(folder)
     place = "RUN" if run is None or not run.is_run else shlex.quote(str(run.root))
     return f"build it again: trsp-deploy build {place} --engine {shlex.quote(name)}"
