@@ -69,6 +69,7 @@ CUT = Cut(name="tiny", num_layers_dense=6, num_layers_pruned=4)
             ["evaluate", "run", "--eval", "a/b=text.txt"],
             "--eval 'a/b=text.txt': 'a/b' cannot be a text's name; valid: ",
         ),
+        (["evaluate", "run", "--eval", f"{'語' * 34}=text.txt"], "cannot be a text's name; valid: "),
     ],
 )
 def test_what_cannot_be_meant_is_one_line(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -237,3 +237,10 @@ def test_a_window_of_one_token_predicts_none() -> None:
 def test_others_are_told_no_place_of_this_machine(given: str, told: str) -> None:
     assert shown_name(given) == told
     assert read_recipe({"model": given}, "test").public.model == told
+
+
+def test_a_name_is_as_long_as_a_file_can_be_called_by_two() -> None:
+    """Of letters of three bytes a third are as many; their step's record could not be written, after all the work."""
+    assert list(read_recipe({"model": "m", "evaluation": {"語" * 33: "t"}}, "test").evaluation) == ["語" * 33]
+    with pytest.raises(RecipeError, match=r"'evaluation.*should have at most 100 bytes"):
+        read_recipe({"model": "m", "evaluation": {"語" * 34: "t"}}, "test")

@@ -53,7 +53,7 @@ def named_texts(pairs: list[str] | None) -> list[str] | None:
         except ValidationError as problem:
             raise RecipeError(
                 f"--eval {shown(pair)}: {shown(name)} cannot be a text's name; valid: letters, digits, spaces and "
-                "_ . + -, at most 100 of them, of which the first is a letter, a digit or _"
+                "_ . + -, at most 100 bytes of them, of which the first is a letter, a digit or _"
             ) from problem
     return pairs
 

@@ -25,9 +25,16 @@ Share = Annotated[float, Field(ge=0.0, le=1.0), NUMBER]
 Positive = Annotated[float, Field(gt=0.0, le=MOST), NUMBER]
 NonNegative = Annotated[float, Field(ge=0.0, le=MOST), NUMBER]
 Seed = Annotated[int, Field(ge=0, lt=2**63), NUMBER]  # torch's generators take 64 bits
-LONGEST_NAME = 100
-# What becomes the name of a file or folder.
-Name = Annotated[str, Field(pattern=r"^\w[\w .+-]*$", max_length=LONGEST_NAME)]
+LONGEST_NAME = 100  # in bytes: a step's file is called by two of them, and no file's name has more than 255
+
+
+def _no_longer(name: str) -> str:
+    if len(name.encode()) > LONGEST_NAME:
+        raise ValueError(f"should have at most {LONGEST_NAME} bytes")
+    return name
+
+
+Name = Annotated[str, Field(pattern=r"^\w[\w .+-]*$"), AfterValidator(_no_longer)]  # of a file or folder
 
 
 def _below(path: str) -> str:
