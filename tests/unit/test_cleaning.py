@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +13,7 @@ from tests.made_run import OUTPUTS, Nothing, made_run
 from trsp_deploy import cli
 from trsp_deploy.artifacts import RunFolder, size_bytes
 from trsp_deploy.errors import RunError
+from trsp_deploy.pipeline import proof
 from trsp_deploy.tools.delivery.verification import verify
 from trsp_deploy.tools.resources.cleaning import clean, held, plan_cleaning
 
@@ -167,3 +169,12 @@ def test_the_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert "in use by another trsp-deploy" in capsys.readouterr().err
     assert cli.run(["clean", str(run), "--keep", "engines,reports"]) == 0
     assert "freed" in capsys.readouterr().out and not (run / "dense").exists()
+
+
+def test_what_a_killed_parity_check_was_reading_goes(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph in fp32 of each bf16 engine's: as large as the model, and no part of a run by any name."""
+    (run / "onnx" / "dense-fp16").mkdir()
+    monkeypatch.setattr(proof, "write_widened", lambda graph, widened: widened.write_text("weights"))
+    at_work = proof.Proof._widened(SimpleNamespace(run=RunFolder(run)), run / "onnx" / "dense-fp16")  # type: ignore[arg-type]
+    with at_work as scratch, held(run) as runs:
+        assert plan_cleaning(runs, None).paths == (scratch.name,)

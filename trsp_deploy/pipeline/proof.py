@@ -254,8 +254,11 @@ class Proof:
 
     @contextlib.contextmanager
     def _widened(self, folder: Path) -> Iterator[Path]:
-        """A folder, for as long as it is needed, with an exported fp16 graph that computes in fp32."""
-        with tempfile.TemporaryDirectory(prefix="fp32-", dir=self.run.path) as scratch:
+        """A folder, for as long as it is needed, with an exported fp16 graph that computes in fp32.
+
+        Of a killed process it stays, as large as the model, and `clean` knows it by its name.
+        """
+        with tempfile.TemporaryDirectory(prefix=".fp32.", suffix=".partial", dir=self.run.path) as scratch:
             write_widened(folder / export.FILE, Path(scratch) / export.FILE)
             yield Path(scratch)
 
