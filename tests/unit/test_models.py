@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import logging.handlers
 import os
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import IO, Any, ClassVar
 
 import huggingface_hub.constants
 import huggingface_hub.file_download
@@ -25,7 +26,7 @@ from tests.command import one_line
 from tests.hub import forget_sessions
 from tests.tiny import save_tiny, tiny_tokenizer
 from trsp_deploy.decoder import load_tokenizer
-from trsp_deploy.errors import ModelError
+from trsp_deploy.errors import ModelError, machine_reason
 from trsp_deploy.tools.sources import packaged
 from trsp_deploy.tools.sources.hub import hub_problem
 from trsp_deploy.tools.sources.model_folders import check_decoder_only, copy_model, fingerprint_model
@@ -175,6 +176,21 @@ def test_weights_cut_short(folder: Path, content: bytes | None) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100] if content is None else content)
     assert "model.safetensors is cut short or no safetensors file" in error_line(str(folder))
+
+
+def test_weights_of_another_user_are_not_cut_short(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """safetensors keeps what it writes to its user alone, and nothing is wrong with the file."""
+    opened = Path.open
+
+    def refused(path: Path, *arguments: str, **more: str) -> IO[Any]:
+        if path.suffix == ".safetensors":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *arguments, **more)
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(PermissionError) as caught:
+        resolve_model(str(folder), lambda _: None)
+    assert machine_reason(caught.value) == f"{folder / 'model.safetensors'}: Permission denied"
 
 
 @pytest.mark.parametrize(

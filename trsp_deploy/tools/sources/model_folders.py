@@ -236,9 +236,13 @@ def has_its_code(folder: Path) -> bool:
 
 
 def _readable(path: Path) -> bool:
-    """Whether a safetensors header fits its file: half a download and a git-lfs pointer do not."""
+    """Whether a safetensors header fits its file: half a download and a git-lfs pointer do not.
+
+    Raises OSError for a file that may not be opened: whose writer keeps it to the user alone, it is whole.
+    """
     import safetensors
 
+    path.open("rb").close()
     try:
         with safetensors.safe_open(path, framework="np"):
             return True
