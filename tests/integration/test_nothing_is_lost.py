@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.command import trsp_deploy
+from tests.made_run import made_sweep
 from tests.tiny import english, save_tiny, tiny_model
 from trsp_deploy.artifacts import fingerprint
 
@@ -125,6 +126,18 @@ def test_a_mistake_leaves_the_run_its_model(place: Path, run: Path, wrong: list[
     done = trsp_deploy("prune", "--model", "other", *wrong, *OPTIONS, "--out", "run", cwd=run.parent)
     assert done.code == 1 and words in done.last, done.stderr
     assert files(run) == before
+
+
+@pytest.mark.parametrize("model", ["tiny", "nope"])
+def test_a_range_that_the_model_does_not_have_leaves_a_sweep_finished(place: Path, tmp_path: Path, model: str) -> None:
+    """Its recipe had the first of the range by then, and its manifest was gone; of a new folder a run was left."""
+    made_sweep(tmp_path / "sweep")
+    before = files(tmp_path)
+    for folder in ("sweep", "new"):
+        command = ["sweep", "--model", model, "--drop", "3..99", "--out", str(tmp_path / folder)]
+        done = trsp_deploy(*command, *OPTIONS, cwd=place)
+        assert done.code == 1 and ("--drop '6' is 6 of" in done.last or "model 'nope'" in done.last), done.stderr
+    assert files(tmp_path) == before
 
 
 def test_text_by_the_dense_model_is_no_reason_to_choose_layers_anew(run: Path) -> None:

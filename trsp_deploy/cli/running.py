@@ -63,11 +63,12 @@ def _seen_from_here(
 
 @contextlib.contextmanager
 def run_of(
-    recipe: Recipe, out: Path | None, plan: Path | None = None, place: Path | None = None, *, sweep: bool = False
+    recipe: Recipe, out: Path | None, plan: Path | None = None, place: Path | None = None, *, drops: str | None = None
 ) -> Iterator[Pipeline]:
     """Enter the folder of a run, or of a sweep, and keep the resolved recipe in it.
 
     place: that the recipe's relative paths are relative to; None is the working directory.
+    drops: of a sweep, whose recipe has the first of them; looked at before anything of an earlier one is another.
     """
     dropping = f"{recipe.drop} of the layers" if plan is None else f"the layers of {plan}"
     say(f"{recipe.public.model}, dropping {dropping}")
@@ -75,10 +76,14 @@ def run_of(
     from trsp_deploy.artifacts import RunFolder
     from trsp_deploy.pipeline import Pipeline
     from trsp_deploy.pipeline.runs import default_folder, place_of, save_recipe, saved_recipe, seen_from
+    from trsp_deploy.recipe import parse_drops
+    from trsp_deploy.tools.sources.models import model_config
 
     folder = out or default_folder(recipe, plan, say)
-    _check_folder(folder, sweep)
+    _check_folder(folder, sweep=drops is not None)
     _check_outside(recipe.model, folder)
+    if drops is not None:
+        parse_drops(drops, model_config(recipe.model, say).num_hidden_layers)
     with RunFolder(folder, _Announcer()) as run:
         job = Pipeline(run, recipe, plan, say, place)
         before = saved_recipe(run)

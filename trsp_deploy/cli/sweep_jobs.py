@@ -103,7 +103,7 @@ def sweep(
     )
     targets = Targets(min_speedup=target_speedup, max_latency_s=max_latency_s, max_ppl_ratio=max_ppl_ratio)
     folder = out or Path("runs") / f"{plain_name(chosen.model)}-sweep"
-    with run_of(chosen, folder, sweep=True) as job:
+    with run_of(chosen, folder, drops=drop) as job:
         from trsp_deploy.sweep import sweep as sweep_all
 
         counts = parse_drops(drop, job.inputs.num_layers())
