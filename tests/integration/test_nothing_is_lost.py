@@ -210,6 +210,19 @@ def test_another_model_of_the_same_name_does_not_take_a_runs_place(place: Path, 
     assert files(tmp_path / "runs") == before
 
 
+def test_a_sweep_of_another_model_of_the_same_name_does_not_take_a_sweeps_place(place: Path, tmp_path: Path) -> None:
+    """All of its runs would have been made anew, of the other."""
+    for folder in ("tiny", "other/tiny"):
+        shutil.copytree(place / "tiny", tmp_path / folder)
+    (made_sweep(tmp_path / "runs" / "tiny-sweep") / ".place").write_text(str(tmp_path))
+    before = files(tmp_path / "runs")
+    command = ["sweep", "--drop", "2..3", "--calibration", str(place / "train.txt"), *OPTIONS]
+    done = trsp_deploy(*command, "--set", "evaluation={}", "--model", "other/tiny", cwd=tmp_path)
+    words = f"runs/tiny-sweep: is a run of {tmp_path / 'tiny'}; give --out for one of {tmp_path / 'other' / 'tiny'}"
+    assert done.code == 1 and words in done.last, done.stderr
+    assert files(tmp_path / "runs") == before
+
+
 def test_what_is_passed_on_says_nothing_of_where_things_lie(place: Path) -> None:
     """A whole path that the user gave, too."""
     command = ["prune", "--model", str(place / "tiny"), "--drop", "2", "--calibration", str(place / "train.txt")]

@@ -75,11 +75,11 @@ def run_of(
     _check_address_space()
     from trsp_deploy.artifacts import RunFolder
     from trsp_deploy.pipeline import Pipeline
-    from trsp_deploy.pipeline.runs import default_folder, place_of, save_recipe, saved_recipe, seen_from
+    from trsp_deploy.pipeline.runs import default_folder, place_of, save_recipe, saved_recipe, seen_from, sweep_folder
     from trsp_deploy.recipe import parse_drops
     from trsp_deploy.tools.sources.models import model_config
 
-    folder = out or default_folder(recipe, plan, say)
+    folder = out or (default_folder(recipe, plan, say) if drops is None else sweep_folder(recipe))
     _check_folder(folder, sweep=drops is not None)
     _check_outside(recipe.model, folder)
     if drops is not None:

@@ -81,7 +81,6 @@ def sweep(
     from trsp_deploy.cli.recipe_options import recipe_from_options
     from trsp_deploy.cli.running import check_disk, check_memory, run_of, say
     from trsp_deploy.cli.tables import print_sweep
-    from trsp_deploy.pipeline.runs import plain_name
     from trsp_deploy.recipe import parse_drops
     from trsp_deploy.tools.reports.sweeps import Targets
 
@@ -102,14 +101,14 @@ def sweep(
         then=then,
     )
     targets = Targets(min_speedup=target_speedup, max_latency_s=max_latency_s, max_ppl_ratio=max_ppl_ratio)
-    folder = out or Path("runs") / f"{plain_name(chosen.model)}-sweep"
-    with run_of(chosen, folder, drops=drop) as job:
+    with run_of(chosen, out, drops=drop) as job:
         from trsp_deploy.sweep import sweep as sweep_all
 
         counts = parse_drops(drop, job.inputs.num_layers())
         check_memory(job, None, ignore_memory, whole=True, counts=counts)
         check_disk(job, ignore_disk, counts)
         found = sweep_all(job, counts, targets, say)
+        folder = job.run.path
     output = Output(as_json)
     print_sweep(found, folder, output.stream)
     output.result(found.model_dump(mode="json", exclude={"provenance"}))

@@ -31,6 +31,11 @@ def default_folder(recipe: Recipe, plan: Path | None, say: Callable[[str], None]
     return Path("runs") / f"{plain_name(recipe.model)}-drop{count}"
 
 
+def sweep_folder(recipe: Recipe) -> Path:
+    """`runs/<model>-sweep`, whatever the range."""
+    return Path("runs") / f"{plain_name(recipe.model)}-sweep"
+
+
 def plain_name(model: str, place: Path = Path()) -> str:
     """What a run is called by its model; of `.` and `..`, which have no name, by the folder that they are."""
     name = Path(model).name
