@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from trsp_deploy.cli import running
+from trsp_deploy.cli import terminal
 from trsp_deploy.tools import progress
 from trsp_deploy.tools.host_memory import forget_peak, peak_resident_bytes, resident_bytes
 from trsp_deploy.tools.progress import Heartbeat, Meter
@@ -55,7 +55,7 @@ def test_a_meter_speaks_for_its_stage() -> None:
 
 
 def test_a_finished_stage_says_its_highest_memory(capsys: pytest.CaptureFixture[str]) -> None:
-    announce = running._Announcer()
+    announce = terminal.Announcer()
     announce("export", "started")
     held = np.ones(400_000_000, dtype=np.uint8)
     before = resident_bytes()

@@ -164,3 +164,22 @@ def run_that_owns(path: Path) -> RunLayout | None:
         if run.records.is_dir() and (run.is_run or run.is_sweep) and place.relative_to(folder).parts[0] in OWN:
             return run
     return None
+
+
+def check_can_hold(folder: Path, *, sweep: bool) -> None:
+    """Raise RunError for a folder that cannot become a run, or a sweep, without taking what is not its own."""
+    layout = RunLayout(folder)
+    around = run_that_owns(folder)
+    if around is not None:
+        raise RunError(f"{folder}: is a part of the run {around.root}; choose another --out")
+    if not sweep:
+        check_no_sweep(folder)
+    elif layout.is_run and layout.plan.is_file():
+        raise RunError(f"{folder}: is a run of one cut and no sweep; choose another --out")
+    if (folder / LOCK).exists() or layout.is_run or layout.is_sweep:
+        return
+    if (folder / "config.json").is_file():
+        raise RunError(f"{folder}: is a model's folder; choose another --out")
+    taken = [name for part in PARTS for name in part.paths if (folder / name).exists()]
+    if taken:
+        raise RunError(f"{folder}: has {', '.join(taken)} and is no run of trsp-deploy; choose another --out")

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from trsp_deploy.cli.options import Json, bounded
-from trsp_deploy.cli.terminal import Output
+from trsp_deploy.cli.terminal import Output, say
 from trsp_deploy.errors import RecipeError
 
 Engine = Annotated[Path, typer.Argument(help="An engine folder, such as runs/NAME/engines/ort-cpu-fp32/pruned.")]
@@ -109,7 +109,6 @@ def build_from_onnx(
     if tokenizer is not None and calibration is None:
         raise RecipeError(f"--tokenizer {tokenizer}: is for the text of --calibration, which is not given")
     from trsp_deploy.artifacts import writing_alone
-    from trsp_deploy.cli.running import say
     from trsp_deploy.stages.build import build_engine, finished, read_calibration
     from trsp_deploy.tools.library import load_engine_spec, spec_file
     from trsp_deploy.tools.quiet import quiet_libraries

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trsp_deploy.cli.engine_jobs import build_from_onnx
+from trsp_deploy.cli.needs import check_disk, check_memory, show_memory
 from trsp_deploy.cli.options import (
     Calibration,
     Drop,
@@ -31,7 +32,7 @@ from trsp_deploy.cli.options import (
     Then,
 )
 from trsp_deploy.cli.recipe_options import recipe_from_options, task_sets
-from trsp_deploy.cli.running import check_disk, check_memory, existing, run_of, show_memory
+from trsp_deploy.cli.running import existing, run_of
 from trsp_deploy.cli.terminal import Output
 from trsp_deploy.errors import RecipeError, RunError
 

@@ -24,7 +24,7 @@ from trsp_deploy.cli.options import (
     Then,
     bounded,
 )
-from trsp_deploy.cli.terminal import Output
+from trsp_deploy.cli.terminal import Output, say
 from trsp_deploy.errors import RecipeError
 from trsp_deploy.launch import launched
 
@@ -78,8 +78,9 @@ def sweep(
 ) -> None:
     """Quality, latency, memory and size for each number of layers, through real engines; targets choose one."""
     max_latency_s = _seconds(target_latency)
+    from trsp_deploy.cli.needs import check_disk, check_memory
     from trsp_deploy.cli.recipe_options import recipe_from_options
-    from trsp_deploy.cli.running import check_disk, check_memory, run_of, say
+    from trsp_deploy.cli.running import run_of
     from trsp_deploy.cli.tables import print_sweep
     from trsp_deploy.recipe import parse_drops
     from trsp_deploy.tools.reports.sweeps import Targets

@@ -10,7 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TextIO, cast
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+
+from trsp_deploy.errors import one_line, redacted
 
 PIPED_WIDTH = 140  # columns: the report's table, its longest names and intervals in one line each
 
@@ -28,6 +31,40 @@ def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     for cells in rows:
         table.add_row(*cells)
     return table
+
+
+def say(line: str) -> None:
+    """A line on stderr about how far the work is, in several processes of the main one alone; without secrets."""
+    from trsp_deploy.artifacts import is_main_process
+
+    if not is_main_process():
+        return
+    Console(file=sys.stderr, highlight=False, soft_wrap=True).print(
+        f"[bold cyan]>[/] {escape(redacted(one_line(line)))}"
+    )
+
+
+class Announcer:
+    """Says when a step begins and ends, with its highest memory, and now and then that it goes on."""
+
+    def __init__(self) -> None:
+        self._going_on = contextlib.ExitStack()
+
+    def __call__(self, step: str, state: str) -> None:
+        from trsp_deploy.artifacts.run_folder import STOPPED
+        from trsp_deploy.tools.host_memory import forget_peak, peak_resident_bytes
+        from trsp_deploy.tools.progress import Heartbeat
+
+        self._going_on.close()
+        peak = peak_resident_bytes()
+        if state == "started":
+            forget_peak()
+        elif state != STOPPED and state.startswith("done") and peak is not None:
+            state = f"{state}, at most {peak / 1e9:.2f} GB"
+        if state != STOPPED:
+            say(f"{step}: {state}")
+        if state == "started":
+            self._going_on.enter_context(Heartbeat(step))
 
 
 class Output:

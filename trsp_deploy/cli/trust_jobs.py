@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from trsp_deploy.cli.options import Json, Private, Run
-from trsp_deploy.cli.terminal import Output
+from trsp_deploy.cli.terminal import Output, say
 
 Folder = Annotated[
     Path, typer.Argument(help="Folder of a run, a sweep or an engine, or a Triton repository.", metavar="PATH")
@@ -86,7 +86,6 @@ def sign(path: Folder, key: Key, as_json: Json = False) -> None:
 
 def convert(model: Model, out: Out = None, as_json: Json = False) -> None:
     """Write pickled weights as safetensors; what holds more than tensors is refused, and nothing in it runs."""
-    from trsp_deploy.cli.running import say
     from trsp_deploy.tools.sources.safe_copy import convert as converted
 
     folder = converted(model, out, say)
