@@ -15,7 +15,7 @@ import torch
 
 from tests.breadth import BREADTH
 from tests.tiny import english, save_tiny, tiny_tokenizer
-from trsp_deploy.cli import run
+from trsp_deploy.cli import app, run
 
 PROGRAM = Path(sys.executable).with_name("trsp-deploy")
 LAUNCHED = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
@@ -284,6 +284,23 @@ def test_a_variable_that_is_not_set_is_not_the_folder_that_this_runs_in(command,
     before = set(place.iterdir())
     fails(command, "is empty, as of a variable that is not set")
     assert set(place.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["report", "~/run"], ["report", "~"], prune("--plan=~/gone"), prune("--plan", "~/gone"), prune("--out=~/run")],
+)
+def test_a_tilde_that_the_shell_left_is_the_home_folder(command, fails, place, tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "plan.json").write_text("{}")  # nothing of ours: no run's folder can be made of it
+    monkeypatch.setenv("HOME", str(tmp_path))
+    fails(command, str(tmp_path))
+    assert not (place / "~").exists()
+
+
+def test_a_tilde_in_a_prompt_is_text():
+    texts = ["--prompt", "~", "--prompt=~/x", "about ~/x"]
+    assert app._from_home(texts) == texts
 
 
 def test_a_working_directory_that_is_gone(tmp_path):

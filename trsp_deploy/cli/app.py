@@ -14,9 +14,10 @@ from typer.exceptions import Exit, TyperException
 from trsp_deploy.cli import catalogue, check_jobs, engine_jobs, jobs, serving_jobs, sweep_jobs, triton_jobs, trust_jobs
 from trsp_deploy.errors import UserError
 from trsp_deploy.model_code import FINGERPRINT, TRUST
-from trsp_deploy.reading import is_utf8
+from trsp_deploy.reading import is_utf8, user_path
 
 EMPTY = re.compile(r"(--(?!prompt)[a-z-]+=)?")
+HOME = re.compile(r"(--(?!prompt)[a-z-]+=)?(~(?:/.*)?)", re.DOTALL)
 ABORTED = 130  # what the framework makes of Ctrl-C
 
 app = typer.Typer(
@@ -78,7 +79,7 @@ def call(arguments: list[str]) -> int:
         if not is_utf8(argument):  # safetensors and tokenizers open no such file, and no recipe can name it
             raise UserError(f"argument {argument!a}: is not UTF-8; rename what it stands for")
     try:
-        result = app(args=arguments, prog_name="trsp-deploy", standalone_mode=False)
+        result = app(args=_from_home(arguments), prog_name="trsp-deploy", standalone_mode=False)
         code = result if isinstance(result, int) else 0  # outside its standalone mode it returns the code of an Exit
     except Exit as done:
         code = done.exit_code
@@ -92,3 +93,16 @@ def call(arguments: list[str]) -> int:
     if code == ABORTED:
         raise KeyboardInterrupt
     return code
+
+
+def _from_home(arguments: list[str]) -> list[str]:
+    """Arguments with `~` as the home folder where the shell left it: quoted, and in bash behind `--out=`.
+
+    Else `--out=~/x` would make a folder of that name, which is removed with the home folder sooner or later.
+    """
+    pairs = itertools.pairwise(["", *arguments])
+    found = [None if before == "--prompt" else HOME.fullmatch(argument) for before, argument in pairs]
+    return [
+        argument if path is None else f"{path[1] or ''}{user_path(path[2])}"
+        for argument, path in zip(arguments, found, strict=True)
+    ]
