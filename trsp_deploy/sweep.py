@@ -43,6 +43,8 @@ def sweep(job: Pipeline, counts: tuple[int, ...], targets: Targets, say: Callabl
     job.run.outdate_manifest()
     (root / PLANS).mkdir(exist_ok=True)  # a sweep by its first sign, and no run to go on with
     plans = job.pruning.plans(counts)
+    job.inputs.keep_calibration()
+    job.inputs.keep_evaluation()
     runs: list[tuple[Pipeline, Report]] = []
     for number, count in enumerate(counts, start=1):
         say(f"[{number}/{len(counts)}] {count} of {job.inputs.num_layers()} layers")

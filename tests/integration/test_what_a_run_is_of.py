@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,23 +13,33 @@ from tests.command import Done, trsp_deploy
 from tests.tiny import english, save_tiny
 from trsp_deploy.artifacts import RunFolder
 from trsp_deploy.pipeline import Pipeline
-from trsp_deploy.pipeline.inputs import Done as Made
 from trsp_deploy.pipeline.inputs import Inputs
 from trsp_deploy.pipeline.runs import load_recipe, seen_from
 from trsp_deploy.recipe import read_recipe
+from trsp_deploy.tools.sources import kept_texts
+from trsp_deploy.tools.sources.kept_texts import kept_text
 from trsp_deploy.tools.sources.models import resolve_model
+from trsp_deploy.tools.sources.texts import load_texts
 
 SETTINGS = [
     *("--set", "calibration.context_length=32", "--set", "calibration.max_windows=8"),
     *("--set", "calibration.validation_windows=4", "--method", "shortgpt", "--then", "none", "--drop", "2"),
 ]
+SHORT = ["--set", "evaluate.context_length=32", "--set", "evaluate.max_tokens=320"]
+BENCH = [f"--set=bench.{key}" for key in ("prompt_tokens=16", "new_tokens=4", "budget_s=4", "replicates=2")]
+EVALUATED = "evaluate-own-{}"
+
+
+def furnish(place: Path) -> Path:
+    """A model, and a text to train on."""
+    save_tiny("llama", place / "model")
+    (place / "train.txt").write_text(english()[:30_000])
+    return place
 
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    save_tiny("llama", tmp_path / "model")
-    (tmp_path / "train.txt").write_text(english()[:30_000])
-    return tmp_path
+    return furnish(tmp_path)
 
 
 def prune(place: Path, *more: str, model: str = "model", text: str = "train.txt", run: str = "run") -> Done:
@@ -89,9 +100,82 @@ def test_a_model_of_that_name_elsewhere_does_not_take_its_place(place: Path) -> 
     (place / "model").rename(place / "moved")
     other = place / "elsewhere"
     shutil.copytree(place / "moved", other / "model")
-    done = trsp_deploy("export", "../run", cwd=other)
-    assert done.code == 1 and f"model '{place / 'model'}': no such folder" in done.stderr
+    done = trsp_deploy("evaluate", "../run", "--eval", f"own={place / 'train.txt'}", *SHORT, cwd=other)
+    assert done.code == 0 and started(done) == [EVALUATED.format("dense"), EVALUATED.format("pruned")], done.stderr
+    assert "model 'model': no such folder here; going on with the run's copy of it" in done.stderr
     assert seen_from(place, "owner/name") == "owner/name"
+
+
+@pytest.fixture(scope="module")
+def unplugged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run, judged; the folder that its command ran in, with its model and texts, is called otherwise by now."""
+    place = furnish(tmp_path_factory.mktemp("origin"))
+    (place / "judge.txt").write_text(english()[30_000:50_000])
+    prune(place)
+    done = trsp_deploy("evaluate", "run", "--eval", "own=judge.txt", *SHORT, cwd=place)
+    assert done.code == 0, done.stderr
+    return place.rename(place.with_name("unplugged")) / "run"
+
+
+@pytest.fixture
+def taken(unplugged: Path, tmp_path: Path) -> Path:
+    """The run where it was taken to."""
+    (tmp_path / "spec.yaml").write_text("description: eight bits\nbackend: onnxruntime-cpu\nprecision: int8\n")
+    return Path(shutil.copytree(unplugged, tmp_path / "taken"))
+
+
+def test_a_run_is_built_and_judged_where_its_model_and_texts_are_not(taken: Path) -> None:
+    elsewhere = taken.parent
+    built = trsp_deploy("build", taken.name, "--engine", "spec.yaml", *BENCH, cwd=elsewhere)
+    assert built.code == 0 and not {"dense", "plan", "prune"} & set(started(built)), built.stderr
+    assert "build-spec-pruned" in started(built)  # its integers are chosen on the calibration text
+    for what in ("model 'model': no such folder here", "calibration text 'train.txt': no such file here"):
+        assert f"{what}; going on with the run's copy of it" in built.stderr
+    found = trsp_deploy("report", taken.name, cwd=elsewhere)
+    assert found.code == 0 and "ppl on own" in found.stdout, found.stderr
+    assert "evaluation text 'judge.txt': no such file here; going on with the run's copy of it" in found.stderr
+    assert not any(step in started(found) for step in ("dense", "plan", "prune", EVALUATED.format("dense")))
+    assert trsp_deploy("verify", taken.name, cwd=elsewhere).code == 0
+
+
+def test_a_copy_that_was_damaged_is_not_gone_on_with(taken: Path) -> None:
+    with (taken / "dense" / "config.json").open("a") as file:
+        file.write(" ")
+    done = trsp_deploy("export", taken.name, cwd=taken.parent)
+    assert done.code == 1 and done.last.startswith("error: model 'model': neither a folder nor a short name")
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda text: text.replace("the", "teh", 1), lambda text: text[:-20], lambda text: ""]
+)
+def test_a_text_that_was_damaged_is_not_gone_on_with(taken: Path, damage: Callable[[str], str]) -> None:
+    copy = taken / "texts" / "calibration-1.json"
+    copy.write_text(damage(copy.read_text()))
+    done = trsp_deploy("export", taken.name, cwd=taken.parent)
+    assert done.code == 1 and done.last == "error: calibration text 'train.txt': no such file"
+
+
+def test_another_text_is_not_the_copy_of_the_one_before(taken: Path) -> None:
+    done = trsp_deploy("export", taken.name, "--set", "calibration.texts=[other.txt]", cwd=taken.parent)
+    assert done.code == 1 and done.last == "error: calibration text 'other.txt': no such file"
+
+
+def test_a_text_that_changed_is_copied_anew(place: Path) -> None:
+    prune(place)
+    (place / "train.txt").write_text(english()[5_000:40_000])
+    assert started(prune(place)) == ["plan", "prune"]
+    assert kept_text(place / "run" / "texts" / "calibration-1.json", "train.txt") == load_texts(
+        str(place / "train.txt"), "calibration"
+    ).model_copy(update={"name": "train.txt"})
+
+
+def test_a_text_that_is_too_large_is_not_copied(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_texts, "LARGEST", 20_000)
+    done = prune(place)
+    assert (
+        "train.txt: too large for a copy in the run; where the run is taken, the text has to be as well" in done.stderr
+    )
+    assert not (place / "run" / "texts").exists()
 
 
 def test_a_plan_that_was_given_stays_with_another_text(place: Path) -> None:
@@ -159,7 +243,7 @@ def test_processes_of_other_machines_need_not_have_the_models_folder(place: Path
     prune(place)
     recipe = read_recipe(load_recipe(place / "run"), "test")
     source = resolve_model(str(place / "model"), lambda _: None).model_copy(update={"path": "/nowhere/on/this/machine"})
-    sent = iter([source, Made()])
+    sent = iter([(source, ""), source])
     run = RunFolder(place / "run")
     run.main, run.from_main = False, lambda value: next(sent)
     assert Inputs(run, recipe, lambda _: None, place).dense() == source

@@ -21,6 +21,7 @@ ENGINES = "engines"
 CHECKPOINTS = "checkpoints"  # of trainings that were killed
 FAILED_LOGS = f"{ENGINES}/*/*-failed.log"  # of builds
 ENGINE_MANIFEST = "manifest.json"  # in an engine's folder
+TEXTS = "texts"  # copies, for a machine that has not got them
 PLANS = "plans"  # of a sweep
 SWEEP, SWEEP_PAGE = "sweep.json", "sweep.html"
 POINTS = "drop-*"  # a sweep's runs, below its folder
@@ -46,6 +47,7 @@ PARTS = (
     Part("sweep", (SWEEP, SWEEP_PAGE), cleanable=False, loose=True),
     Part("self-generated", ("self-generated.jsonl",)),  # the dense model's text
     Part(CHECKPOINTS, (CHECKPOINTS,)),
+    Part(TEXTS, (TEXTS,), loose=True),
     Part("plan", ("plan.json",), cleanable=False, loose=True),
     Part("recipe", (RUN_MARK,), cleanable=False, loose=True),
 )
@@ -107,6 +109,10 @@ class RunLayout:
     def engines(self) -> Path:
         """The folder of all engines, a folder each."""
         return self.root / ENGINES
+
+    def text(self, name: str) -> Path:
+        """The run's copy of a text, such as `calibration-1` and `evaluation-wiki`."""
+        return self.root / TEXTS / f"{name}.json"
 
     def record(self, step: str) -> Path:
         """What a step read, did and wrote."""

@@ -109,12 +109,16 @@ class RunFolder:
             return None
         return found if found.step == step else None
 
+    def holds(self, record: StepRecord) -> bool:
+        """Whether a step's outputs are what it made."""
+        return not self._changed_outputs(record)
+
     def write_manifest(self) -> RunManifest:
         """Write down the SHA-256 of every file that the steps left, and of the manifests of a sweep's runs; what no
         longer is what a step made stays out."""
         loose = [self.path / name for part in PARTS if part.loose for name in part.paths]
         loose += [run.root / MANIFEST for run in self.layout.runs]
-        made = {path for path in loose if path.is_file()}
+        made = {file for path in loose if path.exists() for file in files_below(path)}
         for record in map(self.record, self.recorded()):
             if record is None:
                 continue
@@ -197,8 +201,7 @@ class RunFolder:
             return None
         if record.key != self.key(name, settings=settings, inputs=inputs) or record.outputs.keys() != set(outputs):
             return None
-        changed = self._changed_outputs(record)
-        if changed:
+        if changed := self._changed_outputs(record):
             self._announce(name, f"{', '.join(changed)} is not what was made (SHA-256); made again")
             return None
         try:

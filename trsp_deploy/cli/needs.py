@@ -63,7 +63,6 @@ def check_memory(
     from trsp_deploy.pipeline.engines import runnable
     from trsp_deploy.tools.plan import read_plan
     from trsp_deploy.tools.resources.memory_plan import Engines, check_memory, plan_memory
-    from trsp_deploy.tools.sources.models import model_config
     from trsp_deploy.tools.training.shared import pick_device
 
     missing: list[str] = list(job.pruning.unfinished())
@@ -73,7 +72,7 @@ def check_memory(
     if launched_as_several() or not (missing or engines):
         return
     with contextlib.suppress(ModelError):  # of a model that cannot be used the pipeline says more
-        config = model_config(job.inputs.model, say)
+        config = job.inputs.config()
         if engines is not None:
             missing = job.unfinished(counts)
         if plan_file is not None:
@@ -104,14 +103,13 @@ def _disk_plan(job: Pipeline, config: Any, specs: Sequence[EngineSpec], counts: 
 def check_disk(job: Pipeline, ignore: bool, counts: Sequence[int] = ()) -> None:
     """Say what each stage will leave on the disk, and refuse what cannot fit there; counts: as in `check_memory`."""
     from trsp_deploy.tools.resources.disk import check_disk
-    from trsp_deploy.tools.sources.models import model_config
 
     if launched_as_several() and job.run.recorded():
         job.inputs.dense()  # by all processes: what the main one holds the records against may need it
     if not job.run.main:
         return
     with contextlib.suppress(ModelError):  # of a model that cannot be used the pipeline says more
-        config, specs = model_config(job.inputs.model, say), job.engines.buildable()
+        config, specs = job.inputs.config(), job.engines.buildable()
         plan = _disk_plan(job, config, specs, counts)
         say(plan.line())
         if not ignore:

@@ -9,28 +9,28 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 
 from trsp_deploy.artifacts import RunFolder, writing
 from trsp_deploy.decoder import known_positions, load_config, load_tokenizer
 from trsp_deploy.errors import RecipeError
 from trsp_deploy.pipeline.runs import plain_name, seen_from
-from trsp_deploy.recipe import BenchSettings, Recipe, Strict
+from trsp_deploy.reading import user_path
+from trsp_deploy.recipe import BenchSettings, Recipe
 from trsp_deploy.results import Role
 from trsp_deploy.stages.bench import check_positions
 from trsp_deploy.tools.measuring.subjects import positions_of
+from trsp_deploy.tools.sources.kept_texts import keep_text, kept_text
 from trsp_deploy.tools.sources.mixture import joined, mix_windows
 from trsp_deploy.tools.sources.model_folders import copy_model, fingerprint_model
-from trsp_deploy.tools.sources.models import ModelSource, resolve_model
-from trsp_deploy.tools.sources.names import SHORT_NAMES
+from trsp_deploy.tools.sources.models import ModelSource, model_config, resolve_model
+from trsp_deploy.tools.sources.names import SHORT_NAMES, is_model_folder
 from trsp_deploy.tools.sources.texts import SHORT_NAMES as TEXT_NAMES
+from trsp_deploy.tools.sources.texts import Role as TextRole
 from trsp_deploy.tools.sources.texts import Texts, documents_of, load_texts, tokenize_windows
 
 # Windows are drawn from so many times as much text as is read: all of WikiText-2, and a part of a corpus of gigabytes.
 POOL = 16
-
-
-class Done(Strict):
-    """Result of a step whose only result is its files."""
 
 
 class Inputs:
@@ -64,17 +64,50 @@ class Inputs:
     @functools.cache
     def dense(self) -> ModelSource:
         """The dense model, as the folder `dense/`."""
-        source = self._found_by_main(lambda: resolve_model(self.model, self.say))
+        # Downloaded or unpacked by the main process, which alone may have the model's folder.
+        found: tuple[ModelSource, str] = self.run.from_main(self._source() if self.run.main else None)
+        source, sha256 = found
         self.run.step(
             "dense",
             lambda: self._copy_dense(source),
-            Done,
+            ModelSource,
             settings={"model": self.recipe.model},
-            # Of several machines the main process's alone has that folder.
-            inputs={"model": fingerprint_model(Path(source.path)) if self.run.main else ""},
+            inputs={"model": sha256},
             outputs=["dense"],
         )
         return source
+
+    def config(self) -> Any:
+        """transformers' config of the dense model, before the model is asked for; raises ModelError."""
+        kept = self._kept_model()
+        return model_config(self.model, self.say) if kept is None else load_config(self.path("dense"))
+
+    def _source(self) -> tuple[ModelSource, str]:
+        """Where the dense model is, and its fingerprint.
+
+        A folder on this machine may be another by now. All else is what the run has of it, which may have been taken
+        to a machine without such a folder, and without a network.
+        """
+        kept = self._kept_model()
+        if kept is None:
+            source = resolve_model(self.model, self.say)
+            return source, fingerprint_model(Path(source.path))
+        source, sha256 = kept
+        if source.kind == "folder":
+            self.say(f"model '{self.recipe.model}': no such folder here; going on with the run's copy of it")
+        here = resolve_model(str(self.path("dense")), self.say)
+        return source.model_copy(update={"path": here.path}), sha256
+
+    def _kept_model(self) -> tuple[ModelSource, str] | None:
+        """What the run wrote down of the model that it has in `dense/`; None where that is to be compared, or made."""
+        record = self.run.record("dense")
+        if record is None or record.settings != {"model": self.recipe.model} or is_model_folder(self.model):
+            return None
+        try:
+            source = ModelSource.model_validate(record.result)
+        except ValidationError:  # of an earlier version
+            return None
+        return (source, record.inputs["model"]) if self.run.holds(record) else None
 
     def check_lengths(self) -> None:
         """Raise RecipeError where windows or prompts are longer than the model was made for."""
@@ -115,15 +148,10 @@ class Inputs:
                 + " ".join(f"--set {name}={positions}" for name in longer)
             )
 
-    def _found_by_main(self, find: Callable[[], ModelSource]) -> ModelSource:
-        """What may have to be downloaded or unpacked is so once, by the main process."""
-        source: ModelSource = self.run.from_main(find() if self.run.main else None)
-        return source
-
-    def _copy_dense(self, source: ModelSource) -> Done:
+    def _copy_dense(self, source: ModelSource) -> ModelSource:
         with writing(self.path("dense")) as partial:
             copy_model(Path(source.path), partial)
-        return Done()
+        return source.model_copy(update={"path": "dense"})  # the folder that it came from is no part of a run
 
     @functools.cache
     def num_layers(self) -> int:
@@ -146,7 +174,7 @@ class Inputs:
     @functools.cache
     def _calibration(self) -> tuple[Texts, ...]:
         named = self.recipe.calibration.texts
-        return tuple(load_texts(seen_from(self.place, name, TEXT_NAMES), "calibration") for name in named)
+        return tuple(self._text(name, "calibration", str(number)) for number, name in enumerate(named, start=1))
 
     @functools.cache
     def calibration_windows(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -164,7 +192,37 @@ class Inputs:
     @functools.cache
     def evaluation_texts(self, name: str) -> Texts:
         """The texts that quality is measured on, by the recipe's names for them."""
-        return load_texts(seen_from(self.place, self.recipe.evaluation[name], TEXT_NAMES), "evaluation")
+        return self._text(self.recipe.evaluation[name], "evaluation", name)
+
+    def _text(self, name: str, role: TextRole, called: str) -> Texts:
+        """A text of the recipe: as with the model, a file on this machine is read anew."""
+        found, copy = seen_from(self.place, name, TEXT_NAMES), self.run.layout.text(f"{role}-{called}")
+        is_file = found not in TEXT_NAMES and user_path(found).is_file()
+        kept = None if is_file else kept_text(copy, name)
+        if kept is None:
+            return load_texts(found, role)
+        if Path(kept.origin).is_absolute():
+            self.say(f"{role} text '{name}': no such file here; going on with the run's copy of it")
+        return kept
+
+    def keep_calibration(self) -> None:
+        """Leave copies of the calibration texts in the run, for a machine that has not got them."""
+        for number, (name, text) in enumerate(zip(self.recipe.calibration.texts, self._calibration(), strict=True), 1):
+            self._keep(name, text, f"calibration-{number}")
+
+    def keep_evaluation(self) -> None:
+        """The same with the texts that the model is judged on."""
+        for called, name in self.recipe.evaluation.items():
+            self._keep(name, self.evaluation_texts(called), f"evaluation-{called}")
+
+    def _keep(self, name: str, text: Texts, called: str) -> None:
+        copy = self.run.layout.text(called)
+        kept = kept_text(copy, name)
+        if not self.run.main or (kept is not None and kept.fingerprint == text.fingerprint):
+            return
+        self.run.outdate_manifest()
+        if not keep_text(copy, name, text):
+            self.say(f"{name}: too large for a copy in the run; where the run is taken, the text has to be as well")
 
     @functools.cache
     def evaluation_windows(self, name: str) -> tuple[torch.Tensor, np.ndarray | None]:

@@ -90,7 +90,9 @@ class Proof:
     @functools.cache
     def evaluate(self) -> dict[str, dict[Role, Perplexity]]:
         """Perplexity of dense and pruned on every evaluation text, by name."""
-        return {name: {role: self._perplexity(name, role) for role in ROLES} for name in self.recipe.evaluation}
+        found = {name: {role: self._perplexity(name, role) for role in ROLES} for name in self.recipe.evaluation}
+        self.inputs.keep_evaluation()
+        return found
 
     @functools.cache
     def engine_perplexity(self, spec: EngineSpec) -> dict[str, dict[Role, Perplexity]]:

@@ -16,8 +16,8 @@ from trsp_deploy.artifacts import Finished, RunFolder, StepRecord, fingerprint, 
 from trsp_deploy.artifacts.layout import PLANS
 from trsp_deploy.decoder import check_prunable, load_config, load_model, meta_model
 from trsp_deploy.errors import PlanError
-from trsp_deploy.pipeline.inputs import Done, Inputs
-from trsp_deploy.recipe import parse_drop
+from trsp_deploy.pipeline.inputs import Inputs
+from trsp_deploy.recipe import Strict, parse_drop
 from trsp_deploy.results import PrunedCheckpoint, Role
 from trsp_deploy.stages import selection, transfer
 from trsp_deploy.tools.plan import PruningPlan, read_plan
@@ -48,6 +48,10 @@ def _made_by_a_person(run: RunFolder) -> str | None:
     if record is None or not path.is_file():
         return None
     return EDITED if fingerprint(path) != record.outputs["plan.json"] else _origin(record)
+
+
+class Done(Strict):
+    """Result of a step whose only result is its files."""
 
 
 class Pruning:
@@ -171,6 +175,7 @@ class Pruning:
         )
         if not self.run.main:
             raise SystemExit(0)  # the rest is the main process's work
+        self.inputs.keep_calibration()
         self.run.from_main = lambda value: value  # nobody is left to tell
         return result
 

@@ -67,7 +67,7 @@ def write_model_card(
 ) -> None:
     """Write `folder`/README.md, and copy the files of the base's licence beside it."""
     # A path says nothing to others, and something about this machine.
-    name = Path(source.path).name if source.kind == "folder" else source.name
+    name = Path(source.origin).name if source.kind == "folder" else source.name
     base = source.origin.partition("@")[0] if source.kind == "hub" else name
     carried = card_metadata(Path(source.path))
     # A packaged model is one of the hub's, too; and a folder's card may name what it was made of.
