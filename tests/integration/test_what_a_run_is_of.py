@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 from tests.command import Done, trsp_deploy
@@ -153,6 +154,24 @@ def test_a_text_that_was_damaged_is_not_gone_on_with(taken: Path, damage: Callab
     copy.write_text(damage(copy.read_text()))
     done = trsp_deploy("export", taken.name, cwd=taken.parent)
     assert done.code == 1 and done.last == "error: calibration text 'train.txt': no such file"
+
+
+def test_a_name_of_the_hub_means_what_the_run_read_under_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(place / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    entry = place / "hub" / "models--owner--name"
+    shutil.copytree(place / "model", entry / "snapshots" / ("0" * 40))
+    (entry / "refs").mkdir()
+    (entry / "refs" / "main").write_text("0" * 40)
+    assert started(prune(place, model="owner/name")) == ["dense", "plan", "prune"]
+    save_tiny("llama", entry / "snapshots" / ("1" * 40), seed=1)
+    (entry / "refs" / "main").write_text("1" * 40)
+    assert started(prune(place, model="owner/name")) == []
+    shutil.rmtree(entry)
+    done = prune(place, model="owner/name")
+    assert started(done) == [] and "asking the Hugging Face hub" not in done.stderr
+    with pytest.raises(AssertionError, match="owner/name"):  # which another run does not know
+        prune(place, model="owner/name", run="other")
 
 
 def test_another_text_is_not_the_copy_of_the_one_before(taken: Path) -> None:
