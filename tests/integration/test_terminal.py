@@ -64,19 +64,20 @@ def test_every_shell_has_a_script(shell: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.alone
-def test_help_takes_less_than_a_third_of_a_second() -> None:
-    """The whole process. It waits for nothing, so that its CPU time is what it takes on an idle machine."""
+def test_help_takes_little_more_than_what_it_is_written_with() -> None:
+    """Whole processes, in turn. They wait for nothing, so that their CPU time is what they take on an idle machine:
+    0.2 s on a quick one of 2026 and 0.4 s on a slow one, of which two thirds are Typer's and Rich's."""
 
-    def cpu_s() -> float:
-        used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return used.ru_utime + used.ru_stime
+    def cpu_s(*command: str | Path) -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    taken = []
-    for _ in range(8):
-        before = cpu_s()
-        subprocess.run([PROGRAM, "--help"], stdout=subprocess.DEVNULL, check=True)
-        taken.append(cpu_s() - before)
-    assert min(taken) < 0.3, taken  # 0.2 on an idle machine of 2026
+    frameworks = (sys.executable, "-c", "import typer.rich_utils")
+    taken = [(cpu_s(PROGRAM, "--help"), cpu_s(*frameworks)) for _ in range(8)]
+    ours, theirs = map(min, zip(*taken, strict=True))
+    assert ours < 2 * theirs, taken
 
 
 def on_a_terminal(work: Callable[[int], object]) -> bytes:
