@@ -189,12 +189,20 @@ def test_a_text_that_changed_is_copied_anew(place: Path) -> None:
 
 
 def test_a_text_that_is_too_large_is_not_copied(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "train.txt").write_text(english()[:15_000])
     monkeypatch.setattr(kept_texts, "LARGEST", 20_000)
+    prune(place)
+    assert [*(place / "run" / "texts").iterdir()] == [place / "run" / "texts" / "calibration-1.json"]
+    (place / "train.txt").write_text(english()[:30_000])
     done = prune(place)
     assert (
         "train.txt: too large for a copy in the run; where the run is taken, the text has to be as well" in done.stderr
     )
-    assert not (place / "run" / "texts").exists()
+    assert [*(place / "run" / "texts").iterdir()] == []  # nor is a copy left of what it was before
+    with RunFolder(place / "run") as run:
+        run.write_manifest()
+    prune(place)
+    assert (place / "run" / "MANIFEST.json").is_file()  # which is outdated by what is written alone
 
 
 def test_a_plan_that_was_given_stays_with_another_text(place: Path) -> None:

@@ -47,7 +47,7 @@ PARTS = (
     Part("sweep", (SWEEP, SWEEP_PAGE), cleanable=False, loose=True),
     Part("self-generated", ("self-generated.jsonl",)),  # the dense model's text
     Part(CHECKPOINTS, (CHECKPOINTS,)),
-    Part(TEXTS, (TEXTS,), loose=True),
+    Part(TEXTS, (TEXTS,), cleanable=False, loose=True),
     Part("plan", ("plan.json",), cleanable=False, loose=True),
     Part("recipe", (RUN_MARK,), cleanable=False, loose=True),
 )

@@ -27,7 +27,7 @@ Keep = Annotated[
     list[str] | None,
     typer.Option(
         "--keep",
-        help="Stays: dense, pruned, onnx, engines, engines/NAME, reports, plans, texts, checkpoints, self-generated.",
+        help="What stays: dense, pruned, onnx, engines, engines/NAME, reports, plans, checkpoints, self-generated.",
         metavar="A,B",
     ),
 ]

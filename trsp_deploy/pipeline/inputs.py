@@ -20,7 +20,7 @@ from trsp_deploy.recipe import BenchSettings, Recipe
 from trsp_deploy.results import Role
 from trsp_deploy.stages.bench import check_positions
 from trsp_deploy.tools.measuring.subjects import positions_of
-from trsp_deploy.tools.sources.kept_texts import keep_text, kept_text
+from trsp_deploy.tools.sources.kept_texts import is_small, keep_text, kept_text
 from trsp_deploy.tools.sources.mixture import joined, mix_windows
 from trsp_deploy.tools.sources.model_folders import copy_model, fingerprint_model
 from trsp_deploy.tools.sources.models import ModelSource, model_config, resolve_model
@@ -220,9 +220,14 @@ class Inputs:
         kept = kept_text(copy, name)
         if not self.run.main or (kept is not None and kept.fingerprint == text.fingerprint):
             return
-        self.run.outdate_manifest()
-        if not keep_text(copy, name, text):
-            self.say(f"{name}: too large for a copy in the run; where the run is taken, the text has to be as well")
+        if is_small(text):
+            self.run.outdate_manifest()
+            keep_text(copy, name, text)
+            return
+        self.say(f"{name}: too large for a copy in the run; where the run is taken, the text has to be as well")
+        if copy.exists():  # of what it was before
+            self.run.outdate_manifest()
+            copy.unlink()
 
     @functools.cache
     def evaluation_windows(self, name: str) -> tuple[torch.Tensor, np.ndarray | None]:

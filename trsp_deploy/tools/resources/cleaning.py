@@ -3,7 +3,7 @@
     with held(Path("runs/smollm2-135m-drop8")) as runs:
         clean(runs, plan_cleaning(runs, keep=("engines", "reports")))
 
-Only the parts of CLEANABLE and leftovers are ever removed, and of a link the link alone; the recipe, the plan and the
+Only the parts of CLEANABLE and leftovers are ever removed, and of a link the link alone; recipe, plan, texts and the
 records of the steps always stay, so the next run knows what is missing and makes that again.
 """
 

@@ -14,12 +14,14 @@ from trsp_deploy.tools.sources.texts import Texts
 LARGEST = 64_000_000  # characters; WikiText-2 has 11 million, and of a corpus a run reads a part
 
 
-def keep_text(path: Path, name: str, text: Texts) -> bool:
-    """Write a text, whole or not at all; name: the recipe's for it. False where it is too large for that."""
-    if sum(map(len, text.documents)) > LARGEST:
-        return False
+def is_small(text: Texts) -> bool:
+    """Whether a text is small enough for a copy."""
+    return sum(map(len, text.documents)) <= LARGEST
+
+
+def keep_text(path: Path, name: str, text: Texts) -> None:
+    """Write a text, whole or not at all; name: the recipe's for it."""
     write_json(path, text.model_copy(update={"name": name}))
-    return True
 
 
 def kept_text(path: Path, name: str) -> Texts | None:
