@@ -51,8 +51,8 @@ test-docs: $(READY) ## every line of the docs that runs this program, and their 
 
 test-transformers5: .venv-transformers5/.ready ## export, parity and pruning where Optimum cannot be: about 5 minutes
 	.venv-transformers5/bin/pip check
-	.venv-transformers5/bin/python -m pytest -q -m 'not network and not gpu' tests/integration/test_exporters.py tests/integration/test_pipeline.py \
-		tests/integration/test_own_code.py \
+	.venv-transformers5/bin/python -m pytest -q --numprocesses auto --dist loadfile -m 'not network and not gpu' \
+		tests/integration/test_exporters.py tests/integration/test_pipeline.py tests/integration/test_own_code.py \
 		tests/unit/test_every_family.py tests/unit/test_decoder.py tests/unit/test_methods.py tests/unit/test_gates.py \
 		tests/unit/test_selection_and_transfer.py tests/unit/test_refit.py tests/unit/test_self_calibration.py \
 		tests/unit/test_losses.py tests/unit/test_trials.py tests/unit/test_models.py
