@@ -13,7 +13,7 @@ import pytest
 
 from tests.faults.harness import Done, Job, run_in
 from tests.samples import made_up
-from trsp_deploy.artifacts import provenance, write_json
+from trsp_deploy.artifacts import RunLayout, provenance, write_json
 from trsp_deploy.tools.reports.baselines import SCHEMA_VERSION, Baseline, engine_baseline, this_machine
 
 pytestmark = pytest.mark.faults
@@ -87,6 +87,18 @@ def test_made_again(workspace, undisturbed, copied, record_property, name, damag
         assert said and name in said[0], again.stderr
     assert copied.artefacts() == undisturbed[0].artefacts()
     assert run_in(workspace, copied.arguments).steps("done") == []
+
+
+@each_damage
+@pytest.mark.parametrize("name", ["calibration-1", "evaluation-manual"])
+def test_a_text_is_copied_again(workspace, undisturbed, copied, record_property, name, damage):
+    record_property("fault", damage.__name__)
+    record_property("place", f"texts/{name}.json")
+    text = RunLayout(copied.run).text
+    damage(text(name), text("calibration-1" if name != "calibration-1" else "evaluation-manual"))
+    again = run_in(workspace, copied.arguments)
+    assert again.code == 0 and again.steps("done") == [], again.stderr
+    assert copied.artefacts() == undisturbed[0].artefacts()
 
 
 @each_damage
