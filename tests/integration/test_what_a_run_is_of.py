@@ -179,6 +179,17 @@ def test_another_text_is_not_the_copy_of_the_one_before(taken: Path) -> None:
     assert done.code == 1 and done.last == "error: calibration text 'other.txt': no such file"
 
 
+def test_a_run_of_before_copies_its_model_once_more_and_makes_nothing_else(place: Path) -> None:
+    prune(place)
+    record = place / "run" / "records" / "dense.json"
+    before = {**json.loads(record.read_text()), "result": {}}  # it said nothing of where the model came from
+    del before["sha256"]
+    record.write_text(json.dumps(before))
+    shutil.rmtree(place / "run" / "texts")
+    assert started(prune(place)) == ["dense"]
+    assert started(prune(place)) == [] and (place / "run" / "texts" / "calibration-1.json").is_file()
+
+
 def test_a_text_that_changed_is_copied_anew(place: Path) -> None:
     prune(place)
     (place / "train.txt").write_text(english()[5_000:40_000])
