@@ -210,6 +210,11 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def test_a_plan_that_is_not_there_leaves_no_folder(fails, tmp_path):
+    fails(prune("--plan", "nowhere.json", "--out", str(tmp_path / "new")), "nowhere.json: no such file")
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_run_never_writes_over_its_own_model_nor_into_a_model_or_another_run(place, fails, made):
     before = files(made), files(place / "model")
     inside = str(made / "pruned")

@@ -89,6 +89,33 @@ def test_a_model_that_was_loaded_leaves_nothing_beside_it(served_repository: Pat
 
 
 @needs_schema
+@pytest.mark.parametrize(
+    ("prepare", "words"),
+    [
+        ("sys.modules['onnxruntime'] = None", ["onnxruntime is not installed", "the repository's Dockerfile installs"]),
+        (
+            "open(sys.argv[1] + '/tokenizer.json', 'w').write('{}')",
+            ["tokenizer.json: is no tokenizer that can be read"],
+        ),
+    ],
+)
+def test_a_model_that_cannot_be_loaded_says_so(
+    prepare: str, words: list[str], served_repository: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(served_repository / "pruned" / "1", tmp_path / "1"))
+    (tmp_path / "triton_python_backend_utils.py").write_text(
+        "TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1\nclass TritonModelException(Exception): ..."
+    )
+    load = f"import sys; sys.path += sys.argv[1:]; {prepare}; import model; model.TritonPythonModel().initialize({{}})"
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", load, model, tmp_path], capture_output=True, text=True, check=False
+    )
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("triton_python_backend_utils.TritonModelException: "), done.stderr
+    assert all(word in last for word in words), last
+
+
+@needs_schema
 def test_what_is_there_stays_in_the_manifest(served_run: Path, served_repository: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(served_repository, tmp_path / "repository"))
     again = trsp_deploy("triton", "run", "--out", str(copy), "--name", "other", cwd=served_run.parent)
@@ -250,9 +277,12 @@ def test_the_linter_finds_what_went_missing(served_repository: Path, tmp_path: P
     data = copy / "pruned" / "1" / "engine" / "model.onnx.data"
     data.write_bytes(b"x" + data.read_bytes()[1:])
     (copy / "pruned-dense" / "1" / "tokenizer.json").unlink()
+    damaged = copy / "pruned" / "1" / "tokenizer.json"
+    damaged.write_bytes(damaged.read_bytes()[:-9])
     done = trsp_deploy("triton-lint", str(copy), "--json", cwd=tmp_path)
     assert done.code == 2
     messages = [finding["message"] for finding in json.loads(done.stdout)["findings"]]
+    assert messages.pop(0).startswith(f"{damaged}: is no tokenizer that can be read (EOF while parsing")
     assert messages == [
         "1/engine/model.onnx.data is not the file that was built (SHA-256)",
         "1/tokenizer.json is missing",

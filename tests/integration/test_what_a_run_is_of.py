@@ -139,6 +139,18 @@ def test_a_run_is_built_and_judged_where_its_model_and_texts_are_not(taken: Path
     assert trsp_deploy("verify", taken.name, cwd=elsewhere).code == 0
 
 
+def test_prune_copies_the_texts_at_hand_that_its_model_will_be_judged_on(place: Path) -> None:
+    (place / "judge.txt").write_text(english()[30_000:50_000])
+    texts = {"own": "judge.txt", "gone": "gone.txt", "hub": "wikitext2"}
+    done = prune(place, *(f"--set=evaluation.{called}={text}" for called, text in texts.items()))
+    assert [*started(done)] == ["dense", "plan", "prune"] and "judge.txt" not in done.stderr
+    copies = sorted(path.name for path in (place / "run" / "texts").iterdir())
+    assert copies == ["calibration-1.json", "evaluation-own.json"]
+    run = shutil.copytree(place / "run", place.with_name(f"{place.name}-elsewhere") / "run")
+    found = trsp_deploy("evaluate", "run", "--eval", "own=judge.txt", *SHORT, cwd=run.parent)
+    assert found.code == 0 and started(found) == [EVALUATED.format("dense"), EVALUATED.format("pruned")], found.stderr
+
+
 def test_a_copy_that_was_damaged_is_not_gone_on_with(taken: Path) -> None:
     with (taken / "dense" / "config.json").open("a") as file:
         file.write(" ")

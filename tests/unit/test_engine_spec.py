@@ -89,6 +89,9 @@ NO_PAST = {"batch": PROFILE.batch, "sequence": PROFILE.sequence}
         ("onnxruntime-cuda", {"precision": "bf16"}, "bf16 is not for backend onnxruntime-cuda"),
         ("tensorrt", {"keep_high_precision": 4}, "`keep_high_precision` is for precision int8 and int4, got fp16"),
         ("tensorrt", {"precision": "int4"}, "`block_size` of 64 or 128"),
+        ("tensorrt", {"precision": "int8", "block_size": 64}, "`block_size` is for precision int4, and int8 on ONNX"),
+        ("onnxruntime-cuda", {"block_size": 64}, "`block_size` is for precision int4.*got fp16, onnxruntime-cuda"),
+        ("onnxruntime-cuda", {"threads": 2}, "`threads` is for backend onnxruntime-cpu, got onnxruntime-cuda"),
         ("tensorrt", {"cache_length": 64}, "`cache_length` and `past` in none"),
         ("tensorrt", {"profiles": [NO_PAST]}, "give `past` in every profile"),
         (

@@ -413,3 +413,5 @@ def test_control_groups_count(tmp_path):
 def test_a_gpu_that_is_not_here_is_planned_for():
     plan = plan_memory(recipe(*SMALL[:2]), tiny_config("opt"))
     assert plan.device == "cuda" and plan.available_bytes is None and all(map(plan.fits, plan.stages))
+    told = plan.summary()["memory"]
+    assert {stage["fits"] for part in ("stages", "host") for stage in told[part].values()} == {None}

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from trsp_deploy.cli.needs import check_address_space
 from trsp_deploy.cli.recipe_options import with_lists
 from trsp_deploy.cli.terminal import Announcer, say
-from trsp_deploy.errors import RunError
-from trsp_deploy.reading import user_path
+from trsp_deploy.errors import PlanError, RunError
+from trsp_deploy.reading import read_record, user_path
 
 if TYPE_CHECKING:
     from trsp_deploy.pipeline import Pipeline
@@ -73,8 +73,11 @@ def run_of(
     from trsp_deploy.pipeline.runs import default_folder, save_recipe, sweep_folder
     from trsp_deploy.pipeline.succession import check_succession
     from trsp_deploy.recipe import parse_drops
+    from trsp_deploy.tools.plan import PruningPlan
     from trsp_deploy.tools.sources.models import model_config
 
+    if plan is not None:  # before a folder is made for it; whether it is one for this model shows later
+        read_record(plan, PruningPlan, PlanError)
     folder = out or (default_folder(recipe, plan, say) if drops is None else sweep_folder(recipe))
     check_can_hold(folder, sweep=drops is not None)
     _check_outside(recipe.model, folder)

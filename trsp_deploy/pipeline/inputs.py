@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from pathlib import Path, PurePath
@@ -13,7 +14,7 @@ from pydantic import ValidationError
 
 from trsp_deploy.artifacts import RunFolder, writing
 from trsp_deploy.decoder import known_positions, load_config, load_tokenizer
-from trsp_deploy.errors import RecipeError
+from trsp_deploy.errors import RecipeError, TextError
 from trsp_deploy.pipeline.runs import plain_name, seen_from
 from trsp_deploy.reading import user_path
 from trsp_deploy.recipe import BenchSettings, Recipe
@@ -25,9 +26,9 @@ from trsp_deploy.tools.sources.mixture import joined, mix_windows
 from trsp_deploy.tools.sources.model_folders import copy_model, fingerprint_model
 from trsp_deploy.tools.sources.models import ModelSource, model_config, resolve_model
 from trsp_deploy.tools.sources.names import SHORT_NAMES, is_model_folder
+from trsp_deploy.tools.sources.texts import PACKAGED_TEXTS, Texts, documents_of, load_texts, tokenize_windows
 from trsp_deploy.tools.sources.texts import SHORT_NAMES as TEXT_NAMES
 from trsp_deploy.tools.sources.texts import Role as TextRole
-from trsp_deploy.tools.sources.texts import Texts, documents_of, load_texts, tokenize_windows
 
 # Windows are drawn from so many times as much text as is read: all of WikiText-2, and a part of a corpus of gigabytes.
 POOL = 16
@@ -197,8 +198,7 @@ class Inputs:
     def _text(self, name: str, role: TextRole, called: str) -> Texts:
         """A text of the recipe: as with the model, a file on this machine is read anew."""
         found, copy = seen_from(self.place, name, TEXT_NAMES), self.run.layout.text(f"{role}-{called}")
-        is_file = found not in TEXT_NAMES and user_path(found).is_file()
-        kept = None if is_file else kept_text(copy, name)
+        kept = None if _is_file(found) else kept_text(copy, name)
         if kept is None:
             return load_texts(found, role)
         if Path(kept.origin).is_absolute():
@@ -212,8 +212,19 @@ class Inputs:
 
     def keep_evaluation(self) -> None:
         """The same with the texts that the model is judged on."""
+        for called in self.recipe.evaluation:
+            self._keep_evaluation(called)
+
+    def keep_evaluation_at_hand(self) -> None:
+        """The same with those of them that are on this machine; a hub's are read when the model is judged."""
         for called, name in self.recipe.evaluation.items():
-            self._keep(name, self.evaluation_texts(called), f"evaluation-{called}")
+            found = seen_from(self.place, name, TEXT_NAMES)
+            if found in PACKAGED_TEXTS or _is_file(found):
+                with contextlib.suppress(TextError):  # said where the model is judged
+                    self._keep_evaluation(called)
+
+    def _keep_evaluation(self, called: str) -> None:
+        self._keep(self.recipe.evaluation[called], self.evaluation_texts(called), f"evaluation-{called}")
 
     def _keep(self, name: str, text: Texts, called: str) -> None:
         copy = self.run.layout.text(called)
@@ -238,3 +249,7 @@ class Inputs:
         limit = None if settings.max_tokens is None else max(1, settings.max_tokens // settings.context_length)
         windows = tokenize_windows(texts, self.tokenizer(), settings.context_length, limit, f"--eval {name}")
         return windows, documents_of(texts, self.tokenizer(), windows.numel())
+
+
+def _is_file(text: str) -> bool:
+    return text not in TEXT_NAMES and user_path(text).is_file()

@@ -176,6 +176,7 @@ class Pruning:
         if not self.run.main:
             raise SystemExit(0)  # the rest is the main process's work
         self.inputs.keep_calibration()
+        self.inputs.keep_evaluation_at_hand()
         self.run.from_main = lambda value: value  # nobody is left to tell
         return result
 

@@ -100,6 +100,8 @@ class EngineSpec(Strict):
         for name in ("profiles", "cache_length", "workspace_gib", "weight_streaming_gib"):
             if not tensorrt and getattr(self, name):
                 raise ValueError(f"backend {self.backend} takes no `{name}`")
+        if self.threads is not None and self.backend != "onnxruntime-cpu":
+            raise ValueError(f"`threads` is for backend onnxruntime-cpu, got {self.backend}")
         if self.compute_capabilities and self.backend != "tensorrt-rtx":
             raise ValueError(f"`compute_capabilities` is for backend tensorrt-rtx, got {self.backend}")
         if not self.cuda_graphs and self.cache_length is None:
@@ -110,6 +112,10 @@ class EngineSpec(Strict):
             raise ValueError(f"precision {self.precision} is not for backend {self.backend}")
         if self.keep_high_precision and self.precision not in ("int8", "int4"):
             raise ValueError(f"`keep_high_precision` is for precision int8 and int4, got {self.precision}")
+        if self.block_size != 32 and self.precision != "int4" and (tensorrt or self.precision != "int8"):
+            raise ValueError(
+                f"`block_size` is for precision int4, and int8 on ONNX Runtime, got {self.precision}, {self.backend}"
+            )
         self._head_fits()
         for name, default in (("embedding_bits", 4), ("zero_points", True)):
             if getattr(self, name) != default and (tensorrt or self.precision != "int4"):

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import onnx
-from tokenizers import Tokenizer
 
 from trsp_deploy.artifacts import (
     MANIFEST,
@@ -45,6 +44,7 @@ from trsp_deploy.tools.runners.rotation import engine_rotations
 from trsp_deploy.tools.runners.running_batch import Rotation, texts_can_move
 from trsp_deploy.tools.serving.engine import batches
 from trsp_deploy.tools.serving.loop import MOST_WAITING
+from trsp_deploy.tools.serving.text import read_tokenizer
 
 README, DOCKERFILE = "README.md", "Dockerfile"
 SETTINGS = "serving.json"  # of the model that generates, beside its engine
@@ -137,9 +137,7 @@ def _check_warmup(model_folder: Path, max_length: int) -> None:
     file = model_folder / "tokenizer.json"
     if not file.is_file():
         return  # which is said where it is needed
-    tokenizer = Tokenizer.from_file(str(file))
-    tokenizer.no_padding()
-    needed = len(tokenizer.encode(WARMUP_TEXT).ids) + WARMUP_TOKENS
+    needed = len(read_tokenizer(file).encode(WARMUP_TEXT).ids) + WARMUP_TOKENS
     if needed > max_length:
         raise RunError(
             f"--max-length {max_length}: the server's warm-up, '{WARMUP_TEXT}' and {WARMUP_TOKENS} new tokens, has "

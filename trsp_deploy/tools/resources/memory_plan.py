@@ -73,18 +73,23 @@ class MemoryPlan(Strict):
         ]
 
     def summary(self) -> dict[str, Any]:
-        """The figures for scripts, as `--json` prints them."""
-        stages = {stage.stage: _figures(stage, self.fits(stage)) for stage in self.stages}
-        host = {stage.stage: _figures(stage, self.host_fits(stage)) for stage in self.host}
+        """The figures for scripts, as `--json` prints them; `fits` is null where it is not known what is there."""
+        known, host_known = self.available_bytes is not None, self.host_available_bytes is not None
+        stages = {stage.stage: _figures(stage, self.fits(stage) if known else None) for stage in self.stages}
+        host = {stage.stage: _figures(stage, self.host_fits(stage) if host_known else None) for stage in self.host}
         later = {
-            stage.stage: {"needed_bytes": stage.needed_bytes, "fits": self.later_fits(stage), "device": stage.device}
+            stage.stage: {
+                "needed_bytes": stage.needed_bytes,
+                "fits": None if self.later_available_bytes[stage.device] is None else self.later_fits(stage),
+                "device": stage.device,
+            }
             for stage in self.later
         }
         others = self.model_dump(exclude={"stages", "host", "later"})
         return {"memory": {**others, "stages": stages, "host": host, "later": later}}
 
 
-def _figures(stage: StageMemory, fits: bool) -> dict[str, Any]:
+def _figures(stage: StageMemory, fits: bool | None) -> dict[str, Any]:
     return {
         "needed_bytes": stage.peak.total_bytes,
         "fits": fits,

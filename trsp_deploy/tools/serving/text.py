@@ -7,14 +7,22 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from trsp_deploy.errors import ModelError, one_line
+
 CONTEXT = 5  # tokens before those that are being decoded: a token's text depends on its neighbours
 LONGEST_CONTEXT = 64  # where fewer would begin within a character
 INCOMPLETE = "�"  # what bytes decode to that are no whole character yet
 
 
 def read_tokenizer(file: Path) -> Tokenizer:
-    """Load a tokenizer.json; a limit or a padding that training left in it is not for prompts."""
-    tokenizer = Tokenizer.from_file(str(file))
+    """Load a tokenizer.json; a limit or a padding that training left in it is not for prompts.
+
+    Raises ModelError where the file is missing, or none that tokenizers reads.
+    """
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as problem:  # tokenizers raises nothing more exact
+        raise ModelError(f"{file}: is no tokenizer that can be read ({one_line(problem)})") from problem
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

@@ -51,9 +51,9 @@ class TritonPythonModel:
             rotations = [Rotation.model_validate(each) for each in settings["rotations"]]
             self._opened = open_batch(HERE / "engine", settings["max_batch"], settings["max_length"], rotations)
             batch = self._opened.__enter__()
+            tokenizer = read_tokenizer(HERE / "tokenizer.json")
         except TrspError as problem:
-            raise pb_utils.TritonModelException(str(problem)) from problem
-        tokenizer = read_tokenizer(HERE / "tokenizer.json")
+            raise pb_utils.TritonModelException(f"{problem}{_advice(problem)}") from problem
         self._outbox, self._farewells = Outbox(), Outbox(FAREWELL_S)
         parameters = json.loads(args["model_config"]).get("parameters", {})
         most_waiting = int(parameters.get(WAITING, {}).get("string_value", MOST_WAITING))
@@ -80,6 +80,12 @@ class TritonPythonModel:
     def _towards(self, sender: Any) -> Callable[[Answer], None]:
         """A function that takes answers to one client."""
         return lambda answer: (self._farewells if answer.finish == "cancelled" else self._outbox).put(sender, answer)
+
+
+def _advice(problem: Exception) -> str:
+    """For a package that the server's Python lacks, where the runner's own words name an extra of trsp_deploy."""
+    missing = isinstance(problem.__cause__, ImportError)
+    return "; here: the packages that the repository's Dockerfile installs" if missing else ""
 
 
 def _inputs(request: Any) -> dict[str, object]:

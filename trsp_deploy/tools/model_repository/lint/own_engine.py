@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from trsp_deploy.artifacts import ENGINE_MANIFEST, fingerprint
-from trsp_deploy.errors import EngineUnavailable, RunError
+from trsp_deploy.errors import EngineUnavailable, ModelError, RunError
 from trsp_deploy.reading import read_json
 from trsp_deploy.tools.model_repository.lint.finding import Finding, Say
 from trsp_deploy.tools.runners.manifest import Bound, EngineManifest, read_manifest
 from trsp_deploy.tools.runners.requirements import adds_int8_exactly, cuda_devices, driver_version, package_version
+from trsp_deploy.tools.serving.text import read_tokenizer
 
 
 def against_manifest(version: Path, error: Say) -> Iterator[Finding]:
@@ -19,8 +20,14 @@ def against_manifest(version: Path, error: Say) -> Iterator[Finding]:
     settings, engine = version / "serving.json", version / "engine"
     if not settings.is_file():
         return
-    if not (version / "tokenizer.json").is_file():
+    tokenizer = version / "tokenizer.json"
+    if not tokenizer.is_file():
         yield error(f"{version.name}/tokenizer.json is missing")
+    else:
+        try:
+            read_tokenizer(tokenizer)
+        except ModelError as problem:
+            yield error(str(problem))
     if not (engine / ENGINE_MANIFEST).is_file():
         yield error(f"{version.name}/engine/{ENGINE_MANIFEST} is missing")
         return
