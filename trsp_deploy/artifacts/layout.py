@@ -45,8 +45,9 @@ PARTS = (
     Part("reports", ("report.html", "report.json", "report.md", "served.json"), loose=True),
     Part(PLANS, (PLANS,)),
     Part("sweep", (SWEEP, SWEEP_PAGE), cleanable=False, loose=True),
-    Part("self-generated", ("self-generated.jsonl",)),  # the dense model's text
     Part(CHECKPOINTS, (CHECKPOINTS,)),
+    # The dense model's text: written again, on another machine, it would be another, and `pruned/` made anew for it.
+    Part("self-generated", ("self-generated.jsonl",), cleanable=False),
     Part(TEXTS, (TEXTS,), cleanable=False, loose=True),
     Part("plan", ("plan.json",), cleanable=False, loose=True),
     Part("recipe", (RUN_MARK,), cleanable=False, loose=True),

@@ -27,7 +27,7 @@ Keep = Annotated[
     list[str] | None,
     typer.Option(
         "--keep",
-        help="What stays: dense, pruned, onnx, engines, engines/NAME, reports, plans, checkpoints, self-generated.",
+        help="What stays: dense, pruned, onnx, engines, engines/NAME, reports, plans, checkpoints.",
         metavar="A,B",
     ),
 ]

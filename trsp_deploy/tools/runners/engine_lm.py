@@ -12,6 +12,9 @@ from trsp_deploy.errors import EngineUnavailable, UserError
 from trsp_deploy.tools.runners.base import Runner
 from trsp_deploy.tools.runners.generation import left_padded
 
+MOST_TOKENS = (
+    2048  # of one call where several texts share it; their logits are in the memory that a run is said to need
+)
 Request = tuple[tuple[str, str], list[int], list[int]]  # texts, tokens of the context, tokens of the continuation
 
 
@@ -39,8 +42,10 @@ class EngineLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         """Log likelihood of each continuation, and whether greedy decoding would give it."""
         order = sorted(range(len(requests)), key=lambda index: -len(requests[index][1]) - len(requests[index][2]))
         found: dict[int, tuple[float, bool]] = {}
-        for first in range(0, len(order), self._batch_size):  # of about one length, so that little is padding
-            rows = order[first : first + self._batch_size]
+        while order:  # of about one length, so that little is padding
+            _, context, continuation = requests[order[0]]
+            together = max(1, min(self._batch_size, MOST_TOKENS // (len(context) + len(continuation))))
+            rows, order = order[:together], order[together:]
             for index, answer in zip(rows, self._batch([requests[index] for index in rows]), strict=True):
                 found[index] = answer
         return [found[index] for index in range(len(requests))]
@@ -48,7 +53,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     def _batch(self, requests: list[Request]) -> list[tuple[float, bool]]:
         longest = max(len(continuation) for _, _, continuation in requests)
         if longest > self._longest:
-            raise UserError(f"a choice of {longest} tokens: model and engine read {self._longest} in one call")
+            raise EngineUnavailable(f"a choice of {longest} tokens: model and engine read {self._longest} in one call")
         # An item that is longer loses its beginning, as it does where lm-eval asks transformers.
         texts = [(context + continuation)[:-1][-self._longest :] for _, context, continuation in requests]
         input_ids, mask = left_padded(texts)
