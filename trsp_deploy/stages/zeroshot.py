@@ -188,7 +188,7 @@ def _metric(name: str, sample: dict[str, Any]) -> Literal["acc", "acc_norm"]:
 
 
 def _load_stock_task(name: str) -> Any:
-    """lm-eval's task object with its items from the hub, and no examples in the prompts of tasks that come with some."""
+    """lm-eval's task object with its items from the hub; no examples in the prompts of tasks that come with some."""
     from datasets.exceptions import DatasetsError
     from lm_eval.tasks import get_task_dict
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,11 @@ from trsp_deploy.tools.graphs.nodes import NoMatch, Writer, constant, made_by
 from trsp_deploy.tools.graphs.rounding import parts
 
 SIGNAL = 21.0  # decibels of the median token; below it a product is not quantised with one scale a tensor
+TOKENS = 128  # of a text, that are kept of what products read
+
+
+def _none() -> np.ndarray:
+    return np.empty((0, 0), dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -25,16 +31,25 @@ class Activations:
     highest: float
     decibels: float  # signal over noise of the median token when all of it has one 8-bit scale
     moments: tuple[np.ndarray, ...]  # of each of rounding.parts: (part, part), summed over tokens of one size
+    bounds: np.ndarray = field(default_factory=_none)  # (2, features) lowest and highest of each
+    tokens: np.ndarray = field(
+        default_factory=_none
+    )  # (at most TOKENS, features) some of them, evenly; none where none were asked for
 
     @classmethod
-    def of(cls, found: np.ndarray, *, symmetric: bool) -> Activations:
-        """Activations from values (..., features); symmetric: the 8-bit scale has no zero point."""
+    def of(cls, found: np.ndarray, *, symmetric: bool, keep: bool = False) -> Activations:
+        """Activations from values (..., features).
+
+        symmetric: the 8-bit scale has no zero point. keep: some of the tokens.
+        """
         tokens = found.reshape(-1, found.shape[-1]).astype(np.float32)
         decibels = signal_to_noise(found, symmetric=symmetric)
+        bounds = np.stack([tokens.min(axis=0), tokens.max(axis=0)])
+        some = tokens[:: -(-len(tokens) // TOKENS)].copy() if keep else _none()
         # A massive token weighs as much as any other: its own product is as large, and errors are seen beside that.
         tokens /= np.sqrt(np.square(tokens).mean(axis=1, keepdims=True)) + np.finfo(np.float32).tiny
         moments = tuple(tokens[:, part].T @ tokens[:, part] for part in parts(tokens.shape[1]))
-        return cls(float(found.min()), float(found.max()), decibels, moments)
+        return cls(float(found.min()), float(found.max()), decibels, moments, bounds, some)
 
     @property
     def quantisable(self) -> bool:
@@ -48,6 +63,17 @@ class Activations:
             float(np.maximum(self.highest, other.highest)),
             min(self.decibels, other.decibels),
             tuple(one + two for one, two in zip(self.moments, other.moments, strict=True)),
+            np.stack([np.minimum(self.bounds[0], other.bounds[0]), np.maximum(self.bounds[1], other.bounds[1])]),
+            np.concatenate([self.tokens, other.tokens]),
+        )
+
+    def divided(self, by: np.ndarray) -> Activations:
+        """The activations with each feature divided by its factor (features,); `moments` stay what they were."""
+        bounds = self.bounds / by
+        extremes = float(bounds.min()), float(bounds.max())
+        decibels = signal_to_noise(self.tokens / by, extremes=extremes)
+        return dataclasses.replace(
+            self, lowest=extremes[0], highest=extremes[1], decibels=decibels, bounds=bounds, tokens=self.tokens / by
         )
 
     @property
@@ -172,7 +198,12 @@ def _turns(node: ir.Node) -> bool:
 
 
 def measure_activations(
-    model: ir.Model, texts: Iterable[Mapping[str, np.ndarray]], scratch: Path, *, symmetric: bool = False
+    model: ir.Model,
+    texts: Iterable[Mapping[str, np.ndarray]],
+    scratch: Path,
+    *,
+    symmetric: bool = False,
+    keep: bool = False,
 ) -> dict[str, Activations]:
     """What every product with a weight reads while ONNX Runtime's CPU provider reads texts; by the product's name.
 
@@ -180,7 +211,7 @@ def measure_activations(
 
     model: as it lies in a file (nodes.py: put_down). texts: every input of the graph for each of them, read one after
     the other: what their products read would else be in memory at once. scratch: the folder of that file. symmetric:
-    the 8-bit scale has no zero point.
+    the 8-bit scale has no zero point. keep: some of the tokens too.
     """
     import onnxruntime
 
@@ -190,7 +221,8 @@ def measure_activations(
     model.graph.outputs.extend(value for value in inputs if value not in outputs)
     path = scratch / "probe.onnx"
     ir.save(model, path)  # the weights stay in their file
-    del model.graph.outputs[len(outputs) :]
+    while len(model.graph.outputs) > len(outputs):  # a slice that is deleted stays an output by its own account
+        model.graph.outputs.pop()
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     measured: dict[str | None, Activations] = {}
     for text in texts:
@@ -198,20 +230,24 @@ def measure_activations(
         for value, array in zip(inputs, found, strict=True):
             if not array.size:
                 continue
-            of_text = Activations.of(array, symmetric=symmetric)
+            of_text = Activations.of(array, symmetric=symmetric, keep=keep)
             measured[value.name] = measured[value.name].joined(of_text) if value.name in measured else of_text
     return {
         name: measured[value.name] for name, value in products.items() if value is not None and value.name in measured
     }
 
 
-def signal_to_noise(activations: np.ndarray, *, symmetric: bool = False) -> float:
+def signal_to_noise(
+    activations: np.ndarray, *, symmetric: bool = False, extremes: tuple[float, float] | None = None
+) -> float:
     """Decibels that the median token keeps when all of (..., features) are rounded to 8-bit steps of one size.
 
     The median over tokens, not the mean: the few massive ones are all signal, and what they leave of the rest counts.
+    extremes: lowest and highest of more tokens than these, which set the steps.
     """
     tokens = activations.reshape(-1, activations.shape[-1]).astype(np.float64)
-    lowest, highest = min(np.min(tokens), 0.0), max(np.max(tokens), 0.0)
+    lowest, highest = extremes or (np.min(tokens), np.max(tokens))
+    lowest, highest = min(lowest, 0.0), max(highest, 0.0)
     step = max(-lowest, highest) / 127 if symmetric else (highest - lowest) / 255
     step = step or 1.0
     noise = np.square(np.round(tokens / step) * step - tokens).sum(axis=1)

@@ -5,16 +5,17 @@ shows (rounding.py). The LM head keeps 8 bits unless the spec says otherwise, as
 logits. The tokens' embedding is looked up and not multiplied; it gets 4 bits unless the spec says otherwise. Other
 tables that are looked up (learned positions, a foreign graph's constants) are small, and stay as they are.
 
-int8: products of 8-bit weights and activations with one scale a tensor (MatMulInteger) are the quickest for prompts,
-and wrong where a few massive activations set that scale: in SmolLM2-135M's layers 1, 2, 9, 11 and 28 less is left of
-the other tokens before `down_proj` than noise, or hardly more, and perplexity rises by 68%. So a calibration text
-decides: a product of whose input too little is left, and the LM head, get 8-bit weights in blocks and
-activations scaled in blocks too.
+int8: products of 8-bit weights and activations with one scale a tensor (DynamicQuantizeMatMul) are the quickest for
+prompts, and wrong where a few massive activations set that scale: in SmolLM2-135M's layers 1, 2, 9, 11 and 28 less is
+left of the other tokens before `down_proj` than noise, or hardly more, and perplexity rises by 68%. So a calibration
+text decides: what reads a normalisation is smoothed first (smoothing.py), and a product of whose input too little is
+left all the same gets a scale for each token. The LM head has 8-bit weights in blocks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
@@ -28,6 +29,7 @@ from trsp_deploy.tools.quiet import quiet_libraries
 HEAD_BITS, HEAD_BLOCK = 8, 64
 LOOKUP_BITS, LOOKUP_BLOCK = 4, 32
 MOVES = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze")  # leave indices what they are
+AXES_ARE_INPUTS = 18  # the first opset whose ReduceMax has its axes as an input
 ACCURACY_LEVEL = 4  # of MatMulNBits: activations in int8 too, so that products run in integers
 
 
@@ -132,51 +134,95 @@ def quantize_int8(
     activations: Mapping[str, Activations],
     kept: Collection[str] = (),
     *,
+    factors: Mapping[str, np.ndarray] = MappingProxyType({}),
     reduced: bool = False,
     head_bits: int = HEAD_BITS,
 ) -> ir.Model:
     """Return the model with 8-bit weights.
 
     model: after `open_products` (products.py), which names the `head`; changed in place. activations: what each product
-    reads. kept: products that stay in floats. reduced: weights of 7 bits, whose products with 8-bit activations can be
-    added in pairs within 16 bits. head_bits: 8, or 32, which leaves it be.
+    reads. kept: products that stay in floats. factors: of weights' rows (in,), by product (smoothing.py). reduced:
+    weights of 7 bits, whose products with 8-bit activations can be added in pairs within 16 bits. head_bits: 8, or 32,
+    which leaves it be.
 
     The numbers and the form are those of ONNX Runtime's `quantize_dynamic`, which holds the model three times over.
     """
     writer = Writer(model, "int8")
     floats = {*kept, head} if head_bits > HEAD_BITS else {*kept}
-    wanted = {name for name, found in activations.items() if found.quantisable} - {*kept, head}
+    wanted = {*activations} - {*kept, head}
     products = [node for node in model.graph if weight_of(node) is not None and node.name in wanted]
-    inputs: dict[ir.Value | None, list[ir.Value]] = {}  # products that read the same share its rounding
+    inputs: dict[tuple[ir.Value | None, bool], list[ir.Value]] = {}  # products that read the same share its rounding
     with Meter("rounding to 8 bits", len(products)) as meter:
         for node in products:
-            value = node.inputs[0]
-            if value not in inputs:
-                inputs[value] = writer.emit("DynamicQuantizeLinear", [value], outputs=3)
-            writer.replace_output(node.outputs[0], _integers(writer, node, inputs[value], reduced))
-            meter.advance(node.name or "")
+            name, value = node.name or "", node.inputs[0]
+            whole = activations[name].quantisable
+            if (value, whole) not in inputs:
+                inputs[value, whole] = _by_tensor(writer, value) if whole else _by_token(writer, value)
+            weight = _eighths(node, factors.get(name), reduced)
+            product = _integers if whole else _integers_by_token
+            writer.replace_output(node.outputs[0], product(writer, name, inputs[value, whole], *weight))
+            meter.advance(name)
     writer.finish()
     ir.external_data.load_to_model(model)  # what is left in floats
     return ir.from_proto(_in_blocks(ir.to_proto(model), "MatMul", HEAD_BITS, block_size, exclude=[*floats]))
 
 
-def _integers(writer: Writer, node: ir.Node, rounded: Sequence[ir.Value], reduced: bool) -> ir.Value:
-    """The product of a node as MatMulInteger, its weight (in, out) in 8 bits with a scale for each output.
-
-    rounded: codes, scale and zero point of what it reads.
-    """
+def _eighths(node: ir.Node, factors: np.ndarray | None, reduced: bool) -> tuple[np.ndarray, np.ndarray]:
+    """A product's weight (in, out) in 8 bits, and the scale of each output (out,); factors: of its rows (in,)."""
     weight = constant(node.inputs[1])  # in its file: whoever holds it keeps that from being closed
     assert weight is not None
+    if factors is not None:
+        weight = weight * factors[:, None]
     steps = 64 if reduced else 127
     largest = np.abs(weight).max(axis=0).astype(np.float64)
-    scale = (largest / steps).astype(np.float32)  # (out,)
+    scale = (largest / steps).astype(np.float32)
     scale[largest / steps < np.finfo(np.float32).tiny] = 1
-    whole = np.rint(weight / scale).astype(np.int8)
+    return np.rint(weight / scale).astype(np.int8), scale
+
+
+def _by_tensor(writer: Writer, value: ir.Value | None) -> list[ir.Value]:
+    """Codes of 8 bits, their scale and their zero point."""
+    return writer.emit("DynamicQuantizeLinear", [value], outputs=3)
+
+
+def _integers(writer: Writer, name: str, rounded: Sequence[ir.Value], whole: np.ndarray, scale: np.ndarray) -> ir.Value:
+    """A product as MatMulInteger, of what `_by_tensor` rounded."""
     codes, step, zero = rounded
     weights = [writer.constant(array, "weight") for array in (whole, np.zeros(whole.shape[1], dtype=np.int8), scale)]
-    product = writer.one("MatMulInteger", [codes, weights[0], zero, weights[1]], name=f"{node.name}_quant")
+    product = writer.one("MatMulInteger", [codes, weights[0], zero, weights[1]], name=f"{name}_quant")
     sums = writer.one("Cast", [product], {"to": ir.DataType.FLOAT})
-    return writer.one("Mul", [sums, writer.one("Mul", [step, weights[2]])], name=f"{node.name}_Q8")
+    return writer.one("Mul", [sums, writer.one("Mul", [step, weights[2]])], name=f"{name}_Q8")
+
+
+def _by_token(writer: Writer, value: ir.Value | None) -> list[ir.Value]:
+    """Codes of 8 bits of a value (..., features), each token's of its own largest number, and that number (..., 1).
+
+    A token of zeros is divided by 0: whatever its codes are, its products are multiplied by 0 in the end.
+    """
+    sizes = writer.one("Abs", [value])
+    if writer.graph.opset_imports.get("", 0) < AXES_ARE_INPUTS:
+        largest = writer.one("ReduceMax", [sizes], {"axes": [-1], "keepdims": 1})
+    else:
+        largest = writer.one("ReduceMax", [sizes, writer.integers(-1)], {"keepdims": 1})
+    of_token = writer.one("Div", [value, largest])
+    return [writer.one("QuantizeLinear", [of_token, *_unit(writer)]), largest]
+
+
+def _unit(writer: Writer) -> tuple[ir.Value, ir.Value]:
+    """Scale and zero point of numbers from -1 to 1."""
+    return writer.constant(np.array(1 / 127, np.float32), "unit"), writer.constant(np.array(128, np.uint8), "zero")
+
+
+def _integers_by_token(
+    writer: Writer, name: str, rounded: Sequence[ir.Value], whole: np.ndarray, scale: np.ndarray
+) -> ir.Value:
+    """A product as MatMulIntegerToFloat, of what `_by_token` rounded."""
+    codes, largest = rounded
+    unit, zero = _unit(writer)
+    weights = [writer.constant(array, "weight") for array in (whole, scale)]
+    inputs = [codes, weights[0], unit, weights[1], zero]
+    product = writer.one("MatMulIntegerToFloat", inputs, domain=MICROSOFT, name=f"{name}_quant")
+    return writer.one("Mul", [product, largest], name=f"{name}_Q8")
 
 
 def _in_blocks(proto: object, operator: str, bits: int, block_size: int, exclude: list[str] | None = None) -> object:

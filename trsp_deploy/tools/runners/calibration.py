@@ -29,6 +29,7 @@ def read_text(
     scratch: Path,
     *,
     symmetric: bool = False,
+    keep: bool = False,
 ) -> dict[str, Any]:
     """What every product reads (graphs/products.py: Activations), by the product's name.
 
@@ -36,7 +37,7 @@ def read_text(
     (graphs/nodes.py: put_down). exported: the file as it was exported, with its config.json. calibration: (texts,
     sequence) tokens of real text, of which as many rows are read as the precision needs; None takes random ones, as
     what a product reads depends on the model more than on the text.
-    symmetric: 8-bit scales have no zero point.
+    symmetric: 8-bit scales have no zero point. keep: some of the tokens too.
     """
     from trsp_deploy.tools.graphs.products import measure_activations
 
@@ -53,7 +54,7 @@ def read_text(
             )
         texts = [runner.feeds(text[None], np.ones_like(text[None])) for text in calibration]
     with one_line_errors(f"ONNX Runtime cannot read a text with {exported}"):
-        return measure_activations(model, texts, scratch, symmetric=symmetric)
+        return measure_activations(model, texts, scratch, symmetric=symmetric, keep=keep)
 
 
 def text_length(exported: Path) -> int:

@@ -138,7 +138,7 @@ def _quantise(
 ) -> tuple[Path, tuple[PassOutcome, ...]]:
     import onnx_ir as ir
 
-    from trsp_deploy.tools.graphs import costs, products, quantize
+    from trsp_deploy.tools.graphs import costs, products, quantize, smoothing
     from trsp_deploy.tools.graphs.forms import open_graph
     from trsp_deploy.tools.graphs.nodes import NoMatch, check_opset, put_down
 
@@ -151,7 +151,7 @@ def _quantise(
         floats = products.in_floats(model)
         products.pack_products(model, head)  # fewer kernels: 10% of an int8 step on two cores, 2 to 8% of an int4 one
         model = put_down(model, out.parent / "opened.onnx")
-        activations = read_text(model, graph, onnx, spec, calibration, out.parent)
+        activations = read_text(model, graph, onnx, spec, calibration, out.parent, keep=spec.precision == "int8")
         products.check_finite(activations, spec.graph_precision)
     except NoMatch as problem:
         raise EngineUnavailable(f"{onnx}: cannot be quantised: {problem}") from problem
@@ -168,12 +168,14 @@ def _quantise(
             zero_points=spec.zero_points,
         )
     else:
+        factors, activations = smoothing.smooth_norms(model, head, activations, kept)
         model = quantize.quantize_int8(
             model,
             spec.block_size,
             head,
             activations,
             kept,
+            factors=factors,
             reduced=not adds_int8_exactly(),
             head_bits=spec.head_bits,
         )
