@@ -178,6 +178,15 @@ def test_weights_cut_short(folder: Path, content: bytes | None) -> None:
     assert "model.safetensors is cut short or no safetensors file" in error_line(str(folder))
 
 
+def test_weights_with_other_tokens_than_the_config(folder: Path) -> None:
+    """As after `resize_token_embeddings`, with the base model's config."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": config["vocab_size"] - 16}))
+    message = error_line(str(folder))
+    assert message.startswith(f"{folder}: config.json says {config['vocab_size'] - 16} tokens of ")
+    assert f"its weights have {config['vocab_size']} x " in message and "embed_tokens.weight" in message
+
+
 def test_weights_of_another_user_are_not_cut_short(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """safetensors keeps what it writes to its user alone, and nothing is wrong with the file."""
     opened = Path.open

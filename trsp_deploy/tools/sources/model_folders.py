@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from trsp_deploy.artifacts import fingerprint, leaves
 from trsp_deploy.errors import ModelError, first_line
@@ -134,15 +136,36 @@ def check_decoder_only(folder: Path) -> str:
     if causal is None or encoder or config.is_encoder_decoder or architecture not in known:
         raise ModelError(f"{folder}: is {architecture}, not a decoder-only causal language model")
     try:
-        meta_model(config)
+        model = meta_model(config)
     except Exception as problem:  # whatever values that do not go together lead to
         raise ModelError(f"{path}: transformers cannot build the model ({first_line(problem)})") from problem
+    _check_tokens(folder, model)
     layers = getattr(config, "num_hidden_layers", None)
     if layers is None:
         raise ModelError(f"{path}: '{model_type}' is a model of several parts; give the folder of its language model")
     if layers < 1:
         raise ModelError(f"{path}: transformers cannot build the model (it has {layers} layers)")
     return architecture
+
+
+def _check_tokens(folder: Path, model: Any) -> None:
+    """Raise ModelError where the weights have another number of tokens than the config, as after tokens were added.
+
+    transformers ends in an error of torch's for it, hours later. A folder that has no weights yet is fine.
+    """
+    import safetensors
+
+    embeddings = model.get_input_embeddings().weight
+    name = next((name for name, value in model.named_parameters() if value is embeddings), None)
+    for file in sorted(folder.glob("*.safetensors")):
+        with contextlib.suppress(safetensors.SafetensorError, OSError):  # said where weights are asked for
+            with safetensors.safe_open(file, framework="np") as weights:
+                found = weights.get_slice(name).get_shape() if name in weights.keys() else None  # noqa: SIM118
+            if found is not None and tuple(found) != tuple(embeddings.shape):
+                raise ModelError(
+                    f"{folder}: config.json says {embeddings.shape[0]} tokens of {embeddings.shape[1]} numbers, its "
+                    f"weights have {' x '.join(map(str, found))} ({name}); take the config.json that goes with them"
+                )
 
 
 def _check_own_code(folder: Path, path: Path) -> str:
