@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -55,40 +56,82 @@ def test_hardware_compatibility_reaches_the_builder(setting: str, level: str | N
 
 
 class Config:
-    """A builder's config that refuses one timing cache, as TensorRT does with one of another version."""
+    """A builder's config that refuses one timing cache, as TensorRT does with one of another version; of `no cache` it
+    makes none."""
 
-    def __init__(self, refused: bytes) -> None:
+    def __init__(self, refused: bytes = b"of another") -> None:
         self.refused = refused
+        self.made: list[bytes] = []
         self.taken: bytes | None = None
 
-    def create_timing_cache(self, blob: bytes) -> bytes:
-        return blob
+    def create_timing_cache(self, blob: bytes) -> bytes | None:
+        self.made.append(blob)
+        return None if blob == b"no cache" else blob
 
     def set_timing_cache(self, cache: bytes, ignore_mismatch: bool) -> bool:
-        assert not ignore_mismatch
+        assert isinstance(cache, bytes) and not ignore_mismatch
         if cache == self.refused:
             return False
         self.taken = cache
         return True
 
+    def get_timing_cache(self) -> SimpleNamespace:
+        return SimpleNamespace(serialize=lambda: bytearray(b"learnt"))
 
-@pytest.mark.parametrize(
-    ("kept", "taken"), [(None, b""), (b"of this version", b"of this version"), (b"of another", b"")]
-)
-def test_timings_of_earlier_builds_are_used(
-    kept: bytes | None, taken: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+
+class Said:
+    """A logger of TensorRT's."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def log(self, severity: object, line: str) -> None:
+        self.lines.append(line)
+
+
+TRT: Any = SimpleNamespace(__version__="10.15.1", ILogger=SimpleNamespace(WARNING="warning"))
+
+
+@pytest.fixture
+def timings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file of one GPU's timings, which is not there yet."""
     monkeypatch.setattr(trt_build, "home", lambda: tmp_path)
     monkeypatch.setattr(trt_build, "cuda_devices", lambda: [CARD])
-    monkeypatch.setattr(trt_build, "load_package", lambda backend: SimpleNamespace(__version__="10.15.1"))
-    file = tmp_path / "timing-caches" / TIMINGS
+    monkeypatch.setattr(trt_build, "load_package", lambda backend: TRT)
+    (tmp_path / "timing-caches").mkdir()
+    return tmp_path / "timing-caches" / TIMINGS
+
+
+@pytest.mark.parametrize(
+    ("kept", "taken"),
+    [(None, b""), (b"of this version", b"of this version"), (b"of another", b""), (b"no cache", b"")],
+)
+def test_timings_of_earlier_builds_are_used(kept: bytes | None, taken: bytes, timings: Path) -> None:
     if kept is not None:
-        file.parent.mkdir()
-        file.write_bytes(kept)
-    config = Config(refused=b"of another")
-    assert trt_build._use_timings(config, load_engine_spec("tensorrt-fp16"), log=None) == file
-    assert config.taken == taken
-    assert trt_build._use_timings(Config(b""), load_engine_spec("tensorrt-rtx-fp16"), log=None) is None
+        timings.write_bytes(hashlib.sha256(kept).digest() + kept)
+    config, log = Config(), Said()
+    assert trt_build._use_timings(config, load_engine_spec("tensorrt-fp16"), log) == timings
+    assert config.taken == taken and not log.lines
+    assert trt_build._use_timings(Config(b""), load_engine_spec("tensorrt-rtx-fp16"), log) is None
+
+
+@pytest.mark.parametrize("damage", [lambda kept: kept[:-1], lambda kept: kept[32:], lambda kept: b"\0" * len(kept)])
+def test_damaged_timings_never_reach_tensorrt_and_are_replaced(damage: Any, timings: Path) -> None:
+    """Cut short, as an older version wrote them (without a digest), and overwritten."""
+    trt_build._keep_timings(TRT, Config(), timings, Said())
+    timings.write_bytes(damage(timings.read_bytes()))
+    config, log = Config(), Said()
+    assert trt_build._use_timings(config, load_engine_spec("tensorrt-fp16"), log) == timings
+    assert set(config.made) == {b""} and config.taken == b""
+    assert log.lines == [f"timings of earlier builds are not used: {timings} is damaged, or has no SHA-256"]
+    trt_build._keep_timings(TRT, config, timings, log)
+    again = Config()
+    assert trt_build._use_timings(again, load_engine_spec("tensorrt-fp16"), log) == timings
+    assert again.taken == b"learnt" and len(log.lines) == 1
+
+
+def test_where_no_timings_are_taken_none_are_kept(timings: Path) -> None:
+    assert trt_build._use_timings(Config(b""), load_engine_spec("tensorrt-fp16"), Said()) is None
 
 
 @pytest.mark.filterwarnings("ignore:Use Deprecated in TensorRT-RTX:DeprecationWarning")

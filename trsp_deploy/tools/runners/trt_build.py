@@ -6,6 +6,7 @@ same precision. So precision is that of the ONNX file, and no builder flag sets 
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import tempfile
 from pathlib import Path
@@ -28,6 +29,7 @@ from trsp_deploy.tools.sources.packaged import home
 
 ENGINE = "model.engine"
 NUMPY_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "INT32": "int32"}
+DIGEST_BYTES = hashlib.sha256().digest_size  # in front of a file of timings
 FIX_CACHE = "fix-cache"
 SCATTERS = (10, 15)  # the first TensorRT with TensorScatter
 
@@ -260,29 +262,45 @@ def _configure(trt: ModuleType, builder: Any, spec: EngineSpec) -> Any:
 def _use_timings(config: Any, spec: EngineSpec, log: Any) -> Path | None:
     """Let the build know how long kernels took in earlier ones; returns the file for what it learns.
 
-    TensorRT-RTX times nothing while it builds. One file serves all models of a GPU and a version; a stale or damaged
-    one is refused by TensorRT itself, and replaced.
+    TensorRT-RTX times nothing while it builds. One file serves all models of a GPU and a version; a stale one is
+    refused by TensorRT itself, and replaced. None too where it takes not even an empty one.
     """
     if spec.backend != "tensorrt":
         return None
     package, device = load_package(spec.backend), cuda_devices()[0]
     name = f"tensorrt-{package.__version__}-{device.compute_capability}-{device.name.replace(' ', '-')}"
     path = home() / "timing-caches" / f"{name}.bin"
+    for known in (_known_timings(package, path, log), b""):
+        cache = config.create_timing_cache(known)  # None for what is no cache
+        if cache is not None and config.set_timing_cache(cache, False):
+            return path
+    return None
+
+
+def _known_timings(trt: ModuleType, path: Path, log: Any) -> bytes:
+    """What `_keep_timings` has written; empty where that is not there, or no longer what was written.
+
+    A damaged one is not for TensorRT to find: it can end the process over it.
+    """
     try:
-        known = path.read_bytes() if path.is_file() else b""
+        kept = path.read_bytes() if path.is_file() else b""
     except OSError as problem:
-        log.log(package.ILogger.WARNING, f"timings of earlier builds are not used: {problem}")
-        known = b""
-    if not config.set_timing_cache(config.create_timing_cache(known), False):
-        config.set_timing_cache(config.create_timing_cache(b""), False)
-    return path
+        log.log(trt.ILogger.WARNING, f"timings of earlier builds are not used: {problem}")
+        return b""
+    digest, known = kept[:DIGEST_BYTES], kept[DIGEST_BYTES:]
+    if kept and hashlib.sha256(known).digest() != digest:
+        log.log(trt.ILogger.WARNING, f"timings of earlier builds are not used: {path} is damaged, or has no SHA-256")
+        return b""
+    return known
 
 
 def _keep_timings(trt: ModuleType, config: Any, path: Path, log: Any) -> None:
-    """Write what the build learnt of kernels' times; without it the next build takes longer, and is as right."""
+    """Write what the build learnt of kernels' times, behind its SHA-256; without it the next build takes longer, and is
+    as right."""
     try:
         with writing(path) as partial:
-            partial.write_bytes(memoryview(config.get_timing_cache().serialize()))
+            learnt = bytes(memoryview(config.get_timing_cache().serialize()))
+            partial.write_bytes(hashlib.sha256(learnt).digest() + learnt)
     except (OSError, StorageError) as problem:
         log.log(trt.ILogger.WARNING, f"timings are not kept: {problem}")
 
