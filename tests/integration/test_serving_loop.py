@@ -137,6 +137,21 @@ def test_what_the_engine_cannot_hold_is_an_error_and_the_loop_goes_on(loop: Serv
     assert fine.wait()[-1].error is None
 
 
+def test_a_prompt_that_the_engine_cannot_read_at_once_is_the_clients_affair(
+    served_engine: Path, served_tokenizer: Tokenizer
+) -> None:
+    with opened(served_engine, 1, MAX_LENGTH) as batch:
+        loop = ServingLoop(batch, served_tokenizer, (), MAX_LENGTH, max_prompt=3)
+        long, fine = Client(text_input="one two three four", max_tokens=1), Client(text_input="x", max_tokens=20)
+        for client in (long, fine):
+            loop.submit(client.ticket)
+        refused, answer = long.wait()[-1], fine.wait()[-1]
+        loop.stop()
+    tokens = len(served_tokenizer.encode("one two three four").ids)
+    assert (refused.error, refused.fault) == (f"input 'text_input': {tokens} tokens, at most 3", "request")
+    assert answer.error is None and answer.tokens == 20, "the text may be longer than its prompt"
+
+
 def test_a_prompt_is_read_by_who_brings_it_and_not_at_all_where_it_cannot_fit(
     served_engine: Path, served_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

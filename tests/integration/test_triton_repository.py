@@ -18,8 +18,11 @@ from tests.command import trsp_deploy
 from tests.tiny import LAYERS
 from trsp_deploy.artifacts import write_json
 from trsp_deploy.errors import EngineUnavailable, RunError
+from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.stages.serve_bench import Address, LoadSettings, measure_served
+from trsp_deploy.stages.triton_repository import write_repository
 from trsp_deploy.tools.delivery.verification import verify
+from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.model_repository.config import SCHEMA, WARMUP, parse_config
 from trsp_deploy.tools.model_repository.lint import lint, own_engine
 from trsp_deploy.tools.model_repository.manifest import read_repository
@@ -163,6 +166,43 @@ def test_dense_and_pruned_have_one_engine(served_run: Path, tmp_path: Path) -> N
     generator: Any = None  # never asked
     with pytest.raises(RunError, match=r"'alone' by a \(onnxruntime-cpu .* a comparison is of one engine"):
         measure_served(mixed, lambda: contextlib.nullcontext(Address("", "")), generator, LoadSettings())
+
+
+@needs_schema
+@pytest.mark.parametrize(("sequence", "expected"), [(16, 16), (127, None)])
+def test_a_server_is_told_how_long_a_prompt_the_engine_reads(
+    sequence: int, expected: int | None, served_run: Path, tmp_path: Path
+) -> None:
+    """By TensorRT's profiles: a text ends where the longest cache does, and a prompt where one call does."""
+    engine = Path(shutil.copytree(served_run / "engines" / "ort-cpu-fp32" / "pruned", tmp_path / "engine"))
+    one = {"min": 1, "opt": 1, "max": 1}
+    profile = {"batch": one, "sequence": {**one, "max": sequence}, "past": {"min": 0, "opt": 64, "max": 127}}
+    spec = EngineSpec.model_validate({**load_engine_spec("tensorrt-fp16").model_dump(), "profiles": [profile]})
+    found = read_manifest(engine).model_copy(update={"spec": spec, "spec_sha256": spec_sha256(spec)})
+    write_json(engine / "manifest.json", found)
+    made = write_repository({"pruned": engine}, served_run / "pruned", {"pruned": "m"}, tmp_path / "repository", 4)
+    settings = json.loads((tmp_path / "repository/m/1/serving.json").read_text())
+    assert (settings["max_length"], settings.get("max_prompt")) == (128, expected)
+    assert (made.models[0].max_length, made.models[0].max_prompt) == (128, expected)
+
+
+@needs_schema
+@pytest.mark.parametrize(("more", "expected"), [({"max_prompt": 16}, 16), ({}, None)])
+def test_a_served_model_passes_the_longest_prompt_on(
+    more: dict[str, int], expected: int | None, served_repository: Path, tmp_path: Path
+) -> None:
+    """A repository of an older version says none."""
+    model = Path(shutil.copytree(served_repository / "pruned" / "1", tmp_path / "1"))
+    settings = json.loads((model / "serving.json").read_text())
+    (model / "serving.json").write_text(json.dumps({**settings, **more}))
+    (tmp_path / "triton_python_backend_utils.py").write_text("TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1")
+    load = (
+        "import sys; sys.path += sys.argv[1:]; import model; served = model.TritonPythonModel(); "
+        "served.initialize({'model_config': '{}'}); print(served._loop._max_prompt); served.finalize()"
+    )
+    command = [sys.executable, "-I", "-c", load, model, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == [str(expected or settings["max_length"] - 1)], done.stderr
 
 
 @needs_schema

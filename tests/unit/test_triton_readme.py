@@ -51,6 +51,11 @@ def test_it_is_of_all_models_whichever_was_written_last() -> None:
     assert "a_sequence_has_at_most_32_tokens" in text and "built with ONNX Runtime 1.31.0" in text
 
 
+def test_it_says_how_long_a_prompt_may_be_where_that_is_less() -> None:
+    assert "`m`: e, 8 texts at once, 64 tokens each, " in page(model("m"))
+    assert "`m`: e, 8 texts at once, 64 tokens each with prompts of at most 16, " in page(model("m", max_prompt=16))
+
+
 def test_it_says_nothing_of_what_is_not_there() -> None:
     text = page(model("m", precision="int8", max_batch=1))
     assert "Step by step" not in text and SHARED_SCALE not in text

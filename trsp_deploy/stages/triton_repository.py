@@ -23,7 +23,7 @@ from trsp_deploy.artifacts import (
 from trsp_deploy.artifacts.layout import run_that_owns
 from trsp_deploy.decoder import end_tokens, max_positions
 from trsp_deploy.errors import EngineUnavailable, ModelError, RunError
-from trsp_deploy.recipe import LONGEST_NAME
+from trsp_deploy.recipe import LONGEST_NAME, EngineSpec
 from trsp_deploy.results import Role
 from trsp_deploy.tools.graphs import decoder_io
 from trsp_deploy.tools.model_repository.config import (
@@ -193,6 +193,12 @@ def _longest_text(engines: dict[Role, Path], model_folder: Path) -> int:
     return min(limit for limit in limits if limit is not None)
 
 
+def _max_prompt(spec: EngineSpec, max_length: int) -> int | None:
+    """Tokens of a prompt, which an engine reads in one call; None where they are as many as a text has room for."""
+    limit = spec.longest_prompt
+    return None if limit is None or limit >= max_length - 1 else limit
+
+
 def _batching(engine: Path) -> tuple[bool, tuple[Rotation, ...]]:
     """Whether texts can join others in an engine, and how keys that are moved for it have to be turned.
 
@@ -244,6 +250,7 @@ def _write_model(
 ) -> ServedModel:
     manifest = read_manifest(engine)
     spec = manifest.spec
+    max_prompt = _max_prompt(spec, max_length)
     joins, rotations = _batching(engine)
     max_batch = max_batch if joins else 1
     tokenizer = model_folder / "tokenizer.json"
@@ -259,6 +266,7 @@ def _write_model(
         settings = {
             "max_batch": max_batch,
             "max_length": max_length,
+            **({} if max_prompt is None else {"max_prompt": max_prompt}),
             "end_tokens": end_tokens(model_folder),
             "rotations": [rotation.model_dump(mode="json") for rotation in rotations],
         }
@@ -282,6 +290,7 @@ def _write_model(
         compute_capabilities=spec.compute_capabilities,
         max_batch=max_batch,
         max_length=max_length,
+        max_prompt=max_prompt,
         cache_bytes=max_batch * (max_length + 1) * decoder_io.cache_bytes(manifest.inputs),
         files=files,
     )

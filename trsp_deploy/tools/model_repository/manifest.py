@@ -31,6 +31,7 @@ class ServedModel(Strict):
     serves: Literal["text", "steps"] = "text"
     max_batch: int  # texts, or sequences, at once
     max_length: int  # tokens of a text
+    max_prompt: int | None = None  # tokens of a prompt, where the engine reads fewer at once than a text may have
     state_bytes: int = 0  # that the server keeps for each sequence
     cache_bytes: int = 0  # of keys and values at most, that the model itself keeps beside its weights
     files: dict[RelativePath, str]  # path below the model's folder -> SHA-256
@@ -41,7 +42,9 @@ class ServedModel(Strict):
         where = f"; runs {self.runs_on} alone" if self.runs_on else ""
         if self.serves == "text":
             cache = f"{self.cache_bytes / 1e6:.1f} MB of cache at most"
-            return f"{self.engine}, {self.max_batch} texts at once, {self.max_length} tokens each, {cache}{where}"
+            prompts = "" if self.max_prompt is None else f" with prompts of at most {self.max_prompt}"
+            texts = f"{self.max_batch} texts at once, {self.max_length} tokens each{prompts}"
+            return f"{self.engine}, {texts}, {cache}{where}"
         size = f"{self.max_length} tokens and {self.state_bytes / 1e6:.1f} MB of state each"
         return f"{self.engine}, one step of a loop of your own, {self.max_batch} sequences at once, {size}{where}"
 

@@ -93,7 +93,8 @@ class ServingLoop:
     """A thread that owns the batch; requests come from any other.
 
     batch: empty. end_tokens: those that end a text. max_length: tokens of a text, its prompt among them.
-    most_waiting: requests beside those that are running; further ones are refused.
+    most_waiting: requests beside those that are running; further ones are refused. max_prompt: tokens of a prompt; None
+    is as many as a text may have.
     """
 
     def __init__(
@@ -103,11 +104,13 @@ class ServingLoop:
         end_tokens: tuple[int, ...],
         max_length: int,
         most_waiting: int = MOST_WAITING,
+        max_prompt: int | None = None,
     ) -> None:
         self._batch = batch
         self._tokenizer = tokenizer
         self._end_tokens = end_tokens
         self._max_length = max_length
+        self._max_prompt = max_length - 1 if max_prompt is None else min(max_prompt, max_length - 1)
         # What is longer than so many tokens of the longest kind is refused unread, also where a tokenizer would have
         # made one token for anything unknown of a part of it.
         self._most_characters = max_length * max(map(len, tokenizer.get_vocab()))
@@ -215,8 +218,8 @@ class ServingLoop:
         room = self._max_length - len(prompt)
         if not prompt:
             raise RequestError("input 'text_input': has no tokens")
-        if room < 1:
-            raise RequestError(f"input 'text_input': {len(prompt)} tokens, at most {self._max_length - 1}")
+        if len(prompt) > self._max_prompt:
+            raise RequestError(f"input 'text_input': {len(prompt)} tokens, at most {self._max_prompt}")
         if request.max_tokens > room:
             if "max_tokens" in request.model_fields_set:
                 raise RequestError(f"input 'max_tokens': {request.max_tokens}; after this prompt at most {room} fit")

@@ -57,7 +57,14 @@ class TritonPythonModel:
         self._outbox, self._farewells = Outbox(), Outbox(FAREWELL_S)
         parameters = json.loads(args["model_config"]).get("parameters", {})
         most_waiting = int(parameters.get(WAITING, {}).get("string_value", MOST_WAITING))
-        self._loop = ServingLoop(batch, tokenizer, tuple(settings["end_tokens"]), settings["max_length"], most_waiting)
+        self._loop = ServingLoop(
+            batch,
+            tokenizer,
+            tuple(settings["end_tokens"]),
+            settings["max_length"],
+            most_waiting,
+            settings.get("max_prompt"),  # of an engine that reads fewer tokens at once than a text may have
+        )
 
     def execute(self, requests: list[Any]) -> None:
         """Hand requests to the loop; answers go out from its thread (decoupled)."""
