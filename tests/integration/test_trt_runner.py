@@ -380,6 +380,29 @@ def test_a_growing_cache_is_read_and_written_in_turn(
             runner.prefill(np.ones((9, 4), np.int64), np.ones((9, 4), np.int64))
 
 
+@pytest.mark.usefixtures("cuda")
+def test_texts_end_where_the_profiles_of_so_many_texts_do(
+    exported: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what was made of them until then is kept."""
+    sequence = {"min": 1, "opt": 1, "max": 32}
+    profiles = [
+        {
+            "batch": dict.fromkeys(("min", "opt", "max"), texts),
+            "sequence": sequence,
+            "past": {"min": 0, "opt": 8, "max": most},
+        }
+        for texts, most in ((1, 31), (2, 15))
+    ]
+    spec = spec_of("tensorrt-fp16", profiles=profiles)
+    runner, _ = opened(onnx_of(exported("opt")), spec, monkeypatch, tmp_path / "engine")
+    for prompts, longest in ((PROMPTS, 16), (PROMPTS[1:], 32)):
+        with runner:
+            found = generate(runner, prompts, Sampling(max_new_tokens=100))
+        assert [len(text.tokens) for text in found] == [longest - len(PROMPTS[1]) + 1] * len(prompts)
+        assert {text.finish for text in found} == {"length"} and runner.longest_text == longest
+
+
 @pytest.mark.parametrize(
     ("capability", "compiled", "words"),
     [

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from trsp_deploy.errors import GPU_FULL, EngineUnavailable
-from trsp_deploy.recipe import EngineSpec
+from trsp_deploy.recipe import EngineSpec, ShapeProfile
 from trsp_deploy.tools.graphs import decoder_io
 from trsp_deploy.tools.runners.base import Runner
 from trsp_deploy.tools.runners.manifest import EngineManifest
@@ -107,6 +107,7 @@ class TrtRunner(Runner):
         self._stream: Any = None
         self._profiles: list[dict[str, list[tuple[int, ...]]]] = []  # input name -> min, opt, max shape
         self._attention_mask: np.ndarray | None = None  # (batch, past)
+        self._texts: int | None = None  # of the last prompt
         self._cache: dict[tuple[int, str], torch.Tensor] = {}
         self._reads = 0  # which of the two parts of a growing cache the next step reads
         self._tensors: dict[str, torch.Tensor] = {}  # inputs and logits of the last step
@@ -156,8 +157,14 @@ class TrtRunner(Runner):
 
     @property
     def longest_text(self) -> int | None:
-        shapes = self._fixed if self._fixed is not None else self.spec.longest_text
-        return min((limit for limit in (shapes, self._longest) if limit is not None), default=None)
+        """Of a cache that grows it depends on how many texts the last prompt had: profiles may differ by that."""
+        pasts = [each.past.max + 1 for each in self.spec.profiles if each.past is not None and self._takes(each)]
+        limits = [self._fixed, max(pasts, default=None), self._longest]
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    def _takes(self, profile: ShapeProfile) -> bool:
+        """Whether a profile is for as many texts as the last prompt had; before any, for some number of them."""
+        return self._texts is None or profile.batch.min <= self._texts <= profile.batch.max
 
     @property
     def _captures(self) -> bool:
@@ -178,6 +185,7 @@ class TrtRunner(Runner):
 
     def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray, *, last_only: bool = False) -> np.ndarray:
         self._tensors, self._attention_mask = {}, None  # so everything is bound anew, and nothing goes on if it fails
+        self._texts = len(input_ids)
         self._clear_cache()
         logits = self._step(input_ids, attention_mask, keep=1 if last_only else 0)
         return logits[:, -1:] if last_only else logits
