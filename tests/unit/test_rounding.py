@@ -9,10 +9,12 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from trsp_deploy.tools.graphs import quantize, rounding
+from trsp_deploy.errors import EngineSpecError
+from trsp_deploy.tools.graphs import costs, qdq, quantize, rounding
 from trsp_deploy.tools.graphs.nodes import NoMatch
 from trsp_deploy.tools.graphs.products import Activations, check_finite
 from trsp_deploy.tools.graphs.rounding import Rounded, round_weight
+from trsp_deploy.tools.library import load_engine_spec
 
 
 def numbers(*shape: int, seed: int = 0) -> np.ndarray:
@@ -132,6 +134,72 @@ def test_a_list_that_is_looked_up_is_no_table_of_tokens(width: int, tmp_path: Pa
     row, number = session.run(["row", "number"], {"input_ids": np.array([2, 19, 0])})
     np.testing.assert_array_equal(number, [2, 19, 0])
     assert 0 < np.abs(row - table[[2, 19, 0]]).max() < np.abs(table).max() / (2 ** (width - 1) - 2)
+
+
+def products(*inputs: int) -> ir.Model:
+    """A graph of products, each with so many inputs, 16 outputs and the name `in_` and that number."""
+    values, nodes, constants = [], [], []
+    for size in inputs:
+        kind, weight = ir.TensorType(ir.DataType.FLOAT), numbers(size, 16, seed=size)
+        x = ir.Value(name=f"x_{size}", shape=ir.Shape([5, size]), type=kind)
+        w = ir.Value(name=f"w_{size}", shape=ir.Shape(weight.shape), type=kind, const_value=ir.tensor(weight))
+        node = ir.node("MatMul", [x, w], name=f"in_{size}")
+        node.outputs[0].name, node.outputs[0].type = f"y_{size}", kind
+        values.append(x)
+        nodes.append(node)
+        constants.append(w)
+    outputs = [node.outputs[0] for node in nodes]
+    graph = ir.Graph(values, outputs, nodes=nodes, initializers=constants, opset_imports={"": 21}, name="g")
+    return ir.Model(graph, ir_version=10)
+
+
+READ = {f"in_{size}": Activations.of(together(40, size), symmetric=True) for size in (96, 576, 1536)}
+
+
+def nearest_costs(weight: np.ndarray, power: np.ndarray, block: int) -> float:
+    """What rounding to the nearest of 15 numbers loses, block after block; the last may be shorter."""
+    noise = 0.0
+    for begin in range(0, len(weight), block):
+        part, counts = weight[begin : begin + block], power[begin : begin + block, None]
+        scale = np.abs(part).max(axis=0) / 7
+        noise += float((counts * np.square(np.rint(part / scale) * scale - part)).sum())
+    return noise / float((power[:, None] * np.square(weight)).sum())
+
+
+@pytest.mark.parametrize(
+    ("engine", "blocks"),
+    [("ort-cpu-int4", {96: 128, 576: 128, 1536: 128}), ("tensorrt-int4", {576: 64, 1536: 128})],
+)
+def test_a_product_costs_what_it_loses_in_the_blocks_that_are_built(engine: str, blocks: dict[int, int]) -> None:
+    """ONNX Runtime fills the last block up; TensorRT takes smaller ones, or 8 bits, which are asked for no more."""
+    spec = load_engine_spec(engine).model_copy(update={"block_size": 128, "keep_high_precision": 3})
+    model = products(96, 576, 1536)
+    found = costs.chosen(model, "head", READ, spec)
+    assert found == pytest.approx(
+        {
+            f"in_{size}": nearest_costs(numbers(size, 16, seed=size), READ[f"in_{size}"].power, block)
+            for size, block in blocks.items()
+        }
+    )
+    assert list(found.values()) == sorted(found.values(), reverse=True)
+    if engine.startswith("tensorrt"):
+        qdq.quantize_products(model, 4, 128, "head", READ)
+        made = [node.attributes.get_int("block_size", 0) for node in model.graph if node.op_type == "DequantizeLinear"]
+        assert sorted(made) == [0, *blocks.values()]
+    else:
+        made = [
+            node.attributes.get_int("block_size", 0) for node in quantize.quantize_int4(model, 128, "head", READ).graph
+        ]
+        assert made == [*blocks.values()]
+
+
+def test_a_product_that_has_more_bits_anyway_may_be_named() -> None:
+    spec = load_engine_spec("tensorrt-int4").model_copy(update={"block_size": 128})
+    asked = spec.model_copy(update={"keep_high_precision": ("in_96", "in_576")})
+    assert list(costs.chosen(products(96, 576, 1536), "head", READ, asked)) == ["in_576"]
+    wrong = spec.model_copy(update={"keep_high_precision": ("in_97",)})
+    with pytest.raises(EngineSpecError, match="no product 'in_97' in the graph; did you mean 'in_96'"):
+        costs.chosen(products(96, 576, 1536), "head", READ, wrong)
 
 
 def test_what_reads_no_numbers_is_refused() -> None:

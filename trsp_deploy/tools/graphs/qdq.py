@@ -51,7 +51,7 @@ def quantize_products(
         for node in products:
             weight = constant(node.inputs[1])
             assert weight is not None
-            block = _block(len(weight), block_size) if bits == 4 and node.name not in (head, *kept) else None
+            block = block_of(len(weight), block_size) if bits == 4 and node.name not in (head, *kept) else None
             found = activations.get(node.name or "")
             node.replace_input_with(
                 1, _by_output(writer, weight) if block is None else _in_blocks(writer, weight, block, found)
@@ -63,7 +63,7 @@ def quantize_products(
     return len(products)
 
 
-def _block(inputs: int, wanted: int) -> int | None:
+def block_of(inputs: int, wanted: int) -> int | None:
     """Inputs that share a 4-bit weight's scale: as many as wanted, or 64 where that does not divide them; else none."""
     return next((size for size in (wanted, 64) if inputs % size == 0 and inputs > size), None)
 
