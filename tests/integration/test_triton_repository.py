@@ -154,7 +154,7 @@ def test_dense_and_pruned_have_one_engine(served_run: Path, tmp_path: Path) -> N
     spec = found.spec.model_copy(update={"name": "a", "threads": 1})
     changed = found.model_copy(update={"name": "a", "spec": spec, "spec_sha256": spec_sha256(spec)})
     write_json(another / "manifest.json", changed)
-    for options in (["--dense", "--out", "both"], ["--out", "mixed", "--name", "alone"]):
+    for options in (["--dense", "--out", "both"], ["--out", "mixed", "--name", "alone", "--engine", "a"]):
         done = trsp_deploy("triton", "run", *options, cwd=tmp_path)
         assert done.code == 0, done.said
     engines = [model["engine"] for model in json.loads((tmp_path / "both" / "MANIFEST.json").read_text())["models"]]

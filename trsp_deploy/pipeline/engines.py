@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from trsp_deploy.artifacts import Finished, size_bytes, steps, writing
 from trsp_deploy.errors import EngineSpecError, EngineUnavailable, RecipeError
@@ -21,7 +20,7 @@ from trsp_deploy.pipeline.pruning import Pruning
 from trsp_deploy.recipe import EngineSpec, Float
 from trsp_deploy.results import ROLES, OnnxModel, Role
 from trsp_deploy.stages import build, export
-from trsp_deploy.tools.library import load_engine_spec
+from trsp_deploy.tools.library import load_engine_spec, wanted_engines
 from trsp_deploy.tools.measuring.subjects import Subject, find_subject
 from trsp_deploy.tools.runners import EngineManifest, bound_to, check_can_build, check_can_run
 from trsp_deploy.tools.runners.calibration import INT4_TEXTS, READ_TOKENS
@@ -30,10 +29,6 @@ from trsp_deploy.tools.runners.manifest import Bound
 from trsp_deploy.tools.runners.passes import VERSION as PASSES
 from trsp_deploy.tools.runners.requirements import package_version
 
-AUTO_ENGINES = {
-    "cpu": ("ort-cpu-fp32", "tensorrt-rtx-fp16"),
-    "cuda": ("ort-cuda-fp16", "tensorrt-fp16", "tensorrt-rtx-fp16"),
-}
 GRAPH = "onnx"  # what steps call an exported graph where others are of an engine
 
 
@@ -219,12 +214,10 @@ def _check_names(engines: Sequence[str], texts: Collection[str]) -> None:
 
 def specs_of(engines: Sequence[str]) -> list[EngineSpec]:
     """The specs of engines' names and files, `auto` being what this machine is for; raises EngineSpecError."""
-    names: list[str] = []
-    for name in engines:
-        names += AUTO_ENGINES["cuda" if torch.cuda.is_available() else "cpu"] if name == "auto" else [name]
-    specs = [load_engine_spec(name) for name in dict.fromkeys(names)]
+    names = wanted_engines(engines)
+    specs = [load_engine_spec(name) for name in names]
     counts = Counter(spec.name for spec in specs)
-    twice = [name for name, spec in zip(dict.fromkeys(names), specs, strict=True) if counts[spec.name] > 1]
+    twice = [name for name, spec in zip(names, specs, strict=True) if counts[spec.name] > 1]
     if twice:  # they would share a folder
         raise EngineSpecError(f"engines {' and '.join(twice)} have the same name; rename one file")
     return specs

@@ -5,6 +5,7 @@ In a checkout or an editable install these folders lie beside the package; a whe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,10 @@ from trsp_deploy.recipe import EngineSpec, read_engine_spec
 
 Kind = Literal["recipes", "engines"]
 
+AUTO_ENGINES = {
+    "cpu": ("ort-cpu-fp32", "tensorrt-rtx-fp16"),
+    "cuda": ("ort-cuda-fp16", "tensorrt-fp16", "tensorrt-rtx-fp16"),
+}
 ERRORS: dict[Kind, type[UserError]] = {"recipes": RecipeError, "engines": EngineSpecError}
 
 
@@ -47,6 +52,20 @@ def load_engine_spec(name_or_path: str) -> EngineSpec:
     if stated != path.stem:
         raise EngineSpecError(f"{path}: 'name' is {stated!r}, but the file is called '{path.name}'; leave `name` out")
     return read_engine_spec({**values, "name": path.stem}, str(path))
+
+
+def wanted_engines(engines: Sequence[str]) -> list[str]:
+    """Names and files of a recipe's engines in its order, each once, `auto` being what this machine is for."""
+    names: list[str] = []
+    for name in engines:
+        names += AUTO_ENGINES[_device()] if name == "auto" else [name]
+    return list(dict.fromkeys(names))
+
+
+def _device() -> Literal["cpu", "cuda"]:
+    import torch  # which lists of names do without
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def spec_file(name_or_path: str) -> Path | None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from trsp_deploy.artifacts import ENGINE_MANIFEST, RUN_MARK, RunLayout, check_is_run, check_no_sweep, model_of_engine
 from trsp_deploy.decoder import DecoderSize, decoder_size, known_positions, load_config, max_positions
-from trsp_deploy.errors import EngineUnavailable, RunError, first_line, nearest, passes_through
-from trsp_deploy.recipe import EngineSpec
+from trsp_deploy.errors import EngineUnavailable, RunError, UserError, first_line, nearest, passes_through
+from trsp_deploy.reading import read_yaml
+from trsp_deploy.recipe import EngineSpec, read_recipe
 from trsp_deploy.results import Role
+from trsp_deploy.tools.library import wanted_engines
 from trsp_deploy.tools.runners import EngineManifest, check_can_run, check_fresh, device_of, read_manifest
 
 
@@ -122,7 +124,8 @@ def find_engine(run: Path, role: Role, name: str | None) -> Path:
     layout = RunLayout(run)
     built = _built(run, (role,))
     if name is None:
-        return layout.engine(_first_that_runs(run, role, built), role)
+        folders = {each: [layout.engine(each, role)] for each in built}
+        return layout.engine(_first_that_runs(run, folders), role)
     if name not in built:
         raise RunError(f"{run}: has no engine '{name}'{nearest(name, built)}; built: {', '.join(built) or 'none'}")
     folder = layout.engine(name, role)
@@ -131,26 +134,42 @@ def find_engine(run: Path, role: Role, name: str | None) -> Path:
 
 
 def common_engine(dense: Path, pruned: Path) -> str:
-    """The first engine that one run has of its dense model and the other, or the same one, of its pruned, and that
-    runs here; RunError when there is none."""
+    """The first engine that one run has of its dense model and the other, or the same one, of its pruned, and of which
+    both run here; RunError when there is none."""
     there = _built(pruned, ("pruned",))
     both = [name for name in _built(dense, ("dense",)) if name in there]
     if not both and dense != pruned:
         said = ", ".join(_built(dense, ("dense",))) or "none"
         raise RunError(f"{dense} has engines of {said}, {pruned} of {', '.join(there) or 'none'}: no comparison")
-    return _first_that_runs(dense, "dense", both)
+    pairs = {name: [RunLayout(dense).engine(name, "dense"), RunLayout(pruned).engine(name, "pruned")] for name in both}
+    return _first_that_runs(dense, pairs)
 
 
 def _built(run: Path, roles: Sequence[Role]) -> list[str]:
+    """A run's engines in the order in which its recipe names them, as `check` and `baseline` take them; then others."""
     folders = sorted(RunLayout(run).engines.glob("*"))
-    return [folder.name for folder in folders if all((folder / role).is_dir() for role in roles)]
+    built = [folder.name for folder in folders if all((folder / role).is_dir() for role in roles)]
+    wanted = [name for name in _wanted(run) if name in built]
+    return [*wanted, *(name for name in built if name not in wanted)]
 
 
-def _first_that_runs(run: Path, role: Role, engines: Sequence[str]) -> str:
+def _wanted(run: Path) -> list[str]:
+    """The engines of a run's recipe; none where it cannot be read: what was built can be measured all the same."""
+    try:
+        engines = read_recipe(read_yaml(run / RUN_MARK, RunError), RUN_MARK).engines
+    except UserError:
+        return []
+    # A spec of one's own is named by its file, which need not be there any more.
+    return [Path(name).stem if name.endswith((".yaml", ".yml")) else name for name in wanted_engines(engines)]
+
+
+def _first_that_runs(run: Path, engines: Mapping[str, Sequence[Path]]) -> str:
+    """engines: by name, folders that all have to run."""
     reasons = []
-    for engine in engines:
+    for engine, folders in engines.items():
         try:
-            _usable(RunLayout(run).engine(engine, role))
+            for folder in folders:
+                _usable(folder)
             return engine
         except EngineUnavailable as problem:
             reasons.append(f"{engine}: {problem}")
