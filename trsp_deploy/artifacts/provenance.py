@@ -9,6 +9,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from trsp_deploy import __version__
@@ -31,6 +32,8 @@ PACKAGES = (
     "numpy",
     "lm-eval",
 )
+CPUINFO = Path("/proc/cpuinfo")
+ARM_NUMBERS = ("implementer", "part", "variant", "revision")  # "CPU architecture" is the part's
 LATER = ("lm-eval",)  # of PACKAGES; provenance that knows no time was made before they were looked up
 
 
@@ -90,10 +93,27 @@ def _here() -> Provenance:
 
 def _cpu_name() -> str:
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        lines = CPUINFO.read_text(encoding="utf-8").splitlines()
+        for line in lines:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
+        if kinds := _arm_cores(lines):
+            return f"{platform.machine()} {' and '.join(kinds)}"
     return platform.processor() or platform.machine()
+
+
+def _arm_cores(lines: Iterable[str]) -> list[str]:
+    """Each kind of core once, of which a big.LITTLE processor has two, by the numbers that ARM's cpuinfo has in place
+    of a name; the machine's own, such as aarch64, is that of all of them."""
+    cores: list[dict[str, str]] = []
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip() == "processor":
+            cores.append({})
+        elif cores and (name := key.strip().removeprefix("CPU ")) in ARM_NUMBERS:
+            cores[-1][name] = value.strip()
+    kinds = (", ".join(f"{name} {core[name]}" for name in ARM_NUMBERS if name in core) for core in cores)
+    return [kind for kind in dict.fromkeys(kinds) if kind]
 
 
 def _gpu_names() -> tuple[str, ...]:
