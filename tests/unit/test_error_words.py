@@ -33,6 +33,7 @@ from trsp_deploy.tools.delivery.verification import manifest_of
 from trsp_deploy.tools.graphs.fp16_range import METADATA
 from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.measuring.subjects import find_subject
+from trsp_deploy.tools.model_repository import config
 from trsp_deploy.tools.model_repository.manifest import read_repository
 from trsp_deploy.tools.runners import ort_build, trt, trt_build
 from trsp_deploy.tools.runners.generation import generate
@@ -81,6 +82,20 @@ def test_a_range_that_no_model_has(drops: str, what: str) -> None:
 
 def test_an_engine_outside_a_run_has_no_tokenizer() -> None:
     says("/engine: is in no run's engines", lambda: tokenizer_folder(Path("/engine")), errors.ModelError)
+
+
+def test_a_repository_is_not_judged_without_tritons_schema(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was a fault of every model in it, and the exit code that of a repository that is wrong."""
+    for model in ("one", "two"):
+        (tmp_path / model / "1").mkdir(parents=True)
+        (tmp_path / model / "config.pbtxt").write_text('backend: "python"')
+    monkeypatch.setattr(config, "find_asset", lambda name: None)
+    config.schema.cache_clear()
+    assert cli.run(["triton-lint", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("Triton's configuration schema is not on this machine") == 1
 
 
 def test_two_ways_to_limit_quality(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trsp_deploy.errors import RunError, nearest
-from trsp_deploy.tools.model_repository.config import parse_config
+from trsp_deploy.tools.model_repository.config import parse_config, schema
 from trsp_deploy.tools.model_repository.lint import config_alone
 from trsp_deploy.tools.model_repository.lint.ensembles import against_steps
 from trsp_deploy.tools.model_repository.lint.finding import Finding, Say
@@ -51,12 +51,13 @@ BACKENDS = (*DEFAULT_FILES, "tensorflow", "dali", "fil", "vllm", "tensorrtllm", 
 
 
 def lint(repository: Path) -> list[Finding]:
-    """Every finding of a repository; raises RunError when the folder is none."""
+    """Every finding of a repository; raises RunError when the folder is none, or without Triton's schema."""
     if not repository.is_dir():
         raise RunError(f"{repository}: no such folder")
     folders = sorted(path for path in repository.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not folders:
         raise RunError(f"{repository}: holds no model (a model is a folder with {CONFIG} and numbered versions)")
+    schema()  # without it nothing is known of any config, which is no fault of theirs
     configs = {folder.name: _readable_config(folder) for folder in folders}
     return [finding for folder in folders for finding in _lint_model(folder, configs)]
 
