@@ -109,11 +109,7 @@ def bench_server(
     """Load dense and pruned on one Triton server in turn (perf_analyzer): first token, inter-token, throughput."""
     levels = _concurrencies(concurrency)
     where = None if url is None else _address(url)
-    from trsp_deploy.artifacts import RunLayout, write_json
-    from trsp_deploy.pipeline.runs import load_recipe
-
-    if run is not None:
-        load_recipe(run)  # before anything is measured for a run that is none
+    from trsp_deploy.artifacts import write_json
     from trsp_deploy.cli.running import existing
     from trsp_deploy.cli.tables import print_served
     from trsp_deploy.stages.serve_bench import Address, LoadSettings, measure_served, started
@@ -133,17 +129,19 @@ def bench_server(
     def serve() -> contextlib.AbstractContextManager[Address]:
         return started(repository, server) if where is None else contextlib.nullcontext(Address(*where))
 
-    found = measure_served(repository, serve, generator, settings, fresh=where is None, run=run)
-    report = derive(found)
     output = Output(as_json)
-    print_served(report, output.stream)
-    for path in (out, None if run is None else RunLayout(run).served):
-        if path is not None:  # after the table: what cannot be written has been shown
-            write_json(path, found)
-    if run is not None:
-        with existing(run) as job:
+    # Entered before the minutes of measuring: a run that is none, or is in use, is said at once.
+    with contextlib.nullcontext() if run is None else existing(run) as job:
+        found = measure_served(repository, serve, generator, settings, fresh=where is None, run=run)
+        report = derive(found)
+        print_served(report, output.stream)
+        if out is not None:  # after the table: what cannot be written has been shown
+            write_json(out, found)
+        if job is not None:
+            job.run.outdate_manifest()
+            write_json(job.run.layout.served, found)
             job.report()
-        output.say(f"report: {run / 'report.html'}")
+            output.say(f"report: {job.run.path / 'report.html'}")
     output.result(report.model_dump(mode="json"))
 
 
