@@ -13,10 +13,17 @@ from tests.samples import NEW_TOKENS_SERVED, made_up, made_up_report, made_up_se
 from tests.tiny import save_tiny
 from trsp_deploy.errors import RunError
 from trsp_deploy.stages.serve_bench import _order
-from trsp_deploy.tools.reports import markdown
+from trsp_deploy.tools.reports import markdown, plots
 from trsp_deploy.tools.triton_server import load
 from trsp_deploy.tools.triton_server.load import LoadGenerator, prompts_of
-from trsp_deploy.tools.triton_server.served import METRICS, derive, inter_token_s, served_rows, served_sentence
+from trsp_deploy.tools.triton_server.served import (
+    METRICS,
+    derive,
+    inter_token_s,
+    served_notes,
+    served_rows,
+    served_sentence,
+)
 
 
 def test_figures_are_those_of_the_field() -> None:
@@ -24,7 +31,7 @@ def test_figures_are_those_of_the_field() -> None:
     one, eight = report.levels
     dense = one.figures["dense"]
     assert dense.requests == 2 * 3 * 6 / 2  # three requests in each of six windows
-    assert dense.first_s["p50"] == pytest.approx(0.1) and dense.inter_token_s["p99"] == pytest.approx(0.01)
+    assert dense.first_s["p50"] == pytest.approx(0.1) and dense.inter_token_s["p50"] == pytest.approx(0.01)
     assert dense.request_s["p50"] == pytest.approx(0.25)
     assert dense.tokens_per_s == pytest.approx(NEW_TOKENS_SERVED / 0.25)  # Little's law, one request in the air
     assert eight.figures["dense"].tokens_per_s == pytest.approx(8**0.5 * NEW_TOKENS_SERVED / 0.25)
@@ -46,6 +53,35 @@ def test_a_model_alone_is_shown_and_not_compared() -> None:
     report = derive(alone)
     assert "nothing is compared" in served_sentence(report)
     assert all(row[2] == row[4] == row[5] == "" and row[3] for row in served_rows(report))
+
+
+@pytest.mark.parametrize(
+    ("replicates", "requests", "tails"),
+    [(6, 18, []), (7, 21, ["p95"]), (33, 99, ["p95"]), (34, 102, ["p95", "p99"])],
+)
+def test_a_percentile_needs_requests_beyond_it(replicates: int, requests: int, tails: list[str]) -> None:
+    """Of three requests the slowest was p95 and p99 alike, as if it had been looked for among hundreds."""
+    report = derive(made_up_served(replicates=replicates))
+    for figures in report.levels[0].figures.values():
+        for times in (figures.first_s, figures.inter_token_s, figures.request_s):
+            assert list(times) == ["p50", *tails]
+    rows = served_rows(report)
+    assert rows[0][:4] == ("1", "requests", str(requests), str(requests))
+    assert [row[1] for row in rows if row[0] == "1" and row[1].startswith("request latency")] == [
+        "request latency",
+        *(f"request latency, {tail}" for tail in tails),
+    ]
+    assert "p95 and p99 where there are 20 and 100 requests" in served_notes(report)[1]
+    assert "the band goes to p95" in plots.serving(report)
+
+
+def test_a_percentile_that_one_model_lacks_is_blank() -> None:
+    served = made_up_served(replicates=7)
+    fewer = [each.model_copy(update={"requests": each.requests[:2]}) for each in served.windows]
+    windows = [one if one.subject == "dense" else other for one, other in zip(fewer, served.windows, strict=True)]
+    rows = served_rows(derive(served.model_copy(update={"windows": tuple(windows)})))
+    (row,) = [row for row in rows if row[:2] == ("1", "time to first token, p95")]
+    assert row[2] == "" and row[3].endswith(" ms")
 
 
 def test_the_report_has_serving_beside_the_engines_own() -> None:

@@ -26,6 +26,8 @@ METRIC_TITLES: dict[Metric, str] = {
 }
 SUBJECTS: tuple[Subject, ...] = ("dense", "again", "pruned")
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
+# Requests that each needs, 1 / (1 - share): of fewer it would be the slowest one.
+FEWEST = {"p50": 1, "p95": 20, "p99": 100}
 
 
 class ServedFigures(Strict):
@@ -33,7 +35,7 @@ class ServedFigures(Strict):
 
     requests: int
     tokens_per_s: float  # new ones, of all requests together
-    first_s: dict[str, float]  # by QUANTILES
+    first_s: dict[str, float]  # by QUANTILES; without those that have fewer requests than FEWEST
     inter_token_s: dict[str, float]
     request_s: dict[str, float]
 
@@ -127,9 +129,9 @@ def _figures(windows: Sequence[ServedWindow]) -> ServedFigures:
 
 
 def _quantiles(values: Iterable[float | None]) -> dict[str, float]:
-    """QUANTILES of the values that are there; empty where there are none."""
+    """QUANTILES of the values that are there, as far as there are FEWEST of them."""
     found = [value for value in values if value is not None]
-    return {name: float(np.quantile(found, share)) for name, share in QUANTILES.items()} if found else {}
+    return {name: float(np.quantile(found, share)) for name, share in QUANTILES.items() if len(found) >= FEWEST[name]}
 
 
 def first_s(request: ServedRequest) -> float:
@@ -169,23 +171,25 @@ SERVED_COLUMNS = ("concurrency", "metric", "dense", "pruned", "served speed-up (
 
 
 def served_rows(found: ServedReport) -> list[tuple[str, ...]]:
-    """A row per metric and concurrency, in the order of SERVED_COLUMNS."""
+    """The requests of each concurrency, then each metric and its tail, a row each in the order of SERVED_COLUMNS."""
     rows: list[tuple[str, ...]] = []
     for level in found.levels:
+        at_once, figures = str(level.concurrency), [level.figures.get(role) for role in ROLES]
+        rows.append((at_once, "requests", *(str(each.requests) if each else "" for each in figures), "", ""))
         for metric, title in METRIC_TITLES.items():
-            cells = [_cell(level.figures[role], metric, "p50") if role in level.figures else "" for role in ROLES]
+            cells = [_cell(each, metric, "p50") if each else "" for each in figures]
             ratio = level.speedup.get(metric)
             shown = [each.text() if each else "" for each in ((ratio.found, ratio.control) if ratio else (None, None))]
-            rows.append((str(level.concurrency), title, *cells, *shown))
+            rows.append((at_once, title, *cells, *shown))
             if metric != "throughput":
-                tails = [
-                    f"{_cell(level.figures[role], metric, 'p95')}, {_cell(level.figures[role], metric, 'p99')}"
-                    if role in level.figures
-                    else ""
-                    for role in ROLES
-                ]
-                rows.append((str(level.concurrency), f"{title}, p95, p99", *tails, "", ""))
+                rows += [(at_once, f"{title}, {tail}", *cells, "", "") for tail, cells in _tails(figures, metric)]
     return rows
+
+
+def _tails(figures: Sequence[ServedFigures | None], metric: Metric) -> list[tuple[str, list[str]]]:
+    """Each percentile beyond the median that a model has, and the cells of all; blank where one has not."""
+    rows = [(name, [_cell(each, metric, name) if each else "" for each in figures]) for name in QUANTILES]
+    return [(name, cells) for name, cells in rows if name != "p50" and any(cells)]
 
 
 def served_sentence(found: ServedReport) -> str:
@@ -210,7 +214,8 @@ def served_notes(found: ServedReport) -> list[str]:
         f"{found.replicates} replicates on {server} ({found.server}): dense, dense again and pruned in turn, "
         f"{found.prompt_tokens} tokens a prompt, {found.new_tokens} new ones, {found.elapsed_s:.0f} s; "
         f"load by {found.load_generator}",
-        "throughput: new tokens a second of all requests (Little's law); latencies are medians, then p95 and p99",
+        "throughput: new tokens a second of all requests (Little's law); latencies are medians, then p95 and p99 where "
+        f"there are {FEWEST['p95']} and {FEWEST['p99']} requests",
     ]
 
 
@@ -218,4 +223,4 @@ def _cell(figures: ServedFigures, metric: Metric, quantile: str) -> str:
     if metric == "throughput":
         return f"{figures.tokens_per_s:.1f} tokens/s"
     times = {"first": figures.first_s, "inter_token": figures.inter_token_s, "request": figures.request_s}[metric]
-    return f"{1e3 * times[quantile]:.1f} ms" if times else ""
+    return f"{1e3 * times[quantile]:.1f} ms" if quantile in times else ""
