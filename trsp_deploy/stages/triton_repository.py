@@ -11,15 +11,18 @@ from pathlib import Path
 import onnx
 
 from trsp_deploy.artifacts import (
+    ENGINE_MANIFEST,
     MANIFEST,
     RunLayout,
     files_below,
     fingerprint,
+    leaves,
     link_tree,
     provenance,
     write_json,
     writing,
 )
+from trsp_deploy.artifacts.fingerprints import SIGNED
 from trsp_deploy.artifacts.layout import run_that_owns
 from trsp_deploy.decoder import end_tokens, max_positions
 from trsp_deploy.errors import EngineUnavailable, ModelError, RunError
@@ -261,7 +264,7 @@ def _write_model(
     with writing(out / name) as folder:
         version = folder / "1"
         version.mkdir(parents=True)
-        link_tree(engine, version / "engine")
+        _link_engine(engine, manifest, version / "engine")
         link_tree(tokenizer, version / "tokenizer.json")
         settings = {
             "max_batch": max_batch,
@@ -294,6 +297,20 @@ def _write_model(
         cache_bytes=max_batch * (max_length + 1) * decoder_io.cache_bytes(manifest.inputs),
         files=files,
     )
+
+
+def _link_engine(engine: Path, manifest: EngineManifest, target: Path) -> None:
+    """Give an engine's own files a place in a repository. What else lies in its folder, or is linked there, is nobody's
+    to ship; neither is what only other programs read and is not as it was built."""
+    beside = {name for name, sha256 in manifest.beside.items() if _is_there(engine, name, sha256)}
+    signature = {SIGNED} if _is_there(engine, SIGNED) else set()
+    for name in sorted({ENGINE_MANIFEST, *manifest.files, *beside, *signature}):
+        link_tree((engine / name).resolve(), target / name)
+
+
+def _is_there(engine: Path, name: str, sha256: str | None = None) -> bool:
+    path = engine / name
+    return path.is_file() and not leaves(engine, path) and sha256 in (None, fingerprint(path))
 
 
 def _fingerprints(folder: Path) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -13,7 +13,10 @@ from trsp_deploy.errors import RunError
 from trsp_deploy.reading import DAMAGED, read_record
 from trsp_deploy.recipe import Backend, Name, Precision, RelativePath, Strict
 from trsp_deploy.results import Role
-from trsp_deploy.tools.runners.manifest import Bound
+from trsp_deploy.tools.runners.manifest import Bound, Version
+
+# As pip takes it, without what would end its quotes in the README's shell line or the Dockerfile's.
+Requirement = Annotated[str, Field(pattern=r"^[0-9A-Za-z][0-9A-Za-z._-]*([=<>]{1,2}[0-9A-Za-z][0-9A-Za-z.+_-]*)?$")]
 
 
 class ServedModel(Strict):
@@ -23,9 +26,9 @@ class ServedModel(Strict):
     role: Role
     engine: str  # the spec's name
     backend: Backend
-    backend_version: str  # that the engine was built with
+    backend_version: Version  # that the engine was built with
     precision: Precision
-    packages: tuple[str, ...]  # that the server's Python needs for it; none in a stock backend
+    packages: tuple[Requirement, ...]  # that the server's Python needs for it; none in a stock backend
     bound: Bound = Bound()  # where the engine may run
     compute_capabilities: tuple[str, ...] = ()  # of TensorRT-RTX: the GPUs that it is compiled for; none is its default
     serves: Literal["text", "steps"] = "text"
@@ -67,7 +70,7 @@ class RepositoryManifest(Sealed):
     """`MANIFEST.json` of a repository."""
 
     models: tuple[ServedModel, ...]
-    packages: tuple[str, ...]  # that the server's Python needs for all of them
+    packages: tuple[Requirement, ...]  # that the server's Python needs for all of them
     gpu: str | None  # compute capability that an engine was compiled on; each model's `bound` has all of it
     files: dict[RelativePath, str] = Field(default_factory=dict)  # beside the models: name -> SHA-256
     container: str  # image of Triton that the README's command takes

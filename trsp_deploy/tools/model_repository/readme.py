@@ -31,7 +31,8 @@ RUN {INSTALL} --no-cache-dir {_quoted(repository.packages)}
 
 
 def _quoted(packages: tuple[str, ...]) -> str:
-    return " ".join(repr(package) for package in packages)
+    """For a shell; a `Requirement` has no quote in it."""
+    return " ".join(f"'{package}'" for package in packages)
 
 
 def _texts_readme(repository: RepositoryManifest, texts: list[ServedModel]) -> str:

