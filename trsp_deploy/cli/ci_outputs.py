@@ -63,7 +63,8 @@ def _show(found: Check, output: Output) -> None:
     _add_step_summary(ci.step_summary(found.engine, found.verdict, found.outcomes, found.notes))
     print_comparison(found.engine, found.comparison, output.stream)
     more = [note for note in found.notes if note not in notes(found.comparison)]  # those of the comparison are shown
-    output.say(*more, *(outcome.sentence for outcome in found.outcomes), found.verdict.upper())
+    said = [*more, *(outcome.sentence for outcome in found.outcomes)]  # with words of a baseline's file among them
+    output.say(*map(ci.github_text, said), found.verdict.upper())
     if _in_github():
         output.say(*ci.github_annotations(found.outcomes))
     output.result(found.model_dump(mode="json", exclude={"provenance", "samples"}))

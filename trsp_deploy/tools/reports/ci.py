@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from xml.etree import ElementTree
 
+from trsp_deploy.errors import one_line
 from trsp_deploy.tools.judging.verdicts import Outcome, Word
 
 TITLE = "trsp-deploy check"
@@ -75,10 +76,21 @@ def step_summary(name: str, verdict: Word, outcomes: Sequence[Outcome], notes: S
     for outcome in outcomes:
         wanted, found = outcome.requirement, outcome.found
         lines.append(
-            f"| {SIGNS[outcome.word]} {outcome.word} | {wanted.name} | {wanted.sense} {wanted.bound:.6g} "
-            f"| {found.text('.3f', '')} {outcome.note} |"
+            f"| {SIGNS[outcome.word]} {outcome.word} | {_in_markdown(wanted.name)} | {wanted.sense} {wanted.bound:.6g} "
+            f"| {found.text('.3f', '')} {_in_markdown(outcome.note)} |"
         )
-    return "\n".join([*lines, "", *(f"- {note}" for note in notes), ""])
+    return "\n".join([*lines, "", *(f"- {_in_markdown(note)}" for note in notes), ""])
+
+
+def _in_markdown(text: str) -> str:
+    """What a baseline's file may have put into it neither ends a cell or an item nor becomes HTML."""
+    return one_line(text).replace("|", "&#124;").replace("<", "&lt;")
+
+
+def github_text(text: str) -> str:
+    """A note, or an outcome's sentence, as the one line that it is to GitHub's runner too: a workflow command begins a
+    line with `::`, or is `##[` anywhere in one."""
+    return one_line(text).replace("##[", "## [")
 
 
 def github_annotations(outcomes: Sequence[Outcome]) -> list[str]:
