@@ -26,7 +26,7 @@ from trsp_deploy.tools.runners import EngineManifest, bound_to, check_can_build,
 from trsp_deploy.tools.runners.calibration import INT4_TEXTS, READ_TOKENS
 from trsp_deploy.tools.runners.freshness import MODEL_STEPS
 from trsp_deploy.tools.runners.manifest import Bound
-from trsp_deploy.tools.runners.passes import VERSION as PASSES
+from trsp_deploy.tools.runners.passes import passes_version
 from trsp_deploy.tools.runners.requirements import package_version
 
 GRAPH = "onnx"  # what steps call an exported graph where others are of an engine
@@ -177,7 +177,7 @@ class Engines:
 
     def _build_inputs(self, spec: EngineSpec) -> dict[str, str]:
         """What an engine is made of beside its graph."""
-        inputs = {"backend": package_version(spec.backend), "passes": PASSES}
+        inputs = {"backend": package_version(spec.backend), "passes": passes_version(spec)}
         if (bound := bound_to(spec)) != Bound():  # another machine wants another engine
             inputs["machine"] = bound.model_dump_json()
         if spec.reads_text:

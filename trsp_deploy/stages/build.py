@@ -20,7 +20,7 @@ from trsp_deploy.tools.runners.calibration import INT4_TEXTS, READ_TOKENS
 from trsp_deploy.tools.runners.graph_files import check_source, onnx_sha256, source_files
 from trsp_deploy.tools.runners.inspection import trtexec
 from trsp_deploy.tools.runners.manifest import ReadText, check_manifest, read_manifest, spec_sha256
-from trsp_deploy.tools.runners.passes import VERSION as PASSES
+from trsp_deploy.tools.runners.passes import passes_version
 from trsp_deploy.tools.runners.requirements import package_version, release_torch_memory
 from trsp_deploy.tools.runners.trt_log import BUILD_LOG
 from trsp_deploy.tools.sources.texts import load_texts, tokenize_windows
@@ -72,7 +72,7 @@ def build_engine(
             source_files=files,
             spec_file=None if spec_file is None else _from_folder(spec_file.resolve(), folder),
             text=_text_of(spec, calibration, text_name),
-            passes_version=PASSES,
+            passes_version=passes_version(spec),
             rebuild=rebuild,
             onnx_sha256=onnx_sha256(files),
             spec_sha256=spec_sha256(spec),
@@ -124,7 +124,7 @@ def finished(
     beside = {name: fingerprint(folder / name) for name in manifest.beside if (folder / name).is_file()}
     same = (
         manifest.spec.settings == spec.settings
-        and manifest.passes_version == PASSES
+        and manifest.passes_version == passes_version(spec)
         and manifest.bound == bound
         and (manifest.text and manifest.text.sha256) == (read and read.sha256)
         and manifest.beside == beside

@@ -19,7 +19,13 @@ from trsp_deploy.tools.runners.manifest import PassOutcome
 from trsp_deploy.tools.runners.ort import OrtRunner
 
 VERSION = "7"  # raise when what the passes make of a graph changes: engines are then built anew
+INT8_VERSION = "8"  # the same of int8 on ONNX Runtime, whose products changed alone
 Pass = Callable[[Any], int]  # changes an onnx_ir model in place; returns in how many places, or raises NoMatch
+
+
+def passes_version(spec: EngineSpec) -> str:
+    """Of what an engine's graph becomes before it is built."""
+    return INT8_VERSION if spec.precision == "int8" and spec.backend.startswith("onnxruntime") else VERSION
 
 
 def run_passes(
