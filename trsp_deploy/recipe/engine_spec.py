@@ -92,6 +92,16 @@ class EngineSpec(Strict):
         """Whether a calibration text decides something in its build."""
         return self.precision in ("int8", "int4") or self.graph_precision == "fp16"
 
+    @property
+    def ignored(self) -> str | None:
+        """What is set and decides nothing, in words: harmless in an engine's manifest, a mistake in a file."""
+        if self.threads is not None and self.backend != "onnxruntime-cpu":
+            return f"`threads` is for backend onnxruntime-cpu, got {self.backend}"
+        blocks = self.precision == "int4" or (self.precision == "int8" and self.backend.startswith("onnxruntime"))
+        if self.block_size != EngineSpec.model_fields["block_size"].default and not blocks:
+            return f"`block_size` is for precision int4, and int8 on ONNX Runtime, got {self.precision}, {self.backend}"
+        return None
+
     @model_validator(mode="after")
     def _fits_the_backend(self) -> EngineSpec:
         tensorrt = self.backend.startswith("tensorrt")
@@ -100,8 +110,6 @@ class EngineSpec(Strict):
         for name in ("profiles", "cache_length", "workspace_gib", "weight_streaming_gib"):
             if not tensorrt and getattr(self, name):
                 raise ValueError(f"backend {self.backend} takes no `{name}`")
-        if self.threads is not None and self.backend != "onnxruntime-cpu":
-            raise ValueError(f"`threads` is for backend onnxruntime-cpu, got {self.backend}")
         if self.compute_capabilities and self.backend != "tensorrt-rtx":
             raise ValueError(f"`compute_capabilities` is for backend tensorrt-rtx, got {self.backend}")
         if not self.cuda_graphs and self.cache_length is None:
@@ -112,10 +120,6 @@ class EngineSpec(Strict):
             raise ValueError(f"precision {self.precision} is not for backend {self.backend}")
         if self.keep_high_precision and self.precision not in ("int8", "int4"):
             raise ValueError(f"`keep_high_precision` is for precision int8 and int4, got {self.precision}")
-        if self.block_size != 32 and self.precision != "int4" and (tensorrt or self.precision != "int8"):
-            raise ValueError(
-                f"`block_size` is for precision int4, and int8 on ONNX Runtime, got {self.precision}, {self.backend}"
-            )
         self._head_fits()
         for name, default in (("embedding_bits", 4), ("zero_points", True)):
             if getattr(self, name) != default and (tensorrt or self.precision != "int4"):

@@ -24,7 +24,10 @@ def read_bench_settings(values: dict[str, Any], source: str) -> BenchSettings:
 
 def read_engine_spec(values: dict[str, Any], source: str) -> EngineSpec:
     """Validate a mapping as an EngineSpec; `source` names the file for the error line."""
-    return _validate(EngineSpec, values, source, EngineSpecError)
+    spec = _validate(EngineSpec, values, source, EngineSpecError)
+    if spec.ignored is not None:
+        raise EngineSpecError(f"{source}: {spec.ignored}")
+    return spec
 
 
 def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
