@@ -158,7 +158,7 @@ def quantize_int8(
             whole = activations[name].quantisable
             if (value, whole) not in inputs:
                 inputs[value, whole] = _by_tensor(writer, value) if whole else _by_token(writer, value)
-            weight = _eighths(node, factors.get(name), reduced)
+            weight = _weight_in_8_bits(node, factors.get(name), reduced)
             product = _integers if whole else _integers_by_token
             writer.replace_output(node.outputs[0], product(writer, name, inputs[value, whole], *weight))
             meter.advance(name)
@@ -167,7 +167,7 @@ def quantize_int8(
     return ir.from_proto(_in_blocks(ir.to_proto(model), "MatMul", HEAD_BITS, block_size, exclude=[*floats]))
 
 
-def _eighths(node: ir.Node, factors: np.ndarray | None, reduced: bool) -> tuple[np.ndarray, np.ndarray]:
+def _weight_in_8_bits(node: ir.Node, factors: np.ndarray | None, reduced: bool) -> tuple[np.ndarray, np.ndarray]:
     """A product's weight (in, out) in 8 bits, and the scale of each output (out,); factors: of its rows (in,)."""
     weight = constant(node.inputs[1])  # in its file: whoever holds it keeps that from being closed
     assert weight is not None
