@@ -1,6 +1,6 @@
 """Faults tried for real, counted: `make faults`.
 
-    python -m benchmarks.faults              # runs tests/faults, about 40 minutes on 2 cores; then the table
+    python -m benchmarks.faults              # runs tests/faults, about an hour on 2 cores; then the table
     python -m benchmarks.faults -k killed    # some of them; what else was tried before stays in the table
     python -m benchmarks.faults --report     # the table and docs/faults.md from what is there
 

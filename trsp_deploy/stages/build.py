@@ -42,8 +42,8 @@ def build_engine(
     """Build `spec`'s engine from an ONNX file into `folder`, whole or not at all.
 
     onnx: a decoder's model.onnx; external data lies where it says.
-    calibration: (texts, sequence) int64 tokens of real text, by which an int8 engine chooses what stays in blocks and
-    an int4 engine rounds; None takes random ones. text_name: how the user named that text.
+    calibration: (texts, sequence) int64 tokens of real text, by which an int8 engine chooses what has a scale for each
+    token and an int4 engine rounds; None takes random ones. text_name: how the user named that text.
     rebuild: the command that does this again, for the manifest; None for a run's engine. spec_file: the YAML that
     `spec` was read from, which is looked at again whenever the engine is opened; None for a spec of a name.
     folder: replaced if it exists. Holds the engine, manifest.json and, for TensorRT, build.log and trtexec.sh.
