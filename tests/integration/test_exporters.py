@@ -18,7 +18,7 @@ from tests.breadth import by_default
 from tests.exported import MODELS
 from tests.families import FAMILIES, family_config
 from tests.made_run import SPEC
-from tests.tiny import LAYERS, random_model, save_tiny
+from tests.tiny import random_model, save_tiny
 from trsp_deploy.artifacts.steps import export
 from trsp_deploy.errors import ModelError
 from trsp_deploy.pipeline import check_before_work
@@ -34,6 +34,7 @@ from trsp_deploy.tools.runners.ort import OrtRunner
 
 PROMPTS = [[5, 9, 200, 17], [30, 31, 7, 8, 90, 12, 55, 60, 61]]
 DYNAMO = ExportSettings(exporter="dynamo")
+LAYERS = 2  # of what torch exports here: seconds a layer
 SMALL = {
     "vocab_size": 384,
     "hidden_size": 32,
@@ -48,7 +49,8 @@ SMALL = {
 
 def exported(name: str, precision: Float, folder: Path) -> Path:
     family, changes = MODELS[name]
-    model = random_model(getattr(transformers, FAMILIES[family].config)(**{**FAMILIES[family].values, **changes}))
+    values = {**FAMILIES[family].values, **changes, "num_hidden_layers": LAYERS}
+    model = random_model(getattr(transformers, FAMILIES[family].config)(**values))
     model.save_pretrained(folder / "model")
     export_onnx(folder / "model", precision, DYNAMO, folder / "onnx")
     return folder
