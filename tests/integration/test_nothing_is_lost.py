@@ -6,6 +6,8 @@ import importlib.util
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -150,6 +152,63 @@ def test_text_by_the_dense_model_is_no_reason_to_choose_layers_anew(run: Path) -
     other = trsp_deploy("export", str(run), "--set", "seed=5", cwd=run.parent)
     assert other.code == 1 and "was edited by hand, and settings that choose layers are others now" in other.last
     assert json.loads(path.read_text()) == edited
+
+
+KILLED_BEFORE_ITS_RECORD = """
+import os, sys
+from trsp_deploy.artifacts import run_folder
+from trsp_deploy.cli import main
+
+write = run_folder.write_json
+def killed(path, value):
+    if (path.parent.name, path.name) == ("records", "plan.json"):
+        os._exit(137)
+    write(path, value)
+run_folder.write_json = killed
+main()
+"""
+
+
+@pytest.mark.parametrize("other", ["drop", "text"])
+def test_layers_chosen_anew_by_a_killed_command_are_nobodys(place: Path, run: Path, other: str) -> None:
+    """The old record stood beside the new plan.json then, which seemed edited by hand."""
+    (run.parent / "tiny").symlink_to(place / "tiny")
+    (run.parent / "train.txt").write_text(
+        (place / "train.txt").read_text() + ("More of it." if other == "text" else "")
+    )
+    command = ["prune", "--model", "tiny", "--drop", "3" if other == "drop" else "2", "--calibration", "train.txt"]
+    command += [*OPTIONS, "--set", "evaluation={}", "--out", "run"]
+    killed = [sys.executable, "-c", KILLED_BEFORE_ITS_RECORD, *command]
+    assert subprocess.run(killed, cwd=run.parent, capture_output=True, check=False).returncode == 137
+    done = trsp_deploy(*command, cwd=run.parent)
+    assert done.code == 0 and "edited by hand" not in done.stderr, done.stderr
+    assert set(json.loads((run / "records" / "plan.json").read_text())["inputs"]) == {"model", "calibration"}
+
+
+def test_a_plan_whose_record_is_damaged_is_kept_aside(place: Path, run: Path) -> None:
+    path, record = run / "plan.json", run / "records" / "plan.json"
+    edited = {**json.loads(path.read_text()), "dropped": [2, 4], "kept": [0, 1, 3, 5]}
+    path.write_text(json.dumps(edited))
+    record.write_bytes(record.read_bytes()[:200])
+    for name in ("tiny", "train.txt"):
+        (run.parent / name).symlink_to(place / name)
+    command = ["prune", "--model", "tiny", "--drop", "2", "--calibration", "train.txt", *OPTIONS, "--out", "run"]
+    done = trsp_deploy(*command, "--set", "evaluation={}", cwd=run.parent)
+    assert done.code == 0 and "kept as run/plan-before.json" in done.stderr, done.stderr
+    assert json.loads((run / "plan-before.json").read_text()) == edited
+    assert json.loads(path.read_text())["dropped"] != [2, 4]
+    assert trsp_deploy("verify", "run", cwd=run.parent).code == 0
+
+
+def test_a_model_that_cannot_write_is_refused_before_layers_are_chosen(place: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(place / "tiny", tmp_path / "mute"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "bos_token_id": None}))
+    command = ["prune", "--model", "mute", "--drop", "2", "--calibration", str(place / "train.txt"), *OPTIONS]
+    with_text = ["--set", "calibration.self_generated=0.25", "--set", "transfer.form=train", "--set", "evaluation={}"]
+    done = trsp_deploy(*command, *with_text, "--out", "run", cwd=tmp_path)
+    assert done.code == 1 and "has nothing to begin a text with" in done.last, done.stderr
+    assert not (tmp_path / "run" / "plan.json").exists()
 
 
 def test_two_engines_of_one_name_are_refused(place: Path, run: Path) -> None:

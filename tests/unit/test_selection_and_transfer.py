@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -18,6 +19,7 @@ from tests.training import same_weights
 from trsp_deploy.decoder import cast_for_storage, decoder_layers, load_model, stored_dtype
 from trsp_deploy.errors import ModelError, RecipeError
 from trsp_deploy.recipe import read_recipe
+from trsp_deploy.stages import transfer
 from trsp_deploy.stages.selection import runs_text, select_for_counts, select_layers
 from trsp_deploy.stages.transfer import transfer_and_remove
 from trsp_deploy.tools.methods import base
@@ -26,6 +28,7 @@ from trsp_deploy.tools.plan import PruningPlan
 from trsp_deploy.tools.sources.models import ModelSource
 from trsp_deploy.tools.training.checkpoints import Checkpoints
 from trsp_deploy.tools.training.forms import L2
+from trsp_deploy.tools.training.optimizers import clip_gradients
 from trsp_deploy.tools.training.shared import batches, learning_rate, mean_loss
 
 IDLE = [1, 4]  # layers that add nothing
@@ -202,6 +205,31 @@ def test_a_loss_that_is_not_finite_ends_the_training(dense, tmp_path, windows):
     ):
         run_transfer(dense, tmp_path / "out", windows, checkpoints, form="train", refit="none", learning_rate=1e9)
     assert all(math.isfinite(loss) for loss in checkpoints.load()["lm_losses"]) and not (tmp_path / "out").exists()
+
+
+def test_one_gradient_that_is_not_finite_spoils_no_checkpoint(dense, tmp_path, windows, monkeypatch):
+    """The loss of its step is finite, and weights that it updates are not."""
+    steps = itertools.count(1)
+
+    def overflowing(optimizer):
+        if next(steps) == 3:
+            optimizer.param_groups[0]["params"][0].grad.view(-1)[0] = math.inf
+        return clip_gradients(optimizer)
+
+    checkpoints = Checkpoints(tmp_path / "checkpoints", "key", every_s=0.0)
+    monkeypatch.setattr(transfer, "clip_gradients", overflowing)
+    with pytest.raises(ModelError, match=r"the training's gradient is (nan|inf) at step 3 of 12, at a learning rate"):
+        run_transfer(dense, tmp_path / "out", windows, checkpoints, form="train", refit="none")
+    assert len(checkpoints.load()["lm_losses"]) == 2
+    again = run_transfer(dense, tmp_path / "out", windows, checkpoints, form="train", refit="none")
+    assert again.lm_loss == run_transfer(dense, tmp_path / "whole", windows, form="train", refit="none").lm_loss
+
+
+def test_a_last_step_that_spoils_the_weights_is_said(dense, tmp_path, windows):
+    with pytest.raises(
+        ModelError, match=r"the training's perplexity is (nan|inf) at step 1 of 1, at a learning rate of"
+    ):
+        run_transfer(dense, tmp_path / "out", windows, form="train", refit="none", learning_rate=1e9, steps=1)
 
 
 def test_no_transfer_removes_only(dense, tmp_path, windows):

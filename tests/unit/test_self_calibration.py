@@ -197,9 +197,17 @@ def test_a_model_with_nothing_to_begin_with_is_refused(tokenizer):
         form_of(model, tokenizer)
 
 
-def test_a_template_that_refuses_is_said(tokenizer):
-    tokenizer.chat_template = "{{ raise_exception('a system message first') }}"
-    with pytest.raises(RecipeError, match=r"takes no conversation of one turn \(a system message first\)"):
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ raise_exception('a system message first') }}", r"\(a system message first\)"),
+        ("{{ messages[0]['content'] + 1 }}", r"\(can only concatenate str"),
+        ({"tool_use": "{{ messages[0]['content'] }}"}, r"\(This model has multiple chat templates"),
+    ],
+)
+def test_a_template_that_fails_is_said(tokenizer, template, words):
+    tokenizer.chat_template = template
+    with pytest.raises(RecipeError, match=f"takes no conversation of one turn {words}"):
         form_of(tiny_model("llama"), tokenizer)
 
 

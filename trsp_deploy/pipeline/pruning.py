@@ -28,7 +28,7 @@ from trsp_deploy.tools.training.forms import check_weights_are_whole
 from trsp_deploy.tools.training.optimizers import make_optimizer
 from trsp_deploy.tools.training.parameters import add_adapters
 from trsp_deploy.tools.training.processes import Processes
-from trsp_deploy.tools.training.self_calibration import self_generated_windows, write_texts
+from trsp_deploy.tools.training.self_calibration import check_can_write, self_generated_windows, write_texts
 from trsp_deploy.tools.training.shared import TRAINING_DTYPES, pick_device
 
 Result = TypeVar("Result", bound=BaseModel)
@@ -70,7 +70,7 @@ class Pruning:
         plan = None if whose is None else read_plan(whose[1], self.inputs.num_layers())
         return self._resumable(
             "plan",
-            lambda checkpoints: self._write(plan or self._select(checkpoints)),
+            lambda checkpoints: self._choose(checkpoints) if plan is None else self._write(plan),
             PruningPlan,
             settings=self._plan_settings,
             # Without it a person's plan would pass for a choice of this run.
@@ -275,6 +275,28 @@ class Pruning:
                 checkpoints,
             )
 
+    def _choose(self, checkpoints: Checkpoints) -> PruningPlan:
+        plan = self._select(checkpoints)
+        if self.run.main:
+            self._keep_aside(plan)
+            # Beside it the new plan would seem edited by hand, if this is killed before its own record is there.
+            self.run.layout.record("plan").unlink(missing_ok=True)
+        return self._write(plan)
+
+    def _keep_aside(self, chosen: PruningPlan) -> None:
+        """Keep another plan than the chosen one where no record can tell any more whether a person made it."""
+        path, record = self._plan_path, self.run.layout.record("plan")
+        if not path.is_file() or not record.is_file() or self.run.record("plan") is not None:
+            return
+        with contextlib.suppress(PlanError):  # what cannot be read is kept too
+            if read_plan(path, chosen.num_layers).dropped == chosen.dropped:
+                return
+        aside = path.with_name("plan-before.json")
+        path.replace(aside)
+        self.inputs.say(
+            f"plan.json dropped other layers, by hand or not, which its damaged record does not tell: kept as {aside}"
+        )
+
     def _write(self, plan: PruningPlan) -> PruningPlan:
         if self.run.main:
             write_json(self._plan_path, plan)
@@ -323,6 +345,9 @@ class Pruning:
         settings = self.recipe.transfer
         if settings.lora_rank is not None:
             add_adapters(meta_model(load_config(self.inputs.path("dense"))), settings.lora_rank, self.recipe.seed)
+        if self._self_generated_windows():
+            length = self.recipe.calibration.context_length
+            check_can_write(meta_model(load_config(self.inputs.path("dense"))), self.inputs.tokenizer(), length)
         if settings.form != "none":
             sharded = Processes(pick_device(self.recipe)).sharded
             check_weights_are_whole(settings, sharded)

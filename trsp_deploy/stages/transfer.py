@@ -33,7 +33,7 @@ from trsp_deploy.decoder import (
 )
 from trsp_deploy.errors import ModelError
 from trsp_deploy.model_code import copy_code
-from trsp_deploy.recipe import Recipe
+from trsp_deploy.recipe import Recipe, TransferSettings
 from trsp_deploy.results import PrunedCheckpoint, perplexity_of
 from trsp_deploy.tools.delivery.model_card import write_model_card
 from trsp_deploy.tools.gates import LayerGates
@@ -138,6 +138,8 @@ def _train(
         training.run(form)
         form.finish()
         ppl_before_removal = _perplexity(losses, validation, recipe)
+    if training.lm_losses and not math.isfinite(ppl_before_removal):  # the last step's update did it
+        raise _diverged("perplexity", ppl_before_removal, settings.steps - 1, settings)
     return Trained(
         adapted=adapted,
         parameters=parameters,
@@ -148,6 +150,14 @@ def _train(
         tokens=len(training.lm_losses) * settings.batch_size * train.shape[1],
         ppl_dense=ppl_dense,
         ppl_before_removal=ppl_before_removal,
+    )
+
+
+def _diverged(what: str, value: float, step: int, settings: TransferSettings) -> ModelError:
+    return ModelError(
+        f"the training's {what} is {value} at step {step + 1} of {settings.steps}, at a learning rate of "
+        f"{settings.learning_rate:g}: a smaller --set transfer.learning_rate, or --set weights=fp32 with "
+        "--set autocast=off, may keep it finite"
     )
 
 
@@ -280,16 +290,12 @@ class Training:
             penalty = form.penalty()
             (share * (found.total + settings.weight * penalty)).backward()
             lm += share * found.lm
-        clip_gradients(optimizer)
+        lm_loss, norm = self._processes.mean(lm).item(), clip_gradients(optimizer)
+        for what, value in (("loss", lm_loss), ("gradient", norm)):
+            if not math.isfinite(value):  # before the weights are not either, and saved to go on from
+                raise _diverged(what, value, step, settings)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)  # here, so that gradients and activations never add up
-        lm_loss = self._processes.mean(lm).item()
-        if not math.isfinite(lm_loss):  # before such weights are saved
-            raise ModelError(
-                f"the training's loss is {lm_loss} at step {step + 1} of {settings.steps}, at a learning rate of "
-                f"{settings.learning_rate:g}: a smaller --set transfer.learning_rate, or --set weights=fp32 with "
-                "--set autocast=off, may keep it finite"
-            )
         self.lm_losses.append(round(lm_loss, 5))
         self.penalties.append(round(penalty.item(), 5))
 

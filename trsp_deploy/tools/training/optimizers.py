@@ -32,14 +32,16 @@ def make_optimizer(module: nn.Module, settings: TransferSettings, sharded: bool 
 
 
 @torch.no_grad()
-def clip_gradients(optimizer: torch.optim.Optimizer) -> None:
-    """Scale all gradients down to a common norm of MAX_NORM where it is larger."""
+def clip_gradients(optimizer: torch.optim.Optimizer) -> float:
+    """Scale all gradients down to a common norm of MAX_NORM where it is larger; gives what it was, to all processes."""
     trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
-    if norm.item() > MAX_NORM:  # most steps are below it: no pass over the gradients for a factor of 1
+    found = norm.item()
+    if found > MAX_NORM:  # most steps are below it: no pass over the gradients for a factor of 1
         nn.utils.clip_grads_with_norm_(trained, MAX_NORM, norm)
+    return found
 
 
 class RoundingAdamW(torch.optim.AdamW):

@@ -49,7 +49,7 @@ class Form:
 def form_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Form:
     """A conversation of one turn each where there is a chat template, else a text from the model's first token (BOS).
 
-    Raises RecipeError for a model that has neither.
+    Raises RecipeError for a model that has neither, or a template that takes no such conversation.
     """
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": WORDS}, {"role": "assistant", "content": ANSWER}]
@@ -67,6 +67,20 @@ def form_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Form:
             f"no bos_token_id in its config.json); {WITHOUT}"
         )
     return Form((first,), "", tokenizer.eos_token_id, 1)
+
+
+def check_can_write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context_length: int) -> Form:
+    """The form of its texts; `model` may be one without weights.
+
+    Raises RecipeError for a model that has nothing to begin a text with, or a context too short for it.
+    """
+    form = form_of(model, tokenizer)
+    if len(form.opening) >= context_length:
+        raise RecipeError(
+            f"calibration.context_length {context_length}: no room for a text by the model, which begins with "
+            f"{len(form.opening)} tokens of its chat template; take more, or {WITHOUT}"
+        )
+    return form
 
 
 def self_generated_windows(share: float, wanted: int, given: int) -> int:
@@ -92,12 +106,7 @@ def write_texts(
     checkpoints: where to go on after a kill. The documents are the same with and without one.
     Raises RecipeError for a model that has nothing to begin a text with, a context too short for it, or no text to say.
     """
-    form = form_of(model, tokenizer)
-    if len(form.opening) >= context_length:
-        raise RecipeError(
-            f"calibration.context_length {context_length}: no room for a text by the model, which begins with "
-            f"{len(form.opening)} tokens of its chat template; take more, or {WITHOUT}"
-        )
+    form = check_can_write(model, tokenizer, context_length)
     saved = None if checkpoints is None else checkpoints.load()
     documents: list[str] = [] if saved is None else saved["documents"]
     batches: int = 0 if saved is None else saved["batches"]
@@ -200,7 +209,13 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def _templated(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], **how: Any) -> str:
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, **how)
-    except TemplateError as problem:
+    except (
+        TemplateError,
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+    ) as problem:  # a template is the model's code
         raise RecipeError(
             f"calibration.self_generated: the model's chat template takes no conversation of one turn "
             f"({first_line(problem)}); {WITHOUT}"
