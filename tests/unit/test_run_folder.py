@@ -134,6 +134,14 @@ def test_changed_output_is_named(job, announced):
     assert ("double", "out.txt is not what was made (SHA-256); made again") in announced
 
 
+def test_an_output_that_was_removed_is_no_damage(job, announced):
+    """As after `clean`: it was said to be other than what was made."""
+    job()
+    (job.run.path / "out.txt").unlink()
+    job()
+    assert ("double", "out.txt is not there; made again") in announced
+
+
 def test_failed_step_leaves_no_record(job):
     job.source.unlink()
     with pytest.raises(FileNotFoundError):

@@ -202,7 +202,12 @@ class RunFolder:
         if record.key != self.key(name, settings=settings, inputs=inputs) or record.outputs.keys() != set(outputs):
             return None
         if changed := self._changed_outputs(record):
-            self._announce(name, f"{', '.join(changed)} is not what was made (SHA-256); made again")
+            # `clean` removes what a later run makes again, and that is no damage.
+            gone = [path for path in changed if not (self.path / path).exists()]
+            others = [path for path in changed if path not in gone]
+            said = [f"{', '.join(gone)} is not there"] if gone else []
+            said += [f"{', '.join(others)} is not what was made (SHA-256)"] if others else []
+            self._announce(name, f"{'; '.join(said)}; made again")
             return None
         try:
             result = result_type.model_validate(record.result)
