@@ -9,6 +9,8 @@ import logging.handlers
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -300,6 +302,14 @@ def test_pickles_in_the_cache_are_refused_without_a_network(hub: Path, folder: P
     put_into_cache(hub, "facebook/opt-125m", folder)
     message = error_line("opt-125m")
     assert "its weights are a pickle (pytorch_model.bin)" in message and "`trsp-deploy convert opt-125m`" in message
+
+
+def test_a_card_that_says_nothing_for_hubs_is_no_news(folder: Path) -> None:
+    """The hub's client warned on stderr, of something that is the model's own affair."""
+    (folder / "README.md").write_text("# A card without front matter\n")
+    code = "import pathlib; from trsp_deploy.tools.sources import models; print(models.card_metadata(pathlib.Path()))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("{}\n", "")
 
 
 def test_a_card_is_no_part_of_what_a_model_computes(folder: Path) -> None:

@@ -21,6 +21,7 @@ from trsp_deploy.errors import ModelError
 from trsp_deploy.model_code import CODE, CONFIGS, model_code
 from trsp_deploy.reading import read_json, user_path
 from trsp_deploy.recipe import Strict
+from trsp_deploy.tools.quiet import quiet_libraries
 from trsp_deploy.tools.sources.hub import hub_errors, hub_problem
 from trsp_deploy.tools.sources.model_folders import (
     CHAT_TEMPLATES,
@@ -243,7 +244,8 @@ def card_metadata(folder: Path) -> dict[str, Any]:
     from huggingface_hub import ModelCard
 
     try:
-        metadata: dict[str, Any] = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict()
+        with quiet_libraries():  # the hub's client warns of a card without front matter
+            metadata: dict[str, Any] = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict()
     except (OSError, ValueError, TypeError, yaml.YAMLError):
         return {}
     return metadata
