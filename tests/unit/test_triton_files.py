@@ -52,6 +52,19 @@ def test_a_signature_that_is_a_link_is_not_followed(engine: Path, tmp_path: Path
     assert not (tmp_path / "shipped" / "manifest.json.sig").exists()
 
 
+def test_a_models_folder_takes_no_repository(
+    engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one in it the model had another fingerprint, and a run of it began anew."""
+    monkeypatch.chdir(tmp_path)
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    assert cli.run(["triton", "run", "--out", "model", "--engine", "ort-cpu-fp32"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].endswith("model: is a model's folder; choose another --out")
+    assert [path.name for path in model.iterdir()] == ["config.json"]
+
+
 @pytest.mark.parametrize("version", ENDS_THE_QUOTES)
 def test_a_version_that_is_none_gets_into_no_shell_line(
     version: str, engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -163,6 +163,12 @@ def check_no_sweep(folder: Path) -> None:
         raise RunError(f"{folder}: is a sweep and no run; {hint}")
 
 
+def check_no_model(folder: Path) -> None:
+    """Raise RunError for a Hugging Face model's folder: with more in it the model would have another fingerprint."""
+    if (folder / "config.json").is_file():
+        raise RunError(f"{folder}: is a model's folder; choose another --out")
+
+
 def run_that_owns(path: Path) -> RunLayout | None:
     """The run or sweep that made, or will make, what lies at a path; None of any other place, beside such files too."""
     place = path.resolve()
@@ -185,8 +191,7 @@ def check_can_hold(folder: Path, *, sweep: bool) -> None:
         raise RunError(f"{folder}: is a run of one cut and no sweep; choose another --out")
     if (folder / LOCK).exists() or layout.is_run or layout.is_sweep:
         return
-    if (folder / "config.json").is_file():
-        raise RunError(f"{folder}: is a model's folder; choose another --out")
+    check_no_model(folder)
     taken = [name for part in PARTS for name in part.paths if (folder / name).exists()]
     if taken:
         raise RunError(f"{folder}: has {', '.join(taken)} and is no run of trsp-deploy; choose another --out")

@@ -23,7 +23,7 @@ from trsp_deploy.artifacts import (
     writing,
 )
 from trsp_deploy.artifacts.fingerprints import SIGNED
-from trsp_deploy.artifacts.layout import run_that_owns
+from trsp_deploy.artifacts.layout import check_no_model, run_that_owns
 from trsp_deploy.decoder import end_tokens, max_positions
 from trsp_deploy.errors import EngineUnavailable, ModelError, RunError
 from trsp_deploy.recipe import LONGEST_NAME, EngineSpec
@@ -74,6 +74,7 @@ def write_repository(
     """
     if RunLayout(out).is_run or RunLayout(out).is_sweep:
         raise RunError(f"--out {out}: is a run; name another folder")
+    check_no_model(out)
     for file in (README, DOCKERFILE):
         if (out / file).exists() and not (out / MANIFEST).is_file():
             raise RunError(f"--out {out}: has a {file} that is not of a model repository of ours; name another folder")
