@@ -364,11 +364,11 @@ def test_a_folder_that_is_no_repository(tmp_path: Path) -> None:
 
 def test_a_model_without_a_tokenizer_is_not_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = made_run(tmp_path / "run") / "engines/ort-cpu-fp32/pruned"
-    monkeypatch.setattr(triton_repository, "_batching", lambda engine: (True, ()))
+    monkeypatch.setattr(triton_repository, "_batching", lambda engine: (None, ()))
     out = tmp_path / "repository"
     says(
         "has no tokenizer.json, so a server cannot read text",
-        lambda: triton_repository._write_model(engine, "pruned", tmp_path, "m", out, 1, 8),
+        lambda: triton_repository._write_model(engine, "pruned", tmp_path, "m", out, 1, 8, silent),
         errors.ModelError,
     )
 

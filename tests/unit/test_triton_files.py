@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from tests.made_run import made_run, served_repository
+from tests.tiny import save_tiny
 from trsp_deploy import cli
-from trsp_deploy.artifacts import fingerprint
+from trsp_deploy.artifacts import fingerprint, write_json
 from trsp_deploy.errors import RunError
+from trsp_deploy.stages import triton_repository
 from trsp_deploy.stages.triton_repository import _link_engine
 from trsp_deploy.tools.model_repository.manifest import read_repository
 from trsp_deploy.tools.runners.manifest import read_manifest
@@ -50,6 +52,21 @@ def test_a_signature_that_is_a_link_is_not_followed(engine: Path, tmp_path: Path
     (engine / "manifest.json.sig").symlink_to(tmp_path / "key")
     _link_engine(engine, read_manifest(engine), tmp_path / "shipped")
     assert not (tmp_path / "shipped" / "manifest.json.sig").exists()
+
+
+@pytest.mark.parametrize("asked", [4, 1])
+def test_fewer_texts_at_once_than_were_asked_for_are_said(
+    asked: int, engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The repository had 1, and nothing said that or why."""
+    save_tiny("llama", tmp_path / "model")
+    write_json(engine / "manifest.json", read_manifest(engine).model_copy(update={"padding": False}))
+    monkeypatch.setattr(triton_repository, "parse_config", lambda text, where: None)  # by a schema that is fetched
+    said: list[str] = []
+    made = triton_repository._write_model(engine, "pruned", tmp_path / "model", "m", tmp_path, asked, 8, said.append)
+    assert made.max_batch == 1
+    words = "--max-batch 4: m's engine ort-cpu-fp32 serves one text at a time: its graph gets padded texts wrong"
+    assert said == ([words] if asked == 4 else [])
 
 
 def test_a_models_folder_takes_no_repository(

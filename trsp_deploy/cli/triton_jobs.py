@@ -9,7 +9,7 @@ import typer
 
 from trsp_deploy.cli.options import Json, Run
 from trsp_deploy.cli.serving_jobs import Repository
-from trsp_deploy.cli.terminal import Output
+from trsp_deploy.cli.terminal import Output, say
 
 if TYPE_CHECKING:
     from trsp_deploy.results import Role
@@ -72,7 +72,7 @@ def triton(
     base = name or f"{run.resolve().name}-pruned"
     names: dict[Role, str] = {"pruned": base, "dense": f"{base}-dense"}
     with writing_alone(out) as place:
-        made = write_repository(engines, run / "pruned", names, place, max_batch, max_length, step=step)
+        made = write_repository(engines, run / "pruned", names, place, max_batch, max_length, step=step, say=say)
     output = Output(as_json)
     output.say(
         *(f"{out / model.name}: {model.limits}" for model in made.models),

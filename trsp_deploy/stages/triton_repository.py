@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import onnx
@@ -64,12 +64,14 @@ def write_repository(
     max_length: int | None = None,
     *,
     step: bool = False,
+    say: Callable[[str], None] = lambda _: None,
 ) -> RepositoryManifest:
     """Write a repository with a model for each role; what is there under the same names is replaced.
 
     engines: engine folders. model_folder: has the tokenizer. names: of the models in the repository.
     max_length: tokens of one text; None is as many as model and engines take.
     step: the bare engines too, as `<name>_step`; without it such a model of an earlier call is removed.
+    say: told of a model that serves fewer texts at once than max_batch, and why.
     Raises RunError for a name that Triton does not take, an engine that cannot be served so, or too long texts.
     """
     if RunLayout(out).is_run or RunLayout(out).is_sweep:
@@ -105,7 +107,7 @@ def write_repository(
     models = []
     for role, engine in engines.items():
         name = names[role]
-        models.append(_write_model(engine, role, model_folder, name, out, max_batch, max_length))
+        models.append(_write_model(engine, role, model_folder, name, out, max_batch, max_length, say))
         if step:
             models.append(_write_step(engine, role, f"{name}_step", out, max_batch, max_length))
     for name in outdated:
@@ -203,8 +205,8 @@ def _max_prompt(spec: EngineSpec, max_length: int) -> int | None:
     return None if limit is None or limit >= max_length - 1 else limit
 
 
-def _batching(engine: Path) -> tuple[bool, tuple[Rotation, ...]]:
-    """Whether texts can join others in an engine, and how keys that are moved for it have to be turned.
+def _batching(engine: Path) -> tuple[str | None, tuple[Rotation, ...]]:
+    """Why no text can join others in an engine, None where they can, and how keys that are moved for it are turned.
 
     They can where its cache is written in place and keys do not depend on their place there: what turns them is told
     each token's position, or is known, so that it can be made good. Where positions are the graph's own affair (ALiBi's
@@ -213,18 +215,19 @@ def _batching(engine: Path) -> tuple[bool, tuple[Rotation, ...]]:
     manifest = read_manifest(engine)
     path = engine / manifest.file
     if not batches(manifest):
-        return False, ()
+        backend = manifest.spec.backend
+        return "its graph gets padded texts wrong" if backend == "onnxruntime-cpu" else f"{backend} does so far", ()
     if not any(each.key == decoder_io.IN_PLACE for each in onnx.load(path, load_external_data=False).metadata_props):
-        return False, ()
+        return "its attention was not fused", ()
     try:
         rotations = engine_rotations(path)
-    except EngineUnavailable:  # keys that move could not be turned on
-        return False, ()
+    except EngineUnavailable as problem:  # keys that move could not be turned on
+        return str(problem), ()
     if rotations or "position_ids" in manifest.inputs:
-        return True, rotations
+        return None, rotations
     with open_engine(engine) as runner:
         assert isinstance(runner, OrtRunner)
-        return texts_can_move(runner), ()
+        return None if texts_can_move(runner) else "its graph counts places of the cache", ()
 
 
 def _write_step(engine: Path, role: Role, name: str, out: Path, sequences: int, max_length: int) -> ServedModel:
@@ -250,13 +253,22 @@ def _write_step(engine: Path, role: Role, name: str, out: Path, sequences: int, 
 
 
 def _write_model(
-    engine: Path, role: Role, model_folder: Path, name: str, out: Path, max_batch: int, max_length: int
+    engine: Path,
+    role: Role,
+    model_folder: Path,
+    name: str,
+    out: Path,
+    max_batch: int,
+    max_length: int,
+    say: Callable[[str], None],
 ) -> ServedModel:
     manifest = read_manifest(engine)
     spec = manifest.spec
     max_prompt = _max_prompt(spec, max_length)
-    joins, rotations = _batching(engine)
-    max_batch = max_batch if joins else 1
+    alone, rotations = _batching(engine)
+    if alone is not None and max_batch > 1:
+        say(f"--max-batch {max_batch}: {name}'s engine {spec.name} serves one text at a time: {alone}")
+        max_batch = 1
     tokenizer = model_folder / "tokenizer.json"
     if not tokenizer.is_file():
         raise ModelError(f"{model_folder}: has no tokenizer.json, so a server cannot read text")
