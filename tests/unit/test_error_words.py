@@ -98,6 +98,19 @@ def test_a_repository_is_not_judged_without_tritons_schema(
     assert said.out == "" and said.err.count("Triton's configuration schema is not on this machine") == 1
 
 
+@pytest.mark.parametrize("command", ["export --set plan.stpes=2", "bench --set bench.replicates=0"])
+def test_a_wrong_option_is_not_blamed_on_the_runs_recipe_alone(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = made_run(tmp_path / "run")
+    name, *options = command.split()
+    assert cli.run([name, str(run), *options]) == 1
+    assert f"{run}/recipe.yaml with the options given: " in capsys.readouterr().err
+    (run / "recipe.yaml").write_text("model: tiny\nseed: -1\n")
+    assert cli.run([name, str(run)]) == 1
+    assert f"{run}/recipe.yaml: " in capsys.readouterr().err
+
+
 def test_two_ways_to_limit_quality(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["check", "run", "--quality-budget", "99%", "--max-ppl-ratio", "1.1"]) == 1
     assert "sets the limits of perplexity and accuracy; give it or your own" in capsys.readouterr().err

@@ -35,7 +35,8 @@ def existing(
     place = place_of(run)
     named = _seen_from_here(place, engine, evaluation)
     values = override(with_lists(load_recipe(run), *named), sets or [])
-    with run_of(read_recipe(values, str(run / RUN_MARK)), run, place=place) as job:
+    source = f"{run / RUN_MARK} with the options given" if engine or evaluation or sets else str(run / RUN_MARK)
+    with run_of(read_recipe(values, source), run, place=place) as job:
         yield job
 
 
