@@ -211,6 +211,18 @@ def test_a_model_that_cannot_write_is_refused_before_layers_are_chosen(place: Pa
     assert not (tmp_path / "run" / "plan.json").exists()
 
 
+def test_texts_and_engines_that_a_recipe_no_longer_has_are_named(place: Path, run: Path) -> None:
+    """They were replaced without a word, and a later report lacked them."""
+    said = "recipe.yaml no longer has: "
+    test = str(place / "test.txt")
+    more = trsp_deploy("evaluate", str(run), "--eval", f"new={test}", "--eval", f"manual={test}", cwd=run.parent)
+    assert more.code == 0 and said not in more.stderr, more.stderr
+    fewer = trsp_deploy("evaluate", str(run), "--eval", f"new={test}", cwd=run.parent)
+    assert fewer.code == 0 and f"> {said}evaluation text manual\n" in fewer.stderr, fewer.stderr
+    other = trsp_deploy("export", str(run), "--set", "engines=[ort-cpu-int8]", cwd=run.parent)
+    assert other.code == 0 and f"> {said}engine ort-cpu-fp32\n" in other.stderr, other.stderr
+
+
 def test_two_engines_of_one_name_are_refused(place: Path, run: Path) -> None:
     spec = trsp_deploy("engines", "show", "ort-cpu-fp32", cwd=place).stdout
     (run.parent / "ort-cpu-fp32.yaml").write_text(spec)

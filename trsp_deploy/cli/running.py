@@ -28,15 +28,18 @@ def existing(
 ) -> Iterator[Pipeline]:
     """Enter the folder of a run that was begun, with its recipe and the options on top."""
     check_address_space()
-    from trsp_deploy.artifacts import RUN_MARK
-    from trsp_deploy.pipeline.runs import load_recipe, place_of
+    from trsp_deploy.artifacts import RUN_MARK, RunFolder
+    from trsp_deploy.pipeline.runs import load_recipe, no_longer_has, place_of, saved_recipe
     from trsp_deploy.recipe import override, read_recipe
 
     place = place_of(run)
     named = _seen_from_here(place, engine, evaluation)
     values = override(with_lists(load_recipe(run), *named), sets or [])
     source = f"{run / RUN_MARK} with the options given" if engine or evaluation or sets else str(run / RUN_MARK)
+    before = saved_recipe(RunFolder(run))
     with run_of(read_recipe(values, source), run, place=place) as job:
+        if before is not None and (gone := no_longer_has(before, job.recipe, place)):
+            say(f"{RUN_MARK} no longer has: {', '.join(gone)}")
         yield job
 
 

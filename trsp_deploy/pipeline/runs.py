@@ -89,6 +89,16 @@ def saved_recipe(run: RunFolder) -> Recipe | None:
         return None
 
 
+def no_longer_has(before: Recipe, now: Recipe, place: Path) -> list[str]:
+    """Evaluation texts and engines of a run's recipe that another in its place lacks.
+
+    place: that the relative paths of both are relative to.
+    """
+    kept = {place / user_path(engine) for engine in now.engines}  # a file may be named in another way
+    texts = [f"evaluation text {name}" for name in before.evaluation if name not in now.evaluation]
+    return texts + [f"engine {name}" for name in before.engines if place / user_path(name) not in kept]
+
+
 def load_recipe(run: Path) -> dict[str, Any]:
     """The values of the recipe that a run folder was made with; raises RunError when it is no run folder."""
     check_is_run(run, "make one with `trsp-deploy prune`")
