@@ -16,6 +16,8 @@ from tests.command import trsp_deploy
 from tests.made_run import made_sweep
 from tests.tiny import english, save_tiny, tiny_model
 from trsp_deploy.artifacts import fingerprint
+from trsp_deploy.pipeline.runs import load_recipe
+from trsp_deploy.recipe import read_recipe
 
 SETTINGS = [
     "calibration.context_length=32",
@@ -209,6 +211,20 @@ def test_a_model_that_cannot_write_is_refused_before_layers_are_chosen(place: Pa
     done = trsp_deploy(*command, *with_text, "--out", "run", cwd=tmp_path)
     assert done.code == 1 and "has nothing to begin a text with" in done.last, done.stderr
     assert not (tmp_path / "run" / "plan.json").exists()
+
+
+def test_pruning_anew_keeps_what_a_run_is_judged_on(place: Path, run: Path) -> None:
+    """It was refused for the default recipe's texts, of which `prune` has no option and reads none."""
+    for name in ("tiny", "train.txt"):
+        (run.parent / name).symlink_to(place / name)
+    choosing = [pair for pair in SETTINGS if not pair.startswith(("evaluate.", "engines="))]
+    options = [option for pair in [*choosing, "bench.new_tokens=4"] for option in ("--set", pair)]
+    command = ["prune", "--model", "tiny", "--drop", "3", "--calibration", "train.txt", "--out", "run", *options]
+    done = trsp_deploy(*command, cwd=run.parent)
+    assert done.code == 0, done.stderr
+    recipe = read_recipe(load_recipe(run), "run")
+    assert (recipe.drop, recipe.evaluation) == ("3", {"manual": str(place / "test.txt")})
+    assert (recipe.evaluate.context_length, recipe.engines, recipe.bench.new_tokens) == (64, ("ort-cpu-fp32",), 4)
 
 
 def test_texts_and_engines_that_a_recipe_no_longer_has_are_named(place: Path, run: Path) -> None:

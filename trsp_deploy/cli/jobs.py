@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -137,7 +138,8 @@ def prune(
 ) -> None:
     """Choose the layers, move their knowledge, remove them: writes plan.json and pruned/."""
     _check_push(push_to_hub, private)
-    chosen = recipe_from_options(
+    choose = functools.partial(
+        recipe_from_options,
         model=model,
         drop=drop,
         recipe=recipe,
@@ -147,9 +149,10 @@ def prune(
         method=method,
         then=then,
     )
+    chosen = choose()
     if plan_memory:
         return show_memory(chosen, plan, Output(as_json))
-    with run_of(chosen, out, plan) as job:
+    with run_of(chosen, out, plan, choose=choose) as job:
         check_memory(job, plan, ignore_memory)
         job.inputs.calibration_texts()  # before the model, which may have to be downloaded
         result = job.pruning.prune()

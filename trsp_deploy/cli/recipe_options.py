@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from trsp_deploy.errors import RecipeError, nearest
@@ -23,8 +24,12 @@ def recipe_from_options(
     sets: list[str] | None = None,
     method: str | None = None,
     then: str | None = None,
+    kept: Mapping[str, Any] | None = None,
 ) -> Recipe:
-    """The recipe named, or the model's own, or the default one, with every option on top."""
+    """The recipe named, or the model's own, or the default one, with every option on top.
+
+    kept: groups of settings that go before those of a recipe that was not asked for by name.
+    """
     from trsp_deploy.recipe import override, read_recipe
     from trsp_deploy.tools.library import load_recipe_values, recipe_names
 
@@ -32,6 +37,8 @@ def recipe_from_options(
         raise RecipeError("--model is missing: give a folder, a hub id or a short name (or a --recipe that names one)")
     name = recipe or (model if model in recipe_names() else "default")
     values, source = load_recipe_values(name)
+    if recipe is None:
+        values.update(kept or {})
     for key, value in (("model", model), ("drop", drop), ("seed", seed)):
         if value is not None:
             values[key] = value

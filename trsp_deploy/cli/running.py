@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,12 +61,20 @@ def _seen_from_here(
 
 @contextlib.contextmanager
 def run_of(
-    recipe: Recipe, out: Path | None, plan: Path | None = None, place: Path | None = None, *, drops: str | None = None
+    recipe: Recipe,
+    out: Path | None,
+    plan: Path | None = None,
+    place: Path | None = None,
+    *,
+    drops: str | None = None,
+    choose: Callable[..., Recipe] | None = None,
 ) -> Iterator[Pipeline]:
     """Enter the folder of a run, or of a sweep, and keep the resolved recipe in it.
 
     place: that the recipe's relative paths are relative to; None is the working directory.
     drops: of a sweep, whose recipe has the first of them; looked at before anything of an earlier one is another.
+    choose: gives the recipe once more where it keeps what an earlier one in the folder says of judging (`kept`); of a
+    command that has no options for that.
     """
     dropping = f"{recipe.drop} of the layers" if plan is None else f"the layers of {plan}"
     say(f"{recipe.public.model}, dropping {dropping}")
@@ -74,7 +82,7 @@ def run_of(
     from trsp_deploy.artifacts import RunFolder
     from trsp_deploy.artifacts.layout import check_can_hold
     from trsp_deploy.pipeline import Pipeline
-    from trsp_deploy.pipeline.runs import default_folder, save_recipe, sweep_folder
+    from trsp_deploy.pipeline.runs import default_folder, kept_judging, save_recipe, sweep_folder
     from trsp_deploy.pipeline.succession import check_succession
     from trsp_deploy.recipe import parse_drops
     from trsp_deploy.tools.plan import PruningPlan
@@ -88,6 +96,8 @@ def run_of(
     if drops is not None:
         parse_drops(drops, model_config(recipe.model, say).num_hidden_layers)
     with RunFolder(folder, Announcer()) as run:
+        if choose is not None and (kept := kept_judging(run)):
+            recipe = choose(kept=kept)
         job = Pipeline(run, recipe, plan, say, place)
         check_succession(job, plan, chosen=out is not None)
         save_recipe(run, recipe, place)

@@ -17,6 +17,7 @@ from trsp_deploy.reading import read_yaml, user_path
 from trsp_deploy.recipe import Recipe, parse_drop, read_recipe
 from trsp_deploy.tools.plan import read_plan
 from trsp_deploy.tools.sources.models import model_config
+from trsp_deploy.tools.sources.texts import SHORT_NAMES as TEXT_NAMES
 
 
 def default_folder(recipe: Recipe, plan: Path | None, say: Callable[[str], None]) -> Path:
@@ -87,6 +88,20 @@ def saved_recipe(run: RunFolder) -> Recipe | None:
         return read_recipe(read_yaml(run.path / RUN_MARK, RunError), str(run.path / RUN_MARK))
     except UserError:
         return None
+
+
+def kept_judging(run: RunFolder) -> dict[str, Any]:
+    """What the recipe in a run's folder says of engines and judging, with its files as this process finds them; empty
+    where there is none that can be read."""
+    before, place = saved_recipe(run), place_of(run.path)
+    if before is None:
+        return {}
+    values = before.model_dump(mode="json", include={"evaluation", "evaluate", "engines", "bench"})
+    values["evaluation"] = {name: seen_from(place, text, TEXT_NAMES) for name, text in before.evaluation.items()}
+    values["engines"] = [
+        seen_from(place, engine) if engine.endswith((".yaml", ".yml")) else engine for engine in before.engines
+    ]
+    return values
 
 
 def no_longer_has(before: Recipe, now: Recipe, place: Path) -> list[str]:
