@@ -96,6 +96,24 @@ def test_selection_goes_on_where_it_was_killed(tmp_path, gate):
     assert 99 - resumed.left == 3  # of 2 x (3 updates + 1 pick) saves
 
 
+def test_sleb_goes_on_after_its_last_round(tmp_path):
+    """It tries every layer in every round: half an hour for SmolLM2-135M on 2 cores."""
+    chosen = recipe(plan={"method": "sleb"})
+
+    def select(checkpoints=None):
+        return select_layers(
+            tiny_model("llama"), windows()[:TRAIN], windows()[TRAIN:], 4, chosen, "manual", checkpoints
+        )
+
+    whole = select()
+    for saves in (1, 2):  # after the first round, and after the third
+        with pytest.raises(Killed):
+            select(KilledAfter(tmp_path / "checkpoint", saves))
+    resumed = KilledAfter(tmp_path / "checkpoint", 99)
+    assert select(resumed) == whole
+    assert 99 - resumed.left == 1
+
+
 def test_a_checkpoint_of_another_key_is_ignored(dense, tmp_path):
     folder = tmp_path / "checkpoint"
     with pytest.raises(Killed):

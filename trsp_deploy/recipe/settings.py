@@ -214,7 +214,7 @@ class Recipe(Strict):
     # Weights and optimiser state while training; the stored dtype is kept. bf16 is rounded at random (decision 17).
     weights: Literal["fp32", "bf16"] = "fp32"
     autocast: Literal["auto", "off"] = "auto"  # bf16 matrix products in training where the hardware has them
-    # Seconds between checkpoints of selection by gates and of transfer; 0: after every step.
+    # Seconds between checkpoints of selection by gates or sleb and of transfer; 0: after every step, or round of sleb.
     checkpoint_s: NonNegative = 600.0
     calibration: CalibrationSettings = CalibrationSettings()
     # Held-out texts by name, as calibration.texts; one in the calibration's domain and one outside it.

@@ -28,7 +28,7 @@ from trsp_deploy.recipe import Recipe
 from trsp_deploy.tools.closed_form.span import runs
 from trsp_deploy.tools.gates import LayerGates
 from trsp_deploy.tools.methods import METHODS
-from trsp_deploy.tools.methods.base import Selection, checked_finite, removable_layers
+from trsp_deploy.tools.methods.base import Rounds, Selection, checked_finite, removable_layers
 from trsp_deploy.tools.methods.trials import Layers, Trials
 from trsp_deploy.tools.plan import Pick, PruningPlan, complement
 from trsp_deploy.tools.progress import Meter
@@ -54,7 +54,7 @@ def select_layers(
 
     train, validation: (windows, sequence) int64 token ids; the validation windows are never trained on.
     calibration: where the text came from, for the plan's own record.
-    checkpoints: where TRSP's gates go on from after a kill; the rivals are quick and start again.
+    checkpoints: where TRSP's gates and SLEB's rounds go on from after a kill; the other rivals start again.
     """
     return select_for_counts(model, train, validation, (num_dropped,), recipe, calibration, checkpoints)[num_dropped]
 
@@ -77,7 +77,7 @@ def select_for_counts(
     if recipe.plan.method == "trsp":
         found = _by_gates(model, train, validation, counts, recipe, checkpoints)
     else:
-        found = _by_rival(model, train, validation, counts, recipe)
+        found = _by_rival(model, train, validation, counts, recipe, checkpoints)
     num_layers = len(decoder_layers(model))
     return {
         count: PruningPlan(
@@ -127,15 +127,23 @@ def _by_gates(
 
 
 def _by_rival(
-    model: PreTrainedModel, train: torch.Tensor, validation: torch.Tensor, counts: Sequence[int], recipe: Recipe
+    model: PreTrainedModel,
+    train: torch.Tensor,
+    validation: torch.Tensor,
+    counts: Sequence[int],
+    recipe: Recipe,
+    checkpoints: Checkpoints | None,
 ) -> dict[int, Chosen]:
     """As above, by a method of the table."""
     method, batch_size = METHODS[recipe.plan.method], recipe.plan.batch_size
+    rounds = _kept_rounds(checkpoints, Processes(pick_device(recipe)).main)
     with torch.no_grad(), autocast(recipe, pick_device(recipe)):
         dense_loss = mean_loss(model, validation, batch_size)
 
     def select(count: int) -> Selection:
         with autocast(recipe, pick_device(recipe)) if method.mixed_precision else contextlib.nullcontext():
+            if method.go_on is not None:
+                return method.go_on(model, train, count, batch_size, rounds)
             return method.select(model, train, count, batch_size)
 
     largest = select(max(counts))
@@ -151,6 +159,17 @@ def _by_rival(
         }
         found[count] = Chosen(dropped, dense_loss, settings)
     return found
+
+
+def _kept_rounds(checkpoints: Checkpoints | None, main: bool) -> Rounds:
+    """The rounds of a checkpoint, and what keeps the next ones, in the main process alone."""
+    state = None if checkpoints is None else checkpoints.load()
+
+    def keep(rounds: Sequence[Any]) -> None:
+        if checkpoints is not None and main and checkpoints.due():
+            checkpoints.save({"rounds": list(rounds)})
+
+    return Rounds([] if state is None else state["rounds"], keep)
 
 
 @dataclass

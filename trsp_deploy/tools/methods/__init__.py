@@ -20,6 +20,7 @@ METHODS: dict[str, Method] = {
         description="one layer at a time, the one whose removal costs least; every layer is tried",
         source="SLEB, arXiv 2402.09025; jiwonsong-dev/SLEB",
         select=select_by_removal_loss,
+        go_on=select_by_removal_loss,
         mixed_precision=True,
     ),
     "uidl": Method(

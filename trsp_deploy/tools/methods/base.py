@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,14 @@ SelectionMethod = Callable[[PreTrainedModel, torch.Tensor, int, int], Selection]
 
 
 @dataclass(frozen=True)
+class Rounds:
+    """What a search by rounds has found, so that it can go on after a kill."""
+
+    found: Sequence[Any]  # of the rounds that were kept; lists and numbers that JSON can hold
+    keep: Callable[[Sequence[Any]], None]  # is told of all rounds after each
+
+
+@dataclass(frozen=True)
 class Method:
     """One entry of the table of methods."""
 
@@ -35,6 +43,8 @@ class Method:
     description: str
     source: str  # paper and public code
     select: SelectionMethod
+    # The same, of a search that takes so long that a kill must not cost all of it.
+    go_on: Callable[[PreTrainedModel, torch.Tensor, int, int, Rounds], Selection] | None = None
     # Whether bf16 products will do, where the hardware has them: so for losses, not for equations and angles.
     mixed_precision: bool = False
 
