@@ -1,6 +1,6 @@
 """What serving costs and what batching gains, on a real tritonserver: `make bench-serving`.
 
-    python -m benchmarks.serving            # about a quarter of an hour on 2 cores
+    python -m benchmarks.serving            # a quarter of an hour to 40 minutes on 2 cores
     python -m benchmarks.serving --quick    # about three minutes; keeps nothing
     python -m benchmarks.serving --report   # the table and docs/triton.md from what is there
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -93,6 +94,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="fewer and shorter; keeps nothing")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stopped bench takes its server with it
     try:
         if options.report:
             found = judged(read(), lambda each: each.provenance.cpu, met)
@@ -107,6 +109,9 @@ def main() -> int:
     except TrspError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return problem.exit_code
+    except KeyboardInterrupt:
+        print("stopped; nothing of it is kept", file=sys.stderr)
+        return 130
     return 0
 
 
