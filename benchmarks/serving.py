@@ -1,6 +1,6 @@
 """What serving costs and what batching gains, on a real tritonserver: `make bench-serving`.
 
-    python -m benchmarks.serving            # a quarter of an hour to 40 minutes on 2 cores
+    python -m benchmarks.serving            # a quarter of an hour on 2 cores of an EPYC, longer on slower ones
     python -m benchmarks.serving --quick    # about three minutes; keeps nothing
     python -m benchmarks.serving --report   # the table and docs/triton.md from what is there
 

@@ -341,7 +341,7 @@ class Pruning:
         return model
 
     def _check_training(self) -> None:
-        """Raise what the transfer would raise after hours of selection: a package is missing, or FSDP cannot do it."""
+        """Raise what would be raised after hours of selection: a package is missing, FSDP or the model cannot do it."""
         settings = self.recipe.transfer
         if settings.lora_rank is not None:
             add_adapters(meta_model(load_config(self.inputs.path("dense"))), settings.lora_rank, self.recipe.seed)
