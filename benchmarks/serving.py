@@ -1,6 +1,7 @@
 """What serving costs and what batching gains, on a real tritonserver: `make bench-serving`.
 
-    python -m benchmarks.serving            # a quarter of an hour on 2 cores of an EPYC, longer on slower ones
+    python -m benchmarks.serving            # a quarter of an hour on 2 cores of an EPYC, longer on slower ones;
+                                            # stopped, it goes on with the lengths that had ended
     python -m benchmarks.serving --quick    # about three minutes; keeps nothing
     python -m benchmarks.serving --report   # the table and docs/triton.md from what is there
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -22,10 +24,11 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from benchmarks import targets
-from benchmarks.kept import every_machine, judged, keep, results_path
+from benchmarks.code import code_digest
+from benchmarks.kept import every_machine, judged, keep, kept_in, results_path
 from benchmarks.pages import markdown, put_between_markers
 from benchmarks.targets import at_least, at_most
-from trsp_deploy.artifacts import Provenance, RunFolder
+from trsp_deploy.artifacts import Provenance, RunFolder, provenance
 from trsp_deploy.errors import TrspError
 from trsp_deploy.pipeline import Pipeline
 from trsp_deploy.pipeline.runs import save_recipe
@@ -35,6 +38,7 @@ from trsp_deploy.stages.serve_bench import LoadSettings, measure_served, started
 from trsp_deploy.stages.triton_repository import write_repository
 from trsp_deploy.tools.judging.statistics import Ratio, interval
 from trsp_deploy.tools.measuring.worker import Worker
+from trsp_deploy.tools.model_repository.manifest import ServedModel, read_repository
 from trsp_deploy.tools.quiet import quiet_libraries
 from trsp_deploy.tools.triton_server.load import find_load_generator, prompts_of
 from trsp_deploy.tools.triton_server.process import environment_of
@@ -49,6 +53,7 @@ from trsp_deploy.tools.triton_server.served import (
 )
 
 HOME = Path("runs/bench-serving")
+ENDED = HOME / "ended"  # a file a length, until all of them are measured
 PAGE = Path("docs/triton.md")
 ENGINE = "ort-cpu-fp32"
 NAME = "smollm2"
@@ -77,6 +82,21 @@ class Loaded(Strict):
     bare_s: dict[Role, tuple[tuple[float, ...], ...]]  # mean time per token of each block, a tuple a replicate
 
 
+class Ended(Strict):
+    """A length that was measured before others were, and what it was measured by and of."""
+
+    code: str
+    settings: LoadSettings
+    models: tuple[ServedModel, ...]
+    load: Loaded
+
+    def stands_beside(self, code: str, settings: LoadSettings, models: tuple[ServedModel, ...], generator: str) -> bool:
+        """Whether what would be measured now is of the same code, load, models and machine."""
+        served = self.load.served
+        same = (self.code, self.settings, self.models, served.load_generator) == (code, settings, models, generator)
+        return same and not served.provenance.differences(provenance())
+
+
 class Serving(Strict):
     """Raw samples of the bench, by the new tokens of a request."""
 
@@ -99,24 +119,28 @@ def main() -> int:
         if options.report:
             found = judged(read(), lambda each: each.provenance.cpu, met)
         else:
-            found = measure(QUICK, (SHORT,)) if options.quick else measure(FULL, (SHORT, LONG))
+            found = measure(QUICK, (SHORT,)) if options.quick else measure(FULL, (SHORT, LONG), ENDED)
         print(page(found))
         print(json.dumps(verdict(found)))
         if not options.report and not options.quick:  # after the table, which a full disk does not refuse
             keep(results_path("serving", found.provenance.cpu), found)
+            shutil.rmtree(ENDED)
         if not options.quick:
             put_between_markers(PAGE, "\n\n".join(map(page, read())), "serving")
     except TrspError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return problem.exit_code
     except KeyboardInterrupt:
-        print("stopped; nothing of it is kept", file=sys.stderr)
+        print("stopped; the same command goes on with the lengths that had ended", file=sys.stderr)
         return 130
     return 0
 
 
-def measure(settings: LoadSettings, lengths: tuple[int, ...]) -> Serving:
-    """Make the repository where it is missing, and measure."""
+def measure(settings: LoadSettings, lengths: tuple[int, ...], ended: Path | None = None) -> Serving:
+    """Make the repository where it is missing, and measure.
+
+    ended: a folder for each length as it ends, and that those which are there already are taken from.
+    """
     environment = environment_of(None)
     generator = find_load_generator(environment)
     run = engines()
@@ -126,20 +150,38 @@ def measure(settings: LoadSettings, lengths: tuple[int, ...]) -> Serving:
     write_repository(folders, run / "pruned", names, repository, MAX_BATCH, MAX_LENGTH)
     prompt = bare_prompt(run / "pruned" / "tokenizer.json", settings)
 
-    def loaded(new_tokens: int) -> Loaded:
-        asked = settings.model_copy(update={"new_tokens": new_tokens})
+    def loaded(asked: LoadSettings) -> Loaded:
         bare: dict[Role, list[tuple[float, ...]]] = {role: [] for role in ROLES}
 
         def run_bare(replicate: int) -> None:
             for role in ROLES if replicate % 2 == 0 else ROLES[::-1]:
                 with Worker(folders[role]) as worker:
-                    blocks = [worker.block([prompt], new_tokens - 1) for _ in range(1 + BLOCKS)]
+                    blocks = [worker.block([prompt], asked.new_tokens - 1) for _ in range(1 + BLOCKS)]
                 bare[role].append(tuple(float(np.mean(block["decode_s"])) for block in blocks[1:]))
 
         found = measure_served(repository, lambda: started(repository, environment), generator, asked, before=run_bare)
         return Loaded(served=found, bare_s={role: tuple(each) for role, each in bare.items()})
 
-    return Serving(loads={new_tokens: loaded(new_tokens) for new_tokens in lengths})
+    def of_length(new_tokens: int) -> Loaded:
+        asked = settings.model_copy(update={"new_tokens": new_tokens})
+        if ended is None:
+            return loaded(asked)
+        path = ended / f"{new_tokens}.json"
+        code, models = measuring_code(), read_repository(repository).models
+        for each in kept_in(path, Ended, "delete it"):
+            if each.stands_beside(code, asked, models, generator.version()):
+                print(f"{new_tokens} new tokens: as measured at {each.load.served.provenance.time}", file=sys.stderr)
+                return each.load
+        load = loaded(asked)
+        keep(path, Ended(code=code, settings=asked, models=models, load=load))
+        return load
+
+    return Serving(loads={new_tokens: of_length(new_tokens) for new_tokens in lengths})
+
+
+def measuring_code() -> str:
+    """What a load's samples are made by, beside what the repository holds."""
+    return code_digest("stages/serve_bench.py", "tools/measuring/bench_worker.py", beside=(Path(__file__),))
 
 
 def engines() -> Path:

@@ -237,6 +237,11 @@ def test_texts_and_engines_that_a_recipe_no_longer_has_are_named(place: Path, ru
     assert fewer.code == 0 and f"> {said}evaluation text manual\n" in fewer.stderr, fewer.stderr
     other = trsp_deploy("export", str(run), "--set", "engines=[ort-cpu-int8]", cwd=run.parent)
     assert other.code == 0 and f"> {said}engine ort-cpu-fp32\n" in other.stderr, other.stderr
+    # By every command that brings another recipe; an engine of the toolkit's is the same one from anywhere.
+    command = ["prune", "--model", str(place / "tiny"), "--drop", "2", "--calibration", str(place / "train.txt")]
+    chosen = [*OPTIONS, "--set", "evaluation={}", "--set", "engines=[ort-cpu-int8]"]
+    anew = trsp_deploy(*command, *chosen, "--out", str(run), cwd=place)
+    assert anew.code == 0 and f"> {said}evaluation text new\n" in anew.stderr, anew.stderr
 
 
 def test_two_engines_of_one_name_are_refused(place: Path, run: Path) -> None:

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from tests.served_engine import MAX_LENGTH, alone, opened
 from trsp_deploy.tools.model_repository.vendor import vendor
-from trsp_deploy.tools.serving.loop import JOINS, Answer, ServingLoop, Ticket
+from trsp_deploy.tools.serving.loop import JOINS, LOOK_S, READING_S, Answer, ServingLoop, Ticket
 from trsp_deploy.tools.serving.requests import GenerationRequest
 
 
@@ -158,9 +159,9 @@ def test_a_prompt_is_read_by_who_brings_it_and_not_at_all_where_it_cannot_fit(
     """Reading a megabyte takes half a second: nobody's stream waits for it."""
     read: list[tuple[str, int]] = []
 
-    def encode_batch(texts: list[str]) -> Any:
+    def encode_batch(texts: list[str], add_special_tokens: bool) -> Any:
         read.append((threading.current_thread().name, len(texts[0])))
-        return served_tokenizer.encode_batch(texts)
+        return served_tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)
 
     parts = ("get_vocab", "get_added_tokens_decoder", "decode")
     spy: Any = SimpleNamespace(encode_batch=encode_batch, **{name: getattr(served_tokenizer, name) for name in parts})
@@ -251,6 +252,91 @@ def test_who_is_answered_already_does_not_wait_for_all_who_come(
     assert longest <= JOINS
 
 
+def test_who_is_answered_already_does_not_wait_for_several_long_prompts(
+    served_engine: Path, served_tokenizer: Tokenizer
+) -> None:
+    order: list[str] = []
+    with opened(served_engine, 4, MAX_LENGTH) as batch:
+        join, step = batch.join, batch.step
+
+        def slow(prompt):  # type: ignore[no-untyped-def]
+            order.append("join")
+            time.sleep(READING_S)
+            return join(prompt)
+
+        batch.join = slow  # type: ignore[method-assign]
+        batch.step = lambda tokens: (order.append("step"), step(tokens))[1]  # type: ignore[method-assign]
+        loop = ServingLoop(batch, served_tokenizer, (), MAX_LENGTH)
+        clients = [Client(text_input="x", max_tokens=5) for _ in range(4)]
+        for client in clients:
+            loop.submit(client.ticket)
+        for client in clients:
+            client.wait()
+        loop.stop()
+    assert order[:7] == ["join", "step"] * 3 + ["join"]
+
+
+def test_the_end_comes_no_earlier_than_was_asked(loop: ServingLoop) -> None:
+    plain = loop._batch.step
+
+    def step(tokens):  # type: ignore[no-untyped-def]
+        found = plain(tokens)
+        for logits in found.values():
+            logits[0] = 1e9
+        return found
+
+    loop._batch.step = step  # type: ignore[method-assign]
+    soon, later = (Client(text_input="x", max_tokens=20, min_length=least) for least in (0, 5))
+    for client in (soon, later):
+        loop.submit(client.ticket)
+    assert [(last.finish, last.tokens) for last in (soon.wait()[-1], later.wait()[-1])] == [("end", 1), ("end", 5)]
+    too_long = Client(text_input="x" * 150, min_length=60)
+    loop.submit(too_long.ticket)
+    assert "input 'min_length'" in str(too_long.wait()[-1].error)
+
+
+def test_a_chat_templates_text_gets_no_second_beginning(served_engine: Path, served_tokenizer: Tokenizer) -> None:
+    begin = served_tokenizer.id_to_token(1)
+    tokenizer = Tokenizer.from_str(served_tokenizer.to_str())
+    tokenizer.post_processor = TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, 1)])
+    prompts = []
+    with opened(served_engine, 1, MAX_LENGTH) as batch:
+        join = batch.join
+        batch.join = lambda prompt: (prompts.append(prompt), join(prompt))[1]  # type: ignore[method-assign]
+        loop = ServingLoop(batch, tokenizer, (), MAX_LENGTH)
+        clients = [
+            Client(text_input="def", max_tokens=1),
+            Client(text_input=f"{begin}def", max_tokens=1, add_special_tokens=False),
+        ]
+        for client in clients:
+            loop.submit(client.ticket)
+            client.wait()
+        loop.stop()
+    assert prompts[0] == prompts[1] and prompts[0].count(1) == 1
+
+
+def test_a_crowd_that_is_refused_does_not_have_everyone_asked_for(
+    served_engine: Path, served_tokenizer: Tokenizer
+) -> None:
+    """Asking the server whether a client has left takes a round trip, and those who are refused come again at once."""
+    asked = []
+    with opened(served_engine, 1, MAX_LENGTH) as batch:
+        go_on, step = threading.Event(), batch.step
+        batch.step = lambda tokens: (go_on.wait(30), step(tokens))[1]  # type: ignore[method-assign]
+        loop = ServingLoop(batch, served_tokenizer, (), MAX_LENGTH, most_waiting=50)
+        clients = [Client(text_input="x", max_tokens=2) for _ in range(151)]
+        began_s = time.monotonic()
+        for client in clients:
+            ticket = client.ticket
+            loop.submit(Ticket(ticket.request, ticket.send, lambda: bool(asked.append(1))))
+        looks = 1 + (time.monotonic() - began_s) / LOOK_S
+        go_on.set()
+        ends = [client.wait()[-1].finish for client in clients]
+        loop.stop()
+    assert ends.count("error") >= 99
+    assert len(asked) <= 51 * (looks + 4), "at each look, and of each when it joins and at its steps"
+
+
 def test_who_finds_too_many_waiting_is_told_so_and_who_left_does_not_count(
     served_engine: Path, served_tokenizer: Tokenizer
 ) -> None:
@@ -268,6 +354,7 @@ def test_who_finds_too_many_waiting_is_told_so_and_who_left_does_not_count(
             loop.submit(client.ticket)
         refused = busy.wait()[-1]
         left.gone = True
+        time.sleep(LOOK_S)
         loop.submit(last.ticket)
         assert left.wait()[-1].finish == "cancelled", "at once: nobody took its place while it was full"
         go_on.set()

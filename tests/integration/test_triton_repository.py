@@ -288,6 +288,10 @@ def test_the_kubernetes_manifest_probes_what_the_server_has() -> None:
     assert {port["targetPort"] for port in service["spec"]["ports"]} == set(ports)
     assert container["readinessProbe"]["httpGet"] == {"path": "/v2/health/ready", "port": "http"}
     assert service["spec"]["selector"] == deployment["spec"]["template"]["metadata"]["labels"]
+    sleep, seconds = container["lifecycle"]["preStop"]["exec"]["command"]
+    (stopping,) = [arg.partition("=")[2] for arg in container["args"] if arg.startswith("--exit-timeout-secs=")]
+    assert sleep == "sleep"
+    assert int(seconds) + int(stopping) < deployment["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
 
 
 @needs_schema

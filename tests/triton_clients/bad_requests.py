@@ -64,6 +64,10 @@ HTTP: dict[str, Any] = {
     "negative seed": lambda dice: body(text_input="x", seed=-dice.randint(1, 2**60)),
     "empty stop": lambda dice: body(text_input="x", stop=["", text(dice)]),
     "too many stops": lambda dice: body(text_input="x", stop=[text(dice) for _ in range(40)]),
+    "parameter of invalid UTF-8": lambda dice: b'{"text_input": "x", "user": "' + bytes([0xC3, 0x28]) + b'"}',
+    "shortest answer beyond the longest": lambda dice: body(
+        text_input="x", max_tokens=4, min_length=dice.randint(5, 9)
+    ),
     "invalid UTF-8": lambda dice: b'{"text_input": "' + bytes([0xC3, 0x28, dice.randint(0x80, 0xFF)]) + b'"}',
 }
 

@@ -112,8 +112,10 @@ def test_limits_that_training_left_in_a_tokenizer_are_not_for_prompts(
         ({"text_input": "x", "stop": ("a",) * 17}, "input 'stop': 17 strings, at most 16"),
         (
             {"text_input": "x", "beam_width": 4},
-            "unknown input 'beam_width'; valid: exclude_input_in_output, ignore_eos",
+            "unknown input 'beam_width'; valid: add_special_tokens, exclude_input_in_output",
         ),
+        ({"text_input": "x", "min_length": -1}, "input 'min_length'"),
+        ({"text_input": "x", "min_length": 65}, "input 'min_length': 65; at most 'max_tokens', 64"),
         ({"text_input": "x", "max_token": 4}, "unknown input 'max_token'; did you mean 'max_tokens'?"),
         ({"text_inputs": "x"}, "unknown input 'text_inputs'; did you mean 'text_input'?"),
     ],

@@ -28,18 +28,15 @@ def existing(
 ) -> Iterator[Pipeline]:
     """Enter the folder of a run that was begun, with its recipe and the options on top."""
     check_address_space()
-    from trsp_deploy.artifacts import RUN_MARK, RunFolder
-    from trsp_deploy.pipeline.runs import load_recipe, no_longer_has, place_of, saved_recipe
+    from trsp_deploy.artifacts import RUN_MARK
+    from trsp_deploy.pipeline.runs import load_recipe, place_of
     from trsp_deploy.recipe import override, read_recipe
 
     place = place_of(run)
     named = _seen_from_here(place, engine, evaluation)
     values = override(with_lists(load_recipe(run), *named), sets or [])
     source = f"{run / RUN_MARK} with the options given" if engine or evaluation or sets else str(run / RUN_MARK)
-    before = saved_recipe(RunFolder(run))
     with run_of(read_recipe(values, source), run, place=place) as job:
-        if before is not None and (gone := no_longer_has(before, job.recipe, place)):
-            say(f"{RUN_MARK} no longer has: {', '.join(gone)}")
         yield job
 
 
@@ -79,10 +76,10 @@ def run_of(
     dropping = f"{recipe.drop} of the layers" if plan is None else f"the layers of {plan}"
     say(f"{recipe.public.model}, dropping {dropping}")
     check_address_space()
-    from trsp_deploy.artifacts import RunFolder
+    from trsp_deploy.artifacts import RUN_MARK, RunFolder
     from trsp_deploy.artifacts.layout import check_can_hold
     from trsp_deploy.pipeline import Pipeline
-    from trsp_deploy.pipeline.runs import default_folder, kept_judging, save_recipe, sweep_folder
+    from trsp_deploy.pipeline.runs import default_folder, kept_judging, no_longer_has, save_recipe, sweep_folder
     from trsp_deploy.pipeline.succession import check_succession
     from trsp_deploy.recipe import parse_drops
     from trsp_deploy.tools.plan import PruningPlan
@@ -100,7 +97,10 @@ def run_of(
             recipe = choose(kept=kept)
         job = Pipeline(run, recipe, plan, say, place)
         check_succession(job, plan, chosen=out is not None)
+        gone = no_longer_has(run, recipe, place)
         save_recipe(run, recipe, place)
+        if gone:
+            say(f"{RUN_MARK} no longer has: {', '.join(gone)}")
         yield job
 
 

@@ -98,20 +98,30 @@ def kept_judging(run: RunFolder) -> dict[str, Any]:
         return {}
     values = before.model_dump(mode="json", include={"evaluation", "evaluate", "engines", "bench"})
     values["evaluation"] = {name: seen_from(place, text, TEXT_NAMES) for name, text in before.evaluation.items()}
-    values["engines"] = [
-        seen_from(place, engine) if engine.endswith((".yaml", ".yml")) else engine for engine in before.engines
-    ]
+    values["engines"] = [seen_from(place, engine) if _is_file(engine) else engine for engine in before.engines]
     return values
 
 
-def no_longer_has(before: Recipe, now: Recipe, place: Path) -> list[str]:
-    """Evaluation texts and engines of a run's recipe that another in its place lacks.
+def no_longer_has(run: RunFolder, now: Recipe, place: Path | None = None) -> list[str]:
+    """Evaluation texts and engines of the recipe in a run's folder, if there is one, that another in its place lacks.
 
-    place: that the relative paths of both are relative to.
+    place: that the other's relative paths are relative to; None is the working directory.
     """
-    kept = {place / user_path(engine) for engine in now.engines}  # a file may be named in another way
+    if (before := saved_recipe(run)) is None:
+        return []
+    was, is_ = place_of(run.path), place or Path.cwd()
+    kept = {_engine_at(is_, engine) for engine in now.engines}  # a file may be named in another way
     texts = [f"evaluation text {name}" for name in before.evaluation if name not in now.evaluation]
-    return texts + [f"engine {name}" for name in before.engines if place / user_path(name) not in kept]
+    return texts + [f"engine {name}" for name in before.engines if _engine_at(was, name) not in kept]
+
+
+def _is_file(engine: str) -> bool:
+    """Whether a recipe names an engine's own file."""
+    return engine.endswith((".yaml", ".yml"))
+
+
+def _engine_at(place: Path, engine: str) -> Path | str:
+    return place / user_path(engine) if _is_file(engine) else engine
 
 
 def load_recipe(run: Path) -> dict[str, Any]:

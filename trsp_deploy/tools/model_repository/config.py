@@ -22,7 +22,9 @@ SCHEMA = "triton-schema"
 # name -> (type, dims, optional); names as TensorRT-LLM's model and the load generators use them
 INPUTS: dict[str, tuple[str, int, bool]] = {
     "text_input": ("TYPE_STRING", 1, False),
+    "add_special_tokens": ("TYPE_BOOL", 1, True),
     "max_tokens": ("TYPE_INT32", 1, True),
+    "min_length": ("TYPE_INT32", 1, True),
     "stream": ("TYPE_BOOL", 1, True),
     "exclude_input_in_output": ("TYPE_BOOL", 1, True),
     "temperature": ("TYPE_FP32", 1, True),

@@ -82,7 +82,9 @@ curl -sN localhost:8000/v2/models/{name}/generate_stream \\
 | input | meaning | default |
 |---|---|---|
 | `text_input` | the prompt | |
+| `add_special_tokens` | whether the tokenizer adds its own; false where a chat template wrote them | true |
 | `max_tokens` | new tokens at most | 64, or as many as fit |
+| `min_length` | new tokens at least before the end token; a stop string ends the answer before | 0 |
 | `stream` | whether text comes as it is made | false |
 | `exclude_input_in_output` | whether the prompt is left out of the answer | true |
 | `temperature` | 0 is greedy | 0 |

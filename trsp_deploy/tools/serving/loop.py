@@ -10,6 +10,7 @@ Knows nothing of Triton: `triton_model.py` brings requests and takes answers.
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,10 @@ from trsp_deploy.tools.runners.generation import Sampling, choose, penalised
 from trsp_deploy.tools.serving.requests import GenerationRequest, RequestError
 from trsp_deploy.tools.serving.text import TextStream
 
-JOINS = 8  # prompts read between two steps, so that requests being answered do not wait for all new ones
+# Prompts read between two steps, so that requests being answered do not wait for all new ones: so many at most, and
+# none is begun after so long.
+JOINS, READING_S = 8, 0.25
+LOOK_S = 0.5  # between two looks at who of a full queue has left: each asks the server about everyone in it
 # Whatever may go wrong with one request; a panic of the tokenizers' Rust is no Exception.
 ANYTHING = BaseException
 STOPPING = "the server is stopping"
@@ -121,6 +125,7 @@ class ServingLoop:
         self._waiting: deque[_Waiting] = deque()
         self._news = threading.Condition()  # around `_waiting`: someone came, or the end has
         self._stopping = threading.Event()
+        self._looked_s = -LOOK_S  # when it was last looked who has left
         self._running: dict[int, _Running] = {}
         self._thread = threading.Thread(target=self._serve, name="trsp-deploy-serving", daemon=True)
         self._thread.start()
@@ -135,9 +140,9 @@ class ServingLoop:
         except ANYTHING as problem:
             _refuse(ticket, problem)
             return
+        if self._crowded() and time.monotonic() - self._looked_s >= LOOK_S:
+            self._forget_who_left()
         with self._news:
-            if self._crowded():
-                self._forget_who_left()
             if self._stopping.is_set():
                 ticket.send(Answer("", 0, "error", STOPPING, "stopping"))
             elif self._crowded():
@@ -159,14 +164,17 @@ class ServingLoop:
         return len(self._waiting) + len(self._running) >= self._most_waiting + self._batch.max_batch
 
     def _forget_who_left(self) -> None:
-        """Answer those who wait and whose client is gone; they would be in the way of others."""
-        there = []
-        for waiting in self._waiting:
-            if _cancelled(waiting.ticket):
-                waiting.ticket.send(Answer("", 0, "cancelled"))
-            else:
-                there.append(waiting)
-        self._waiting = deque(there)
+        """Answer those who wait and whose client is gone; they would be in the way of others. The loop goes on
+        meanwhile, and may let some of them in."""
+        with self._news:
+            waiting = list(self._waiting)
+        gone = {id(each) for each in waiting if _cancelled(each.ticket)}
+        with self._news:
+            left = [each for each in self._waiting if id(each) in gone]
+            self._waiting = deque(each for each in self._waiting if id(each) not in gone)
+        for each in left:
+            each.ticket.send(Answer("", 0, "cancelled"))
+        self._looked_s = time.monotonic()
 
     def _serve(self) -> None:
         while not self._stopping.is_set():
@@ -183,12 +191,14 @@ class ServingLoop:
 
     def _admit(self) -> None:
         """Let in waiting requests while there is room; with none running, wait for one."""
+        began_s: float | None = None
         for _ in range(JOINS):
-            if self._batch.full:
+            if self._batch.full or (began_s is not None and time.monotonic() - began_s >= READING_S):
                 return
             waiting = self._next()
             if waiting is None:
                 return
+            began_s = began_s or time.monotonic()
             if _cancelled(waiting.ticket):
                 waiting.ticket.send(Answer("", 0, "cancelled"))
                 continue
@@ -214,7 +224,8 @@ class ServingLoop:
                 f"at most {self._most_characters}"
             )
         # Of a batch, for that lets other threads go on meanwhile; reading one text alone does not.
-        prompt = self._tokenizer.encode_batch([request.text_input])[0].ids
+        (encoded,) = self._tokenizer.encode_batch([request.text_input], add_special_tokens=request.add_special_tokens)
+        prompt = encoded.ids
         room = self._max_length - len(prompt)
         if not prompt:
             raise RequestError("input 'text_input': has no tokens")
@@ -223,6 +234,8 @@ class ServingLoop:
         if request.max_tokens > room:
             if "max_tokens" in request.model_fields_set:
                 raise RequestError(f"input 'max_tokens': {request.max_tokens}; after this prompt at most {room} fit")
+            if request.min_length > room:
+                raise RequestError(f"input 'min_length': {request.min_length}; after this prompt at most {room} fit")
             request = request.model_copy(update={"max_tokens": room})  # the client asked for no number
             ticket = replace(ticket, request=request)
         return _Waiting(ticket, prompt)
@@ -264,6 +277,9 @@ class ServingLoop:
     def _advance(self, number: int, running: _Running, logits: np.ndarray) -> None:
         request, sampling = running.ticket.request, running.sampling
         scores = penalised(logits, running.prompt + running.tokens, request.repetition_penalty)
+        if len(running.tokens) < request.min_length:
+            scores = scores.copy()
+            scores[[end for end in sampling.end if end < len(scores)]] = -np.inf
         token = int(choose(scores[None], sampling, running.random)[0])
         if token in running.stop_tokens:
             self._finish(number, "stop")

@@ -22,7 +22,9 @@ class GenerationRequest(Strict):
     """One request; names as TensorRT-LLM's and vLLM's Triton models have them."""
 
     text_input: Annotated[str, Field(min_length=1)]
+    add_special_tokens: bool = True  # that the tokenizer puts around a text; a chat template has written its own
     max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 64
+    min_length: Annotated[int, Field(ge=0)] = 0  # new tokens before one may end the text
     stream: bool = False
     exclude_input_in_output: bool = True
     temperature: Annotated[float, Field(ge=0, le=100)] = 0.0  # 0 is greedy
@@ -54,4 +56,6 @@ def parse(values: dict[str, object]) -> GenerationRequest:
         raise RequestError(what_is_wrong(problem, GenerationRequest, "input")) from problem
     if len(found.stop) > MOST_STOPS:
         raise RequestError(f"input 'stop': {len(found.stop)} strings, at most {MOST_STOPS}")
+    if found.min_length > found.max_tokens:
+        raise RequestError(f"input 'min_length': {found.min_length}; at most 'max_tokens', {found.max_tokens}")
     return found

@@ -26,7 +26,7 @@ sys.dont_write_bytecode = True
 shutil.rmtree(HERE / "__pycache__", ignore_errors=True)
 sys.path.insert(0, str(HERE / "vendor"))
 
-from trsp_deploy.errors import TrspError  # noqa: E402
+from trsp_deploy.errors import TrspError, named  # noqa: E402
 from trsp_deploy.tools.runners.running_batch import Rotation  # noqa: E402
 from trsp_deploy.tools.serving.engine import open_batch  # noqa: E402
 from trsp_deploy.tools.serving.loop import MOST_WAITING, Answer, ServingLoop, Ticket  # noqa: E402
@@ -75,6 +75,9 @@ class TritonPythonModel:
             except TrspError as problem:
                 _fail(sender, str(problem))
                 continue
+            except Exception as problem:  # whose words, left to the server, would be a traceback
+                _fail(sender, named(problem), pb_utils.TritonError.INTERNAL)
+                continue
             self._loop.submit(ticket)
 
     def finalize(self) -> None:
@@ -100,7 +103,10 @@ def _inputs(request: Any) -> dict[str, object]:
 
     /generate makes request parameters of what is no input of the model, and of what stands under "parameters".
     """
-    values: dict[str, object] = json.loads(request.parameters() or "{}")
+    try:
+        values: dict[str, object] = json.loads(request.parameters() or "{}")
+    except UnicodeDecodeError as problem:
+        raise RequestError("a request parameter is not UTF-8 text") from problem
     values.pop("id", None)  # the client's own name for its request
     for name in GenerationRequest.model_fields:
         tensor = pb_utils.get_input_tensor_by_name(request, name)
