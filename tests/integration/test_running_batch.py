@@ -21,7 +21,7 @@ from trsp_deploy.stages.build import build_engine
 from trsp_deploy.stages.export import FILE, export_onnx
 from trsp_deploy.stages.triton_repository import _batching
 from trsp_deploy.tools.library import load_engine_spec
-from trsp_deploy.tools.runners import open_engine, read_manifest
+from trsp_deploy.tools.runners import open_engine, read_manifest, running_batch
 from trsp_deploy.tools.runners.rotation import engine_rotations
 from trsp_deploy.tools.runners.running_batch import SETTLED, OneText, Rotation, RunningBatch
 from trsp_deploy.tools.serving.engine import open_batch
@@ -90,7 +90,7 @@ def test_the_cache_is_no_larger_than_its_texts_can_use() -> None:
     sizes: list[tuple[int, int]] = []
     twin = SimpleNamespace(cache={}, allocate=lambda rows, capacity: sizes.append((rows, capacity)))
     reader: Any = SimpleNamespace(in_place=True, cache={}, twin=lambda: twin)
-    reader.prefill = lambda ids, mask, last_only: np.zeros((1, 1, 4), dtype=np.float32)
+    reader.prefill = reader._step = lambda *_, **__: np.zeros((1, 1, 4), dtype=np.float32)
     batch = RunningBatch(reader, 8, 1000)
     for _ in range(8):
         batch.join([1] * 900)
@@ -114,6 +114,42 @@ def test_numbers_that_overflow_are_one_texts_alone(moved: bool, served_engine: P
         first = int(logits.argmax())
         second = int(batch.step({other: 3, text: first})[text].argmax())
     assert [first, second] == alone(served_engine, prompt, 2)
+
+
+def test_a_prompt_that_is_read_in_pieces_is_the_whole_prompt(
+    served_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others go on, and one leaves, between its pieces."""
+    monkeypatch.setattr(running_batch, "PIECE", 16)
+    prompt = np.random.default_rng(0).integers(3, 380, size=70).tolist()
+    with opened(served_engine, 3, MAX_LENGTH) as batch:
+        stays, leaves = batch.join(prompt[:40])[0], batch.join([5, 6, 7])[0]
+        reading = batch.joining(prompt)
+        assert [next(reading) for _ in range(2)] == [None, None]
+        batch.step({stays: 3, leaves: 3})
+        batch.leave(leaves)
+        assert [next(reading) for _ in range(2)] == [None, None]
+        batch.step({stays: 4})
+        text, logits = next(reading) or (0, np.zeros(1))
+        tokens = [int(logits.argmax())]
+        for _ in range(20):
+            tokens.append(int(batch.step({stays: 5, text: tokens[-1]})[text].argmax()))
+    assert tokens == alone(served_engine, prompt, 21)
+
+
+@pytest.mark.parametrize("family", ["mistral-sliding", "gpt2"])
+def test_pieces_are_the_whole_where_attention_has_a_window_and_where_positions_are_embedded(
+    family: str, exported: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running_batch, "PIECE", 7)
+    build_engine(exported(family) / "onnx" / FILE, load_engine_spec("ort-cpu-fp32"), tmp_path / "engine")
+    prompt = np.random.default_rng(0).integers(3, 380, size=(1, 40))
+    with open_engine(tmp_path / "engine") as runner:
+        expected = runner.prefill(prompt, np.ones_like(prompt), last_only=True)[0, -1]
+    with opened(tmp_path / "engine", 2, 64) as batch:
+        assert isinstance(batch, RunningBatch)
+        _, logits = batch.join(prompt[0].tolist())
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
 
 
 def test_what_does_not_fit_is_refused(served_engine: Path) -> None:

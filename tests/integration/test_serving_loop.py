@@ -20,7 +20,9 @@ from transformers import AutoModelForCausalLM
 
 from tests.served_engine import MAX_LENGTH, alone, opened
 from trsp_deploy.tools.model_repository.vendor import vendor
-from trsp_deploy.tools.serving.loop import JOINS, LOOK_S, READING_S, Answer, ServingLoop, Ticket
+from trsp_deploy.tools.runners import running_batch
+from trsp_deploy.tools.serving import loop as loop_module
+from trsp_deploy.tools.serving.loop import LOOK_S, PIECES, READING_S, Answer, ServingLoop, Ticket
 from trsp_deploy.tools.serving.requests import GenerationRequest
 
 
@@ -195,7 +197,7 @@ def test_an_error_that_nobody_thought_of_ends_one_request_alone(
     failed = bad.wait()[-1]
     assert (failed.error, failed.fault) == ("ZeroDivisionError: by zero at all", "engine")
     assert good.wait()[-1].finish == "length"
-    monkeypatch.setattr(ServingLoop, "_join", lambda self, ticket: [][0])
+    monkeypatch.setattr(ServingLoop, "_let_in", lambda self, waiting: [][0])
     lost = Client(text_input="x", max_tokens=1)
     loop.submit(lost.ticket)
     failed = lost.wait()[-1]
@@ -238,8 +240,8 @@ def test_who_is_answered_already_does_not_wait_for_all_who_come(
     """Requests of one token leave at once: they must not keep a running text from its next one."""
     order: list[str] = []
     with opened(served_engine, 2, MAX_LENGTH) as batch:
-        join, step = batch.join, batch.step
-        batch.join = lambda prompt: (order.append("join"), join(prompt))[1]  # type: ignore[method-assign]
+        joining, step = batch.joining, batch.step
+        batch.joining = lambda prompt: (order.append("join"), joining(prompt))[1]  # type: ignore[method-assign]
         batch.step = lambda tokens: (order.append("step"), step(tokens))[1]  # type: ignore[method-assign]
         loop = ServingLoop(batch, served_tokenizer, (), MAX_LENGTH)
         clients = [Client(text_input="x", max_tokens=30)] + [Client(text_input="y", max_tokens=1) for _ in range(40)]
@@ -249,7 +251,7 @@ def test_who_is_answered_already_does_not_wait_for_all_who_come(
             client.wait()
         loop.stop()
     longest = max(len(run) for run in "".join(name[0] for name in order).split("s"))
-    assert longest <= JOINS
+    assert longest <= PIECES
 
 
 def test_who_is_answered_already_does_not_wait_for_several_long_prompts(
@@ -257,14 +259,14 @@ def test_who_is_answered_already_does_not_wait_for_several_long_prompts(
 ) -> None:
     order: list[str] = []
     with opened(served_engine, 4, MAX_LENGTH) as batch:
-        join, step = batch.join, batch.step
+        joining, step = batch.joining, batch.step
 
         def slow(prompt):  # type: ignore[no-untyped-def]
             order.append("join")
             time.sleep(READING_S)
-            return join(prompt)
+            yield from joining(prompt)
 
-        batch.join = slow  # type: ignore[method-assign]
+        batch.joining = slow  # type: ignore[method-assign]
         batch.step = lambda tokens: (order.append("step"), step(tokens))[1]  # type: ignore[method-assign]
         loop = ServingLoop(batch, served_tokenizer, (), MAX_LENGTH)
         clients = [Client(text_input="x", max_tokens=5) for _ in range(4)]
@@ -274,6 +276,80 @@ def test_who_is_answered_already_does_not_wait_for_several_long_prompts(
             client.wait()
         loop.stop()
     assert order[:7] == ["join", "step"] * 3 + ["join"]
+
+
+def in_pieces(batch: Any, order: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts are read 8 tokens at a time, one piece between two steps; `order` is told."""
+    monkeypatch.setattr(loop_module, "READING_S", 0.0)
+    monkeypatch.setattr(running_batch, "PIECE", 8)
+    joining, step = batch.joining, batch.step
+
+    def reading(prompt):  # type: ignore[no-untyped-def]
+        for each in joining(prompt):
+            order.append("piece")
+            yield each
+
+    batch.joining = reading
+    batch.step = lambda tokens: (order.append("step"), step(tokens))[1]
+
+
+def test_a_long_prompt_is_read_between_the_steps_of_others(
+    served_engine: Path, served_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    long = "def function(first, second):\n    return first + second\n" * 2
+    ids = served_tokenizer.encode(long).ids
+    pieces = -(-len(ids) // 8)
+    with opened(served_engine, 2, MAX_LENGTH) as batch:
+        in_pieces(batch, order, monkeypatch)
+        loop = ServingLoop(batch, served_tokenizer, (), MAX_LENGTH)
+        running, late = Client(text_input="x", max_tokens=30), Client(text_input=long, max_tokens=10)
+        for client in (running, late):
+            loop.submit(client.ticket)
+        answers = [client.wait()[-1] for client in (running, late)]
+        loop.stop()
+    assert order[: 2 * pieces + 1] == ["piece", "step"] * pieces + ["piece"]
+    expected = [alone(served_engine, served_tokenizer.encode("x").ids, 30), alone(served_engine, ids, 10)]
+    assert [answer.text for answer in answers] == [served_tokenizer.decode(tokens) for tokens in expected]
+
+
+def test_who_leaves_while_a_prompt_is_read_is_answered_and_so_is_everyone_at_the_end(
+    served_engine: Path, served_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    with opened(served_engine, 1, MAX_LENGTH) as batch:
+        in_pieces(batch, order, monkeypatch)
+        go_on, reading = threading.Event(), batch.joining
+
+        def held(prompt):  # type: ignore[no-untyped-def]
+            for number, each in enumerate(reading(prompt)):
+                yield each
+                if number == 0:
+                    assert go_on.wait(30)
+
+        batch.joining = held
+        loop = ServingLoop(batch, served_tokenizer, (), MAX_LENGTH)
+        left, next_one = (Client(text_input="a b c d e f g h " * 4, max_tokens=2) for _ in range(2))
+        for client in (left, next_one):
+            loop.submit(client.ticket)
+        until = time.monotonic() + 60
+        while not order:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        left.gone = True
+        go_on.set()
+        assert left.wait()[-1].finish == "cancelled" and next_one.wait()[-1].finish == "length"
+        go_on.clear()
+        order.clear()
+        last = Client(text_input="a b c d e f g h " * 4, max_tokens=2)
+        loop.submit(last.ticket)
+        while not order:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        loop._stopping.set()
+        go_on.set()
+        loop.stop()
+        assert (last.wait()[-1].finish, batch.size) == ("error", 0)
 
 
 def test_the_end_comes_no_earlier_than_was_asked(loop: ServingLoop) -> None:
@@ -301,8 +377,8 @@ def test_a_chat_templates_text_gets_no_second_beginning(served_engine: Path, ser
     tokenizer.post_processor = TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, 1)])
     prompts = []
     with opened(served_engine, 1, MAX_LENGTH) as batch:
-        join = batch.join
-        batch.join = lambda prompt: (prompts.append(prompt), join(prompt))[1]  # type: ignore[method-assign]
+        joining = batch.joining
+        batch.joining = lambda prompt: (prompts.append(prompt), joining(prompt))[1]  # type: ignore[method-assign]
         loop = ServingLoop(batch, tokenizer, (), MAX_LENGTH)
         clients = [
             Client(text_input="def", max_tokens=1),
@@ -368,8 +444,8 @@ def test_who_finds_too_many_waiting_is_told_so_and_who_left_does_not_count(
 
 def test_a_burst_on_an_idle_server_fills_the_batch_first(served_engine: Path, served_tokenizer: Tokenizer) -> None:
     with opened(served_engine, 4, MAX_LENGTH) as batch:
-        go_on, join = threading.Event(), batch.join
-        batch.join = lambda prompt: (go_on.wait(30), join(prompt))[1]  # type: ignore[method-assign]
+        go_on, joining = threading.Event(), batch.joining
+        batch.joining = lambda prompt: (go_on.wait(30), joining(prompt))[1]  # type: ignore[method-assign]
         loop = ServingLoop(batch, served_tokenizer, (), MAX_LENGTH, most_waiting=0)
         clients = [Client(text_input="x", max_tokens=2) for _ in range(4)]
         for client in clients:

@@ -6,6 +6,8 @@
         logits = batch.step({text: 42})[text]
         batch.leave(text)
 
+A long prompt need not keep the others from their next token: `joining` reads it piece by piece.
+
 Each text has a row of the cache; there are as many rows as the texts of late have needed, for an empty one costs as
 much time as any. All rows end at the same place of the cache, `length`, and begin where their own text does: what lies
 before is masked, as left padding is. A text that joins is read by itself and copied to end at `length`; the others go
@@ -17,7 +19,7 @@ otherwise cannot be served so, and `texts_can_move` tells.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +32,9 @@ from trsp_deploy.tools.runners.ort import OrtRunner
 
 SLACK = 128  # places that no text uses any more, before all move to the front
 FIRST_CAPACITY = 256
+PIECE = (
+    256  # tokens of a prompt that one call reads: fewer are read no faster each, of more the others' tokens wait longer
+)
 SETTLED = 8  # steps in which half of the rows had no text, before there are fewer
 PROBE = (1, 2, 3, 4, 5, 6, 7)  # tokens of the text that is moved to see whether texts can be
 MOVED = 11  # places
@@ -105,12 +110,25 @@ class RunningBatch:
 
         Raises EngineUnavailable when the batch is full or the prompt leaves no room for a token.
         """
+        return joined(self.joining(prompt))
+
+    def joining(self, prompt: Sequence[int]) -> Iterator[tuple[int, np.ndarray] | None]:
+        """The same piece by piece: None after each but the last. Others may go on and leave meanwhile; nobody joins."""
         if self.full:
             raise EngineUnavailable(f"the batch is full: {self.max_batch} texts")
         if not 0 < len(prompt) < self._max_length:
             raise EngineUnavailable(f"a prompt of {len(prompt)} tokens; valid: 1 to {self._max_length - 1}")
         input_ids = np.array([prompt], dtype=np.int64)
-        logits = self._reader.prefill(input_ids, np.ones_like(input_ids), last_only=True)[0, -1]
+        mask = np.ones_like(input_ids)
+        logits = self._reader.prefill(input_ids[:, :PIECE], mask[:, :PIECE], last_only=True)
+        for start in range(PIECE, len(prompt), PIECE):
+            yield None
+            end = start + PIECE
+            logits = self._reader._step(input_ids[:, start:end], mask[:, :end], keep=1)
+        yield self._add(prompt, logits[0, -1])
+
+    def _add(self, prompt: Sequence[int], logits: np.ndarray) -> tuple[int, np.ndarray]:
+        """Give the text that was read a row of its own."""
         if len(prompt) > self._length:
             self._move(len(prompt))
         self._reserve(self._length + 1)
@@ -260,6 +278,10 @@ class OneText:
 
     def join(self, prompt: Sequence[int]) -> tuple[int, np.ndarray]:
         """Read a prompt as the only text; returns its number, 0, and the logits (vocabulary,) of its next token."""
+        return joined(self.joining(prompt))
+
+    def joining(self, prompt: Sequence[int]) -> Iterator[tuple[int, np.ndarray] | None]:
+        """The same, in one piece: there is nobody who could go on meanwhile."""
         if self.full:
             raise EngineUnavailable("the batch is full: 1 text")
         if not 0 < len(prompt) < self._max_length:
@@ -267,7 +289,7 @@ class OneText:
         input_ids = np.array([prompt], dtype=np.int64)
         logits = self._runner.prefill(input_ids, np.ones_like(input_ids), last_only=True)
         self._length = len(prompt)
-        return 0, logits[0, -1]
+        yield 0, logits[0, -1]
 
     def step(self, tokens: Mapping[int, int]) -> dict[int, np.ndarray]:
         """Append one token to the text; returns the logits (vocabulary,) of its next one."""
@@ -280,6 +302,11 @@ class OneText:
     def leave(self, number: int) -> None:
         """End the text; another can join."""
         self._length = 0
+
+
+def joined(reading: Iterator[tuple[int, np.ndarray] | None]) -> tuple[int, np.ndarray]:
+    """The text that a prompt has become, when all of it is read."""
+    return next(filter(None, reading))
 
 
 def view(value: Any) -> np.ndarray:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
@@ -24,9 +24,9 @@ from trsp_deploy.tools.runners.generation import Sampling, choose, penalised
 from trsp_deploy.tools.serving.requests import GenerationRequest, RequestError
 from trsp_deploy.tools.serving.text import TextStream
 
-# Prompts read between two steps, so that requests being answered do not wait for all new ones: so many at most, and
-# none is begun after so long.
-JOINS, READING_S = 8, 0.25
+# Pieces of prompts read between two steps, so that requests being answered do not wait for all new ones: so many at
+# most, and none is begun after so long.
+PIECES, READING_S = 8, 0.25
 LOOK_S = 0.5  # between two looks at who of a full queue has left: each asks the server about everyone in it
 # Whatever may go wrong with one request; a panic of the tokenizers' Rust is no Exception.
 ANYTHING = BaseException
@@ -64,7 +64,7 @@ class Batch(Protocol):
     @property
     def full(self) -> bool: ...
 
-    def join(self, prompt: Sequence[int]) -> tuple[int, np.ndarray]: ...
+    def joining(self, prompt: Sequence[int]) -> Iterator[tuple[int, np.ndarray] | None]: ...
 
     def step(self, tokens: dict[int, int]) -> dict[int, np.ndarray]: ...
 
@@ -91,6 +91,14 @@ class _Running:
     stop_tokens: frozenset[int]  # stop strings that are one special token each, and so never show in the text
     tokens: list[int] = field(default_factory=list)
     text: str = ""  # not sent yet
+
+
+@dataclass
+class _Joining:
+    """One text whose prompt the engine is reading."""
+
+    running: _Running  # as it will be
+    reading: Iterator[tuple[int, np.ndarray] | None]
 
 
 class ServingLoop:
@@ -126,6 +134,7 @@ class ServingLoop:
         self._news = threading.Condition()  # around `_waiting`: someone came, or the end has
         self._stopping = threading.Event()
         self._looked_s = -LOOK_S  # when it was last looked who has left
+        self._joining: _Joining | None = None
         self._running: dict[int, _Running] = {}
         self._thread = threading.Thread(target=self._serve, name="trsp-deploy-serving", daemon=True)
         self._thread.start()
@@ -161,7 +170,8 @@ class ServingLoop:
 
     def _crowded(self) -> bool:
         """Whether as many wait as may, beside those whom the batch has room for."""
-        return len(self._waiting) + len(self._running) >= self._most_waiting + self._batch.max_batch
+        inside = len(self._running) + (self._joining is not None)
+        return len(self._waiting) + inside >= self._most_waiting + self._batch.max_batch
 
     def _forget_who_left(self) -> None:
         """Answer those who wait and whose client is gone; they would be in the way of others. The loop goes on
@@ -186,27 +196,51 @@ class ServingLoop:
         for number in list(self._running):
             self._finish(number, "error", STOPPING, "stopping")
         with self._news:
-            for waiting in self._waiting:
-                waiting.ticket.send(Answer("", 0, "error", STOPPING, "stopping"))
+            left = [waiting.ticket for waiting in self._waiting]
+        for ticket in [self._joining.running.ticket, *left] if self._joining is not None else left:
+            ticket.send(Answer("", 0, "error", STOPPING, "stopping"))
 
     def _admit(self) -> None:
-        """Let in waiting requests while there is room; with none running, wait for one."""
+        """Read the prompts of waiting requests while there is room; with none running, wait for one."""
         began_s: float | None = None
-        for _ in range(JOINS):
-            if self._batch.full or (began_s is not None and time.monotonic() - began_s >= READING_S):
-                return
-            waiting = self._next()
-            if waiting is None:
+        for _ in range(PIECES):
+            if self._joining is None and not self._begin():
                 return
             began_s = began_s or time.monotonic()
-            if _cancelled(waiting.ticket):
-                waiting.ticket.send(Answer("", 0, "cancelled"))
-                continue
+            self._read_on()
+            if time.monotonic() - began_s >= READING_S:
+                return
+
+    def _begin(self) -> bool:
+        """Let in who has waited longest; whether there was room, and anyone."""
+        waiting = None if self._batch.full else self._next()
+        if waiting is not None:
             # Whatever goes wrong is one client's: a thread that ends would leave all of them waiting for ever.
             try:
-                self._join(waiting)
+                self._joining = self._let_in(waiting)
             except ANYTHING as problem:
                 _refuse(waiting.ticket, problem)
+        return waiting is not None
+
+    def _read_on(self) -> None:
+        """Read a piece of the prompt of who was let in; with the last one the text runs."""
+        if self._joining is None:  # who was let in could not be
+            return
+        running, found = self._joining.running, None
+        if _cancelled(running.ticket):
+            self._joining = None
+            running.ticket.send(Answer("", 0, "cancelled"))
+            return
+        try:
+            found = next(self._joining.reading)
+        except ANYTHING as problem:
+            self._joining = None
+            _refuse(running.ticket, problem)
+        if found is not None:
+            self._joining = None
+            number, logits = found
+            self._running[number] = running
+            self._take(number, logits)
 
     def _next(self) -> _Waiting | None:
         """Who has waited longest; None where nobody does and texts are running, or at the end."""
@@ -240,7 +274,7 @@ class ServingLoop:
             ticket = replace(ticket, request=request)
         return _Waiting(ticket, prompt)
 
-    def _join(self, waiting: _Waiting) -> None:
+    def _let_in(self, waiting: _Waiting) -> _Joining:
         ticket, prompt = waiting.ticket, waiting.prompt
         request = ticket.request
         running = _Running(
@@ -252,9 +286,7 @@ class ServingLoop:
             frozenset(self._special[word] for word in request.stop if word in self._special),
             text="" if request.exclude_input_in_output else request.text_input,
         )
-        number, logits = self._batch.join(prompt)
-        self._running[number] = running
-        self._take(number, logits)
+        return _Joining(running, self._batch.joining(prompt))
 
     def _step(self) -> None:
         try:
