@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import socket
+import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -19,6 +22,7 @@ import pytest
 
 from tests.command import PYTHON_SCRIPT
 from trsp_deploy.errors import RunError, StorageError
+from trsp_deploy.stages.serve_bench import started
 from trsp_deploy.tools.triton_server import process
 from trsp_deploy.tools.triton_server.process import Installation, Server, find, start, stop
 
@@ -39,6 +43,33 @@ WITH_A_MODEL = READY.replace(
     "HTTPServer((",
     'subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", options["backend-config"]])\nHTTPServer((',
 ).replace("import sys\n", "import subprocess\nimport sys\n", 1)
+# Does not end when it is asked to.
+STUBBORN = READY.replace("import sys\n", "import signal, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n", 1)
+STUBBORN_WITH_A_MODEL = WITH_A_MODEL.replace(
+    "import sys\n", "import signal, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n", 1
+)
+# `bench-server` in the middle of a measurement: repository, program and the folder in place of /dev/shm are given.
+BENCH = """
+import sys, time
+from pathlib import Path
+from trsp_deploy.cli.supervision import supervised
+from trsp_deploy.stages.serve_bench import started
+from trsp_deploy.tools.triton_server import process
+
+def work():
+    try:
+        with started(repository, None):
+            server = process.find(repository)
+            (process.SHARED_MEMORY / f"{server.shared_memory}1").touch()
+            print("loads", flush=True)
+            time.sleep(60)
+    finally:
+        print("stopped", flush=True)
+
+repository, program, process.SHARED_MEMORY = map(Path, sys.argv[1:])
+process.find_installation = lambda server: process.Installation(binary=program)
+supervised(work)
+"""
 # Finds its port taken, after the other server has answered for it.
 ENDS = """#!/bin/sh
 while [ ! -e "$(dirname "$0")/answered" ]; do sleep 0.01; done
@@ -255,3 +286,57 @@ def test_what_is_said_to_stop_a_server_can_be_copied(repository: Path) -> None:
     with pytest.raises(RunError, match=f"is served already on port [0-9]+; `trsp-deploy triton-stop '{spaced}'`"):
         start(spaced, program(repository, READY))
     assert stop(spaced, grace_s=0).was_running
+
+
+@pytest.fixture
+def stubborn(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in place of /dev/shm, where servers do not end when they are asked to."""
+    monkeypatch.setattr(process, "SHARED_MEMORY", tmp_path / "shm")
+    monkeypatch.setattr(process, "find_installation", lambda server=None: program(repository, STUBBORN))
+    (tmp_path / "shm").mkdir()
+    return tmp_path / "shm"
+
+
+def test_ctrl_c_in_a_bench_leaves_nothing_of_its_server(repository: Path, stubborn: Path) -> None:
+    """The process that waits for it kills it after a second, and the server had thirty."""
+    with pytest.raises(KeyboardInterrupt), started(repository, None):
+        server = find(repository)
+        assert server is not None
+        (stubborn / f"{server.shared_memory}1").touch()
+        began = time.monotonic()
+        raise KeyboardInterrupt
+    assert time.monotonic() - began < 3
+    assert not list(stubborn.iterdir()) and not (process._folder(repository) / process.STATE).exists()
+    assert not process._processes(server)
+
+
+def test_ctrl_c_in_a_bench_leaves_nothing_within_the_second_that_it_has(repository: Path, tmp_path: Path) -> None:
+    """The process that waits for it adopts the models of the killed server, and they stay zombies until it ends."""
+    (tmp_path / "shm").mkdir()
+    server = program(repository, STUBBORN_WITH_A_MODEL)
+    command = [sys.executable, "-c", BENCH, repository, server.binary, tmp_path / "shm"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as bench:
+        assert bench.stdout is not None and bench.stdout.readline() == b"loads\n"
+        assert list((tmp_path / "shm").iterdir())
+        bench.send_signal(signal.SIGINT)
+        assert bench.stdout.read() == b"stopped\n"
+    assert not list((tmp_path / "shm").iterdir()) and not (process._folder(repository) / process.STATE).exists()
+
+
+def test_ctrl_c_while_a_server_ends_leaves_nothing_of_it(
+    repository: Path, stubborn: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start(repository, process.find_installation())
+    (stubborn / f"{server.shared_memory}1").touch()
+    wait_procs = psutil.wait_procs
+    with monkeypatch.context() as interrupted:
+
+        def wait(*_: object, **__: object) -> None:
+            interrupted.setattr(psutil, "wait_procs", wait_procs)
+            raise KeyboardInterrupt
+
+        interrupted.setattr(psutil, "wait_procs", wait)
+        with pytest.raises(KeyboardInterrupt):
+            stop(repository)
+    assert not list(stubborn.iterdir()) and not (process._folder(repository) / process.STATE).exists()
+    assert not process._processes(server)

@@ -62,8 +62,10 @@ def started(repository: Path, server: Path | None) -> Iterator[Address]:
     running = triton_server.start(repository, triton_server.find_installation(server))
     try:
         yield Address(http=f"127.0.0.1:{running.http}", grpc=f"127.0.0.1:{running.grpc}")
-    finally:
-        triton_server.stop(repository)
+    except BaseException:
+        triton_server.stop(repository, grace_s=0)  # after Ctrl-C there is a second for all of it
+        raise
+    triton_server.stop(repository)
 
 
 Serve = Callable[[], contextlib.AbstractContextManager[Address]]  # called for each replicate

@@ -254,9 +254,11 @@ def stop(repository: Path, grace_s: float = GRACE_S) -> Stopped:
         for process in main if grace_s > 0 else []:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGTERM)
-        # Its stubs end with it; nothing would end those of a killed one.
-        psutil.wait_procs(running, timeout=grace_s if main else 0)
-        killed, removed = _clear_up(repository, server)
+        try:
+            # Its stubs end with it; nothing would end those of a killed one.
+            psutil.wait_procs(running, timeout=grace_s if main else 0)
+        finally:  # after Ctrl-C too: nobody comes back for what it leaves
+            killed, removed = _clear_up(repository, server)
     return Stopped(was_running=bool(main), killed=killed, removed=removed)
 
 
@@ -266,13 +268,28 @@ def _clear_up(repository: Path, server: Server) -> tuple[int, tuple[str, ...]]:
     for process in left:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(left, timeout=GRACE_S)
+    # Before they have gone, which of many gigabytes takes longer than there is after Ctrl-C.
     files = sorted(SHARED_MEMORY.glob(f"{server.shared_memory}*"))
     for file in files:
         file.unlink(missing_ok=True)
     if _last(repository) == server:  # and none that another command has started since
         (_folder(repository) / STATE).unlink()
+    _wait_for_end(left)
     return len(left), tuple(file.name for file in files)
+
+
+def _wait_for_end(killed: list[psutil.Process]) -> None:
+    """Of killed processes, those that are zombies among them: whom a model's fell to may not ask for its exit code."""
+    until = time.monotonic() + GRACE_S
+    while killed and time.monotonic() < until:
+        _, left = psutil.wait_procs(killed, timeout=POLL_S)
+        killed = [process for process in left if not _is_zombie(process)]
+
+
+def _is_zombie(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.status() == psutil.STATUS_ZOMBIE
+    return True
 
 
 @contextlib.contextmanager
