@@ -232,8 +232,9 @@ def test_command_lines(tally, sandbox, watch):
 
 
 def _below(path: str, folder: Path) -> bool:
-    """Whether it is in the folder, is the folder, leads to it, or is on its way to be it (`.NAME.partial`, or a trial
-    of the nearest folder that is there)."""
+    """Whether it is in the folder, is the folder, leads to it, or is on its way to be it (`.NAME.partial` and what is
+    in it, or a trial of the nearest folder that is there)."""
     written = Path(path)
-    aside = written.parent in folder.parents and written.name.startswith(f".{folder.name}.")
+    on_its_way = (each for each in (written, *written.parents) if each.name.startswith(f".{folder.name}."))
+    aside = any(each.parent in folder.parents for each in on_its_way)
     return aside or folder in (written, *written.parents) or written in folder.parents or "__pycache__" in path

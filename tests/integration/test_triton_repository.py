@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -168,18 +170,24 @@ def test_dense_and_pruned_have_one_engine(served_run: Path, tmp_path: Path) -> N
         measure_served(mixed, lambda: contextlib.nullcontext(Address("", "")), generator, LoadSettings())
 
 
+def profiled(run: Path, out: Path, sequence: int) -> Path:
+    """The run's pruned engine, as one of TensorRT that reads so many tokens in a call."""
+    engine = Path(shutil.copytree(run / "engines" / "ort-cpu-fp32" / "pruned", out))
+    one = {"min": 1, "opt": 1, "max": 1}
+    profile = {"batch": one, "sequence": {**one, "max": sequence}, "past": {"min": 0, "opt": 64, "max": 127}}
+    spec = EngineSpec.model_validate({**load_engine_spec("tensorrt-fp16").model_dump(), "profiles": [profile]})
+    found = read_manifest(engine).model_copy(update={"spec": spec, "spec_sha256": spec_sha256(spec)})
+    write_json(engine / "manifest.json", found)
+    return engine
+
+
 @needs_schema
 @pytest.mark.parametrize(("sequence", "expected"), [(16, 16), (127, None)])
 def test_a_server_is_told_how_long_a_prompt_the_engine_reads(
     sequence: int, expected: int | None, served_run: Path, tmp_path: Path
 ) -> None:
     """By TensorRT's profiles: a text ends where the longest cache does, and a prompt where one call does."""
-    engine = Path(shutil.copytree(served_run / "engines" / "ort-cpu-fp32" / "pruned", tmp_path / "engine"))
-    one = {"min": 1, "opt": 1, "max": 1}
-    profile = {"batch": one, "sequence": {**one, "max": sequence}, "past": {"min": 0, "opt": 64, "max": 127}}
-    spec = EngineSpec.model_validate({**load_engine_spec("tensorrt-fp16").model_dump(), "profiles": [profile]})
-    found = read_manifest(engine).model_copy(update={"spec": spec, "spec_sha256": spec_sha256(spec)})
-    write_json(engine / "manifest.json", found)
+    engine = profiled(served_run, tmp_path / "engine", sequence)
     made = write_repository({"pruned": engine}, served_run / "pruned", {"pruned": "m"}, tmp_path / "repository", 4)
     settings = json.loads((tmp_path / "repository/m/1/serving.json").read_text())
     assert (settings["max_length"], settings.get("max_prompt")) == (128, expected)
@@ -249,6 +257,35 @@ def test_folders_that_are_none_of_its_own_stay(served_run: Path, tmp_path: Path)
     done = trsp_deploy("triton", "run", "--out", str(engines), "--name", "ort-cpu-fp32", cwd=served_run.parent)
     assert done.code == 1 and f"--out {engines}: is a part of the run {served_run}" in done.said
     assert (engines / "ort-cpu-fp32" / "pruned" / "manifest.json").is_file()
+
+
+@needs_schema
+def test_a_repository_whose_surroundings_are_not_ours_is_written(
+    served_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The root of a container is nobody's who is not root. Root, which may run the tests, is refused nothing."""
+    out = tmp_path / "volume" / "models"
+    out.mkdir(parents=True)
+    make, open_file = os.mkdir, os.open
+
+    def refuse(path: Any) -> None:
+        if Path(path).parent == out.parent and not os.path.lexists(path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    def mkdir(path: Any, *rest: Any, **more: Any) -> None:
+        refuse(path)
+        make(path, *rest, **more)
+
+    def opened(path: Any, flags: int, *rest: Any, **more: Any) -> int:
+        if flags & os.O_CREAT:
+            refuse(path)
+        return open_file(path, flags, *rest, **more)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    monkeypatch.setattr(os, "open", opened)
+    done = trsp_deploy("triton", "run", "--name", "m", "--out", str(out), cwd=served_run.parent)
+    assert done.code == 0, done.said
+    assert (out / "m" / "config.pbtxt").is_file() and [path.name for path in out.parent.iterdir()] == ["models"]
 
 
 @needs_schema

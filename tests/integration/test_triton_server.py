@@ -407,6 +407,28 @@ def echo(batch: int, policy: str = "") -> str:
 
 @needs_schema
 @needs_server
+def test_a_folder_that_is_no_model_keeps_the_server_from_starting_and_a_file_does_not(tmp_path: Path) -> None:
+    """Which `triton` must not leave, hidden or not, and the linter calls an error."""
+    repository = tmp_path / "repository"
+    (repository / "m" / "1").mkdir(parents=True)
+    (repository / "m" / "config.pbtxt").write_text(f'name: "m"\n{echo(0)}')
+    (repository / "m" / "1" / "model.py").write_text(ECHO)
+    for name in (".lock", ".README.md.partial"):
+        (repository / name).touch()
+    with TritonServer(repository):
+        pass
+    shutil.copytree(repository / "m", tmp_path / "whole")
+    (tmp_path / "hidden").mkdir()
+    for source, name in (("whole", ".m.partial"), ("hidden", ".hidden")):
+        folder = Path(shutil.copytree(tmp_path / source, repository / name))
+        assert trsp_deploy("triton-lint", "repository", cwd=tmp_path).code == 2
+        with pytest.raises(RunError, match="tritonserver ended"), TritonServer(repository):
+            pass
+        shutil.rmtree(folder)
+
+
+@needs_schema
+@needs_server
 @pytest.mark.parametrize(
     ("models", "found", "refused"),
     [

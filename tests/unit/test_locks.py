@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from trsp_deploy.artifacts import locked, locks, writing, writing_alone
+from trsp_deploy.artifacts.locks import check_not_written
 from trsp_deploy.errors import RunError, StorageError
 
 
@@ -26,6 +27,51 @@ def test_the_second_is_refused_and_told_by_whom(tmp_path: Path) -> None:
     with writing_alone(tmp_path / "engine"):
         pass
     assert list(tmp_path.iterdir()) == []  # no lock file is left
+
+
+def test_a_folder_that_is_added_to_has_its_lock_within(tmp_path: Path) -> None:
+    """A lock beside a volume is beside it in one container alone."""
+    with writing_alone(tmp_path / "models", within=True) as place:
+        assert [path.name for path in tmp_path.rglob("*")] == ["models", ".lock"]
+        with pytest.raises(RunError, match="models: in use by another"), writing_alone(place, within=True):
+            pytest.fail("two at once")
+        with pytest.raises(RunError, match="models: in use by another"):
+            check_not_written(place)
+        (place / "m").mkdir()
+    check_not_written(place)
+    with pytest.raises(ZeroDivisionError), writing_alone(tmp_path / "refused", within=True):
+        raise ZeroDivisionError
+    assert [path.name for path in tmp_path.rglob("*")] == ["models", "m"]
+
+
+def test_what_waits_for_a_folder_that_goes_with_its_lock_makes_it_anew(tmp_path: Path) -> None:
+    """Of a command that was refused, in a folder that it had made."""
+    begun, ended = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with writing_alone(tmp_path / "models", within=True):
+            begun.set()
+            ended.wait(20)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert begun.wait(20)
+    threading.Timer(0.2, ended.set).start()
+    with writing_alone(tmp_path / "models", within=True) as place:
+        assert (place / ".lock").is_file()
+    thread.join()
+
+
+def test_a_lock_file_that_nobody_holds_keeps_nobody_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a kill leaves it, and on a file system where nobody can hold one."""
+    (tmp_path / ".lock").write_text("1 elsewhere")
+    check_not_written(tmp_path)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(locks.fcntl, "flock", refuse)
+    check_not_written(tmp_path)
 
 
 @pytest.mark.parametrize("there", [True, False])

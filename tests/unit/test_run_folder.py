@@ -270,6 +270,28 @@ def test_folder_is_replaced_whole(tmp_path):
     assert size_bytes(tmp_path / "model") == 3
 
 
+def test_a_folder_is_made_and_put_aside_elsewhere(tmp_path, monkeypatch):
+    """Whoever reads the folder around it sees it whole, or not at all, and nothing else."""
+    shelf, staging, seen = tmp_path / "shelf", tmp_path / "staging", []
+    staging.mkdir()
+    replace = Path.replace
+
+    def listen(self, target):
+        seen.append(names(shelf))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", listen)
+    for content in ("old", "new"):
+        with writing(shelf / "model", staging) as partial:
+            partial.mkdir()
+            (partial / content).touch()
+    assert seen == [[], ["model"], []]
+    with pytest.raises(ValueError, match="half-way"), writing(shelf / "model", staging) as partial:
+        partial.mkdir()
+        raise ValueError("half-way")
+    assert names(shelf) == ["model"] and names(shelf / "model") == ["new"] and names(staging) == []
+
+
 def test_a_file_never_takes_a_folders_place(tmp_path):
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "precious.txt").write_text("x")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,10 @@ import pytest
 from tests.made_run import made_run, served_repository
 from tests.tiny import save_tiny
 from trsp_deploy import cli
-from trsp_deploy.artifacts import fingerprint, write_json
+from trsp_deploy.artifacts import fingerprint, write_json, writing_alone
 from trsp_deploy.errors import RunError
 from trsp_deploy.stages import triton_repository
-from trsp_deploy.stages.triton_repository import _link_engine
+from trsp_deploy.stages.triton_repository import _link_engine, write_repository
 from trsp_deploy.tools.model_repository.manifest import read_repository
 from trsp_deploy.tools.runners.manifest import read_manifest
 
@@ -63,10 +66,80 @@ def test_fewer_texts_at_once_than_were_asked_for_are_said(
     write_json(engine / "manifest.json", read_manifest(engine).model_copy(update={"padding": False}))
     monkeypatch.setattr(triton_repository, "parse_config", lambda text, where: None)  # by a schema that is fetched
     said: list[str] = []
-    made = triton_repository._write_model(engine, "pruned", tmp_path / "model", "m", tmp_path, asked, 8, said.append)
+    model, folder = tmp_path / "model", tmp_path / "m"
+    made = triton_repository._write_model(engine, "pruned", model, "m", folder, asked, 8, said.append)
     assert made.max_batch == 1
     words = "--max-batch 4: m's engine ort-cpu-fp32 serves one text at a time: its graph gets padded texts wrong"
     assert said == ([words] if asked == 4 else [])
+
+
+@pytest.fixture
+def write(engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], object]:
+    """Writes a repository of one model, without Triton's schema, which is fetched."""
+    save_tiny("llama", tmp_path / "model")
+    write_json(engine / "manifest.json", read_manifest(engine).model_copy(update={"padding": False}))
+    monkeypatch.setattr(triton_repository, "parse_config", lambda text, where: None)
+    return lambda out: write_repository({"pruned": engine}, tmp_path / "model", {"pruned": "m"}, out, 1)
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The folders in tmp_path / "volume" / "models" before each rename of one: what a server that starts finds."""
+    found: list[list[str]] = []
+    replace = Path.replace
+
+    def listen(self: Path, target: Path) -> Path:
+        if self.is_dir():
+            models = tmp_path / "volume" / "models"
+            found.append(sorted(path.name for path in models.iterdir() if path.is_dir()))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", listen)
+    return found
+
+
+def test_a_server_that_starts_meanwhile_finds_whole_models_alone(
+    write: Callable[[Path], object], folders: list[list[str]], tmp_path: Path
+) -> None:
+    """Triton takes a folder for a model whatever its name, and does not start with one that is none."""
+    out, killed = tmp_path / "volume" / "models", tmp_path / "volume" / ".models.partial" / ".m.partial"
+    killed.mkdir(parents=True)
+    write(out)
+    for name in (".m.partial", ".old.former"):  # of a kill where there is no other place
+        (out / name).mkdir()
+    write(out)
+    assert folders == [[], ["m"], []]
+    assert sorted(path.name for path in out.iterdir()) == ["Dockerfile", "MANIFEST.json", "README.md", "m"]
+    assert [path.name for path in out.parent.iterdir()] == ["models"]
+
+
+def test_a_repository_on_a_disk_of_its_own_is_written_within(
+    write: Callable[[Path], object], folders: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a volume in a container: nothing can be renamed into it from beside it."""
+    out = tmp_path / "volume" / "models"
+    replace = Path.replace
+
+    def within_a_disk(self: Path, target: Path) -> Path:
+        if self.is_relative_to(out) != Path(target).is_relative_to(out):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(self))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", within_a_disk)
+    for _ in range(2):
+        write(out)
+    assert folders == [[".m.partial"], [".m.partial", "m"], [".m.former", ".m.partial"]]
+    assert sorted(path.name for path in out.iterdir()) == ["Dockerfile", "MANIFEST.json", "README.md", "m"]
+    assert [path.name for path in out.parent.iterdir()] == ["models"]
+
+
+def test_two_writers_of_a_repository_exclude_each_other(write: Callable[[Path], object], tmp_path: Path) -> None:
+    out = tmp_path / "models"
+    with writing_alone(out, within=True):
+        with pytest.raises(RunError, match="models: in use by another trsp-deploy"):
+            write(out)
+        assert [path.name for path in out.iterdir()] == [".lock"]
+    write(out)
 
 
 def test_a_models_folder_takes_no_repository(

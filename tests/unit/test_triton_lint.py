@@ -346,8 +346,8 @@ def test_the_tokenizer_of_a_foreign_model_is_looked_for(folder: str, line: str, 
 
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "vocab.json", "spiece.model"])
-def test_a_folder_without_a_tokenizer_is_named(file: str, model: Path, tmp_path: Path) -> None:
-    folder = tmp_path / ".tokenizer"  # no model: its name begins with a dot
+def test_a_folder_without_a_tokenizer_is_named(file: str, model: Path) -> None:
+    folder = model / "tokenizer"
     folder.mkdir()
     (folder / "config.json").touch()
     (model / "config.pbtxt").write_text(with_tokenizer(str(folder)))
@@ -375,6 +375,24 @@ def test_a_file_for_each_kind_of_gpu_is_in_place_of_one_for_all(model: Path) -> 
         "error: m: 1/ada.onnx is missing, which is for GPUs of compute capability 8.9",
         "warning: m: 1/model.onnx is missing: only GPUs of compute capability 7.5, 8.9 have a file",
     ]
+
+
+UNFINISHED = "`trsp-deploy triton` has not finished it, and no server starts beside it: run that command again"
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        (".m.partial", UNFINISHED),
+        (".m.former", UNFINISHED),
+        (".git", "config.pbtxt is missing, and the server takes hidden folders for models too: move it elsewhere"),
+        ("lost+found", "config.pbtxt is missing"),
+    ],
+)
+def test_a_folder_that_is_no_model_keeps_the_server_from_starting(name: str, line: str, model: Path) -> None:
+    (model.parent / name).mkdir()
+    (model.parent / ".lock").touch()  # files do no harm
+    assert said(model).startswith(f"error: {name}: {line}") and "\n" not in said(model)
 
 
 def test_missing_parts(model: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ import psutil
 import pytest
 
 from tests.command import PYTHON_SCRIPT
+from trsp_deploy.artifacts import writing_alone
 from trsp_deploy.errors import RunError, StorageError
 from trsp_deploy.stages.serve_bench import started
 from trsp_deploy.tools.triton_server import process
@@ -286,6 +287,15 @@ def test_what_is_said_to_stop_a_server_can_be_copied(repository: Path) -> None:
     with pytest.raises(RunError, match=f"is served already on port [0-9]+; `trsp-deploy triton-stop '{spaced}'`"):
         start(spaced, program(repository, READY))
     assert stop(spaced, grace_s=0).was_running
+
+
+def test_a_repository_that_is_being_written_is_not_served(repository: Path) -> None:
+    """A model that is not whole keeps the server from starting."""
+    said = rf"repository: in use by another trsp-deploy \(process {os.getpid()}\)"
+    with writing_alone(repository, within=True), pytest.raises(RunError, match=said):
+        start(repository, program(repository, READY))
+    assert find(repository) is None
+    assert start(repository, program(repository, READY)) == find(repository)
 
 
 @pytest.fixture

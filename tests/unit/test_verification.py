@@ -397,6 +397,11 @@ def test_a_repository(repository: Path) -> None:
     assert found(repository) == {("changed", "m/1/model.py"), ("unknown", "m/1/more.py")}
 
 
+def test_the_lock_of_a_triton_that_was_killed_is_no_part_of_its_repository(repository: Path) -> None:
+    (repository / ".lock").write_text("1 here")
+    assert verify(repository).whole
+
+
 def test_what_lies_beside_a_repositorys_models_is_held_too(repository: Path) -> None:
     (repository / "compose.yaml").write_text("made")
     files = {"compose.yaml": fingerprint(repository / "compose.yaml")}

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from trsp_deploy.artifacts.layout import LOCK
 from trsp_deploy.artifacts.storage import storage_errors
 from trsp_deploy.errors import RunError, StorageError
 
@@ -29,10 +30,11 @@ def locked(lock: Path, what: Path, patience_s: float | None = PATIENCE_S) -> Ite
     try:
         while True:
             if not _taken(handle, lock, patience_s):
-                raise RunError(f"{what}: in use by another trsp-deploy ({_holder(handle)})")
+                raise _in_use(what, handle)
             if _is_there(lock, handle):
                 break
             os.close(handle)  # its holder has removed it: a third command would lock the next one
+            lock.parent.mkdir(exist_ok=True)  # and the folder, where nothing else was in it
             handle = _open(lock)
         with storage_errors(lock):
             _sign(handle, lock)
@@ -42,13 +44,16 @@ def locked(lock: Path, what: Path, patience_s: float | None = PATIENCE_S) -> Ite
 
 
 @contextlib.contextmanager
-def writing_alone(folder: Path) -> Iterator[Path]:
-    """Keep other commands from writing a folder that is no run and has no lock inside, by a lock beside it.
+def writing_alone(folder: Path, *, within: bool = False) -> Iterator[Path]:
+    """Keep other commands from writing a folder that is no run, by a lock beside it.
 
+    within: by one in the folder, of one that is added to and not replaced: where it is a volume, two containers share
+    nothing else, and what is around it may be nobody's to write.
     Yields where to write: of a link the folder that it leads to, there or not, and the link stays one.
     """
     place = folder.resolve() if folder.is_symlink() else folder
-    lock = place.absolute().with_name(f".{place.absolute().name}.lock")
+    lock = place / LOCK if within else place.absolute().with_name(f".{place.absolute().name}.lock")
+    new = within and not place.exists()
     with storage_errors(folder):
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
@@ -59,6 +64,25 @@ def writing_alone(folder: Path) -> Iterator[Path]:
             yield place
         finally:
             lock.unlink(missing_ok=True)
+            if new:
+                with contextlib.suppress(OSError):
+                    place.rmdir()  # where nothing came of it
+
+
+def check_not_written(folder: Path) -> None:
+    """Raise RunError while a command writes a folder that has its lock within; nothing is made there."""
+    lock = folder / LOCK
+    try:
+        handle = os.open(lock, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return  # nobody's
+    try:
+        if not _taken(handle, lock, PATIENCE_S, fcntl.LOCK_SH):
+            raise _in_use(folder, handle)
+    except StorageError:
+        pass  # of a file system without locks, where nobody can hold one
+    finally:
+        os.close(handle)
 
 
 def _open(lock: Path) -> int:
@@ -87,11 +111,11 @@ def _is_there(lock: Path, handle: int) -> bool:
         return False
 
 
-def _taken(handle: int, lock: Path, patience_s: float | None) -> bool:
+def _taken(handle: int, lock: Path, patience_s: float | None, kind: int = fcntl.LOCK_EX) -> bool:
     until = None if patience_s is None else time.monotonic() + patience_s
     while True:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if until is None else fcntl.LOCK_NB))
+            fcntl.flock(handle, kind | (0 if until is None else fcntl.LOCK_NB))
             return True
         except BlockingIOError:
             if until is not None and time.monotonic() > until:
@@ -104,6 +128,10 @@ def _taken(handle: int, lock: Path, patience_s: float | None) -> bool:
                 "name a folder on another one"
             ) from problem
         time.sleep(0.02)
+
+
+def _in_use(what: Path, handle: int) -> RunError:
+    return RunError(f"{what}: in use by another trsp-deploy ({_holder(handle)})")
 
 
 def _holder(handle: int) -> str:

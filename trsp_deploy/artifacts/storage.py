@@ -96,13 +96,15 @@ def _check_kind(target: Path) -> None:
 
 
 @contextlib.contextmanager
-def writing(target: Path) -> Iterator[Path]:
+def writing(target: Path, staging: Path | None = None) -> Iterator[Path]:
     """Yield a path beside `target` to write a file or folder to; it takes target's place on success.
 
+    staging: a folder of the same disk to have that in, and what is replaced, where neither may stand beside target.
     After an error or a kill the target is what it was before, or, of a folder, gone: it is never half of anything. When
     this returns it is on the disk by its name, which a power cut then leaves.
     """
-    partial, former = (target.with_name(f".{target.name}.{state}") for state in ("partial", "former"))
+    aside = target if staging is None else staging / target.name
+    partial, former = (aside.with_name(f".{target.name}.{state}") for state in ("partial", "former"))
     there = nearest_existing(target.absolute().parent)
     with storage_errors(target):
         _check_kind(target)
@@ -111,8 +113,8 @@ def writing(target: Path) -> Iterator[Path]:
         except (FileExistsError, NotADirectoryError, FileNotFoundError) as problem:
             said = f"{problem.filename}: {problem.strerror}"
             raise StorageError(f"{target}: its folder cannot be made ({said})") from problem
-        _remove(partial)
-        _remove(former)
+        remove(partial)
+        remove(former)
         try:
             with storage_errors(target):  # before the next lines make room again: how full the disk is explains much
                 yield partial
@@ -123,17 +125,17 @@ def writing(target: Path) -> Iterator[Path]:
             if target.is_dir():
                 target.replace(former)
             partial.replace(target)
-            _remove(partial)  # which is still there where both are names of one file: a rename does nothing then
+            remove(partial)  # which is still there where both are names of one file: a rename does nothing then
             for folder in target.absolute().parents:
                 _sync_names(folder)
                 if folder == there:  # the ones below are new, and their names too
                     break
         except BaseException:
-            _remove(partial)
+            remove(partial)
             if former.exists() and not target.exists():
                 former.replace(target)
             raise
-        _remove(former)
+        remove(former)
 
 
 def share_weights(folder: Path) -> None:
@@ -171,7 +173,8 @@ def write_json(path: Path, value: BaseModel | Mapping[str, Any]) -> None:
         partial.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file, a folder with all that is in it, or a link, where one is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -60,7 +60,7 @@ def triton(
     as_json: Json = False,
 ) -> None:
     """Write a Triton model repository that generates text with a run's engine."""
-    from trsp_deploy.artifacts import RunLayout, check_made, writing_alone
+    from trsp_deploy.artifacts import RunLayout, check_made
     from trsp_deploy.stages.triton_repository import write_repository
     from trsp_deploy.tools.measuring.subjects import common_engine, find_engine
 
@@ -71,8 +71,7 @@ def triton(
     check_made(run, "prune", "pruned")  # its tokenizer goes along
     base = name or f"{run.resolve().name}-pruned"
     names: dict[Role, str] = {"pruned": base, "dense": f"{base}-dense"}
-    with writing_alone(out) as place:
-        made = write_repository(engines, run / "pruned", names, place, max_batch, max_length, step=step, say=say)
+    made = write_repository(engines, run / "pruned", names, out, max_batch, max_length, step=step, say=say)
     output = Output(as_json)
     output.say(
         *(f"{out / model.name}: {model.limits}" for model in made.models),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import onnx
@@ -19,11 +19,14 @@ from trsp_deploy.artifacts import (
     leaves,
     link_tree,
     provenance,
+    storage_errors,
     write_json,
     writing,
+    writing_alone,
 )
 from trsp_deploy.artifacts.fingerprints import SIGNED
 from trsp_deploy.artifacts.layout import check_no_model, run_that_owns
+from trsp_deploy.artifacts.storage import remove
 from trsp_deploy.decoder import end_tokens, max_positions
 from trsp_deploy.errors import EngineUnavailable, ModelError, RunError
 from trsp_deploy.recipe import LONGEST_NAME, EngineSpec
@@ -72,16 +75,32 @@ def write_repository(
     max_length: tokens of one text; None is as many as model and engines take.
     step: the bare engines too, as `<name>_step`; without it such a model of an earlier call is removed.
     say: told of a model that serves fewer texts at once than max_batch, and why.
-    Raises RunError for a name that Triton does not take, an engine that cannot be served so, or too long texts.
+    Raises RunError for a name that Triton does not take, an engine that cannot be served so, too long texts, or while
+    another command writes there.
     """
     if RunLayout(out).is_run or RunLayout(out).is_sweep:
         raise RunError(f"--out {out}: is a run; name another folder")
     check_no_model(out)
+    if (run := run_that_owns(out / DOCKERFILE)) is not None:
+        raise RunError(f"--out {out}: is a part of the run {run.root}; name another folder")
+    with writing_alone(out, within=True) as place:
+        return _write(engines, model_folder, names, place, max_batch, max_length, step=step, say=say)
+
+
+def _write(
+    engines: dict[Role, Path],
+    model_folder: Path,
+    names: dict[Role, str],
+    out: Path,
+    max_batch: int,
+    max_length: int | None,
+    *,
+    step: bool,
+    say: Callable[[str], None],
+) -> RepositoryManifest:
     for file in (README, DOCKERFILE):
         if (out / file).exists() and not (out / MANIFEST).is_file():
             raise RunError(f"--out {out}: has a {file} that is not of a model repository of ours; name another folder")
-    if (run := run_that_owns(out / DOCKERFILE)) is not None:
-        raise RunError(f"--out {out}: is a part of the run {run.root}; name another folder")
     for engine in engines.values():
         if step:
             check_can_step(engine)
@@ -105,13 +124,16 @@ def write_repository(
     needed = {names[role]: _packages(read_manifest(engine)) for role, engine in engines.items()}
     packages = _together(out, needed | {model.name: model.packages for model in others})
     models = []
-    for role, engine in engines.items():
-        name = names[role]
-        models.append(_write_model(engine, role, model_folder, name, out, max_batch, max_length, say))
-        if step:
-            models.append(_write_step(engine, role, f"{name}_step", out, max_batch, max_length))
-    for name in outdated:
-        shutil.rmtree(out / name)
+    with _staging(out) as staging:
+        for role, engine in engines.items():
+            name = names[role]
+            with writing(out / name, staging) as folder:
+                models.append(_write_model(engine, role, model_folder, name, folder, max_batch, max_length, say))
+            if step:
+                with writing(out / f"{name}_step", staging) as folder:
+                    models.append(_write_step(engine, role, f"{name}_step", folder, max_batch, max_length))
+        for name in outdated:
+            remove((out / name).replace(staging / f".{name}.former"))
     every = (*models, *others)
     manifest = RepositoryManifest(
         models=every,
@@ -149,6 +171,43 @@ def _check_warmup(model_folder: Path, max_length: int) -> None:
             f"--max-length {max_length}: the server's warm-up, '{WARMUP_TEXT}' and {WARMUP_TOKENS} new tokens, has "
             f"{needed}; that many at least"
         )
+
+
+@contextlib.contextmanager
+def _staging(out: Path) -> Iterator[Path]:
+    """Where models are made, and what they replace is put: Triton takes every folder of a repository for a model, and
+    does not start where one is none. What a killed call left is removed first.
+
+    Beside the repository; in it where nothing can be moved there from outside, as where it is a disk of its own.
+    """
+    with storage_errors(out):
+        for left in (*out.glob(".*.partial"), *out.glob(".*.former")):
+            if left.is_dir():
+                remove(left)
+    beside = _beside(out)
+    try:
+        yield beside or out
+    finally:
+        if beside is not None:
+            with contextlib.suppress(OSError):  # it holds a model that could not be put back
+                beside.rmdir()
+
+
+def _beside(out: Path) -> Path | None:
+    """A new folder beside a repository, from which files can be moved into it; None where there can be none."""
+    place = out.resolve()
+    beside = place.parent / f".{place.name}.partial"
+    trial = beside / ".trial"
+    try:
+        remove(beside)
+        beside.mkdir()
+        trial.touch()
+        trial.replace(out / trial.name).unlink()  # of two mounts of one disk nothing else tells
+    except OSError:
+        with contextlib.suppress(OSError):
+            remove(beside)
+        return None
+    return beside
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -230,10 +289,8 @@ def _batching(engine: Path) -> tuple[str | None, tuple[Rotation, ...]]:
         return None if texts_can_move(runner) else "its graph counts places of the cache", ()
 
 
-def _write_step(engine: Path, role: Role, name: str, out: Path, sequences: int, max_length: int) -> ServedModel:
-    with writing(out / name) as folder:
-        state_bytes = write_step_model(engine, name, folder, max_length, sequences)
-        files = _fingerprints(folder)
+def _write_step(engine: Path, role: Role, name: str, folder: Path, sequences: int, max_length: int) -> ServedModel:
+    state_bytes = write_step_model(engine, name, folder, max_length, sequences)
     manifest = read_manifest(engine)
     return ServedModel(
         name=name,
@@ -248,7 +305,7 @@ def _write_step(engine: Path, role: Role, name: str, out: Path, sequences: int, 
         max_batch=sequences,
         max_length=max_length,
         state_bytes=state_bytes,
-        files=files,
+        files=_fingerprints(folder),
     )
 
 
@@ -257,7 +314,7 @@ def _write_model(
     role: Role,
     model_folder: Path,
     name: str,
-    out: Path,
+    folder: Path,
     max_batch: int,
     max_length: int,
     say: Callable[[str], None],
@@ -274,26 +331,24 @@ def _write_model(
         raise ModelError(f"{model_folder}: has no tokenizer.json, so a server cannot read text")
     config = generation_config(name, "KIND_CPU" if device_of(spec) == "cpu" else "KIND_GPU", MOST_WAITING)
     parse_config(config, f"{name}/config.pbtxt")
-    with writing(out / name) as folder:
-        version = folder / "1"
-        version.mkdir(parents=True)
-        _link_engine(engine, manifest, version / "engine")
-        link_tree(tokenizer, version / "tokenizer.json")
-        settings = {
-            "max_batch": max_batch,
-            "max_length": max_length,
-            **({} if max_prompt is None else {"max_prompt": max_prompt}),
-            "end_tokens": end_tokens(model_folder),
-            "rotations": [rotation.model_dump(mode="json") for rotation in rotations],
-        }
-        (version / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        (version / "model.py").write_bytes(model_file().read_bytes())
-        vendor(version / "vendor")
-        (folder / "config.pbtxt").write_text(config, encoding="utf-8")
-        (folder / "warmup").mkdir()
-        for file, data in WARMUP.items():
-            (folder / "warmup" / file).write_bytes(data)
-        files = _fingerprints(folder)
+    version = folder / "1"
+    version.mkdir(parents=True)
+    _link_engine(engine, manifest, version / "engine")
+    link_tree(tokenizer, version / "tokenizer.json")
+    settings = {
+        "max_batch": max_batch,
+        "max_length": max_length,
+        **({} if max_prompt is None else {"max_prompt": max_prompt}),
+        "end_tokens": end_tokens(model_folder),
+        "rotations": [rotation.model_dump(mode="json") for rotation in rotations],
+    }
+    (version / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (version / "model.py").write_bytes(model_file().read_bytes())
+    vendor(version / "vendor")
+    (folder / "config.pbtxt").write_text(config, encoding="utf-8")
+    (folder / "warmup").mkdir()
+    for file, data in WARMUP.items():
+        (folder / "warmup" / file).write_bytes(data)
     return ServedModel(
         name=name,
         role=role,
@@ -308,7 +363,7 @@ def _write_model(
         max_length=max_length,
         max_prompt=max_prompt,
         cache_bytes=max_batch * (max_length + 1) * decoder_io.cache_bytes(manifest.inputs),
-        files=files,
+        files=_fingerprints(folder),
     )
 
 

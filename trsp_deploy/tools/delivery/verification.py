@@ -47,7 +47,7 @@ BESIDE: dict[Kind, tuple[str, ...]] = {
     ),
     "sweep": (LOCK, PLACE, f"{CHECKPOINTS}/*"),
     "engine": ("build.log",),
-    "repository": ("README.md",),
+    "repository": ("README.md", LOCK),
 }
 UNREADABLE = "damaged, unsafe, or of another version"  # what a manifest is that is no record
 

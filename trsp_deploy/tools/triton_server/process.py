@@ -30,6 +30,7 @@ from pathlib import Path
 import psutil
 
 from trsp_deploy.artifacts import locked, write_json, writing
+from trsp_deploy.artifacts.locks import check_not_written
 from trsp_deploy.errors import RunError, one_line
 from trsp_deploy.reading import read_record
 from trsp_deploy.recipe import Strict
@@ -137,8 +138,8 @@ def start(
     """Serve a repository on 127.0.0.1 in the background, and return once every model is loaded.
 
     ports: of HTTP, gRPC and metrics; free ones when not given. options: further ones of tritonserver.
-    Raises RunError when a server of this repository runs already, when a port is taken, when a model does not load
-    (with the server's own words), or when it is not ready in time.
+    Raises RunError when a server of this repository runs already, when `triton` writes it just now, when a port is
+    taken, when a model does not load (with the server's own words), or when it is not ready in time.
     """
     named = shlex.quote(str(repository))
     if not repository.is_dir():
@@ -151,6 +152,7 @@ def start(
         last = _last(repository)
         if last is not None:
             _clear_up(repository, last)  # it was killed
+        check_not_written(repository)
         if ports is not None:
             _check_free(ports)
         process, server = _launch(repository, installation, ports or _free_ports(3), options)

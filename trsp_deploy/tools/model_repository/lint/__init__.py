@@ -9,6 +9,7 @@ engine of ours (`own_engine`).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ PLATFORMS = {
     "ensemble": "ensemble",
 }
 PLATFORM_FILES = {"torch_aoti": "model.pt2"}  # where a backend opens another file for it
+UNFINISHED = re.compile(r"\..+\.(partial|former)")  # names of `artifacts.writing`
 # Backends that some container of Triton's has; another one has to lie somewhere as libtriton_<name>.so.
 BACKENDS = (*DEFAULT_FILES, "tensorflow", "dali", "fil", "vllm", "tensorrtllm", "identity", "repeat", "square")
 
@@ -54,7 +56,7 @@ def lint(repository: Path) -> list[Finding]:
     """Every finding of a repository; raises RunError when the folder is none, or without Triton's schema."""
     if not repository.is_dir():
         raise RunError(f"{repository}: no such folder")
-    folders = sorted(path for path in repository.iterdir() if path.is_dir() and not path.name.startswith("."))
+    folders = sorted(path for path in repository.iterdir() if path.is_dir())
     if not folders:
         raise RunError(f"{repository}: holds no model (a model is a folder with {CONFIG} and numbered versions)")
     schema()  # without it nothing is known of any config, which is no fault of theirs
@@ -79,12 +81,17 @@ def _lint_model(folder: Path, configs: Mapping[str, Any]) -> Iterator[Finding]:
     def warning(message: str) -> Finding:
         return Finding(severity="warning", model=folder.name, message=message)
 
+    if UNFINISHED.fullmatch(folder.name):
+        what_to_do = "run that command again where it was killed, or remove this"
+        yield error(f"`trsp-deploy triton` has not finished it, and no server starts beside it: {what_to_do}")
+        return
     path = folder / CONFIG
     if not path.is_file():
         if any(map(_completes_itself, numbered(folder))):
             yield warning(f"{CONFIG} is missing: the server makes one up, unless it is told not to")
         else:
-            yield error(f"{CONFIG} is missing")
+            hidden = ", and the server takes hidden folders for models too: move it elsewhere"
+            yield error(f"{CONFIG} is missing{hidden if folder.name.startswith('.') else ''}")
         return
     try:
         config = parse_config(path.read_text(encoding="utf-8"), CONFIG)
