@@ -195,6 +195,15 @@ def test_a_server_is_told_how_long_a_prompt_the_engine_reads(
 
 
 @needs_schema
+def test_an_engine_that_cannot_read_the_warm_up_is_refused(served_run: Path, tmp_path: Path) -> None:
+    """The server would not load it."""
+    engine = profiled(served_run, tmp_path / "engine", 1)
+    said = "engine 'tensorrt-fp16': reads prompts of 1 tokens at most; the server's warm-up, 'Hello', has [0-9]+: "
+    with pytest.raises(RunError, match=said):
+        write_repository({"pruned": engine}, served_run / "pruned", {"pruned": "m"}, tmp_path / "repository", 4)
+
+
+@needs_schema
 @pytest.mark.parametrize(("more", "expected"), [({"max_prompt": 16}, 16), ({}, None)])
 def test_a_served_model_passes_the_longest_prompt_on(
     more: dict[str, int], expected: int | None, served_repository: Path, tmp_path: Path

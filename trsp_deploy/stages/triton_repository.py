@@ -109,7 +109,7 @@ def _write(
     if max_length is not None and max_length > longest:
         raise RunError(f"--max-length {max_length}: the model and its engines take {longest} tokens")
     max_length = max_length or longest
-    _check_warmup(model_folder, max_length)
+    _check_warmup(model_folder, max_length, [read_manifest(engine).spec for engine in engines.values()])
     named = [names[role] for role in engines]
     written = {*named, *(f"{name}_step" for name in named if step)}
     for name in sorted(written, key=len):
@@ -160,17 +160,24 @@ def _check_replaceable(out: Path, name: str) -> None:
         raise RunError(f"{folder}: is no model of a repository of ours, and would be replaced; choose another --name")
 
 
-def _check_warmup(model_folder: Path, max_length: int) -> None:
+def _check_warmup(model_folder: Path, max_length: int, specs: Sequence[EngineSpec]) -> None:
     """Raise RunError where the text that the server runs before its first request would not fit."""
     file = model_folder / "tokenizer.json"
     if not file.is_file():
         return  # which is said where it is needed
-    needed = len(read_tokenizer(file).encode(WARMUP_TEXT).ids) + WARMUP_TOKENS
+    prompt = len(read_tokenizer(file).encode(WARMUP_TEXT).ids)
+    needed = prompt + WARMUP_TOKENS
     if needed > max_length:
         raise RunError(
             f"--max-length {max_length}: the server's warm-up, '{WARMUP_TEXT}' and {WARMUP_TOKENS} new tokens, has "
             f"{needed}; that many at least"
         )
+    for spec in specs:
+        if spec.longest_prompt is not None and spec.longest_prompt < prompt:
+            raise RunError(
+                f"engine '{spec.name}': reads prompts of {spec.longest_prompt} tokens at most; the server's warm-up, "
+                f"'{WARMUP_TEXT}', has {prompt}: build one whose profiles hold that many"
+            )
 
 
 @contextlib.contextmanager
