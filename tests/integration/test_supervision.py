@@ -104,6 +104,30 @@ def test_a_cancelled_job_and_a_closed_terminal_are_heard_likewise(tmp_path, numb
     assert gone(working) and gone(server)
 
 
+@pytest.mark.parametrize("then", [NATIVE, "ready(); time.sleep(60)"], ids=["killed", "interrupted"])
+def test_a_terminal_that_is_gone_keeps_the_code_of_its_signal(tmp_path, then):
+    """Nothing can be said there any more, and nothing given back."""
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        program(then),
+        cwd=tmp_path,
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        text=True,
+        start_new_session=True,
+        preexec_fn=hear,
+    )
+    os.close(slave)
+    try:
+        wait_until_ready(tmp_path, process)
+        os.close(master)
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(10) == 128 + signal.SIGHUP
+    finally:
+        process.kill()
+
+
 def test_nohup_stays_nohup(tmp_path):
     body = "os.killpg(0, signal.SIGHUP); time.sleep(0.2)"
     ignored = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN), "start_new_session": True}

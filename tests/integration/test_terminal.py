@@ -172,3 +172,27 @@ def test_a_job_has_bars_and_colours_for_terminals_that_want_them(
     assert (COLOUR in said) == (name == "coloured")
     assert (CURSOR_OFF in said) == (name != "dumb"), "a dumb terminal cannot draw over a line"
     assert name != "dumb" or ESCAPE not in said
+
+
+def test_a_job_goes_on_without_its_terminal(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after `trsp-deploy prune … & disown`, when the terminal is closed: neither a step's line nor a bar ends it."""
+    wishes(monkeypatch)
+    ours, theirs = pty.openpty()
+
+    def close() -> None:
+        said = b""
+        while b"plan: started" not in said:
+            said += os.read(ours, 65536)
+        os.close(ours)
+
+    reader = threading.Thread(target=close)
+    reader.start()
+    with (
+        os.fdopen(theirs, "w") as stream,
+        contextlib.redirect_stdout(stream),
+        contextlib.redirect_stderr(stream),
+        contextlib.chdir(workspace),
+    ):
+        assert cli.run(prune("left")) == 0
+    reader.join()
+    assert (workspace / "left" / "pruned" / "model.safetensors").is_file()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import math
 import os
+import pty
 import re
 import sys
 from pathlib import Path
@@ -123,6 +125,35 @@ def test_streams_without_a_reader_end_nothing() -> None:
             Console(file=sys.stdout).print("rich would exit with 1")
             print("here")
         gone.write("more")  # what a process still holds when it ends
+
+
+def test_streams_whose_terminal_was_closed_end_nothing() -> None:
+    """A job in the background, `disown`ed: its writes fail by another number than a pipe's."""
+    ours, theirs = pty.openpty()
+    os.close(ours)
+    with os.fdopen(theirs, "w") as gone, contextlib.redirect_stdout(gone):
+        with lasting_streams():
+            Console(file=sys.stdout).print("rich would raise it")
+            print("here")
+        gone.write("more")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_a_file_whose_disk_takes_no_more_is_no_reader_that_left(number: int, tmp_path: Path) -> None:
+    class Refused(io.StringIO):
+        def write(self, _: str) -> int:
+            raise OSError(number, os.strerror(number))
+
+        def fileno(self) -> int:
+            return log.fileno()
+
+    with (
+        (tmp_path / "log").open("w") as log,
+        contextlib.redirect_stdout(Refused()),
+        pytest.raises(OSError, match=os.strerror(number)),
+        lasting_streams(),
+    ):
+        print("here")
 
 
 def test_an_error_in_ci_is_valid_xml() -> None:

@@ -121,5 +121,6 @@ def _end(code: int) -> NoReturn:
 
 def _say(message: str, code: int) -> int:
     line = redacted(one_line(message))
-    print(f"error: {line if len(line) <= LONGEST_LINE else f'{line[:LONGEST_LINE]}…'}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody is there to read it
+        print(f"error: {line if len(line) <= LONGEST_LINE else f'{line[:LONGEST_LINE]}…'}", file=sys.stderr)
     return code

@@ -144,7 +144,8 @@ def _in_background() -> bool:
 
 def _give_back(terminal: list[Any] | None) -> None:
     """Restore echo and cursor: a progress bar hides the cursor."""
-    if terminal is not None and not _in_background():
-        termios.tcsetattr(0, termios.TCSANOW, terminal)
-    if os.isatty(2):
-        os.write(2, SHOW_CURSOR)
+    with contextlib.suppress(termios.error, OSError):  # it was closed
+        if terminal is not None and not _in_background():
+            termios.tcsetattr(0, termios.TCSANOW, terminal)
+        if os.isatty(2):
+            os.write(2, SHOW_CURSOR)

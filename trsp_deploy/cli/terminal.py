@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import stat
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TextIO, cast
@@ -93,7 +95,8 @@ class Output:
 
 @contextlib.contextmanager
 def lasting_streams() -> Iterator[None]:
-    """Go on when nobody reads stdout or stderr any more, as after `| head`: an exit code is the verdict's."""
+    """Go on when nobody reads stdout or stderr any more, as after `| head` or without the terminal that a job in the
+    background was started from: an exit code is the verdict's."""
     with contextlib.redirect_stdout(_lasting(sys.stdout)), contextlib.redirect_stderr(_lasting(sys.stderr)):
         try:
             yield
@@ -125,10 +128,18 @@ class _Lasting:
     def _without_reader(self) -> Iterator[None]:
         try:
             yield
-        except BrokenPipeError:
+        except OSError as problem:
+            if not self._is_left(problem):
+                raise
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())  # what it holds back is written once more when the process ends
             os.close(nowhere)
+
+    def _is_left(self, problem: OSError) -> bool:
+        """Whether a pipe's reader or the terminal is gone; a file's EIO is its disk's."""
+        if problem.errno == errno.EIO:
+            return stat.S_ISCHR(os.fstat(self._stream.fileno()).st_mode)
+        return problem.errno == errno.EPIPE
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
