@@ -14,8 +14,10 @@ from tests.hub import TOKEN, Hub, stand_in
 from tests.samples import made_up, made_up_report
 from trsp_deploy import cli
 from trsp_deploy.artifacts import RunFolder, write_json
+from trsp_deploy.errors import RunError
 from trsp_deploy.recipe import Recipe, read_recipe
 from trsp_deploy.results import PrunedCheckpoint
+from trsp_deploy.tools.delivery import publishing
 from trsp_deploy.tools.delivery.model_card import write_model_card
 from trsp_deploy.tools.reports.record import removal_report
 from trsp_deploy.tools.sources.models import ModelSource
@@ -70,6 +72,7 @@ def run(tmp_path: Path) -> Path:
         return result
 
     with RunFolder(folder) as made:
+        (folder / "recipe.yaml").write_text("model: tiny\n")
         write_json(folder / "plan.json", plan)
         inputs = {"plan": folder / "plan.json"}
         made.step("prune", prune, PrunedCheckpoint, settings={}, inputs=inputs, outputs=["pruned"])
@@ -203,6 +206,29 @@ def test_a_dry_run_asks_no_hub(run: Path, hub: type[Hub], capsys: pytest.Capture
     said = capsys.readouterr().out
     assert "me/tiny: would upload 4 files" in said and "## Measured" in said
     assert not hub.tokens and not hub.files
+
+
+def test_nobody_makes_a_checkpoint_anew_while_it_is_pushed(
+    run: Path, hub: type[Hub], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Old weights and a new config would be one commit."""
+    with RunFolder(run):
+        assert cli.run(["push", str(run), "me/tiny"]) == 1
+    assert f"{run}: in use by another trsp-deploy" in capsys.readouterr().err and not hub.files
+
+    def upload(*_: object) -> str:
+        with pytest.raises(RunError, match="in use by another"), RunFolder(run):
+            pass
+        return "uploaded"
+
+    monkeypatch.setattr(publishing, "push", upload)
+    assert cli.run(["push", str(run), "me/tiny"]) == 0 and "uploaded: 4 files" in capsys.readouterr().out
+
+
+def test_a_run_that_cannot_be_written_is_pushed_too(run: Path, hub: type[Hub]) -> None:
+    (run / ".lock").unlink()
+    (run / ".lock").symlink_to("elsewhere")  # nothing that a lock may be held by
+    assert cli.run(["push", str(run), "me/tiny"]) == 0 and hub.files["model.safetensors"] == WEIGHTS
 
 
 def test_what_is_not_pushed(run: Path, hub: type[Hub], capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.made_run import made_run
 from trsp_deploy.artifacts import (
     Finished,
     RunFolder,
@@ -20,6 +21,7 @@ from trsp_deploy.artifacts import (
     fingerprint,
     model_of_engine,
     provenance,
+    reading_alone,
     size_bytes,
     storage_errors,
     write_json,
@@ -162,6 +164,18 @@ def test_record_says_where_it_comes_from(job):
 def test_second_run_in_the_same_folder_is_refused(job):
     with pytest.raises(RunError, match=f"in use by another trsp-deploy \\(process {os.getpid()}\\)"):
         RunFolder(job.run.path).__enter__()
+
+
+@pytest.mark.parametrize("below", ["", "engines/ort-cpu-fp32/dense", "onnx/dense-fp32/model.onnx"])
+def test_a_run_is_held_while_it_or_a_part_of_it_is_read(tmp_path, below):
+    run = made_run(tmp_path / "run")
+    (tmp_path / "link").symlink_to("run")
+    named = (run / below, run, tmp_path / "link", tmp_path / "engine")  # three times it is one run
+    with reading_alone(*named), pytest.raises(RunError, match="in use by another trsp-deploy"), RunFolder(run):
+        pass
+    with RunFolder(run), pytest.raises(RunError, match="in use by another"), reading_alone(run / below):
+        pass
+    assert names(tmp_path) == ["link", "run"]
 
 
 def test_other_processes_of_the_same_run_come_in_and_follow_the_main_one(job, monkeypatch):

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from tests.made_run import SPEC, Nothing, made_run
+from trsp_deploy import cli
 from trsp_deploy.artifacts import RunFolder, write_json
 from trsp_deploy.errors import RunError
+from trsp_deploy.recipe import BenchSettings
 from trsp_deploy.results import Role
+from trsp_deploy.stages import bench
 from trsp_deploy.tools.measuring.subjects import common_engine, find_engine
 from trsp_deploy.tools.runners.manifest import read_manifest, spec_sha256
 
@@ -78,3 +83,38 @@ def test_an_engine_that_is_outdated_of_one_model_is_not_common(role: Role, run: 
     shutil.rmtree(run / "engines" / CUSTOM)
     with pytest.raises(RunError, match=rf"no engine that runs here \(ort-cpu-fp32: .*of another onnx/{role}-fp32"):
         common_engine(run, run)
+
+
+def test_a_run_in_use_is_not_compared(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each replicate opens its engines anew, and they might be others by then."""
+    monkeypatch.setattr(bench, "compare_engines", lambda *_, **__: pytest.fail("was measured"))
+    dense, pruned = (str(run / "engines" / SPEC.name / role) for role in ("dense", "pruned"))
+    for paths in ([str(run)], [str(run), str(run)], [dense, pruned]):
+        with RunFolder(run):
+            assert cli.run(["compare", *paths]) == 1
+        assert "in use by another trsp-deploy" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("changed", ["engine/manifest.json", "model.onnx", None])
+def test_an_engine_that_was_made_anew_while_it_was_measured(
+    changed: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "engine").mkdir()
+    for name in ("engine/manifest.json", "model.onnx"):
+        (tmp_path / name).write_text("1")
+
+    def measure(*_: Any, **__: Any) -> str:
+        if changed is not None:
+            (tmp_path / changed).write_text("22")
+        return "measured"
+
+    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(bench, "measure_rates", lambda device: None)
+    pair: Any = [SimpleNamespace(path=tmp_path / name, device="cpu", vocabulary=9) for name in ("engine", "model.onnx")]
+    if changed is None:
+        assert bench.compare_engines(*pair, "x", BenchSettings(), 0) == "measured"
+        return
+    with pytest.raises(RunError, match=f"{changed.partition('/')[0]}: was made anew while it was measured"):
+        bench.compare_engines(*pair, "x", BenchSettings(), 0)

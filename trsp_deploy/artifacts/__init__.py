@@ -20,6 +20,7 @@ from trsp_deploy.artifacts.run_folder import (
     StepRecord,
     check_made,
     is_main_process,
+    reading_alone,
 )
 from trsp_deploy.artifacts.storage import (
     free_bytes,
@@ -56,6 +57,7 @@ __all__ = [
     "model_of_engine",
     "nearest_existing",
     "provenance",
+    "reading_alone",
     "run_of_engine",
     "seal",
     "share_weights",

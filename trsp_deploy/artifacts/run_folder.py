@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,11 +20,11 @@ from pydantic import BaseModel, ValidationError
 
 from trsp_deploy import __version__
 from trsp_deploy.artifacts.fingerprints import SIGNED, Sealed, files_below, fingerprint, leaves
-from trsp_deploy.artifacts.layout import LOCK, MANIFEST, PARTS, RunLayout
+from trsp_deploy.artifacts.layout import LOCK, MANIFEST, PARTS, RunLayout, run_that_owns
 from trsp_deploy.artifacts.locks import locked
 from trsp_deploy.artifacts.provenance import Provenance, provenance
 from trsp_deploy.artifacts.storage import storage_errors, write_json
-from trsp_deploy.errors import RunError
+from trsp_deploy.errors import RunError, StorageError
 from trsp_deploy.recipe import RelativePath
 
 # Raise when a step's code changes what it makes from the same inputs, so that old records no longer match.
@@ -257,6 +257,25 @@ class RunFolder:
     def _output_matches(self, record: StepRecord, output: str) -> bool:
         path = self.path / output
         return path.exists() and not leaves(self.path, path) and fingerprint(path) == record.outputs[output]
+
+
+@contextlib.contextmanager
+def reading_alone(*paths: Path) -> Iterator[None]:
+    """Keep others from making anew what is read for minutes: the lock of each run that a path is, or lies in.
+
+    A run that cannot be written is read without one. Raises RunError that names the holder.
+    """
+    runs = {run.resolve(): run for run in map(_run_of, paths) if run is not None}
+    with contextlib.ExitStack() as held:
+        for run in runs.values():
+            with contextlib.suppress(StorageError):
+                held.enter_context(RunFolder(run))
+        yield
+
+
+def _run_of(path: Path) -> Path | None:
+    around = RunLayout(path) if RunLayout(path).is_run else run_that_owns(path)
+    return None if around is None else around.root
 
 
 class Finished:

@@ -62,17 +62,18 @@ def compare(
     settings = bench_settings({}, budget, sets)
     for subject, path in (("DENSE", dense), ("PRUNED", pruned)):
         _check_files("compare", {subject: path, "--out": out})
-    from trsp_deploy.artifacts import write_json
+    from trsp_deploy.artifacts import reading_alone, write_json
     from trsp_deploy.cli.tables import print_comparison
     from trsp_deploy.stages import bench
     from trsp_deploy.tools.judging.comparisons import notes, sentence
     from trsp_deploy.tools.judging.verdicts import EXIT_CODES, worst
 
-    pair = bench.find_pair(dense, pruned, engine)
-    bench.check_pair(*pair, settings)
-    goals = bench.speedup_goals(*pair, least, settings)
-    label = bench.label_of(*pair)
-    comparison = bench.compare_engines(*pair, label, settings, seed=0, goals=goals)
+    with reading_alone(dense, pruned or dense):
+        pair = bench.find_pair(dense, pruned, engine)
+        bench.check_pair(*pair, settings)
+        goals = bench.speedup_goals(*pair, least, settings)
+        label = bench.label_of(*pair)
+        comparison = bench.compare_engines(*pair, label, settings, seed=0, goals=goals)
     found = bench.derive(*pair, comparison)
     outcomes = [goal.outcome(comparison.replicates) for goal in goals]
     output = Output(as_json)

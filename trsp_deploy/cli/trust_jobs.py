@@ -118,13 +118,15 @@ def clean(run: RunOrSweep, keep: Keep = None, dry_run: DryRun = False, as_json: 
 
 def push(run: Run, repo: Repo, private: Private = False, dry_run: DryPush = False, as_json: Json = False) -> None:
     """Push the pruned checkpoint with its model card to the Hugging Face hub (token: `hf auth login` or HF_TOKEN)."""
+    from trsp_deploy.artifacts import reading_alone
     from trsp_deploy.tools.delivery.publishing import plan_push
     from trsp_deploy.tools.delivery.publishing import push as pushed
 
-    plan = plan_push(run, repo)
     output = Output(as_json)
-    if dry_run:
-        output.say(plan.card)
-    url = None if dry_run else pushed(plan, private)
-    output.say(f"{repo}: would upload {plan.what}" if dry_run else f"{url}: {plan.what}")
-    output.result({"repo": repo, "files": plan.names, "size_bytes": plan.size_bytes, "commit": url})
+    with reading_alone(run):
+        plan = plan_push(run, repo)
+        if dry_run:
+            output.say(plan.card)
+        url = None if dry_run else pushed(plan, private)
+        output.say(f"{repo}: would upload {plan.what}" if dry_run else f"{url}: {plan.what}")
+        output.result({"repo": repo, "files": plan.names, "size_bytes": plan.size_bytes, "commit": url})

@@ -24,7 +24,8 @@ def compare_engines(
 ) -> Comparison:
     """Measure until the settings' precision is reached, or every goal is decided, or the budget is spent.
 
-    Raises EngineUnavailable when one of them cannot run, RunError when they cannot be compared.
+    Raises EngineUnavailable when one of them cannot run, RunError when they cannot be compared or were made anew
+    meanwhile.
     """
     if dense.device != pruned.device:
         raise RunError(f"{dense.path} runs on {dense.device}, {pruned.path} on {pruned.device}: not a comparison")
@@ -33,7 +34,8 @@ def compare_engines(
     def decided(replicates: Sequence[Replicate]) -> bool:
         return settled_all(goals, replicates)
 
-    return measure(
+    before = {path: _written(path) for path in paths.values()}
+    comparison = measure(
         paths,
         label,
         min(dense.vocabulary, pruned.vocabulary),
@@ -43,6 +45,19 @@ def compare_engines(
         decided=decided if goals else None,
         device=dense.device,
     )
+    for path, at in before.items():
+        if _written(path) != at:  # each replicate opened it anew
+            raise RunError(f"{path}: was made anew while it was measured: its times are of two engines; compare again")
+    return comparison
+
+
+def _written(path: Path) -> tuple[int, int] | None:
+    """When an engine folder or ONNX file was written, and the bytes of the file that tells; None once it is gone."""
+    try:
+        told = (path / ENGINE_MANIFEST if path.is_dir() else path).stat()
+    except FileNotFoundError:
+        return None
+    return told.st_mtime_ns, told.st_size
 
 
 def check_positions(settings: BenchSettings, positions: int | None, name: str) -> None:
