@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
+import sys
 
-from trsp_deploy.errors import UserError
+from trsp_deploy.errors import UserError, first_line
 
 TOLD = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what a launcher tells each of its processes
+PEER_GONE = re.compile("Connection (closed|reset) by peer|Broken pipe")  # by gloo, in no class of its own
 
 
 def launched() -> bool:
@@ -17,6 +20,18 @@ def launched() -> bool:
 def launched_as_several() -> bool:
     """Whether this is one of several training processes, which share what is counted for one."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def lost_peer(problem: BaseException) -> str | None:
+    """The line for torch's error that another process of this launch is not there any more; None for all others."""
+    of_torch = getattr(sys.modules.get("torch.distributed"), "DistError", ())  # not imported: then it raised nothing
+    gone = isinstance(problem, of_torch) or (isinstance(problem, RuntimeError) and PEER_GONE.search(str(problem)))
+    if not (gone and launched_as_several()):
+        return None
+    return (
+        f"another process of this launch ended, or cannot be reached ({first_line(problem)}); its own line says why, "
+        "and the same command goes on from the last checkpoint"
+    )
 
 
 def check_launch() -> None:

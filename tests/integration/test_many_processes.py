@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,25 @@ SETTINGS = [
     "autocast='off'",
     "device=cpu",
 ]
+
+# Two processes in the middle of something, of which the main one ends with a line of its own.
+LEFT = """
+import os
+import torch.distributed as dist
+import trsp_deploy.cli as cli
+from trsp_deploy.errors import StorageError
+
+def work(arguments):
+    dist.init_process_group("gloo")
+    dist.barrier()
+    if os.environ["RANK"] == "0":
+        raise StorageError("run: the disk is full")
+    dist.broadcast_object_list([None])
+    return 0
+
+cli.run = work
+cli.main()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -119,3 +139,18 @@ def test_first_version_of_fsdp_is_refused(monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(RecipeError, match=r"FSDP version 1 is not supported; valid: --fsdp_version 2"):
         Processes("cpu")
+
+
+def test_a_process_that_ends_is_no_bug_of_the_others() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {**LAUNCHED, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    main, other = (
+        subprocess.Popen([sys.executable, "-c", LEFT], env={**common, "RANK": rank}, stderr=subprocess.PIPE, text=True)
+        for rank in "01"
+    )
+    (said, lost), codes = [each.communicate(timeout=60)[1] for each in (main, other)], (main.wait(), other.wait())
+    assert codes == (1, 1), lost
+    assert said == "error: run: the disk is full\n"
+    assert lost.splitlines()[-1].startswith("error: another process of this launch ended") and "Traceback" not in lost

@@ -50,6 +50,31 @@ def test_the_machine_is_named(problem, words):
     assert (machine_reason(problem) or "").startswith(words)
 
 
+GLOO = "[../third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:1234"
+
+
+@pytest.mark.parametrize(
+    ("problem", "size", "code"),
+    [
+        (RuntimeError(GLOO), "2", 1),
+        (torch.distributed.DistNetworkError("The client socket has timed out"), "2", 1),
+        (RuntimeError(GLOO), "1", cli.BUG),
+        (RuntimeError("an odd shape"), "2", cli.BUG),
+    ],
+)
+def test_another_process_that_ended_is_no_bug(problem, size, code, monkeypatch, capsys):
+    def command(arguments):
+        raise problem
+
+    monkeypatch.setattr(app, "call", command)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    assert cli.run(["prune"]) == code
+    said = capsys.readouterr().err
+    assert ("Traceback" in said) == (code == cli.BUG)
+    line = f"error: another process of this launch ended, or cannot be reached ({problem}); its own line says why"
+    assert said.startswith(line) == (code == 1)
+
+
 def test_a_model_is_not_to_blame_for_the_machine(monkeypatch, capsys):
     def raises(cause):
         def command(arguments):

@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from trsp_deploy.cli.supervision import ENDINGS, asked_to_end, supervised
 from trsp_deploy.errors import ModelError, TrspError, UserError, machine_reason, one_line, redacted
-from trsp_deploy.launch import check_launch
+from trsp_deploy.launch import check_launch, lost_peer
 
 BUG = 70
 LONGEST_LINE = 2000  # characters of an error, whatever a user or a library put into it
@@ -89,8 +89,8 @@ def _said(work: Callable[[], int]) -> int:
         machine = isinstance(problem, ModelError) and machine_reason(problem) is not None
         if isinstance(problem, TrspError) and not machine:
             return _say(str(problem), problem.exit_code)
-        # What a user's paths, disk or limits can cause, wherever it happens; all else is a bug and shows its traceback.
-        reason = machine_reason(problem)
+        # What a user's paths, disk, limits or launch can cause, wherever; all else is a bug and shows its traceback.
+        reason = machine_reason(problem) or lost_peer(problem)
         if reason is not None:
             return _say(reason, 1)
         print(redacted(traceback.format_exc()), end="", file=sys.stderr)
