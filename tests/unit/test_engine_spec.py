@@ -121,6 +121,19 @@ def test_a_prompt_may_be_as_long_as_profiles_read_one_text_into_an_empty_cache()
     assert read_engine_spec({**values, "profiles": profiles[1:2]}, "e.yaml").longest_prompt == 2048
 
 
+def test_a_text_may_be_as_long_as_profiles_hold_one_text() -> None:
+    """What a batch of eight has room for promised more than one text alone could have."""
+    one, many = {"min": 1, "opt": 1, "max": 1}, {"min": 8, "opt": 8, "max": 8}
+    sequence, short, long = ({"min": 0, "opt": 1, "max": most} for most in (128, 1023, 4095))
+    profiles = [
+        {"batch": one, "sequence": sequence, "past": short},
+        {"batch": many, "sequence": sequence, "past": long},
+    ]
+    values = {**spec("tensorrt").model_dump(), "profiles": profiles}
+    assert read_engine_spec(values, "e.yaml").longest_text == 1024
+    assert read_engine_spec({**values, "profiles": profiles[1:]}, "e.yaml").longest_text == 4096, "none holds one"
+
+
 def test_spec_fingerprint_follows_the_spec() -> None:
     assert spec_sha256(spec("tensorrt")) == spec_sha256(spec("tensorrt"))
     assert spec_sha256(spec("tensorrt")) != spec_sha256(spec("tensorrt", workspace_gib=2.0))

@@ -75,17 +75,22 @@ class EngineSpec(Strict):
 
     @property
     def longest_text(self) -> int | None:
-        """Tokens that a text may have, its prompt among them; None where the engine sets no limit of its own."""
+        """Tokens that one text may have, its prompt among them; None where the engine sets no limit of its own."""
         if self.cache_length is not None:
             return self.cache_length
-        return max((each.past.max + 1 for each in self.profiles if each.past is not None), default=None)
+        return max((each.past.max + 1 for each in self._of_one if each.past is not None), default=None)
 
     @property
     def longest_prompt(self) -> int | None:
         """Tokens of one text that can be read in one call; None where the engine sets no limit of its own."""
-        of_one = [each for each in self.profiles if each.batch.min <= 1 and (each.past is None or each.past.min == 0)]
-        limits = [max((each.sequence.max for each in of_one or self.profiles), default=None), self.longest_text]
+        empty = [each for each in self._of_one if each.past is None or each.past.min == 0]
+        limits = [max((each.sequence.max for each in empty or self.profiles), default=None), self.longest_text]
         return min((limit for limit in limits if limit is not None), default=None)
+
+    @property
+    def _of_one(self) -> tuple[ShapeProfile, ...]:
+        """The profiles that hold one text alone; all of them where none does."""
+        return tuple(each for each in self.profiles if each.batch.min <= 1) or self.profiles
 
     @property
     def reads_text(self) -> bool:
