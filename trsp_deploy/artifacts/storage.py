@@ -46,8 +46,9 @@ def _refusal(path: Path, problem: Exception) -> StorageError | None:
     said = str(problem).lower()
     full = "no space left" in said or free_bytes(path) < NOTHING_LEFT
     if number in (errno.ENOSPC, errno.EDQUOT) or (number is None and full):
+        place = _on_full_disk(path, problem)
         return StorageError(
-            f"{path}: the disk is full ({free_bytes(path) / 1e6:.0f} MB free); "
+            f"{place}: the disk is full ({free_bytes(place) / 1e6:.0f} MB free); "
             "free some space and run the same command again: finished steps are kept"
         )
     if isinstance(problem, OSError) and number in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -55,6 +56,21 @@ def _refusal(path: Path, problem: Exception) -> StorageError | None:
     if number is None and any(words in said for words in SHORT):
         return StorageError(f"{path}: a file may not be that large here (`ulimit -f`); {problem}")
     return None
+
+
+def _on_full_disk(path: Path, problem: Exception) -> Path:
+    """What there was no room for: `path`, or on another disk a file that the error names, or the temporary files."""
+    named = problem.filename if isinstance(problem, OSError) else None
+    if isinstance(named, str) and _disk(Path(named)) != _disk(path):
+        return Path(named)
+    scratch = None if tempfile.tempdir is None else Path(tempfile.tempdir)  # None: nothing was written there so far
+    if named is None and scratch is not None and free_bytes(scratch) < NOTHING_LEFT <= free_bytes(path):
+        return scratch
+    return path
+
+
+def _disk(path: Path) -> int:
+    return nearest_existing(path).stat().st_dev
 
 
 def nearest_existing(path: Path) -> Path:

@@ -72,8 +72,10 @@ def fetch_asset(name: str, progress: Progress) -> Path:
     StorageError when the disk is full.
     """
     asset = _asset(name)
+    if (there := find_asset(name)) is not None:  # for which a cache needs not be one that can be written
+        return there
     with alone(home() / f".fetch-{asset.distribution}"):
-        found = find_asset(name)
+        found = find_asset(name)  # by a process that was quicker
         if found is not None:
             return found
         progress(
