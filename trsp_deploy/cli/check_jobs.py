@@ -12,6 +12,8 @@ import typer
 from trsp_deploy.cli.ci_outputs import errors_told, publish
 from trsp_deploy.cli.judging_options import (
     Against,
+    BaselineBudget,
+    BaselineEngine,
     BaselineOut,
     Budget,
     Budgeted,
@@ -96,8 +98,8 @@ def compare(
 def baseline(
     run: Run,
     out: BaselineOut = Path("baseline.json"),
-    engine: Engine = None,
-    budget: Budget = None,
+    engine: BaselineEngine = None,
+    budget: BaselineBudget = None,
     sets: Sets = None,
     as_json: Json = False,
 ) -> None:

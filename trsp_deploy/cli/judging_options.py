@@ -22,6 +22,20 @@ Pruned = Annotated[
 Engine = Annotated[
     str | None, typer.Option("--engine", help="One of the run's engines; else the first that runs here.", metavar="E")
 ]
+BaselineEngine = Annotated[
+    str | None,
+    typer.Option("--engine", help="One of the run's engines; else every one that runs here.", metavar="E"),
+]
+BaselineBudget = Annotated[
+    float | None,
+    typer.Option(
+        "--budget",
+        help="Seconds to measure each engine at most; two replicates in any case.",
+        min=1.0,
+        callback=bounded,
+        metavar="SECONDS",
+    ),
+]
 Budget = Annotated[
     float | None,
     typer.Option(
