@@ -137,12 +137,29 @@ def test_the_report_says_plainly_that_a_budget_is_not_kept() -> None:
     assert budgets({"a": close}).startswith("99.0% kept, 99.9% not decided")
 
 
+@pytest.mark.parametrize(
+    ("ratio", "words"),
+    [
+        (1.74, "(worst text 1.74x; they allow 1.01x and 1.001x)"),
+        (1.0049, "99.0% kept, 99.9% not kept (worst text 1.005x; they allow 1.01x and 1.001x)"),
+        (1.00104, "99.0% kept, 99.9% not kept (worst text 1.00104x; they allow 1.0101x and 1.001x)"),
+        (1.01007, "99.0% kept, 99.9% not kept (worst text 1.01007x; they allow 1.0101x and 1.001x)"),
+        (math.inf, "(worst text infx; they allow 1.01x and 1.001x)"),
+    ],
+)
+def test_a_ratio_is_told_from_what_the_budgets_allow(ratio: float, words: str) -> None:
+    """A budget of 1.001x was not kept by "1.00x"."""
+    text = made_up_report(made_up()).quality["text"]
+    found = text.model_copy(update={"ratio": ratio, "ratio_low": ratio, "ratio_high": ratio})
+    assert budgets({"a": found}).endswith(words)
+
+
 def test_a_budget_is_of_accuracy_too() -> None:
     text = made_up_report(made_up()).quality["text"].model_copy(update={"ratio": 1, "ratio_low": 1, "ratio_high": 1})
     half, all_right = scores("10" * 200), scores("1" * 400)
     lost = choices_report(all_right, half)
     assert budget_text(Price("e", {"a": text}, lost)) == (
-        "99.0% not kept, 99.9% not kept (worst text 1.00x; they allow 1.01x and 1.001x; accuracy 50.0% retained)"
+        "99.0% not kept, 99.9% not kept (worst text 1.000x; they allow 1.01x and 1.001x; accuracy 50.0% retained)"
     )
     assert budget_text(Price("e", {}, lost)).startswith("99.0% not kept, 99.9% not kept (accuracy 50.0% retained)")
     alike = choices_report(all_right, all_right)  # of 400 items that all were kept, one in a thousand may be lost
@@ -151,7 +168,7 @@ def test_a_budget_is_of_accuracy_too() -> None:
     assert budget_text(Price("e", {}, few)).startswith("99.0% not decided")
     assert budget_text(Price(None, {})) == "neither a text nor a task was evaluated"
     assert budget_text(Price("e", {"a": text}), ["piqa"]) == (
-        "99.0% not decided, 99.9% not decided (worst text 1.00x; they allow 1.01x and 1.001x; not measured: piqa)"
+        "99.0% not decided, 99.9% not decided (worst text 1.000x; they allow 1.01x and 1.001x; not measured: piqa)"
     )
     assert budget_text(Price("e", {"a": text}, lost), ["b"]).startswith("99.0% not kept, 99.9% not kept")
 

@@ -138,12 +138,19 @@ def budget_text(price: Price, unmeasured: Sequence[str] = ()) -> str:
     rests_on = []
     if price.quality:
         worst = max(text.ratio for text in price.quality.values())
-        rests_on.append(f"worst text {worst:.2f}x; they allow 1.01x and 1.001x")
+        shown = max(decimals(worst, 1 / share, 2) for share in QUALITY_BUDGETS)
+        allowed = " and ".join(f"{round(1 / share, max(3, shown)):.7g}x" for share in QUALITY_BUDGETS)
+        rests_on.append(f"worst text {worst:.{shown}f}x; they allow {allowed}")
     if price.choices is not None:
         rests_on.append(f"accuracy {price.choices.retained.ratio:.1%} retained")
     if unmeasured:
         rests_on.append(f"not measured: {', '.join(unmeasured)}")
     return f"{', '.join(words)} ({'; '.join(rests_on)})"
+
+
+def decimals(figure: float, wanted: float, least: int) -> int:
+    """How many of a figure to show: as many as tell it from what it misses by less, within reason."""
+    return next((n for n in range(least, 6) if figure == wanted or round(figure, n) != round(wanted, n)), 6)
 
 
 def _judged(price: Price, share: float) -> Iterator[bool | None]:

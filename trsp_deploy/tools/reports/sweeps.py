@@ -10,7 +10,7 @@ from trsp_deploy.artifacts import Provenance
 from trsp_deploy.recipe import Positive, Strict
 from trsp_deploy.tools.judging.comparisons import ComparisonReport, PhaseReport
 from trsp_deploy.tools.judging.verdicts import too_few
-from trsp_deploy.tools.reports.quality import QualityReport
+from trsp_deploy.tools.reports.quality import QualityReport, decimals
 
 
 class Targets(Strict):
@@ -127,7 +127,7 @@ def _speedup(point: Point) -> float:
 def _said_speedup(point: Point, wanted: float) -> str:
     assert point.comparison is not None  # of what was not measured the reasons say that
     least = min(_totals(point), key=_capped)
-    form = f".{_decimals(_capped(least), wanted, 2)}f"
+    form = f".{decimals(_capped(least), wanted, 2)}f"
     above = f", and the limit is {least.limit:{form}}x" if _capped(least) < least.speedup.ratio else ""
     where = point.comparison.where if least.case == point.comparison.headline else f" at {least.case.title}"
     return f"{least.speedup.text(form, more=above)}{where}"
@@ -135,17 +135,12 @@ def _said_speedup(point: Point, wanted: float) -> str:
 
 def _said_token(point: Point, wanted_s: float) -> str:
     token_ms, wanted_ms = 1e3 * _token_s(point), 1e3 * wanted_s
-    return f"{token_ms:.{_decimals(token_ms, wanted_ms, 1)}f} ms"
+    return f"{token_ms:.{decimals(token_ms, wanted_ms, 1)}f} ms"
 
 
 def _said_perplexity(point: Point, targets: Targets) -> str:
     ratio, wanted = point.worst_ppl_ratio, targets.max_ppl_ratio or 0.0
-    return f"{ratio:.{_decimals(ratio, wanted, 2)}f}x"
-
-
-def _decimals(figure: float, wanted: float, least: int) -> int:
-    """How many of a figure to show: as many as tell it from what it misses by less, within reason."""
-    return next((n for n in range(least, 6) if figure == wanted or round(figure, n) != round(wanted, n)), 6)
+    return f"{ratio:.{decimals(ratio, wanted, 2)}f}x"
 
 
 def _token_s(point: Point) -> float:
