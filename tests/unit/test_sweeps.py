@@ -264,7 +264,8 @@ def test_a_runs_report_keeps_the_sweep_that_it_is_a_point_of(tmp_path: Path) -> 
     (tmp_path / "drop-4").mkdir()
     inputs: Any = SimpleNamespace(run=SimpleNamespace(path=tmp_path / "drop-4"), say=said.append)
     report = made_up_report(made_up())
-    measured = report.engines[0].model_copy(update={"comparison": found.points[1].comparison})
+    point = found.points[1]
+    measured = report.engines[0].model_copy(update={"comparison": point.comparison, "quality": point.quality})
     plan = report.plan.model_copy(update={"dropped": (0, 1, 2, 3)})
     timed_anew = report.model_copy(update={"plan": plan})
     report = timed_anew.model_copy(update={"engines": (measured,)})
@@ -277,6 +278,11 @@ def test_a_runs_report_keeps_the_sweep_that_it_is_a_point_of(tmp_path: Path) -> 
     assert sweep_of(inputs, changed) is None and "is of another cut than drop-4 is now" in said.pop()
     assert sweep_of(inputs, timed_anew) is None, "the page would show two speed-ups of one cut"
     assert "has other times of drop-4 than it has now; `trsp-deploy sweep` makes it again" in said.pop()
+    other_texts = report.model_copy(update={"engines": (measured.model_copy(update={"quality": report.quality}),)})
+    assert sweep_of(inputs, other_texts) is None, "the page would show two perplexities of one cut"
+    assert "has other perplexity of drop-4 than it has now; `trsp-deploy sweep` makes it again" in said.pop()
+    in_pytorch = other_texts.model_copy(update={"quality": point.quality})
+    assert sweep_of(inputs, in_pytorch) == found, "such as an older file's"
     (tmp_path / SWEEP).write_text("{}")
     assert sweep_of(inputs, report) is None and "is no sweep of this version" in said.pop()
 
