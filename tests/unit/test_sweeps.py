@@ -19,7 +19,7 @@ from trsp_deploy.tools.judging.comparisons import compare
 from trsp_deploy.tools.reports import markdown, plots, sweep_page
 from trsp_deploy.tools.reports.record import EngineReport, Report
 from trsp_deploy.tools.reports.rows import sweep_row
-from trsp_deploy.tools.reports.sweeps import Sweep, Targets, choose
+from trsp_deploy.tools.reports.sweeps import TIMED_AGAIN, Point, Sweep, Targets, choose
 
 POINTS = [
     made_up_point(2, 1.1, 1.05),
@@ -108,6 +108,38 @@ def test_what_a_check_would_not_decide_is_said_of_a_choice() -> None:
     drifted = point.model_copy(update={"comparison": point.comparison.model_copy(update={"phases": above})})
     found = choose([drifted], Targets(min_speedup=1.2))
     assert found.reason.endswith("for its speed-up is above its limit: `check` decides")
+
+
+def beside_other_work(point: Point) -> Point:
+    """The same, timed on a busy machine."""
+    assert point.comparison is not None and point.comparison.machine is not None
+    machine = point.comparison.machine.model_copy(update={"lost_cores": 0.5})
+    return point.model_copy(update={"comparison": point.comparison.model_copy(update={"machine": machine})})
+
+
+def test_a_time_of_a_busy_machine_is_doubted_and_a_ratio_is_not() -> None:
+    """No check has a limit of a time: `check` was said to decide, and of other work nothing."""
+    points = [beside_other_work(point) for point in POINTS]
+    work = "other work took the time of 0.50 cores from the engines, which compute on 1"
+    doubt, meanwhile = f"for {work}: {TIMED_AGAIN}", f" (meanwhile {work}: {TIMED_AGAIN})"
+    assert choose(points, Targets(min_speedup=1.25)) == choose(POINTS, Targets(min_speedup=1.25))
+    timed = choose(points, Targets(max_latency_s=0.0084))
+    assert timed.num_dropped == 4 and timed.doubts == (work,)
+    assert timed.reason.endswith(f"; 2 gives 9.1 ms{meanwhile}; by estimates, {doubt}")
+    none = choose(points, Targets(max_latency_s=0.001))
+    assert none.reason == f"the largest cut, 8, is not fast enough: 6.7 ms of 1 ms a token{meanwhile}"
+    both = choose(points[1:], Targets(max_latency_s=0.0084, max_ppl_ratio=1.25))
+    miss = "the interval of its perplexity allows a miss"
+    assert both.doubts == (miss, work)
+    assert both.reason.endswith(f"; by estimates, for {miss}: `check` decides; {doubt}")
+
+
+def test_few_replicates_of_a_time_are_no_matter_for_a_check() -> None:
+    point = POINTS[1]
+    assert point.comparison is not None
+    few = point.model_copy(update={"comparison": point.comparison.model_copy(update={"replicates": 2})})
+    found = choose([few], Targets(max_latency_s=0.0084))
+    assert found.reason.endswith(f"for it has 2 replicates, 5 are the fewest that decide: {TIMED_AGAIN}")
 
 
 def test_a_perplexity_that_is_no_number_is_not_kept() -> None:

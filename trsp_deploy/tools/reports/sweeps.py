@@ -8,9 +8,12 @@ import numpy as np
 
 from trsp_deploy.artifacts import Provenance
 from trsp_deploy.recipe import Positive, Strict
-from trsp_deploy.tools.judging.comparisons import ComparisonReport, PhaseReport
+from trsp_deploy.tools.judging.comparisons import ComparisonReport, PhaseReport, disturbance
 from trsp_deploy.tools.judging.verdicts import too_few
 from trsp_deploy.tools.reports.quality import QualityReport, decimals
+
+# A check has no limit of a time, and the same settings again are the same times, which a run has.
+TIMED_AGAIN = "the same `sweep` on a quiet machine, with a larger --set bench.budget_s, times it again"
 
 
 class Targets(Strict):
@@ -48,7 +51,7 @@ class Choice(Strict):
     num_dropped: int | None  # None: no point keeps every target
     folder: str | None
     reason: str  # which target bound, and by how much its neighbour misses it
-    doubts: tuple[str, ...] = ()  # why a check may not pass it, though by estimates it keeps every target
+    doubts: tuple[str, ...] = ()  # why a check may not pass it, or its time not hold, though by estimates it keeps all
 
 
 class Sweep(Strict):
@@ -157,9 +160,15 @@ def _good(point: Point, targets: Targets) -> bool:
 
 
 def _chosen(point: Point, targets: Targets, reason: str) -> Choice:
-    doubts = [*_intervals_that_miss(point, targets), *_undecided(point, targets)]
-    doubt = f"; by estimates, for {' and '.join(doubts)}: `check` decides" if doubts else ""
-    return Choice(num_dropped=point.num_dropped, folder=point.folder, reason=reason + doubt, doubts=tuple(doubts))
+    checked = [*_intervals_that_miss(point, targets), *_undecided(point, targets)]
+    timed = _doubts_of_time(point, targets)
+    said = [
+        f"for {' and '.join(doubts)}: {then}"
+        for doubts, then in ((checked, "`check` decides"), (timed, TIMED_AGAIN))
+        if doubts
+    ]
+    doubt = f"; by estimates, {'; '.join(said)}" if said else ""
+    return Choice(num_dropped=point.num_dropped, folder=point.folder, reason=reason + doubt, doubts=(*checked, *timed))
 
 
 def _intervals_that_miss(point: Point, targets: Targets) -> list[str]:
@@ -173,16 +182,38 @@ def _intervals_that_miss(point: Point, targets: Targets) -> list[str]:
 
 def _undecided(point: Point, targets: Targets) -> list[str]:
     """Why a check would decide nothing, whatever the intervals say."""
-    found = []
-    timed = targets.min_speedup is not None or targets.max_latency_s is not None
-    if timed and point.comparison is not None and (few := too_few(point.comparison.replicates)):
-        found.append(f"it has {few.partition(':')[0]}")
+    found = [] if targets.min_speedup is None else _too_few(point)
     if targets.min_speedup is not None and any(total.above_limit for total in _totals(point)):
         found.append("its speed-up is above its limit")
     if targets.max_ppl_ratio is not None:
         found += ["its perplexity is PyTorch's"] if point.quality_in_pytorch else []
         found += [f"'{name}' is {text.doubt.partition(':')[0]}" for name, text in point.quality.items() if text.doubt]
     return found
+
+
+def _doubts_of_time(point: Point, targets: Targets) -> list[str]:
+    """Why the time of a new token may not be that of a quiet machine. A ratio's two sides share what goes on."""
+    if targets.max_latency_s is None:
+        return []
+    few = _too_few(point) if targets.min_speedup is None else []  # of both a check says it
+    return few + _disturbance(point)
+
+
+def _too_few(point: Point) -> list[str]:
+    few = "" if point.comparison is None else too_few(point.comparison.replicates)
+    return [f"it has {few.partition(':')[0]}"] if few else []
+
+
+def _disturbance(point: Point) -> list[str]:
+    disturbed = "" if point.comparison is None else disturbance(point.comparison)
+    return [disturbed] if disturbed else []
+
+
+def _meanwhile(point: Point, targets: Targets) -> str:
+    """What to say behind a time that is too long: that the machine was busy; empty where it is not known to be."""
+    if targets.max_latency_s is None or _token_s(point) <= targets.max_latency_s:
+        return ""
+    return "".join(f" (meanwhile {disturbed}: {TIMED_AGAIN})" for disturbed in _disturbance(point))
 
 
 def _why_no_less(before: Sequence[Point], targets: Targets, wishes: Sequence[Wish], taken: Point) -> str:
@@ -198,7 +229,7 @@ def _why_no_less(before: Sequence[Point], targets: Targets, wishes: Sequence[Wis
     if nearest.comparison is None:
         return f"the smallest cut that is known to be fast enough: {found}; {nearest.num_dropped} was not measured"
     missed = [f"{nearest.num_dropped} gives {says(nearest)}" for _, keeps, says in wishes if not keeps(nearest)]
-    return f"the smallest cut that is fast enough: {found}; {' and '.join(missed)}"
+    return f"the smallest cut that is fast enough: {found}; {' and '.join(missed)}{_meanwhile(nearest, targets)}"
 
 
 def _listed(points: Sequence[Point]) -> str:
@@ -216,7 +247,7 @@ def _why_none(
         last = measured[-1]
         largest = "the largest cut" if last is points[-1] else "the largest cut that was measured"
         best = ", ".join(f"{says(last)} of {wanted}" for wanted, _, says in wishes)
-        parts.append(f"{largest}, {last.num_dropped}, is not fast enough: {best}")
+        parts.append(f"{largest}, {last.num_dropped}, is not fast enough: {best}{_meanwhile(last, targets)}")
     elif wishes and fast:
         parts.append(f"fast enough: {_listed(fast)}")
     if targets.max_ppl_ratio is not None:
