@@ -52,6 +52,7 @@ def sweep(job: Pipeline, counts: tuple[int, ...], targets: Targets, say: Callabl
         source = runs[0][0].run if runs else _of_earlier_call(job.run, folder)
         runs.append(_run(job, folder, count, plans[count], source, say))
         points = _points({one.run.path.name: report for one, report in runs})
+        judged = {point.engine for point in points}
         found = Sweep(
             model=job.recipe.public.model,
             num_layers=job.inputs.num_layers(),
@@ -59,6 +60,8 @@ def sweep(job: Pipeline, counts: tuple[int, ...], targets: Targets, say: Callabl
             targets=targets,
             choice=choose(points, targets),
             provenance=provenance(),
+            asked=counts,
+            not_judged=tuple(spec.name for spec in job.engines.specs if spec.name not in judged),
         )
         _write(found, root)
     for one, report in runs:  # again, with the curve that is now whole

@@ -19,7 +19,7 @@ from trsp_deploy.tools.judging.comparisons import compare
 from trsp_deploy.tools.reports import markdown, plots, sweep_page
 from trsp_deploy.tools.reports.record import EngineReport, Report
 from trsp_deploy.tools.reports.rows import sweep_row
-from trsp_deploy.tools.reports.sweeps import TIMED_AGAIN, Point, Sweep, Targets, choose
+from trsp_deploy.tools.reports.sweeps import TIMED_AGAIN, Point, Sweep, Targets, answer, choose
 
 POINTS = [
     made_up_point(2, 1.1, 1.05),
@@ -263,6 +263,29 @@ def test_the_page_has_the_answer_every_point_and_two_plots() -> None:
     assert all(f'href="drop-{count}/report.html"' in page for count in (2, 4, 6, 8))
     unmeasured = found.model_copy(update={"points": (POINTS[0].model_copy(update={"comparison": None}),)})
     assert "not measured" in sweep_page.render(unmeasured)
+
+
+def test_the_answer_names_the_engine_that_was_judged() -> None:
+    """Of several in the recipe neither terminal nor page said which one."""
+    found = made_up_sweep()
+    assert answer(found).endswith(". Figures are of ort-cpu-fp32.") and "ort-cpu-fp32" in sweep_page.render(found)
+    several = found.model_copy(update={"not_judged": ("ort-cpu-int8", "tensorrt-fp16")})
+    report = made_up_report(made_up()).model_copy(update={"sweep": several})
+    for said in (answer(several), sweep_page.render(several), markdown.render(report)):
+        assert "Figures are of ort-cpu-fp32; not judged: ort-cpu-int8, tensorrt-fp16." in said
+    none = tuple(point.model_copy(update={"engine": None, "comparison": None}) for point in found.points)
+    assert "Figures" not in answer(several.model_copy(update={"points": none}))
+
+
+def test_a_sweep_with_cuts_to_come_does_not_look_final() -> None:
+    found = made_up_sweep()
+    part = found.model_copy(update={"asked": (2, 4, 6, 8, 9)})
+    whole = found.model_copy(update={"asked": (2, 4, 6)})
+    assert answer(part).endswith(" Judged so far: 3 of 5 cuts.")
+    assert '<div class="verdict good">' not in sweep_page.render(part)
+    older = Sweep.model_validate_json(found.model_dump_json(exclude={"asked", "not_judged"}))
+    for each in (whole, older):
+        assert "so far" not in answer(each) and '<div class="verdict good">' in sweep_page.render(each)
 
 
 def test_every_text_is_drawn_however_many_there_are() -> None:

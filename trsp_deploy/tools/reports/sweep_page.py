@@ -8,11 +8,12 @@ from trsp_deploy.tools.reports.sweeps import Sweep, answer
 
 
 def render(found: Sweep) -> str:
-    """The sweep as one HTML page, in the style of the report's."""
+    """The sweep as one HTML page, in the style of the report's; green where a choice leaves no doubt."""
+    sure = found.choice.num_dropped is not None and not found.choice.doubts and found.whole
     return fill(
         "sweep.html.jinja",
         title=f"{found.model}: how many of {found.num_layers} layers to drop",
-        mood="good" if found.choice.num_dropped is not None and not found.choice.doubts else "",
+        mood="good" if sure else "",
         sentences=[answer(found)],
         plots=sweep_plots(found),
         columns=sweep_columns(found),

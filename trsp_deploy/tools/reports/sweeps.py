@@ -63,14 +63,31 @@ class Sweep(Strict):
     targets: Targets
     choice: Choice
     provenance: Provenance
+    asked: tuple[int, ...] = ()  # numbers of layers; empty in files that are older than this key
+    not_judged: tuple[str, ...] = ()  # engines of the recipe that the figures are not of; the same
+
+    @property
+    def engine(self) -> str | None:
+        """That the figures are of; None where none ran."""
+        return next((point.engine for point in self.points if point.engine is not None), None)
+
+    @property
+    def whole(self) -> bool:
+        """Whether every number of layers that was asked for has its point, as far as the file says."""
+        return len(self.points) >= len(self.asked)
 
 
 def answer(found: Sweep) -> str:
-    """How much to drop, and which target said so."""
+    """How much to drop and which target said so, by which engine, and whether there are cuts to come."""
     choice = found.choice
-    if choice.num_dropped is None:
-        return f"No choice: {choice.reason}."
-    return f"Drop {choice.num_dropped} of {found.num_layers} layers ({choice.folder}): {choice.reason}."
+    taken = f"Drop {choice.num_dropped} of {found.num_layers} layers ({choice.folder})"
+    said = [f"{'No choice' if choice.num_dropped is None else taken}: {choice.reason}."]
+    if found.engine is not None:
+        others = f"; not judged: {', '.join(found.not_judged)}" if found.not_judged else ""
+        said.append(f"Figures are of {found.engine}{others}.")
+    if not found.whole:
+        said.append(f"Judged so far: {len(found.points)} of {len(found.asked)} cuts.")
+    return " ".join(said)
 
 
 def choose(points: Sequence[Point], targets: Targets) -> Choice:
