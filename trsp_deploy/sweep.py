@@ -17,8 +17,10 @@ from trsp_deploy.artifacts import RunFolder, RunLayout, StepRecord, link_tree, p
 from trsp_deploy.artifacts.layout import PLANS, SWEEP, SWEEP_PAGE
 from trsp_deploy.errors import RecipeError
 from trsp_deploy.pipeline import Pipeline, check_before_work, prune_and_build
+from trsp_deploy.pipeline.engines import runnable, specs_of
 from trsp_deploy.pipeline.reporting import write_pages
 from trsp_deploy.pipeline.runs import save_recipe
+from trsp_deploy.recipe import Recipe
 from trsp_deploy.tools.reports.record import Report
 from trsp_deploy.tools.reports.sweeps import Point, Sweep, Targets, choose
 
@@ -30,15 +32,27 @@ DENSE_STEPS = (  # each after those that it may be of; behind a role no name fol
 )
 
 
+def check_targets(recipe: Recipe, targets: Targets) -> None:
+    """Raise RecipeError for a target that nothing in the recipe, or nothing on this machine, measures."""
+    if targets.max_ppl_ratio is not None and not recipe.evaluation:
+        raise RecipeError("sweep: --max-ppl-ratio needs texts, and the recipe has none: --eval NAME=TEXTS")
+    speeds = {"--target-speedup": targets.min_speedup, "--target-latency": targets.max_latency_s}
+    wanted = [option for option, target in speeds.items() if target is not None]
+    if wanted and not runnable(specs := specs_of(recipe.engines)):
+        raise RecipeError(
+            f"sweep: {wanted[0]} needs an engine that runs here, and none of the recipe's does "
+            f"({', '.join(spec.name for spec in specs)}; `trsp-deploy doctor` says why): --engine E"
+        )
+
+
 def sweep(job: Pipeline, counts: tuple[int, ...], targets: Targets, say: Callable[[str], None]) -> Sweep:
     """Make or finish every run of a sweep, smallest cut first, and choose among them.
 
     job: its folder is the sweep's; its recipe serves every run, with another number of layers each.
-    Raises RecipeError for a target that nothing in the recipe measures.
+    Raises RecipeError as `check_targets` does.
     """
     root = job.run.path
-    if targets.max_ppl_ratio is not None and not job.recipe.evaluation:
-        raise RecipeError("sweep: --max-ppl-ratio needs texts, and the recipe has none: --eval NAME=TEXTS")
+    check_targets(job.recipe, targets)
     check_before_work(job)
     job.run.outdate_manifest()
     (root / PLANS).mkdir(exist_ok=True)  # a sweep by its first sign, and no run to go on with

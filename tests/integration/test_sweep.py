@@ -10,7 +10,14 @@ import pytest
 from tests.breadth import BREADTH
 from tests.command import trsp_deploy
 from tests.planted import SECRETS, check_no_secret
+from tests.samples import made_up, made_up_report
 from tests.tiny import english, save_tiny
+from trsp_deploy import sweep as sweeping
+from trsp_deploy.artifacts import MANIFEST, write_json
+from trsp_deploy.pipeline import Pipeline
+from trsp_deploy.pipeline.proof import Proof
+from trsp_deploy.pipeline.pruning import Pruning
+from trsp_deploy.tools.reports.record import Report
 from trsp_deploy.tools.resources import disk, memory_plan
 
 SETTINGS = [
@@ -109,3 +116,54 @@ def test_bad_input_is_one_line(workspace: Path, options: list[str], words: list[
     done = sweep(workspace, *options)
     assert done.code == 1 and done.stdout == ""
     assert all(word in done.stderr.splitlines()[-1] for word in words), done.stderr
+
+
+@pytest.mark.parametrize("option", [("--target-speedup", "1.2"), ("--target-latency", "20ms")])
+def test_a_target_of_speed_that_nothing_measures_is_said_first(
+    workspace: Path, option: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was said after the training of every cut."""
+    monkeypatch.setattr(sweeping, "runnable", lambda specs: [])
+    done = sweep(workspace, "--drop", "1..2", *option, "--out", "unmeasured")
+    assert done.code == 1 and done.stdout == "" and not (workspace / "unmeasured").exists()
+    assert f"{option[0]} needs an engine that runs here, and none of the recipe's does (ort-cpu-fp32; " in done.last
+
+
+Made = dict[int, BaseException]  # by layers dropped: how the run fails, where it does
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Made:
+    """Plans and runs of a sweep are made up from here on, and fail as the test says."""
+    failing: Made = {}
+
+    def make(one: Pipeline) -> Report:
+        count = int(one.recipe.drop)
+        if count in failing:
+            raise failing[count]
+        report = made_up_report(made_up(speedup=1 + count / 20))
+        return report.model_copy(update={"plan": report.plan.model_copy(update={"dropped": tuple(range(count))})})
+
+    def write(proof: Proof, report: Report) -> Report:
+        write_json(proof.run.path / "report.json", report)
+        proof.run.write_manifest()
+        return report
+
+    def plans(self: Pruning, counts: tuple[int, ...]) -> dict[int, Path]:
+        return {count: self.run.path / f"drop-{count}.json" for count in counts}
+
+    monkeypatch.setattr(Pruning, "plans", plans)
+    for name, stand_in in (("check_before_work", lambda job: None), ("prune_and_build", make), ("write_pages", write)):
+        monkeypatch.setattr(sweeping, name, stand_in)
+    return failing
+
+
+def test_a_refused_target_leaves_a_finished_sweep_as_it_is(workspace: Path, made: Made) -> None:
+    """Its recipe was another by then, and its manifest gone."""
+    assert sweep(workspace, "--drop", "1..2", "--out", "finished").code == 0
+    files = [workspace / "finished" / name for name in ("recipe.yaml", MANIFEST)]
+    before = [file.read_bytes() for file in files]
+    options = ["--max-ppl-ratio", "2", "--set", "evaluation={}"]
+    refused = sweep(workspace, "--drop", "1..2", *options, "--out", "finished")
+    assert refused.code == 1 and "--max-ppl-ratio needs texts" in refused.last
+    assert [file.read_bytes() for file in files] == before

@@ -78,7 +78,9 @@ def sweep(
 ) -> None:
     """Quality, latency, memory and size for each number of layers, through real engines; targets choose one."""
     max_latency_s = _seconds(target_latency)
-    from trsp_deploy.cli.needs import check_disk, check_memory
+    from trsp_deploy.cli.needs import check_address_space, check_disk, check_memory
+
+    check_address_space()
     from trsp_deploy.cli.recipe_options import recipe_from_options
     from trsp_deploy.cli.running import run_of
     from trsp_deploy.cli.tables import print_sweep
@@ -101,10 +103,12 @@ def sweep(
         method=method,
         then=then,
     )
-    targets = Targets(min_speedup=target_speedup, max_latency_s=max_latency_s, max_ppl_ratio=max_ppl_ratio)
-    with run_of(chosen, out, drops=drop) as job:
-        from trsp_deploy.sweep import sweep as sweep_all
+    from trsp_deploy.sweep import check_targets
+    from trsp_deploy.sweep import sweep as sweep_all
 
+    targets = Targets(min_speedup=target_speedup, max_latency_s=max_latency_s, max_ppl_ratio=max_ppl_ratio)
+    check_targets(chosen, targets)  # before the recipe of a finished sweep is another
+    with run_of(chosen, out, drops=drop) as job:
         counts = parse_drops(drop, job.inputs.num_layers())
         check_memory(job, None, ignore_memory, whole=True, counts=counts)
         check_disk(job, ignore_disk, counts)
