@@ -1,6 +1,6 @@
 """How much should go? One search for layers, then a run for every number of them, each through real engines.
 
-    found = sweep(job, counts, Targets(min_speedup=1.25), say)
+    found, failed = sweep(job, counts, Targets(min_speedup=1.25), say)
 
 Every number of layers is a run folder of its own, `drop-K/`, to be looked at, continued and shipped like any other.
 What concerns the dense model alone is made once and linked or copied into the others. Sits above the pipeline.
@@ -8,6 +8,7 @@ What concerns the dense model alone is made once and linked or copied into the o
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from trsp_deploy.artifacts import RunFolder, RunLayout, StepRecord, link_tree, provenance, write_json, writing
 from trsp_deploy.artifacts.layout import PLANS, SWEEP, SWEEP_PAGE
-from trsp_deploy.errors import RecipeError
+from trsp_deploy.errors import ModelError, ParityError, PlanError, RecipeError, TrspError, machine_reason
 from trsp_deploy.pipeline import Pipeline, check_before_work, prune_and_build
 from trsp_deploy.pipeline.engines import runnable, specs_of
 from trsp_deploy.pipeline.reporting import write_pages
@@ -24,12 +25,14 @@ from trsp_deploy.recipe import Recipe
 from trsp_deploy.tools.reports.record import Report
 from trsp_deploy.tools.reports.sweeps import Point, Sweep, Targets, choose
 
+OF_ONE_CUT = (ModelError, ParityError, PlanError)  # what may be wrong with one cut while the others are right
 # Copied, not linked: onnx and onnx_ir refuse weights with a second hard link, and another engine may be built of them.
 EXTERNAL_DATA = (".onnx.data", ".onnx_data")
 DENSE_STEPS = (  # each after those that it may be of; behind a role no name follows, which may say "-dense-" too
     *("dense", "self-generated", r"export-dense-\w+", "build-.+-dense"),
     *(r"parity-.+-dense-\w+", "evaluate-.+-dense", "zero-shot-.+-dense"),
 )
+Runs = list[tuple[Pipeline, Report]]
 
 
 def check_targets(recipe: Recipe, targets: Targets) -> None:
@@ -45,44 +48,73 @@ def check_targets(recipe: Recipe, targets: Targets) -> None:
         )
 
 
-def sweep(job: Pipeline, counts: tuple[int, ...], targets: Targets, say: Callable[[str], None]) -> Sweep:
+def sweep(
+    job: Pipeline, counts: tuple[int, ...], targets: Targets, say: Callable[[str], None]
+) -> tuple[Sweep, TrspError | None]:
     """Make or finish every run of a sweep, smallest cut first, and choose among them.
 
     job: its folder is the sweep's; its recipe serves every run, with another number of layers each.
-    Raises RecipeError as `check_targets` does.
+    Beside the sweep it returns what to raise once that was shown, where some cuts failed. Raises RecipeError as
+    `check_targets` does, and at once what is wrong with every cut.
     """
-    root = job.run.path
     check_targets(job.recipe, targets)
     check_before_work(job)
     job.run.outdate_manifest()
-    (root / PLANS).mkdir(exist_ok=True)  # a sweep by its first sign, and no run to go on with
+    (job.run.path / PLANS).mkdir(exist_ok=True)  # a sweep by its first sign, and no run to go on with
     plans = job.pruning.plans(counts)
     job.inputs.keep_calibration()
     job.inputs.keep_evaluation()
-    runs: list[tuple[Pipeline, Report]] = []
-    for number, count in enumerate(counts, start=1):
-        say(f"[{number}/{len(counts)}] {count} of {job.inputs.num_layers()} layers")
-        folder = root / f"drop-{count}"
-        source = runs[0][0].run if runs else _of_earlier_call(job.run, folder)
-        runs.append(_run(job, folder, count, plans[count], source, say))
-        points = _points({one.run.path.name: report for one, report in runs})
-        judged = {point.engine for point in points}
-        found = Sweep(
-            model=job.recipe.public.model,
-            num_layers=job.inputs.num_layers(),
-            points=points,
-            targets=targets,
-            choice=choose(points, targets),
-            provenance=provenance(),
-            asked=counts,
-            not_judged=tuple(spec.name for spec in job.engines.specs if spec.name not in judged),
-        )
-        _write(found, root)
-    for one, report in runs:  # again, with the curve that is now whole
-        with one.run:
+    runs: Runs = []
+    failed: dict[int, TrspError] = {}
+    with contextlib.ExitStack() as held:  # every run's lock: its last pages are of the report that was made here
+        for number, count in enumerate(counts, start=1):
+            say(f"[{number}/{len(counts)}] {count} of {job.inputs.num_layers()} layers")
+            try:
+                runs.append(_run(job, count, plans[count], runs, say, held))
+            except OF_ONE_CUT as problem:
+                if _is_of_every_cut(problem, runs, failed):
+                    raise
+                failed[count] = type(problem)(str(problem))  # without the traceback, which holds on to models
+                say(f"drop-{count}: {problem}")
+            else:
+                found = _found(job, counts, targets, runs)
+                _write(found, job.run.path)
+        if not runs:
+            raise _of_cuts(failed)
+        for one, report in runs:  # again, with the curve that is now whole
             write_pages(one.proof, report)
-    job.run.write_manifest()
-    return found
+        job.run.write_manifest()
+    left = ", ".join(map(str, failed))
+    then = f"; the other cuts are there: leave {left} out of --drop, or put that right and run the same again"
+    return found, _of_cuts(failed, then) if failed else None
+
+
+def _is_of_every_cut(problem: TrspError, runs: Runs, failed: Mapping[int, TrspError]) -> bool:
+    """Whether the cuts to come would fail alike: of the machine's disk or memory; or, where none is right so far and
+    another failed in the same words, of the dense model."""
+    return machine_reason(problem) is not None or (not runs and str(problem) in map(str, failed.values()))
+
+
+def _of_cuts(failed: Mapping[int, TrspError], then: str = "") -> TrspError:
+    """One error for all cuts that failed, of the first one's class and so with its exit code; then: the line's end."""
+    said = "; ".join(f"drop-{count}: {problem}" for count, problem in failed.items())
+    return type(next(iter(failed.values())))(f"{said}{then}")
+
+
+def _found(job: Pipeline, counts: tuple[int, ...], targets: Targets, runs: Runs) -> Sweep:
+    """The sweep as far as it is."""
+    points = _points({one.run.path.name: report for one, report in runs})
+    judged = {point.engine for point in points}
+    return Sweep(
+        model=job.recipe.public.model,
+        num_layers=job.inputs.num_layers(),
+        points=points,
+        targets=targets,
+        choice=choose(points, targets),
+        provenance=provenance(),
+        asked=counts,
+        not_judged=tuple(spec.name for spec in job.engines.specs if spec.name not in judged),
+    )
 
 
 def _of_earlier_call(sweep: RunFolder, folder: Path) -> RunFolder | None:
@@ -92,15 +124,23 @@ def _of_earlier_call(sweep: RunFolder, folder: Path) -> RunFolder | None:
 
 
 def _run(
-    job: Pipeline, folder: Path, count: int, plan: Path, source: RunFolder | None, say: Callable[[str], None]
+    job: Pipeline,
+    count: int,
+    plan: Path,
+    before: Runs,
+    say: Callable[[str], None],
+    held: contextlib.ExitStack,
 ) -> tuple[Pipeline, Report]:
+    """Make or finish one run, after those `before`; `held` has its lock from then on."""
+    folder = job.run.path / f"drop-{count}"
+    source = before[0][0].run if before else _of_earlier_call(job.run, folder)
     recipe = job.recipe.model_copy(update={"drop": str(count)})
-    with RunFolder(folder, lambda step, state: say(f"{folder.name}: {step}: {state}")) as run:
-        if source is not None:
-            _adopt_dense(source, run)
-        one = Pipeline(run, recipe, plan, say, job.inputs.place)
-        save_recipe(run, recipe, job.inputs.place)
-        return one, prune_and_build(one)
+    run = held.enter_context(RunFolder(folder, lambda step, state: say(f"{folder.name}: {step}: {state}")))
+    if source is not None:
+        _adopt_dense(source, run)
+    one = Pipeline(run, recipe, plan, say, job.inputs.place)
+    save_recipe(run, recipe, job.inputs.place)
+    return one, prune_and_build(one)
 
 
 def _adopt_dense(source: RunFolder, target: RunFolder) -> None:

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 
 from tests.breadth import BREADTH
-from tests.command import trsp_deploy
+from tests.command import Done, trsp_deploy
 from tests.planted import SECRETS, check_no_secret
 from tests.samples import made_up, made_up_report
 from tests.tiny import english, save_tiny
 from trsp_deploy import sweep as sweeping
-from trsp_deploy.artifacts import MANIFEST, write_json
+from trsp_deploy.artifacts import MANIFEST, RunFolder, write_json
+from trsp_deploy.cli import sweep_jobs
+from trsp_deploy.errors import ParityError, StorageError, TrspError
 from trsp_deploy.pipeline import Pipeline
 from trsp_deploy.pipeline.proof import Proof
 from trsp_deploy.pipeline.pruning import Pruning
@@ -167,3 +169,58 @@ def test_a_refused_target_leaves_a_finished_sweep_as_it_is(workspace: Path, made
     refused = sweep(workspace, "--drop", "1..2", *options, "--out", "finished")
     assert refused.code == 1 and "--max-ppl-ratio needs texts" in refused.last
     assert [file.read_bytes() for file in files] == before
+
+
+PARITY = "parity: ort-cpu-fp32 (pruned, fp32) gives logits that are no numbers"
+
+
+def test_a_cut_that_fails_leaves_the_others(workspace: Path, made: Made) -> None:
+    """It ended the sweep, every time: none was made after it, those before were not shown, and no line named it."""
+    made[2] = ParityError(PARITY)
+    done = sweep(workspace, "--drop", "1..3", "--engine", "ort-cpu-int8", "--out", "failing")
+    assert done.code == ParityError.exit_code
+    then = "the other cuts are there: leave 2 out of --drop, or put that right and run the same again"
+    assert done.last == f"error: drop-2: {PARITY}; {then}"
+    assert "Figures are of ort-cpu-fp32; not judged: ort-cpu-int8. Judged so far: 2 of 3 cuts." in done.stdout
+    folder = workspace / "failing"
+    found = json.loads((folder / "sweep.json").read_text())
+    assert [point["num_dropped"] for point in found["points"]] == [1, 3] and found["asked"] == [1, 2, 3]
+    manifest = json.loads((folder / MANIFEST).read_text())
+    assert {f"drop-1/{MANIFEST}", f"drop-3/{MANIFEST}", "sweep.json"} <= set(manifest["files"])
+    made.clear()
+    assert "so far" not in sweep(workspace, "--drop", "1..3", "--out", "failing").stdout
+
+
+@pytest.mark.parametrize(
+    ("failing", "tried"),
+    [
+        ({2: StorageError("the disk is full")}, 2),
+        ({1: ParityError(PARITY), 2: ParityError(PARITY)}, 2),
+    ],
+    ids=["disk", "dense"],
+)
+def test_what_is_wrong_with_every_cut_ends_the_sweep(
+    workspace: Path, made: Made, failing: dict[int, TrspError], tried: int
+) -> None:
+    made.update(failing)
+    done = sweep(workspace, "--drop", "1..3", "--out", f"ended-{type(failing[2]).__name__}")
+    assert done.code == failing[2].exit_code and done.last == f"error: {failing[2]}"
+    assert f"> [{tried}/3]" in done.stderr and f"> [{tried + 1}/3]" not in done.stderr
+
+
+def test_a_sweeps_runs_are_in_use_until_it_ends(workspace: Path, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another command did to a finished one meanwhile was written over with the report of before."""
+    others: list[Done] = []
+
+    def say(line: str) -> None:
+        if line.startswith("[2/2]"):
+            others.append(trsp_deploy("evaluate", "held/drop-1", cwd=workspace))
+
+    monkeypatch.setattr(sweep_jobs, "say", say)
+    assert sweep(workspace, "--drop", "1..2", "--out", "held").code == 0
+    assert [other.code for other in others] == [1] and "in use by another trsp-deploy" in others[0].last
+    made[2] = KeyboardInterrupt()
+    assert sweep(workspace, "--drop", "1..2", "--out", "held").code == 130
+    for count in (1, 2):
+        with RunFolder(workspace / "held" / f"drop-{count}"):
+            pass

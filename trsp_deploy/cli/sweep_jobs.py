@@ -112,11 +112,13 @@ def sweep(
         counts = parse_drops(drop, job.inputs.num_layers())
         check_memory(job, None, ignore_memory, whole=True, counts=counts)
         check_disk(job, ignore_disk, counts)
-        found = sweep_all(job, counts, targets, say)
+        found, failed = sweep_all(job, counts, targets, say)
         folder = job.run.path
     output = Output(as_json)
     print_sweep(found, folder, output.stream)
     output.result(found.model_dump(mode="json", exclude={"provenance"}))
+    if failed is not None:  # last: what there is has been shown
+        raise failed
     wanted = targets != Targets()
     raise typer.Exit(CHOICE_MISSING if wanted and found.choice.num_dropped is None else 0)
 
