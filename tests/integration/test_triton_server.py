@@ -413,7 +413,7 @@ def test_a_folder_that_is_no_model_keeps_the_server_from_starting_and_a_file_doe
     (repository / "m" / "1").mkdir(parents=True)
     (repository / "m" / "config.pbtxt").write_text(f'name: "m"\n{echo(0)}')
     (repository / "m" / "1" / "model.py").write_text(ECHO)
-    for name in (".lock", ".README.md.partial"):
+    for name in (".writing.lock", ".README.md.partial"):
         (repository / name).touch()
     with TritonServer(repository):
         pass

@@ -32,7 +32,7 @@ def test_the_second_is_refused_and_told_by_whom(tmp_path: Path) -> None:
 def test_a_folder_that_is_added_to_has_its_lock_within(tmp_path: Path) -> None:
     """A lock beside a volume is beside it in one container alone."""
     with writing_alone(tmp_path / "models", within=True) as place:
-        assert [path.name for path in tmp_path.rglob("*")] == ["models", ".lock"]
+        assert [path.name for path in tmp_path.rglob("*")] == ["models", ".writing.lock"]
         with pytest.raises(RunError, match="models: in use by another"), writing_alone(place, within=True):
             pytest.fail("two at once")
         with pytest.raises(RunError, match="models: in use by another"):
@@ -58,13 +58,13 @@ def test_what_waits_for_a_folder_that_goes_with_its_lock_makes_it_anew(tmp_path:
     assert begun.wait(20)
     threading.Timer(0.2, ended.set).start()
     with writing_alone(tmp_path / "models", within=True) as place:
-        assert (place / ".lock").is_file()
+        assert (place / ".writing.lock").is_file()
     thread.join()
 
 
 def test_a_lock_file_that_nobody_holds_keeps_nobody_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a kill leaves it, and on a file system where nobody can hold one."""
-    (tmp_path / ".lock").write_text("1 elsewhere")
+    (tmp_path / ".writing.lock").write_text("1 elsewhere")
     check_not_written(tmp_path)
 
     def refuse(*_: object) -> None:

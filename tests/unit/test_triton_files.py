@@ -16,6 +16,7 @@ from tests.made_run import made_run, served_repository
 from tests.tiny import save_tiny
 from trsp_deploy import cli
 from trsp_deploy.artifacts import fingerprint, write_json, writing_alone
+from trsp_deploy.artifacts.layout import check_can_hold
 from trsp_deploy.errors import RunError
 from trsp_deploy.stages import triton_repository
 from trsp_deploy.stages.triton_repository import _link_engine, write_repository
@@ -138,8 +139,11 @@ def test_two_writers_of_a_repository_exclude_each_other(write: Callable[[Path], 
     with writing_alone(out, within=True):
         with pytest.raises(RunError, match="models: in use by another trsp-deploy"):
             write(out)
-        assert [path.name for path in out.iterdir()] == [".lock"]
+        assert [path.name for path in out.iterdir()] == [".writing.lock"]
     write(out)
+    (out / ".writing.lock").touch()  # as a kill leaves it: no run that was begun
+    with pytest.raises(RunError, match=r"models: has MANIFEST\.json and is no run of"):
+        check_can_hold(out, sweep=False)
 
 
 def test_a_models_folder_takes_no_repository(

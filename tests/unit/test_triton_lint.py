@@ -391,7 +391,7 @@ UNFINISHED = "`trsp-deploy triton` has not finished it, and no server starts bes
 )
 def test_a_folder_that_is_no_model_keeps_the_server_from_starting(name: str, line: str, model: Path) -> None:
     (model.parent / name).mkdir()
-    (model.parent / ".lock").touch()  # files do no harm
+    (model.parent / ".writing.lock").touch()  # files do no harm
     assert said(model).startswith(f"error: {name}: {line}") and "\n" not in said(model)
 
 

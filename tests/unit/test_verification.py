@@ -398,7 +398,7 @@ def test_a_repository(repository: Path) -> None:
 
 
 def test_the_lock_of_a_triton_that_was_killed_is_no_part_of_its_repository(repository: Path) -> None:
-    (repository / ".lock").write_text("1 here")
+    (repository / ".writing.lock").write_text("1 here")
     assert verify(repository).whole
 
 

@@ -15,7 +15,8 @@ from trsp_deploy.errors import RunError
 
 RUN_MARK = "recipe.yaml"  # a folder that has one is a run, or a sweep
 MANIFEST = "MANIFEST.json"
-LOCK = ".lock"
+LOCK = ".lock"  # by which a run is known that was begun and has nothing else yet
+WRITING_LOCK = ".writing.lock"  # of what is no run, where it is within
 PLACE = ".place"  # what the recipe's relative paths are relative to
 ENGINES = "engines"
 CHECKPOINTS = "checkpoints"  # of trainings that were killed
@@ -192,6 +193,7 @@ def check_can_hold(folder: Path, *, sweep: bool) -> None:
     if (folder / LOCK).exists() or layout.is_run or layout.is_sweep:
         return
     check_no_model(folder)
-    taken = [name for part in PARTS for name in part.paths if (folder / name).exists()]
+    names = (MANIFEST, *(name for part in PARTS for name in part.paths))  # a manifest: of a model repository
+    taken = [name for name in names if (folder / name).exists()]
     if taken:
         raise RunError(f"{folder}: has {', '.join(taken)} and is no run of trsp-deploy; choose another --out")

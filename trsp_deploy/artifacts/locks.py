@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from trsp_deploy.artifacts.layout import LOCK
+from trsp_deploy.artifacts.layout import WRITING_LOCK
 from trsp_deploy.artifacts.storage import storage_errors
 from trsp_deploy.errors import RunError, StorageError
 
@@ -52,7 +52,7 @@ def writing_alone(folder: Path, *, within: bool = False) -> Iterator[Path]:
     Yields where to write: of a link the folder that it leads to, there or not, and the link stays one.
     """
     place = folder.resolve() if folder.is_symlink() else folder
-    lock = place / LOCK if within else place.absolute().with_name(f".{place.absolute().name}.lock")
+    lock = place / WRITING_LOCK if within else place.absolute().with_name(f".{place.absolute().name}.lock")
     new = within and not place.exists()
     with storage_errors(folder):
         try:
@@ -71,7 +71,7 @@ def writing_alone(folder: Path, *, within: bool = False) -> Iterator[Path]:
 
 def check_not_written(folder: Path) -> None:
     """Raise RunError while a command writes a folder that has its lock within; nothing is made there."""
-    lock = folder / LOCK
+    lock = folder / WRITING_LOCK
     try:
         handle = os.open(lock, os.O_RDONLY | os.O_NOFOLLOW)
     except OSError:

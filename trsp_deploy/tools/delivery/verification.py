@@ -28,7 +28,7 @@ from trsp_deploy.artifacts import (
     fingerprint,
     leaves,
 )
-from trsp_deploy.artifacts.layout import CHECKPOINTS, ENGINES, FAILED_LOGS, LOCK, PLACE, POINTS
+from trsp_deploy.artifacts.layout import CHECKPOINTS, ENGINES, FAILED_LOGS, LOCK, PLACE, POINTS, WRITING_LOCK
 from trsp_deploy.errors import RunError
 from trsp_deploy.reading import read_json, read_record
 from trsp_deploy.recipe import RelativePath, Strict
@@ -47,7 +47,7 @@ BESIDE: dict[Kind, tuple[str, ...]] = {
     ),
     "sweep": (LOCK, PLACE, f"{CHECKPOINTS}/*"),
     "engine": ("build.log",),
-    "repository": ("README.md", LOCK),
+    "repository": ("README.md", WRITING_LOCK),
 }
 UNREADABLE = "damaged, unsafe, or of another version"  # what a manifest is that is no record
 
