@@ -177,7 +177,7 @@ def serving(found: ServedReport) -> str:
             panels[1].plot(levels, typical, "o-", color=colour)
             panels[1].fill_between(levels, typical, tail, color=colour, alpha=0.15, linewidth=0)
         panels[0].set_title("throughput, new tokens a second", loc="left")
-        panels[1].set_title("inter-token latency, ms (median; the band goes to p95, where it is known)", loc="left")
+        panels[1].set_title("inter-token latency, ms; the band goes to p95", loc="left")
         for panel in panels:
             panel.set_ylim(bottom=0)
             panel.set_xticks(levels)
