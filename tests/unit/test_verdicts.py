@@ -39,6 +39,14 @@ def test_a_verdict_follows_the_interval(low: float, high: float, word: str) -> N
         assert judge(most, found).word == opposite[word]
 
 
+def test_a_sentence_tells_what_misses_a_bound_by_little_from_the_bound() -> None:
+    wanted = Requirement(name="speed-up", source="--min-speedup", sense="at least", bound=1.2)
+    outcome = judge(wanted, Ratio(ratio=1.19, low=1.18, high=1.19996))
+    assert outcome.sentence == "speed-up: 1.19000 (1.18000 to 1.19996), at least 1.2 wanted: fail"
+    outcome = judge(wanted, Ratio(ratio=1.25, low=1.2, high=1.3))
+    assert outcome.sentence == "speed-up: 1.250 (1.200 to 1.300), at least 1.2 wanted: pass"
+
+
 def test_too_few_replicates_decide_nothing() -> None:
     found = Ratio(ratio=1.3, low=1.2, high=1.4)
     outcome = judge(FASTER, found, too_few(4))

@@ -56,6 +56,11 @@ class Ratio(Strict):
         return f"{self.ratio:{form}}{unit} ({self.low:{form}} to {self.high:{form}}{more})"
 
 
+def decimals(figure: float, wanted: float, least: int) -> int:
+    """How many of a figure to show: as many as tell it from what it misses by less, within reason."""
+    return next((n for n in range(least, 6) if figure == wanted or round(figure, n) != round(wanted, n)), 6)
+
+
 class Speedup(Strict):
     """Dense time / pruned time of one phase, and what dense against itself showed in the same blocks."""
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from trsp_deploy.recipe import Strict
-from trsp_deploy.tools.judging.statistics import FEWEST_REPLICATES, Ratio, Speedup
+from trsp_deploy.tools.judging.statistics import FEWEST_REPLICATES, Ratio, Speedup, decimals
 
 Word = Literal["pass", "fail", "inconclusive"]
 Claim = Literal["CONFIRMED", "NOT THERE", "INCONCLUSIVE"]
@@ -40,7 +40,9 @@ class Outcome(Strict):
         """The outcome for people, on one line."""
         wanted, found = self.requirement, self.found
         note = f"; {self.note}" if self.note else ""
-        return f"{wanted.name}: {found.text('.3f', '')}, {wanted.sense} {wanted.bound:.6g} wanted: {self.word}{note}"
+        shown = max(decimals(each, wanted.bound, 3) for each in (found.ratio, found.low, found.high))
+        interval = found.text(f".{shown}f", "")
+        return f"{wanted.name}: {interval}, {wanted.sense} {wanted.bound:.6g} wanted: {self.word}{note}"
 
 
 def judge(requirement: Requirement, found: Ratio, doubt: str = "") -> Outcome:

@@ -13,6 +13,7 @@ from trsp_deploy.tools.judging.statistics import (
     FEWEST_WINDOWS,
     PairedAccuracy,
     Ratio,
+    decimals,
     paired_accuracy,
     paired_by_documents,
     perplexity_ratio,
@@ -146,11 +147,6 @@ def budget_text(price: Price, unmeasured: Sequence[str] = ()) -> str:
     if unmeasured:
         rests_on.append(f"not measured: {', '.join(unmeasured)}")
     return f"{', '.join(words)} ({'; '.join(rests_on)})"
-
-
-def decimals(figure: float, wanted: float, least: int) -> int:
-    """How many of a figure to show: as many as tell it from what it misses by less, within reason."""
-    return next((n for n in range(least, 6) if figure == wanted or round(figure, n) != round(wanted, n)), 6)
 
 
 def _judged(price: Price, share: float) -> Iterator[bool | None]:

@@ -9,8 +9,9 @@ import numpy as np
 from trsp_deploy.artifacts import Provenance
 from trsp_deploy.recipe import Positive, Strict
 from trsp_deploy.tools.judging.comparisons import ComparisonReport, PhaseReport, disturbance
+from trsp_deploy.tools.judging.statistics import decimals
 from trsp_deploy.tools.judging.verdicts import too_few
-from trsp_deploy.tools.reports.quality import QualityReport, decimals
+from trsp_deploy.tools.reports.quality import QualityReport
 
 # A check has no limit of a time, and the same settings again are the same times, which a run has.
 TIMED_AGAIN = "the same `sweep` on a quiet machine, with a larger --set bench.budget_s, times it again"

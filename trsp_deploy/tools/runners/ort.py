@@ -19,6 +19,7 @@ from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.recipe import Backend
 from trsp_deploy.tools.graphs import decoder_io
 from trsp_deploy.tools.runners.base import Runner
+from trsp_deploy.tools.runners.denormals import as_zero
 from trsp_deploy.tools.runners.huge_pages import in_huge_pages
 from trsp_deploy.tools.runners.manifest import EngineManifest
 from trsp_deploy.tools.runners.ort_session import bindings_of, create_session, one_line_errors
@@ -130,12 +131,12 @@ class OrtRunner(Runner):
         self._bind_cache()
 
     def step(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
-        """Append one token to each row of a cache that the caller manages.
+        """Append tokens to each row of a cache that the caller manages.
 
-        input_ids: (batch, 1). attention_mask: (batch, length), the new token among it, at most the cache's capacity.
-        Returns logits (batch, 1, vocabulary) float32.
+        input_ids: (batch, tokens). attention_mask: (batch, length), the new tokens among it.
+        Returns logits of the last one (batch, 1, vocabulary) float32.
         """
-        return self._step(input_ids, attention_mask)
+        return self._step(input_ids, attention_mask, keep=1)
 
     @property
     def longest_text(self) -> int | None:
@@ -193,7 +194,7 @@ class OrtRunner(Runner):
         self._tokens = tokens  # bound in place: they must outlive the run
         kept = tokens.get(decoder_io.LOGITS_POSITIONS)
         logits = self._bind_logits(len(input_ids), input_ids.shape[1] if kept is None else len(kept))
-        with one_line_errors(f"ONNX Runtime stopped in {self.model}"):
+        with one_line_errors(f"ONNX Runtime stopped in {self.model}"), as_zero():
             self._session.run_with_iobinding(self._binding)
         if not self._in_place:
             present = self._binding.get_outputs()[:-1]

@@ -14,6 +14,7 @@ from trsp_deploy.artifacts.control_groups import usable_cores
 from trsp_deploy.errors import EngineUnavailable, one_line
 from trsp_deploy.recipe import Backend, EngineSpec
 from trsp_deploy.tools.graphs import decoder_io
+from trsp_deploy.tools.runners import denormals
 from trsp_deploy.tools.runners.requirements import PACKAGES, cuda_devices, load_package
 
 PROVIDERS: dict[Backend, str] = {
@@ -79,6 +80,7 @@ def create_session(
     ort = load_package(backend)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or usable_cores()
+    options.add_session_config_entry(denormals.OPTION, "1")
     if lean:
         options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
         options.enable_cpu_mem_arena = False
@@ -99,10 +101,15 @@ def create_session(
         options.add_session_config_entry(f"{entry}_min_size_in_bytes", "1024")
     trouble = _prepare_cuda(ort) if backend == "onnxruntime-cuda" else ""
     provider = PROVIDERS[backend]
-    with one_line_errors(f"ONNX Runtime cannot load {model}"), warnings.catch_warnings():
+    quiet, kept = warnings.catch_warnings(), denormals.kept_from_a_session()
+    with one_line_errors(f"ONNX Runtime cannot load {model}"), quiet, kept:
         warnings.simplefilter("ignore")  # it warns about a missing provider; below that is an error
         session = ort.InferenceSession(
-            str(model), options, providers=[provider], provider_options=[PROVIDER_OPTIONS[backend]]
+            str(model),
+            options,
+            providers=[provider],
+            provider_options=[PROVIDER_OPTIONS[backend]],
+            enable_fallback=False,  # where a GPU is full it would print, and run on the CPU
         )
     if session.get_providers()[0] != provider:
         raise EngineUnavailable(

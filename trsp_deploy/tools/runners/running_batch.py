@@ -124,7 +124,7 @@ class RunningBatch:
         for start in range(PIECE, len(prompt), PIECE):
             yield None
             end = start + PIECE
-            logits = self._reader._step(input_ids[:, start:end], mask[:, :end], keep=1)
+            logits = self._reader.step(input_ids[:, start:end], mask[:, :end])
         yield self._add(prompt, logits[0, -1])
 
     def _add(self, prompt: Sequence[int], logits: np.ndarray) -> tuple[int, np.ndarray]:
