@@ -29,6 +29,8 @@ TARGETS = {
     "int4_perplexity_to_genai": at_most(1.03, "int4 perplexity over onnxruntime-genai's"),
     "int8_prefill_to_fp32": at_least(2.0, "int8 prompt over fp32's"),
     "fp32_floor_share": at_least(0.85, "fp32: bytes over measured bandwidth, over the time of a token"),
+    "int8_floor_share": at_least(0.85, "int8: bytes over bandwidth, over the time of a token"),
+    "int4_floor_share": at_least(0.85, "int4: bytes over bandwidth, over the time of a token"),
     "late_to_early": at_most(1.35, f"fp32: a token at past {LONG_PROMPT} over one at past {PROMPT}"),
     "batch_fp32": at_least(3.0, f"fp32: tokens/s at batch {BATCH} over batch 1"),
     "batch_int8": at_least(3.0, f"int8: tokens/s at batch {BATCH} over batch 1"),
@@ -99,8 +101,12 @@ def ratios(
         found = ratio(f"ours {precision}", f"pruned {precision}")
         return None if found is None else _scaled(found, 1 / limit.decode)
 
+    def floor(precision: Precision) -> Ratio | None:
+        label, past = f"ours {precision}", PROMPT + NEW_TOKENS // 2
+        read = decode_bytes(decoder_size(subjects.model("dense")), ours.get(precision, stored(precision)), 1, past)
+        return paired_ratio([read / each for each in bandwidths], times(label)) if label in samples else None
+
     genai4, ours4 = perplexities.get("genai int4"), perplexities.get("ours int4")
-    read = decode_bytes(decoder_size(subjects.model("dense")), stored("fp32"), 1, PROMPT + NEW_TOKENS // 2)
     lost = None if genai4 is None or ours4 is None else ours4 / genai4
     values = {
         "fp32_decode_to_genai": ratio("genai fp32", "ours fp32"),
@@ -108,7 +114,7 @@ def ratios(
         "int4_decode_to_genai": ratio("genai int4", "ours int4"),
         "int4_perplexity_to_genai": None if lost is None else Ratio(ratio=lost, low=lost, high=lost),
         "int8_prefill_to_fp32": ratio("ours fp32", "ours int8", "prefill_s"),
-        "fp32_floor_share": paired_ratio([read / each for each in bandwidths], times("ours fp32")),
+        **{f"{precision}_floor_share": floor(precision) for precision in PRECISIONS},
         "late_to_early": ratio(f"ours fp32, past {LONG_PROMPT}", "ours fp32, batch 1"),
         **{f"batch_{precision}": batch(precision) for precision in PRECISIONS},
         "opt_decode_to_optimum": ratio("optimum opt-125m", "ours opt-125m"),

@@ -52,7 +52,10 @@ def samples(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[dict[str, Any]]]:
 
 def test_figures(samples: dict[str, list[dict[str, Any]]]) -> None:
     ratios = figures.ratios(
-        samples, [11_000 * 4 / 9e-3] * 3, {"ours int4": 30.0, "genai int4": 33.0}, {"fp32": stored("fp32")}
+        samples,
+        [11_000 * 4 / 9e-3] * 3,
+        {"ours int4": 30.0, "genai int4": 33.0},
+        {precision: stored("fp32") for precision in figures.PRECISIONS},
     )
     found = {name: value.ratio for name, value in ratios.items() if value is not None}
     assert found["fp32_decode_to_genai"] == pytest.approx(1.2)
@@ -61,6 +64,9 @@ def test_figures(samples: dict[str, list[dict[str, Any]]]) -> None:
     assert found["int4_perplexity_to_genai"] == pytest.approx(30 / 33, abs=1e-3)
     assert found["int8_prefill_to_fp32"] == pytest.approx(2.5)
     assert found["fp32_floor_share"] == pytest.approx(0.9)
+    for precision in ("int8", "int4"):  # as many bytes here, in the time of its own token
+        slower = samples["ours fp32"][0]["decode_s"][0] / samples[f"ours {precision}"][0]["decode_s"][0]
+        assert found[f"{precision}_floor_share"] == pytest.approx(0.9 * slower)
     assert found["late_to_early"] == pytest.approx(1.3)
     assert found["batch_fp32"] == pytest.approx(4.0)
     assert found["pruned_fp32"] == pytest.approx(1.25 / (11 / 9), abs=1e-3)

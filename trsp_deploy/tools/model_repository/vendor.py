@@ -16,6 +16,7 @@ MODULES = (
     "tools/graphs/decoder_io.py",
     "tools/graphs/fp16_range.py",
     "tools/runners/base.py",
+    "tools/runners/denormals.py",
     "tools/runners/generation.py",
     "tools/runners/huge_pages.py",
     "tools/runners/manifest.py",
