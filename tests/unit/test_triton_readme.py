@@ -74,6 +74,12 @@ def test_the_image_has_the_packages_and_the_cluster_its_name() -> None:
     )
 
 
+def test_it_says_that_the_containers_lines_were_never_tried() -> None:
+    """It stood in a comment of the code alone."""
+    before, _, after = page(model("m")).partition("The `docker` lines were never tried: no Docker was at hand.\n")
+    assert before.endswith("## Serve it\n\n") and "docker run" not in before and after.lstrip().startswith("docker run")
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

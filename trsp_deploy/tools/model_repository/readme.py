@@ -8,7 +8,6 @@ from trsp_deploy.tools.serving.loop import MOST_WAITING
 
 # Until 25.04 a cancelled gRPC stream may bring the server down (Triton's pull request 8078), and NVIDIA's security
 # bulletin 5816 asks for 26.02. Any later one will do for an ONNX Runtime engine, whose package is installed into it.
-# Not tried: no Docker was at hand.
 CONTAINER = "nvcr.io/nvidia/tritonserver:26.02-py3"
 INSTALL = "PIP_BREAK_SYSTEM_PACKAGES=1 pip install"  # the Python of an image of Ubuntu 24.04 is left alone otherwise
 # What MatMulInteger multiplies is rounded with one scale for all texts of a step.
@@ -54,6 +53,8 @@ Beside its weights a model holds the keys and values of the texts that it answer
 figure above; while it grows the smaller one is still there, so leave room for twice that.
 
 ## Serve it
+
+The `docker` lines were never tried: no Docker was at hand.
 
     docker run --rm {device}--shm-size 1g -p 8000:8000 -p 8001:8001 -p 8002:8002 -v "$PWD:/models:ro" {CONTAINER} \\
         bash -c "{install} && tritonserver --model-repository=/models"
