@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,14 @@ from tests.command import PYTHON_SCRIPT
 from tests.samples import NEW_TOKENS_SERVED, made_up, made_up_report, made_up_served
 from tests.tiny import save_tiny
 from trsp_deploy.errors import RunError
+from trsp_deploy.results import Served
 from trsp_deploy.stages.serve_bench import _order
 from trsp_deploy.tools.reports import markdown, plots
 from trsp_deploy.tools.triton_server import load
 from trsp_deploy.tools.triton_server.load import LoadGenerator, prompts_of
 from trsp_deploy.tools.triton_server.served import (
     METRICS,
+    ServedReport,
     derive,
     inter_token_s,
     served_notes,
@@ -55,33 +58,57 @@ def test_a_model_alone_is_shown_and_not_compared() -> None:
     assert all(row[2] == row[4] == row[5] == "" and row[3] for row in served_rows(report))
 
 
+def with_requests(dense: int, pruned: int) -> Served:
+    """Made-up samples of two windows, with so many requests in each."""
+    served = made_up_served(replicates=2)
+    counts = {"dense": dense, "again": dense, "pruned": pruned}
+    windows = [w.model_copy(update={"requests": w.requests[:1] * counts[w.subject]}) for w in served.windows]
+    return served.model_copy(update={"windows": tuple(windows)})
+
+
 @pytest.mark.parametrize(
-    ("replicates", "requests", "tails"),
-    [(6, 18, []), (7, 21, ["p95"]), (33, 99, ["p95"]), (34, 102, ["p95", "p99"])],
+    ("each", "tails"),
+    [
+        (99, []),
+        (100, ["p90"]),
+        (199, ["p90"]),
+        (200, ["p90", "p95"]),
+        (999, ["p90", "p95"]),
+        (1000, ["p90", "p95", "p99"]),
+    ],
 )
-def test_a_percentile_needs_requests_beyond_it(replicates: int, requests: int, tails: list[str]) -> None:
-    """Of three requests the slowest was p95 and p99 alike, as if it had been looked for among hundreds."""
-    report = derive(made_up_served(replicates=replicates))
+def test_a_percentile_needs_requests_beyond_it(each: int, tails: list[str]) -> None:
+    """A p99 was shown of 120 requests, of which one was slower; `compare` asks for twenty."""
+    report = derive(with_requests(each, each))
     for figures in report.levels[0].figures.values():
         for times in (figures.first_s, figures.inter_token_s, figures.request_s):
             assert list(times) == ["p50", *tails]
     rows = served_rows(report)
-    assert rows[0][:4] == ("1", "requests", str(requests), str(requests))
+    assert rows[0][:4] == ("1", "requests", str(2 * each), str(2 * each))
     assert [row[1] for row in rows if row[0] == "1" and row[1].startswith("request latency")] == [
         "request latency",
         *(f"request latency, {tail}" for tail in tails),
     ]
-    assert "p95 and p99 where there are 20 and 100 requests" in served_notes(report)[1]
-    assert "the band goes to p95" in plots.serving(report)
+    assert "p90, p95 and p99 where 20 requests lie beyond: of 200, 400 and 2,000" in served_notes(report)[1]
+    assert re.findall(r"the band goes to (\w+)", plots.serving(report)) == tails[-1:]
 
 
 def test_a_percentile_that_one_model_lacks_is_blank() -> None:
-    served = made_up_served(replicates=7)
-    fewer = [each.model_copy(update={"requests": each.requests[:2]}) for each in served.windows]
-    windows = [one if one.subject == "dense" else other for one, other in zip(fewer, served.windows, strict=True)]
-    rows = served_rows(derive(served.model_copy(update={"windows": tuple(windows)})))
-    (row,) = [row for row in rows if row[:2] == ("1", "time to first token, p95")]
+    report = derive(with_requests(dense=199, pruned=200))
+    (row,) = [row for row in served_rows(report) if row[:2] == ("1", "time to first token, p95")]
     assert row[2] == "" and row[3].endswith(" ms")
+    assert "the band goes to p90" in plots.serving(report), "which both have"
+
+
+def test_a_report_from_when_fewer_requests_were_enough_is_read() -> None:
+    """Its figures have p95 and p99 and no p90."""
+    report = derive(made_up_served()).model_dump(mode="json")
+    for figures in (figures for level in report["levels"] for figures in level["figures"].values()):
+        for name in ("first_s", "inter_token_s", "request_s"):
+            figures[name] |= {"p95": 0.2, "p99": 0.3}
+    older = ServedReport.model_validate(report)
+    assert [row[1] for row in served_rows(older)][2:5:2] == ["time to first token", "time to first token, p99"]
+    assert "the band goes to p99" in plots.serving(older)
 
 
 def test_the_report_has_serving_beside_the_engines_own() -> None:

@@ -25,7 +25,7 @@ from trsp_deploy.tools.judging.goals import PHASE_TITLES
 from trsp_deploy.tools.judging.statistics import phase_s
 from trsp_deploy.tools.plan import PruningPlan
 from trsp_deploy.tools.reports.sweeps import Sweep
-from trsp_deploy.tools.triton_server.served import ServedReport
+from trsp_deploy.tools.triton_server.served import TAILS, ServedReport
 
 WIDTH = 4.2  # inches
 MARKERS, LINES = "osD^v<>", ("-", "--", ":")
@@ -166,24 +166,33 @@ def serving(found: ServedReport) -> str:
     """Throughput and inter-token latency of each model against the requests at once."""
     with rc_context(STYLE):
         figure, panels = _panels(2, 4.2)
-        levels = [level.concurrency for level in found.levels]
+        levels, tail = [level.concurrency for level in found.levels], _common_tail(found)
         for role, colour in (("dense", DENSE), ("pruned", PRUNED)):
             figures = [level.figures[role] for level in found.levels if role in level.figures]
             if not figures:
                 continue
             panels[0].plot(levels, [each.tokens_per_s for each in figures], "o-", color=colour, label=role)
             times = [each.inter_token_s for each in figures]
-            typical, tail = ([1e3 * time.get(name, np.nan) for time in times] for name in ("p50", "p95"))
+            typical = [1e3 * time.get("p50", np.nan) for time in times]
             panels[1].plot(levels, typical, "o-", color=colour)
-            panels[1].fill_between(levels, typical, tail, color=colour, alpha=0.15, linewidth=0)
+            if tail is not None:
+                slow = [1e3 * time[tail] for time in times]
+                panels[1].fill_between(levels, typical, slow, color=colour, alpha=0.15, linewidth=0)
         panels[0].set_title("throughput, new tokens a second", loc="left")
-        panels[1].set_title("inter-token latency, ms; the band goes to p95", loc="left")
+        band = "" if tail is None else f"; the band goes to {tail}"
+        panels[1].set_title(f"inter-token latency, ms{band}", loc="left")
         for panel in panels:
             panel.set_ylim(bottom=0)
             panel.set_xticks(levels)
         panels[0].legend(loc="upper left")
         panels[1].set_xlabel("requests at once")
         return _svg(figure, "serving", "Throughput and inter-token latency of dense and pruned on one server")
+
+
+def _common_tail(found: ServedReport) -> str | None:
+    """The furthest percentile of the inter-token latency that each model has at each concurrency; None without one."""
+    times = [figures.inter_token_s for level in found.levels for figures in level.figures.values()]
+    return next((name for name in reversed(TAILS) if all(name in time for time in times)), None)
 
 
 def pareto(found: Sweep) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from trsp_deploy.artifacts import ENGINE_MANIFEST, RunLayout, fingerprint
 from trsp_deploy.recipe import Strict
 from trsp_deploy.results import ROLES, Role, Served, ServedRequest, ServedWindow, Subject
+from trsp_deploy.tools.judging.comparisons import TAIL_SAMPLES
 from trsp_deploy.tools.judging.statistics import Speedup, widened
 from trsp_deploy.tools.judging.verdicts import claim
 
@@ -25,9 +26,10 @@ METRIC_TITLES: dict[Metric, str] = {
     "request": "request latency",
 }
 SUBJECTS: tuple[Subject, ...] = ("dense", "again", "pruned")
-QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
-# Requests that each needs, 1 / (1 - share): of fewer it would be the slowest one.
-FEWEST = {"p50": 1, "p95": 20, "p99": 100}
+TAILS = {"p90": 90, "p95": 95, "p99": 99}
+PERCENTILES = {"p50": 50, **TAILS}
+# Requests that each needs, as many beyond a tail as `compare` asks for: of fewer it would be one of the slowest few.
+FEWEST = {"p50": 1, **{name: 100 * TAIL_SAMPLES // (100 - percent) for name, percent in TAILS.items()}}
 
 
 class ServedFigures(Strict):
@@ -35,7 +37,7 @@ class ServedFigures(Strict):
 
     requests: int
     tokens_per_s: float  # new ones, of all requests together
-    first_s: dict[str, float]  # by QUANTILES; without those that have fewer requests than FEWEST
+    first_s: dict[str, float]  # by PERCENTILES; without those that have fewer requests than FEWEST
     inter_token_s: dict[str, float]
     request_s: dict[str, float]
 
@@ -122,16 +124,17 @@ def _figures(windows: Sequence[ServedWindow]) -> ServedFigures:
     return ServedFigures(
         requests=len(requests),
         tokens_per_s=float(np.median([tokens_per_s(window) for window in windows])),
-        first_s=_quantiles([first_s(request) for request in requests]),
-        inter_token_s=_quantiles([inter_token_s(request) for request in requests]),
-        request_s=_quantiles([request.answered_s[-1] for request in requests]),
+        first_s=_percentiles([first_s(request) for request in requests]),
+        inter_token_s=_percentiles([inter_token_s(request) for request in requests]),
+        request_s=_percentiles([request.answered_s[-1] for request in requests]),
     )
 
 
-def _quantiles(values: Iterable[float | None]) -> dict[str, float]:
-    """QUANTILES of the values that are there, as far as there are FEWEST of them."""
+def _percentiles(values: Iterable[float | None]) -> dict[str, float]:
+    """PERCENTILES of the values that are there, as far as there are FEWEST of them."""
     found = [value for value in values if value is not None]
-    return {name: float(np.quantile(found, share)) for name, share in QUANTILES.items() if len(found) >= FEWEST[name]}
+    enough = {name: percent for name, percent in PERCENTILES.items() if len(found) >= FEWEST[name]}
+    return {name: float(np.percentile(found, percent)) for name, percent in enough.items()}
 
 
 def first_s(request: ServedRequest) -> float:
@@ -156,7 +159,7 @@ def tokens_per_s(window: ServedWindow) -> float:
 
 
 def _typical(value: Callable[[ServedRequest], float | None]) -> Callable[[ServedWindow], float | None]:
-    return lambda window: _quantiles(value(request) for request in window.requests).get("p50")
+    return lambda window: _percentiles(value(request) for request in window.requests).get("p50")
 
 
 # Each in seconds, so that dense over pruned is how much quicker the pruned model is served.
@@ -188,8 +191,8 @@ def served_rows(found: ServedReport) -> list[tuple[str, ...]]:
 
 def _tails(figures: Sequence[ServedFigures | None], metric: Metric) -> list[tuple[str, list[str]]]:
     """Each percentile beyond the median that a model has, and the cells of all; blank where one has not."""
-    rows = [(name, [_cell(each, metric, name) if each else "" for each in figures]) for name in QUANTILES]
-    return [(name, cells) for name, cells in rows if name != "p50" and any(cells)]
+    rows = [(name, [_cell(each, metric, name) if each else "" for each in figures]) for name in TAILS]
+    return [(name, cells) for name, cells in rows if any(cells)]
 
 
 def served_sentence(found: ServedReport) -> str:
@@ -214,13 +217,13 @@ def served_notes(found: ServedReport) -> list[str]:
         f"{found.replicates} replicates on {server} ({found.server}): dense, dense again and pruned in turn, "
         f"{found.prompt_tokens} tokens a prompt, {found.new_tokens} new ones, {found.elapsed_s:.0f} s; "
         f"load by {found.load_generator}",
-        "throughput: new tokens a second of all requests (Little's law); latencies are medians, then p95 and p99 where "
-        f"there are {FEWEST['p95']} and {FEWEST['p99']} requests",
+        "throughput: new tokens a second of all requests (Little's law); latencies are medians, then p90, p95 and p99 "
+        f"where {TAIL_SAMPLES} requests lie beyond: of {FEWEST['p90']}, {FEWEST['p95']} and {FEWEST['p99']:,}",
     ]
 
 
-def _cell(figures: ServedFigures, metric: Metric, quantile: str) -> str:
+def _cell(figures: ServedFigures, metric: Metric, percentile: str) -> str:
     if metric == "throughput":
         return f"{figures.tokens_per_s:.1f} tokens/s"
     times = {"first": figures.first_s, "inter_token": figures.inter_token_s, "request": figures.request_s}[metric]
-    return f"{1e3 * times[quantile]:.1f} ms" if quantile in times else ""
+    return f"{1e3 * times[percentile]:.1f} ms" if percentile in times else ""
