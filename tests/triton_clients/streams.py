@@ -1,4 +1,4 @@
-"""Many streamed requests over gRPC, some cancelled half-way: ADDRESS MODEL COUNT CANCELLED_SHARE SEED.
+"""Many streamed requests over gRPC, some cancelled before or after the first piece: ADDRESS MODEL COUNT SHARE SEED.
 
 stdin: {"prompts": [...], "max_tokens": n} as JSON. Prints {"texts": {prompt: [texts of those that were
 not cancelled]}, "cancelled": n, "errors": [...]}. Runs in the server's environment, which has tritonclient.
