@@ -189,6 +189,7 @@ def _point(report: Report, folder: str, name: str | None) -> Point:
         parameters_dropped_share=report.model.parameters_dropped_share,
         quality=report.quality if read is None else read.quality,
         quality_in_pytorch=read is None,
+        choices=None if engine is None else engine.choices,
         comparison=None if engine is None else engine.comparison,
         size_bytes=None if engine is None or engine.pruned is None else engine.pruned.size_bytes,
         dense_size_bytes=None if engine is None or engine.dense is None else engine.dense.size_bytes,

@@ -12,7 +12,7 @@ import pytest
 
 from tests.samples import made_up, made_up_report, made_up_served, made_up_sweep
 from trsp_deploy.tools.reports import html, markdown, plots, sweep_page
-from trsp_deploy.tools.reports.rows import sweep_columns, sweep_row
+from trsp_deploy.tools.reports.rows import sweep_columns, sweep_rows
 from trsp_deploy.tools.triton_server.served import derive
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -65,7 +65,7 @@ def test_page_markdown_and_record_say_the_same(page: Path) -> None:
 
 def test_the_page_has_every_figure_of_the_other_cuts_that_markdown_has(page: Path) -> None:
     found = made_up_sweep()
-    for cells in (sweep_columns(found), *map(sweep_row, found.points)):
+    for cells in (sweep_columns(found), *sweep_rows(found)):
         assert all(f">{cell}</t" in page.read_text() for cell in cells), cells
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.breadth import BREADTH
 from tests.command import Done, trsp_deploy
@@ -169,6 +170,14 @@ def test_a_refused_target_leaves_a_finished_sweep_as_it_is(workspace: Path, made
     refused = sweep(workspace, "--drop", "1..2", *options, "--out", "finished")
     assert refused.code == 1 and "--max-ppl-ratio needs texts" in refused.last
     assert [file.read_bytes() for file in files] == before
+
+
+def test_a_task_is_of_every_run(workspace: Path, made: Made) -> None:
+    done = sweep(workspace, "--drop", "1..2", "--task", "piqa", "--task", "copa", "--out", "asked")
+    assert done.code == 0, done.said
+    for folder in ("asked", "asked/drop-1", "asked/drop-2"):
+        recipe = yaml.safe_load((workspace / folder / "recipe.yaml").read_text())
+        assert recipe["evaluate"]["tasks"] == ["piqa", "copa"]
 
 
 PARITY = "parity: ort-cpu-fp32 (pruned, fp32) gives logits that are no numbers"

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tests.samples import made_up, made_up_point, made_up_report, made_up_sweep
+from tests.samples import made_up, made_up_point, made_up_report, made_up_sweep, scores
 from trsp_deploy.artifacts import provenance
 from trsp_deploy.artifacts.layout import SWEEP
+from trsp_deploy.cli.tables import print_sweep
 from trsp_deploy.errors import RecipeError
 from trsp_deploy.pipeline.reporting import sweep_of
 from trsp_deploy.recipe import parse_drops
 from trsp_deploy.sweep import _points
 from trsp_deploy.tools.judging.comparisons import compare
 from trsp_deploy.tools.reports import markdown, plots, sweep_page
+from trsp_deploy.tools.reports.quality import ChoicesReport, choices_report
 from trsp_deploy.tools.reports.record import EngineReport, Report
-from trsp_deploy.tools.reports.rows import sweep_row
+from trsp_deploy.tools.reports.rows import sweep_columns, sweep_rows
 from trsp_deploy.tools.reports.sweeps import TIMED_AGAIN, Point, Sweep, Targets, answer, choose
 
 POINTS = [
@@ -27,6 +30,8 @@ POINTS = [
     made_up_point(6, 1.35, 1.5),
     made_up_point(8, 1.5, 2.5),
 ]
+SURE = choices_report(scores("1" * 100), scores("1" * 90 + "0" * 10))
+FEW = choices_report(scores("1110", "1011"), scores("0110", "1010"))
 
 
 @pytest.mark.parametrize(
@@ -235,7 +240,8 @@ def test_points_are_of_the_engine_that_ran_in_most_runs() -> None:
         ("drop-6", 6, "ort-cpu-fp32"),
     ]
     assert [point.quality_in_pytorch for point in points] == [True, False, False]
-    assert [sweep_row(point)[2].endswith("(PyTorch)") for point in points] == [True, False, False]
+    rows = sweep_rows(made_up_sweep().model_copy(update={"points": points}))
+    assert [row[2].endswith("(PyTorch)") for row in rows] == [True, False, False]
     small = choose(points[:1], Targets(max_ppl_ratio=9))
     assert small.num_dropped == 2 and "for its perplexity is PyTorch's: `check` decides" in small.reason
     found = choose(points, Targets(min_speedup=1.2))
@@ -263,6 +269,37 @@ def test_the_page_has_the_answer_every_point_and_two_plots() -> None:
     assert all(f'href="drop-{count}/report.html"' in page for count in (2, 4, 6, 8))
     unmeasured = found.model_copy(update={"points": (POINTS[0].model_copy(update={"comparison": None}),)})
     assert "not measured" in sweep_page.render(unmeasured)
+
+
+def test_accuracy_is_shown_where_a_point_has_it_and_its_doubt_with_it() -> None:
+    """The tasks of a sweep's recipe were answered in every run, and no point said how."""
+    report = made_up_report(made_up(speedup=1.3, noise=1e-6))
+    ran = report.engines[0]
+
+    def run(choices: ChoicesReport | None) -> Report:
+        return report.model_copy(update={"engines": (ran.model_copy(update={"choices": choices}),)})
+
+    untimed = report.model_copy(update={"engines": (ran.model_copy(update={"comparison": None}),)})
+    points = _points({"drop-2": run(SURE), "drop-4": run(FEW), "drop-6": run(None), "drop-8": untimed})
+    assert [point.choices for point in points] == [SURE, FEW, None, None]
+    found = made_up_sweep().model_copy(update={"points": points})
+    where = sweep_columns(found).index("accuracy retained")
+    assert [row[where] for row in sweep_rows(found)] == [
+        f"90.0% ({SURE.retained.low:.1%} to {SURE.retained.high:.1%})",
+        f"66.7% ({FEW.retained.low:.1%} to {FEW.retained.high:.1%}; 8 items, 50 are the fewest that decide)",
+        "",
+        "not measured",
+    ]
+    assert {len(row) for row in sweep_rows(found)} == {len(sweep_columns(found))}
+    print_sweep(found, Path("sweep"), terminal := io.StringIO())
+    pages = [sweep_page.render(found), markdown.render(report.model_copy(update={"sweep": found}))]
+    for page in (*pages, terminal.getvalue()):
+        assert "retained" in page and "90.0%" in page
+    assert all("8 items, 50 are the fewest that decide" in page for page in pages)
+    assert Sweep.model_validate_json(found.model_dump_json()) == found
+    older = Sweep.model_validate_json(found.model_dump_json(exclude={"points": {"__all__": {"choices"}}}))
+    assert "accuracy retained" not in sweep_columns(older)
+    assert {len(row) for row in sweep_rows(older)} == {len(sweep_columns(older))}
 
 
 def test_the_answer_names_the_engine_that_was_judged() -> None:
@@ -310,7 +347,10 @@ def test_every_shape_has_to_keep_a_target() -> None:
     assert "1.12x (1.12 to 1.12) at batch 1, prompt 256, the least of 2 shapes of 1.25x end to end" in refused.reason
     assert choose([found], Targets(min_speedup=1.1)).num_dropped == 4
     assert choose([found], Targets(max_latency_s=0.1)).num_dropped is None, "a token takes 0.5 s at one shape"
-    assert "at batch 1, prompt 256, the least of 2 shapes" in sweep_row(found)[3]
+    assert (
+        "at batch 1, prompt 256, the least of 2 shapes"
+        in sweep_rows(made_up_sweep().model_copy(update={"points": (found,)}))[0][3]
+    )
 
 
 def test_a_runs_report_keeps_the_sweep_that_it_is_a_point_of(tmp_path: Path) -> None:
@@ -336,6 +376,14 @@ def test_a_runs_report_keeps_the_sweep_that_it_is_a_point_of(tmp_path: Path) -> 
     other_texts = report.model_copy(update={"engines": (measured.model_copy(update={"quality": report.quality}),)})
     assert sweep_of(inputs, other_texts) is None, "the page would show two perplexities of one cut"
     assert "has other perplexity of drop-4 than it has now; `trsp-deploy sweep` makes it again" in said.pop()
+    answered = found.model_copy(update={"points": tuple(p.model_copy(update={"choices": FEW}) for p in found.points)})
+    (tmp_path / SWEEP).write_text(answered.model_dump_json())
+    assert sweep_of(inputs, report) is None, "the page would show an accuracy that the run no longer has"
+    assert "has other accuracy of drop-4 than it has now; `trsp-deploy sweep` makes it again" in said.pop()
+    alike = report.model_copy(update={"engines": (measured.model_copy(update={"choices": FEW}),)})
+    assert sweep_of(inputs, alike) == answered
+    (tmp_path / SWEEP).write_text(found.model_dump_json())
+    assert sweep_of(inputs, alike) == found, "an older file has none"
     in_pytorch = other_texts.model_copy(update={"quality": point.quality})
     assert sweep_of(inputs, in_pytorch) == found, "such as an older file's"
     (tmp_path / SWEEP).write_text("{}")

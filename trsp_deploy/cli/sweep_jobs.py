@@ -21,6 +21,7 @@ from trsp_deploy.cli.options import (
     RecipeName,
     Seed,
     Sets,
+    Tasks,
     Then,
     bounded,
 )
@@ -72,6 +73,7 @@ def sweep(
     sets: Sets = None,
     method: MethodName = None,
     then: Then = None,
+    task: Tasks = None,
     ignore_memory: IgnoreMemory = False,
     ignore_disk: IgnoreDisk = False,
     as_json: Json = False,
@@ -81,7 +83,7 @@ def sweep(
     from trsp_deploy.cli.needs import check_address_space, check_disk, check_memory
 
     check_address_space()
-    from trsp_deploy.cli.recipe_options import recipe_from_options
+    from trsp_deploy.cli.recipe_options import recipe_from_options, task_sets
     from trsp_deploy.cli.running import run_of
     from trsp_deploy.cli.tables import print_sweep
     from trsp_deploy.recipe import parse_drops
@@ -99,7 +101,7 @@ def sweep(
         calibration=calibration,
         evaluation=evaluation,
         seed=seed,
-        sets=sets,
+        sets=[*(sets or []), *task_sets(task)],
         method=method,
         then=then,
     )

@@ -19,7 +19,7 @@ from trsp_deploy.tools.reports.rows import (
     engine_rows,
     model_rows,
     sweep_columns,
-    sweep_row,
+    sweep_rows,
 )
 from trsp_deploy.tools.reports.sweeps import Sweep, answer
 from trsp_deploy.tools.resources.memory_plan import NAMES, MemoryPlan
@@ -91,7 +91,7 @@ def print_sweep(found: Sweep, folder: Path, file: TextIO) -> None:
     """A row per number of layers, and the answer."""
     out = console(file)
     out.print()
-    out.print(plain_table(sweep_columns(found), [sweep_row(point) for point in found.points]))
+    out.print(plain_table(sweep_columns(found), sweep_rows(found)))
     out.print()
     out.print(Text(answer(found), style="bold"), soft_wrap=True)
     out.print(f"page: {folder / 'sweep.html'}, and the same as sweep.json", soft_wrap=True)

@@ -95,6 +95,9 @@ def sweep_of(inputs: Inputs, report: Report) -> Sweep | None:
     if point.quality not in (report.quality, *(engine.quality for engine in report.engines)):
         inputs.say(f"{path}: has other perplexity of {folder.name} than it has now; `trsp-deploy sweep` makes it again")
         return None
+    if point.choices not in (None, *(engine.choices for engine in report.engines)):
+        inputs.say(f"{path}: has other accuracy of {folder.name} than it has now; `trsp-deploy sweep` makes it again")
+        return None
     return found
 
 

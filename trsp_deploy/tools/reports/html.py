@@ -30,7 +30,7 @@ from trsp_deploy.tools.reports.rows import (
     provenance_rows,
     server_notes,
     sweep_columns,
-    sweep_row,
+    sweep_rows,
 )
 from trsp_deploy.tools.reports.sweeps import Sweep, answer
 from trsp_deploy.tools.triton_server.served import SERVED_COLUMNS, served_rows, served_sentence
@@ -78,7 +78,7 @@ def render(
         absent=[absent_note(engine) for engine in report.engines if engine.comparison is None],
         sweep_plots=[] if report.sweep is None else sweep_plots(report.sweep),
         sweep_columns=() if report.sweep is None else sweep_columns(report.sweep),
-        sweep_rows=[] if report.sweep is None else [sweep_row(point) for point in report.sweep.points],
+        sweep_rows=[] if report.sweep is None else sweep_rows(report.sweep),
         sweep_answer="" if report.sweep is None else answer(report.sweep),
         layer_map=Markup(plots.layers(report.plan)),
         layer_caption=_layer_caption(report),

@@ -15,7 +15,7 @@ from trsp_deploy.tools.reports.rows import (
     provenance_rows,
     server_notes,
     sweep_columns,
-    sweep_row,
+    sweep_rows,
 )
 from trsp_deploy.tools.reports.sweeps import answer
 from trsp_deploy.tools.triton_server.served import SERVED_COLUMNS, served_rows
@@ -47,8 +47,7 @@ def render(report: Report) -> str:
         lines += ["## On a server", "", *_table(SERVED_COLUMNS, served_rows(report.served))]
         lines += ["", *(f"- {note}" for note in server_notes(report)), ""]
     if report.sweep is not None:
-        points = [sweep_row(point) for point in report.sweep.points]
-        lines += ["## Other cuts of this model", "", *_table(sweep_columns(report.sweep), points)]
+        lines += ["## Other cuts of this model", "", *_table(sweep_columns(report.sweep), sweep_rows(report.sweep))]
         lines += ["", answer(report.sweep), ""]
     lines += ["## Parity with fp32 PyTorch", "", *_table(PARITY_COLUMNS, map(_parity_row, report.parity))]
     lines += ["", "## Provenance", "", *(f"- {label}: {value}" for label, value in provenance_rows(report)), ""]

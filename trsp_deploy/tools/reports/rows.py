@@ -246,26 +246,45 @@ def absent_note(engine: EngineReport) -> str:
 
 
 def sweep_columns(found: Sweep) -> tuple[str, ...]:
-    """Heads of a sweep's table."""
+    """Heads of a sweep's table; one of accuracy where any point has it."""
     perplexity = (f"perplexity, {text}" for text in found.points[0].quality)
-    return ("layers", "parameters", *perplexity, "end to end", "limit", "ms a token", "peak memory", "size")
+    accuracy = ["accuracy retained"] * _answered(found)
+    return ("layers", "parameters", *perplexity, *accuracy, "end to end", "limit", "ms a token", "peak memory", "size")
 
 
-def sweep_row(point: Point) -> tuple[str, ...]:
-    """One point's figures, in the order of `sweep_columns`."""
+def sweep_rows(found: Sweep) -> list[tuple[str, ...]]:
+    """A row of figures per point, in the order of `sweep_columns`."""
+    answered = _answered(found)
+    return [_sweep_row(point, answered) for point in found.points]
+
+
+def _answered(found: Sweep) -> bool:
+    return any(point.choices is not None for point in found.points)
+
+
+def _sweep_row(point: Point, answered: bool) -> tuple[str, ...]:
     source = " (PyTorch)" if point.quality_in_pytorch else ""
     perplexity = (text.interval.text() + source for text in point.quality.values())
     cut = (f"-{point.num_dropped}", f"-{point.parameters_dropped_share:.1%}", *perplexity)
     found = point.comparison
     if found is None or point.size_bytes is None:
-        return (*cut, *["not measured"] * 5)
+        return (*cut, *["not measured"] * (5 + answered))
     total = found.of("total")
     memory = found.gpu_bytes.get("pruned") or found.peak_rss_bytes["pruned"]
     return (
         *cut,
+        *[_retained(point.choices)] * answered,
         total.speedup.text() + (" (!)" if total.above_limit else "") + found.where,
         "" if total.limit is None else f"{total.limit:.2f}x",
         f"{1e3 * token_s(found):.1f}",
         f"{memory / 1e6:.0f} MB",
         f"{point.size_bytes / 1e6:.0f} MB",
     )
+
+
+def _retained(found: ChoicesReport | None) -> str:
+    """With why it decides nothing, where it does not; empty where an engine that ran has none, as its notes say."""
+    if found is None:
+        return ""
+    few = found.doubt.partition(":")[0]
+    return found.retained.text(".1%", "", more=f"; {few}" if few else "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trsp_deploy.tools.reports.html import fill, sweep_plots
-from trsp_deploy.tools.reports.rows import machine_rows, sweep_columns, sweep_row
+from trsp_deploy.tools.reports.rows import machine_rows, sweep_columns, sweep_rows
 from trsp_deploy.tools.reports.sweeps import Sweep, answer
 
 
@@ -17,6 +17,6 @@ def render(found: Sweep) -> str:
         sentences=[answer(found)],
         plots=sweep_plots(found),
         columns=sweep_columns(found),
-        rows=[(sweep_row(point), f"{point.folder}/report.html") for point in found.points],
+        rows=[(row, f"{point.folder}/report.html") for row, point in zip(sweep_rows(found), found.points, strict=True)],
         provenance=machine_rows(found.provenance, found.model),
     )

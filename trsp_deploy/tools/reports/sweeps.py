@@ -11,7 +11,7 @@ from trsp_deploy.recipe import Positive, Strict
 from trsp_deploy.tools.judging.comparisons import ComparisonReport, PhaseReport, disturbance
 from trsp_deploy.tools.judging.statistics import decimals
 from trsp_deploy.tools.judging.verdicts import too_few
-from trsp_deploy.tools.reports.quality import QualityReport
+from trsp_deploy.tools.reports.quality import ChoicesReport, QualityReport
 
 # A check has no limit of a time, and the same settings again are the same times, which a run has.
 TIMED_AGAIN = "the same `sweep` on a quiet machine, with a larger --set bench.budget_s, times it again"
@@ -35,6 +35,7 @@ class Point(Strict):
     parameters_dropped_share: float
     quality: dict[str, QualityReport]  # by text
     quality_in_pytorch: bool = False  # and not through the engine; files older than this key do not say
+    choices: ChoicesReport | None = None  # through the engine; None where no task was asked for, and in older files
     comparison: ComparisonReport | None
     size_bytes: int | None
     dense_size_bytes: int | None
