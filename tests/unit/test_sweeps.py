@@ -334,6 +334,14 @@ def test_every_text_is_drawn_however_many_there_are() -> None:
     assert all(f">{text}</text>" in drawn for text in texts)
 
 
+def test_a_sweep_without_texts_has_no_plot_of_their_perplexity() -> None:
+    """As one of tasks alone: its page had empty axes, and matplotlib warned of them in the terminal."""
+    found = made_up_sweep()
+    points = tuple(point.model_copy(update={"quality": {}, "choices": SURE}) for point in found.points)
+    without = found.model_copy(update={"points": points})
+    assert plots.pareto(without) == "" and sweep_page.render(without).count("<svg") == 1
+
+
 def test_every_shape_has_to_keep_a_target() -> None:
     point = made_up_point(4, 1.4, 1.2)
     several = compare(made_up(speedup=1.4, noise=1e-6, shapes=(1.0, 0.8)))

@@ -196,9 +196,10 @@ def _common_tail(found: ServedReport) -> str | None:
 
 
 def pareto(found: Sweep) -> str:
-    """Perplexity ratio against end-to-end speed-up: one line per text, a number at each point; empty if nothing ran."""
+    """Perplexity ratio against end-to-end speed-up: one line per text, a number at each point; empty if nothing ran, or
+    no text was read."""
     points = [point for point in found.points if point.comparison is not None]
-    if not points:
+    if not points or not points[0].quality:
         return ""
     with rc_context(STYLE):
         texts = points[0].quality
