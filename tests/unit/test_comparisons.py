@@ -175,6 +175,48 @@ def test_load_and_threads_are_told(load: float, threads: dict[Role, int], note: 
     assert line.endswith(note)
 
 
+def beside_gpu(mhz: tuple[float | None, float | None], gpu: bool) -> comparisons.ComparisonReport:
+    """A comparison of two samples of the machine's clocks; gpu: whether a GPU's are known."""
+    samples = tuple(
+        Telemetry(
+            at_s=place,
+            load=1,
+            busy_share=0.5,
+            steal_share=0,
+            mhz=clock,
+            gpu=GpuTelemetry(
+                sm_mhz=(1980, 1410)[place],
+                memory_mhz=2619,
+                power_w=(329.6, 210.2)[place],
+                temperature_c=(51, 64)[place],
+                throttle_reasons=(),
+                other_processes=0,
+                used_bytes=1,
+            )
+            if gpu
+            else None,
+        )
+        for place, clock in enumerate(mhz)
+    )
+    return comparisons.compare(made_up().model_copy(update={"telemetry": samples}))
+
+
+@pytest.mark.parametrize(
+    ("mhz", "gpu", "said"),
+    [
+        ((3100, 2800), False, ["clock 2.80 to 3.10 GHz"]),
+        ((2600, 2601), False, ["clock 2.60 GHz"]),
+        ((None, None), True, ["GPU 1,410 to 1,980 MHz, 210 to 330 W, 51 to 64 degrees C"]),
+        ((3100, 2800), True, ["clock 2.80 to 3.10 GHz; GPU 1,410 to 1,980 MHz, 210 to 330 W, 51 to 64 degrees C"]),
+        ((None, None), False, []),
+    ],
+)
+def test_clocks_power_and_heat_are_one_line(mhz: tuple[float | None, float | None], gpu: bool, said: list[str]) -> None:
+    """They were in `report.json` and a plot alone."""
+    lines = comparisons.notes(beside_gpu(mhz, gpu))
+    assert [line for line in lines if "Hz" in line or "degrees" in line] == said
+
+
 @pytest.mark.parametrize(("affinity", "said"), [((0, 1), "0-1"), ((0, 2, 3, 4, 9), "0, 2-4, 9"), ((7,), "7")])
 def test_the_cores_that_a_comparison_may_run_on_are_named(affinity: tuple[int, ...], said: str) -> None:
     samples = (Telemetry(at_s=0, load=1, busy_share=0.5, steal_share=0, mhz=None),)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import io
 import json
 import math
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from tests.samples import by_documents, made_up, made_up_report, scores
 from trsp_deploy.artifacts import provenance
+from trsp_deploy.cli.tables import print_comparison, print_report
 from trsp_deploy.cli.terminal import Output
 from trsp_deploy.errors import TextError
 from trsp_deploy.reading import read_record
@@ -211,6 +213,19 @@ def test_pages_say_when_and_with_what_figures_were_taken() -> None:
         assert "torch 2.8.0 (now 2.9.0)" in page and rows["written"] in page
     on_gpu = report.provenance.model_copy(update={"gpus": ("NVIDIA X",), "driver": "580.1"})
     assert dict(machine_rows(on_gpu, ""))["GPU"] == "NVIDIA X, driver 580.1"
+
+
+def test_clocks_are_told_once_wherever_a_comparison_is() -> None:
+    made = made_up()
+    report = made_up_report(made)
+    found = report.engines[0].comparison
+    assert found is not None
+    terminal, compared = io.StringIO(), io.StringIO()
+    print_report(report, Path("run"), terminal)
+    print_comparison("e", found, compared)
+    pages = (markdown.render(report), html.render(report, {"ort-cpu-fp32": made}))
+    for text in (*pages, terminal.getvalue(), compared.getvalue()):
+        assert text.count("clock 2.60 GHz") == 1
 
 
 def test_what_was_measured_otherwise_is_found() -> None:

@@ -285,6 +285,8 @@ def notes(found: ComparisonReport) -> list[str]:
     machine = found.machine
     if machine is not None:
         lines.append(_load_note(found, machine))
+        if clocks := _clocks_note(machine):
+            lines.append(clocks)
         if disturbed := disturbance(found):
             lines.append(disturbed)
         if machine.steal_share > 0.02:
@@ -316,6 +318,26 @@ def _load_note(found: ComparisonReport, machine: MachineReport) -> str:
     others = machine.lost_cores is None and machine.load > max(counts.values(), default=HOST_THREADS) + 1
     doubt = "; more than the engines explain, so others were at work" if others else ""
     return f"load {machine.load:.1f}{where}, {machine.busy_share:.0%} busy{own}{doubt}"
+
+
+def _clocks_note(machine: MachineReport) -> str:
+    """Lowest and highest clocks, power and heat, as far as they are known; empty where none is."""
+    parts = [] if machine.mhz is None else [f"clock {_span([f'{mhz / 1e3:.2f}' for mhz in machine.mhz], 'GHz')}"]
+    of_gpu: list[tuple[tuple[float, float] | None, str]] = [
+        (machine.gpu_mhz, "MHz"),
+        (machine.gpu_watts, "W"),
+        (machine.gpu_celsius, "degrees C"),
+    ]
+    known = [_span([f"{end:,.0f}" for end in ends], unit) for ends, unit in of_gpu if ends is not None]
+    if known:
+        parts.append(f"GPU {', '.join(known)}")
+    return "; ".join(parts)
+
+
+def _span(ends: Sequence[str], unit: str) -> str:
+    """Lowest and highest for people, as "210 to 330 W"; one of them where both read alike."""
+    low, high = ends
+    return f"{low} {unit}" if low == high else f"{low} to {high} {unit}"
 
 
 def _ranges(numbers: Sequence[int]) -> str:
