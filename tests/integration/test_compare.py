@@ -28,6 +28,7 @@ def test_compare_takes_runs_and_onnx_files(workspace: Path, baseline: Path, form
     assert len(phases) == 6 and all((phase["limit"] is None) == (form == "onnx") for phase in phases)
     unlimited = [note for note in found["notes"] if note.startswith("no limit of the speed-up is known: ")]
     assert len(unlimited) == (form == "onnx")
+    assert found["comparison"]["size_bytes"]["dense"] > found["comparison"]["size_bytes"]["pruned"] > 0
     assert any("replicates of fresh processes" in note for note in found["notes"]), "as the text has it"
     assert json.loads((tmp_path / "c.json").read_text())["replicates"][0]["blocks"]["again"]
 

@@ -19,6 +19,7 @@ from trsp_deploy.decoder import load_model
 from trsp_deploy.errors import EngineUnavailable, RecipeError
 from trsp_deploy.recipe import ExportSettings, read_engine_spec
 from trsp_deploy.stages.export import export_onnx
+from trsp_deploy.tools.measuring.subjects import find_subject
 from trsp_deploy.tools.quiet import quiet_libraries
 from trsp_deploy.tools.runners import open_engine, read_manifest
 from trsp_deploy.tools.runners.generation import Sampling, choose, generate
@@ -214,6 +215,15 @@ def test_inspect_says_what_the_engine_is(engine: Path, capsys: pytest.CaptureFix
     assert run(["inspect", str(engine), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["operators"]["GroupQueryAttention"] == 6 and found["trtexec"] is None
+
+
+def test_a_subject_has_the_size_of_what_it_runs_from(place: Path, engine: Path) -> None:
+    manifest = read_manifest(engine)
+    on_disk = sum((engine / name).stat().st_size for name in manifest.files)
+    assert find_subject(engine, "dense", None).size_bytes == on_disk == manifest.size_bytes
+    graph = place / "onnx" / "model.onnx"
+    both = graph.stat().st_size + graph.with_name("model.onnx_data").stat().st_size
+    assert find_subject(graph, "dense", None).size_bytes == both
 
 
 def test_inspect_says_what_no_json_number_is(engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

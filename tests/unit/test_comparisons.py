@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.samples import busy, made_up
+from tests.samples import busy, made_up, made_up_report
 from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.results import GpuTelemetry, Role, Telemetry
 from trsp_deploy.stages.bench import derive
@@ -16,6 +16,7 @@ from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.measuring.subjects import Subject
 from trsp_deploy.tools.reports.rows import (
     comparison_rows,
+    engine_rows,
 )
 
 BOTH: dict[Role, int] = {"dense": 2, "pruned": 2}
@@ -235,6 +236,24 @@ def test_threads_are_the_engines_own() -> None:
     one = of(cpu.model_copy(update={"threads": 1}))
     assert derive(one, of(None), made_up()).threads == {"dense": 1, "pruned": 2}  # a file takes every core
     assert derive(of(gpu), of(gpu), made_up()).threads == {} and derive(of(gpu), of(gpu), made_up()).cores == 2
+
+
+def test_the_size_on_disk_has_one_row() -> None:
+    dense, pruned = (
+        Subject(path=Path("e"), spec=None, vocabulary=9, cuts_logits=True, size=None, size_bytes=size)
+        for size in (538_000_000, 430_000_000)
+    )
+    found = derive(dense, pruned, made_up())
+    assert found.size_bytes == {"dense": 538_000_000, "pruned": 430_000_000}
+    assert [row for row in comparison_rows(found) if "size" in row[0]] == [("size", "538 MB", "430 MB", "", "", "")]
+    older = found.model_dump(mode="json", exclude={"size_bytes"})
+    unknown = comparisons.ComparisonReport.model_validate(older)
+    assert unknown == comparisons.compare(made_up(), threads=found.threads)
+    assert comparison_rows(unknown) == comparison_rows(found)[:-1]
+    report = made_up_report(made_up())
+    engines = (report.engines[0].model_copy(update={"comparison": found}),)
+    rows = engine_rows(report.model_copy(update={"engines": engines}))
+    assert [row[2:5] for row in rows if row[2] == "size"] == [("size", "100 MB", "100 MB")], "its build's"
 
 
 def test_every_percentile_has_its_row() -> None:

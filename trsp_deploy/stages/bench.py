@@ -121,8 +121,11 @@ def speedup_goals(dense: Subject, pruned: Subject, least: Mapping[Phase, float],
 
 
 def derive(dense: Subject, pruned: Subject, comparison: Comparison) -> ComparisonReport:
-    """Every figure of a comparison, limits among them where they are known."""
-    return compare(comparison, _limit_of(dense, pruned, comparison.rates), _threads(dense, pruned, comparison.threads))
+    """Every figure of a comparison, limits and sizes among them where they are known."""
+    both: dict[Role, Subject] = {"dense": dense, "pruned": pruned}
+    sizes = {role: each.size_bytes for role, each in both.items() if each.size_bytes is not None}
+    limit_of = _limit_of(dense, pruned, comparison.rates)
+    return compare(comparison, limit_of, _threads(both, comparison.threads), sizes)
 
 
 def without_limit(dense: Subject, pruned: Subject) -> str:
@@ -147,9 +150,8 @@ def _limit_of(dense: Subject, pruned: Subject, rates: Rates | None) -> LimitOf |
     return None if without_limit(dense, pruned) else lambda case: limits(dense, pruned, case, rates)
 
 
-def _threads(dense: Subject, pruned: Subject, cores: int) -> dict[Role, int]:
+def _threads(both: Mapping[Role, Subject], cores: int) -> dict[Role, int]:
     """Threads of each engine on a CPU; one that names none takes every core."""
-    both: dict[Role, Subject] = {"dense": dense, "pruned": pruned}
     return {
         role: (each.spec.threads if each.spec is not None else None) or cores
         for role, each in both.items()

@@ -95,6 +95,7 @@ class ComparisonReport(Strict):
     cores: int | None = None  # that the processes might use; None in files that are older than this key
     affinity: tuple[int, ...] | None = None  # numbers of those that they might run on; None in older files
     threads: dict[Role, int] = Field(default_factory=dict)  # of the engines' products; empty where they are on a GPU
+    size_bytes: dict[Role, int] = Field(default_factory=dict)  # on disk; empty in files that are older than this key
 
     @property
     def headline(self) -> Case:
@@ -115,9 +116,12 @@ class ComparisonReport(Strict):
 
 
 def compare(
-    comparison: Comparison, limit_of: LimitOf | None = None, threads: Mapping[Role, int] | None = None
+    comparison: Comparison,
+    limit_of: LimitOf | None = None,
+    threads: Mapping[Role, int] | None = None,
+    sizes: Mapping[Role, int] | None = None,
 ) -> ComparisonReport:
-    """Derive every figure; `limit_of` gives the limits of a shape. threads: of engines on a CPU."""
+    """Derive every figure; `limit_of` gives the limits of a shape. threads: of engines on a CPU. sizes: on disk."""
     cases = comparison.settings.cases
     found = speedups(comparison.replicates, len(cases))
     phases = tuple(
@@ -144,6 +148,7 @@ def compare(
         cores=comparison.threads,
         affinity=comparison.affinity,
         threads=dict(threads or {}),
+        size_bytes=dict(sizes or {}),
     )
 
 

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 
-from trsp_deploy.artifacts import size_bytes
 from trsp_deploy.artifacts.control_groups import usable_cores
 from trsp_deploy.recipe import BenchSettings, Case
 from trsp_deploy.results import TURNS, Block, Comparison, Rates, Replicate, Stop, Subject
@@ -29,7 +28,7 @@ from trsp_deploy.tools.judging.statistics import FEWEST_REPLICATES, speedup, spe
 from trsp_deploy.tools.measuring.telemetry import Recorder, gpu_memory_free
 from trsp_deploy.tools.measuring.worker import Worker
 from trsp_deploy.tools.progress import Meter
-from trsp_deploy.tools.runners.graph_files import graph_files
+from trsp_deploy.tools.runners.graph_files import graph_bytes
 from trsp_deploy.tools.runners.manifest import read_manifest
 
 STEADY = 0.97  # a block that is not quicker than this share of the one before needs no more warm-up
@@ -171,7 +170,7 @@ def _weights_bytes(engine: Path) -> int:
     """Bytes that an engine is loaded from; beside one of TensorRT lies its graph, with the weights once more, and
     beside a graph alone may lie any other."""
     if engine.is_file():
-        return sum(size_bytes(engine.parent / name) for name in graph_files(engine))
+        return graph_bytes(engine)
     return read_manifest(engine).size_bytes
 
 

@@ -15,6 +15,7 @@ from trsp_deploy.recipe import EngineSpec, read_recipe
 from trsp_deploy.results import Role
 from trsp_deploy.tools.library import wanted_engines
 from trsp_deploy.tools.runners import EngineManifest, check_can_run, check_fresh, device_of, read_manifest
+from trsp_deploy.tools.runners.graph_files import graph_bytes
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Subject:
     size: DecoderSize | None  # None where the model's config is not at hand
     positions: int | None = None  # tokens that it was made for, where that is known
     architecture: str = ""  # by its config; empty where that is not at hand
+    size_bytes: int | None = None  # of the files that running needs; None where nobody looked
 
     @property
     def device(self) -> str:
@@ -66,7 +68,7 @@ def _from_onnx(path: Path) -> Subject:
     if not path.is_file():
         raise RunError(f"{path}: no such file")
     try:
-        graph = onnx.load(path, load_external_data=False).graph
+        graph, size_bytes = onnx.load(path, load_external_data=False).graph, graph_bytes(path)
     except Exception as problem:  # protobuf's own error, which is no OSError
         raise RunError(f"{path}: not an ONNX file ({type(problem).__name__})") from problem
     logits = next((output for output in graph.output if output.name == "logits"), None)
@@ -78,7 +80,7 @@ def _from_onnx(path: Path) -> Subject:
         raise RunError(
             f"{path}: its output `logits` does not say how many tokens there are; its last axis needs a number"
         )
-    return Subject(path=path, spec=None, vocabulary=vocabulary, cuts_logits=False, size=None)
+    return Subject(path=path, spec=None, vocabulary=vocabulary, cuts_logits=False, size=None, size_bytes=size_bytes)
 
 
 def _from_engine(folder: Path) -> Subject:
@@ -89,6 +91,7 @@ def _from_engine(folder: Path) -> Subject:
         vocabulary=int(manifest.outputs["logits"][1][-1]),
         cuts_logits=any(outcome.changed for outcome in manifest.passes if outcome.name == "cut-logits"),
         size=None,
+        size_bytes=manifest.size_bytes,
     )
     model = model_of_engine(folder)
     if model is None or not (model / "config.json").is_file():

@@ -144,7 +144,7 @@ def engine_rows(report: Report) -> list[tuple[str, ...]]:
         sizes = (f"{engine.dense.size_bytes / 1e6:.0f} MB", f"{engine.pruned.size_bytes / 1e6:.0f} MB")
         rows.append((engine.name, engine.status, "size", *sizes, "", "", ""))
         if engine.comparison is not None:
-            rows += [("", "", *row) for row in comparison_rows(engine.comparison)]
+            rows += [("", "", *row) for row in _measured_rows(engine.comparison)]
         for name, text in engine.quality.items():
             ratio = text.interval.text()
             rows.append(("", "", f"ppl on {name}", f"{text.dense_ppl:.2f}", f"{text.pruned_ppl:.2f}", ratio, "", ""))
@@ -174,7 +174,15 @@ COMPARISON_COLUMNS = ENGINE_COLUMNS[2:]
 
 
 def comparison_rows(found: ComparisonReport) -> list[tuple[str, ...]]:
-    """Phases, rate, loading and memory of dense and pruned, in the order of COMPARISON_COLUMNS."""
+    """Every figure of dense and pruned, their size on disk where it is known, in the order of COMPARISON_COLUMNS."""
+    rows = _measured_rows(found)
+    if len(found.size_bytes) == len(ROLES):
+        rows.append(("size", *(f"{found.size_bytes[role] / 1e6:.0f} MB" for role in ROLES), "", "", ""))
+    return rows
+
+
+def _measured_rows(found: ComparisonReport) -> list[tuple[str, ...]]:
+    """Phases, rate, loading and memory: a run's report has an engine's size from its build, measured or not."""
     rows: list[tuple[str, ...]] = []
     several = len(found.phases) > len(PHASES)
     for phase in found.phases:

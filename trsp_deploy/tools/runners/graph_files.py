@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trsp_deploy.artifacts import fingerprint
+from trsp_deploy.artifacts import fingerprint, size_bytes
 from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.tools.graphs import decoder_io
@@ -42,6 +42,11 @@ def graph_files(onnx: Path) -> tuple[str, ...]:
     A file that cannot be read as ONNX is by itself.
     """
     return tuple(sorted({onnx.name, *_external_data(onnx)}))
+
+
+def graph_bytes(onnx: Path) -> int:
+    """Bytes of an ONNX file and of the files that its weights lie in."""
+    return sum(size_bytes(onnx.parent / name) for name in graph_files(onnx))
 
 
 def check_source(onnx: Path, spec: EngineSpec) -> None:
