@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -215,6 +217,23 @@ def test_inspect_says_what_the_engine_is(engine: Path, capsys: pytest.CaptureFix
     assert run(["inspect", str(engine), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["operators"]["GroupQueryAttention"] == 6 and found["trtexec"] is None
+
+
+def test_inspect_lists_every_node_where_it_is_asked_to(engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["inspect", str(engine)]) == 0
+    before = capsys.readouterr().out
+    assert run(["inspect", str(engine), "--layers"]) == 0
+    said, _, table = capsys.readouterr().out.partition("\n\n")
+    head, *lines = table.splitlines()
+    assert f"{said}\n" == before and head.split() == ["kind", "precisions", "weights", "MB", "layer"], "no kernels"
+    graph = onnx.load(engine / "model.onnx", load_external_data=False).graph
+    assert [(line.split()[0], line.split()[-1]) for line in lines] == [(each.op_type, each.name) for each in graph.node]
+    sizes = {tensor.name: math.prod(tensor.dims) * 4 for tensor in graph.initializer if tensor.data_type == 1}
+    head_node = next(each for each in graph.node if "logits" in each.output)
+    (weight,) = (name for name in head_node.input if name in sizes)
+    assert lines[list(graph.node).index(head_node)].split()[1:3] == ["float", f"{sizes[weight] / 1e6:.3f}"]
+    assert run(["inspect", str(engine), "--layers", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["nodes"]) == len(lines)
 
 
 def test_a_subject_has_the_size_of_what_it_runs_from(place: Path, engine: Path) -> None:

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.made_run import SPEC, made_run
+from trsp_deploy.tools.runners.inspection import Inspection, layer_table
+from trsp_deploy.tools.runners.manifest import read_manifest
 from trsp_deploy.tools.runners.trt_log import ADVICE, read_log, with_advice
 
 TENSORRT_10 = """
@@ -66,6 +69,34 @@ def test_layers_of_tensorrt_rtx(tmp_path: Path) -> None:
     assert (repeated.profile, repeated.reads, repeated.writes, repeated.weight_bytes) == (0, (), ("b",), 128)
     assert (first.profile, first.kind, first.weight_bytes) == (0, "shape_call", 0)
     assert (second.profile, second.reads, second.weight_bytes) == (1, ("x",), 64 * 32)
+
+
+def table_of(log: str, folder: Path) -> list[str]:
+    (folder / "build.log").write_text(log)
+    manifest = read_manifest(made_run(folder / "run") / "engines" / SPEC.name / "dense")
+    build = read_log(folder / "build.log")
+    return layer_table(Inspection(manifest=manifest, operators={}, build=build, trtexec=None)).splitlines()
+
+
+def test_every_layer_of_each_profile_has_a_line_with_its_kernel(tmp_path: Path) -> None:
+    """They were in `inspect --json` alone."""
+    head, *lines = table_of(TENSORRT_10, tmp_path)
+    assert head.split() == ["profile", "kind", "kernel", "precisions", "weights", "MB", "layer"]
+    product = "sm80_xmma_gemm_f16f16_f16f16_f16"
+    assert [line.split() for line in lines] == [
+        ["0", "Gather", "-", "Int64/Half", "0.049", "/model/embed_tokens/Gather"],
+        ["0", "gemm", product, "Half", "0.012", "/layers.0/q/MatMul_myl9_1"],
+        ["0", "kgen", "_gemm_mha_v2_0xdd5e", "Half", "-", "_gemm_mha_v2_myl9_2"],
+        ["0", "CaskConvolution", "sm80_xmma_fprop", "Half/Float", "0.051", "/head/Conv"],
+        ["1", "gemm", "-", "Int64/Float", "0.000", "/layers.0/q/MatMul_myl12_1"],
+    ]
+    assert {line[head.index("layer") - 1] for line in lines} == {" "}, "names begin below their heading"
+
+
+def test_a_long_name_of_a_layer_stays_whole(tmp_path: Path) -> None:
+    name = "/".join(f"layers.{place}" for place in range(60))
+    head, line = table_of(TENSORRT_10.splitlines()[3].replace("/layers.0/q/MatMul", name), tmp_path)
+    assert line.endswith(f"  {name}_myl9_1") and not head.startswith("profile"), "of one there is no column"
 
 
 # What TensorRT-RTX 1.7 said of a graph, a profile or a file that was at fault; "out of memory" and "live inputs" are

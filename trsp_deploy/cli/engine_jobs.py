@@ -15,6 +15,7 @@ from trsp_deploy.cli.terminal import Output, say
 from trsp_deploy.errors import RecipeError
 
 Engine = Annotated[Path, typer.Argument(help="An engine folder, such as runs/NAME/engines/ort-cpu-fp32/pruned.")]
+Layers = Annotated[bool, typer.Option("--layers", help="List every layer too: kind, kernel, precisions, weights.")]
 Prompt = Annotated[list[str], typer.Option("--prompt", help="Text to continue; repeat for a batch.", metavar="TEXT")]
 Tokens = Annotated[int, typer.Option("--max-tokens", help="New tokens at most.", min=1, max=10**9)]
 Temperature = Annotated[float, typer.Option("--temperature", help="0 is greedy.", min=0.0, callback=bounded)]
@@ -40,12 +41,14 @@ def register(app: typer.Typer) -> None:
     app.command("generate")(generate)
 
 
-def inspect(engine: Engine, as_json: Json = False) -> None:
+def inspect(engine: Engine, layers: Layers = False, as_json: Json = False) -> None:
     """Show what an engine is: versions, shapes, passes, operators or layers, and how trtexec would build it."""
-    from trsp_deploy.tools.runners.inspection import describe, inspect_engine
+    from trsp_deploy.tools.runners.inspection import describe, inspect_engine, layer_table
 
     found = inspect_engine(engine)
     print(found.model_dump_json() if as_json else describe(found))
+    if layers and found.layers and not as_json:
+        print(f"\n{layer_table(found)}")
 
 
 def generate(

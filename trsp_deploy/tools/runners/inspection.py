@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trsp_deploy.artifacts import model_of_engine
-from trsp_deploy.errors import ModelError
+from trsp_deploy.errors import ModelError, one_line
 from trsp_deploy.recipe import EngineSpec, Strict
 from trsp_deploy.tools.graphs import decoder_io
 from trsp_deploy.tools.graphs.fp16_range import HalfRange
 from trsp_deploy.tools.runners import EngineManifest, read_manifest
 from trsp_deploy.tools.runners.manifest import PassOutcome, check_files
 from trsp_deploy.tools.runners.trt_build import profile_shape
-from trsp_deploy.tools.runners.trt_log import BUILD_LOG, BuildLog, read_log
+from trsp_deploy.tools.runners.trt_log import BUILD_LOG, BuildLog, Layer, read_log
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 HARDWARE = {"ampere-plus": "ampere+", "same-compute-capability": "sameComputeCapability"}  # trtexec's words
 TRTEXEC_ENGINE = "-trtexec.engine"  # behind the name of the engine's folder
@@ -27,8 +32,14 @@ class Inspection(Strict):
 
     manifest: EngineManifest
     operators: dict[str, int]  # operator or layer type -> how many; empty where neither graph nor log is at hand
+    nodes: tuple[Layer, ...] = ()  # of ONNX Runtime engines, which choose kernels when they are opened
     build: BuildLog | None = None  # of TensorRT engines: layers, kernels, precisions, memory
     trtexec: str | None  # command line, in the folder, that builds the same engine; None for other backends
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """Every node or compiled layer, of these profile after profile."""
+        return self.nodes if self.build is None else self.build.layers
 
 
 def inspect_engine(folder: Path) -> Inspection:
@@ -39,21 +50,43 @@ def inspect_engine(folder: Path) -> Inspection:
     manifest = read_manifest(folder)
     check_files(folder, manifest)
     if manifest.spec.backend.startswith("onnxruntime"):
-        return Inspection(manifest=manifest, operators=_graph_operators(folder / manifest.file), trtexec=None)
+        nodes = _graph_nodes(folder / manifest.file)
+        return Inspection(manifest=manifest, operators=_kinds(nodes), nodes=nodes, trtexec=None)
     build = read_log(folder / BUILD_LOG)
     return Inspection(
         manifest=manifest,
-        operators=dict(Counter(layer.kind for layer in build.layers).most_common()),
+        operators=_kinds(build.layers),
         build=build,
         trtexec=trtexec(manifest.spec, manifest.inputs, graph_of(manifest), folder.resolve().name),
     )
 
 
-def _graph_operators(path: Path) -> dict[str, int]:
-    import onnx
+def _kinds(layers: Sequence[Layer]) -> dict[str, int]:
+    return dict(Counter(layer.kind for layer in layers).most_common())
 
-    graph = onnx.load(path, load_external_data=False).graph
-    return dict(Counter(node.op_type for node in graph.node).most_common())
+
+def _graph_nodes(path: Path) -> tuple[Layer, ...]:
+    import onnx_ir as ir
+
+    return tuple(_node(node) for node in ir.load(path).graph)  # weights stay in their files
+
+
+def _node(node: ir.Node) -> Layer:
+    """A node of a graph as a layer, with the types that the graph knows."""
+    read = [value for value in node.inputs if value is not None]
+    fed = [value for value in read if value.const_value is None]
+    weights = [value.const_value for value in read if value.const_value is not None]
+    types = [value.dtype for value in fed if value.dtype is not None] + [weight.dtype for weight in weights]
+    return Layer(
+        name=node.name or "",
+        kind=node.op_type,
+        profile=0,
+        kernel="",
+        precisions=tuple(dict.fromkeys(dtype.name.lower() for dtype in types)),
+        reads=tuple(value.name or "" for value in fed),
+        writes=tuple(value.name or "" for value in node.outputs),
+        weight_bytes=sum(weight.nbytes for weight in weights),
+    )
 
 
 def graph_of(manifest: EngineManifest) -> str:
@@ -151,6 +184,26 @@ def _memory(build: BuildLog) -> list[str]:
             size, kinds = layer.weight_bytes / 1e6, "/".join(layer.precisions)
             lines.append(f"reads      {size:.1f} MB of weights, {layer.kind} {kinds}: {layer.name[:70]}")
     return lines
+
+
+def layer_table(found: Inspection) -> str:
+    """Every layer as a line under headings, without the columns that nothing is known for.
+
+    Its name stands last, for it is as long as it is.
+    """
+    layers = found.layers
+    several = len({layer.profile for layer in layers}) > 1
+    columns = {
+        "profile": [str(layer.profile) if several else "" for layer in layers],
+        "kind": [layer.kind for layer in layers],
+        "kernel": [layer.kernel for layer in layers],
+        "precisions": ["/".join(layer.precisions) for layer in layers],
+        "weights MB": [f"{layer.weight_bytes / 1e6:.3f}" if layer.weight_bytes else "" for layer in layers],
+        "layer": [one_line(layer.name) for layer in layers],
+    }
+    told = [[head, *(cell or "-" for cell in cells)] for head, cells in columns.items() if any(cells)]
+    padded = [[cell.ljust(max(map(len, column))) for cell in column] for column in told]
+    return "\n".join("  ".join(line).rstrip() for line in zip(*padded, strict=True))
 
 
 def _done(outcome: PassOutcome) -> str:
