@@ -90,7 +90,7 @@ def test_the_cache_is_no_larger_than_its_texts_can_use() -> None:
     sizes: list[tuple[int, int]] = []
     twin = SimpleNamespace(cache={}, allocate=lambda rows, capacity: sizes.append((rows, capacity)))
     reader: Any = SimpleNamespace(in_place=True, cache={}, twin=lambda: twin)
-    reader.prefill = reader._step = lambda *_, **__: np.zeros((1, 1, 4), dtype=np.float32)
+    reader.prefill = reader.step = lambda *_, **__: np.zeros((1, 1, 4), dtype=np.float32)
     batch = RunningBatch(reader, 8, 1000)
     for _ in range(8):
         batch.join([1] * 900)
