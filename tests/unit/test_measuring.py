@@ -33,6 +33,26 @@ def test_a_budget_is_shared_out_among_the_replicates_that_decide() -> None:
     assert few.cycles == five.cycles
 
 
+@pytest.mark.parametrize(
+    ("took_s", "asked", "made", "end_s"),
+    [
+        (10.0, 6, 6, 60.0),  # all that was asked for is within the budget
+        (18.0, 6, FEWEST_REPLICATES, 90.0),  # three are, and the fewest that decide within twice as long
+        (26.0, 6, 2, 60.0),  # not even those are: no more than the budget
+        (18.0, 3, 3, 60.0),  # nothing has to be decided
+        (90.0, 6, 2, 60.0),
+    ],
+)
+def test_a_budget_that_decides_nothing_is_exceeded_where_twice_as_much_decides(
+    took_s: float, asked: int, made: int, end_s: float
+) -> None:
+    replicates = made_up(noise=0.1, replicates=8).replicates
+    schedule = _Schedule(BenchSettings(replicates=asked, budget_s=60, precision=1e-9), None)
+    schedule._overhead_s = took_s  # starting is all that a replicate takes
+    count = next(count for count in range(1, 9) if schedule.stop(replicates[:count], count * took_s) is not None)
+    assert (count, schedule.end_s) == (made, end_s)
+
+
 GB = 10**9
 
 

@@ -37,6 +37,21 @@ def test_a_terminal_shows_memory_beside_the_bar() -> None:
     assert re.search(r"1/4.*loss 3\.1.*left.*\d\.\d\d GB", file.getvalue())
 
 
+def test_an_end_may_move_while_it_is_neared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "LOG_INTERVAL_S", 0)
+    console, file = written()
+    with Meter("bench", 120, console=console) as meter:
+        meter.reach(100)
+        meter.reach(130, of=150)
+        meter.reach(170, of=150)
+    assert re.findall(r"\d+/\d+", file.getvalue()) == ["100/120", "130/150", "150/150"]
+    console, file = written(terminal=True)
+    with Meter("bench", 120, console=console) as meter:
+        meter.reach(130, of=150)
+        meter._bar.refresh()
+    assert "130/150" in file.getvalue()
+
+
 def test_a_stage_that_counts_nothing_is_heard_of_until_it_ends() -> None:
     console, file = written()
     with Heartbeat("export", interval_s=0.05, console=console):

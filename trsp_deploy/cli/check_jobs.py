@@ -195,7 +195,7 @@ def _check(
             tolerances = tolerances.model_copy(update={"min_accuracy_retained": share, "max_ppl_ratio": texts})
         values = job.recipe.bench.model_dump()
         if not tolerances.timed:
-            values["budget_s"] = min(values["budget_s"], QUALITY_ALONE_S)
+            values |= {"budget_s": min(values["budget_s"], QUALITY_ALONE_S), "replicates": 2}  # none has to be decided
         return check_run(job, tolerances, against, engine, bench_settings(values, budget, sets))
 
 

@@ -30,7 +30,7 @@ BaselineBudget = Annotated[
     float | None,
     typer.Option(
         "--budget",
-        help="Seconds to measure each engine at most; two replicates in any case.",
+        help="Seconds to measure each engine; up to twice as many where five replicates take longer.",
         min=1.0,
         callback=bounded,
         metavar="SECONDS",
@@ -40,7 +40,7 @@ Budget = Annotated[
     float | None,
     typer.Option(
         "--budget",
-        help="Seconds to measure at most; two replicates in any case.",
+        help="Seconds to measure; up to twice as many where five replicates take longer.",
         min=1.0,
         callback=bounded,
         metavar="SECONDS",

@@ -160,7 +160,8 @@ class BenchSettings(Strict):
     batch_sizes: Counts = (1,)  # each is measured at every prompt length
     prompt_tokens: Counts = (128,)  # prompt lengths that prefill reads
     new_tokens: Count = 16  # decode steps per block
-    budget_s: Positive = 120.0  # seconds for all shapes of one engine together
+    # Seconds for all shapes of one engine together; up to twice as many where five replicates take longer.
+    budget_s: Positive = 120.0
     precision: Positive = 0.01  # enough: this half-width of the log ratio's 95% interval, for every shape and phase
     # Fewest replicates, where the budget allows them; five at least are aimed at, for fewer decide nothing.
     replicates: Annotated[int, Field(ge=2), NUMBER] = 6

@@ -62,8 +62,12 @@ class Meter:
         if self._bar is not None:
             self._bar.stop()
 
-    def reach(self, done: int, figures: str = "") -> None:
-        """Count up to `done` units in all, at least one more and never past the end."""
+    def reach(self, done: int, figures: str = "", of: int | None = None) -> None:
+        """Count up to `done` units in all, at least one more and never past the end; of: where that is by now."""
+        if of is not None and of != self._total:
+            self._total = of
+            if self._bar is not None:
+                self._bar.update(self._task, total=of)
         self.advance(figures, max(1, min(done, self._total) - self._done))
 
     def advance(self, figures: str = "", by: int = 1) -> None:

@@ -39,6 +39,9 @@ MOST_BLOCKS = 4  # of one shape in a turn
 WARM_SHARE = 4  # a turn begins with a block of a quarter of the tokens, untimed: caches are the other subject's
 CAUTION = 0.85  # of the time that is left is given out: the machine may slow down
 CYCLES_SHARE = 2.0  # seconds of cycles for each second of starting a replicate's processes
+OVERTIME = (
+    2.0  # budgets that the fewest replicates that decide may take: with fewer, all that was measured says nothing
+)
 ROOM = 1.5  # memory of a running engine over the size of its files
 
 Start = Callable[[], Worker]
@@ -80,7 +83,7 @@ def measure(
             order = _rotated(list(starts), len(replicates))
             replicates.append(_replicate(starts, order, work, schedule, together, began))
             schedule.learn(replicates[-1], len(replicates), recorder.now_s - began, recorder.now_s)
-            meter.reach(round(recorder.now_s), _progress(replicates))
+            meter.reach(round(recorder.now_s), _progress(replicates), of=round(schedule.end_s))
         elapsed_s = recorder.now_s
     affinity = sorted(os.sched_getaffinity(0))
     return Comparison(
@@ -106,6 +109,7 @@ class _Schedule:
         self._wanted = max(settings.replicates, FEWEST_REPLICATES)  # ending with fewer, nothing could be said of them
         self._overhead_s = 0.0  # the longest start of a replicate
         self._cycle_s = 0.0
+        self.end_s = settings.budget_s  # when it will end at the latest, as far as is known
         self.cycles = 1
         self.blocks = 1  # of each shape in a turn
 
@@ -134,8 +138,13 @@ class _Schedule:
                     return "decided"
             elif self._narrow(replicates):
                 return "precise"
-        # A replicate that would not end in time is not begun.
-        return "budget" if now_s + self._overhead_s + self.cycles * self._cycle_s > self._settings.budget_s else None
+        next_s = self._overhead_s + self.cycles * self._cycle_s
+        missing = min(self._settings.replicates, FEWEST_REPLICATES) - len(replicates)
+        budget_s = self._settings.budget_s
+        if missing > 0 and now_s + missing * next_s <= OVERTIME * budget_s:
+            self.end_s = max(budget_s, now_s + missing * next_s)
+            return None
+        return "budget" if now_s + next_s > budget_s else None  # what would not end in time is not begun
 
     def _narrow(self, replicates: Sequence[Replicate]) -> bool:
         found = speedups(replicates, len(self._settings.cases))

@@ -23,7 +23,8 @@ ANONYMOUS = re.compile(r"([0-9a-f]+)-([0-9a-f]+) rw-p 0+ 00:00 0 *(?:\[heap\])?$
 def in_huge_pages() -> Iterator[None]:
     """Move what is allocated inside into pages of 2 MB at the end, as far as the kernel has them.
 
-    It takes about 5 ms per page. Memory that another thread allocates inside may move too, which it does not notice.
+    It takes 0.6 ms per page, or 20 ms in a virtual machine whose host has taken its free memory back (docs/engines.md).
+    Memory that another thread allocates inside may move too, which it does not notice.
     """
     before = set(_anonymous())
     yield
