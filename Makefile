@@ -81,7 +81,7 @@ quality-report: $(READY) ## tables, plots and a JSON line from the rows that are
 
 bench-train: $(READY) ## stage 2 against Hugging Face's Trainer on the same batches; QUICK=1: a minute
 	$(BIN)/trsp-deploy fetch smollm2-135m exl-wiki
-	$(BIN)/python -m benchmarks.bench_train $(if $(QUICK),--quick) $(ARGS)
+	$(BIN)/python -m benchmarks.train $(if $(QUICK),--quick) $(ARGS)
 
 bench-engines: $(READY) .venv-peers/.ready ## ours against Optimum, onnxruntime-genai and llama.cpp; QUICK=1: a few minutes
 	$(BIN)/trsp-deploy fetch smollm2-135m exl-wiki wiki-demo

@@ -11,7 +11,7 @@ import pytest
 
 import benchmarks.engines.__main__ as engines_bench
 import benchmarks.proof.__main__ as proof_bench
-from benchmarks import bench_train, coverage, kept, memory, serving, sweep
+from benchmarks import coverage, kept, memory, serving, sweep, train
 from benchmarks.engines.figures import TARGETS, Found
 from trsp_deploy.artifacts import provenance
 from trsp_deploy.errors import RunError
@@ -20,8 +20,15 @@ from trsp_deploy.recipe import Strict
 ROOT = Path(__file__).parents[2]
 
 
-KINDS = {"engines": Found, "memory": memory.Memory, "serving": serving.Serving}
-SAMPLE = {"device": "cpu", "wall_s": [1.0], "cpu_s": [1.0], "peak_bytes": 1, "mean_loss": 3.0}  # of `bench_train`
+KINDS = {"engines": Found, "memory": memory.Memory, "serving": serving.Serving, "train": train.Training}
+
+
+def trained() -> train.Training:
+    """Of a bench whose figures nobody has kept so far."""
+    block = train.Block(device="cpu", wall_s=(1.0,), cpu_s=(1.0,), peak_bytes=1, mean_loss=3.0)
+    options = train.decisive(train.parse([]))
+    blocks = dict.fromkeys(train.ENGINES, (block,))
+    return train.Training(machine=provenance(), code="", omp_num_threads=None, options=options, blocks=blocks)
 
 
 class Cpu(Strict):
@@ -60,7 +67,7 @@ def test_files_of_every_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         kept.every_machine("memory", Cpu)
 
 
-@pytest.mark.parametrize("bench", [engines_bench, memory, proof_bench, serving, sweep])
+@pytest.mark.parametrize("bench", [engines_bench, memory, proof_bench, serving, sweep, train])
 @pytest.mark.parametrize(
     ("line", "reason"),
     [('{"x": 1}', "unknown key 'x'"), ("", "is not valid JSON"), ("<<<<<<< ours", "is not valid JSON")],
@@ -80,7 +87,7 @@ def test_a_file_that_is_none_of_a_bench_is_one_line(
 
 @pytest.mark.parametrize(
     ("bench", "measures"),
-    [(engines_bench, "race"), (memory, "measure"), (serving, "measure"), (bench_train, "block")],
+    [(engines_bench, "race"), (memory, "measure"), (serving, "measure"), (train, "measure")],
 )
 def test_what_cannot_be_kept_has_been_shown(
     bench: ModuleType, measures: str, tmp_path: Path, monkeypatch, capsys
@@ -88,7 +95,7 @@ def test_what_cannot_be_kept_has_been_shown(
     """An hour's figures, and a disk that is full by then."""
     name = bench.__name__.split(".")[1]
     there = next((ROOT / kept.RESULTS).glob(f"{name}-*.json"), None)
-    found = SAMPLE if there is None else KINDS[name].model_validate_json(there.read_bytes())
+    found = trained() if there is None else KINDS[name].model_validate_json(there.read_bytes())
     monkeypatch.setattr(bench, measures, lambda *_: found)
     if bench is engines_bench:  # whose figures ask for the model that was measured
         monkeypatch.setattr(bench, "figures", lambda _: dict.fromkeys(TARGETS, 1.0))
