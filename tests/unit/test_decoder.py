@@ -178,3 +178,27 @@ def test_a_config_that_says_no_positions_has_none(tmp_path):
     values = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**values, "seq_length": 128}))
     assert known_positions(tmp_path) == 128
+
+
+def test_a_layer_that_keeps_a_table_of_layer_numbers_is_refused():
+    """Zamba2's adapters: what was left ended in a KeyError, after the whole training."""
+    blocks = ["mamba", "mamba", "hybrid", "mamba", "hybrid", "mamba"]
+    config = transformers.Zamba2Config(
+        vocab_size=384,
+        hidden_size=32,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        layers_block_type=blocks,
+        mamba_d_state=8,
+        mamba_headdim=16,
+        n_mamba_heads=4,
+        mamba_ngroups=1,
+        intermediate_size=64,
+        num_mem_blocks=1,
+        max_position_embeddings=64,
+        use_mem_rope=False,
+        pad_token_id=0,
+    )
+    model = random_model(config)
+    with pytest.raises(ModelError, match="layer_dic"):
+        remove_layers(model, [1])

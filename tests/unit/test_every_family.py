@@ -122,6 +122,15 @@ def test_fold_finds_the_projection_or_says_that_there_is_none(family):
     assert "\n" not in str(refusal.value)
 
 
+def test_a_small_norm_behind_a_projection_is_no_scale_in_bf16():
+    """What it lets out is below the rounding of the stream, so that nothing seemed to be wrong with any scale."""
+    model = family_model("gemma2").bfloat16()
+    with torch.no_grad():
+        decoder_layers(model)[1].post_feedforward_layernorm.weight.fill_(-0.98)
+    with pytest.raises(ModelError, match="cannot be folded"):
+        output_projection(model, 1, tokens(2, 8))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_loss_in_slices_is_the_models_own_and_kept_layers_can_be_refitted(family):
     model, ids = family_model(family), tokens()

@@ -6,10 +6,12 @@ import copy
 
 import pytest
 import torch
+import transformers
 
-from tests.tiny import FAMILIES, gradients, save_tiny, tiny_model, tokens
+from tests.families import GROUPED, MLP
+from tests.tiny import FAMILIES, gradients, random_model, save_tiny, tiny_model, tokens
 from tests.training import recipe, same_weights, transfer, windows
-from trsp_deploy.decoder import decoder_layers, load_model
+from trsp_deploy.decoder import decoder_layers, load_model, meta_model
 from trsp_deploy.errors import RecipeError
 from trsp_deploy.stages.selection import GatePicking
 from trsp_deploy.tools.gates import LayerGates
@@ -141,6 +143,18 @@ def test_recomputed_layers_have_the_same_gradients(family, checkpointing):
     assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][1])
 
 
+@pytest.mark.parametrize("checkpointing", ["selective", True])
+def test_a_layer_that_changes_a_product_in_place_has_its_own_gradients(checkpointing):
+    """OLMo clips queries, keys and values where they lie: what was kept of the product was what it had become."""
+    model, found = random_model(transformers.OlmoConfig(**MLP, clip_qkv=0.05)), []
+    for what in (False, checkpointing):
+        model.zero_grad()
+        with recomputed_layers(model, what):
+            TokenLosses(model)(tokens()).total.backward()
+        found.append(gradients(model))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 def test_what_stood_in_front_of_a_recomputed_layer_comes_back():
     model = tiny_model("llama")
     layer, calls = decoder_layers(model)[2], []
@@ -177,6 +191,21 @@ def test_gradient_checkpointing_changes_no_result(dense, tmp_path, checkpointing
 
 
 # -- adapters and the optimiser --------------------------------------------------------------------------------------
+
+
+@needs_peft
+def test_a_router_that_returns_its_choice_has_no_adapter():
+    model = random_model(transformers.Llama4TextConfig(**GROUPED, intermediate_size_mlp=64, num_local_experts=2))
+    add_adapters(model, rank=2, seed=0)
+    TokenLosses(model)(tokens()).total.backward()
+    assert any("lora_" in name and "q_proj" in name for name, p in model.named_parameters() if p.requires_grad)
+
+
+@needs_peft
+def test_a_family_without_adapters_is_one_line():
+    config = transformers.FalconH1Config(**GROUPED, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8)
+    with pytest.raises(RecipeError, match=r"transfer\.lora_rank 2: peft has no adapters for FalconH1ForCausalLM"):
+        add_adapters(meta_model(config), rank=2, seed=0)
 
 
 @needs_peft
@@ -307,3 +336,19 @@ def test_adapters_for_all_weights_make_no_sense():
 def test_8_bit_moments_are_refused_with_fsdp():
     with pytest.raises(RecipeError, match=r"adamw-8bit: does not work with FSDP; valid: adamw"):
         make_optimizer(tiny_model("llama"), recipe(transfer={"optimizer": "adamw-8bit"}).transfer, sharded=True)
+
+
+def test_every_process_closes_the_main_ones_choice(monkeypatch):
+    """Losses that round unlike each other would let each go on with a model of its own."""
+    model = tiny_model("llama").requires_grad_(False)
+    settings = {"batch_size": 4, "steps": 1, "candidates": 3}
+    picking = GatePicking(model, range(6), windows()[:8], windows()[8:12], recipe(plan=settings), None)
+    given: list[int] = []
+
+    def another(layer):
+        given.append(next(index for index in range(6) if index != layer))
+        return given[-1]
+
+    monkeypatch.setattr(picking._processes, "from_main", another)
+    picking.run([1])
+    assert picking.picks[0].layer == given[0] and given[0] in picking._gates.closed

@@ -208,8 +208,17 @@ def _attributes(layer: nn.Module) -> dict[tuple[str, str], Any]:
         (path, name): value
         for path, module in layer.named_modules()
         for name, value in [*vars(module).items(), ("class", type(module).__name__)]
-        if name != "_is_hf_initialized" and (value is None or isinstance(value, (bool, int, float, str)))
+        if name != "_is_hf_initialized" and (_is_plain(value) or (isinstance(value, dict) and _is_plain_dict(value)))
     }
+
+
+def _is_plain(value: object) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _is_plain_dict(value: dict[Any, Any]) -> bool:
+    """Such as Zamba2's adapters by layer number."""
+    return bool(value) and all(map(_is_plain, (*value.keys(), *value.values())))
 
 
 @torch.no_grad()

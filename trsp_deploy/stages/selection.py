@@ -289,7 +289,8 @@ class GatePicking:
         gone = tuple(pick.layer for pick in self._picks)
         tried = self._try([(*gone, layer) for layer in smallest], len(gone), meter)
         losses = {trial[-1]: loss for trial, loss in tried.items()}
-        layer = min(losses, key=losses.__getitem__)
+        # All processes close the main one's choice, however theirs would round: a gate's gradient is a mean over all.
+        layer = self._processes.from_main(min(losses, key=losses.__getitem__))
         gates.closed.add(layer)
         learned = self._round
         self._picks.append(

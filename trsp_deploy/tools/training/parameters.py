@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from trsp_deploy.decoder import decoder_layers, forward_replaced
-from trsp_deploy.errors import RecipeError
+from trsp_deploy.errors import RecipeError, first_line
 from trsp_deploy.recipe import TransferSettings
 
 # What costs more to compute again than to keep.
@@ -47,7 +47,7 @@ def add_adapters(model: PreTrainedModel, rank: int, seed: int) -> Any:
         ) from problem
     layers = decoder_layers(model)
     prefix = next(name for name, module in model.named_modules() if module is layers)
-    linear = {f"{prefix}.{name}": m for name, m in layers.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    linear = {f"{prefix}.{name}": module for name, module in layers.named_modules() if _gives_its_product(module)}
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
@@ -57,7 +57,24 @@ def add_adapters(model: PreTrainedModel, rank: int, seed: int) -> Any:
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return get_peft_model(model, config).eval()
+        try:
+            return get_peft_model(model, config).eval()
+        except ValueError as problem:  # of state spaces, whose kernels read a projection's weight past its adapter
+            raise RecipeError(
+                f"transfer.lora_rank {rank}: peft has no adapters for {type(model).__name__} ({first_line(problem)}); "
+                "leave it out"
+            ) from problem
+
+
+@torch.no_grad()
+def _gives_its_product(module: nn.Module) -> bool:
+    """Whether it is a linear module whose result is one tensor; a router may return its choice as well."""
+    if not isinstance(module, nn.Linear | Conv1D):
+        return False
+    if type(module).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    features = module.in_features if isinstance(module, nn.Linear) else module.nx
+    return isinstance(module(module.weight.new_zeros(1, features)), torch.Tensor)
 
 
 def merge_adapters(adapted: Any) -> None:
@@ -72,11 +89,13 @@ def recomputed_layers(
 
     checkpointing: True keeps nothing but a layer's input. "selective" keeps the results of matrix products and
     attention as well, so that only what is cheap is made again: norms, and what acts on single numbers. False keeps
-    everything.
+    everything. Where a model clips such results where they lie (`clip_qkv` of OLMo), its layers are made again whole:
+    what was kept would be what it became, and the gradient that of another function.
     Enter it before the gates, so that they stay outside: what they hold on to is what the layer really returned.
     """
     layers = list(decoder_layers(model)) if checkpointing else []
-    contexts = SELECTIVE if checkpointing == "selective" else noop_context_fn
+    in_place = getattr(model.config.get_text_config(), "clip_qkv", None) is not None
+    contexts = SELECTIVE if checkpointing == "selective" and not in_place else noop_context_fn
     return forward_replaced(layers, lambda _, forward: functools.partial(_recomputed, forward, contexts))
 
 
