@@ -15,13 +15,15 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.tiny import tiny_model
-from trsp_deploy.errors import EngineUnavailable
+from trsp_deploy.artifacts import storage
+from trsp_deploy.errors import EngineUnavailable, StorageError, TextError
 from trsp_deploy.recipe import ExportSettings
+from trsp_deploy.stages import build as build_stage
 from trsp_deploy.stages.build import build_engine
 from trsp_deploy.stages.export import FILE, export_onnx
 from trsp_deploy.tools.graphs.norms import fuse_norms
 from trsp_deploy.tools.library import load_engine_spec
-from trsp_deploy.tools.runners import open_engine, ort_build, trt_build
+from trsp_deploy.tools.runners import open_engine, ort_build, passes, trt_build
 from trsp_deploy.tools.runners.half_range import within_range
 from trsp_deploy.tools.runners.ort import OrtRunner
 
@@ -435,8 +437,93 @@ def test_norms_are_fused_without_a_word(
 
 def test_a_text_of_another_models_tokens_is_one_line(graphs: Path, tmp_path: Path) -> None:
     text = np.full((1, 16), 10_000)
-    with pytest.raises(EngineUnavailable, match="the calibration text has token 10000"):
+    with pytest.raises(TextError, match="the calibration text has token 10000"):
         build_engine(graphs / "fp32" / FILE, load_engine_spec("ort-cpu-int4"), tmp_path / "engine", text)
+    # Of fp16 the range was not looked at, without a word, and the engine claimed the text.
+    graph = changed(graphs / "fp16" / FILE, lambda model: model.ClearField("metadata_props"), tmp_path / "graph")
+    with pytest.raises(TextError, match="the calibration text has token 10000"):
+        within_range(graph, load_engine_spec("tensorrt-rtx-fp16"), tmp_path, text)
+
+
+def test_bf16_is_not_made_of_fp32(graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_stage, "check_can_build", lambda spec: None)
+    with pytest.raises(EngineUnavailable, match="is of fp32, and tensorrt-rtx-bf16 is made of an fp16 graph"):
+        build_engine(graphs / "fp32" / FILE, load_engine_spec("tensorrt-rtx-bf16"), tmp_path / "engine")
+
+
+@pytest.mark.parametrize("past", [8, 64, None])
+def test_a_past_that_cannot_grow_is_one_line(graphs: Path, tmp_path: Path, past: int | None) -> None:
+    """It was a traceback of NumPy's, or an engine that failed at every prompt."""
+
+    def fixed(model: onnx.ModelProto) -> None:
+        for value in model.graph.input:
+            if value.name.startswith("past_key_values.") and past is None:
+                value.type.tensor_type.ClearField("shape")
+            elif value.name.startswith("past_key_values."):
+                value.type.tensor_type.shape.dim[2].dim_value = past
+
+    graph = changed(graphs / "fp32" / FILE, fixed, tmp_path / "graph")
+    with pytest.raises(
+        EngineUnavailable, match=r"past_key_values\.0\.key is \[.*\]; understood is \[batch, heads, past"
+    ):
+        build_engine(graph, load_engine_spec("ort-cpu-fp32"), tmp_path / "engine")
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_machine_that_is_full_is_no_reason_of_a_pass(
+    graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bool
+) -> None:
+    """The engine was finished without its passes, and kept for good."""
+    answers = iter([] if first else [np.zeros((1, 1))])
+
+    def full(*_: object) -> np.ndarray:
+        if (found := next(answers, None)) is not None:
+            return found
+        raise EngineUnavailable("ONNX Runtime stopped in g: Failed to allocate memory for requested buffer of size 1")
+
+    monkeypatch.setattr(passes, "_logits", full)
+    spec = load_engine_spec("ort-cpu-fp32")
+    with pytest.raises(EngineUnavailable, match="Failed to allocate memory"):
+        passes.run_passes(graphs / "fp32" / FILE, {"nothing": lambda model: 1}, spec, tmp_path)
+
+
+def test_a_disk_that_is_full_while_onnx_runtime_writes_is_called_so(
+    graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise EngineUnavailable("ONNX Runtime cannot load model.onnx: Failed to write : model.onnx.data")
+
+    monkeypatch.setattr(ort_build, "create_session", fails)
+    spec = load_engine_spec("ort-cpu-fp32").model_copy(update={"fuse": False})
+    monkeypatch.setattr(ort_build, "holds_padding", lambda *_: True)
+    with pytest.raises(EngineUnavailable, match="Failed to write"):
+        build_engine(graphs / "fp32" / FILE, spec, tmp_path / "engine")
+    for module in (storage, ort_build):
+        monkeypatch.setattr(module, "free_bytes", lambda path: 0)
+    with pytest.raises(StorageError, match="the disk is full"):
+        build_engine(graphs / "fp32" / FILE, spec, tmp_path / "engine")
+
+
+def hidden_states(model: onnx.ModelProto) -> None:
+    """One output more, as exports for feature extraction have it."""
+    head = next(node for node in model.graph.node if "logits" in node.output)
+    model.graph.node.append(helper.make_node("Identity", [head.input[0]], ["hidden_states"]))
+    model.graph.output.append(helper.make_empty_tensor_value_info("hidden_states"))
+
+
+def test_tensorrt_keeps_no_output_that_nothing_reads(graphs: Path, tmp_path: Path) -> None:
+    """Each needs memory when the engine runs, and there was none for it."""
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install 'trsp_deploy[rtx]'")
+    graph = changed(graphs / "fp16" / FILE, hidden_states, tmp_path / "graph")
+    manifest = build_engine(graph, load_engine_spec("tensorrt-rtx-fp16"), tmp_path / "engine")
+    assert "hidden_states" not in manifest.outputs and "logits" in manifest.outputs
+
+
+def test_tensorrt_refuses_logits_without_tokens(graphs: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install 'trsp_deploy[rtx]'")
+    half = changed(graphs / "fp16" / FILE, last_logits, tmp_path / "half")
+    with pytest.raises(EngineUnavailable, match="the graph's logits are "):
+        build_engine(half, load_engine_spec("tensorrt-rtx-fp16"), tmp_path / "engine")
 
 
 def test_an_engine_of_a_graph_behind_a_link_notices_its_change(graphs: Path, tmp_path: Path) -> None:

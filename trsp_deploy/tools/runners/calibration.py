@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from trsp_deploy.errors import EngineUnavailable, ModelError
+from trsp_deploy.errors import ModelError, TextError
 from trsp_deploy.reading import read_json
 from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.tools.runners.ort import OrtRunner
@@ -46,15 +46,20 @@ def read_text(
         if calibration is None:
             calibration = np.random.default_rng(0).integers(runner.vocabulary, size=(count, text_length(exported)))
         calibration = fitting(calibration[:count], exported)
-        unknown = int(calibration.max(initial=0))
-        if unknown >= runner.vocabulary:
-            raise EngineUnavailable(
-                f"{exported}: knows {runner.vocabulary} tokens, and the calibration text has token {unknown}: it was "
-                "read with the tokenizer of another model"
-            )
+        check_known(calibration, runner.vocabulary, exported)
         texts = [runner.feeds(text[None], np.ones_like(text[None])) for text in calibration]
     with one_line_errors(f"ONNX Runtime cannot read a text with {exported}"):
         return measure_activations(model, texts, scratch, symmetric=symmetric, keep=keep)
+
+
+def check_known(calibration: np.ndarray, vocabulary: int, exported: Path) -> None:
+    """Raise TextError for tokens that a graph does not know."""
+    unknown = int(calibration.max(initial=0))
+    if unknown >= vocabulary:
+        raise TextError(
+            f"{exported}: knows {vocabulary} tokens, and the calibration text has token {unknown}: it was read with "
+            "the tokenizer of another model"
+        )
 
 
 def text_length(exported: Path) -> int:

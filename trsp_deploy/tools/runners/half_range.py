@@ -17,7 +17,7 @@ from trsp_deploy.reading import what_is_wrong
 from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.tools.graphs import check, decoder_io
 from trsp_deploy.tools.graphs.fp16_range import METADATA, HalfRange
-from trsp_deploy.tools.runners.calibration import fitting, text_length
+from trsp_deploy.tools.runners.calibration import check_known, fitting, text_length
 from trsp_deploy.tools.runners.ort import OrtRunner
 from trsp_deploy.tools.runners.ort_session import bindings_of, create_session, one_line_errors
 
@@ -134,10 +134,11 @@ def _read(
         inputs, made = bindings_of(session.get_inputs()), bindings_of(session.get_outputs())
         decoder_io.check_decoder(inputs, {value.name: ("", ()) for value in wide.graph.outputs})
         decoder_io.check_logits(made)
+        vocabulary = int(made["logits"][1][-1])
         if calibration is None:
-            vocabulary = int(made["logits"][1][-1])
             calibration = np.random.default_rng(0).integers(vocabulary, size=(1, text_length(onnx)))
         ids = fitting(calibration, onnx)[:1]  # (1, sequence): a second row would be memory
+        check_known(ids, vocabulary, onnx)
         mask = np.ones_like(ids)
         mask[0, : ids.shape[1] // PADDING] = 0
         feeds = decoder_io.token_inputs(inputs, ids, mask, keep=1)

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from trsp_deploy.artifacts import files_below
-from trsp_deploy.errors import EngineUnavailable
+from trsp_deploy.artifacts import files_below, free_bytes, storage_errors
+from trsp_deploy.artifacts.storage import NOTHING_LEFT
+from trsp_deploy.errors import EngineUnavailable, one_line
 from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.tools.graphs import decoder_io
 from trsp_deploy.tools.graphs.fp16_range import HalfRange
+from trsp_deploy.tools.graphs.understood import check_reads_prompts
 from trsp_deploy.tools.runners.calibration import longest_text, max_positions, read_text
 from trsp_deploy.tools.runners.graph_files import graph_files
 from trsp_deploy.tools.runners.half_range import within_range
@@ -58,7 +60,13 @@ def _accepted(
     graph: Path, spec: EngineSpec, save_to: Path | None = None
 ) -> tuple[decoder_io.Bindings, decoder_io.Bindings]:
     """Inputs and outputs as a session that has read the graph tells them; it is gone when this returns."""
-    session = create_session(graph, spec.backend, spec.threads, save_to=save_to)
+    try:
+        session = create_session(graph, spec.backend, spec.threads, save_to=save_to)
+    except EngineUnavailable as problem:
+        if save_to is None or free_bytes(save_to.parent) >= NOTHING_LEFT:
+            raise
+        with storage_errors(save_to.parent):  # of which ONNX Runtime says that it cannot load the graph
+            raise RuntimeError(one_line(problem)) from problem
     return bindings_of(session.get_inputs()), bindings_of(session.get_outputs())
 
 
@@ -75,23 +83,13 @@ def _built(
     inputs, outputs = bindings
     decoder_io.check_decoder(inputs, outputs)
     decoder_io.check_logits(outputs)
-    _check_reads_prompts(inputs, outputs)
+    check_reads_prompts(inputs, outputs)
     decoder_io.check_precision(inputs, spec.graph_precision)
     longest = longest_text(onnx)
     if longest is not None:
         decoder_io.write_longest(engine, longest)
     files = tuple(path.relative_to(engine.parent).as_posix() for path in files_below(engine.parent))
     return BuiltEngine(engine.name, files, inputs, outputs, passes, found, longest, padding)
-
-
-def _check_reads_prompts(inputs: decoder_io.Bindings, outputs: decoder_io.Bindings) -> None:
-    """Raise EngineUnavailable for tokens or logits of a fixed number: such an engine would stop at its first prompt."""
-    for name, shape in (("input_ids", inputs["input_ids"][1]), ("logits", outputs["logits"][1])):
-        if isinstance(shape[1], int):
-            raise EngineUnavailable(
-                f"the graph's {name} are of {shape[1]} tokens a text, [{', '.join(map(str, shape))}]; understood is "
-                "one that reads any number of them and gives logits of each"
-            )
 
 
 def prepare(

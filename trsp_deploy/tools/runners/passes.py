@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from trsp_deploy.errors import EngineUnavailable, named, one_line, passes_through
+from trsp_deploy.errors import EngineUnavailable, machine_reason, named, one_line, passes_through
 from trsp_deploy.recipe import Backend, EngineSpec, Float
 from trsp_deploy.tools.graphs import check
 from trsp_deploy.tools.runners.half_range import write_widened
@@ -41,6 +41,7 @@ def run_passes(
     try:
         logits = _logits(onnx, spec, scratch)
     except EngineUnavailable as problem:  # the backend itself may read it; without a proof nothing is changed
+        _refuse_of_the_machine(problem)
         return onnx, tuple(PassOutcome(name=name, reason=str(problem)) for name in passes)
     current, outcomes = onnx, []
     for name, work in passes.items():
@@ -80,6 +81,7 @@ def _try(
     try:
         logits = _logits(after, spec, after.parent)
     except EngineUnavailable as problem:  # the form fits and the kernel has limits of its own
+        _refuse_of_the_machine(problem)
         return PassOutcome(name=name, reason=str(problem).partition(": ")[2]), None
     error, tolerance = check.difference(expected, logits), check.TOLERANCES[_read_in(spec)]
     if error > tolerance:
@@ -113,9 +115,16 @@ def holds_padding(onnx: Path, spec: EngineSpec, scratch: Path) -> bool:
     try:
         with _runner(onnx, spec, scratch) as runner:
             error = check.padding_error(runner, runner.vocabulary)
-    except EngineUnavailable:
+    except EngineUnavailable as problem:
+        _refuse_of_the_machine(problem)
         return True
     return error <= check.TOLERANCES[_read_in(spec)]
+
+
+def _refuse_of_the_machine(problem: EngineUnavailable) -> None:
+    """Raise what says nothing of the graph: an engine that is made meanwhile would lack passes for good."""
+    if machine_reason(problem) is not None:
+        raise problem
 
 
 def _read_in(spec: EngineSpec) -> Float:

@@ -19,6 +19,7 @@ from trsp_deploy.artifacts import writing
 from trsp_deploy.errors import EngineSpecError, EngineUnavailable, StorageError, nearest, one_line
 from trsp_deploy.recipe import EngineSpec, ShapeProfile
 from trsp_deploy.tools.graphs import decoder_io
+from trsp_deploy.tools.graphs.understood import check_reads_prompts
 from trsp_deploy.tools.runners.calibration import longest_text, longest_turned, read_text
 from trsp_deploy.tools.runners.half_range import within_range
 from trsp_deploy.tools.runners.manifest import BuiltEngine, PassOutcome, kept_products, left_in_floats
@@ -88,6 +89,8 @@ def build(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.ndarray | 
         builder = made(log, "no builder", lambda: trt.Builder(log))
         network, inputs, outputs = _network(trt, builder, log, graph, onnx)
         decoder_io.check_decoder(inputs, outputs)
+        decoder_io.check_logits(outputs)
+        check_reads_prompts(inputs, outputs)
         decoder_io.check_precision(inputs, "bf16" if spec.precision == "bf16" else spec.graph_precision)
         config = _configure(trt, builder, spec)
         for profile in spec.profiles:
@@ -218,6 +221,10 @@ def _network(
         reason = "; ".join(dict.fromkeys(errors))
         raise EngineUnavailable(f"TensorRT cannot read {onnx}: {with_advice(reason) if reason else log.complaint()}")
     inputs = _network_bindings([network.get_input(i) for i in range(network.num_inputs)])
+    fed = {"logits", *map(decoder_io.present, decoder_io.cache_inputs(inputs))}
+    for tensor in [network.get_output(i) for i in range(network.num_outputs)]:
+        if tensor.name not in fed:  # every output needs memory when it runs: hidden states and the like have none
+            network.unmark_output(tensor)
     return network, inputs, _network_bindings([network.get_output(i) for i in range(network.num_outputs)])
 
 

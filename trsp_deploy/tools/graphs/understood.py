@@ -1,0 +1,46 @@
+"""Forms of a decoder's graph that other exporters write and that no engine here could run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trsp_deploy.errors import EngineUnavailable
+from trsp_deploy.recipe import EngineSpec
+from trsp_deploy.tools.graphs.decoder_io import PAST, WRITE_INDICES, Bindings
+
+
+def check_cache(onnx: Path, spec: EngineSpec) -> None:
+    """Raise EngineUnavailable for a cache that cannot grow with the text, or that bf16 cannot be made of.
+
+    What cannot be read as ONNX is the backend's to say.
+    """
+    import onnx_ir as ir
+
+    from trsp_deploy.tools.graphs.nodes import NoMatch, load
+
+    try:
+        inputs = load(onnx).graph.inputs
+    except (NoMatch, FileNotFoundError):
+        return
+    fixed = WRITE_INDICES in {value.name for value in inputs}  # a cache that is longer than the text, and says where
+    for value in inputs:
+        if not (value.name or "").startswith(PAST):
+            continue
+        shape = [] if value.shape is None else [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape]
+        if len(shape) != 4 or (isinstance(shape[2], int) and not fixed):
+            raise EngineUnavailable(
+                f"{onnx}: its {value.name} is [{', '.join(map(str, shape))}]; understood is [batch, heads, past, head "
+                "size], the past of any length"
+            )
+        if spec.precision == "bf16" and value.dtype == ir.DataType.FLOAT:
+            raise EngineUnavailable(f"{onnx}: is of fp32, and {spec.name} is made of an fp16 graph, or of one of bf16")
+
+
+def check_reads_prompts(inputs: Bindings, outputs: Bindings) -> None:
+    """Raise EngineUnavailable for tokens or logits of a fixed number: such an engine would stop at its first prompt."""
+    for name, shape in (("input_ids", inputs["input_ids"][1]), ("logits", outputs["logits"][1])):
+        if isinstance(shape[1], int):
+            raise EngineUnavailable(
+                f"the graph's {name} are of {shape[1]} tokens a text, [{', '.join(map(str, shape))}]; understood is "
+                "one that reads any number of them and gives logits of each"
+            )
