@@ -19,7 +19,7 @@ def launched() -> bool:
 
 def launched_as_several() -> bool:
     """Whether this is one of several training processes, which share what is counted for one."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return launched() and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def lost_peer(problem: BaseException) -> str | None:

@@ -76,6 +76,13 @@ def test_a_group_of_settings_that_is_a_word_is_one_line(options, tmp_path):
         recipe_from_options(recipe=str(tmp_path / "word.yaml"), **options)
 
 
+@pytest.mark.parametrize("options", [{"seed": -1}, {"then": "bogus"}], ids=str)
+def test_a_wrong_option_is_not_blamed_on_the_recipe_alone(options, tmp_path):
+    (tmp_path / "mine.yaml").write_text("model: model\n")
+    with pytest.raises(RecipeError, match=r"mine\.yaml with the options given: "):
+        recipe_from_options(recipe=str(tmp_path / "mine.yaml"), **options)
+
+
 @pytest.mark.parametrize(
     ("package", "setting"), [("peft", "transfer.lora_rank=2"), ("bitsandbytes", "transfer.optimizer=adamw-8bit")]
 )

@@ -15,9 +15,12 @@ import pytest
 from tests.command import trsp_deploy
 from tests.made_run import made_sweep
 from tests.tiny import english, save_tiny, tiny_model
-from trsp_deploy.artifacts import fingerprint
-from trsp_deploy.pipeline.runs import load_recipe
-from trsp_deploy.recipe import read_recipe
+from trsp_deploy import cli
+from trsp_deploy.artifacts import RunFolder, fingerprint
+from trsp_deploy.errors import EngineUnavailable
+from trsp_deploy.pipeline import engines
+from trsp_deploy.pipeline.runs import load_recipe, no_longer_has, save_recipe
+from trsp_deploy.recipe import EngineSpec, read_recipe
 
 SETTINGS = [
     "calibration.context_length=32",
@@ -225,6 +228,47 @@ def test_pruning_anew_keeps_what_a_run_is_judged_on(place: Path, run: Path) -> N
     recipe = read_recipe(load_recipe(run), "run")
     assert (recipe.drop, recipe.evaluation) == ("3", {"manual": str(place / "test.txt")})
     assert (recipe.evaluate.context_length, recipe.engines, recipe.bench.new_tokens) == (64, ("ort-cpu-fp32",), 4)
+
+
+def test_a_recipe_that_says_nothing_of_judging_changes_nothing_of_it(place: Path, run: Path) -> None:
+    """The default recipe's engines, texts and measurement took the place of the run's, the last two without a word."""
+    (run.parent / "mine.yaml").write_text("bench: {new_tokens: 4}\ntransfer: {form: none, refit: none}\n")
+    choosing = [pair for pair in SETTINGS if not pair.startswith(("evaluate.", "engines=", "transfer."))]
+    options = [option for pair in choosing for option in ("--set", pair)]
+    model, text = str(place / "tiny"), str(place / "train.txt")
+    command = ["prune", "--recipe", "mine.yaml", "--model", model, "--drop", "3", "--calibration", text, "--out", "run"]
+    done = trsp_deploy(*command, *options, cwd=run.parent)
+    assert done.code == 0 and "no longer has" not in done.stderr, done.stderr
+    recipe = read_recipe(load_recipe(run), "run")
+    assert (recipe.drop, recipe.evaluation) == ("3", {"manual": str(place / "test.txt")})
+    assert (recipe.evaluate.context_length, recipe.engines, recipe.bench.new_tokens) == (64, ("ort-cpu-fp32",), 4)
+
+
+def test_tasks_that_a_recipe_no_longer_has_are_named(run: Path) -> None:
+    """`check RUN --task copa` after `--task piqa`: the answers of hours, replaced without a word."""
+    had = read_recipe({"model": "tiny", "evaluate": {"tasks": ["piqa", "arc-easy"]}}, "had")
+    has = read_recipe({"model": "tiny", "evaluate": {"tasks": ["copa", "arc-easy"]}}, "has")
+    with RunFolder(run) as folder:
+        save_recipe(folder, had)
+        assert no_longer_has(folder, has) == ["zero-shot task piqa"] and no_longer_has(folder, had) == []
+
+
+def test_an_export_for_engines_that_cannot_be_built_here_is_no_silence(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def nowhere(spec: EngineSpec) -> None:
+        if spec.name != "ort-cpu-fp32":
+            raise EngineUnavailable("no such hardware")
+
+    shutil.rmtree(run / "onnx", ignore_errors=True)  # another test's
+    monkeypatch.setattr(engines, "check_can_build", nowhere)
+    assert cli.run(["export", str(run), "--set", "engines=[ort-cpu-int8]"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "error: ort-cpu-int8: no such hardware"
+    assert not (run / "onnx").exists()
+    assert cli.run(["export", str(run), "--set", "engines=[ort-cpu-int8,ort-cpu-fp32]"]) == 0
+    told = capsys.readouterr().out
+    assert "ort-cpu-int8: unavailable, so that no graph is made for it (no such hardware)" in told
+    assert "dense-fp32: fp32" in told and (run / "onnx").exists()
 
 
 def test_texts_and_engines_that_a_recipe_no_longer_has_are_named(place: Path, run: Path) -> None:

@@ -20,6 +20,7 @@ from trsp_deploy.recipe import read_recipe
 from trsp_deploy.tools.sources import kept_texts
 from trsp_deploy.tools.sources.kept_texts import kept_text
 from trsp_deploy.tools.sources.models import resolve_model
+from trsp_deploy.tools.sources.names import is_model_folder, meant_here
 from trsp_deploy.tools.sources.texts import load_texts
 
 SETTINGS = [
@@ -105,6 +106,41 @@ def test_a_model_of_that_name_elsewhere_does_not_take_its_place(place: Path) -> 
     assert done.code == 0 and started(done) == [EVALUATED.format("dense"), EVALUATED.format("pruned")], done.stderr
     assert "model 'model': no such folder here; going on with the run's copy of it" in done.stderr
     assert seen_from(place, "owner/name") == "owner/name"
+
+
+def test_a_folder_with_a_short_name_is_the_runs_alone_where_it_is_meant(place: Path) -> None:
+    """A run was made anew from whatever folder of that name lay where a later command ran."""
+    (place / "model").rename(place / "gpt2")
+    prune(place, model="gpt2")
+    other = place / "elsewhere"
+    save_tiny("llama", other / "gpt2", seed=1)
+    text = ["--eval", f"own={place / 'train.txt'}", *SHORT]
+    done = trsp_deploy("evaluate", "../run", *text, cwd=other)
+    assert done.code == 0 and started(done) == [EVALUATED.format("dense"), EVALUATED.format("pruned")], done.stderr
+    assert started(prune(place, model="gpt2")) == []
+    # What is there under the name is compared, from anywhere.
+    shutil.rmtree(place / "gpt2")
+    shutil.copytree(other / "gpt2", place / "gpt2")
+    changed = trsp_deploy("evaluate", "../run", *text, cwd=other)
+    assert changed.code == 0 and {"dense", "plan", "prune"} <= set(started(changed)), changed.stderr
+
+
+def test_a_short_name_in_a_run_is_no_folder(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the hub's model; a folder of the name lies where a later command runs."""
+    monkeypatch.chdir(place)
+    assert meant_here("gpt2") == "gpt2" and not is_model_folder("gpt2")
+    (place / "model").rename(place / "gpt2")
+    assert meant_here("gpt2") == "./gpt2" and not is_model_folder("gpt2") and is_model_folder("./gpt2")
+    (place / "opt-125m").mkdir()
+    assert meant_here("opt-125m") == "opt-125m", "a run of its name, or an empty folder"
+
+
+def test_a_run_of_a_model_that_is_called_as_a_part_of_it_is_used_from_within(place: Path) -> None:
+    (place / "model").rename(place / "pruned")
+    prune(place, model="pruned")
+    text = ["--eval", f"own={place / 'train.txt'}", *SHORT]
+    done = trsp_deploy("evaluate", ".", *text, cwd=place / "run")
+    assert done.code == 0, done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ from trsp_deploy.errors import (
     passes_through,
     shown,
 )
+from trsp_deploy.launch import launched_as_several
 
 
 def wrapped(cause: Exception) -> Exception:
@@ -78,12 +79,21 @@ def test_another_process_that_ended_is_no_bug(problem, size, code, monkeypatch, 
         raise problem
 
     monkeypatch.setattr(app, "call", command)
-    monkeypatch.setenv("WORLD_SIZE", size)
+    for name, value in {"RANK": "0", "WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
     assert cli.run(["prune"]) == code
     said = capsys.readouterr().err
     assert ("Traceback" in said) == (code == cli.BUG)
     line = f"error: another process of this launch ended, or cannot be reached ({problem}); its own line says why"
     assert said.startswith(line) == (code == 1)
+
+
+@pytest.mark.parametrize("size", ["", "two", "2"])
+def test_a_size_without_a_rank_is_no_launch(size, monkeypatch):
+    """As a job's script leaves it: a traceback, or no word about memory that would not be enough."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    assert not launched_as_several()
 
 
 def test_a_model_is_not_to_blame_for_the_machine(monkeypatch, capsys):

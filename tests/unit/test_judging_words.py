@@ -156,6 +156,14 @@ def test_a_file_whose_disk_takes_no_more_is_no_reader_that_left(number: int, tmp
         print("here")
 
 
+def test_a_summary_shows_what_misses_the_bound() -> None:
+    """Its table said "at most 1.001 | 1.001 (1.001 to 1.001)" of a failure."""
+    wanted = Requirement(name="ppl wiki", sense="at most", bound=1 / 0.999, source="--quality-budget")
+    outcome = judge(wanted, Ratio(ratio=1.00125, low=1.0011, high=1.0014))
+    said = ci.step_summary("e", outcome.word, [outcome], [])
+    assert outcome.word == "fail" and "| at most 1.001 | 1.0012 (1.0011 to 1.0014)" in said
+
+
 def test_an_error_in_ci_is_valid_xml() -> None:
     root = ElementTree.fromstring(ci.junit_of_error("no \x1b[1mengine\ud800 <x>").split("?>", 1)[1])
     error = root.find("./testsuite/testcase/error")

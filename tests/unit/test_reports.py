@@ -21,6 +21,7 @@ from trsp_deploy.reading import read_record
 from trsp_deploy.results import Perplexity
 from trsp_deploy.stages.report import summary, write_report
 from trsp_deploy.tools.judging import comparisons
+from trsp_deploy.tools.plan import Pick
 from trsp_deploy.tools.reports import html, markdown, plots
 from trsp_deploy.tools.reports.quality import Price, QualityReport, budget_text, choices_report, quality_report
 from trsp_deploy.tools.reports.record import Report, measured_by, verdict
@@ -51,6 +52,18 @@ def test_headlines_are_of_the_least_of_several_shapes_and_name_it() -> None:
     drawn = plots.samples(made, 1)
     assert drawn in page and drawn != plots.samples(made, 0)
     assert "rate, batch 1, prompt 256" in [row[0] for row in comparison_rows(found)]
+
+
+@pytest.mark.parametrize("more", [0, 1, -1])
+def test_gates_of_another_number_of_layers_are_no_bars(more: int) -> None:
+    """Of a plan that was adapted by hand: the page was an IndexError after all the work, at every rerun."""
+    made = made_up()
+    report = made_up_report(made)
+    length = report.plan.num_layers + more
+    picked = Pick(layer=report.plan.dropped[0], lm_loss=(3.0,), gates=((0.5,) * length,), removal_loss={})
+    plan = report.plan.model_copy(update={"picks": (picked,)})
+    page = html.render(report.model_copy(update={"plan": plan}), {"ort-cpu-fp32": made})
+    assert ("Bars are the gates that were learned" in page) == (more == 0)
 
 
 def test_a_model_that_a_cut_has_broken_has_a_report() -> None:

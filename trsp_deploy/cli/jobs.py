@@ -35,7 +35,7 @@ from trsp_deploy.cli.options import (
 from trsp_deploy.cli.recipe_options import recipe_from_options, task_sets
 from trsp_deploy.cli.running import existing, run_of
 from trsp_deploy.cli.terminal import Output
-from trsp_deploy.errors import RecipeError, RunError
+from trsp_deploy.errors import EngineUnavailable, RecipeError, RunError
 
 if TYPE_CHECKING:
     from trsp_deploy.pipeline import Pipeline
@@ -192,9 +192,13 @@ def _pushed(job: Pipeline, output: Output, repo: str | None, private: bool) -> d
 def export(run: Run, sets: Sets = None, as_json: Json = False) -> None:
     """Export dense and pruned to ONNX."""
     with existing(run, sets=sets) as job:
-        models = job.engines.export().values()
         output = Output(as_json)
+        reasons = job.engines.not_buildable()
+        if len(reasons) == len(job.engines.specs):
+            raise EngineUnavailable("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
+        models = job.engines.export().values()
         output.say(
+            *(f"{name}: unavailable, so that no graph is made for it ({reason})" for name, reason in reasons.items()),
             *(f"{run / model.folder}: {model.precision}, {model.size_bytes / 1e6:.0f} MB" for model in models),
         )
         output.result({"onnx": [model.model_dump(mode="json") for model in models]})

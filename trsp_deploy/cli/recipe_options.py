@@ -28,17 +28,18 @@ def recipe_from_options(
 ) -> Recipe:
     """The recipe named, or the model's own, or the default one, with every option on top.
 
-    kept: groups of settings that go before those of a recipe that was not asked for by name.
+    kept: groups of settings of an earlier recipe: in the place of those of one that was not asked for by name, and
+        beside those of one that was.
     """
     from trsp_deploy.recipe import override, read_recipe
     from trsp_deploy.tools.library import load_recipe_values, recipe_names
+    from trsp_deploy.tools.sources.names import meant_here
 
     if model is None and recipe is None:
         raise RecipeError("--model is missing: give a folder, a hub id or a short name (or a --recipe that names one)")
     name = recipe or (model if model in recipe_names() else "default")
     values, source = load_recipe_values(name)
-    if recipe is None:
-        values.update(kept or {})
+    values = {**values, **(kept or {})} if recipe is None else {**(kept or {}), **values}
     for key, value in (("model", model), ("drop", drop), ("seed", seed)):
         if value is not None:
             values[key] = value
@@ -56,7 +57,11 @@ def recipe_from_options(
         options["transfer.refit"] = "none"
     values = override(values, [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in options.items()])
     values = with_lists(values, engine, evaluation)
-    return read_recipe(override(values, sets or []), f"{source} with the options given" if sets else source)
+    values = override(values, sets or [])
+    if isinstance(values.get("model"), str):
+        values["model"] = meant_here(values["model"])
+    given = any((model, drop, engine, calibration, evaluation, method, then, sets)) or seed is not None
+    return read_recipe(values, f"{source} with the options given" if given else source)
 
 
 def task_sets(tasks: list[str] | None) -> list[str]:

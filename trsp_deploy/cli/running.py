@@ -79,17 +79,25 @@ def run_of(
     from trsp_deploy.artifacts import RUN_MARK, RunFolder
     from trsp_deploy.artifacts.layout import check_can_hold
     from trsp_deploy.pipeline import Pipeline
-    from trsp_deploy.pipeline.runs import default_folder, kept_judging, no_longer_has, save_recipe, sweep_folder
+    from trsp_deploy.pipeline.runs import (
+        default_folder,
+        kept_judging,
+        no_longer_has,
+        save_recipe,
+        seen_from,
+        sweep_folder,
+    )
     from trsp_deploy.pipeline.succession import check_succession
     from trsp_deploy.recipe import parse_drops
     from trsp_deploy.tools.plan import PruningPlan
     from trsp_deploy.tools.sources.models import model_config
+    from trsp_deploy.tools.sources.names import SHORT_NAMES
 
     if plan is not None:  # before a folder is made for it; whether it is one for this model shows later
         read_record(plan, PruningPlan, PlanError)
     folder = out or (default_folder(recipe, plan, say) if drops is None else sweep_folder(recipe))
     check_can_hold(folder, sweep=drops is not None)
-    _check_outside(recipe.model, folder)
+    _check_outside(seen_from(place or Path.cwd(), recipe.model, SHORT_NAMES), folder)
     if drops is not None:
         parse_drops(drops, model_config(recipe.model, say).num_hidden_layers)
     with RunFolder(folder, Announcer()) as run:

@@ -93,6 +93,11 @@ class Engines:
         """The recipe's engines that this machine can build."""
         return buildable(self.specs)
 
+    def not_buildable(self) -> dict[str, str]:
+        """Why this machine cannot build the others, by name."""
+        reasons = {spec.name: why_not(check_can_build, spec) for spec in self.specs}
+        return {name: reason for name, reason in reasons.items() if reason is not None}
+
     def build(self) -> list[EngineOutcome]:
         """Every engine of the recipe that can be built here, dense and pruned."""
         return [self.engine(spec) for spec in self.specs]

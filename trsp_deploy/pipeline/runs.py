@@ -103,7 +103,7 @@ def kept_judging(run: RunFolder) -> dict[str, Any]:
 
 
 def no_longer_has(run: RunFolder, now: Recipe, place: Path | None = None) -> list[str]:
-    """Evaluation texts and engines of the recipe in a run's folder, if there is one, that another in its place lacks.
+    """Texts, tasks and engines of the recipe in a run's folder, if there is one, that another in its place lacks.
 
     place: that the other's relative paths are relative to; None is the working directory.
     """
@@ -112,7 +112,8 @@ def no_longer_has(run: RunFolder, now: Recipe, place: Path | None = None) -> lis
     was, is_ = place_of(run.path), place or Path.cwd()
     kept = {_engine_at(is_, engine) for engine in now.engines}  # a file may be named in another way
     texts = [f"evaluation text {name}" for name in before.evaluation if name not in now.evaluation]
-    return texts + [f"engine {name}" for name in before.engines if _engine_at(was, name) not in kept]
+    tasks = [f"zero-shot task {name}" for name in before.evaluate.tasks if name not in now.evaluate.tasks]
+    return texts + tasks + [f"engine {name}" for name in before.engines if _engine_at(was, name) not in kept]
 
 
 def _is_file(engine: str) -> bool:

@@ -225,7 +225,7 @@ def sweep_plots(found: Sweep) -> list[tuple[Markup, str]]:
 
 def _layer_caption(report: Report) -> str:
     plan = report.plan
-    learned = "Bars are the gates that were learned; " if plan.picks and plan.picks[-1].gates else ""
+    learned = "" if plots.learned_gates(plan) is None else "Bars are the gates that were learned; "
     return f"{learned}{len(plan.dropped)} of {plan.num_layers} layers were dropped ({plan.method})."
 
 

@@ -114,10 +114,16 @@ def replicates(found: ComparisonReport, ratios: Sequence[float]) -> str:
         return _svg(figure, "replicates", "Speed-up of each replicate in the order taken, and the interval")
 
 
+def learned_gates(plan: PruningPlan) -> tuple[float, ...] | None:
+    """The last gate of each layer; None where none were learned, or in a plan that was adapted of another model's."""
+    last = plan.picks[-1].gates[-1] if plan.picks and plan.picks[-1].gates else ()
+    return last if len(last) == plan.num_layers else None
+
+
 def layers(plan: PruningPlan) -> str:
     """Which layers went, and the last gate of each where gates were learned."""
     with rc_context(STYLE):
-        gates = plan.picks[-1].gates[-1] if plan.picks and plan.picks[-1].gates else None
+        gates = learned_gates(plan)
         figure, axes = _figure(1.9 if gates else 1.0)
         indices = np.arange(plan.num_layers)
         gone = np.isin(indices, plan.dropped)

@@ -87,7 +87,7 @@ def model_config(name: str, progress: Callable[[str], None]) -> Any:
     Raises ModelError as `resolve_model` does.
     """
     folder = user_path(name)
-    if not (folder / "config.json").is_file():
+    if name in SHORT_NAMES or not (folder / "config.json").is_file():
         packaged = dequantised_model(name, progress) if name in ASSETS and name in SHORT_NAMES else None
         if packaged is not None:
             folder = packaged

@@ -60,10 +60,17 @@ SHORT_NAMES: dict[str, str] = {
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
+def meant_here(name: str) -> str:
+    """A model's name as it is meant in the working directory, wherever it is read later.
+
+    A short name is the path of the folder of that name where that holds a model, and is no run of its name.
+    """
+    return f"./{name}" if name in SHORT_NAMES and (user_path(name) / "config.json").is_file() else name
+
+
 def is_model_folder(name: str) -> bool:
-    """Whether a model's name means a folder; a short name does where that holds a model, and is no run of its name."""
-    folder = user_path(name)
-    return folder.is_dir() and (name not in SHORT_NAMES or (folder / "config.json").is_file())
+    """Whether a model's name means a folder; a short name does not."""
+    return name not in SHORT_NAMES and user_path(name).is_dir()
 
 
 def not_found(name: str, folder: Path) -> str:
