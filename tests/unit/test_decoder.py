@@ -180,6 +180,7 @@ def test_a_config_that_says_no_positions_has_none(tmp_path):
     assert known_positions(tmp_path) == 128
 
 
+@pytest.mark.skipif(transformers.__version__ >= "5", reason="looked at with transformers 4 alone")
 def test_a_layer_that_keeps_a_table_of_layer_numbers_is_refused():
     """Zamba2's adapters: what was left ended in a KeyError, after the whole training."""
     blocks = ["mamba", "mamba", "hybrid", "mamba", "hybrid", "mamba"]
