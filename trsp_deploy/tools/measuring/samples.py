@@ -39,9 +39,7 @@ MOST_BLOCKS = 4  # of one shape in a turn
 WARM_SHARE = 4  # a turn begins with a block of a quarter of the tokens, untimed: caches are the other subject's
 CAUTION = 0.85  # of the time that is left is given out: the machine may slow down
 CYCLES_SHARE = 2.0  # seconds of cycles for each second of starting a replicate's processes
-OVERTIME = (
-    2.0  # budgets that the fewest replicates that decide may take: with fewer, all that was measured says nothing
-)
+OVERTIME = 2.0  # budgets that the fewest replicates that decide may take: fewer say nothing
 ROOM = 1.5  # memory of a running engine over the size of its files
 
 Start = Callable[[], Worker]
