@@ -81,6 +81,7 @@ def gone(pid: int, within_s: float = 5) -> bool:
     return False
 
 
+@pytest.mark.alone  # of its two seconds one is given to the process that works
 @pytest.mark.parametrize("to_all", [True, False], ids=["by the key", "to one process"])
 @pytest.mark.parametrize("body", [NATIVE, SWALLOWED], ids=["native code", "a library that swallows it"])
 def test_ctrl_c_is_heard(tmp_path, body, to_all):

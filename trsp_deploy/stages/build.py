@@ -15,7 +15,6 @@ import numpy as np
 from trsp_deploy.artifacts import ENGINE_MANIFEST, files_below, fingerprint, provenance, write_json, writing
 from trsp_deploy.errors import EngineUnavailable, RunError, TextError, shown
 from trsp_deploy.recipe import EngineSpec
-from trsp_deploy.tools.graphs.understood import check_cache
 from trsp_deploy.tools.runners import BACKENDS, EngineManifest, bound_to, check_can_build
 from trsp_deploy.tools.runners.calibration import INT4_TEXTS, READ_TOKENS
 from trsp_deploy.tools.runners.graph_files import check_source, onnx_sha256, source_files
@@ -56,7 +55,6 @@ def build_engine(
         raise RunError(f"{onnx}: no ONNX file to build engine {spec.name} from; export it first")
     check_can_build(spec)
     check_source(onnx, spec)
-    check_cache(onnx, spec)
     release_torch_memory()
     began = time.perf_counter()
     source, files = _from_folder(onnx, folder), source_files(onnx)

@@ -6,33 +6,20 @@ from pathlib import Path
 
 from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.recipe import EngineSpec
-from trsp_deploy.tools.graphs.decoder_io import PAST, WRITE_INDICES, Bindings
+from trsp_deploy.tools.graphs.decoder_io import CACHE_DTYPE, WRITE_INDICES, Bindings, cache_inputs
 
 
-def check_cache(onnx: Path, spec: EngineSpec) -> None:
-    """Raise EngineUnavailable for a cache that cannot grow with the text, or that bf16 cannot be made of.
-
-    What cannot be read as ONNX is the backend's to say.
-    """
-    import onnx_ir as ir
-
-    from trsp_deploy.tools.graphs.nodes import NoMatch, load
-
-    try:
-        inputs = load(onnx).graph.inputs
-    except (NoMatch, FileNotFoundError):
-        return
-    fixed = WRITE_INDICES in {value.name for value in inputs}  # a cache that is longer than the text, and says where
-    for value in inputs:
-        if not (value.name or "").startswith(PAST):
-            continue
-        shape = [] if value.shape is None else [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape]
+def check_cache(onnx: Path, spec: EngineSpec, inputs: Bindings) -> None:
+    """Raise EngineUnavailable for a cache that cannot grow with the text, or that bf16 cannot be made of."""
+    fixed = WRITE_INDICES in inputs  # a cache that is longer than the text, and says where
+    for name in cache_inputs(inputs):
+        dtype, shape = inputs[name]
         if len(shape) != 4 or (isinstance(shape[2], int) and not fixed):
             raise EngineUnavailable(
-                f"{onnx}: its {value.name} is [{', '.join(map(str, shape))}]; understood is [batch, heads, past, head "
+                f"{onnx}: its {name} is [{', '.join(map(str, shape))}]; understood is [batch, heads, past, head "
                 "size], the past of any length"
             )
-        if spec.precision == "bf16" and value.dtype == ir.DataType.FLOAT:
+        if spec.precision == "bf16" and dtype == CACHE_DTYPE["fp32"]:
             raise EngineUnavailable(f"{onnx}: is of fp32, and {spec.name} is made of an fp16 graph, or of one of bf16")
 
 

@@ -36,13 +36,18 @@ class Outcome(Strict):
     note: str = ""  # why it is inconclusive, whatever the interval is
 
     @property
+    def measured(self) -> str:
+        """The ratio and its interval, with as many decimals as tell them from the bound."""
+        found = self.found
+        shown = max(decimals(each, self.requirement.bound, 3) for each in (found.ratio, found.low, found.high))
+        return found.text(f".{shown}f", "")
+
+    @property
     def sentence(self) -> str:
         """The outcome for people, on one line."""
-        wanted, found = self.requirement, self.found
+        wanted = self.requirement
         note = f"; {self.note}" if self.note else ""
-        shown = max(decimals(each, wanted.bound, 3) for each in (found.ratio, found.low, found.high))
-        interval = found.text(f".{shown}f", "")
-        return f"{wanted.name}: {interval}, {wanted.sense} {wanted.bound:.6g} wanted: {self.word}{note}"
+        return f"{wanted.name}: {self.measured}, {wanted.sense} {wanted.bound:.6g} wanted: {self.word}{note}"
 
 
 def judge(requirement: Requirement, found: Ratio, doubt: str = "") -> Outcome:

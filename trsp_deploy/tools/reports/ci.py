@@ -77,14 +77,9 @@ def step_summary(name: str, verdict: Word, outcomes: Sequence[Outcome], notes: S
         wanted = outcome.requirement
         lines.append(
             f"| {SIGNS[outcome.word]} {outcome.word} | {_in_markdown(wanted.name)} | {wanted.sense} {wanted.bound:.6g} "
-            f"| {_told(outcome)} {_in_markdown(outcome.note)} |"
+            f"| {outcome.measured} {_in_markdown(outcome.note)} |"
         )
     return "\n".join([*lines, "", *(f"- {_in_markdown(note)}" for note in notes), ""])
-
-
-def _told(outcome: Outcome) -> str:
-    """The interval with as many decimals as its sentence has."""
-    return outcome.sentence.removeprefix(f"{outcome.requirement.name}: ").partition(", ")[0]
 
 
 def _in_markdown(text: str) -> str:

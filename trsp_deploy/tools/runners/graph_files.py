@@ -11,6 +11,7 @@ from trsp_deploy.artifacts import fingerprint, size_bytes
 from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.tools.graphs import decoder_io
+from trsp_deploy.tools.graphs.understood import check_cache
 from trsp_deploy.tools.runners.manifest import SourceFile
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ def graph_bytes(onnx: Path) -> int:
 
 
 def check_source(onnx: Path, spec: EngineSpec) -> None:
-    """Raise EngineUnavailable for a file that is no decoder with a KV cache, lacks weights, or is of another precision.
+    """Raise EngineUnavailable for a file that is no decoder with a KV cache that grows, lacks weights, or is of another
+    precision.
 
     What cannot be read as ONNX is the backend's to say.
     """
@@ -71,6 +73,7 @@ def check_source(onnx: Path, spec: EngineSpec) -> None:
     decoder_io.check_decoder(inputs, outputs)
     if spec.precision != "bf16":  # which is made of fp16, and of what is bf16 already
         decoder_io.check_precision(inputs, spec.graph_precision)
+    check_cache(onnx, spec, inputs)
 
 
 def _bindings(values: Sequence[ir.Value]) -> decoder_io.Bindings:
