@@ -252,8 +252,8 @@ def page(found: Training, clock: Clock = "wall") -> str:
         [
             f"**{found.processor}**, {found.machine.cores} cores, torch {packages.get('torch', '?')}, transformers "
             f"{packages.get('transformers', '?')}{earlier}; {options.model} on {options.texts}, steps of "
-            f"{options.batch_size} windows of {options.context} tokens, {options.pairs} pairs of blocks of "
-            f"{options.steps} steps in turn, medians{processor_time}.",
+            f"{options.batch_size} windows of {options.context} tokens, {options.pairs} "
+            f"pair{'s' * (options.pairs > 1)} of blocks of {options.steps} steps in turn, medians{processor_time}.",
             markdown(("", "tokens/s", "step, s", "peak, GB"), body),
             targets.table(TARGETS, figures(found, clock), cells=cells),
         ]
