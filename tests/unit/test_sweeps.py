@@ -378,16 +378,16 @@ def test_a_runs_report_keeps_the_sweep_that_it_is_a_point_of(tmp_path: Path) -> 
     other: Any = SimpleNamespace(run=SimpleNamespace(path=tmp_path / "drop-5"), say=said.append)
     assert sweep_of(other, report) is None and not said, "beside a sweep, and none of it"
     changed = report.model_copy(update={"plan": report.plan.model_copy(update={"dropped": (0, 1, 2, 7)})})
-    assert sweep_of(inputs, changed) is None and "is of another cut than drop-4 is now" in said.pop()
+    assert sweep_of(inputs, changed) is None and "its layers of drop-4 are no longer that run's" in said.pop()
     assert sweep_of(inputs, timed_anew) is None, "the page would show two speed-ups of one cut"
-    assert "has other times of drop-4 than it has now; `trsp-deploy sweep` makes it again" in said.pop()
+    assert "its times of drop-4 are no longer that run's; the report leaves the sweep out" in said.pop()
     other_texts = report.model_copy(update={"engines": (measured.model_copy(update={"quality": report.quality}),)})
     assert sweep_of(inputs, other_texts) is None, "the page would show two perplexities of one cut"
-    assert "has other perplexity of drop-4 than it has now; `trsp-deploy sweep` makes it again" in said.pop()
+    assert "its perplexities of drop-4 are no longer that run's; the report leaves the sweep out" in said.pop()
     answered = found.model_copy(update={"points": tuple(p.model_copy(update={"choices": FEW}) for p in found.points)})
     (tmp_path / SWEEP).write_text(answered.model_dump_json())
     assert sweep_of(inputs, report) is None, "the page would show an accuracy that the run no longer has"
-    assert "has other accuracy of drop-4 than it has now; `trsp-deploy sweep` makes it again" in said.pop()
+    assert "its accuracies of drop-4 are no longer that run's; the report leaves the sweep out" in said.pop()
     alike = report.model_copy(update={"engines": (measured.model_copy(update={"choices": FEW}),)})
     assert sweep_of(inputs, alike) == answered
     (tmp_path / SWEEP).write_text(found.model_dump_json())

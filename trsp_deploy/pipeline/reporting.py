@@ -25,7 +25,7 @@ from trsp_deploy.tools.reports.record import (
     removal_report,
     verdict,
 )
-from trsp_deploy.tools.reports.sweeps import Sweep
+from trsp_deploy.tools.reports.sweeps import Point, Sweep
 from trsp_deploy.tools.sources.model_folders import check_decoder_only
 from trsp_deploy.tools.triton_server.served import derive, of_another_engine
 
@@ -85,20 +85,27 @@ def sweep_of(inputs: Inputs, report: Report) -> Sweep | None:
     point = next((point for point in found.points if point.folder == folder.name), None)
     if point is None:
         return None
-    if found.model != report.recipe.model or point.dropped != report.plan.dropped:
-        inputs.say(f"{path}: is of another cut than {folder.name} is now; `trsp-deploy sweep` makes it again")
-        return None
-    measured = {engine.name: engine.comparison for engine in report.engines}
-    if point.engine is not None and point.comparison != measured.get(point.engine):
-        inputs.say(f"{path}: has other times of {folder.name} than it has now; `trsp-deploy sweep` makes it again")
-        return None
-    if point.quality not in (report.quality, *(engine.quality for engine in report.engines)):
-        inputs.say(f"{path}: has other perplexity of {folder.name} than it has now; `trsp-deploy sweep` makes it again")
-        return None
-    if point.choices not in (None, *(engine.choices for engine in report.engines)):
-        inputs.say(f"{path}: has other accuracy of {folder.name} than it has now; `trsp-deploy sweep` makes it again")
+    of_another_cut = found.model != report.recipe.model or point.dropped != report.plan.dropped
+    other = "layers" if of_another_cut else _other(point, report)
+    if other:
+        inputs.say(
+            f"{path}: its {other} of {folder.name} are no longer that run's; the report leaves the sweep out until "
+            "`trsp-deploy sweep` has made it anew"
+        )
         return None
     return found
+
+
+def _other(point: Point, report: Report) -> str:
+    """In what a sweep's point differs from the report of its run; empty where it does not."""
+    measured = {engine.name: engine.comparison for engine in report.engines}
+    if point.engine is not None and point.comparison != measured.get(point.engine):
+        return "times"
+    if point.quality not in (report.quality, *(engine.quality for engine in report.engines)):
+        return "perplexities"
+    if point.choices not in (None, *(engine.choices for engine in report.engines)):
+        return "accuracies"
+    return ""
 
 
 def served_of(inputs: Inputs) -> Served | None:
