@@ -13,9 +13,11 @@ from benchmarks.faults import NAMED, TARGETS, Keeper, Tried, figures, table, ver
 from benchmarks.kept import keep
 from trsp_deploy.artifacts import provenance
 
+HERE = provenance()  # once: days are compared, and this knows the time
+
 
 def tried(name: str, outcome: str = "passed", cpu: str = "A", **noted: str) -> Tried:
-    machine = provenance().model_copy(update={"cpu": cpu})
+    machine = HERE.model_copy(update={"cpu": cpu})
     return Tried(test=name, outcome=outcome, elapsed_s=1.0, noted=noted, machine=machine)
 
 
@@ -45,8 +47,8 @@ def test_tests_without_an_outcome_are_counted_and_named() -> None:
     assert set(found["figures"]) == set(found["met"]) == set(TARGETS)
     text = table(tests, ["t::c"])
     assert "Without an outcome: `t::c`." in text and "| `ulimit -f` | 0 | 0 | not tried |" in text
-    day = (provenance().time or "")[:10]
-    where = f"On A, {provenance().cores} cores; B, {provenance().cores} cores; tried on {day}"
+    day = (HERE.time or "")[:10]
+    where = f"On A, {HERE.cores} cores; B, {HERE.cores} cores; tried on {day}"
     assert f"{where}, 2 of 2 tests with earlier code." in text
     today = [each.model_copy(update={"code": faults.digest(each.test)}) for each in tests]
     assert f"tried on {day}." in table(today, [])

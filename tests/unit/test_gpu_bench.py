@@ -27,6 +27,7 @@ from trsp_deploy.errors import EngineSpecError, EngineUnavailable
 from trsp_deploy.tools.library import load_engine_spec
 
 PAST = TINY.pasts[0]
+MACHINE = provenance()  # once: what is measured twice is compared, and this knows the time
 TENSORRT = [name for name in ENGINES if load_engine_spec(name).profiles]
 OPT_7B = DecoderSize(
     weights=WeightCounts(total=6_658_000_000, layers=(201_000_000,) * 32, lm_head=206_000_000, embeddings=214_000_000),
@@ -41,7 +42,7 @@ def line(contender: str, layers: int, seconds: float, read: float, bandwidth: fl
         key=f"{contender} {layers}",
         contender=contender,
         layers=layers,
-        machine=provenance(),
+        machine=MACHINE,
         bandwidth_bytes_per_s=bandwidth,
         bytes_of_a_step=read,
         samples=samples,

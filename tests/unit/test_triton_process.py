@@ -307,6 +307,7 @@ def stubborn(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     return tmp_path / "shm"
 
 
+@pytest.mark.alone  # of its three seconds one is given to the server
 def test_ctrl_c_in_a_bench_leaves_nothing_of_its_server(repository: Path, stubborn: Path) -> None:
     """The process that waits for it kills it after a second, and the server had thirty."""
     with pytest.raises(KeyboardInterrupt), started(repository, None):
