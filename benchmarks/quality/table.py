@@ -199,6 +199,7 @@ ARMS: tuple[Arm, ...] = (
         selection="default",
         way=Way(transfer={**SHARED, "form": "anneal", "refit": "layers", "anneal_share": 0.1}),
         every_seed=True,
+        every_budget=True,
     ),
     Arm(name="refit", label="refit, then train", selection="default", way=Way(transfer={**TRAIN, "refit": "layers"})),
     Arm(
