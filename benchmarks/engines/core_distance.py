@@ -1,18 +1,19 @@
-"""Prompts by how far apart the two cores are, which on a virtual machine its host decides, anew every few seconds.
+"""Prompts and tokens by how far apart two cores are, which on a virtual machine its host decides every few seconds.
 
-    python -m benchmarks.engines.core_distance [--rounds 200]     # two minutes; needs `cc` and two cores
+    python -m benchmarks.engines.core_distance [--rounds 200]     # three minutes; needs `cc` and two cores
 
 Threads hand each other what they computed, line by line of the cache. Cores that share a last-level cache do so in a
 fraction of the time that others need (AMD's have one for every few cores), and a virtual core may run on either. So
-each round asks for the distance before and after each of two prompts, and counts as near or far where all agree. It is
-the control for the int8 prompt of `make bench-engines`, which does not tell them apart. Raw samples go to
-benchmarks/results/core-distance-CPU.json.
+each round asks for the distance before and after each engine's prompt and few tokens, and counts as near or far where
+all agree. It is the control for the int8 prompt of `make bench-engines`, which does not tell them apart. Raw samples go
+to benchmarks/results/core-distance-CPU.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import json
 import os
 import random
@@ -41,7 +42,7 @@ from trsp_deploy.tools.runners.requirements import adds_int8_exactly
 SOURCE = Path(__file__).with_name("ping_pong.c")
 KINDS = ("fp32", "int8")
 FAR_NS = 80  # within one last-level cache 20 to 50 on processors of these years, beyond it 100 and more
-WARM_ROUNDS = 3
+WARM_ROUNDS, TOKENS = 3, 12
 REST_S = 0.05  # the other engine's threads spin on after their prompt, and this one's would have to share the cores
 Place = Literal["near", "far", "moved"]
 PLACES: tuple[Place, ...] = ("near", "far", "moved")
@@ -52,10 +53,11 @@ TARGETS = {
 
 
 class Round(Strict):
-    """One prompt of each kind."""
+    """One prompt of each kind, and the tokens after it."""
 
     prompt_s: dict[str, float]
-    distances_ns: tuple[float, ...]  # before, between and after the prompts
+    token_s: dict[str, float]  # median
+    distances_ns: tuple[float, ...]  # before, between and after the engines
 
     @property
     def place(self) -> Place:
@@ -92,36 +94,45 @@ def distance() -> Callable[[], float]:
 def measure(rounds: int) -> Found:
     """Time prompts in an order by lot."""
     far_apart, lot = distance(), random.Random(0)
-    ids = np.random.default_rng(0).integers(5, 40_000, (1, PROMPT))
+    ids, token = np.random.default_rng(0).integers(5, 40_000, (1, PROMPT)), np.array([[5]])
     with open_engine(subjects.engine("dense", "fp32")) as fp32, open_engine(subjects.engine("dense", "int8")) as int8:
         runners = dict(zip(KINDS, (fp32, int8), strict=True))
         found = []
         for _ in range(WARM_ROUNDS + rounds):
-            taken, distances = {}, [far_apart()]
+            prompt_s, token_s, distances = {}, {}, [far_apart()]
             for kind in lot.sample(KINDS, len(KINDS)):
                 time.sleep(REST_S)
-                began = time.perf_counter()
-                runners[kind].prefill(ids, np.ones_like(ids), last_only=True)
-                taken[kind] = time.perf_counter() - began
+                runner = runners[kind]
+                prompt_s[kind] = _elapsed(functools.partial(runner.prefill, last_only=True), ids, np.ones_like(ids))
+                steps = [_elapsed(runner.decode, token) for _ in range(TOKENS)]
+                token_s[kind] = float(np.median(steps))
                 distances.append(far_apart())
-            found.append(Round(prompt_s=taken, distances_ns=tuple(distances)))
+            found.append(Round(prompt_s=prompt_s, token_s=token_s, distances_ns=tuple(distances)))
     return Found(machine=provenance(), rounds=tuple(found[WARM_ROUNDS:]))
 
 
+def _elapsed(step: Callable[..., object], *inputs: np.ndarray) -> float:
+    began = time.perf_counter()
+    step(*inputs)
+    return time.perf_counter() - began
+
+
 def text(rounds: Sequence[Round]) -> str:
-    """The table for people."""
+    """The table for people: medians, and ratios of one round's times with their intervals over rounds."""
+    head = ["what", "cores", "rounds", "distance ns", *(f"{kind} ms" for kind in KINDS), "fp32 over int8"]
     rows = []
-    for place in PLACES:
-        there = [each for each in rounds if each.place == place]
-        cells = [place, str(len(there)), *[targets.ABSENT] * 4]
-        if there:
-            times = {kind: [each.prompt_s[kind] for each in there] for kind in KINDS}
-            ratio = paired_ratio(times["fp32"], times["int8"])
-            far = float(np.median([ns for each in there for ns in each.distances_ns]))
-            cells[2:] = [f"{far:.0f}", *(f"{1e3 * float(np.median(times[kind])):.1f}" for kind in KINDS)]
-            cells.append(f"{ratio.ratio:.2f} ({ratio.low:.2f} to {ratio.high:.2f})")
-        rows.append(cells)
-    return markdown(["cores", "rounds", "distance ns", "fp32 prompt ms", "int8 prompt ms", "fp32 over int8"], rows)
+    for what in ("prompt", "token"):
+        for place in PLACES:
+            there = [each for each in rounds if each.place == place]
+            cells = [what, place, str(len(there)), *[targets.ABSENT] * 4]
+            if there:
+                times = [each.prompt_s if what == "prompt" else each.token_s for each in there]
+                fp32_s, int8_s = ([each[kind] for each in times] for kind in KINDS)
+                ratio, ns = paired_ratio(fp32_s, int8_s), [ns for each in there for ns in each.distances_ns]
+                cells[3:] = [f"{np.median(ns):.0f}", *(f"{1e3 * np.median(kind):.2f}" for kind in (fp32_s, int8_s))]
+                cells.append(f"{ratio.ratio:.2f} ({ratio.low:.2f} to {ratio.high:.2f})")
+            rows.append(cells)
+    return markdown(head, rows)
 
 
 def verdict(rounds: Sequence[Round]) -> dict[str, Any]:
@@ -139,7 +150,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.engines.core_distance", description="Near and far cores."
     )
-    parser.add_argument("--rounds", type=int, default=200, help="one prompt of each kind in each (default 200)")
+    parser.add_argument(
+        "--rounds", type=int, default=200, help="one prompt of each engine and a few tokens in each (default 200)"
+    )
     options = parser.parse_args()
     try:
         found = measure(options.rounds)

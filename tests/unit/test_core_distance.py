@@ -15,7 +15,8 @@ NEAR, FAR = (FAR_NS - 50.0,) * 3, (FAR_NS + 80.0,) * 3
 
 
 def made_up(fp32: float, int8: float, distances_ns: tuple[float, ...]) -> Round:
-    return Round(prompt_s={"fp32": fp32, "int8": int8}, distances_ns=distances_ns)
+    token_s = {"fp32": fp32 / 10, "int8": int8 / 20}
+    return Round(prompt_s={"fp32": fp32, "int8": int8}, token_s=token_s, distances_ns=distances_ns)
 
 
 def test_a_round_is_near_or_far_where_all_its_distances_agree() -> None:
@@ -32,15 +33,16 @@ def test_each_place_has_a_ratio_of_its_own() -> None:
     assert list(found["figures"].values()) == [2.5, 1.6] and list(found["met"].values()) == [True, False]
     assert found["figures"].keys() == found["targets"].keys() == found["met"].keys()
     lines = text(rounds).splitlines()
-    assert [line.split(" | ")[1] for line in lines[2:]] == ["3", "2", "1"]
-    assert "| near | 3 | 30 | 200.0 | 80.0 | 2.50 (2.50 to 2.50) |" in lines
+    assert [line.split(" | ")[2] for line in lines[2:]] == ["3", "2", "1"] * 2
+    assert "| prompt | near | 3 | 30 | 200.00 | 80.00 | 2.50 (2.50 to 2.50) |" in lines
+    assert "| token | far | 2 | 160 | 24.00 | 7.50 | 3.20 (3.20 to 3.20) |" in lines
 
 
 def test_a_place_that_was_not_seen_is_not_met() -> None:
     found = verdict([made_up(0.3, 0.1, NEAR)])
     assert list(found["figures"].values()) == [3.0, None] and list(found["met"].values()) == [True, False]
-    assert [line.split(" | ")[1] for line in text([made_up(0.3, 0.1, NEAR)]).splitlines()[2:]] == ["1", "0", "0"]
-    assert len(text([]).splitlines()) == 2 + len(PLACES)
+    assert [line.split(" | ")[2] for line in text([made_up(0.3, 0.1, NEAR)]).splitlines()[2:]] == ["1", "0", "0"] * 2
+    assert len(text([]).splitlines()) == 2 + 2 * len(PLACES)
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler (cc)")
