@@ -19,8 +19,8 @@ from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.recipe import ExportSettings
 from trsp_deploy.stages.build import build_engine
 from trsp_deploy.stages.export import FILE, export_onnx
-from trsp_deploy.stages.triton_repository import _batching
 from trsp_deploy.tools.library import load_engine_spec
+from trsp_deploy.tools.model_repository.generating_model import batching
 from trsp_deploy.tools.runners import open_engine, read_manifest, running_batch
 from trsp_deploy.tools.runners.rotation import engine_rotations
 from trsp_deploy.tools.runners.running_batch import SETTLED, OneText, Rotation, RunningBatch
@@ -201,7 +201,7 @@ def test_a_text_is_moved_to_see_whether_texts_can_join(family: str, joins: bool,
     export_onnx(tmp_path / "model", "fp32", ExportSettings(), tmp_path / "onnx")
     build_engine(tmp_path / "onnx" / FILE, load_engine_spec("ort-cpu-fp32"), tmp_path / "engine")
     assert "position_ids" not in read_manifest(tmp_path / "engine").inputs
-    assert _batching(tmp_path / "engine") == (None if joins else "its graph counts places of the cache", ())
+    assert batching(tmp_path / "engine") == (None if joins else "its graph counts places of the cache", ())
 
 
 def test_layers_may_turn_keys_in_two_ways() -> None:
@@ -219,7 +219,7 @@ def test_an_engine_whose_cache_grows_serves_one_text_at_a_time(tmp_path: Path) -
     export_onnx(model, "fp32", ExportSettings(), tmp_path / "onnx")
     spec = load_engine_spec("ort-cpu-fp32").model_copy(update={"fuse": False})
     build_engine(tmp_path / "onnx" / FILE, spec, tmp_path / "engine")
-    assert _batching(tmp_path / "engine") == ("its attention was not fused", ())
+    assert batching(tmp_path / "engine") == ("its attention was not fused", ())
     with open_batch(tmp_path / "engine", 8, MAX_LENGTH) as batch:
         assert isinstance(batch, OneText)
         row, logits = batch.join([5, 6, 7])
@@ -233,7 +233,7 @@ def test_an_engine_that_gets_padding_wrong_serves_one_text_at_a_time(served_engi
     folder = tmp_path / "engine"
     shutil.copytree(served_engine, folder)
     write_json(folder / ENGINE_MANIFEST, read_manifest(served_engine).model_copy(update={"padding": False}))
-    assert [_batching(engine)[0] for engine in (served_engine, folder)] == [None, "its graph gets padded texts wrong"]
+    assert [batching(engine)[0] for engine in (served_engine, folder)] == [None, "its graph gets padded texts wrong"]
     with open_batch(folder, 8, MAX_LENGTH) as batch:
         assert isinstance(batch, OneText)
 

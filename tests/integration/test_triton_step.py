@@ -167,7 +167,7 @@ def test_a_step_for_a_gpu_can_be_loaded_on_a_cpu(exported: Made, tmp_path: Path)
     found = read_manifest(engine)
     spec = found.spec.model_copy(update={"backend": "onnxruntime-cuda"})
     write_json(engine / "manifest.json", found.model_copy(update={"spec": spec, "spec_sha256": spec_sha256(spec)}))
-    write_step_model(engine, "m", tmp_path / "m", LENGTH, 3)
+    write_step_model(engine, "pruned", "m", tmp_path / "m", LENGTH, 3)
     files = [tmp_path / "m" / name for name in ("config.pbtxt", "configs/cpu.pbtxt")]
     gpu, cpu = (parse_config(path.read_text(), path.name) for path in files)
     for config, kind, gpus in ((gpu, "KIND_GPU", [0]), (cpu, "KIND_CPU", [])):

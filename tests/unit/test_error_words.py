@@ -26,14 +26,15 @@ from trsp_deploy.artifacts import storage_errors
 from trsp_deploy.cli import engine_jobs
 from trsp_deploy.pipeline.runs import default_folder
 from trsp_deploy.recipe import BenchSettings, TransferSettings, parse_drops
-from trsp_deploy.stages import triton_repository, zeroshot
+from trsp_deploy.stages import zeroshot
 from trsp_deploy.stages.bench import compare_engines
 from trsp_deploy.stages.serve_bench import Load
 from trsp_deploy.tools.delivery.verification import manifest_of
 from trsp_deploy.tools.graphs.fp16_range import METADATA
 from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.measuring.subjects import find_subject
-from trsp_deploy.tools.model_repository import config
+from trsp_deploy.tools.model_repository import config, generating_model
+from trsp_deploy.tools.model_repository.generating_model import write_generating_model
 from trsp_deploy.tools.model_repository.manifest import read_repository
 from trsp_deploy.tools.runners import ort_build, trt, trt_build
 from trsp_deploy.tools.runners.generation import generate
@@ -377,11 +378,11 @@ def test_a_folder_that_is_no_repository(tmp_path: Path) -> None:
 
 def test_a_model_without_a_tokenizer_is_not_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = made_run(tmp_path / "run") / "engines/ort-cpu-fp32/pruned"
-    monkeypatch.setattr(triton_repository, "_batching", lambda engine: (None, ()))
+    monkeypatch.setattr(generating_model, "batching", lambda engine: (None, ()))
     out = tmp_path / "repository"
     says(
         "has no tokenizer.json, so a server cannot read text",
-        lambda: triton_repository._write_model(engine, "pruned", tmp_path, "m", out, 1, 8, silent),
+        lambda: write_generating_model(engine, "pruned", "m", out, tmp_path, 8, 1, silent),
         errors.ModelError,
     )
 

@@ -18,8 +18,9 @@ from trsp_deploy import cli
 from trsp_deploy.artifacts import fingerprint, write_json, writing_alone
 from trsp_deploy.artifacts.layout import check_can_hold
 from trsp_deploy.errors import RunError
-from trsp_deploy.stages import triton_repository
-from trsp_deploy.stages.triton_repository import _link_engine, write_repository
+from trsp_deploy.stages.triton_repository import write_repository
+from trsp_deploy.tools.model_repository import generating_model
+from trsp_deploy.tools.model_repository.generating_model import _link_engine, write_generating_model
 from trsp_deploy.tools.model_repository.manifest import read_repository
 from trsp_deploy.tools.runners.manifest import read_manifest
 
@@ -65,10 +66,10 @@ def test_fewer_texts_at_once_than_were_asked_for_are_said(
     """The repository had 1, and nothing said that or why."""
     save_tiny("llama", tmp_path / "model")
     write_json(engine / "manifest.json", read_manifest(engine).model_copy(update={"padding": False}))
-    monkeypatch.setattr(triton_repository, "parse_config", lambda text, where: None)  # by a schema that is fetched
+    monkeypatch.setattr(generating_model, "parse_config", lambda text, where: None)  # by a schema that is fetched
     said: list[str] = []
     model, folder = tmp_path / "model", tmp_path / "m"
-    made = triton_repository._write_model(engine, "pruned", model, "m", folder, asked, 8, said.append)
+    made = write_generating_model(engine, "pruned", "m", folder, model, 8, asked, said.append)
     assert made.max_batch == 1
     words = "--max-batch 4: m's engine ort-cpu-fp32 serves one text at a time: its graph gets padded texts wrong"
     assert said == ([words] if asked == 4 else [])
@@ -79,7 +80,7 @@ def write(engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
     """Writes a repository of one model, without Triton's schema, which is fetched."""
     save_tiny("llama", tmp_path / "model")
     write_json(engine / "manifest.json", read_manifest(engine).model_copy(update={"padding": False}))
-    monkeypatch.setattr(triton_repository, "parse_config", lambda text, where: None)
+    monkeypatch.setattr(generating_model, "parse_config", lambda text, where: None)
     return lambda out: write_repository({"pruned": engine}, tmp_path / "model", {"pruned": "m"}, out, 1)
 
 

@@ -3,57 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import onnx
-
 from trsp_deploy.artifacts import (
-    ENGINE_MANIFEST,
     MANIFEST,
     RunLayout,
-    files_below,
     fingerprint,
-    leaves,
-    link_tree,
     provenance,
     storage_errors,
     write_json,
     writing,
     writing_alone,
 )
-from trsp_deploy.artifacts.fingerprints import SIGNED
 from trsp_deploy.artifacts.layout import check_no_model, run_that_owns
 from trsp_deploy.artifacts.storage import remove
-from trsp_deploy.decoder import end_tokens, max_positions
-from trsp_deploy.errors import EngineUnavailable, ModelError, RunError
+from trsp_deploy.decoder import max_positions
+from trsp_deploy.errors import RunError
 from trsp_deploy.recipe import LONGEST_NAME, EngineSpec
 from trsp_deploy.results import Role
-from trsp_deploy.tools.graphs import decoder_io
-from trsp_deploy.tools.model_repository.config import (
-    WARMUP,
-    WARMUP_TEXT,
-    WARMUP_TOKENS,
-    generation_config,
-    parse_config,
-)
+from trsp_deploy.tools.model_repository.config import WARMUP_TEXT, WARMUP_TOKENS
+from trsp_deploy.tools.model_repository.generating_model import SETTINGS, packages_of, write_generating_model
 from trsp_deploy.tools.model_repository.manifest import RepositoryManifest, ServedModel, read_repository
 from trsp_deploy.tools.model_repository.readme import CONTAINER, dockerfile, readme
 from trsp_deploy.tools.model_repository.step_model import check_can_step, write_step_model
-from trsp_deploy.tools.model_repository.vendor import model_file, vendor
-from trsp_deploy.tools.runners import device_of, open_engine, read_manifest
-from trsp_deploy.tools.runners.manifest import EngineManifest, check_files
-from trsp_deploy.tools.runners.ort import OrtRunner
-from trsp_deploy.tools.runners.rotation import engine_rotations
-from trsp_deploy.tools.runners.running_batch import Rotation, texts_can_move
-from trsp_deploy.tools.serving.engine import batches
-from trsp_deploy.tools.serving.loop import MOST_WAITING
+from trsp_deploy.tools.runners import read_manifest
+from trsp_deploy.tools.runners.manifest import check_files
 from trsp_deploy.tools.serving.text import read_tokenizer
 
 README, DOCKERFILE = "README.md", "Dockerfile"
-SETTINGS = "serving.json"  # of the model that generates, beside its engine
 SAME_FOLDER = {"onnxruntime-gpu": "onnxruntime"}  # packages that install into another's place
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -84,61 +63,69 @@ def write_repository(
     if (run := run_that_owns(out / DOCKERFILE)) is not None:
         raise RunError(f"--out {out}: is a part of the run {run.root}; name another folder")
     with writing_alone(out, within=True) as place:
-        return _write(engines, model_folder, names, place, max_batch, max_length, step=step, say=say)
+        _check_is_ours(place)
+        for engine in engines.values():
+            if step:
+                check_can_step(engine)
+            check_files(engine, read_manifest(engine))
+        length = _checked_length(engines, model_folder, max_length)
+        named = [names[role] for role in engines]
+        steps = {f"{name}_step" for name in named}
+        written = _checked_names(place, {*named, *(steps if step else ())})
+        outdated = _outdated_steps(place, steps - written)
+        others = _others(place, written | outdated)
+        needed = {names[role]: packages_of(read_manifest(engine)) for role, engine in engines.items()}
+        together = _together(place, needed | {model.name: model.packages for model in others})
+        models = []
+        with _staging(place) as staging:
+            for role, engine in engines.items():
+                name = names[role]
+                with writing(place / name, staging) as folder:
+                    made = write_generating_model(engine, role, name, folder, model_folder, length, max_batch, say)
+                models.append(made)
+                if step:
+                    with writing(place / f"{name}_step", staging) as folder:
+                        models.append(write_step_model(engine, role, f"{name}_step", folder, length, max_batch))
+            for name in outdated:
+                remove((place / name).replace(staging / f".{name}.former"))
+        return _record(place, (*models, *others), together)
 
 
-def _write(
-    engines: dict[Role, Path],
-    model_folder: Path,
-    names: dict[Role, str],
-    out: Path,
-    max_batch: int,
-    max_length: int | None,
-    *,
-    step: bool,
-    say: Callable[[str], None],
-) -> RepositoryManifest:
+def _check_is_ours(out: Path) -> None:
+    """Raise RunError where a file of somebody else's would be replaced."""
     for file in (README, DOCKERFILE):
         if (out / file).exists() and not (out / MANIFEST).is_file():
             raise RunError(f"--out {out}: has a {file} that is not of a model repository of ours; name another folder")
-    for engine in engines.values():
-        if step:
-            check_can_step(engine)
-        check_files(engine, read_manifest(engine))
+
+
+def _checked_length(engines: dict[Role, Path], model_folder: Path, max_length: int | None) -> int:
+    """Tokens of one text; raises RunError for more than model and engines take, or fewer than the warm-up has."""
     longest = _longest_text(engines, model_folder)
     if max_length is not None and max_length > longest:
         raise RunError(f"--max-length {max_length}: the model and its engines take {longest} tokens")
-    max_length = max_length or longest
-    _check_warmup(model_folder, max_length, [read_manifest(engine).spec for engine in engines.values()])
-    named = [names[role] for role in engines]
-    written = {*named, *(f"{name}_step" for name in named if step)}
-    for name in sorted(written, key=len):
+    length = max_length or longest
+    _check_warmup(model_folder, length, [read_manifest(engine).spec for engine in engines.values()])
+    return length
+
+
+def _checked_names(out: Path, names: set[str]) -> set[str]:
+    """The names; raises RunError for one that Triton does not take, or whose place is taken."""
+    for name in sorted(names, key=len):
         if NAME.fullmatch(name) is None:
             raise RunError(f"--name '{name}': letters, digits, dots, dashes and underscores, a letter or digit first")
         if len(name) > LONGEST_NAME:
             raise RunError(f"--name: a model would be '{name}', of {len(name)} characters; at most {LONGEST_NAME}")
-    for name in sorted(written):
+    for name in sorted(names):
         _check_replaceable(out, name)
-    outdated = _outdated_steps(out, {f"{name}_step" for name in named} - written)
-    others = _others(out, written | outdated)
-    needed = {names[role]: _packages(read_manifest(engine)) for role, engine in engines.items()}
-    packages = _together(out, needed | {model.name: model.packages for model in others})
-    models = []
-    with _staging(out) as staging:
-        for role, engine in engines.items():
-            name = names[role]
-            with writing(out / name, staging) as folder:
-                models.append(_write_model(engine, role, model_folder, name, folder, max_batch, max_length, say))
-            if step:
-                with writing(out / f"{name}_step", staging) as folder:
-                    models.append(_write_step(engine, role, f"{name}_step", folder, max_batch, max_length))
-        for name in outdated:
-            remove((out / name).replace(staging / f".{name}.former"))
-    every = (*models, *others)
+    return names
+
+
+def _record(out: Path, models: tuple[ServedModel, ...], packages: tuple[str, ...]) -> RepositoryManifest:
+    """Write what lies beside the models; the manifest says what the Dockerfile is, and the README comes from it."""
     manifest = RepositoryManifest(
-        models=every,
+        models=models,
         packages=packages,
-        gpu=next((model.bound.gpu for model in every if model.bound.gpu is not None), None),
+        gpu=next((model.bound.gpu for model in models if model.bound.gpu is not None), None),
         container=CONTAINER,
         provenance=provenance(),
     )
@@ -237,16 +224,6 @@ def _together(out: Path, needed: Mapping[str, Sequence[str]]) -> tuple[str, ...]
     return tuple(package for package, _ in chosen.values())
 
 
-def _packages(engine: EngineManifest) -> tuple[str, ...]:
-    """What the server's Python needs for an engine."""
-    backend = engine.spec.backend
-    package = {"onnxruntime-cpu": "onnxruntime", "onnxruntime-cuda": "onnxruntime-gpu"}.get(backend, backend)
-    wanted = [f"{package}=={engine.backend_version}", "tokenizers", "pydantic>=2.12", "pyyaml", "numpy"]
-    if backend.startswith("tensorrt"):  # its runner has torch's memory and streams
-        wanted.append("torch")
-    return tuple(wanted)
-
-
 def _others(out: Path, written: set[str]) -> list[ServedModel]:
     """Models that an earlier call has put there under other names."""
     if not (out / MANIFEST).is_file():
@@ -263,130 +240,3 @@ def _longest_text(engines: dict[Role, Path], model_folder: Path) -> int:
     """Tokens that a text may have, its prompt among them: the model's positions, and what engines were built for."""
     limits = [max_positions(model_folder), *(read_manifest(engine).spec.longest_text for engine in engines.values())]
     return min(limit for limit in limits if limit is not None)
-
-
-def _max_prompt(spec: EngineSpec, max_length: int) -> int | None:
-    """Tokens of a prompt, which an engine reads in one call; None where they are as many as a text has room for."""
-    limit = spec.longest_prompt
-    return None if limit is None or limit >= max_length - 1 else limit
-
-
-def _batching(engine: Path) -> tuple[str | None, tuple[Rotation, ...]]:
-    """Why no text can join others in an engine, None where they can, and how keys that are moved for it are turned.
-
-    They can where its cache is written in place and keys do not depend on their place there: what turns them is told
-    each token's position, or is known, so that it can be made good. Where positions are the graph's own affair (ALiBi's
-    bias comes from the mask, Gemma counts places of the cache) a text is moved to see.
-    """
-    manifest = read_manifest(engine)
-    path = engine / manifest.file
-    if not batches(manifest):
-        backend = manifest.spec.backend
-        return "its graph gets padded texts wrong" if backend == "onnxruntime-cpu" else f"{backend} does so far", ()
-    if not any(each.key == decoder_io.IN_PLACE for each in onnx.load(path, load_external_data=False).metadata_props):
-        return "its attention was not fused", ()
-    try:
-        rotations = engine_rotations(path)
-    except EngineUnavailable as problem:  # keys that move could not be turned on
-        return str(problem), ()
-    if rotations or "position_ids" in manifest.inputs:
-        return None, rotations
-    with open_engine(engine) as runner:
-        assert isinstance(runner, OrtRunner)
-        return None if texts_can_move(runner) else "its graph counts places of the cache", ()
-
-
-def _write_step(engine: Path, role: Role, name: str, folder: Path, sequences: int, max_length: int) -> ServedModel:
-    state_bytes = write_step_model(engine, name, folder, max_length, sequences)
-    manifest = read_manifest(engine)
-    return ServedModel(
-        name=name,
-        role=role,
-        engine=manifest.spec.name,
-        backend=manifest.spec.backend,
-        backend_version=manifest.backend_version,
-        precision=manifest.spec.precision,
-        packages=(),
-        bound=manifest.bound,
-        serves="steps",
-        max_batch=sequences,
-        max_length=max_length,
-        state_bytes=state_bytes,
-        files=_fingerprints(folder),
-    )
-
-
-def _write_model(
-    engine: Path,
-    role: Role,
-    model_folder: Path,
-    name: str,
-    folder: Path,
-    max_batch: int,
-    max_length: int,
-    say: Callable[[str], None],
-) -> ServedModel:
-    manifest = read_manifest(engine)
-    spec = manifest.spec
-    max_prompt = _max_prompt(spec, max_length)
-    alone, rotations = _batching(engine)
-    if alone is not None and max_batch > 1:
-        say(f"--max-batch {max_batch}: {name}'s engine {spec.name} serves one text at a time: {alone}")
-        max_batch = 1
-    tokenizer = model_folder / "tokenizer.json"
-    if not tokenizer.is_file():
-        raise ModelError(f"{model_folder}: has no tokenizer.json, so a server cannot read text")
-    config = generation_config(name, "KIND_CPU" if device_of(spec) == "cpu" else "KIND_GPU", MOST_WAITING)
-    parse_config(config, f"{name}/config.pbtxt")
-    version = folder / "1"
-    version.mkdir(parents=True)
-    _link_engine(engine, manifest, version / "engine")
-    link_tree(tokenizer, version / "tokenizer.json")
-    settings = {
-        "max_batch": max_batch,
-        "max_length": max_length,
-        **({} if max_prompt is None else {"max_prompt": max_prompt}),
-        "end_tokens": end_tokens(model_folder),
-        "rotations": [rotation.model_dump(mode="json") for rotation in rotations],
-    }
-    (version / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    (version / "model.py").write_bytes(model_file().read_bytes())
-    vendor(version / "vendor")
-    (folder / "config.pbtxt").write_text(config, encoding="utf-8")
-    (folder / "warmup").mkdir()
-    for file, data in WARMUP.items():
-        (folder / "warmup" / file).write_bytes(data)
-    return ServedModel(
-        name=name,
-        role=role,
-        engine=spec.name,
-        backend=spec.backend,
-        backend_version=manifest.backend_version,
-        precision=spec.precision,
-        packages=_packages(manifest),
-        bound=manifest.bound,
-        compute_capabilities=spec.compute_capabilities,
-        max_batch=max_batch,
-        max_length=max_length,
-        max_prompt=max_prompt,
-        cache_bytes=max_batch * (max_length + 1) * decoder_io.cache_bytes(manifest.inputs),
-        files=_fingerprints(folder),
-    )
-
-
-def _link_engine(engine: Path, manifest: EngineManifest, target: Path) -> None:
-    """Give an engine's own files a place in a repository. What else lies in its folder, or is linked there, is nobody's
-    to ship; neither is what only other programs read and is not as it was built."""
-    beside = {name for name, sha256 in manifest.beside.items() if _is_there(engine, name, sha256)}
-    signature = {SIGNED} if _is_there(engine, SIGNED) else set()
-    for name in sorted({ENGINE_MANIFEST, *manifest.files, *beside, *signature}):
-        link_tree((engine / name).resolve(), target / name)
-
-
-def _is_there(engine: Path, name: str, sha256: str | None = None) -> bool:
-    path = engine / name
-    return path.is_file() and not leaves(engine, path) and sha256 in (None, fingerprint(path))
-
-
-def _fingerprints(folder: Path) -> dict[str, str]:
-    return {path.relative_to(folder).as_posix(): fingerprint(path) for path in files_below(folder)}

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from trsp_deploy.artifacts import MANIFEST, Provenance, Sealed
+from trsp_deploy.artifacts import MANIFEST, Provenance, Sealed, files_below, fingerprint
 from trsp_deploy.errors import RunError
 from trsp_deploy.reading import DAMAGED, read_record
 from trsp_deploy.recipe import Backend, Name, Precision, RelativePath, Strict
@@ -95,3 +95,8 @@ def read_repository(folder: Path) -> RepositoryManifest:
         raise RunError(f"{folder}: no repository of `trsp-deploy triton` ({MANIFEST} is missing)")
     again = f"delete the folder and write it again: trsp-deploy triton RUN --out {shlex.quote(str(folder))}"
     return read_record(folder / MANIFEST, RepositoryManifest, RunError, DAMAGED, again)
+
+
+def fingerprints_below(folder: Path) -> dict[str, str]:
+    """A model's files: path below its folder -> SHA-256."""
+    return {path.relative_to(folder).as_posix(): fingerprint(path) for path in files_below(folder)}

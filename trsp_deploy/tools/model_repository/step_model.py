@@ -11,9 +11,11 @@ import onnx_ir as ir
 
 from trsp_deploy.artifacts import link_tree
 from trsp_deploy.errors import RunError
+from trsp_deploy.results import Role
 from trsp_deploy.tools.graphs.nodes import NoMatch
 from trsp_deploy.tools.graphs.step import keep_state
 from trsp_deploy.tools.model_repository.config import parse_config, step_config
+from trsp_deploy.tools.model_repository.manifest import ServedModel, fingerprints_below
 from trsp_deploy.tools.runners import device_of, read_manifest
 
 BACKENDS = ("onnxruntime-cpu", "onnxruntime-cuda")
@@ -31,10 +33,10 @@ def check_can_step(engine: Path) -> None:
         )
 
 
-def write_step_model(engine: Path, name: str, folder: Path, length: int, sequences: int) -> int:
-    """Write the model `name` into `folder` and return the bytes of state that the server keeps for a sequence.
+def write_step_model(engine: Path, role: Role, name: str, folder: Path, max_length: int, max_batch: int) -> ServedModel:
+    """Write the model `name` into `folder` and return its record. The engine's weights are hard links.
 
-    length: tokens of a sequence at most. sequences: that the server keeps at once. The engine's weights are hard links.
+    max_length: tokens of a sequence at most. max_batch: sequences that the server keeps at once.
     Raises RunError where the engine cannot be a step.
     """
     check_can_step(engine)
@@ -43,7 +45,7 @@ def write_step_model(engine: Path, name: str, folder: Path, length: int, sequenc
     version.mkdir(parents=True)
     model = ir.load(engine / manifest.file)
     try:
-        states = keep_state(model, length)
+        states = keep_state(model, max_length)
     except NoMatch as problem:
         raise RunError(f"--step: engine '{manifest.spec.name}' cannot be a step: {problem}") from problem
     ir.save(model, version / GRAPH)  # names the weights' file and does not copy it
@@ -52,10 +54,24 @@ def write_step_model(engine: Path, name: str, folder: Path, length: int, sequenc
             link_tree(engine / file, version / file)
     dtype, shape = manifest.outputs["logits"]
     kind = "KIND_CPU" if device_of(manifest.spec) == "cpu" else "KIND_GPU"
-    config = step_config(name, kind, (dtype, int(shape[-1])), states, sequences, manifest.spec.threads)
+    config = step_config(name, kind, (dtype, int(shape[-1])), states, max_batch, manifest.spec.threads)
     parse_config(config, f"{name}/config.pbtxt")
     (folder / "config.pbtxt").write_text(config, encoding="utf-8")
     (folder / "configs").mkdir()
-    on_cpu = step_config(name, "KIND_CPU", (dtype, int(shape[-1])), states, sequences, manifest.spec.threads)
+    on_cpu = step_config(name, "KIND_CPU", (dtype, int(shape[-1])), states, max_batch, manifest.spec.threads)
     (folder / "configs" / "cpu.pbtxt").write_text(on_cpu, encoding="utf-8")
-    return sum(state.size_bytes for state in states)
+    return ServedModel(
+        name=name,
+        role=role,
+        engine=manifest.spec.name,
+        backend=manifest.spec.backend,
+        backend_version=manifest.backend_version,
+        precision=manifest.spec.precision,
+        packages=(),
+        bound=manifest.bound,
+        serves="steps",
+        max_batch=max_batch,
+        max_length=max_length,
+        state_bytes=sum(state.size_bytes for state in states),  # of one sequence
+        files=fingerprints_below(folder),
+    )
