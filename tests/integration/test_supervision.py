@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+pytestmark = pytest.mark.alone  # the process that works has one second to end by itself
 AT_MOST_S = 2.0
 # What the working process does in the place of a command; "ready" says that it has begun.
 WORK = """
@@ -81,7 +82,6 @@ def gone(pid: int, within_s: float = 5) -> bool:
     return False
 
 
-@pytest.mark.alone  # of its two seconds one is given to the process that works
 @pytest.mark.parametrize("to_all", [True, False], ids=["by the key", "to one process"])
 @pytest.mark.parametrize("body", [NATIVE, SWALLOWED], ids=["native code", "a library that swallows it"])
 def test_ctrl_c_is_heard(tmp_path, body, to_all):

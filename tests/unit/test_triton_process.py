@@ -321,6 +321,7 @@ def test_ctrl_c_in_a_bench_leaves_nothing_of_its_server(repository: Path, stubbo
     assert not process._processes(server)
 
 
+@pytest.mark.alone
 def test_ctrl_c_in_a_bench_leaves_nothing_within_the_second_that_it_has(repository: Path, tmp_path: Path) -> None:
     """The process that waits for it adopts the models of the killed server, and they stay zombies until it ends."""
     (tmp_path / "shm").mkdir()
