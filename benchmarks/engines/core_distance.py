@@ -3,10 +3,10 @@
     python -m benchmarks.engines.core_distance [--rounds 200]     # three minutes; needs `cc` and two cores
 
 Threads hand each other what they computed, line by line of the cache. Cores that share a last-level cache do so in a
-fraction of the time that others need (AMD's have one for every few cores), and a virtual core may run on either. So
-each round asks for the distance before and after each engine's prompt and few tokens, and counts as near or far where
-all agree. It is the control for the int8 prompt of `make bench-engines`, which does not tell them apart. Raw samples go
-to benchmarks/results/core-distance-CPU.json.
+fraction of the time that others need (AMD's have one for every few cores), and a virtual core may run on either: the
+guest does not see which, but the two times. So each round asks for the distance before and after each engine's prompt
+and few tokens, and counts as near or far where all agree. It is the control for the int8 prompt of `make
+bench-engines`, which does not tell them apart. Raw samples go to benchmarks/results/core-distance-CPU.json.
 """
 
 from __future__ import annotations
@@ -88,7 +88,14 @@ def distance() -> Callable[[], float]:
             raise EngineUnavailable(f"{SOURCE.name} was not compiled: {problem}") from problem
         ask = ctypes.CDLL(str(library)).distance_ns
     ask.restype = ctypes.c_double
-    return lambda: float(ask(*cores))
+
+    def asked() -> float:
+        ns = float(ask(*cores))
+        if ns < 0:
+            raise EngineUnavailable("the cores' distance was not measured: no thread could be started")
+        return ns
+
+    return asked
 
 
 def measure(rounds: int) -> Found:
@@ -154,6 +161,8 @@ def main() -> int:
         "--rounds", type=int, default=200, help="one prompt of each engine and a few tokens in each (default 200)"
     )
     options = parser.parse_args()
+    if options.rounds < 1:
+        parser.error(f"--rounds {options.rounds}: expected 1 or more")
     try:
         found = measure(options.rounds)
         print(text(found.rounds))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
@@ -52,6 +53,26 @@ def test_the_distance_is_measured_and_threads_go_where_they_might_before() -> No
     ask = distance()
     assert all(1 < ask() < 1e6 for _ in range(3))
     assert os.sched_getaffinity(0) == before
+
+
+@pytest.mark.parametrize("rounds", ["0", "-3"])
+def test_no_rounds_replace_no_results(rounds: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr("sys.argv", ["core_distance", "--rounds", rounds])
+    with pytest.raises(SystemExit):
+        core_distance.main()
+    assert f"--rounds {rounds}: expected 1 or more" in capsys.readouterr().err
+
+
+def test_a_distance_that_was_not_measured_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ask:
+        def __call__(self, *cores: int) -> float:
+            return -1.0
+
+    monkeypatch.setattr(core_distance.os, "sched_getaffinity", lambda pid: {3, 4})
+    monkeypatch.setattr(core_distance.subprocess, "run", lambda *given, **how: None)
+    monkeypatch.setattr(core_distance.ctypes, "CDLL", lambda path: SimpleNamespace(distance_ns=Ask()))
+    with pytest.raises(EngineUnavailable, match="no thread could be started"):
+        distance()()
 
 
 def test_without_a_second_core_or_a_compiler_a_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
