@@ -27,7 +27,7 @@ from trsp_deploy.results import (
     ZeroShot,
 )
 from trsp_deploy.tools.judging.comparisons import compare
-from trsp_deploy.tools.judging.limits import SpeedLimit
+from trsp_deploy.tools.judging.limits import PhaseLimit, SpeedLimit
 from trsp_deploy.tools.plan import PruningPlan
 from trsp_deploy.tools.reports.quality import QualityReport
 from trsp_deploy.tools.reports.record import (
@@ -172,11 +172,16 @@ def _block(scale: float, host_s: float | None) -> Block:
     )
 
 
+def same_limit(ratio: float, assumed: bool = False) -> SpeedLimit:
+    """One limit of every phase, whatever dense takes."""
+    each = PhaseLimit(ratio)
+    return SpeedLimit(prefill=each, decode=each, layers=1 / ratio, new_tokens=NEW_TOKENS, assumed=assumed)
+
+
 def made_up_report(comparison: Comparison, model: str = "tiny") -> Report:
     """A whole report around one engine's comparison."""
     removal = RemovalReport(form="anneal", trained_tokens=100, dense_ppl=10.0, before_ppl=15.0, after_ppl=15.0)
     figures = EngineFigures(size_bytes=10**8, build_s=1.0)
-    limit = SpeedLimit(prefill=1.4, decode=1.4, total=1.4)
     engines = (
         EngineReport(
             name="ort-cpu-fp32",
@@ -185,7 +190,7 @@ def made_up_report(comparison: Comparison, model: str = "tiny") -> Report:
             status="ran",
             dense=figures,
             pruned=figures,
-            comparison=compare(comparison, lambda case: limit),
+            comparison=compare(comparison, lambda case: same_limit(1.4)),
             quality={"text": MADE_UP_QUALITY},
             to_pytorch=tuple(
                 PerplexityParity(

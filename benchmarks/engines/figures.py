@@ -99,7 +99,7 @@ def ratios(
         case = Case(batch_size=1, prompt_tokens=PROMPT, new_tokens=NEW_TOKENS)
         limit = speed_limit(dense, pruned, ours.get(precision, stored(precision)), case)
         found = ratio(f"ours {precision}", f"pruned {precision}")
-        return None if found is None else _scaled(found, 1 / limit.decode)
+        return None if found is None else _scaled(found, 1 / limit.decode.ratio)
 
     def floor(precision: Precision) -> Ratio | None:
         label, past = f"ours {precision}", PROMPT + NEW_TOKENS // 2

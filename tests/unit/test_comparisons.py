@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.samples import busy, made_up, made_up_report
+from tests.samples import busy, made_up, made_up_report, same_limit
 from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.results import GpuTelemetry, Role, Telemetry
 from trsp_deploy.stages.bench import derive
 from trsp_deploy.tools.judging import comparisons
-from trsp_deploy.tools.judging.limits import SpeedLimit
 from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.measuring.subjects import Subject
 from trsp_deploy.tools.reports.rows import (
@@ -54,7 +53,7 @@ def test_who_uses_the_gpu_does_not_concern_an_engine_of_the_cpu(threads: dict[Ro
 
 def report(speed: float, noise: float = 0.005, limit: float = 1.3) -> comparisons.ComparisonReport:
     made = made_up(speedup=speed, noise=noise)
-    return comparisons.compare(made, lambda case: SpeedLimit(prefill=limit, decode=limit, total=limit))
+    return comparisons.compare(made, lambda case: same_limit(limit))
 
 
 @pytest.mark.parametrize(
@@ -85,8 +84,7 @@ def test_a_figure_above_its_limit_is_noted_wherever_notes_are() -> None:
 
 def test_an_assumed_limit_says_so() -> None:
     made = made_up(speedup=1.2, noise=0.005)
-    limit = SpeedLimit(prefill=1.3, decode=1.3, total=1.3, assumed=True)
-    found = comparisons.compare(made, lambda case: limit)
+    found = comparisons.compare(made, lambda case: same_limit(1.3, assumed=True))
     assert all(phase.limit_assumed for phase in found.phases)
     assert any(line.startswith("limits are assumed") for line in comparisons.notes(found))
     assert not any("assumed" in line for line in comparisons.notes(report(1.2)))
@@ -94,8 +92,7 @@ def test_an_assumed_limit_says_so() -> None:
 
 def test_above_an_assumed_limit_nothing_is_said_to_be_impossible() -> None:
     """Products that are bound otherwise may be quicker: an int4 engine was, at 1.05 of its limit."""
-    limit = SpeedLimit(prefill=1.3, decode=1.3, total=1.3, assumed=True)
-    found = comparisons.compare(made_up(speedup=1.5, noise=0.005), lambda case: limit)
+    found = comparisons.compare(made_up(speedup=1.5, noise=0.005), lambda case: same_limit(1.3, assumed=True))
     assert not any(phase.above_limit for phase in found.phases)
     assert "distrust" not in comparisons.sentence("e", found) and "(!)" not in str(comparison_rows(found))
     lines = [line for line in comparisons.notes(found) if "above its limit of 1.300x" in line]

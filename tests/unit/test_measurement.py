@@ -20,10 +20,18 @@ from trsp_deploy.decoder import DecoderSize, WeightCounts
 from trsp_deploy.errors import EngineUnavailable, ParityError, TextError
 from trsp_deploy.pipeline.proof import Proof
 from trsp_deploy.recipe import Case, Recipe
-from trsp_deploy.results import Parity, Perplexity, Rates
+from trsp_deploy.results import Parity, Perplexity, Phase, Rates
 from trsp_deploy.stages import bench, parity
 from trsp_deploy.stages.bench import derive, pair_notes, without_limit
-from trsp_deploy.tools.judging.limits import decode_bytes, prefill_operations, speed_limit, stored, stored_by
+from trsp_deploy.tools.judging.limits import (
+    PhaseLimit,
+    SpeedLimit,
+    decode_bytes,
+    prefill_operations,
+    speed_limit,
+    stored,
+    stored_by,
+)
 from trsp_deploy.tools.judging.statistics import perplexity_ratio
 from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.measuring import bench_worker, rates, samples, telemetry
@@ -55,9 +63,9 @@ def shape(batch: int = 1, prompt: int = 128, new: int = 1) -> Case:
 
 def test_limit_of_opt_6_7b_is_the_published_bound():
     limit = speed_limit(opt_6_7b(32), opt_6_7b(24), stored("fp16"), shape(prompt=1))
-    assert limit.decode == pytest.approx(1.320, abs=0.001)
+    assert limit.decode.ratio == pytest.approx(1.320, abs=0.001)
     long_past = speed_limit(opt_6_7b(32), opt_6_7b(24), stored("fp16"), shape(batch=64, prompt=100_000))
-    assert long_past.decode == pytest.approx(32 / 24, abs=0.001)  # the cache dominates
+    assert long_past.decode.ratio == pytest.approx(32 / 24, abs=0.001)  # the cache dominates
 
 
 def test_measured_rates_tell_which_resource_binds():
@@ -65,12 +73,32 @@ def test_measured_rates_tell_which_resource_binds():
     slow_memory = Rates(bytes_per_s=1e9, operations_per_s={"fp16": 1e15})
     slow_products = Rates(bytes_per_s=1e15, operations_per_s={"fp16": 1e9})
     by_bytes = speed_limit(dense, pruned, stored("fp16"), shape(new=100), rates=slow_memory)
-    assert by_bytes.prefill == pytest.approx(by_bytes.decode, rel=0.01) == pytest.approx(by_bytes.total, rel=0.01)
+    assert by_bytes.prefill.ratio == pytest.approx(by_bytes.decode.ratio, rel=0.01)
     by_operations = speed_limit(dense, pruned, stored("fp16"), shape(new=100), rates=slow_products, logits=1)
-    assert by_operations.prefill > by_operations.decode, "the LM head multiplies for one position of the prompt"
-    assert by_operations.decode < by_operations.total < by_operations.prefill
+    assert by_operations.prefill.ratio > by_operations.decode.ratio, "the LM head multiplies for one position"
     unknown = speed_limit(dense, pruned, stored("int8"), shape(), rates=slow_memory)
-    assert unknown.total == max(unknown.prefill, unknown.decode) and unknown.assumed and not by_bytes.assumed
+    assert unknown.assumed and not by_bytes.assumed
+    assert unknown.decode.floor_s == float("inf"), "all of its time is taken for what bytes bind"
+
+
+def times(prefill: float, decode: float, new: int = 100) -> dict[Phase, float]:
+    return {"prefill": prefill, "decode": decode, "total": prefill + new * decode}
+
+
+def test_a_limit_is_of_the_times_that_dense_takes() -> None:
+    """End to end more than the ratio of both least times is possible where the phase that gains more takes longer."""
+    limit = SpeedLimit(prefill=PhaseLimit(1.4, 1.0), decode=PhaseLimit(1.1, 0.01), layers=1 / 1.4, new_tokens=100)
+    exact = times(1.0, 0.01)
+    assert limit.of("prefill", exact) == pytest.approx(1.4) and limit.of("decode", exact) == pytest.approx(1.1)
+    assert limit.of("total", exact) == pytest.approx(2 / (1 / 1.4 + 1 / 1.1))
+    slow_prompt = times(3.0, 0.01)
+    assert limit.of("total", slow_prompt) == pytest.approx(4 / (3 / 1.4 + 1 / 1.1))
+    quicker = times(0.9, 0.009)  # than rates allow that were measured too low
+    assert limit.of("decode", quicker) == pytest.approx(1.1)
+    # A small model on a large GPU: kernels are started for each layer, and their number alone counts.
+    launches = times(1.0, 0.1)
+    assert limit.of("decode", launches) == pytest.approx(0.1 / (0.01 / 1.1 + 0.09 / 1.4))
+    assert limit.of("decode", times(1.0, 1e3)) == pytest.approx(1.4, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +120,9 @@ def test_a_limit_says_whether_it_is_by_measured_rates(name: str, computes: str |
     found = speed_limit(opt_6_7b(32), opt_6_7b(24), stored_by(spec), shape(new=100), rates=rates)
     assert found.assumed == (computes is None)
     if computes is not None:
-        assert found.prefill == pytest.approx(found.decode, rel=0.01), "memory is so slow that it binds the prompt too"
+        assert found.prefill.ratio == pytest.approx(found.decode.ratio, rel=0.01), (
+            "memory is so slow that it binds the prompt too"
+        )
     assert speed_limit(opt_6_7b(32), opt_6_7b(24), stored_by(spec), shape()).assumed
 
 
@@ -101,7 +131,7 @@ def test_a_head_of_4_bits_raises_what_layers_can_gain():
     narrow, wide = (stored_by(load_engine_spec(f"ort-cpu-int4{name}")) for name in ("", "-accurate"))
     assert (narrow.layers, narrow.head) == (0.5625, 0.5625) and wide.layers == pytest.approx(0.5703, abs=1e-4)
     assert wide.head == 1.125 and narrow.cached == wide.cached == 4
-    by_head = [speed_limit(dense, pruned, kept, shape()).decode for kept in (narrow, wide)]
+    by_head = [speed_limit(dense, pruned, kept, shape()).decode.ratio for kept in (narrow, wide)]
     assert by_head[0] > by_head[1]
     static = load_engine_spec("tensorrt-int4")
     assert stored_by(static).cached == 2 and stored_by(static).head == 1.125
@@ -364,6 +394,12 @@ def test_gpu_memory_is_the_engines_own(monkeypatch, in_a_container):
     driver.processes[here] = 4_000
     assert bench_worker._peak_memory(before)["gpu_bytes"] == 4_000
     assert bench_worker._peak_memory(None)["gpu_bytes"] is None, "an engine on the CPU"
+
+
+def test_a_kernel_that_tells_no_peak_tells_what_a_process_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gVisor's has no VmHWM, and the first block ended in a traceback."""
+    monkeypatch.setattr(bench_worker, "peak_resident_bytes", lambda: None)
+    assert (bench_worker._peak_memory(None)["peak_rss_bytes"] or 0) > 2**20
 
 
 def test_who_else_is_on_the_gpu():

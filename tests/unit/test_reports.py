@@ -181,6 +181,9 @@ def test_a_budget_is_of_accuracy_too() -> None:
     assert budget_text(Price("e", {}, alike)).startswith("99.0% kept, 99.9% not decided (accuracy 100")
     few = choices_report(scores("10"), scores("10"))
     assert budget_text(Price("e", {}, few)).startswith("99.0% not decided")
+    thin = choices_report(*[scores("1" * 100, "1" * 9)] * 2)
+    assert "9 items of t1, 10 of each task are the fewest that decide" in thin.doubt
+    assert not choices_report(*[scores("1" * 100, "1" * 10)] * 2).doubt
     assert budget_text(Price(None, {})) == "neither a text nor a task was evaluated"
     assert budget_text(Price("e", {"a": text}), ["piqa"]) == (
         "99.0% not decided, 99.9% not decided (worst text 1.000x; they allow 1.01x and 1.001x; not measured: piqa)"

@@ -189,7 +189,7 @@ def test_a_cut_that_is_fast_and_poor_is_named_whatever_follows_it() -> None:
 def test_a_point_without_an_engine_is_never_fast() -> None:
     unmeasured = POINTS[3].model_copy(update={"comparison": None, "size_bytes": None})
     refused = choose([unmeasured], Targets(min_speedup=1.01))
-    assert refused.num_dropped is None and "no engine ran here, so no speed is known" in refused.reason
+    assert refused.num_dropped is None and "no engine was timed here, so no speed is known" in refused.reason
     assert choose([unmeasured], Targets(max_ppl_ratio=3)).num_dropped == 8
 
 

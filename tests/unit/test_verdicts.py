@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.samples import busy, made_up, made_up_report, scores, slow_again
+from tests.samples import busy, made_up, made_up_report, same_limit, scores, slow_again
 from trsp_deploy import cli
 from trsp_deploy.checks import Tolerances, _quality
 from trsp_deploy.cli import check_jobs
@@ -178,15 +178,16 @@ def test_a_speedup_above_its_limit_passes_nothing(monkeypatch: pytest.MonkeyPatc
     replicates = made_up().replicates
 
     def goal(bound: float, *limits: float | None) -> goals.Goal:
-        return goals.least_speedup("total", bound, "x", cases=2, limits=limits)
+        known = [None if limit is None else same_limit(limit) for limit in limits]
+        return goals.least_speedup("total", bound, "x", cases=2, limits=known)
 
-    doubted = goal(1.2, None, 1.3)
+    doubted = goal(1.2, 1.3, None)
     outcome = doubted.outcome(replicates)
     assert outcome.word == "inconclusive" and outcome.note.startswith("above its limit of 1.300")
     assert not doubted.settled(replicates)
-    assert goal(1.2, None, 1.6).outcome(replicates).word == "pass" == goal(1.2).outcome(replicates).word
-    assert goal(1.2, None, 1.495).outcome(replicates).word == "pass", "its interval reaches below"
-    missed = goal(1.6, None, 1.3)
+    assert goal(1.2, 1.6, None).outcome(replicates).word == "pass" == goal(1.2).outcome(replicates).word
+    assert goal(1.2, 1.495, None).outcome(replicates).word == "pass", "its interval reaches below"
+    missed = goal(1.6, 1.3, None)
     assert missed.outcome(replicates).word == "fail" and missed.settled(replicates), "what is possible misses it too"
 
 

@@ -114,7 +114,7 @@ def speedup_goals(dense: Subject, pruned: Subject, least: Mapping[Phase, float],
             bound,
             "--min-speedup",
             len(settings.cases),
-            tuple(None if limit.assumed else getattr(limit, phase) for limit in limits),
+            [None if limit.assumed else limit for limit in limits],
         )
         for phase, bound in least.items()
     ]

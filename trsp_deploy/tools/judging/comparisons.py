@@ -19,7 +19,7 @@ from trsp_deploy.tools.judging.statistics import (
     Speedup,
     device_s,
     device_speedup,
-    median_s,
+    medians_s,
     samples_s,
     speedups,
 )
@@ -153,13 +153,14 @@ def compare(
 
 
 def _phase(comparison: Comparison, case: int, phase: Phase, found: Speedup, limits: SpeedLimit | None) -> PhaseReport:
-    limit, assumed = (None, False) if limits is None else (getattr(limits, phase), limits.assumed)
+    dense_s, pruned_s = (medians_s(comparison.replicates, role, case) for role in ROLES)
+    limit, assumed = (None, False) if limits is None else (limits.of(phase, dense_s), limits.assumed)
     ratio, device = found.found, _device(comparison, case, phase)
     return PhaseReport(
         case=comparison.settings.cases[case],
         phase=phase,
-        dense_s=median_s(comparison, "dense", case, phase),
-        pruned_s=median_s(comparison, "pruned", case, phase),
+        dense_s=dense_s[phase],
+        pruned_s=pruned_s[phase],
         tail=_tail(comparison, case, phase),
         speedup=ratio,
         control=found.control,
@@ -258,7 +259,7 @@ def notes(found: ComparisonReport) -> list[str]:
     """How a comparison was measured and what may have disturbed it, one line each."""
     how = {
         "precise": "the interval was narrow enough",
-        "decided": "every requirement was decided",
+        "decided": "more of them would change no requirement's outcome",
         "budget": "the budget was spent",
     }
     lines = [
@@ -281,7 +282,7 @@ def notes(found: ComparisonReport) -> list[str]:
     if any(phase.limit_assumed for phase in found.phases):
         lines.append(
             "limits are assumed, for this machine's rate of such products, or with the engines' own number of threads, "
-            "is not measured: decoding bound by bytes, prefill by operations, end to end the larger of both"
+            "is not measured: decoding bound by bytes, prefill by operations"
         )
     for phase in found.phases:
         if phase.limit is not None and phase.speedup.ratio > phase.limit:

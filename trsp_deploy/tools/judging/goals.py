@@ -10,7 +10,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from trsp_deploy.results import Phase, Replicate
-from trsp_deploy.tools.judging.statistics import Ratio, change, replicate_logs, replicate_ratios, speedup
+from trsp_deploy.tools.judging.limits import SpeedLimit
+from trsp_deploy.tools.judging.statistics import (
+    Ratio,
+    change,
+    medians_s,
+    replicate_logs,
+    replicate_ratios,
+    speedup,
+)
 from trsp_deploy.tools.judging.verdicts import (
     Outcome,
     Requirement,
@@ -33,7 +41,8 @@ class Goal:
 
     requirement: Requirement
     ratios: Callable[[Sequence[Replicate]], list[Ratio]]  # one per shape
-    limits: tuple[float | None, ...] = ()  # one per shape, that no ratio can be above; empty where none is known
+    # One per shape, that no ratio can be above; None where none is known.
+    limits: Callable[[Sequence[Replicate]], list[float | None]] | None = None
     earlier: Earlier | None = None  # that it is held against
 
     def outcome(self, replicates: Sequence[Replicate], disturbance: str = "") -> Outcome:
@@ -60,7 +69,7 @@ class Goal:
     def _outcomes(self, replicates: Sequence[Replicate], doubt: str = "") -> list[Outcome]:
         """One a shape."""
         ratios = self.ratios(replicates)
-        limits = self.limits or (None,) * len(ratios)
+        limits = [None] * len(ratios) if self.limits is None else self.limits(replicates)
         before = "" if self.earlier is None else self.earlier.doubt
         doubt = before or too_few(len(replicates)) or doubt
         return [self._judge(ratio, limit, doubt) for ratio, limit in zip(ratios, limits, strict=True)]
@@ -83,14 +92,23 @@ def settled_all(goals: Sequence[Goal], replicates: Sequence[Replicate]) -> bool:
     return all(goal.settled(replicates) for goal in goals)
 
 
-def least_speedup(phase: Phase, bound: float, source: str, cases: int, limits: tuple[float | None, ...] = ()) -> Goal:
-    """The goal of a least speed-up in a phase at each of the shapes; limits: the phase's limit at each of them."""
+def least_speedup(
+    phase: Phase, bound: float, source: str, cases: int, limits: Sequence[SpeedLimit | None] = ()
+) -> Goal:
+    """The goal of a least speed-up in a phase at each of the shapes; limits: of each of them, where they are known."""
 
     def ratios(replicates: Sequence[Replicate]) -> list[Ratio]:
         return [speedup(replicates, case, phase).found for case in range(cases)]
 
+    def bounds(replicates: Sequence[Replicate]) -> list[float | None]:
+        return [
+            None if limit is None else limit.of(phase, medians_s(replicates, "dense", case))
+            for case, limit in enumerate(limits)
+        ]
+
     name = f"speed-up, {PHASE_TITLES[phase]}"
-    return Goal(Requirement(name=name, source=source, sense="at least", bound=bound), ratios, limits)
+    wanted = Requirement(name=name, source=source, sense="at least", bound=bound)
+    return Goal(wanted, ratios, bounds if limits else None)
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,18 @@
 Batch-1 decoding reads every layer's weights, the LM head and the live KV cache once per token, so its time is at least
 bytes over bandwidth; prefill of a long prompt is bound by its multiplications. Which of them binds is told by the
 machine's measured rates (tools/measuring/rates.py); where it is the same for dense and pruned the rate cancels in the
-ratio.
+ratio. What an engine takes beyond that least time, such as for starting a kernel, can shrink with the layers.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from trsp_deploy.decoder import DecoderSize
 from trsp_deploy.recipe import FLOAT_BYTES, Case, EngineSpec, Float, Precision, Strict
-from trsp_deploy.results import Rates
+from trsp_deploy.results import Phase, Rates
 
 # Bytes per weight of the layers and of the LM head, scales and zero points among them (tools/graphs/quantize.py).
 WEIGHT_BYTES: dict[Precision, tuple[float, float]] = {
@@ -56,13 +58,36 @@ def stored_by(spec: EngineSpec) -> Stored:
     return Stored(spec.precision, layers, head, FLOAT_BYTES[spec.graph_precision], computes)
 
 
-class SpeedLimit(Strict):
-    """Upper bounds of dense time / pruned time."""
+class PhaseLimit(NamedTuple):
+    """The least time of one phase."""
 
-    prefill: float
-    decode: float
-    total: float  # reading the prompt and decoding the new tokens
+    ratio: float  # dense's over pruned's
+    floor_s: float = math.inf  # dense's; without measured rates all that it takes counts as such
+
+
+class SpeedLimit(Strict):
+    """Upper bounds of dense time / pruned time at one shape, of a dense engine whose times are known."""
+
+    prefill: PhaseLimit
+    decode: PhaseLimit  # of a token
+    layers: float  # pruned's number of them over dense's
+    new_tokens: int
     assumed: bool = False  # what binds each phase is, for the rate of such products was not measured
+
+    def of(self, phase: Phase, dense_s: Mapping[Phase, float]) -> float:
+        """The bound of a phase, or of both together; dense_s: measured, of decoding of a token."""
+        if phase == "total":
+            reading = dense_s["prefill"]
+            token = max(0.0, dense_s["total"] - reading) / self.new_tokens
+            least = self._least_s(self.prefill, reading) + self.new_tokens * self._least_s(self.decode, token)
+            return (reading + self.new_tokens * token) / least
+        limit = self.prefill if phase == "prefill" else self.decode
+        return dense_s[phase] / self._least_s(limit, dense_s[phase])
+
+    def _least_s(self, limit: PhaseLimit, dense_s: float) -> float:
+        """Seconds that pruned takes at least: its share of the least time, and its layers' of all beyond."""
+        within = min(dense_s, limit.floor_s)
+        return within / limit.ratio + (dense_s - within) * self.layers
 
 
 class Work(Strict):
@@ -121,16 +146,22 @@ def speed_limit(
 ) -> SpeedLimit:
     """The limits of every phase at one shape; `logits` as above.
 
-    rates: this machine's, to know whether bytes or operations bind a phase. Without them, or for products that they do
-    not tell, it is assumed that decoding is bound by bytes, prefill by operations, and both together by the larger of
-    the two limits.
+    rates: this machine's, to know whether bytes or operations bind a phase, and what of its time they bind. Without
+    them, or for products that they do not tell, decoding is assumed to be bound by bytes, prefill by operations.
     """
     prefill = [prefill_work(size, kept, case, logits) for size in (dense, pruned)]
     decode = [decode_work(size, kept, case) for size in (dense, pruned)]
+    layers = len(pruned.weights.layers) / len(dense.weights.layers)
     if rates is None or kept.computes is None or kept.computes not in rates.operations_per_s:
-        by_operations = prefill[0].operations / prefill[1].operations
-        by_bytes = decode[0].read_bytes / decode[1].read_bytes
-        return SpeedLimit(prefill=by_operations, decode=by_bytes, total=max(by_operations, by_bytes), assumed=True)
+        by_operations = PhaseLimit(prefill[0].operations / prefill[1].operations)
+        by_bytes = PhaseLimit(decode[0].read_bytes / decode[1].read_bytes)
+        return SpeedLimit(
+            prefill=by_operations, decode=by_bytes, layers=layers, new_tokens=case.new_tokens, assumed=True
+        )
     read, step = ([work.seconds(rates, kept.computes) for work in phase] for phase in (prefill, decode))
-    total = [first + case.new_tokens * each for first, each in zip(read, step, strict=True)]
-    return SpeedLimit(prefill=read[0] / read[1], decode=step[0] / step[1], total=total[0] / total[1])
+    return SpeedLimit(
+        prefill=PhaseLimit(read[0] / read[1], read[0]),
+        decode=PhaseLimit(step[0] / step[1], step[0]),
+        layers=layers,
+        new_tokens=case.new_tokens,
+    )

@@ -29,11 +29,13 @@ from trsp_deploy.results import (
 )
 
 RESAMPLES = 5000
+DRAWN_AT_ONCE = 10_000_000  # values: 80 MB for each array of them, however many documents a text has
 CONFIDENCE = 0.95
 FEWEST_DOCUMENTS = 10
 FEWEST_REPLICATES = 5  # below it an interval is wide, and rests on the normal distribution alone
 FEWEST_WINDOWS = 5  # of a text, for the same reason
 FEWEST_ITEMS = 50  # of all tasks together: fewer may all be answered alike by chance
+FEWEST_ITEMS_EACH = 10  # of every task, whose share of the mean rests on them alone
 
 
 class Ratio(Strict):
@@ -237,6 +239,7 @@ def bootstrap(
         data,
         statistic,
         n_resamples=RESAMPLES,
+        batch=max(1, DRAWN_AT_ONCE // len(data[0])),
         confidence_level=confidence,
         method="percentile",
         paired=paired,
@@ -266,10 +269,10 @@ def replicate_logs(replicates: Sequence[Replicate], subject: Subject, case: int,
     return [float(np.median(_logs(replicate, case, phase)[subject])) for replicate in replicates]
 
 
-def median_s(comparison: Comparison, subject: Subject, case: int, phase: Phase) -> float:
-    """Median seconds of a phase over every block."""
-    blocks = [block for replicate in comparison.replicates for block in replicate.blocks[subject][case]]
-    return float(np.median([phase_s(block, phase) for block in blocks]))
+def medians_s(replicates: Sequence[Replicate], subject: Subject, case: int) -> dict[Phase, float]:
+    """Median seconds of each phase over every block."""
+    blocks = [block for replicate in replicates for block in replicate.blocks[subject][case]]
+    return {phase: float(np.median([phase_s(block, phase) for block in blocks])) for phase in PHASES}
 
 
 def samples_s(comparison: Comparison, subject: Subject, case: int, phase: Phase) -> list[float]:
@@ -339,10 +342,10 @@ def paired_accuracy(dense: TaskScore, pruned: TaskScore) -> PairedAccuracy:
 def retained_accuracy(dense: ZeroShot, pruned: ZeroShot) -> Ratio:
     """Mean accuracy over the tasks, pruned / dense, with a 95% interval over items, paired, within each task.
 
-    The interval is Jeffreys': half an item is added to each task's counts of items that both, one or none of the two
-    got right, and their shares drawn from what these leave possible. A bootstrap draws no item that was not seen:
-    where one is seldom lost, 50 items often show none, and its interval then has no width. Raises TextError when dense
-    has none right.
+    The interval is Jeffreys': half an item is added to the counts of items that both, one or none of the two got right,
+    and their shares drawn from what these leave possible. A bootstrap draws no item that was not seen: where one is
+    seldom lost, 50 items often show none, and its interval then has no width. Half an item for all tasks together: for
+    each it would draw what many tasks of few items say towards 1. Raises TextError when dense has none right.
     """
     if not dense.mean_accuracy:
         raise TextError("zero-shot: the dense model has no item right to retain; ask more with evaluate.task_items")
@@ -352,7 +355,7 @@ def retained_accuracy(dense: ZeroShot, pruned: ZeroShot) -> Ratio:
     for before, after in zip(dense.tasks, pruned.tasks, strict=True):
         outcomes = 2 * np.array(before.correct, dtype=int) + np.array(after.correct, dtype=int)  # (items,)
         counts = np.bincount(outcomes, minlength=4)
-        _, gained, lost, both = generator.dirichlet(counts + 0.5, size=RESAMPLES).T
+        _, gained, lost, both = generator.dirichlet(counts + 0.5 / len(dense.tasks), size=RESAMPLES).T
         means += [both + lost, both + gained]
     low, high = np.percentile(means[1] / means[0], [2.5, 97.5])
     return Ratio(ratio=middle, low=min(float(low), middle), high=max(float(high), middle))

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from trsp_deploy.errors import TrspError
-from trsp_deploy.tools.host_memory import peak_resident_bytes
+from trsp_deploy.tools.host_memory import peak_resident_bytes, resident_bytes
 from trsp_deploy.tools.measuring.telemetry import gpu_memory_own, gpu_memory_used
 from trsp_deploy.tools.prctl import end_with_parent
 from trsp_deploy.tools.runners import Runner, device_of, open_engine, read_manifest
@@ -116,7 +116,7 @@ def _peak_memory(used_before: int | None) -> dict[str, int | None]:
 
     What the GPU holds more since is this process's as long as no other process starts (`samples.py` asks only then).
     """
-    peak = peak_resident_bytes()
+    peak = peak_resident_bytes() or resident_bytes()  # gVisor's kernel tells no peak, and little is freed in between
     on_gpu, used = None, gpu_memory_used()
     if used_before is not None and used is not None:
         own = gpu_memory_own()

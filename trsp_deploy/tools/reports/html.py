@@ -114,7 +114,7 @@ def _sentences(report: Report, measured: list[EngineReport]) -> list[str]:
         if above:
             lines.append(f"Above what the hardware allows, so distrust it: {'; '.join(above)}.")
     if not measured:
-        lines.append("Not measured: no engine could run on this machine, so no acceleration is claimed.")
+        lines.append("Not measured: no engine was timed on this machine, so no acceleration is claimed.")
     if report.served is not None:
         lines.append(served_sentence(report.served))
     return lines + [_price_sentence(price) for price in prices(report.engines, report.quality) if _costs(price)]

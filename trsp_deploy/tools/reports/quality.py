@@ -10,6 +10,7 @@ from trsp_deploy.recipe import Strict, shown_name
 from trsp_deploy.results import Perplexity, ZeroShot
 from trsp_deploy.tools.judging.statistics import (
     FEWEST_ITEMS,
+    FEWEST_ITEMS_EACH,
     FEWEST_WINDOWS,
     PairedAccuracy,
     Ratio,
@@ -62,10 +63,14 @@ class ChoicesReport(Strict):
     @property
     def doubt(self) -> str:
         """Why the interval decides nothing, for people; empty where it does."""
-        items = sum(task.items for task in self.tasks.values())
-        if items >= FEWEST_ITEMS:
-            return ""
-        return f"{items} items, {FEWEST_ITEMS} are the fewest that decide: ask more with evaluate.task_items"
+        counts = {name: task.items for name, task in self.tasks.items()}
+        name, fewest = min(counts.items(), key=lambda each: each[1])
+        more = "are the fewest that decide: ask more with evaluate.task_items"
+        if sum(counts.values()) < FEWEST_ITEMS:
+            return f"{sum(counts.values())} items, {FEWEST_ITEMS} {more}"
+        if fewest < FEWEST_ITEMS_EACH:
+            return f"{fewest} items of {name}, {FEWEST_ITEMS_EACH} of each task {more}"
+        return ""
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,7 @@ def verdict(engines: list[EngineReport], quality: dict[str, QualityReport], serv
     """One sentence per engine that ran, one for the server, then what the cut costs."""
     sentences = [sentence(engine.name, engine.comparison) for engine in engines if engine.comparison is not None]
     if not sentences:
-        sentences = ["NOT MEASURED: no engine could run on this machine, so no acceleration is claimed."]
+        sentences = ["NOT MEASURED: no engine was timed on this machine, so no acceleration is claimed."]
     if served is not None:
         sentences.append(served_sentence(served))
     sentences += price_sentences(prices(engines, quality))

@@ -249,7 +249,7 @@ def measured_notes(report: Report, engine: EngineReport) -> list[str]:
 
 def absent_note(engine: EngineReport) -> str:
     """Why an engine was not timed."""
-    states = {"built": "built, not run", "unavailable": "unavailable"}
+    states = {"built": "built, not timed", "unavailable": "unavailable"}
     return f"{engine.name}: {states[engine.status]} ({engine.reason})"
 
 

@@ -261,7 +261,7 @@ def _why_none(
     parts = []
     measured = [point for point in points if point.comparison is not None]
     if wishes and not measured:
-        parts.append("no engine ran here, so no speed is known")
+        parts.append("no engine was timed here, so no speed is known")
     elif wishes and not fast:
         last = measured[-1]
         largest = "the largest cut" if last is points[-1] else "the largest cut that was measured"
