@@ -53,7 +53,7 @@ def test_raw_samples_of_every_shape_are_kept(onnx: Path) -> None:
 
 
 def test_without_room_for_all_each_turn_has_a_process_of_its_own(onnx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measuring, "_fit_together", lambda engines, device: False)
+    monkeypatch.setattr(measuring, "_fit_together", lambda engines, settings, device: False)
     found = measuring.measure({"dense": onnx, "pruned": onnx}, "e", 384, settings(), seed=0)
     for replicate in found.replicates:
         assert not replicate.together and set(replicate.blocks) == {"dense", "pruned"}

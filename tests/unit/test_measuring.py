@@ -65,7 +65,10 @@ def engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[Subject, Pa
         for file in ("model.engine", "model.onnx.data"):
             with (tmp_path / name / file).open("wb") as sparse:
                 sparse.truncate(size)
-    monkeypatch.setattr(samples, "read_manifest", lambda folder: SimpleNamespace(size_bytes=sizes[folder.name]))
+    small = {f"past_key_values.0.{kind}": ("float16", ("b", 1, "past", 1)) for kind in ("key", "value")}
+    monkeypatch.setattr(
+        samples, "read_manifest", lambda folder: SimpleNamespace(size_bytes=sizes[folder.name], inputs=small)
+    )
     return {name: tmp_path / name for name in sizes}
 
 
@@ -97,6 +100,20 @@ def test_who_is_in_memory_at_once(
     monkeypatch.setattr(samples, "available_host_bytes", lambda: free)
     monkeypatch.setattr(samples, "gpu_memory_free", lambda: pytest.fail("a CPU's engines need main memory"))
     assert _arranged(engines, BenchSettings(control=control), "cpu") == (everyone, stay)
+
+
+@pytest.mark.parametrize(("length", "free_gb", "together"), [("past", 3, False), ("past", 4, True), (1024, 3, True)])
+def test_caches_have_to_fit_beside_the_weights(
+    length: str | int, free_gb: int, together: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 texts of 1,024 tokens: two engines were held together whose caches had no room."""
+    cache = {f"past_key_values.0.{kind}": ("float16", ("b", 8, length, 256)) for kind in ("key", "value")}
+    monkeypatch.setattr(samples, "read_manifest", lambda folder: SimpleNamespace(size_bytes=GB // 2, inputs=cache))
+    monkeypatch.setattr(samples, "gpu_memory_free", lambda: free_gb * GB)
+    settings = BenchSettings(batch_sizes=(1, 64), prompt_tokens=(1008,), new_tokens=16, control=False)
+    pair: dict[Subject, Path] = {"dense": tmp_path, "pruned": tmp_path}
+    # 1.5 GB of weights; 0.54 GB of keys and values for each, and twice that of a cache that grows.
+    assert _arranged(pair, settings, "cuda")[1] is together
 
 
 def test_a_graph_is_as_large_as_its_own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ import numpy as np
 from trsp_deploy.artifacts.control_groups import usable_cores
 from trsp_deploy.recipe import BenchSettings, Case
 from trsp_deploy.results import TURNS, Block, Comparison, Rates, Replicate, Stop, Subject
+from trsp_deploy.tools.graphs import decoder_io
 from trsp_deploy.tools.host_memory import available_host_bytes
 from trsp_deploy.tools.judging.statistics import FEWEST_REPLICATES, speedup, speedups
 from trsp_deploy.tools.measuring.telemetry import Recorder, gpu_memory_free
@@ -159,18 +160,20 @@ def _arranged(
     (`judging.statistics.replicate_ratios`), which two that stay would not have.
     """
     if not settings.control:
-        return dict(subjects), _fit_together(list(subjects.values()), device)
+        return dict(subjects), _fit_together(list(subjects.values()), settings, device)
     three: dict[Subject, Path] = {"dense": subjects["dense"], "again": subjects["dense"], "pruned": subjects["pruned"]}
-    if _fit_together(list(three.values()), device):
+    if _fit_together(list(three.values()), settings, device):
         return three, True
     return dict(subjects), False
 
 
-def _fit_together(engines: Sequence[Path], device: str) -> bool:
-    """Whether all of them can be in the device's memory at once."""
+def _fit_together(engines: Sequence[Path], settings: BenchSettings, device: str) -> bool:
+    """Whether all of them can be in the device's memory at once, each with its largest cache."""
     free = gpu_memory_free() if device == "cuda" else None
     available = available_host_bytes() if free is None else free
-    return available is None or ROOM * sum(map(_weights_bytes, engines)) <= available
+    if available is None:
+        return True
+    return sum(ROOM * _weights_bytes(engine) + _cache_bytes(engine, settings) for engine in engines) <= available
 
 
 def _weights_bytes(engine: Path) -> int:
@@ -179,6 +182,17 @@ def _weights_bytes(engine: Path) -> int:
     if engine.is_file():
         return graph_bytes(engine)
     return read_manifest(engine).size_bytes
+
+
+def _cache_bytes(engine: Path, settings: BenchSettings) -> int:
+    """Bytes of keys and values at the largest shape; a cache that grows is there twice, as it is read and as it is
+    written. Of a graph alone nothing is known."""
+    if engine.is_file():
+        return 0
+    inputs = read_manifest(engine).inputs
+    fixed = decoder_io.cache_length(inputs)
+    places = [case.batch_size * (fixed or 2 * (case.prompt_tokens + case.new_tokens)) for case in settings.cases]
+    return max(places) * decoder_io.cache_bytes(inputs)
 
 
 def _start(engine: Path, environment: Mapping[str, str]) -> Start:
