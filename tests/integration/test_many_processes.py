@@ -109,14 +109,16 @@ def test_two_processes_do_what_one_does(workspace, launch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launch", LAUNCH)
-def test_weights_in_bf16_train_in_two_processes(workspace, launch):
+@pytest.mark.parametrize(("launch", "optimizer"), [("ddp", "adamw"), ("fsdp", "adamw"), ("ddp", "adamw-8bit")])
+def test_weights_in_bf16_train_in_two_processes(workspace, launch, optimizer):
+    if optimizer == "adamw-8bit":
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'trsp_deploy[train]'")
     sets = ["transfer.form=train", "transfer.kl_weight=0.5", "weights=bf16", "plan.method=shortgpt"]
-    done = [prune(workspace, f"bf16-{name}", LAUNCH.get(name, []), sets) for name in ("alone", launch)]
+    sets.append(f"transfer.optimizer={optimizer}")
+    names = {name: f"bf16-{optimizer}-{name}" for name in ("alone", launch)}
+    done = [prune(workspace, out, LAUNCH.get(name, []), sets) for name, out in names.items()]
     assert [each.returncode for each in done] == [0, 0], done[0].stderr + done[1].stderr
-    one, two = (
-        json.loads((workspace / f"bf16-{name}/records/prune.json").read_text())["result"] for name in ("alone", launch)
-    )
+    one, two = (json.loads((workspace / out / "records/prune.json").read_text())["result"] for out in names.values())
     assert two["lm_loss"] == pytest.approx(one["lm_loss"], abs=0.02)  # shards are rounded by other random numbers
 
 

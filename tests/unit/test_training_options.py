@@ -278,6 +278,21 @@ def test_weights_in_bf16_move_as_far_as_in_fp32(optimizer, size):
     assert along.item() == pytest.approx(1, abs=0.1)
 
 
+def test_weights_in_bf16_stay_the_ones_that_ddp_listens_to():
+    """8-bit moments: with another node to add up gradients, each process would train alone, without a word."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'trsp_deploy[train]'")
+    weight = torch.nn.Parameter(torch.full((64, 128), 0.7, dtype=torch.bfloat16))
+    optimizer = make_optimizer(torch.nn.ParameterList([weight]), recipe(transfer={"optimizer": "adamw-8bit"}).transfer)
+    node = weight.expand_as(weight).grad_fn.next_functions[0][0]
+    for step in range(2):
+        before = weight.detach().clone()
+        weight.grad = torch.randn(64, 128, generator=torch.Generator().manual_seed(step)).bfloat16()
+        optimizer.step()
+        assert weight.expand_as(weight).grad_fn.next_functions[0][0] is node
+        assert weight.dtype == torch.bfloat16 and not torch.equal(weight, before)
+    assert list(optimizer.state) == [weight] and optimizer.state[weight]["step"] == 2
+
+
 def test_rounding_at_random_is_right_on_average_and_to_a_neighbour():
     values = torch.tensor([1.001, -0.3, 1e-3, 0.0, 2.0]).repeat(20_000, 1)
     found = rounded_at_random(values, torch.Generator().manual_seed(0)).float()

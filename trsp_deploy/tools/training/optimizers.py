@@ -110,12 +110,15 @@ def _adamw_8bit() -> Any:
                 super().update_step(group, p, gindex, pindex)
                 return
             draws = rounding_draws(int(self.state[p]["step"]), pindex, p.device)
-            gradient, p.grad = p.grad, None  # a parameter takes no gradient of another dtype
-            p.data = p.data.float()
-            p.grad = gradient.float()
-            super().update_step(group, p, gindex, pindex)
-            p.grad = None
-            p.data = rounded_at_random(p.data, draws)
+            # In a tensor of its own: a parameter whose dtype changes loses what DDP hears of its gradients by.
+            wide = nn.Parameter(p.detach().float(), requires_grad=False)
+            wide.grad = p.grad.float()
+            self.state[wide] = self.state[p]
+            try:
+                super().update_step(group, wide, gindex, pindex)
+            finally:
+                del self.state[wide]
+            p.copy_(rounded_at_random(wide.detach(), draws))
 
     return Rounding8Bit
 
