@@ -22,6 +22,12 @@ def launched_as_several() -> bool:
     return launched() and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def in_a_group() -> bool:
+    """Whether this process has joined the others of its launch and not left them yet."""
+    joined = getattr(sys.modules.get("torch.distributed"), "is_initialized", None)  # not imported: then it has not
+    return joined is not None and bool(joined())
+
+
 def lost_peer(problem: BaseException) -> str | None:
     """The line for torch's error that another process of this launch is not there any more; None for all others."""
     of_torch = getattr(sys.modules.get("torch.distributed"), "DistError", ())  # not imported: then it raised nothing

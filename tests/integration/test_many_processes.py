@@ -44,12 +44,16 @@ SETTINGS = [
 # Two processes in the middle of something, of which the main one ends with a line of its own.
 LEFT = """
 import os
+import sys
 import torch.distributed as dist
 import trsp_deploy.cli as cli
 from trsp_deploy.errors import StorageError
+from trsp_deploy.tools.training.processes import Processes
+
+dist.destroy_process_group = lambda: print("left the group", file=sys.stderr)  # NCCL's waits for all to call it
 
 def work(arguments):
-    dist.init_process_group("gloo")
+    Processes("cpu")
     dist.barrier()
     if os.environ["RANK"] == "0":
         raise StorageError("run: the disk is full")
@@ -57,6 +61,41 @@ def work(arguments):
     return 0
 
 cli.run = work
+cli.main()
+"""
+
+# Two processes that have pruned, of which the main one goes on.
+LEAVING = """
+import sys
+from types import SimpleNamespace
+import torch.distributed as dist
+import trsp_deploy.cli as cli
+from trsp_deploy.pipeline.pruning import Pruning
+from trsp_deploy.tools.training.processes import Processes
+
+destroy = dist.destroy_process_group
+
+def together():
+    dist.barrier()  # as NCCL's, which waits for all to call it
+    destroy()
+    print("left the group", file=sys.stderr)
+
+class Pruned(Pruning):
+    _prune_settings = _plan_path = None
+    plan = self_generated = lambda self: None
+    _model_and_text = lambda self: {}
+    _resumable = lambda self, *_, **__: "pruned"
+
+def work(arguments):
+    main = Processes("cpu").main
+    run = SimpleNamespace(main=main, path=None)
+    kept = lambda: print("went on", file=sys.stderr)
+    inputs = SimpleNamespace(run=run, recipe=None, keep_calibration=kept, keep_evaluation_at_hand=lambda: None)
+    Pruned(inputs, None).prune()
+    return 3  # a verdict's
+
+dist.destroy_process_group = together
+cli.run = lambda arguments: cli._said(lambda: work(arguments))
 cli.main()
 """
 
@@ -143,16 +182,35 @@ def test_first_version_of_fsdp_is_refused(monkeypatch):
         Processes("cpu")
 
 
-def test_a_process_that_ends_is_no_bug_of_the_others() -> None:
+def two(script: str) -> tuple[tuple[str, str], tuple[int, int]]:
+    """What the main process and another one said of a script, and their exit codes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    common = {**LAUNCHED, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common = {**LAUNCHED, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "1"}
     main, other = (
-        subprocess.Popen([sys.executable, "-c", LEFT], env={**common, "RANK": rank}, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            env={**common, "RANK": rank, "LOCAL_RANK": rank},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for rank in "01"
     )
-    (said, lost), codes = [each.communicate(timeout=60)[1] for each in (main, other)], (main.wait(), other.wait())
+    said = main.communicate(timeout=60)[1], other.communicate(timeout=60)[1]
+    return said, (main.returncode, other.returncode)
+
+
+def test_a_process_that_ends_is_no_bug_of_the_others() -> None:
+    """Nor do they keep it: it leaves without a call that they would have to make too."""
+    (said, lost), codes = two(LEFT)
     assert codes == (1, 1), lost
     assert said == "error: run: the disk is full\n"
     assert lost.splitlines()[-1].startswith("error: another process of this launch ended") and "Traceback" not in lost
+    assert "left the group" not in lost
+
+
+def test_a_group_is_left_together_before_the_main_process_goes_on() -> None:
+    said, codes = two(LEAVING)
+    assert codes == (3, 0), said
+    assert said == ("left the group\nwent on\n", "left the group\n")

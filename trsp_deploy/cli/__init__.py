@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from trsp_deploy.cli.supervision import ENDINGS, asked_to_end, supervised
 from trsp_deploy.errors import ModelError, TrspError, UserError, machine_reason, one_line, redacted
-from trsp_deploy.launch import check_launch, lost_peer
+from trsp_deploy.launch import check_launch, in_a_group, lost_peer
 
 BUG = 70
 LONGEST_LINE = 2000  # characters of an error, whatever a user or a library put into it
@@ -111,7 +111,9 @@ def _end(code: int) -> NoReturn:
     abort: the likely end of a process that had finished, as gloo's threads outlive their process group. Unloading torch
     takes time, too.
     """
-    if code - 128 not in ENDINGS:  # after those all is cleaned up
+    # A group is left together (NCCL waits for all of it): where one fails alone, the launcher has to see it end.
+    alone = code != 0 and in_a_group()
+    if code - 128 not in ENDINGS and not alone:  # after those all is cleaned up
         atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # its reader is gone

@@ -16,6 +16,7 @@ from trsp_deploy.artifacts import Finished, RunFolder, StepRecord, fingerprint, 
 from trsp_deploy.artifacts.layout import PLANS
 from trsp_deploy.decoder import check_prunable, load_config, load_model, meta_model
 from trsp_deploy.errors import PlanError
+from trsp_deploy.launch import in_a_group
 from trsp_deploy.pipeline.inputs import Inputs
 from trsp_deploy.recipe import Strict, parse_drop
 from trsp_deploy.results import PrunedCheckpoint, Role
@@ -48,6 +49,13 @@ def _made_by_a_person(run: RunFolder) -> str | None:
     if record is None or not path.is_file():
         return None
     return EDITED if fingerprint(path) != record.outputs["plan.json"] else _origin(record)
+
+
+def _leave_together() -> None:
+    """Leave the group of a launch, on all its processes at once: NCCL lets none go before the last one calls."""
+    if in_a_group():
+        torch.cuda.empty_cache()
+        torch.distributed.destroy_process_group()
 
 
 class Done(Strict):
@@ -173,6 +181,7 @@ class Pruning:
             output="pruned",
             together=True,
         )
+        _leave_together()
         if not self.run.main:
             raise SystemExit(0)  # the rest is the main process's work
         self.inputs.keep_calibration()
