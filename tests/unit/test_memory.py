@@ -20,7 +20,7 @@ from tests.breadth import by_default
 from tests.families import GROUPED, family_config
 from tests.tiny import FAMILIES, tiny_config
 from trsp_deploy.cli.tables import print_memory
-from trsp_deploy.decoder import WeightCounts, count_config, count_weights
+from trsp_deploy.decoder import WeightCounts, cache_per_token, count_config, count_weights
 from trsp_deploy.errors import DeviceMemoryError
 from trsp_deploy.recipe import Recipe, override, read_recipe
 from trsp_deploy.tools.host_memory import available_host_bytes
@@ -301,6 +301,16 @@ def test_an_engine_that_answers_tasks_holds_their_logits():
         for more in ([], ["evaluate.tasks=[piqa]"])
     ]
     assert needed[1] >= needed[0] + 4 * 50_000 * 1024
+
+
+def test_a_cache_that_grows_is_there_twice_on_a_gpu():
+    """It is read while it is written anew; one of fixed length is written in place."""
+    config, spec = tiny_config("llama"), load_engine_spec("ort-cuda-fp16")
+    counts, fixed = count_config(config), spec.model_copy(update={"cache_length": 1024})
+    bench = ["bench.batch_sizes=[4]", "bench.prompt_tokens=[1000]", "bench.new_tokens=24"]
+    chosen = recipe("evaluation={}", *bench)
+    grows, stays = (later_stages(chosen, config, counts, [], [each], "cpu")[-1].needed_bytes for each in (spec, fixed))
+    assert grows - stays == 4 * 1024 * cache_per_token(config) * len(counts.layers) * 2  # fp16
 
 
 def test_text_by_a_model_without_a_cache_that_grows_is_planned_for():

@@ -98,9 +98,11 @@ def _running(recipe: Recipe, config: Any, counts: WeightCounts, spec: EngineSpec
     ]
     text = config.get_text_config()  # what is for images too has the decoder's in it
     per_token = cache_per_token(text) if hasattr(text, "num_attention_heads") else 0  # Mamba's state does not grow
-    cache = round(kept.cached * max(tokens) * len(counts.layers) * per_token)
-    window = _window_bytes(recipe, config, counts) if recipe.evaluation or recipe.evaluate.tasks else 0
     device: Device = "cpu" if spec.backend == "onnxruntime-cpu" else "cuda"
+    # One that grows is written anew while it is read; on a CPU it is one memory with room to spare (runners/ort.py).
+    caches = 2 if device == "cuda" and spec.cache_length is None else 1
+    cache = round(caches * kept.cached * max(tokens) * len(counts.layers) * per_token)
+    window = _window_bytes(recipe, config, counts) if recipe.evaluation or recipe.evaluate.tasks else 0
     needed = _beside(device) + weights_bytes(spec, counts) + max(cache, window)
     return LaterStage(stage=f"run {spec.name}", device=device, needed_bytes=needed)
 
