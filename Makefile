@@ -69,8 +69,8 @@ test-network: $(READY) ## needs a package registry: the wheel in an empty enviro
 	$(BIN)/python -m pytest -q -m network
 
 gpu: .venv-gpu/.ready ## tests that need a CUDA device, and the GPU bench: goes on where it stopped; ARGS='--only tensorrt'
-	.venv-gpu/bin/python -m pytest -q -m gpu tests/gpu
-	.venv-gpu/bin/python -m benchmarks.gpu $(ARGS)
+	tested=0; .venv-gpu/bin/python -m pytest -q -m gpu tests/gpu || tested=$$?; \
+		.venv-gpu/bin/python -m benchmarks.gpu $(ARGS) && exit $$tested
 
 quality: $(VENV)/.ready-eval ## the quality table, row by row: hours long, goes on where it stopped; QUICK=1: about 10 minutes
 	$(BIN)/trsp-deploy fetch smollm2-135m exl-wiki wiki-demo c4-demo alpaca-demo piqa

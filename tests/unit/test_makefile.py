@@ -58,3 +58,19 @@ def test_a_python_that_is_too_old_makes_no_environment(tmp_path: Path) -> None:
     )
     assert done.returncode != 0 and not (tmp_path / ".venv").exists()
     assert "Python 3.10 is too old" in done.stderr and "PYTHON=python3.12" in done.stderr
+
+
+@pytest.mark.parametrize(("failing", "fails"), [("nothing", False), ("pytest", True), ("benchmarks.gpu", True)])
+def test_a_gpu_is_measured_after_a_test_has_failed(failing: str, fails: bool, tmp_path: Path) -> None:
+    if shutil.which("make") is None:
+        pytest.skip("needs make")
+    shutil.copy(MAKEFILE, tmp_path)
+    python = tmp_path / ".venv-gpu" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\necho "$2" >> called\n[ "$2" != {failing} ]\n')
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["make", "gpu", "-o", ".venv-gpu/.ready"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (tmp_path / "called").read_text().split() == ["pytest", "benchmarks.gpu"], done.stderr
+    assert (done.returncode != 0) == fails
