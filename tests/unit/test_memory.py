@@ -5,6 +5,7 @@ No GPU has confirmed the figures for GPUs; what a CPU confirms is in tests/integ
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 from pathlib import Path
@@ -29,6 +30,7 @@ from trsp_deploy.tools.resources import memory_plan
 from trsp_deploy.tools.resources.later_memory import PROCESS_BYTES, later_stages
 from trsp_deploy.tools.resources.memory import MemoryEstimate
 from trsp_deploy.tools.resources.memory_plan import Engines, check_memory, plan_memory
+from trsp_deploy.tools.resources.rehearsal import rehearse, transfer_step
 
 GIB = 2**30
 # facebook/opt-6.7b and meta-llama/Llama-2-7b-hf, as their config.json have them.
@@ -301,6 +303,21 @@ def test_an_engine_that_answers_tasks_holds_their_logits():
         for more in ([], ["evaluate.tasks=[piqa]"])
     ]
     assert needed[1] >= needed[0] + 4 * 50_000 * 1024
+
+
+@pytest.mark.parametrize(("family", "more"), [("opt", True), ("llama", False)])
+@pytest.mark.parametrize("recomputed", [False, "selective", True])
+def test_layer_norms_are_in_fp32_where_cudas_autocast_is(family, more, recomputed):
+    settings = recipe(f"transfer.gradient_checkpointing={recomputed}").transfer
+    step = functools.partial(transfer_step, settings, 1)
+    cpu, cuda, plain = (
+        rehearse(tiny_config(family), torch.bfloat16, autocast, (2, 64), step, device)
+        for autocast, device in ((True, "cpu"), (True, "cuda"), (False, "cuda"))
+    )
+    grown = cuda.backward_bytes if recomputed else cuda.kept_bytes
+    assert (grown > (cpu.backward_bytes if recomputed else cpu.kept_bytes)) == more
+    assert more or cuda == cpu
+    assert plain == rehearse(tiny_config(family), torch.bfloat16, False, (2, 64), step)
 
 
 def test_a_cache_that_grows_is_there_twice_on_a_gpu():

@@ -375,7 +375,8 @@ class MemoryEstimate:
     ) -> Rehearsal:
         shape = (batch_size, length)
         try:
-            return rehearse(self.config, TRAINING_DTYPES[weights], autocast, shape, functools.partial(step, *options))
+            dtype, work = TRAINING_DTYPES[weights], functools.partial(step, *options)
+            return rehearse(self.config, dtype, autocast, shape, work, self.device)
         except TrspError:
             raise
         except Exception:  # of the model's own code, for which it is no mistake to want data

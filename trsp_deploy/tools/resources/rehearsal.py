@@ -11,9 +11,10 @@ arXiv 2205.14135), whatever kernel the fake device would fall back to; a mask, w
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import sdpa_mask
@@ -45,15 +46,19 @@ class Rehearsal(Strict):
     backward_bytes: int  # the most in the backward pass, the gradients that come into being included
 
 
-def rehearse(config: Any, dtype: torch.dtype, autocast: bool, shape: tuple[int, int], step: Step) -> Rehearsal:
+def rehearse(
+    config: Any, dtype: torch.dtype, autocast: bool, shape: tuple[int, int], step: Step, device: str = "cpu"
+) -> Rehearsal:
     """Run a step forward and, when its loss has a gradient, backward, without data.
 
-    dtype: of the weights; autocast: bf16 matrix products; shape: (batch, sequence).
+    dtype: of the weights; autocast: bf16 matrix products, as on `device`; shape: (batch, sequence).
     Raises whatever the model's own code trips over without data, as when shapes depend on it (mixtures of experts).
     """
     with FakeTensorMode(allow_non_fake_inputs=True), ExitStack() as attached:
         model = _without_data(config, dtype)
         live = attached.enter_context(LiveBytes([*model.parameters(), *model.buffers()]))
+        if device == "cuda":
+            attached.enter_context(_wide_norms())
         kept: list[int] = []
         decoder_layers(model)[-1].register_forward_hook(lambda *_: kept.append(live.now))
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
@@ -121,6 +126,23 @@ def _without_data(config: Any, dtype: torch.dtype) -> PreTrainedModel:
         return build_model(copy.deepcopy(config), dtype=dtype, attn_implementation=FUSED).eval()
     except (ValueError, KeyError):  # an architecture with attention code of its own: it is counted as it is
         return build_model(copy.deepcopy(config), dtype=dtype).eval()
+
+
+@contextlib.contextmanager
+def _wide_norms() -> Iterator[None]:
+    """CUDA's autocast computes LayerNorms in fp32; a CPU's leaves them in the dtype that they are in."""
+    plain = nn.functional.layer_norm
+
+    def wide(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if torch.is_autocast_enabled("cpu"):  # in the backward pass too, where a layer is computed again
+            args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.float, (args, kwargs))
+        return plain(*args, **kwargs)
+
+    nn.functional.layer_norm = wide
+    try:
+        yield
+    finally:
+        nn.functional.layer_norm = plain
 
 
 class LiveBytes(TorchDispatchMode):
