@@ -8,9 +8,11 @@ from pathlib import Path
 
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper
 
 from trsp_deploy.artifacts.control_groups import usable_cores
+from trsp_deploy.pipeline import pruning
 from trsp_deploy.tools.runners import ort_session
 
 
@@ -68,3 +70,19 @@ def test_what_is_kept_with_a_figure_is_what_a_container_leaves(monkeypatch: pyte
     module = importlib.import_module("trsp_deploy.artifacts.provenance")  # the package has a function of that name
     monkeypatch.setattr(module, "usable_cores", lambda: 3)
     assert module._here.__wrapped__().cores == 3
+
+
+@pytest.mark.parametrize(
+    ("device", "of_a_launch", "threads"), [("cuda", True, [7]), ("cuda", False, []), ("cpu", True, [])]
+)
+def test_the_main_process_of_a_launch_on_gpus_computes_with_every_core(
+    device: str, of_a_launch: bool, threads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launcher leaves it one thread, on which a sharded model's perplexity was computed. Beside other processes that
+    train on the cores they stay divided."""
+    taken: list[int] = []
+    monkeypatch.setattr(pruning, "in_a_group", lambda: of_a_launch)
+    monkeypatch.setattr(pruning, "usable_cores", lambda: 7)
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    pruning._take_cores(device)
+    assert taken == threads

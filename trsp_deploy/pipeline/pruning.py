@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from transformers import PreTrainedModel
 
 from trsp_deploy.artifacts import Finished, RunFolder, StepRecord, fingerprint, seal, share_weights, write_json, writing
+from trsp_deploy.artifacts.control_groups import usable_cores
 from trsp_deploy.artifacts.layout import PLANS
 from trsp_deploy.decoder import check_prunable, load_config, load_model, meta_model
 from trsp_deploy.errors import PlanError
@@ -56,6 +57,13 @@ def _leave_together() -> None:
     if in_a_group():
         torch.cuda.empty_cache()
         torch.distributed.destroy_process_group()
+
+
+def _take_cores(device: str) -> None:
+    """Let the main process of a launch compute with every core beside its GPU: a launcher leaves each process one
+    thread, and a sharded model is put together, and held against the dense one, on the CPU while the others wait."""
+    if device == "cuda" and in_a_group():
+        torch.set_num_threads(usable_cores())
 
 
 class Done(Strict):
@@ -319,6 +327,8 @@ class Pruning:
             train = torch.cat([train[: self.recipe.calibration.max_windows - len(written)], written])
         path = self.inputs.path("pruned")
         with quiet_libraries(), writing(path) if self.run.main else contextlib.nullcontext(path) as folder:
+            if self.run.main:
+                _take_cores(pick_device(self.recipe))
             pruned = transfer.transfer_and_remove(
                 dense=self.inputs.path("dense"),
                 source=self.inputs.dense(),
