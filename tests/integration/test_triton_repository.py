@@ -83,14 +83,30 @@ def test_a_repository_is_whole_and_its_config_is_tritons(served_repository: Path
 
 @needs_schema
 def test_a_model_that_was_loaded_leaves_nothing_beside_it(served_repository: Path, tmp_path: Path) -> None:
-    """As the Python backend loads it, whose Python is isolated and so heeds no variable."""
-    repository = tmp_path / "repository"
-    shutil.copytree(served_repository, repository)
-    backend = tmp_path / "triton_python_backend_utils.py"
-    backend.write_text("TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1")
-    load = "import sys; sys.path += sys.argv[1:]; import model"
-    subprocess.run([sys.executable, "-I", "-c", load, repository / "pruned" / "1", tmp_path], check=True)
+    repository = Path(shutil.copytree(served_repository, tmp_path / "repository"))
+    load_as_the_backend_does(repository / "pruned" / "1", tmp_path)
     assert verify(repository).findings == ()
+
+
+@needs_schema
+def test_a_model_that_was_loaded_is_unchanged_to_a_server_that_polls(served_repository: Path, tmp_path: Path) -> None:
+    """It takes the newest time below a model's folder, and loads the model again where it is later than before."""
+    model = Path(shutil.copytree(served_repository / "pruned", tmp_path / "pruned"))
+
+    def newest_ns() -> int:
+        return max(path.stat().st_mtime_ns for path in [model, *model.rglob("*")])
+
+    before = newest_ns()
+    for _ in range(2):
+        load_as_the_backend_does(model / "1", tmp_path)
+        assert newest_ns() <= before
+
+
+def load_as_the_backend_does(version: Path, beside: Path) -> None:
+    """Import a model's file in a process of its own, whose Python is isolated and so heeds no variable."""
+    (beside / "triton_python_backend_utils.py").write_text("TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1")
+    load = "import sys; sys.path += sys.argv[1:]; import model"
+    subprocess.run([sys.executable, "-I", "-c", load, version, beside], check=True)
 
 
 @needs_schema

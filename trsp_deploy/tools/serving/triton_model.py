@@ -6,7 +6,9 @@ Copied to `<name>/1/model.py` of a model repository. Beside it lie `engine/`, `t
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import queue
 import shutil
 import sys
@@ -21,9 +23,12 @@ import triton_python_backend_utils as pb_utils
 
 HERE = Path(__file__).resolve().parent
 # Bytecode would be files that no manifest names; the backend's Python heeds no PYTHONDONTWRITEBYTECODE, and has written
-# this file's own by now.
+# this file's own by now. A server that polls would take the folder's new time for a change, and load the model again at
+# each look; an earlier time is none to it.
 sys.dont_write_bytecode = True
 shutil.rmtree(HERE / "__pycache__", ignore_errors=True)
+with contextlib.suppress(OSError):  # a folder that is another's, or may not be written
+    os.utime(HERE, ns=(time.time_ns(), Path(__file__).stat().st_mtime_ns))
 sys.path.insert(0, str(HERE / "vendor"))
 
 from trsp_deploy.errors import TrspError, named  # noqa: E402
