@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -393,6 +394,26 @@ def test_a_folder_that_is_no_model_keeps_the_server_from_starting(name: str, lin
     (model.parent / name).mkdir()
     (model.parent / ".writing.lock").touch()  # files do no harm
     assert said(model).startswith(f"error: {name}: {line}") and "\n" not in said(model)
+
+
+@pytest.mark.parametrize("looked_at", ["config.pbtxt", "lost+found"])
+def test_a_folder_that_nobody_but_root_may_read_is_no_model(
+    looked_at: str, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As pathlib refuses it before Python 3.14, and a listing in any. Root, which may run the tests, is refused
+    nothing."""
+    closed = model.parent / "lost+found"
+    closed.mkdir()
+    is_file, iterdir = Path.is_file, Path.iterdir
+
+    def refuse(path: Path) -> None:
+        if path.name == looked_at and closed in (path, path.parent):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "is_file", lambda path: (refuse(path), is_file(path))[1])
+    monkeypatch.setattr(Path, "iterdir", lambda path: (refuse(path), iterdir(path))[1])
+    line = "config.pbtxt is missing, or this user may not look (Permission denied)"
+    assert said(model) == f"error: lost+found: {line}"
 
 
 def test_missing_parts(model: Path, tmp_path: Path) -> None:

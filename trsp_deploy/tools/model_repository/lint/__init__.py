@@ -86,8 +86,13 @@ def _lint_model(folder: Path, configs: Mapping[str, Any]) -> Iterator[Finding]:
         yield error(f"`trsp-deploy triton` has not finished it, and no server starts beside it: {what_to_do}")
         return
     path = folder / CONFIG
-    if not path.is_file():
-        if any(map(_completes_itself, numbered(folder))):
+    try:
+        there, versions = path.is_file(), numbered(folder)
+    except OSError as problem:  # as of a volume's lost+found, which is root's alone
+        yield error(f"{CONFIG} is missing, or this user may not look ({problem.strerror})")
+        return
+    if not there:
+        if any(map(_completes_itself, versions)):
             yield warning(f"{CONFIG} is missing: the server makes one up, unless it is told not to")
         else:
             hidden = ", and the server takes hidden folders for models too: move it elsewhere"
@@ -103,7 +108,6 @@ def _lint_model(folder: Path, configs: Mapping[str, Any]) -> Iterator[Finding]:
         return
     if config.name and config.name != folder.name:
         yield error(f"the config's name is '{config.name}', and the folder's is '{folder.name}'")
-    versions = numbered(folder)
     backend = _backend(config, versions)
     yield from _version_names(folder, error, warning)
     yield from _versions(config, versions, error)
