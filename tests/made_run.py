@@ -11,10 +11,13 @@ from typing import Any
 
 from trsp_deploy.artifacts import RunFolder, fingerprint, provenance, write_json
 from trsp_deploy.recipe import EngineSpec, Strict
+from trsp_deploy.tools.graphs.decoder_io import Bindings
 from trsp_deploy.tools.model_repository.manifest import RepositoryManifest, ServedModel
 from trsp_deploy.tools.runners.manifest import EngineManifest, spec_sha256
 
 SPEC = EngineSpec(name="ort-cpu-fp32", description="", backend="onnxruntime-cpu", precision="fp32")
+# Of an engine: keys and values of one layer.
+CACHE: Bindings = {f"past_key_values.0.{kind}": ("float32", ("batch", 2, "past", 16)) for kind in ("key", "value")}
 # Step -> its output.
 OUTPUTS = {
     "dense": "dense",
@@ -92,7 +95,7 @@ def _write_engine(folder: Path) -> Nothing:
         size_bytes=1,
         build_s=1.0,
         built_on=provenance(),
-        inputs={},
+        inputs=CACHE,
         outputs={},
     )
     write_json(folder / "manifest.json", manifest)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.made_run import made_run, served_repository
+from tests.made_run import CACHE, made_run, served_repository
 from tests.tiny import save_tiny
 from trsp_deploy import cli
 from trsp_deploy.artifacts import fingerprint, write_json, writing_alone
@@ -73,6 +73,20 @@ def test_fewer_texts_at_once_than_were_asked_for_are_said(
     assert made.max_batch == 1
     words = "--max-batch 4: m's engine ort-cpu-fp32 serves one text at a time: its graph gets padded texts wrong"
     assert said == ([words] if asked == 4 else [])
+
+
+@pytest.mark.parametrize(("past", "places"), [("past", 9), (2048, 2048)])
+def test_a_cache_of_fixed_length_is_there_whole(
+    past: str | int, places: int, engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT's of 2,048 tokens was said to take what texts of `--max-length` do."""
+    save_tiny("llama", tmp_path / "model")
+    inputs = {name: (dtype, (*shape[:2], past, shape[3])) for name, (dtype, shape) in CACHE.items()}
+    changes = {"padding": False, "inputs": inputs}
+    write_json(engine / "manifest.json", read_manifest(engine).model_copy(update=changes))
+    monkeypatch.setattr(generating_model, "parse_config", lambda text, where: None)  # by a schema that is fetched
+    made = write_generating_model(engine, "pruned", "m", tmp_path / "m", tmp_path / "model", 8, 1, print)
+    assert made.cache_bytes == places * 2 * 2 * 16 * 4, "keys and values of 2 heads, each of 16 fp32 numbers"
 
 
 @pytest.fixture

@@ -58,6 +58,8 @@ def write_generating_model(
     tokenizer = model_folder / "tokenizer.json"
     if not tokenizer.is_file():
         raise ModelError(f"{model_folder}: has no tokenizer.json, so a server cannot read text")
+    # A cache of fixed length is there whole, however long a text may be; one that grows has a place more than a text.
+    places = decoder_io.cache_length(manifest.inputs) or max_length + 1
     config = generation_config(name, "KIND_CPU" if device_of(spec) == "cpu" else "KIND_GPU", MOST_WAITING)
     parse_config(config, f"{name}/config.pbtxt")
     version = folder / "1"
@@ -91,7 +93,7 @@ def write_generating_model(
         max_batch=max_batch,
         max_length=max_length,
         max_prompt=max_prompt,
-        cache_bytes=max_batch * (max_length + 1) * decoder_io.cache_bytes(manifest.inputs),
+        cache_bytes=max_batch * places * decoder_io.cache_bytes(manifest.inputs),
         files=fingerprints_below(folder),
     )
 
