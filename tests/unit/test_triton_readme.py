@@ -49,6 +49,7 @@ def test_it_is_of_all_models_whichever_was_written_last() -> None:
     assert 'Tokenizer.from_file("old/1/tokenizer.json")' in text and 'client.infer("old_step"' in text
     assert 'with grpc.InferenceServerClient("localhost:8001") as client:' in text, "which closes it"
     assert "a_sequence_has_at_most_32_tokens" in text and "built with ONNX Runtime 1.31.0" in text
+    assert "add `--strict-readiness=false`, or the server is not ready" in text, "a server is strict by itself"
 
 
 def test_it_says_how_long_a_prompt_may_be_where_that_is_less() -> None:

@@ -151,5 +151,6 @@ with grpc.InferenceServerClient("localhost:8001") as client:
   `a_sequence_has_at_most_{max_length}_tokens`; the sequence stays what it was.
 - The backend copies the whole state at every step: `--max-length` as long as needed and no longer.
 - The engine was built with ONNX Runtime {versions}, and an older one in the server may not know its operators; the
-  model is then not loaded, and `--exit-on-error=false` lets the others serve.
+  model is then not loaded, and `--exit-on-error=false` lets the others serve. Where a probe asks `/v2/health/ready`,
+  add `--strict-readiness=false`, or the server is not ready for want of that model.
 """
