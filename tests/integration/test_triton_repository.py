@@ -349,6 +349,14 @@ def test_the_kubernetes_manifest_probes_what_the_server_has() -> None:
     assert ports == {"http": 8000, "grpc": 8001, "metrics": 8002}
     assert {port["targetPort"] for port in service["spec"]["ports"]} == set(ports)
     assert container["readinessProbe"]["httpGet"] == {"path": "/v2/health/ready", "port": "http"}
+    liveness = container["livenessProbe"]["httpGet"]
+    assert liveness == {"path": "/v2/models/NAME/ready", "port": "http"}, (
+        "the server lives on when a model's process dies"
+    )
+    (models,) = [mount for mount in container["volumeMounts"] if mount["name"] == "models"]
+    assert models["subPath"] == "model_repository" and models["readOnly"], "a volume's root may have a lost+found"
+    page = (manifest.parents[2] / "docs" / "triton.md").read_text()
+    assert "`NAME` in the liveness probe" in page and f"the folder `{models['subPath']}`" in page
     assert service["spec"]["selector"] == deployment["spec"]["template"]["metadata"]["labels"]
     sleep, seconds = container["lifecycle"]["preStop"]["exec"]["command"]
     (stopping,) = [arg.partition("=")[2] for arg in container["args"] if arg.startswith("--exit-timeout-secs=")]
