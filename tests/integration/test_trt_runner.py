@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import re
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -311,6 +312,32 @@ def test_after_a_step_that_failed_everything_is_bound_anew(
             runner.prefill(np.ones((1, 70), np.int64), np.ones((1, 70), np.int64))
         with pytest.raises(RuntimeError, match="decode comes after prefill"):
             runner.decode(ids[:, :1])
+
+
+@pytest.mark.usefixtures("cuda")
+def test_a_prompt_that_the_gpu_has_no_room_for_leaves_it_to_fewer_texts(
+    exported: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What of its cache was there already was kept, and too little was left even for one text."""
+    runner, _ = opened(onnx_of(exported("opt")), spec_of("tensorrt-fp16"), monkeypatch, tmp_path / "engine")
+    ids, held = np.ones((8, 16), np.int64), weakref.WeakSet[torch.Tensor]()
+    room, zeros = 0, torch.zeros
+
+    def allocated(*shape: int, **options: Any) -> torch.Tensor:
+        made = zeros(*shape, **options)
+        if room and sum(each.nbytes for each in held) + made.nbytes > room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        held.add(made)
+        return made
+
+    monkeypatch.setattr(torch, "zeros", allocated)
+    with runner:
+        wanted = runner.prefill(ids[:1], ids[:1])
+        room = 2 * sum(each.nbytes for each in held)
+        with pytest.raises(EngineUnavailable, match="the GPU's memory is full at batch 8 with 16 tokens"):
+            runner.prefill(ids, ids)
+        np.testing.assert_allclose(runner.prefill(ids[:1], ids[:1]), wanted, atol=1e-4)
+        np.testing.assert_allclose(runner.prefill(ids[:2, :8], ids[:2, :8])[1], wanted[0, :8], atol=1e-4)
 
 
 @pytest.mark.usefixtures("cuda")

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import random
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -262,6 +263,23 @@ def test_texts_share_a_call_as_far_as_its_logits_are_planned_for(monkeypatch: py
     found = engine_lm.EngineLM(runner, None, 4, 64)._loglikelihood_tokens(requests)  # type: ignore[arg-type]
     assert len(found) == len(requests)
     assert runner.seen == [(1, 39), (2, 15), (4, 5), (2, 4)], "one that is longer alone, and no more than the batch"
+
+
+@needs_lm_eval
+def test_fewer_texts_are_tried_once_the_error_of_more_is_gone() -> None:
+    """It holds the frames of the step, and through them what that had on the GPU."""
+    from trsp_deploy.tools.runners.engine_lm import EngineLM
+
+    class OfOneText(Sizes):
+        def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
+            assert sys.exc_info() == (None, None, None)
+            if len(input_ids) > 1:
+                raise EngineUnavailable("the GPU's memory is full at batch 4")
+            return super().prefill(input_ids, attention_mask)
+
+    runner = OfOneText()
+    found = EngineLM(runner, None, 4, 8)._loglikelihood_tokens([(("", ""), [1], [2])] * 4)  # type: ignore[arg-type]
+    assert len(found) == 4 and runner.seen == [(1, 1)] * 4
 
 
 @needs_lm_eval

@@ -58,12 +58,14 @@ class EngineLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         input_ids, mask = left_padded(texts)
         try:
             logits = self._runner.prefill(input_ids, mask)  # (batch, sequence, vocabulary)
-        except EngineUnavailable:  # before anything ran: profiles of fewer texts, or a graph that takes no padding
+        except EngineUnavailable:
+            # Profiles of fewer texts, a graph that takes no padding, or a GPU without room for so many.
             if len(requests) == 1:
                 raise
-            half = len(requests) // 2
-            return self._batch(requests[:half]) + self._batch(requests[half:])
-        return [self._score(logits[row], continuation) for row, (_, _, continuation) in enumerate(requests)]
+        else:
+            return [self._score(logits[row], continuation) for row, (_, _, continuation) in enumerate(requests)]
+        half = len(requests) // 2  # only here, where the error no longer holds what the step had on the GPU
+        return self._batch(requests[:half]) + self._batch(requests[half:])
 
     def _score(self, logits: np.ndarray, continuation: list[int]) -> tuple[float, bool]:
         scores = log_softmax(logits[-len(continuation) :], axis=-1)  # the continuation ends each row

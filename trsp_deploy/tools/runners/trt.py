@@ -218,6 +218,9 @@ class TrtRunner(Runner):
         except BaseException as problem:
             self._tensors = {}  # what moved may not have been bound
             if isinstance(problem, RuntimeError) and GPU_FULL.search(str(problem)):
+                if self._attention_mask is None:  # of a prompt: no text is lost, and fewer texts find all the room
+                    self._cache = {}
+                    torch.cuda.empty_cache()
                 raise EngineUnavailable(
                     f"{self.spec.backend}: the GPU's memory is full at batch {batch} with {length} tokens"
                 ) from problem
