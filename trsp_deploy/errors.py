@@ -15,6 +15,7 @@
     |-- ParityError            exit code 4: PyTorch, ONNX and engine disagree; nothing may be shipped
     |-- ProcessEnded           exit code 128 + its number: a signal ended the working process
     `-- EngineUnavailable      in a run the report's `unavailable` with its reason; for one engine, exit code 1
+        `-- ShapeUnavailable   so many texts, tokens or so much padding; others it may take, and nothing has run
 
 The regression check is no error: a requirement missed exits with 2, one that is not decided with 3.
 Anything else that escapes is a bug: it prints its traceback and exits with 70.
@@ -104,6 +105,10 @@ class ProcessEnded(TrspError):
 
 class EngineUnavailable(TrspError):
     """This engine cannot be built, run or go on; the message is the reason."""
+
+
+class ShapeUnavailable(EngineUnavailable):
+    """This engine takes no such batch, length or padding. It is whole, and nothing of the call has run."""
 
 
 # What the machine refuses, and what helps; a path of that length or kind is the user's own.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.exported import Made, onnx_of
-from trsp_deploy.errors import EngineUnavailable, ParityError
+from trsp_deploy.errors import EngineUnavailable, ParityError, ShapeUnavailable
 from trsp_deploy.stages import parity
 from trsp_deploy.tools.runners.ort import OrtRunner
 
@@ -20,7 +20,7 @@ class OfOneText(OrtRunner):
 
     def prefill(self, input_ids: np.ndarray, *rest: Any, **options: Any) -> np.ndarray:
         if len(input_ids) > 1:
-            raise EngineUnavailable(f"no profile covers input_ids {input_ids.shape}")
+            raise ShapeUnavailable(f"no profile covers input_ids {input_ids.shape}")
         return super().prefill(input_ids, *rest, **options)
 
 
@@ -32,6 +32,28 @@ def test_texts_are_read_one_by_one_where_an_engine_takes_them_so(runner: str, ex
     with kind(onnx_of(made), padding=runner != "no padding") as engine:
         found = parity.check_parity(reference, engine, "e", "dense", "fp32")
     assert found.passed and found.tokens_equal == found.tokens_compared == sum(map(len, PROMPTS)) + 2 * 12
+
+
+class BreaksOff(OrtRunner):
+    """As an engine that takes several texts and stops in their third step."""
+
+    steps = 0
+
+    def decode(self, input_ids: np.ndarray) -> np.ndarray:
+        self.steps += 1
+        if len(input_ids) > 1 and self.steps == 3:
+            raise EngineUnavailable("TensorRT: stopped in engine: an illegal memory access")
+        return super().decode(input_ids)
+
+
+def test_an_engine_that_breaks_off_is_not_read_one_by_one(exported: Made) -> None:
+    """It passed, and what it computes of several texts was compared with nothing."""
+    reference = parity.make_reference(exported("llama") / "model", PROMPTS)
+    with (
+        BreaksOff(onnx_of(exported("llama"))) as engine,
+        pytest.raises(EngineUnavailable, match="an illegal memory access"),
+    ):
+        parity.check_parity(reference, engine, "e", "dense", "fp32")
 
 
 def test_one_by_one_finds_another_model_too(exported: Made) -> None:

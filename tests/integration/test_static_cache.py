@@ -17,7 +17,7 @@ import pytest
 from tests.breadth import BREADTH, by_default
 from tests.exported import DROPPED, LAYERS, Made, onnx_of
 from tests.families import FAMILIES
-from trsp_deploy.errors import EngineUnavailable
+from trsp_deploy.errors import EngineUnavailable, ShapeUnavailable
 from trsp_deploy.recipe import EngineSpec, Precision
 from trsp_deploy.stages import parity
 from trsp_deploy.stages.build import build_engine
@@ -70,9 +70,9 @@ def test_a_text_longer_than_the_cache_is_refused(exported: Made, tmp_path: Path)
     with OrtRunner(graph) as runner:
         runner.prefill(ids, np.ones_like(ids))
         runner.decode(np.array([[1]]))
-        with pytest.raises(EngineUnavailable, match="its cache holds 10 tokens, and the text is longer"):
+        with pytest.raises(ShapeUnavailable, match="its cache holds 10 tokens, and the text is longer"):
             runner.decode(np.array([[1]]))
-        with pytest.raises(EngineUnavailable, match="holds 10 tokens"):
+        with pytest.raises(ShapeUnavailable, match="holds 10 tokens"):
             runner.prefill(np.repeat(ids, 2, axis=1), np.ones((1, 18), dtype=np.int64))
 
 

@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from tests.exported import Made, onnx_of
-from trsp_deploy.errors import EngineUnavailable
+from trsp_deploy.errors import EngineUnavailable, ShapeUnavailable
 from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.stages import parity
 from trsp_deploy.tools.graphs.logits import cut_logits
@@ -248,7 +248,7 @@ def test_a_cache_of_fixed_length_is_one_memory_and_decoding_is_replayed(
         np.testing.assert_allclose(last[:, 0], reference.logits[:, reference.input_ids.shape[1] - 1], atol=1e-4)
         (text,) = generate(runner, [PROMPTS[1]], Sampling(max_new_tokens=100))
         assert text.finish == "length" and len(text.tokens) == 64 - len(PROMPTS[1]) + 1
-        with pytest.raises(EngineUnavailable, match="its cache holds 64 tokens, and the text has 70"):
+        with pytest.raises(ShapeUnavailable, match="its cache holds 64 tokens, and the text has 70"):
             runner.prefill(np.ones((1, 70), np.int64), np.ones((1, 70), np.int64))
 
 
@@ -397,13 +397,13 @@ def test_a_growing_cache_is_read_and_written_in_turn(
                     assert address != addresses[name.replace("past_key_values.", "present.")]
         assert runner.longest_text == 2049, "the profiles' longest past, and a token"
         short = trt.TrtRunner(runner.engine, runner.spec, inputs=engine.inputs, outputs=engine.outputs, longest=8)
-        with short, pytest.raises(EngineUnavailable, match="holds for texts of up to 8 tokens, and this one has 9"):
+        with short, pytest.raises(ShapeUnavailable, match="holds for texts of up to 8 tokens, and this one has 9"):
             assert short.longest_text == 8
             short.prefill(reference.input_ids, reference.attention_mask)
         mixed = trt.TrtRunner(runner.engine, runner.spec, inputs=engine.inputs, outputs=engine.outputs, padding=False)
-        with mixed, pytest.raises(EngineUnavailable, match="its graph gets padded texts wrong"):
+        with mixed, pytest.raises(ShapeUnavailable, match="its graph gets padded texts wrong"):
             mixed.prefill(reference.input_ids, reference.attention_mask)
-        with pytest.raises(EngineUnavailable, match="no profile covers"):
+        with pytest.raises(ShapeUnavailable, match="no profile covers"):
             runner.prefill(np.ones((9, 4), np.int64), np.ones((9, 4), np.int64))
 
 

@@ -11,6 +11,7 @@ perplexity of the evaluation texts shows: each engine's is held against PyTorch'
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import scipy.special
 import torch
 
 from trsp_deploy.decoder import load_widened
-from trsp_deploy.errors import EngineUnavailable, ParityError
+from trsp_deploy.errors import ParityError, ShapeUnavailable
 from trsp_deploy.recipe import Precision
 from trsp_deploy.results import Parity, Perplexity, PerplexityParity, Role, perplexity_of
 from trsp_deploy.tools.runners import Runner
@@ -112,17 +113,16 @@ def _logits(reference: Reference, runner: Runner) -> np.ndarray:
     """The engine's logits for the reference's tokens, (batch, prompt + new, vocabulary).
 
     An engine for one text at a time, or for texts without padding, reads the prompts one after the other, as it will
-    read users' texts; what stands for padding is 0 then.
+    read users' texts; what stands for padding is 0 then. One that breaks off in the middle is none of those.
     """
-    try:
+    with contextlib.suppress(ShapeUnavailable):
         return _fed(runner, reference.input_ids, reference.attention_mask, reference.tokens)
-    except EngineUnavailable:  # before anything ran
-        logits = np.zeros_like(reference.logits)
-        for row, mask in enumerate(reference.attention_mask):
-            prompt = reference.input_ids[row : row + 1, mask == 1]
-            found = _fed(runner, prompt, np.ones_like(prompt), reference.tokens[row : row + 1])
-            logits[row, -found.shape[1] :] = found[0]
-        return logits
+    logits = np.zeros_like(reference.logits)
+    for row, mask in enumerate(reference.attention_mask):
+        prompt = reference.input_ids[row : row + 1, mask == 1]
+        found = _fed(runner, prompt, np.ones_like(prompt), reference.tokens[row : row + 1])
+        logits[row, -found.shape[1] :] = found[0]
+    return logits
 
 
 def _fed(runner: Runner, input_ids: np.ndarray, attention_mask: np.ndarray, tokens: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from trsp_deploy.errors import EngineUnavailable
+from trsp_deploy.errors import EngineUnavailable, ShapeUnavailable
 from trsp_deploy.recipe import Float
 
 # name -> (dtype, shape); a dimension without a fixed length is given by its label in the graph
@@ -176,15 +176,15 @@ def write_longest(graph: Path, tokens: int) -> None:
 
 
 def check_longest(what: Path, longest: int | None, length: int) -> None:
-    """Raise EngineUnavailable for a text of more tokens than a graph holds for (`LONGEST`); None is any length."""
+    """Raise ShapeUnavailable for a text of more tokens than a graph holds for (`LONGEST`); None is any length."""
     if longest is not None and length > longest:
-        raise EngineUnavailable(f"{what}: holds for texts of up to {longest} tokens, and this one has {length}")
+        raise ShapeUnavailable(f"{what}: holds for texts of up to {longest} tokens, and this one has {length}")
 
 
 def check_padding(what: Path, holds: bool, attention_mask: np.ndarray) -> None:
-    """Raise EngineUnavailable for padding in a batch of a graph that does not hide it."""
+    """Raise ShapeUnavailable for padding in a batch of a graph that does not hide it."""
     if not holds and not attention_mask.all():
-        raise EngineUnavailable(
+        raise ShapeUnavailable(
             f"{what}: its graph gets padded texts wrong, so it reads one text at a time, or texts of one length"
         )
 

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from trsp_deploy.errors import EngineUnavailable
+from trsp_deploy.errors import ShapeUnavailable
 from trsp_deploy.recipe import Backend
 from trsp_deploy.tools.graphs import decoder_io
 from trsp_deploy.tools.runners.base import Runner
@@ -227,10 +227,10 @@ class OrtRunner(Runner):
     def _grow(self) -> None:
         """Move the cache into twice the room, so that a text of n tokens is moved log n times.
 
-        Raises EngineUnavailable where the cache has a fixed length.
+        Raises ShapeUnavailable where the cache has a fixed length.
         """
         if self._fixed is not None:
-            raise EngineUnavailable(f"{self.model}: its cache holds {self._fixed} tokens, and the text is longer")
+            raise ShapeUnavailable(f"{self.model}: its cache holds {self._fixed} tokens, and the text is longer")
         ort = load_package(self.backend)
         filled, self._capacity = self._capacity, max(2 * self._capacity, CHUNK)
         for name, value in self._cache.items():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from trsp_deploy.errors import GPU_FULL, EngineUnavailable
+from trsp_deploy.errors import GPU_FULL, EngineUnavailable, ShapeUnavailable
 from trsp_deploy.recipe import EngineSpec, ShapeProfile
 from trsp_deploy.tools.graphs import decoder_io
 from trsp_deploy.tools.runners.base import Runner
@@ -202,7 +202,7 @@ class TrtRunner(Runner):
         decoder_io.check_longest(self.engine, self._longest, length)
         decoder_io.check_padding(self.engine, self._padding, attention_mask)
         if self._fixed is not None and length > self._fixed:
-            raise EngineUnavailable(f"{self.engine}: its cache holds {self._fixed} tokens, and the text has {length}")
+            raise ShapeUnavailable(f"{self.engine}: its cache holds {self._fixed} tokens, and the text has {length}")
         values = decoder_io.token_inputs(self._inputs, input_ids, attention_mask, keep)
         try:
             with torch.cuda.stream(self._stream):
@@ -322,7 +322,7 @@ class TrtRunner(Runner):
         if not covering:
             wanted = ", ".join(f"{name} {shapes[name]}" for name in ("input_ids", "attention_mask"))
             limits = [f"{p['input_ids'][0]} to {p['input_ids'][2]}" for p in self._profiles]
-            raise EngineUnavailable(
+            raise ShapeUnavailable(
                 f"{self.engine}: no profile covers {wanted}; input_ids may be {' or '.join(limits)}, "
                 f"attention_mask up to {max(p['attention_mask'][2] for p in self._profiles)}"
             )
