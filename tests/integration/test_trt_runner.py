@@ -32,7 +32,7 @@ from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.runners import trt
 from trsp_deploy.tools.runners.generation import Sampling, generate
 from trsp_deploy.tools.runners.ort_session import bindings_of
-from trsp_deploy.tools.runners.requirements import CudaDevice
+from trsp_deploy.tools.runners.requirements import CudaDevice, release_torch_memory
 from trsp_deploy.tools.runners.trt_build import profile_shape
 
 RTX_CARDS = ["NONE", "CURRENT", "SM75", "SM80", "SM86", "SM89", "SM120"]
@@ -364,6 +364,30 @@ def test_what_tensorrt_refuses_is_a_line_with_its_reason(
         log.errors.clear()
         with pytest.raises(RuntimeError, match="a bug"):
             runner.prefill(ids, ids)
+
+
+@pytest.mark.usefixtures("cuda")
+def test_an_error_of_cuda_is_a_line_and_stays_the_reason(
+    exported: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every later call fails with it, too; the one that ends the runner took the reason's place."""
+    runner, engine = opened(onnx_of(exported("opt")), spec_of("tensorrt-fp16"), monkeypatch, tmp_path / "engine")
+    ids = np.ones((1, 3), np.int64)
+
+    def broken(*_: object) -> NoReturn:
+        words = "CUDA error: an illegal memory access was encountered\nSearch for `cudaErrorIllegalAddress' in"
+        raise torch.AcceleratorError(words)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.cuda, "empty_cache", broken)
+        words = r"tensorrt: the GPU stopped in .*engine: CUDA error: an illegal memory access was encountered$"
+        with pytest.raises(EngineUnavailable, match=words), runner:
+            patched.setattr(engine.contexts[0], "execute_async_v3", broken)
+            runner.prefill(ids, ids)
+        with pytest.raises(RuntimeError, match="CUDA error"), runner:
+            pass  # where nothing else has failed it is said
+        patched.setattr(torch.cuda, "is_initialized", lambda: True)
+        release_torch_memory()  # for an engine that comes after, such as one for the CPU
 
 
 def bug(*_: object) -> NoReturn:

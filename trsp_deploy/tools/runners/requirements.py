@@ -6,6 +6,7 @@ libraries are asked through ctypes. Elsewhere `artifacts/nvml.py` knows the GPUs
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -103,7 +104,8 @@ def release_torch_memory() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         gc.collect()
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # an error of CUDA stays to the process's end; who computes tells of it
+            torch.cuda.empty_cache()
 
 
 def cuda_devices() -> list[CudaDevice]:

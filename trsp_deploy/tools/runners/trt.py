@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from trsp_deploy.errors import GPU_FULL, EngineUnavailable, ShapeUnavailable
+from trsp_deploy.errors import GPU_FULL, EngineUnavailable, ShapeUnavailable, first_line
 from trsp_deploy.recipe import EngineSpec, ShapeProfile
 from trsp_deploy.tools.graphs import decoder_io
 from trsp_deploy.tools.runners.base import Runner
@@ -20,6 +21,8 @@ from trsp_deploy.tools.runners.trt_log import logger, made
 
 if TYPE_CHECKING:
     import torch
+
+CUDA_ERROR = "CUDA error: "  # how torch's lines about failed calls of CUDA begin
 
 
 def check_run(spec: EngineSpec) -> None:
@@ -180,8 +183,10 @@ class TrtRunner(Runner):
         self._cache, self._tensors = {}, {}
         self._context = self._runtime_config = self._engine = self._runtime = None
         self._stream = self._began = self._ended = None
-        # TensorRT allocates beside torch, so torch's idle memory is out of reach for the next engine.
-        torch.cuda.empty_cache()
+        # TensorRT allocates beside torch, so torch's idle memory is out of reach for the next engine. After an error of
+        # CUDA there is nothing to be had any more, and the error on its way is the one that tells why.
+        with contextlib.nullcontext() if kind is None else contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()
 
     def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray, *, last_only: bool = False) -> np.ndarray:
         self._tensors, self._attention_mask = {}, None  # so everything is bound anew, and nothing goes on if it fails
@@ -227,6 +232,10 @@ class TrtRunner(Runner):
             if isinstance(problem, RuntimeError) and logger(self._trt).errors:  # where TensorRT tells why it refused
                 complaint = logger(self._trt).complaint()
                 raise EngineUnavailable(f"TensorRT: stopped in {self.engine}: {complaint}") from problem
+            if isinstance(problem, RuntimeError) and CUDA_ERROR in str(problem):  # asynchronous: TensorRT said nothing
+                raise EngineUnavailable(
+                    f"{self.spec.backend}: the GPU stopped in {self.engine}: {first_line(problem)}"
+                ) from problem
             raise
         self.device_s = self._began.elapsed_time(self._ended) / 1e3
         self._reads = 1 - self._reads
