@@ -390,6 +390,38 @@ def test_an_error_of_cuda_is_a_line_and_stays_the_reason(
         release_torch_memory()  # for an engine that comes after, such as one for the CPU
 
 
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("spoiled", [True, False], ids=["torch's end fails", "torch ends it"])
+def test_what_keeps_a_step_from_becoming_a_cuda_graph_comes_with_what_helps(
+    spoiled: bool, exported: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of TensorRT's reason and `cuda_graphs: false` one was missing, by whether torch could end the capture."""
+
+    @contextlib.contextmanager
+    def capture(graph: Graph, stream: object) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            if spoiled:
+                raise RuntimeError("CUDA error: operation failed due to a previous error\nduring capture")
+
+    runner, engine = opened_with_fixed_cache(exported("llama"), monkeypatch, tmp_path)
+    ids = np.ones((1, 3), np.int64)
+    with runner:
+        context = engine.contexts[0]
+        runner.prefill(ids, ids)
+        runner.decode(ids[:, :1])
+        monkeypatch.setattr(torch.cuda, "graph", capture)
+        monkeypatch.setattr(context, "execute_async_v3", lambda stream: False)
+        monkeypatch.setattr(trt, "logger", lambda module: SimpleNamespace(errors=[], complaint=lambda: "no such node"))
+        with pytest.raises(EngineUnavailable, match="cannot become a CUDA graph") as caught:
+            runner.decode(ids[:, :1])
+    assert str(caught.value) == (
+        f"{runner.engine}: a decoding step cannot become a CUDA graph (TensorRT: stopped in {runner.engine}: no such "
+        "node); build it again from a spec with `cuda_graphs: false`"
+    )
+
+
 def bug(*_: object) -> NoReturn:
     raise RuntimeError("a bug")
 

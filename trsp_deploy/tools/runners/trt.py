@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from trsp_deploy.errors import GPU_FULL, EngineUnavailable, ShapeUnavailable, first_line
+from trsp_deploy.errors import GPU_FULL, EngineUnavailable, ShapeUnavailable, first_line, one_line
 from trsp_deploy.recipe import EngineSpec, ShapeProfile
 from trsp_deploy.tools.graphs import decoder_io
 from trsp_deploy.tools.runners.base import Runner
@@ -310,11 +310,14 @@ class TrtRunner(Runner):
             try:
                 with torch.cuda.graph(graph, stream=self._stream):
                     self._enqueue()
-            except RuntimeError as problem:
+            except (RuntimeError, EngineUnavailable) as problem:
                 if GPU_FULL.search(str(problem)):
                     raise
+                # What TensorRT refuses spoils the capture, and torch, which ends that on the way out, says so instead.
+                before = problem.__context__
+                reason = before if isinstance(before, EngineUnavailable) else problem
                 raise EngineUnavailable(
-                    f"{self.engine}: a decoding step cannot become a CUDA graph ({problem}); "
+                    f"{self.engine}: a decoding step cannot become a CUDA graph ({one_line(reason)}); "
                     "build it again from a spec with `cuda_graphs: false`"
                 ) from problem
             self._graph = graph
