@@ -117,6 +117,18 @@ class Engine:
         self.spec = spec
         self.num_optimization_profiles = len(spec.profiles)
         self.contexts: list[Context] = []
+        self.streamable_weights_size = 2**31
+        self.refuses = False
+        self._budget = self.streamable_weights_size
+
+    @property
+    def weight_streaming_budget_v2(self) -> int:
+        return self._budget
+
+    @weight_streaming_budget_v2.setter
+    def weight_streaming_budget_v2(self, budget: int) -> None:
+        if not self.refuses:  # it says so to C++ alone
+            self._budget = min(budget, self.streamable_weights_size)
 
     def get_tensor_profile_shape(self, name: str, profile: int) -> list[Shape]:
         wanted = self.spec.profiles[profile]
@@ -207,7 +219,9 @@ def spec_of(name: str, **changes: object) -> EngineSpec:
 @pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
 @pytest.mark.parametrize(
-    ("graphs", "streamed"), [(True, None), (False, None), (True, 1.0)], ids=["graphs", "none", "weights streamed"]
+    ("graphs", "streamed"),
+    [(True, None), (False, None), (True, 1.0), (True, 2.0)],
+    ids=["graphs", "none", "weights streamed", "all weights within the budget"],
 )
 def test_a_cache_of_fixed_length_is_one_memory_and_decoding_is_replayed(
     backend: str,
@@ -236,7 +250,7 @@ def test_a_cache_of_fixed_length_is_one_memory_and_decoding_is_replayed(
         for _ in range(2):  # a second prompt begins anew, in the same memory
             assert parity.check_parity(reference, runner, "trt", "dense", "fp32").max_error < 1e-4
         replayed = runner._graph is not None
-        assert replayed == (graphs and streamed is None and backend == "tensorrt")  # RTX captures by itself
+        assert replayed == (graphs and streamed != 1 and backend == "tensorrt")  # RTX captures by itself
         assert len(context.launches) == 2 * (1 + parity.NEW_TOKENS)
         for addresses in context.launches:
             for name, address in addresses.items():
@@ -431,10 +445,15 @@ def test_weights_stream_within_the_specs_budget(
     exported: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graph = onnx_of(exported("opt"))
-    for changes, budget in (({}, None), ({"weight_streaming_gib": 0.5}, 2**29)):
+    for changes, budget in (({}, 2**31), ({"weight_streaming_gib": 0.5}, 2**29), ({"weight_streaming_gib": 4}, 2**31)):
         runner, engine = opened(graph, spec_of("tensorrt-fp16", **changes), monkeypatch, tmp_path / "engine")
         with runner:
-            assert getattr(engine, "weight_streaming_budget_v2", None) == budget
+            assert engine.weight_streaming_budget_v2 == budget
+    runner, engine = opened(graph, spec_of("tensorrt-fp16", weight_streaming_gib=0.5), monkeypatch, tmp_path / "engine")
+    engine.refuses = True
+    with pytest.raises(EngineUnavailable, match=r"TensorRT: does not stream the weights of .*engine"), runner:
+        pass
+    assert not engine.contexts
 
 
 @pytest.mark.usefixtures("cuda")

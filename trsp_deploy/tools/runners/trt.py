@@ -108,6 +108,7 @@ class TrtRunner(Runner):
         self._runtime_config: Any = None
         self._context: Any = None
         self._stream: Any = None
+        self._streams = False  # weights, from the host's memory: all of them fit where the budget is that large
         self._profiles: list[dict[str, list[tuple[int, ...]]]] = []  # input name -> min, opt, max shape
         self._attention_mask: np.ndarray | None = None  # (batch, past)
         self._texts: int | None = None  # of the last prompt
@@ -134,13 +135,24 @@ class TrtRunner(Runner):
         self._runtime = made(log, failure, lambda: self._trt.Runtime(log))
         self._engine = made(log, failure, lambda: self._runtime.deserialize_cuda_engine(self.engine.read_bytes()))
         if self.spec.weight_streaming_gib is not None:
-            self._engine.weight_streaming_budget_v2 = int(self.spec.weight_streaming_gib * 2**30)
+            self._stream_weights(int(self.spec.weight_streaming_gib * 2**30))
         self._context = made(log, failure, self._make_context)
         # A stream of its own: on the default one TensorRT synchronises the device around every call.
         self._stream = cuda.Stream()
         self._began, self._ended = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
         self._profiles = [self._limits(index) for index in range(self._engine.num_optimization_profiles)]
         return self
+
+    def _stream_weights(self, budget: int) -> None:
+        """Keep no more than `budget` bytes of weights on the GPU."""
+        self._engine.weight_streaming_budget_v2 = budget
+        most = self._engine.streamable_weights_size
+        # The bindings keep to themselves whether it was taken; if not, all weights stay there, as without streaming.
+        if self._engine.weight_streaming_budget_v2 > min(budget, most):
+            raise EngineUnavailable(
+                f"TensorRT: does not stream the weights of {self.engine}: {logger(self._trt).complaint()}"
+            )
+        self._streams = budget < most
 
     def _make_context(self) -> Any:
         if self.spec.backend != "tensorrt-rtx":
@@ -172,7 +184,7 @@ class TrtRunner(Runner):
     @property
     def _captures(self) -> bool:
         """Whether decoding may become a CUDA graph; streamed weights keep it from that (NvInferRuntime.h)."""
-        return self.spec.cuda_graphs and self._fixed is not None and self.spec.weight_streaming_gib is None
+        return self.spec.cuda_graphs and self._fixed is not None and not self._streams
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
