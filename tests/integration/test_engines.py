@@ -23,10 +23,11 @@ from trsp_deploy.tools import runners
 from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.quiet import quiet_libraries
 from trsp_deploy.tools.runners import EngineManifest, Runner, open_engine, ort_build, ort_session, read_manifest
+from trsp_deploy.tools.runners import manifest as manifest_module
 from trsp_deploy.tools.runners.graph_files import onnx_sha256, source_files
 from trsp_deploy.tools.runners.manifest import Bound
 from trsp_deploy.tools.runners.ort import OrtRunner
-from trsp_deploy.tools.runners.requirements import cuda_devices
+from trsp_deploy.tools.runners.requirements import CudaDevice, cuda_devices
 
 VOCABULARY = 256
 TOLERANCE = 1e-4
@@ -286,11 +287,19 @@ def test_engine_of_another_version_is_refused(export: Export, tmp_path: Path) ->
         ({"gpu": "sm86", "others": "same-compute-capability"}, {"gpu": "sm89"}, "capability sm86, here is sm89"),
         ({"gpu": "sm80", "others": "ampere-plus"}, {"gpu": "sm75"}, "capability sm80, here is sm75"),
         ({"gpu": "sm89", "driver": "570.1"}, {"gpu": "sm89", "driver": "580.2"}, "driver 570.1, here is 580.2"),
+        (
+            {"gpu": "sm90", "device": "NVIDIA H100 80GB HBM3"},
+            {"gpu": "sm90", "device": "NVIDIA H200"},
+            "for NVIDIA H100 80GB HBM3, here is NVIDIA H200 (`hardware_compatibility: same-compute-capability` in its "
+            "spec allows both)",
+        ),
         ({"exact_int8": True}, {}, "for a processor with VNNI; on this one, without, its int8 products would overflow"),
         ({"exact_int8": True}, {"exact_int8": True}, None),
         ({}, {"exact_int8": True}, None),
         ({"gpu": "sm80", "others": "ampere-plus"}, {"gpu": "sm90"}, None),
         ({"gpu": "sm89", "driver": "580.2"}, {"gpu": "sm89", "driver": "580.2"}, None),
+        ({"gpu": "sm90"}, {"gpu": "sm90", "device": "NVIDIA H200"}, None),  # of an older version
+        ({"gpu": "sm90", "device": "NVIDIA H200"}, {"gpu": "sm90", "device": "NVIDIA H200"}, None),
         ({"gpu": "sm89", "driver": "580.2"}, {}, None),  # no GPU here: opening says so
     ],
 )
@@ -312,6 +321,25 @@ def test_engine_of_another_machine_is_refused(
         return
     with pytest.raises(EngineUnavailable, match=f"{re.escape(words)}; build it again: trsp-deploy build --onnx"):
         open_engine(tmp_path / "engine")
+
+
+@pytest.mark.parametrize(
+    ("compatibility", "device"), [("none", "NVIDIA H200"), ("same-compute-capability", None), ("ampere-plus", None)]
+)
+def test_a_tensorrt_engine_is_bound_to_the_gpu_at_hand_where_its_spec_asks_for_no_others(
+    compatibility: str, device: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest_module, "cuda_devices", lambda: [CudaDevice("NVIDIA H200", "sm90", 2**37)])
+    monkeypatch.setattr(manifest_module, "driver_version", lambda: "580.2")
+    spec = load_engine_spec("tensorrt-fp16").model_copy(update={"hardware_compatibility": compatibility})
+    bound = manifest_module.bound_to(spec)
+    assert (bound.gpu, bound.device, bound.driver, bound.others) == ("sm90", device, "580.2", compatibility)
+    assert ('"device":"NVIDIA H200"' in bound.told()) == (device is not None)
+
+
+def test_what_is_bound_to_no_gpu_is_told_as_before_there_were_devices() -> None:
+    """Else every int8 engine of a run would be built anew."""
+    assert Bound(exact_int8=True).told() == '{"gpu":null,"driver":null,"others":"none","exact_int8":true}'
 
 
 def test_folder_without_engine_is_refused(tmp_path: Path) -> None:

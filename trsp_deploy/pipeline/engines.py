@@ -184,7 +184,7 @@ class Engines:
         """What an engine is made of beside its graph."""
         inputs = {"backend": package_version(spec.backend), "passes": passes_version(spec)}
         if (bound := bound_to(spec)) != Bound():  # another machine wants another engine
-            inputs["machine"] = bound.model_dump_json()
+            inputs["machine"] = bound.told()
         if spec.reads_text:
             inputs["calibration"] = self._calibration_sha256()
         return inputs

@@ -93,6 +93,8 @@ class Bound(Strict):
     """Where an engine may run; None is anywhere."""
 
     gpu: str | None = None  # compute capability of the GPU that it was compiled on, such as "sm89"
+    # Name of that GPU, where its spec asks for no others; None in what older versions wrote.
+    device: str | None = None
     driver: str | None = None  # version of the NVIDIA driver
     others: Literal["none", "ampere-plus", "same-compute-capability"] = "none"  # GPUs beside that one
     exact_int8: bool = False  # to a processor that adds int8 products without overflow (`adds_int8_exactly`)
@@ -101,11 +103,21 @@ class Bound(Strict):
         """What differs where `here` was asked of this machine; None where the engine may run."""
         if self.gpu is not None and here.gpu is not None and not self._serves(here.gpu):
             return f"for a GPU of compute capability {self.gpu}, here is {here.gpu}"
+        if self.device is not None and here.device is not None and self.device != here.device:
+            return (
+                f"for {self.device}, here is {here.device} (`hardware_compatibility: same-compute-capability` in its "
+                "spec allows both)"
+            )
         if self.driver is not None and here.driver is not None and self.driver != here.driver:
             return f"under NVIDIA driver {self.driver}, here is {here.driver}"
         if self.exact_int8 and not here.exact_int8:
             return "for a processor with VNNI; on this one, without, its int8 products would overflow"
         return None
+
+    def told(self) -> str:
+        """As JSON, for the inputs of a run's step: without a device as older versions wrote it, so that what is bound
+        to none is not made anew."""
+        return self.model_dump_json(exclude={"device"} if self.device is None else None)
 
     def _serves(self, gpu: str) -> bool:
         if self.others == "ampere-plus":
@@ -121,10 +133,13 @@ def bound_to(spec: EngineSpec) -> Bound:
     if spec.backend != "tensorrt":
         return Bound()
     try:
-        gpu = cuda_devices()[0].compute_capability
+        gpu = cuda_devices()[0]
     except EngineUnavailable:
         return Bound()  # building and running say so themselves
-    return Bound(gpu=gpu, driver=driver_version(), others=spec.hardware_compatibility)
+    others = spec.hardware_compatibility
+    # A slice of a GPU (MIG), or one of the same capability with other memory and clocks, is another device to TensorRT.
+    device = gpu.name if others == "none" else None
+    return Bound(gpu=gpu.compute_capability, device=device, driver=driver_version(), others=others)
 
 
 class EngineManifest(Sealed):
