@@ -519,6 +519,22 @@ def test_tensorrt_keeps_no_output_that_nothing_reads(graphs: Path, tmp_path: Pat
     assert "hidden_states" not in manifest.outputs and "logits" in manifest.outputs
 
 
+def one_label(model: onnx.ModelProto) -> None:
+    """As graphs are labelled whose exporter had no cache in mind."""
+    for value in model.graph.input:
+        if value.name in ("input_ids", "attention_mask"):
+            value.type.tensor_type.shape.dim[1].dim_param = "sequence_length"
+
+
+def test_one_label_for_two_lengths_comes_with_advice(graphs: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install 'trsp_deploy[rtx]'")
+    graph = changed(graphs / "fp16" / FILE, one_label, tmp_path / "graph")
+    with pytest.raises(
+        EngineUnavailable, match=r"Dimensions with name .*; TensorRT takes dimensions of one label to be equal"
+    ):
+        build_engine(graph, load_engine_spec("tensorrt-rtx-fp16"), tmp_path / "engine")
+
+
 def test_tensorrt_refuses_logits_without_tokens(graphs: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install 'trsp_deploy[rtx]'")
     half = changed(graphs / "fp16" / FILE, last_logits, tmp_path / "half")

@@ -123,6 +123,9 @@ SAID = {
     "violate shape constraints": "IBuilder::buildSerializedNetwork: Error Code 4: Internal Error (kOPT values for "
     "profile 0 violate shape constraints: IShuffleLayer node_of_z: reshaping failed for tensor: y reshape would change "
     "volume 512 to 256 In executeReshape at /_src/runtime/core/shapeMachine.cpp:348",
+    "Dimensions with name": "IBuilder::buildSerializedNetwork: Error Code 4: Internal Error (Profile kOPT values are "
+    "not self-consistent. Dimensions with name sequence_length must be equal. Condition '==' violated: 1 != 257. In "
+    "operator() at /_src/runtime/core/shapeMachine.cpp:640",
     "out of memory": "[defaultAllocator.cpp::allocate::31] Error Code 1: Cuda Runtime (out of memory)",
 }
 

@@ -34,6 +34,8 @@ ADVICE = {
     "Failed to open file": "the weights lie in a file beside the graph: keep the two together",
     "Failed to import initializer": "the file with the graph's weights is missing or damaged: export again",
     "violate shape constraints": "a profile asks for more than the graph allows: compare `profiles` with its inputs",
+    "Dimensions with name": "TensorRT takes dimensions of one label to be equal, and a profile has them of "
+    "other lengths: give the length of attention_mask, which is past and new tokens, a label of its own",
     "out of memory": "lower `workspace_gib` or the profiles' maxima",  # not met here: needs a GPU
 }
 
