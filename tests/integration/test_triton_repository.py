@@ -412,6 +412,11 @@ def test_the_linter_finds_what_went_missing(served_repository: Path, tmp_path: P
         ({"bound": Bound(gpu="sm89", driver="580.82.07")}, "under NVIDIA driver 580.82.07, here is 580.65.06"),
         ({"bound": Bound(gpu="sm89", driver="580.65.06")}, None),
         ({"bound": Bound(gpu="sm90")}, "for a GPU of compute capability sm90, here is sm89"),
+        ({"bound": Bound(gpu="sm89", device="a GPU")}, None),
+        (
+            {"bound": Bound(gpu="sm89", device="an L40")},
+            "for an L40, here is a GPU (`hardware_compatibility: same-compute-capability` in its spec allows both)",
+        ),
         ({"compute_capabilities": ("sm86", "sm120")}, "for GPUs of compute capability sm86, sm120, here is sm89"),
         ({"compute_capabilities": ("SM89",)}, None),
     ],

@@ -89,6 +89,10 @@ def test_it_says_that_the_containers_lines_were_never_tried() -> None:
             "; runs on GPUs of compute capability sm89 under NVIDIA driver 580.65.06 alone",
         ),
         (
+            {"backend": "tensorrt", "bound": Bound(gpu="sm90", device="NVIDIA H200", driver="580.65.06")},
+            "; runs on NVIDIA H200 (sm90) under NVIDIA driver 580.65.06 alone",
+        ),
+        (
             {"backend": "tensorrt", "bound": Bound(gpu="sm89", others="ampere-plus")},
             "; runs on GPUs of compute capability sm80 and above alone",
         ),

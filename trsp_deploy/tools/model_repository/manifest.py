@@ -62,6 +62,8 @@ class ServedModel(Strict):
         if self.bound.gpu is not None:
             gpu = "sm80 and above" if self.bound.others == "ampere-plus" else self.bound.gpu
             driver = f" under NVIDIA driver {self.bound.driver}" if self.bound.driver else ""
+            if self.bound.device is not None:
+                return f"on {self.bound.device} ({gpu}){driver}"
             return f"on GPUs of compute capability {gpu}{driver}"
         return "on processors that add int8 products exactly (of x86 those with VNNI)" if self.bound.exact_int8 else ""
 

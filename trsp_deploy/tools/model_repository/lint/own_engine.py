@@ -63,13 +63,14 @@ def _machine(manifest: EngineManifest, error: Say) -> Iterator[Finding]:
         version = manifest.backend_version  # nothing to compare with: the server is elsewhere
     if version != manifest.backend_version:
         yield error(f"the engine was built with {manifest.spec.backend} {manifest.backend_version}, here is {version}")
-    gpu: str | None = None
-    driver: str | None = None
+    here = Bound(exact_int8=adds_int8_exactly())
     with contextlib.suppress(EngineUnavailable):
-        gpu, driver = cuda_devices()[0].compute_capability, driver_version()
-    misfit = manifest.bound.misfit(Bound(gpu=gpu, driver=driver, exact_int8=adds_int8_exactly()))
+        device = cuda_devices()[0]
+        gpu = {"gpu": device.compute_capability, "device": device.name, "driver": driver_version()}
+        here = here.model_copy(update=gpu)
+    misfit = manifest.bound.misfit(here)
     if misfit is not None:
         yield error(f"the engine was built {misfit}")
     wanted = manifest.spec.compute_capabilities
-    if gpu is not None and wanted and gpu not in [name.lower() for name in wanted]:
-        yield error(f"the engine was built for GPUs of compute capability {', '.join(wanted)}, here is {gpu}")
+    if here.gpu is not None and wanted and here.gpu not in [name.lower() for name in wanted]:
+        yield error(f"the engine was built for GPUs of compute capability {', '.join(wanted)}, here is {here.gpu}")
