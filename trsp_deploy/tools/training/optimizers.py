@@ -118,6 +118,7 @@ def _adamw_8bit() -> Any:
                 super().update_step(group, wide, gindex, pindex)
             finally:
                 del self.state[wide]
+            wide.grad = None  # as large as what rounding takes
             p.copy_(rounded_at_random(wide.detach(), draws))
 
     return Rounding8Bit
