@@ -130,7 +130,7 @@ FOOTNOTE = (  # of the engines' table
     "(!) above its limit: a measurement to distrust. Speed-up: dense, dense again (the control, where memory allows "
     "it) and pruned in turn, in replicates of fresh processes, everyone else stopped; mean over replicates with a 95% "
     "interval (the wider of a bootstrap's and Student's t), never narrower than the control is off on average. Limit: "
-    "from bytes and operations at this machine's measured rates, or as assumed where an engine's notes say so."
+    "from bytes, operations and layers at this machine's measured rates, or as assumed where an engine's notes say so."
 )
 
 
