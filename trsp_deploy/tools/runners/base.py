@@ -45,6 +45,8 @@ class Runner(abc.ABC):
         input_ids, attention_mask: (batch, sequence) int64; left padding where the mask is 0.
         Returns logits (batch, sequence, vocabulary) float32 in host memory; with `last_only` those of the last
         position, (batch, 1, vocabulary): all that generating needs, and the LM head is spared the others where it can.
+        Raises ShapeUnavailable, before anything runs, for a batch, length or padding that the engine does not take:
+        callers may then ask for less. EngineUnavailable is a failure.
         """
 
     @abc.abstractmethod
