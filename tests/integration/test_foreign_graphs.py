@@ -377,6 +377,22 @@ def test_a_graph_that_reads_no_prompt_is_one_line(
         build_engine(graph, load_engine_spec(engine), tmp_path / "engine")
 
 
+@pytest.mark.parametrize("dims", [0, 1])
+@pytest.mark.parametrize("name", ["input_ids", "attention_mask", "position_ids"])
+def test_tokens_of_another_rank_are_one_line_before_anything_is_built(
+    graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, dims: int
+) -> None:
+    """It was a traceback after the whole build, or an engine that failed at every prompt."""
+
+    def flat(model: onnx.ModelProto) -> None:
+        del next(value for value in model.graph.input if value.name == name).type.tensor_type.shape.dim[dims:]
+
+    monkeypatch.setattr(ort_build, "within_range", lambda *_: pytest.fail("it is being built"))
+    graph = changed(graphs / "fp32" / FILE, flat, tmp_path / "graph")
+    with pytest.raises(EngineUnavailable, match=rf"the graph's {name} is \[\w*\]; understood is \[batch, "):
+        build_engine(graph, load_engine_spec("ort-cpu-fp32"), tmp_path / "engine")
+
+
 def one_text(model: onnx.ModelProto) -> None:
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = 1

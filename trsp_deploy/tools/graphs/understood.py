@@ -6,7 +6,16 @@ from pathlib import Path
 
 from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.recipe import EngineSpec
-from trsp_deploy.tools.graphs.decoder_io import CACHE_DTYPE, WRITE_INDICES, Bindings, cache_inputs
+from trsp_deploy.tools.graphs.decoder_io import CACHE_DTYPE, DYNAMIC_AXES, WRITE_INDICES, Bindings, cache_inputs
+
+
+def check_ranks(inputs: Bindings) -> None:
+    """Raise EngineUnavailable for tokens, mask or positions that are not of several texts with several tokens each."""
+    for name, axes in DYNAMIC_AXES.items():
+        if name in inputs and len(shape := inputs[name][1]) != len(axes):
+            raise EngineUnavailable(
+                f"the graph's {name} is [{', '.join(map(str, shape))}]; understood is [{', '.join(axes.values())}]"
+            )
 
 
 def check_cache(onnx: Path, spec: EngineSpec, inputs: Bindings) -> None:

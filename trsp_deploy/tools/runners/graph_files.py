@@ -11,7 +11,7 @@ from trsp_deploy.artifacts import fingerprint, size_bytes
 from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.tools.graphs import decoder_io
-from trsp_deploy.tools.graphs.understood import check_cache
+from trsp_deploy.tools.graphs.understood import check_cache, check_ranks
 from trsp_deploy.tools.runners.manifest import SourceFile
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ def check_source(onnx: Path, spec: EngineSpec) -> None:
                 raise EngineUnavailable(f"{onnx}: its weights are not whole: {file} is missing, or cut off")
     inputs, outputs = _bindings(graph.inputs), _bindings(graph.outputs)
     decoder_io.check_decoder(inputs, outputs)
+    check_ranks(inputs)
     if spec.precision != "bf16":  # which is made of fp16, and of what is bf16 already
         decoder_io.check_precision(inputs, spec.graph_precision)
     check_cache(onnx, spec, inputs)
