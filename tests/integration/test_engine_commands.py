@@ -18,14 +18,14 @@ from tests.tiny import POSITIONS, english, save_tiny, tiny_tokenizer
 from trsp_deploy.artifacts import write_json
 from trsp_deploy.cli import run
 from trsp_deploy.decoder import load_model
-from trsp_deploy.errors import EngineUnavailable, RecipeError
+from trsp_deploy.errors import EngineUnavailable, ModelError, RecipeError
 from trsp_deploy.recipe import ExportSettings, read_engine_spec
 from trsp_deploy.stages.export import export_onnx
 from trsp_deploy.tools.measuring.subjects import find_subject
 from trsp_deploy.tools.quiet import quiet_libraries
 from trsp_deploy.tools.runners import open_engine, read_manifest
 from trsp_deploy.tools.runners.generation import Sampling, choose, generate
-from trsp_deploy.tools.runners.inspection import describe, inspect_engine, trtexec
+from trsp_deploy.tools.runners.inspection import describe, inspect_engine, tokenizer_folder, trtexec
 from trsp_deploy.tools.runners.manifest import PassOutcome
 
 FROM_FILE = ["build", "--onnx", "missing.onnx", "--out", "x"]
@@ -89,6 +89,32 @@ def test_what_is_built_from_a_file_is_not_built_twice(
     assert built(*text)[0], "a file of the engine had changed"
     (tmp_path / "model.onnx_data").write_bytes((place / "onnx" / "model.onnx_data").read_bytes()[:-1] + b"x")
     assert built(*text)[0], "the graph's weights had"
+
+
+def test_a_tokenizer_without_a_config_of_its_own_reads_the_text(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was refused, with advice to give the option that was given."""
+    save_tiny("qwen2", tmp_path / "words", num_hidden_layers=1)
+    (tmp_path / "words" / "tokenizer_config.json").unlink()
+    (tmp_path / "text.txt").write_text(english()[:30_000])
+    command = ["build", "--onnx", str(place / "onnx" / "model.onnx"), "--engine", "ort-cpu-int4"]
+    command += ["--out", str(tmp_path / "engine"), "--calibration", str(tmp_path / "text.txt"), "--tokenizer"]
+    assert run([*command, str(tmp_path / "words")]) == 0
+    assert run([*command, str(tmp_path / "nowhere")]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"{tmp_path / 'nowhere'}: has no tokenizer that can be read" in said and "--tokenizer" not in said
+
+
+def test_an_engine_in_a_run_knows_its_tokenizer_without_a_config(place: Path, tmp_path: Path) -> None:
+    engine = tmp_path / "engines" / "ort-cpu-fp32" / "dense"
+    shutil.copytree(place / "dense", tmp_path / "dense")
+    shutil.copytree(place / "engines" / "ort-cpu-fp32" / "dense", engine)
+    (tmp_path / "dense" / "tokenizer_config.json").unlink()
+    assert tokenizer_folder(engine) == tmp_path / "dense"
+    (tmp_path / "dense" / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=r"no tokenizer in .*; give its folder with --tokenizer"):
+        tokenizer_folder(engine)
 
 
 def test_an_engine_at_a_link_lies_where_it_leads_and_is_of_its_graph(

@@ -115,6 +115,7 @@ def build_from_onnx(
     from trsp_deploy.stages.build import build_engine, finished, read_calibration
     from trsp_deploy.tools.library import load_engine_spec, spec_file
     from trsp_deploy.tools.quiet import quiet_libraries
+    from trsp_deploy.tools.runners.inspection import has_tokenizer
 
     spec = load_engine_spec(engines[0])
     _check_engine_folder(out)
@@ -125,7 +126,7 @@ def build_from_onnx(
         if not spec.reads_text:
             raise RecipeError(f"--calibration: {spec.name} is of {spec.precision}, whose build reads no text")
         folder = tokenizer or onnx.parent
-        if not (folder / "tokenizer_config.json").is_file():
+        if tokenizer is None and not has_tokenizer(folder):
             raise RecipeError(f"--calibration: no tokenizer in {folder}; give its folder with --tokenizer")
         with quiet_libraries():
             text = read_calibration(calibration, folder)

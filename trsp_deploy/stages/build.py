@@ -157,7 +157,7 @@ def read_calibration(texts: str, tokenizer: Path) -> np.ndarray:
     """
     from trsp_deploy.decoder import load_tokenizer
 
-    found, words = load_texts(texts, "calibration"), load_tokenizer(tokenizer)
+    words, found = load_tokenizer(tokenizer), load_texts(texts, "calibration")
     try:
         windows = tokenize_windows(found, words, READ_TOKENS, INT4_TEXTS)
     except TextError as problem:  # which names a setting of recipes, and there is none here

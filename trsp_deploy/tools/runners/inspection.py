@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from trsp_deploy.artifacts import model_of_engine
 from trsp_deploy.errors import ModelError, one_line
+from trsp_deploy.model_code import TOKENIZER_FILES
 from trsp_deploy.recipe import EngineSpec, Strict
 from trsp_deploy.tools.graphs import decoder_io
 from trsp_deploy.tools.graphs.fp16_range import HalfRange
@@ -240,6 +241,11 @@ def tokenizer_folder(engine: Path) -> Path:
         raise ModelError(
             f"{engine}: is in no run's engines, so its tokenizer is not known; give its folder with --tokenizer"
         )
-    if not (folder / "tokenizer_config.json").is_file():
+    if not has_tokenizer(folder):
         raise ModelError(f"{engine}: no tokenizer in {folder}; give its folder with --tokenizer")
     return folder
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a file that a tokenizer is read from; tokenizer_config.json is none, nor is it needed."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
