@@ -179,6 +179,13 @@ def test_an_ordinary_model_keeps_nothing(exported: Made, tmp_path: Path) -> None
     assert "no value of 48 tokens is beyond" in describe(inspect_engine(tmp_path / "engine"))
 
 
+def test_a_refusal_names_the_limit_that_was_passed(exported: Made) -> None:
+    """It said of 40,000 that fp16 ends at 65,504."""
+    model = ir.load(onnx_of(exported("llama", "fp16"), "fp16"))
+    with pytest.raises(half.NoMatch, match=r"'logits' reaches 4e\+04, beyond half of what fp16 holds \(32752\)"):
+        half.keep_wide(model, {"logits": 4e4})
+
+
 def test_a_cache_beyond_the_range_is_refused(tmp_path: Path) -> None:
     model = changed(tmp_path / "model", "llama", beyond_in_the_cache)
     export.export_onnx(model, "fp16", ExportSettings(), tmp_path / "onnx")

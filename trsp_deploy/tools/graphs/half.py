@@ -135,7 +135,8 @@ def keep_wide(model: ir.Model, largest: Mapping[str, float]) -> tuple[Kept, ...]
     outputs = [value for value in model.graph.outputs if value in wide]
     if outputs:
         name = outputs[0].name or ""
-        raise NoMatch(f"output '{name}' reaches {largest[name]:.3g}, and fp16 ends at {LARGEST:.0f}")
+        reaches = f"output '{name}' reaches {largest[name]:.3g}, beyond half of what fp16 holds ({LIMIT:.0f})"
+        raise NoMatch(f"{reaches}: another text may reach further")
     nodes = [node for node in model.graph if wide & {*node.inputs, *node.outputs}]
     half = {value for node in nodes for value in (*node.inputs, *node.outputs) if value is not None and _is_half(value)}
     writer = Writer(model, "fp32")
