@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 import pytest
 import torch
@@ -90,3 +91,36 @@ def test_what_the_folder_does_not_name_is_not_made_up(tmp_path: Path) -> None:
     save_file(weights, path, {"format": "pt"})
     with pytest.raises(ModelError, match=r"its weights lack model.decoder.layers.2.fc1.bias"):
         exported(tmp_path / "model", "fp32", tmp_path / "onnx")
+
+
+def test_what_onnxslim_cannot_simplify_is_exported_as_it_was_traced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After hours of training it was a traceback."""
+
+    def fails(model: object) -> None:
+        raise IndexError("list index out of range")
+
+    monkeypatch.setattr("onnxslim.slim", fails)
+    tiny_model("llama", num_hidden_layers=2).save_pretrained(tmp_path / "model")
+    said: list[str] = []
+    export_onnx(tmp_path / "model", "fp32", ExportSettings(), tmp_path / "onnx", say=said.append)
+    assert agrees(tmp_path / "model", tmp_path / "onnx" / "model.onnx")
+    assert said == [
+        "export: onnxslim cannot simplify the graph (IndexError: list index out of range): it stays as it was traced, "
+        "and is slower"
+    ]
+
+
+def test_a_graph_that_is_not_valid_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoilt(model: onnx.ModelProto) -> onnx.ModelProto:
+        model.graph.node[0].op_type = "Nothing"
+        return model
+
+    monkeypatch.setattr("onnxslim.slim", spoilt)
+    tiny_model("llama", num_hidden_layers=1).save_pretrained(tmp_path / "model")
+    with pytest.raises(
+        ModelError, match=r"is no valid ONNX \(.*Nothing.*\); `--set export\.slim=false` leaves"
+    ) as found:
+        export_onnx(tmp_path / "model", "fp32", ExportSettings(), tmp_path / "onnx")
+    assert "\n" not in str(found.value)

@@ -235,3 +235,24 @@ def test_what_torch_cannot_trace_is_one_line(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(torch.onnx, "export", refuse)
     with pytest.raises(ModelError, match=r"torch cannot export it to ONNX \(no way to trace\)"):
         export_onnx(folder, "fp32", DYNAMO, tmp_path / "onnx")
+
+
+def test_what_torch_cannot_optimise_is_exported_as_it_was_traced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    def fails(program: torch.onnx.ONNXProgram) -> None:
+        del program.model.graph.outputs[0]  # in place, up to where it stops
+        raise IndexError("list index out of range")
+
+    monkeypatch.setattr(torch.onnx.ONNXProgram, "optimize", fails)
+    folder, said = saved(transformers.LlamaConfig(**{**SMALL, "num_hidden_layers": 1}), tmp_path / "model"), list[str]()
+    export_onnx(folder, "fp32", DYNAMO, tmp_path / "onnx", say=said.append)
+    with OrtRunner(tmp_path / "onnx" / "model.onnx") as runner:
+        reference = parity.make_reference(folder, PROMPTS)
+        assert parity.check_parity(reference, runner, "llama", "dense", "fp32").max_error < 1e-4
+    assert said == [
+        "export: torch cannot optimise the graph (IndexError: list index out of range): it stays as it was traced, and "
+        "is slower"
+    ]

@@ -68,7 +68,7 @@ class Engines:
         def work() -> OnnxModel:
             text = self._calibration() if guard else None
             with writing(self.run.path / folder) as partial:
-                external = export.export_onnx(model, precision, self.recipe.export, partial, text)
+                external = export.export_onnx(model, precision, self.recipe.export, partial, text, self.inputs.say)
                 size = size_bytes(partial / export.FILE) + sum(size_bytes(partial / name) for name in external)
             exporter = export.chosen(self.recipe.export, model)
             return OnnxModel(

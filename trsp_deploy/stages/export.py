@@ -26,7 +26,12 @@ FILE = "model.onnx"
 
 
 def export_onnx(
-    model: Path, precision: Float, settings: ExportSettings, out: Path, calibration: np.ndarray | None = None
+    model: Path,
+    precision: Float,
+    settings: ExportSettings,
+    out: Path,
+    calibration: np.ndarray | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> tuple[str, ...]:
     """Export the model in a Hugging Face folder into `out`/model.onnx; returns the names of external data files.
 
@@ -34,19 +39,22 @@ def export_onnx(
     present.N.{key,value}. The config and the weights stand beside the graph.
     calibration: (batch, sequence) int64 tokens of real text, which show what of an fp16 graph has to stay in fp32; None
     takes random ones.
+    say: hears of a graph that could not be simplified.
     Raises ModelError when the exporter is not installed or cannot export the architecture.
     """
     with quiet_libraries():
         exporter = chosen(settings, model)
         out.mkdir(parents=True, exist_ok=True)
         if exporter == "optimum":
-            optimum.export(model, precision, settings.opset or optimum.OPSET, settings.slim, out / FILE)
+            note = optimum.export(model, precision, settings.opset or optimum.OPSET, settings.slim, out / FILE)
         else:
-            dynamo.export(model, precision, _opset(settings), out / FILE)
+            note = dynamo.export(model, precision, _opset(settings), out / FILE)
         copy_code(model, out)  # the config beside the graph names it
         _note_longest(model, out)
         if precision == "fp16":
             _guard(out, calibration)
+    if note is not None:
+        say(f"export: {note}")
     return tuple(sorted(path.name for path in out.glob(f"{FILE}_data*")))
 
 

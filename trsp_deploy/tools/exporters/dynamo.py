@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trsp_deploy.decoder import load_config
-from trsp_deploy.errors import ModelError, TrspError, first_line, machine_reason
+from trsp_deploy.errors import ModelError, TrspError, first_line, machine_reason, named, passes_through
 from trsp_deploy.recipe import Float
 from trsp_deploy.tools.exporters.weights import (
     DTYPES,
@@ -41,11 +41,12 @@ BATCH, SEQUENCE, CACHED = 2, 3, 5
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # colours, which torch's exporter puts into its errors
 
 
-def export(model: Path, precision: Float, opset: int, out: Path) -> None:
+def export(model: Path, precision: Float, opset: int, out: Path) -> str | None:
     """Write a Hugging Face folder's model to the file `out`, its weights beside it, and its config into out's folder.
 
     It is traced without its weights, which come from the checkpoint one at a time, on their way to the disk.
-    opset: 20 or more. Raises ModelError when torch cannot trace the model.
+    opset: 20 or more. Where what was traced cannot be optimised it stays as it is, and a line that says so comes back.
+    Raises ModelError when torch cannot trace the model.
     """
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
@@ -66,11 +67,24 @@ def export(model: Path, precision: Float, opset: int, out: Path) -> None:
         )
     assert program is not None
     _fill(program.model.graph, network.state_dict().keys(), open_weights(model, network))
-    program.optimize()
-    _name_lengths(program.model.graph)
-    ClearMetadataAndDocStringPass()(program.model)  # stack traces, with paths of the machine that traced it
-    save(program.model, out)
+    graph, note = _optimised(program)
+    _name_lengths(graph.graph)
+    ClearMetadataAndDocStringPass()(graph)  # stack traces, with paths of the machine that traced it
+    save(graph, out)
     network.config.save_pretrained(out.parent)
+    return note
+
+
+def _optimised(program: torch.onnx.ONNXProgram) -> tuple[ir.Model, str | None]:
+    """What was traced, optimised; as it was traced, and a line, where that fails: it may, after hours of training."""
+    traced = program.model.clone()
+    try:
+        program.optimize()
+    except Exception as problem:  # it rewrites in place, by many rules
+        if passes_through(problem):
+            raise
+        return traced, f"torch cannot optimise the graph ({named(problem)}): it stays as it was traced, and is slower"
+    return program.model, None
 
 
 def check_traceable(model: Path) -> None:

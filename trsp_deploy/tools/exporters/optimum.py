@@ -25,7 +25,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trsp_deploy.decoder import decoder_layers
-from trsp_deploy.errors import ModelError, one_line, passes_through
+from trsp_deploy.errors import ModelError, first_line, named, one_line, passes_through
 from trsp_deploy.reading import read_json
 from trsp_deploy.recipe import Float
 from trsp_deploy.tools.exporters.weights import (
@@ -51,11 +51,12 @@ def installed() -> bool:
     )
 
 
-def export(model: Path, precision: Float, opset: int, slim: bool, out: Path) -> None:
+def export(model: Path, precision: Float, opset: int, slim: bool, out: Path) -> str | None:
     """Write a Hugging Face folder's model to the file `out`, its weights beside it, and its config into out's folder.
 
-    slim: onnxslim simplifies the graph. Raises ModelError when Optimum cannot export the architecture, or what it
-    traced is not all of the model.
+    slim: onnxslim simplifies the graph; where it cannot, that stays as it was traced, and a line that says so comes
+    back. Raises ModelError when Optimum cannot export the architecture, what it traced is not all of the model, or what
+    came out is no valid graph.
     """
     network = build_skeleton(model, DTYPES[precision])
     with _as_model_error(model):
@@ -66,11 +67,15 @@ def export(model: Path, precision: Float, opset: int, slim: bool, out: Path) -> 
     transposed = turn(traced.graph, [value for value in traced.graph.inputs if value.name in matrices])
     # Simplifying reads vectors (a norm's ones, a bias of zeros); matrices stay inputs meanwhile, which it leaves alone.
     _fill(traced.graph, weights - matrices, read, transposed)
-    if slim:
-        traced = _slimmed(traced)
+    traced, note = _slimmed(traced) if slim else (traced, None)
     _fill(traced.graph, matrices, read, transposed)
     save(traced, out)
-    onnx.checker.check_model(out)
+    try:
+        onnx.checker.check_model(out)
+    except onnx.checker.ValidationError as problem:
+        advice = "`--set export.slim=false` leaves onnxslim out" if slim and note is None else OTHER
+        raise ModelError(f"{model}: its graph is no valid ONNX ({first_line(problem)}); {advice}") from problem
+    return note
 
 
 def knows(model: Path) -> bool:
@@ -154,15 +159,23 @@ def _trace(model: Path, network: PreTrainedModel, opset: int, out: Path) -> ir.M
     return traced
 
 
-def _slimmed(traced: ir.Model) -> ir.Model:
-    """The traced graph, simplified by onnxslim."""
+def _slimmed(traced: ir.Model) -> tuple[ir.Model, str | None]:
+    """The traced graph, simplified by onnxslim; as it is, and a line, where that fails, be it after a long training."""
     from onnxslim import slim
     from onnxslim.third_party.onnx_graphsurgeon.ir.tensor import Variable
 
     # Half of a traced graph says what the other half has said. onnxslim finds that too, in more time.
     CommonSubexpressionEliminationPass()(traced)
-    with _replaced(Variable, "__eq__", _by_name_first(Variable.__eq__)):
-        return ir.from_proto(slim(ir.to_proto(traced)))
+    try:
+        with _replaced(Variable, "__eq__", _by_name_first(Variable.__eq__)):
+            return ir.from_proto(slim(ir.to_proto(traced))), None
+    except Exception as problem:  # of a library that knows many patterns; what it was given is whole still
+        if passes_through(problem):
+            raise
+        return (
+            traced,
+            f"onnxslim cannot simplify the graph ({named(problem)}): it stays as it was traced, and is slower",
+        )
 
 
 def _fill(graph: ir.Graph, names: set[str], read: Read, transposed: set[str]) -> None:
