@@ -169,6 +169,46 @@ def test_attention_in_chunks_is_no_window(chunk: int, longest: int) -> None:
     assert masks.window(model, model.graph.outputs[0], chunk) is None, "of one chunk it is the whole text"
 
 
+def square() -> ir.Model:
+    """A graph of nothing but a mask, whose rows are cut out of one for every pair of tokens."""
+    node, whole, info = onnx.helper.make_node, onnx.TensorProto.INT64, onnx.helper.make_tensor_value_info
+    numbers = {"zero": 0, "one": 1, "ends": [2**62], "rows": [0], "columns": [1], "heads": [1, 2], "above": [0, 1]}
+    nodes = [
+        node("Shape", ["attention_mask"], ["total"], start=1),
+        node("Shape", ["input_ids"], ["new"], start=1),
+        node("Sub", ["total", "new"], ["past"]),
+        node("Squeeze", ["total"], ["count"]),
+        node("Range", ["zero", "count", "one"], ["places"]),
+        node("Unsqueeze", ["places", "columns"], ["own"]),
+        node("LessOrEqual", ["places", "own"], ["every_pair"]),
+        node("Slice", ["every_pair", "past", "ends", "rows"], ["earlier"]),
+        node("Unsqueeze", ["earlier", "above"], ["earlier_for_all"]),
+        node("Cast", ["attention_mask"], ["there"], to=onnx.TensorProto.BOOL),
+        node("Unsqueeze", ["there", "heads"], ["there_for_all"]),
+        node("And", ["earlier_for_all", "there_for_all"], ["visible"]),
+        node("Where", ["visible", "nothing", "lowest"], ["mask"]),
+    ]
+    floats = {"nothing": np.array(0, np.float32), "lowest": np.array(-3e38, np.float32)}
+    constants = {**{name: np.array(value) for name, value in numbers.items()}, **floats}
+    graph = onnx.helper.make_graph(
+        nodes,
+        "mask",
+        [info("input_ids", whole, ["batch", "new"]), info("attention_mask", whole, ["batch", "total"])],
+        [info("mask", onnx.TensorProto.FLOAT, ["batch", 1, "new", "total"])],
+        [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    return ir.from_proto(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)]))
+
+
+def test_a_mask_for_every_pair_of_tokens_is_left_as_it_is() -> None:
+    """Of a text of 200,000 tokens it is 37 GiB, for want of which the whole engine was refused."""
+    model = square()
+    (mask,) = model.graph.outputs
+    with pytest.raises(NoMatch, match="'mask' would take 37 GiB for a text of 200000 tokens to be looked at"):
+        masks.window(model, mask, 200_000)
+    assert not masks.is_plain(model, mask, 200_000) and masks.is_plain(model, mask, 1000)
+
+
 def static_spec(precision: Precision = "fp16", **changes: object) -> EngineSpec:
     spec = load_engine_spec("tensorrt-rtx-fp16-static")
     profiles = [

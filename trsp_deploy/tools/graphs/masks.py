@@ -17,6 +17,7 @@ LENGTHS = ((9, 9), (9, 300), (1, 9), (1, 300))  # new and all tokens, beside the
 LAST = 9  # tokens of that: of one alone a chunk, which begins at one place for all of them, looks like a window
 PADDING = 3
 HIDDEN = -1e4  # a score that hides: fp16 graphs use -65504
+MOST_BYTES = 2**30  # of a mask for every pair of tokens, which takes 16 GiB of 131,072 of them even in single bytes
 
 
 def simplify_masks(model: ir.Model, longest: int) -> int:
@@ -51,11 +52,16 @@ def window(model: ir.Model, mask: ir.Value, longest: int) -> int | None:
     """How many tokens, itself among them, each token sees at most; None where it sees all that came before.
 
     longest: tokens of the longest text; a window that is wider hides nothing.
-    Raises NoMatch when the mask does anything but add 0 to the scores of those and hide padding and the rest.
+    Raises NoMatch when the mask does anything but add 0 to the scores of those and hide padding and the rest, or
+    when it takes too much memory to see.
     """
     part = Part(model, mask, ["input_ids", "attention_mask", "position_ids"])
     lengths = dict.fromkeys((*LENGTHS, (LAST, max(longest, LENGTHS[-1][1]))))
     new, total = list(lengths)[-1]
+    short = LENGTHS[-1][1]
+    needed = part.bytes_of_pairs(total, short, example(LAST, short)[1])
+    if needed > MOST_BYTES:
+        raise NoMatch(f"'{mask.name}' would take {needed / 2**30:.0f} GiB for a text of {total} tokens to be looked at")
     seen = int((_added(part, new, total)[-1, -1] > HIDDEN).sum())
     size = None if seen == total else seen
     for new, total in lengths:

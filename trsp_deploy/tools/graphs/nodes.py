@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -145,9 +146,25 @@ class Part:
     def __call__(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
         """The value for these inputs; those that are not needed are ignored. Raises NoMatch where it has none."""
         with self._no_match():
-            (found,) = self._evaluator.run(None, {name: feeds[name].astype(of) for name, of in self._dtypes.items()})
+            (found,) = self._evaluator.run(None, self._cast(feeds))
         array: np.ndarray = found
         return array
+
+    def _cast(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {name: feeds[name].astype(of) for name, of in self._dtypes.items()}
+
+    def bytes_of_pairs(self, longer: int, length: int, feeds: Mapping[str, np.ndarray]) -> int:
+        """Bytes of what is made on the way for every pair of tokens of a text of `longer`, by these inputs of one of
+        `length`, for which every dimension of that length is taken. Raises NoMatch as a call does.
+        """
+        with self._no_match():
+            found = self._evaluator.run(None, self._cast(feeds), intermediate=True)
+        arrays = [array for array in found.values() if isinstance(array, np.ndarray)]
+        return sum(
+            array.itemsize * math.prod(longer if size == length else size for size in array.shape)
+            for array in arrays
+            if array.shape.count(length) > 1
+        )
 
     @contextlib.contextmanager
     def _no_match(self) -> Iterator[None]:
