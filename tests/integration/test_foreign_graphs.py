@@ -411,6 +411,35 @@ def test_a_graph_for_one_text_at_a_time_gets_every_pass(graphs: Path, tmp_path: 
     np.testing.assert_allclose(found["plain"][1], found["other"][1], atol=1e-5)
 
 
+def adapted_head(model: onnx.ModelProto) -> None:
+    """An LM head with a LoRA that was not merged: both of its products read the hidden states."""
+    head, random = next(node for node in model.graph.node if "logits" in node.output), np.random.default_rng(0)
+    head.output[:] = ["head"]
+    for name, shape in (("lora_A", (64, 4)), ("lora_B", (4, 384))):
+        weight = random.normal(scale=0.1, size=shape).astype(np.float32)
+        model.graph.initializer.append(numpy_helper.from_array(weight, name))
+    model.graph.node.extend(
+        [
+            helper.make_node("MatMul", [head.input[0], "lora_A"], ["narrow"], "narrow"),
+            helper.make_node("MatMul", ["narrow", "lora_B"], ["adapted"], "adapted"),
+            helper.make_node("Add", ["head", "adapted"], ["logits"], "joined"),
+        ]
+    )
+
+
+@pytest.mark.parametrize("engine", ["ort-cpu-fp32", "ort-cpu-int8"])
+def test_logits_that_are_cut_in_part_alone_are_not_cut(graphs: Path, tmp_path: Path, engine: str) -> None:
+    """The pass was kept, for its proof asked for all logits alone, and every longer prompt failed."""
+    graph = changed(graphs / "fp32" / FILE, adapted_head, tmp_path / "graph")
+    manifest = build_engine(graph, load_engine_spec(engine), tmp_path / "engine")
+    outcome = next(outcome for outcome in manifest.passes if outcome.name == "cut-logits")
+    assert not outcome.changed and outcome.reason
+    with open_engine(tmp_path / "engine") as runner:
+        ids = np.arange(3, 19)[None]
+        whole = runner.prefill(ids, np.ones_like(ids))
+        np.testing.assert_array_equal(runner.prefill(ids, np.ones_like(ids), last_only=True), whole[:, -1:])
+
+
 def beyond(model: onnx.ModelProto, part: str, factor: float) -> None:
     """Let a product of every layer leave the range of fp16."""
     del model.metadata_props[:]  # by which an export of ours says that it has been through this

@@ -21,8 +21,8 @@ class Decoder(Protocol):
     def feeds(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> dict[str, np.ndarray]:
         """Every input of the graph, to read a prompt; of a fixed length where it says so."""
 
-    def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
-        """Logits (batch, sequence, vocabulary) of a prompt."""
+    def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray, *, last_only: bool = False) -> np.ndarray:
+        """Logits (batch, sequence, vocabulary) of a prompt, or (batch, 1, vocabulary) of its last position alone."""
 
     def decode(self, input_ids: np.ndarray) -> np.ndarray:
         """Logits (batch, 1, vocabulary) after one more token."""
@@ -35,7 +35,10 @@ def texts_at_once(decoder: Decoder, wanted: int) -> int:
 
 
 def sample_logits(decoder: Decoder, vocabulary: int) -> np.ndarray:
-    """Logits (positions, vocabulary) of two random texts of unequal length, left-padded: a prompt and a few steps."""
+    """Logits (positions, vocabulary) of two random texts of unequal length, left-padded: a prompt and a few steps.
+
+    Behind them the prompt's last ones (rows, vocabulary) once more, asked for alone as generating does.
+    """
     rows, random = texts_at_once(decoder, 2), np.random.default_rng(0)
     ids = random.integers(vocabulary, size=(rows, PROMPT))
     mask = np.ones_like(ids)
@@ -45,7 +48,8 @@ def sample_logits(decoder: Decoder, vocabulary: int) -> np.ndarray:
         parts.append(decoder.decode(random.integers(vocabulary, size=(rows, 1))))
     seen = np.concatenate([mask, np.ones((rows, STEPS), dtype=mask.dtype)], axis=1) == 1
     logits: np.ndarray = np.concatenate(parts, axis=1)[seen]  # what stands on padding means nothing
-    return logits
+    last = decoder.prefill(ids, mask, last_only=True)
+    return np.concatenate([logits, last[:, -1]])
 
 
 def padding_error(decoder: Decoder, vocabulary: int) -> float:
