@@ -27,7 +27,8 @@ from trsp_deploy.stages.build import build_engine
 from trsp_deploy.tools.graphs import check, half
 from trsp_deploy.tools.graphs.fp16_range import LARGEST
 from trsp_deploy.tools.library import load_engine_spec
-from trsp_deploy.tools.runners import half_range, open_engine, trt_build
+from trsp_deploy.tools.runners import half_range, open_engine, passes, trt_build
+from trsp_deploy.tools.runners.graph_files import check_source
 from trsp_deploy.tools.runners.half_range import within_range
 from trsp_deploy.tools.runners.inspection import describe, inspect_engine
 from trsp_deploy.tools.runners.ort import OrtRunner
@@ -213,6 +214,33 @@ def test_what_fp16_cannot_hold_becomes_bf16(name: str, tmp_path: Path) -> None:
     with OrtRunner(tmp_path / "wide.onnx") as runner:
         assert parity.check_parity(parity.make_reference(model, PROMPTS), runner, "bf16", "dense", "bf16").passed
     assert sorted(path.name for path in (tmp_path / "passes").iterdir()) == ["bf16", "cut-logits"], "nothing is left"
+
+
+def test_a_graph_that_is_bf16_already_is_proven_in_fp32(exported: Made, tmp_path: Path) -> None:
+    """No pass was, so that a spec with `cache_length` refused every such graph."""
+    source = onnx_of(exported("llama", "fp16"), "fp16")
+    model = ir.load(source)
+    half.infer_types(model)
+    half.to_bf16(model)
+    for folder in ("graph", "padding", "passes"):
+        (tmp_path / folder).mkdir()
+    graph, spec = tmp_path / "graph" / "model.onnx", load_engine_spec("tensorrt-rtx-bf16")
+    ir.save(model, graph, external_data=f"{graph.name}_data")
+    check_source(graph, spec)
+    found = check.difference(
+        half_range_logits(graph, tmp_path / "padding"), half_range_logits(source, tmp_path / "padding")
+    )
+    assert 1e-4 < found < 0.5, "its weights are rounded to 8 bits"
+    assert passes.holds_padding(graph, spec, tmp_path / "padding")
+    _, outcomes = trt_build.prepare(graph, spec, tmp_path / "passes", None)
+    assert {outcome.name: outcome.changed for outcome in outcomes} == {"fix-cache": LAYERS, "cut-logits": 1}
+
+
+def half_range_logits(graph: Path, scratch: Path) -> np.ndarray:
+    """Of a graph in 16 bits, computed in fp32."""
+    half_range.write_widened(graph, scratch / "wide.onnx")
+    with OrtRunner(scratch / "wide.onnx") as runner:
+        return check.sample_logits(runner, runner.vocabulary)
 
 
 @pytest.mark.parametrize("width", [8, 16])

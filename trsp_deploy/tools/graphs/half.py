@@ -71,7 +71,7 @@ def widen(model: ir.Model, narrow: ir.DataType = HALF) -> None:
     Where a weight is only looked up or turned, what comes of it is cast: a tied embedding in fp32 would be held from
     the first node to the last. model: after `infer_types`; changed in place. narrow: fp16 or bf16.
     """
-    writer = Writer(model, "widened")
+    writer = Writer(model, f"widened/{narrow.name}")
     moved: list[ir.Value] = []
     for value in model.graph.inputs:
         if value.dtype == narrow:

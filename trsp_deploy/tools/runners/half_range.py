@@ -92,7 +92,8 @@ def guard_range(
 
 
 def write_widened(onnx: Path, out: Path) -> None:
-    """Write a graph that computes in fp32 what `onnx`, which stays as it is, computes in fp16, with the same weights.
+    """Write a graph that computes in fp32 what `onnx`, which stays as it is, computes in fp16 or bf16, of the same
+    weights.
 
     What a graph is for that will run in bf16, whose range is fp32's and which ONNX Runtime does not multiply in on a
     CPU. Raises EngineUnavailable for a graph that cannot be followed.
@@ -107,6 +108,7 @@ def write_widened(onnx: Path, out: Path) -> None:
         model = open_graph(onnx)
         half.infer_types(model)
         half.widen(model)
+        half.widen(model, half.BRAIN)
     except NoMatch as problem:
         raise EngineUnavailable(f"{onnx}: cannot be read in fp32: {problem}") from problem
     ir.save(model, out, external_data=f"{out.name}_data")
