@@ -139,6 +139,56 @@ def test_a_table_of_positions_ends_the_texts(family: str, exporter: str, tmp_pat
             runner.decode(ids[:, :1])
 
 
+def by_place(model: onnx.ModelProto, source: str) -> None:
+    """Positions that count the padding too, from how long the cache or the mask is, of one row or of every text's."""
+    node, numbers = onnx.helper.make_node, {"p/two": [2], "p/row": [0]}
+    del model.graph.input[[value.name for value in model.graph.input].index("position_ids")]
+    for reader in model.graph.node:
+        reader.input[:] = ["p/positions" if name == "position_ids" else name for name in reader.input]
+    before = [node("Shape", ["input_ids"], ["p/new"], start=1)]
+    if source == "cache":
+        before += [
+            node("Shape", ["past_key_values.0.key"], ["p/cache"]),
+            node("Gather", ["p/cache", "p/two"], ["p/past"]),
+            node("Add", ["p/past", "p/new"], ["p/total"]),
+        ]
+    else:
+        before += [
+            node("Shape", ["attention_mask"], ["p/total"], start=1),
+            node("Sub", ["p/total", "p/new"], ["p/past"]),
+        ]
+    before += [
+        *(node("Squeeze", [f"p/{name}"], [f"p/{name}_number"]) for name in ("past", "total")),
+        node("Range", ["p/past_number", "p/total_number", "p/one"], ["p/places"]),
+        node("Unsqueeze", ["p/places", "p/row"], ["p/positions" if source == "mask" else "p/places_row"]),
+    ]
+    if source != "mask":
+        before += [
+            node("Shape", ["input_ids"], ["p/tokens"]),
+            node("Expand", ["p/places_row", "p/tokens"], ["p/positions"]),
+        ]
+    nodes = [*before, *model.graph.node]
+    del model.graph.node[:], model.metadata_props[:]
+    model.graph.node.extend(nodes)
+    constants = {**{name: np.array(value) for name, value in numbers.items()}, "p/one": np.array(1)}
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in constants.items())
+
+
+@pytest.mark.parametrize("source", ["cache", "mask", "mask of each"])
+def test_a_table_ends_the_texts_whose_positions_are_places(source: str, tmp_path: Path) -> None:
+    """On a GPU such a graph read on behind its table, and nobody said so."""
+    model = onnx.load(exported(tiny_model("gpt2", num_hidden_layers=2), tmp_path))
+    by_place(model, source)
+    onnx.save(model, tmp_path / FILE)
+    spec = load_engine_spec("ort-cpu-fp32").model_copy(update={"fuse": False})
+    assert build_engine(tmp_path / FILE, spec, tmp_path / "engine").longest_text == POSITIONS
+    ids = np.random.default_rng(0).integers(3, 380, size=(1, POSITIONS))
+    with open_engine(tmp_path / "engine") as runner, OrtRunner(tmp_path / "onnx" / FILE) as plain:
+        np.testing.assert_allclose(*(each.prefill(ids, np.ones_like(ids)) for each in (runner, plain)), atol=1e-4)
+        with pytest.raises(EngineUnavailable, match="holds for texts of up to 256 tokens, and this one has 257"):
+            runner.decode(ids[:, :1])
+
+
 @pytest.mark.parametrize(
     ("operator", "domain", "longest"), [("Same", "own", POSITIONS), ("QuickGelu", "com.microsoft", None)]
 )
