@@ -549,6 +549,46 @@ def test_a_disk_that_is_full_while_onnx_runtime_writes_is_called_so(
         build_engine(graphs / "fp32" / FILE, spec, tmp_path / "engine")
 
 
+def behind_the_head(model: onnx.ModelProto) -> None:
+    """A vocabulary that was filled up for its weights alone, bounds, and a token that is never wanted."""
+    next(node for node in model.graph.node if "logits" in node.output).output[:] = ["padded"]
+    unwanted = np.arange(380) == 7
+    constants = {
+        **{name: np.array([value]) for name, value in (("first", 0), ("vocabulary", 380), ("last_axis", -1))},
+        **{"low": np.array(-1e4, np.float32), "high": np.array(1e4, np.float32)},
+        **{"never": np.array(-1e4, np.float32), "unwanted": unwanted, "less": np.array(0.5, np.float32)},
+    }
+    model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
+    model.graph.node.extend(
+        [
+            helper.make_node("Slice", ["padded", "first", "vocabulary", "last_axis"], ["own"], "slice"),
+            helper.make_node("Clip", ["own", "low", "high"], ["bounded"], "bound"),
+            helper.make_node("Where", ["unwanted", "never", "bounded"], ["wanted"], "where"),
+            helper.make_node("Sub", ["wanted", "less"], ["logits"], "less"),
+        ]
+    )
+    logits = next(value for value in model.graph.output if value.name == "logits")
+    logits.type.tensor_type.shape.dim[-1].dim_value = 380
+
+
+@pytest.mark.parametrize("engine", ["ort-cpu-int4-accurate", "ort-cpu-int8"])
+def test_an_lm_head_is_found_behind_what_its_logits_go_through(graphs: Path, tmp_path: Path, engine: str) -> None:
+    """No integers were made of such a graph at all."""
+    graph = changed(graphs / "fp32" / FILE, behind_the_head, tmp_path / "graph")
+    manifest = build_engine(graph, load_engine_spec(engine), tmp_path / "engine")
+    assert next(outcome.changed for outcome in manifest.passes if outcome.name == "cut-logits")
+    nodes = onnx.load(tmp_path / "engine" / "model.onnx", load_external_data=False).graph.node
+    products = [{each.name: each.i for each in node.attribute} for node in nodes if node.op_type == "MatMulNBits"]
+    assert [each["bits"] for each in products if each["N"] == 384] == [8], "the LM head"
+    ids = np.arange(3, 19)[None]
+    with open_engine(tmp_path / "engine") as runner, OrtRunner(graph) as plain:
+        one, other = (each.prefill(ids, np.ones_like(ids)) for each in (runner, plain))
+        np.testing.assert_allclose(runner.prefill(ids, np.ones_like(ids), last_only=True), one[:, -1:], atol=1e-5)
+    assert one.shape == (1, 16, 380) and one[..., 7].max() < -9e3
+    seen = np.arange(380) != 7
+    assert np.abs(one - other)[..., seen].mean() < 0.5 * other[..., seen].std()
+
+
 def hidden_states(model: onnx.ModelProto) -> None:
     """One output more, as exports for feature extraction have it."""
     head = next(node for node in model.graph.node if "logits" in node.output)
