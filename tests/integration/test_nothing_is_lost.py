@@ -86,6 +86,35 @@ def test_an_engine_is_replaced_by_another(graph: Path, tmp_path: Path) -> None:
         assert trsp_deploy(*command, cwd=tmp_path).code == 0
 
 
+@pytest.mark.parametrize(
+    "manifest",
+    ['{"name": "x"}', '{"spec": {}, "files": ["thesis.txt"]}', '{"spec": "x", "files": {"thesis.txt": "0"}}', "[]", "{"],
+)
+def test_a_folder_with_another_kind_of_manifest_is_no_engine(graph: Path, tmp_path: Path, manifest: str) -> None:
+    """Web sites have a manifest.json too, and whole ones were gone."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "manifest.json").write_text(manifest)
+    (tmp_path / "site" / "thesis.txt").write_text("years of work")
+    before = files(tmp_path)
+    done = trsp_deploy("build", "--onnx", str(graph), "--engine", "ort-cpu-fp32", "--out", "site", cwd=tmp_path)
+    assert done.code == 1 and "--out site: holds other things than an engine" in done.last, done.stderr
+    assert files(tmp_path) == before
+
+
+def test_an_engine_whose_manifest_is_no_record_still_says_what_is_its_own(graph: Path, tmp_path: Path) -> None:
+    """As of another version; all that lay in its folder went with it."""
+    command = ["build", "--onnx", str(graph), "--engine", "ort-cpu-fp32", "--out", "engine"]
+    assert trsp_deploy(*command, cwd=tmp_path).code == 0
+    manifest, notes = (tmp_path / "engine" / name for name in ("manifest.json", "notes.md"))
+    manifest.write_text(manifest.read_text().replace('"backend_version"', '"version"'))
+    notes.write_text("mine")
+    done = trsp_deploy(*command, cwd=tmp_path)
+    assert done.code == 1 and "notes.md in it is yours: move that away" in done.last, done.stderr
+    assert notes.read_text() == "mine"
+    notes.unlink()
+    assert trsp_deploy(*command, cwd=tmp_path).code == 0 and '"backend_version"' in manifest.read_text()
+
+
 def test_a_run_takes_no_folder_with_other_things_of_its_names(place: Path, tmp_path: Path) -> None:
     (tmp_path / "project" / "pruned").mkdir(parents=True)
     (tmp_path / "project" / "pruned" / "thesis.txt").write_text("years of work")
