@@ -124,6 +124,32 @@ def test_a_run_takes_no_folder_with_other_things_of_its_names(place: Path, tmp_p
     assert list(files(tmp_path)) == ["project/pruned/thesis.txt"]
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["prune-and-build", "--recipe", "exp/recipe.yaml", "--out", "exp"],
+        ["sweep", "--recipe", "exp/recipe.yaml", "--drop", "1..2", "--out", "exp"],
+        ["report", "exp"],
+        ["clean", "exp", "--keep", "engines"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_recipe_of_ones_own_makes_no_run_of_a_folder(place: Path, tmp_path: Path, command: list[str]) -> None:
+    """It was written over, and what lay beside it under a run's names was replaced."""
+    (tmp_path / "exp" / "pruned").mkdir(parents=True)
+    (tmp_path / "exp" / "plans").mkdir() if command[0] == "sweep" else None
+    (tmp_path / "exp" / "pruned" / "thesis.txt").write_text("years of work")
+    recipe = f"# chosen with care\nmodel: {place / 'tiny'}\ndrop: 2\ncalibration: {{texts: {place / 'train.txt'}}}\n"
+    (tmp_path / "exp" / "recipe.yaml").write_text(recipe)
+    before = files(tmp_path)
+    options = OPTIONS if "--recipe" in command else []
+    for _ in range(2):  # a refusal leaves nothing behind by which it would be one
+        done = trsp_deploy(*command, *options, cwd=tmp_path)
+        words = "exp: no command of trsp-deploy has worked in it" if command[0] == "clean" else "is no run of trsp-deploy"
+        assert done.code == 1 and words in done.last, done.stderr
+        assert files(tmp_path) == before
+
+
 # -- settings ----------------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.made_run import made_run
+from tests.made_run import made_run, made_sweep
 from trsp_deploy.artifacts import (
     Finished,
     RunFolder,
@@ -27,6 +27,8 @@ from trsp_deploy.artifacts import (
     write_json,
     writing,
 )
+from trsp_deploy.artifacts.layout import check_can_hold
+from trsp_deploy.artifacts.storage import remove
 from trsp_deploy.errors import RunError, StorageError
 from trsp_deploy.recipe import Strict
 
@@ -176,6 +178,33 @@ def test_a_run_is_held_while_it_or_a_part_of_it_is_read(tmp_path, below):
     with RunFolder(run), pytest.raises(RunError, match="in use by another"), reading_alone(run / below):
         pass
     assert names(tmp_path) == ["link", "run"]
+
+
+@pytest.mark.parametrize("marks", [("records", ".lock"), ("records", ".place"), ("records",), (".lock", ".place"), (".place",)])
+@pytest.mark.parametrize("make", [made_run, made_sweep])
+def test_a_run_is_one_however_it_was_made_and_copied(tmp_path, make, marks):
+    """By an older version, stopped before its first record, or without the files that begin with a dot."""
+    folder = make(tmp_path / "folder")
+    (folder / ".place").write_text("/somewhere")
+    for name in {"records", ".lock", ".place"} - set(marks):
+        remove(folder / name)
+    check_can_hold(folder, sweep=make is made_sweep)
+    assert RunLayout(folder).is_begun
+
+
+def test_a_recipe_of_ones_own_is_said_to_be_in_the_way(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("model: tiny\n")
+    with pytest.raises(RunError, match=r"has recipe\.yaml and is no run .*; choose another --out, or move it away"):
+        check_can_hold(tmp_path, sweep=False)
+
+
+def test_a_manifest_beside_a_folder_of_plans_is_no_sweeps(tmp_path):
+    """A project has plans too, and what lies beside them goes on being its own."""
+    run = made_run(tmp_path / "run")
+    (tmp_path / "plans").mkdir()
+    (tmp_path / "MANIFEST.json").write_text("{}")
+    RunFolder(run).outdate_manifest()
+    assert names(tmp_path) == ["MANIFEST.json", "plans", "run"]
 
 
 def test_other_processes_of_the_same_run_come_in_and_follow_the_main_one(job, monkeypatch):

@@ -77,6 +77,12 @@ class RunLayout:
         return (self.root / PLANS).is_dir() or (self.root / SWEEP).is_file()
 
     @property
+    def is_begun(self) -> bool:
+        """Whether a command of trsp-deploy has worked here: a recipe, or a folder of plans, may be a person's own."""
+        marks = (LOCK, PLACE, RECORDS) if self.is_run or self.is_sweep else (LOCK,)
+        return any((self.root / mark).exists() for mark in marks)
+
+    @property
     def runs(self) -> list[RunLayout]:
         """The runs within a sweep's folder, smallest cut first; none in a run's."""
         found = [run for path in self.root.glob(POINTS) if (run := RunLayout(path)).is_run]
@@ -190,10 +196,11 @@ def check_can_hold(folder: Path, *, sweep: bool) -> None:
         check_no_sweep(folder)
     elif layout.is_run and layout.plan.is_file():
         raise RunError(f"{folder}: is a run of one cut and no sweep; choose another --out")
-    if (folder / LOCK).exists() or layout.is_run or layout.is_sweep:
+    if layout.is_begun:
         return
     check_no_model(folder)
     names = (MANIFEST, *(name for part in PARTS for name in part.paths))  # a manifest: of a model repository
     taken = [name for name in names if (folder / name).exists()]
     if taken:
-        raise RunError(f"{folder}: has {', '.join(taken)} and is no run of trsp-deploy; choose another --out")
+        instead = ", or move it away (--recipe takes it from anywhere)" if taken == [RUN_MARK] else ""
+        raise RunError(f"{folder}: has {', '.join(taken)} and is no run of trsp-deploy; choose another --out{instead}")

@@ -141,7 +141,7 @@ class RunFolder:
         one that is there holds."""
         (self.path / MANIFEST).unlink(missing_ok=True)
         around = RunLayout(self.path.resolve().parent)
-        if around.is_sweep:
+        if around.is_sweep and around.is_begun:
             (around.root / MANIFEST).unlink(missing_ok=True)
 
     def recorded(self) -> list[str]:
@@ -274,7 +274,8 @@ def reading_alone(*paths: Path) -> Iterator[None]:
 
 
 def _run_of(path: Path) -> Path | None:
-    around = RunLayout(path) if RunLayout(path).is_run else run_that_owns(path)
+    here = RunLayout(path)
+    around = here if here.is_run and here.is_begun else run_that_owns(path)
     return None if around is None else around.root
 
 

@@ -59,9 +59,11 @@ def held(folder: Path) -> Iterator[Runs]:
     """
     if not RunLayout(folder).is_sweep:
         check_is_run(folder, "nothing is removed")
+    if not RunLayout(folder).is_begun:
+        raise RunError(f"{folder}: no command of trsp-deploy has worked in it; nothing is removed")
     with contextlib.ExitStack() as stack:
         root = stack.enter_context(RunFolder(folder))
-        within = [run.root for run in root.layout.runs if not leaves(folder, run.root)]
+        within = [run.root for run in root.layout.runs if run.is_begun and not leaves(folder, run.root)]
         yield (root, *(stack.enter_context(RunFolder(path)) for path in within))
 
 
