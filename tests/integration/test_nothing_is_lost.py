@@ -150,6 +150,22 @@ def test_a_recipe_of_ones_own_makes_no_run_of_a_folder(place: Path, tmp_path: Pa
         assert files(tmp_path) == before
 
 
+def test_a_sweep_takes_no_folder_for_one_of_its_runs(place: Path, tmp_path: Path) -> None:
+    """Only its own folder was looked at, and each of its runs took whatever lay where it was to be."""
+    (tmp_path / "theirs" / "drop-2" / "pruned").mkdir(parents=True)
+    (tmp_path / "theirs" / "drop-2" / "pruned" / "thesis.txt").write_text("years of work")
+    shutil.copytree(place / "run", tmp_path / "mine" / "drop-2")
+    before = files(tmp_path)
+    for folder, words in (
+        ("theirs", "theirs/drop-2: has pruned and is no run of trsp-deploy; choose another --out"),
+        ("mine", "mine/drop-2: is a run, and of no sweep, for mine is none yet; choose another --out"),
+    ):
+        command = ["sweep", "--model", str(place / "tiny"), "--drop", "1..2", "--out", folder]
+        done = trsp_deploy(*command, "--calibration", str(place / "train.txt"), *OPTIONS, cwd=tmp_path)
+        assert done.code == 1 and done.last == f"error: {words}", done.stderr
+    assert files(tmp_path) == before and len(list(tmp_path.rglob(".lock"))) == 1
+
+
 # -- settings ----------------------------------------------------------------------------------------------------------
 
 

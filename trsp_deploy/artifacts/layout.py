@@ -8,6 +8,7 @@ A role is "dense" or "pruned".
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -204,3 +205,12 @@ def check_can_hold(folder: Path, *, sweep: bool) -> None:
     if taken:
         instead = ", or move it away (--recipe takes it from anywhere)" if taken == [RUN_MARK] else ""
         raise RunError(f"{folder}: has {', '.join(taken)} and is no run of trsp-deploy; choose another --out{instead}")
+
+
+def check_can_hold_cuts(folder: Path, counts: Iterable[int]) -> None:
+    """Raise RunError for a folder in which the runs of a sweep would take what is not their own; counts: of layers."""
+    for count in counts:
+        cut = folder / f"drop-{count}"
+        check_can_hold(cut, sweep=False)
+        if RunLayout(cut).is_begun and not RunLayout(folder).is_begun:
+            raise RunError(f"{cut}: is a run, and of no sweep, for {folder} is none yet; choose another --out")

@@ -77,7 +77,7 @@ def run_of(
     say(f"{recipe.public.model}, dropping {dropping}")
     check_address_space()
     from trsp_deploy.artifacts import RUN_MARK, RunFolder
-    from trsp_deploy.artifacts.layout import check_can_hold
+    from trsp_deploy.artifacts.layout import check_can_hold, check_can_hold_cuts
     from trsp_deploy.pipeline import Pipeline
     from trsp_deploy.pipeline.runs import (
         default_folder,
@@ -99,7 +99,7 @@ def run_of(
     check_can_hold(folder, sweep=drops is not None)
     _check_outside(seen_from(place or Path.cwd(), recipe.model, SHORT_NAMES), folder)
     if drops is not None:
-        parse_drops(drops, model_config(recipe.model, say).num_hidden_layers)
+        check_can_hold_cuts(folder, parse_drops(drops, model_config(recipe.model, say).num_hidden_layers))
     with RunFolder(folder, Announcer()) as run:
         if choose is not None and (kept := kept_judging(run)):
             recipe = choose(kept=kept)
