@@ -352,3 +352,23 @@ def test_other_words_about_an_engine_build_nothing(place: Path) -> None:
         spec.write_text(f"description: {words}\nbackend: onnxruntime-cpu\nprecision: fp32\n")
         done = trsp_deploy("build", "run", "--engine", "mine.yaml", cwd=place)
         assert done.code == 0 and f"> build-mine-pruned: {state}" in done.stderr, done.stderr
+
+
+def test_an_engine_of_a_file_that_is_gone_is_built_by_what_the_run_has_of_it(place: Path) -> None:
+    """Every command of such a run ended with "no such file", on another machine and here."""
+    prune(place)
+    spec, said = "mine.yaml", "engine 'mine.yaml': no such file here; going on with the run's copy of its spec"
+    (place / spec).write_text("description: mine\nbackend: onnxruntime-cpu\nprecision: fp32\nfuse: false\n")
+    built = trsp_deploy("build", "run", "--engine", spec, "--set=evaluation={}", *BENCH, cwd=place)
+    assert built.code == 0, built.stderr
+    place = place.rename(place.with_name(f"{place.name}-called otherwise"))
+    (place / spec).unlink()
+    found = trsp_deploy("report", "run", cwd=place)
+    assert found.code == 0 and said in found.stderr and "> build-mine-dense: reused" in found.stderr, found.stderr
+    shutil.rmtree(place / "run" / "engines")  # as `clean` does
+    again = trsp_deploy("build", "run", cwd=place)
+    assert again.code == 0 and {"build-mine-dense", "build-mine-pruned"} <= set(started(again)), again.stderr
+    manifest = json.loads((place / "run" / "engines" / "mine" / "pruned" / "manifest.json").read_text())
+    assert manifest["spec"]["fuse"] is False
+    other = trsp_deploy("build", "run", "--engine", "others/mine.yaml", cwd=place)
+    assert other.code == 1 and other.last == "error: others/mine.yaml: no such file", "of which the run has none"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -12,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from trsp_deploy.artifacts import Finished, size_bytes, steps, writing
 from trsp_deploy.errors import EngineSpecError, EngineUnavailable, RecipeError
 from trsp_deploy.pipeline.inputs import Inputs
 from trsp_deploy.pipeline.pruning import Pruning
+from trsp_deploy.pipeline.runs import saved_recipe
+from trsp_deploy.reading import user_path
 from trsp_deploy.recipe import EngineSpec, Float
 from trsp_deploy.results import ROLES, OnnxModel, Role
 from trsp_deploy.stages import build, export
@@ -50,8 +54,27 @@ class Engines:
         self.run = inputs.run
         self.recipe = inputs.recipe
         # A wrong name is found before anything slow begins.
-        self.specs = specs_of([inputs.engine(name) for name in inputs.recipe.engines])
+        self.specs = specs_of(inputs.recipe.engines, self._spec)
         _check_names([spec.name for spec in self.specs], inputs.recipe.evaluation)
+
+    def _spec(self, name: str) -> EngineSpec:
+        """The spec of one of the recipe's engines; of a file that is not here, what the run has built by it."""
+        found = self.inputs.engine(name)
+        gone = found.endswith((".yaml", ".yml")) and not user_path(found).is_file()
+        if not gone or (built := self._built_by(name)) is None:
+            return load_engine_spec(found)
+        self.inputs.say(f"engine '{name}': no such file here; going on with the run's copy of its spec")
+        return built
+
+    def _built_by(self, file: str) -> EngineSpec | None:
+        """The spec of a file that the run's recipe names, as its records have it, which `clean` leaves."""
+        before = saved_recipe(self.run)
+        if before is None or file not in before.engines:
+            return None
+        for record in filter(None, (self.run.record(steps.build(Path(file).stem, role)) for role in ROLES)):
+            with contextlib.suppress(ValidationError):  # of an earlier version
+                return EngineSpec.model_validate(record.result.get("spec"))
+        return None
 
     def export(self) -> dict[tuple[Role, Float], OnnxModel]:
         """Every ONNX model that an engine of the recipe can be built from here."""
@@ -217,10 +240,10 @@ def _check_names(engines: Sequence[str], texts: Collection[str]) -> None:
             )
 
 
-def specs_of(engines: Sequence[str]) -> list[EngineSpec]:
+def specs_of(engines: Sequence[str], load: Callable[[str], EngineSpec] = load_engine_spec) -> list[EngineSpec]:
     """The specs of engines' names and files, `auto` being what this machine is for; raises EngineSpecError."""
     names = wanted_engines(engines)
-    specs = [load_engine_spec(name) for name in names]
+    specs = [load(name) for name in names]
     counts = Counter(spec.name for spec in specs)
     twice = [name for name, spec in zip(names, specs, strict=True) if counts[spec.name] > 1]
     if twice:  # they would share a folder
