@@ -91,9 +91,28 @@ def test_an_engine_that_is_gone_is_built_by_the_name_that_it_had(run: Path) -> N
     """That of its folder is its model's."""
     engine = run / ENGINE
     shutil.rmtree(engine)
-    for folder, again in ((engine, f"{run} --engine ort-cpu-fp32"), (run / "nowhere", "RUN --engine NAME")):
+    for folder, again in ((engine, str(run)), (run / "nowhere", "RUN --engine NAME")):
         with pytest.raises(EngineUnavailable, match=f"no engine here; build it again: trsp-deploy build {again}$"):
             read_manifest(folder)
+
+
+@pytest.mark.parametrize(
+    ("engines", "more"),
+    [
+        ("[auto]", ""),
+        ("[ort-cpu-int8, ort-cpu-fp32]", ""),
+        ("[ort-cpu-int8, mine/ort-cpu-fp32.yaml]", ""),
+        ("[ort-cpu-int8]", " --engine ort-cpu-fp32"),
+        ("3", " --engine ort-cpu-fp32"),
+    ],
+)
+def test_an_engine_that_its_recipe_names_is_built_with_the_others(engines: str, more: str, run: Path) -> None:
+    """By `--engine` it became the recipe's only one, and the next report was without the others; of a spec's file it
+    was refused."""
+    (run / "recipe.yaml").write_text(f"model: tiny\nengines: {engines}\n")
+    shutil.rmtree(run / ENGINE)
+    with pytest.raises(EngineUnavailable, match=f"no engine here; build it again: trsp-deploy build {run}{more}$"):
+        read_manifest(run / ENGINE)
 
 
 def found(folder: Path) -> set[tuple[str, str]]:
@@ -293,7 +312,7 @@ def test_an_engine_of_another_spec_than_its_manifest_says_is_not_opened(run: Pat
     file.write_text(json.dumps(values))
     check_manifest(run / ENGINE, read_manifest(run / ENGINE), "1", Bound())
     file.write_text(json.dumps({**values, "spec_sha256": before}))
-    again = rf"was built from {before[:12]}…; build it again: trsp-deploy build {run} --engine ort-cpu-fp32"
+    again = rf"was built from {before[:12]}…; build it again: trsp-deploy build {run}$"
     with pytest.raises(EngineUnavailable, match=again):
         check_manifest(run / ENGINE, read_manifest(run / ENGINE), "1", Bound())
 
@@ -341,7 +360,7 @@ def test_an_engine_of_the_model_that_a_run_had_before_is_not_opened(
         folder.step(step, _other(run / output), Nothing, settings={}, inputs={"model": "new"}, outputs=[output])
         if step == "export-pruned-fp32":  # of the same checkpoint, by another exporter
             folder.layout.record("prune").unlink()
-    wanted = f"is of another {output} than {run} has by now; build it again: trsp-deploy build {run} --engine"
+    wanted = f"is of another {output} than {run} has by now; build it again: trsp-deploy build {run}"
     for command in (
         ["generate", str(run / ENGINE), "--prompt", "a"],
         ["compare", str(run / ENGINE), str(run / ENGINE)],

@@ -11,6 +11,7 @@ from trsp_deploy.recipe.engine_spec import (
     ShapeProfile,
 )
 from trsp_deploy.recipe.settings import (
+    AUTO_ENGINES,
     METHODS,
     BenchSettings,
     Case,
@@ -23,6 +24,7 @@ from trsp_deploy.recipe.validation import override, read_bench_settings, read_en
 from trsp_deploy.recipe.values import LONGEST_NAME, Count, Name, NonNegative, Positive, RelativePath, Strict, Text
 
 __all__ = [
+    "AUTO_ENGINES",
     "FLOAT_BYTES",
     "LONGEST_NAME",
     "METHODS",

@@ -198,6 +198,12 @@ class EvaluateSettings(Strict):
     task_items: Count | None = None  # items of each task; null answers all
 
 
+AUTO_ENGINES: dict[Literal["cpu", "cuda"], tuple[str, ...]] = {  # what `auto` stands for, by the device
+    "cpu": ("ort-cpu-fp32", "tensorrt-rtx-fp16"),
+    "cuda": ("ort-cuda-fp16", "tensorrt-fp16", "tensorrt-rtx-fp16"),
+}
+
+
 def shown_name(text: str) -> str:
     """A model or text as it is shown to others: a place on this machine by its name alone."""
     path = PurePath(text)

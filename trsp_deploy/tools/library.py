@@ -13,14 +13,10 @@ import trsp_deploy
 from trsp_deploy import reading
 from trsp_deploy.errors import EngineSpecError, RecipeError, UserError, nearest
 from trsp_deploy.reading import read_yaml, user_path
-from trsp_deploy.recipe import EngineSpec, read_engine_spec
+from trsp_deploy.recipe import AUTO_ENGINES, EngineSpec, read_engine_spec
 
 Kind = Literal["recipes", "engines"]
 
-AUTO_ENGINES = {
-    "cpu": ("ort-cpu-fp32", "tensorrt-rtx-fp16"),
-    "cuda": ("ort-cuda-fp16", "tensorrt-fp16", "tensorrt-rtx-fp16"),
-}
 ERRORS: dict[Kind, type[UserError]] = {"recipes": RecipeError, "engines": EngineSpecError}
 
 

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from trsp_deploy.artifacts import (
     ENGINE_MANIFEST,
+    RUN_MARK,
     Provenance,
     RunLayout,
     Sealed,
@@ -21,9 +22,9 @@ from trsp_deploy.artifacts import (
     leaves,
     run_of_engine,
 )
-from trsp_deploy.errors import EngineUnavailable
-from trsp_deploy.reading import DAMAGED, read_record
-from trsp_deploy.recipe import EngineSpec, RelativePath, Strict, Text
+from trsp_deploy.errors import EngineUnavailable, RunError, UserError
+from trsp_deploy.reading import DAMAGED, read_record, read_yaml
+from trsp_deploy.recipe import AUTO_ENGINES, EngineSpec, RelativePath, Strict, Text, read_recipe
 from trsp_deploy.tools.graphs.decoder_io import Bindings
 from trsp_deploy.tools.graphs.fp16_range import HalfRange
 from trsp_deploy.tools.runners.requirements import adds_int8_exactly, cuda_devices, driver_version
@@ -194,48 +195,53 @@ def read_manifest(folder: Path) -> EngineManifest:
     if folder.is_file():
         raise EngineUnavailable(f"{folder}: is a file; name the folder of an engine, such as {folder.parent}")
     name = "NAME" if run_of_engine(folder) is None else folder.resolve().parent.name
-    again = build_command(name, folder)
     if not (folder / ENGINE_MANIFEST).exists():
-        raise EngineUnavailable(f"{folder}: no engine here; {again}")
-    return read_record(folder / ENGINE_MANIFEST, EngineManifest, EngineUnavailable, DAMAGED, again)
+        raise EngineUnavailable(f"{folder}: no engine here; {build_command(name, folder)}")
+    try:
+        return read_record(folder / ENGINE_MANIFEST, EngineManifest, EngineUnavailable, DAMAGED)
+    except EngineUnavailable as problem:
+        raise EngineUnavailable(f"{problem}; {build_command(name, folder)}") from problem
 
 
 def check_manifest(folder: Path, manifest: EngineManifest, backend_version: str, here: Bound) -> None:
     """Raise EngineUnavailable when the files, the spec, the backend, the GPU or the driver are not the build's."""
-    again = rebuild(manifest, folder)
     # As it was written: the spec of a later version has more keys, at their defaults.
     found = _sha256(manifest.spec.model_dump_json(exclude_unset=True))
     if found != manifest.spec_sha256:
         raise EngineUnavailable(
             f"engine {manifest.name}: the spec in its manifest has SHA-256 {found[:12]}…, it was built from "
-            f"{manifest.spec_sha256[:12]}…; {again}"
+            f"{manifest.spec_sha256[:12]}…; {rebuild(manifest, folder)}"
         )
     misfit = manifest.bound.misfit(here)
     if misfit is not None:
-        raise EngineUnavailable(f"engine {manifest.name} was built {misfit}; {again}")
+        raise EngineUnavailable(f"engine {manifest.name} was built {misfit}; {rebuild(manifest, folder)}")
     if manifest.backend_version != backend_version:
         raise EngineUnavailable(
             f"engine {manifest.name} was built with {manifest.spec.backend} {manifest.backend_version}, "
-            f"here is {backend_version}; {again}"
+            f"here is {backend_version}; {rebuild(manifest, folder)}"
         )
     check_files(folder, manifest)
 
 
 def check_files(folder: Path, manifest: EngineManifest) -> None:
     """Raise EngineUnavailable when a file is missing, is not the one that was built, or lies outside the folder."""
-    again = rebuild(manifest, folder)
     if manifest.file not in manifest.files:
-        raise EngineUnavailable(f"engine {manifest.name}: its manifest has no SHA-256 of {manifest.file}; {again}")
+        raise EngineUnavailable(
+            f"engine {manifest.name}: its manifest has no SHA-256 of {manifest.file}; {rebuild(manifest, folder)}"
+        )
     for name, expected in manifest.files.items():
         path = folder / name
         if leaves(folder, path):
-            raise EngineUnavailable(f"engine {manifest.name}: {path} is a link out of its folder; {again}")
+            raise EngineUnavailable(
+                f"engine {manifest.name}: {path} is a link out of its folder; {rebuild(manifest, folder)}"
+            )
         if not path.is_file():
-            raise EngineUnavailable(f"engine {manifest.name}: {path} is missing; {again}")
+            raise EngineUnavailable(f"engine {manifest.name}: {path} is missing; {rebuild(manifest, folder)}")
         found = fingerprint(path)
         if found != expected:
             raise EngineUnavailable(
-                f"engine {manifest.name}: {path} has SHA-256 {found[:12]}…, its manifest says {expected[:12]}…; {again}"
+                f"engine {manifest.name}: {path} has SHA-256 {found[:12]}…, its manifest says {expected[:12]}…; "
+                f"{rebuild(manifest, folder)}"
             )
 
 
@@ -251,8 +257,22 @@ def rebuild(manifest: EngineManifest, folder: Path) -> str:
     return f"build it again: {shlex.join(parts)}"
 
 
-def build_command(name: str, folder: Path | None = None) -> str:
+def build_command(name: str, folder: Path)| None = None) -> str:
     """What to type to get the engine in a folder again; RUN stands for a run that is not known, NAME for an engine."""
-    run = None if folder is None else run_of_engine(folder)
-    place = "RUN" if run is None or not run.is_run else shlex.quote(str(run.root))
-    return f"build it again: trsp-deploy build {place} --engine {shlex.quote(name)}"
+    run = run_of_engine(folder)
+    if run is None or not run.is_run:
+        return f"build it again: trsp-deploy build RUN --engine {shlex.quote(name)}"
+    # `--engine` would make it the only one of the recipe, and a later report would be without the others.
+    alone = "" if name in _engines_of(run) else f" --engine {shlex.quote(name)}"
+    return f"build it again: trsp-deploy build {shlex.quote(str(run.root))}{alone}"
+
+
+def _engines_of(run: RunLayout) -> set[str]:
+    """Names of the engines that a run's recipe asks for, on one machine or another; none where it cannot be read."""
+    try:
+        engines = read_recipe(read_yaml(run.root / RUN_MARK, RunError), RUN_MARK).engines
+    except UserError:
+        return set()
+    by_device = AUTO_ENGINES.values() if "auto" in engines else ()
+    named = {Path(each).stem if each.endswith((".yaml", ".yml")) else each for each in engines}
+    return named.union(*by_device)
