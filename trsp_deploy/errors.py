@@ -38,7 +38,8 @@ SECRETS = (
     (re.compile(r"\bAKIA[A-Z0-9]{16}\b"), "***"),
     (re.compile(r"(?i)([?&](?:access_|api_)?(?:token|key|secret|password|sig(?:nature)?)=)[^\s&'\"]+"), r"\1***"),
 )
-SECRET_VARIABLE = re.compile(r"(?i)TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL")
+# Not TOKENIZER_NAME; MAX_TOKENS holds a count, which is too short to be one.
+SECRET_VARIABLE = re.compile(r"(?i)TOKEN(?!I[SZ])|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL")
 SHORTEST_SECRET = 8  # a variable's value below that is a setting such as HF_HUB_DISABLE_IMPLICIT_TOKEN=1
 
 
@@ -217,10 +218,18 @@ def redacted(text: str) -> str:
     """The text without what looks like a secret, or is the value of an environment variable that is named like one."""
     for pattern, instead in SECRETS:
         text = pattern.sub(instead, text)
-    for name, value in os.environ.items():
-        if len(value) >= SHORTEST_SECRET and SECRET_VARIABLE.search(name) and not _is_path(value):
-            text = text.replace(value, "***")
+    for value in secret_variables().values():
+        text = text.replace(value, "***")
     return text
+
+
+def secret_variables() -> dict[str, str]:
+    """The environment's variables that are named like a secret, but for those that hold a setting or a path."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if len(value) >= SHORTEST_SECRET and SECRET_VARIABLE.search(name) and not _is_path(value)
+    }
 
 
 def _is_path(value: str) -> bool:

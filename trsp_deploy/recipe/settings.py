@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from trsp_deploy.errors import redacted
+from trsp_deploy.errors import redacted, secret_variables
 from trsp_deploy.recipe.values import (
     NUMBER,
     Count,
@@ -253,9 +253,11 @@ class Recipe(Strict):
         # A recipe is kept in the run, its report and the model card: all of them are passed on.
         for text in (self.model, *self.calibration.texts, *self.evaluation.values(), *self.engines):
             if redacted(text) != text:
+                variable = next((name for name, value in secret_variables().items() if value in text), None)
+                how = f" (it is in the environment, as {variable})" if variable else ""
                 raise ValueError(
-                    f"'{redacted(text)}' holds what looks like a password or token, and a recipe is written into every "
-                    "report; give a folder or a hub id, and the token as `hf auth login` or HF_TOKEN"
+                    f"'{redacted(text)}' holds what looks like a password or token{how}, and a recipe is written into "
+                    "every report; give a folder or a hub id, and the token as `hf auth login` or HF_TOKEN"
                 )
         return self
 
