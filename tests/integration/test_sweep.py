@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -215,6 +216,20 @@ def test_what_is_wrong_with_every_cut_ends_the_sweep(
     done = sweep(workspace, "--drop", "1..3", "--out", f"ended-{type(failing[2]).__name__}")
     assert done.code == failing[2].exit_code and done.last == f"error: {failing[2]}"
     assert f"> [{tried}/3]" in done.stderr and f"> [{tried + 1}/3]" not in done.stderr
+
+
+def test_a_sweep_goes_on_where_its_model_is_no_more(workspace: Path, made: Made, tmp_path: Path) -> None:
+    """The folder that it came from was asked for the number of layers, and not the sweep's own copy of the model."""
+    assert sweep(workspace, "--drop", "1..2", "--out", "begun").code == 0
+    taken = Path(shutil.copytree(workspace / "begun", tmp_path / "sweep"))
+    (taken / ".place").unlink()  # as on another machine
+    shutil.copy(workspace / "text.txt", tmp_path)
+    done = sweep(tmp_path, "--drop", "1..3")
+    assert done.code == 0, done.said
+    assert "model 'tiny': no such folder here; going on with the run's copy of it" in done.stderr
+    assert "> dense: reused" in done.stderr and (taken / "drop-3" / "report.json").is_file()
+    beyond = sweep(tmp_path, "--drop", "1..9")
+    assert beyond.code == 1 and "is 6 of the model's 6 layers" in beyond.last, "told by that copy too"
 
 
 def test_a_sweeps_runs_are_in_use_until_it_ends(workspace: Path, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:

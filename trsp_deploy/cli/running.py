@@ -79,6 +79,7 @@ def run_of(
     from trsp_deploy.artifacts import RUN_MARK, RunFolder
     from trsp_deploy.artifacts.layout import check_can_hold, check_can_hold_cuts
     from trsp_deploy.pipeline import Pipeline
+    from trsp_deploy.pipeline.inputs import Inputs
     from trsp_deploy.pipeline.runs import (
         default_folder,
         kept_judging,
@@ -90,7 +91,6 @@ def run_of(
     from trsp_deploy.pipeline.succession import check_succession
     from trsp_deploy.recipe import parse_drops
     from trsp_deploy.tools.plan import PruningPlan
-    from trsp_deploy.tools.sources.models import model_config
     from trsp_deploy.tools.sources.names import SHORT_NAMES
 
     if plan is not None:  # before a folder is made for it; whether it is one for this model shows later
@@ -99,7 +99,8 @@ def run_of(
     check_can_hold(folder, sweep=drops is not None)
     _check_outside(seen_from(place or Path.cwd(), recipe.model, SHORT_NAMES), folder)
     if drops is not None:
-        check_can_hold_cuts(folder, parse_drops(drops, model_config(recipe.model, say).num_hidden_layers))
+        config = Inputs(RunFolder(folder), recipe, say, place).config()  # of a sweep that was begun its own copy's
+        check_can_hold_cuts(folder, parse_drops(drops, config.num_hidden_layers))
     with RunFolder(folder, Announcer()) as run:
         if choose is not None and (kept := kept_judging(run)):
             recipe = choose(kept=kept)
