@@ -151,9 +151,9 @@ def _adopt_dense(source: RunFolder, target: RunFolder) -> None:
     lacking: set[str] = set()  # what the source has made and the other run has not
     for step, record in _made_of_dense(source).items():
         own = target.record(step)
-        holds = own is not None and own.key == record.key and _has_outputs(target, own)
+        holds = own is not None and own.key == record.key and target.has_outputs(own)
         # Without its outputs it is of an engine that was cleaned away.
-        if not holds and lacking.isdisjoint(record.inputs.values()) and _has_outputs(source, record):
+        if not holds and lacking.isdisjoint(record.inputs.values()) and source.has_outputs(record):
             target.outdate_manifest()
             for output in record.outputs:
                 link_tree(source.path / output, target.path / output, copied=EXTERNAL_DATA)
@@ -165,10 +165,6 @@ def _adopt_dense(source: RunFolder, target: RunFolder) -> None:
 def _made_of_dense(run: RunFolder) -> dict[str, StepRecord]:
     steps = [step for pattern in DENSE_STEPS for step in run.recorded() if re.fullmatch(pattern, step)]
     return {step: record for step in steps if (record := run.record(step)) is not None}
-
-
-def _has_outputs(run: RunFolder, record: StepRecord) -> bool:
-    return all((run.path / output).exists() for output in record.outputs)
 
 
 def _points(reports: Mapping[str, Report]) -> tuple[Point, ...]:

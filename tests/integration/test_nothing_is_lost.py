@@ -18,9 +18,10 @@ from tests.tiny import english, save_tiny, tiny_model
 from trsp_deploy import cli
 from trsp_deploy.artifacts import RunFolder, fingerprint
 from trsp_deploy.errors import EngineUnavailable
-from trsp_deploy.pipeline import engines
-from trsp_deploy.pipeline.runs import load_recipe, no_longer_has, save_recipe
+from trsp_deploy.pipeline import Pipeline, engines
+from trsp_deploy.pipeline.runs import load_recipe, no_longer_has, place_of, save_recipe
 from trsp_deploy.recipe import EngineSpec, read_recipe
+from trsp_deploy.tools.exporters import optimum
 
 SETTINGS = [
     "calibration.context_length=32",
@@ -340,6 +341,32 @@ def test_an_export_for_engines_that_cannot_be_built_here_is_no_silence(
     told = capsys.readouterr().out
     assert "ort-cpu-int8: unavailable, so that no graph is made for it (no such hardware)" in told
     assert "dense-fp32: fp32" in told and (run / "onnx").exists()
+
+
+@pytest.mark.skipif(not optimum.installed(), reason="Optimum is not installed: pip install 'trsp_deploy[optimum]'")
+@pytest.mark.parametrize("exporter", ["auto", "optimum"])
+def test_graphs_stay_where_their_exporter_is_not_installed(
+    run: Path, exporter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any command of a run with `optimum` was refused there; with `auto` all was exported, built and measured anew."""
+    shutil.rmtree(run / "onnx", ignore_errors=True)  # another test's
+    steps = ("export-dense-fp32", "export-pruned-fp32")
+    made = trsp_deploy("export", "run", "--set", f"export.exporter={exporter}", cwd=run.parent)
+    assert made.code == 0, made.stderr
+    monkeypatch.setattr(optimum, "installed", lambda: False)
+    again = trsp_deploy("export", "run", cwd=run.parent)
+    assert again.code == 0 and all(f"> {step}: reused" in again.stderr for step in steps), again.stderr
+    with RunFolder(run) as folder:
+        job = Pipeline(folder, read_recipe(load_recipe(run), "test"), place=place_of(run))
+        assert job.finished().issuperset(steps)
+    shutil.rmtree(run / "onnx" / "pruned-fp32")
+    anew = trsp_deploy("export", "run", cwd=run.parent)
+    if exporter == "optimum":
+        assert anew.code == 1 and "export.exporter: optimum is not installed here" in anew.last, anew.stderr
+    else:  # a pair by two exporters would differ in more than its layers
+        assert anew.code == 0 and all(f"> {step}: started" in anew.stderr for step in steps), anew.stderr
+        said = "export: onnx/dense-fp32 was made by optimum, and `auto` is dynamo here; made again"
+        assert f"> {said}" in anew.stderr.splitlines()
 
 
 def test_texts_and_engines_that_a_recipe_no_longer_has_are_named(place: Path, run: Path) -> None:

@@ -113,6 +113,10 @@ class RunFolder:
         """Whether a step's outputs are what it made."""
         return not self._changed_outputs(record)
 
+    def has_outputs(self, record: StepRecord) -> bool:
+        """Whether a step's outputs are there, whatever they are by now."""
+        return all((self.path / output).exists() for output in record.outputs)
+
     def write_manifest(self) -> RunManifest:
         """Write down the SHA-256 of every file that the steps left, and of the manifests of a sweep's runs; what no
         longer is what a step made stays out."""

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from trsp_deploy.artifacts import Finished, size_bytes, steps, writing
+from trsp_deploy.artifacts import Finished, RunFolder, StepRecord, fingerprint, size_bytes, steps, writing
 from trsp_deploy.errors import EngineSpecError, EngineUnavailable, RecipeError
 from trsp_deploy.pipeline.inputs import Inputs
 from trsp_deploy.pipeline.pruning import Pruning
@@ -85,29 +85,34 @@ class Engines:
     def onnx(self, role: Role, precision: Float) -> OnnxModel:
         """One exported model."""
         folder = self._onnx_folder(role, precision)
-        model = self.pruning.ready(role)
-        guard = self._guard(precision)
+        models = {each: self.pruning.ready(each) for each in ROLES}
+        model, guard = models[role], self._guard(precision)
+        prints = {each: fingerprint(path) for each, path in models.items()}
+        exporter = self._exporter(precision, self.run, prints, self.run.holds)
+        before = self.run.record(steps.export(role, precision))
+        by = exporter if before is None else before.settings.get("exporter")
+        if by != exporter and self.recipe.export.exporter == "auto":
+            self.inputs.say(f"export: {folder} was made by {by}, and `auto` is {exporter} here; made again")
 
         def work() -> OnnxModel:
             text = self._calibration() if guard else None
             with writing(self.run.path / folder) as partial:
                 external = export.export_onnx(model, precision, self.recipe.export, partial, text, self.inputs.say)
                 size = size_bytes(partial / export.FILE) + sum(size_bytes(partial / name) for name in external)
-            exporter = export.chosen(self.recipe.export, model)
             return OnnxModel(
                 role=role,
                 precision=precision,
                 folder=folder,
                 size_bytes=size,
                 external_data=external,
-                exporter=exporter,
+                exporter=export.chosen(self.recipe.export, model),
             )
 
         return self.run.step(
             steps.export(role, precision),
             work,
             OnnxModel,
-            settings=self._export_settings(precision),
+            settings=self._export_settings(precision, exporter),
             inputs={"model": model, **guard},
             outputs=[folder],
         )
@@ -156,9 +161,14 @@ class Engines:
     def _ask(self, found: Finished, spec: EngineSpec, role: Role) -> None:
         precision, made = spec.graph_precision, MODEL_STEPS[role]
         exported, built = steps.export(role, precision), steps.build(spec.name, role)
+
+        def exporter() -> str:
+            models = {each: found.left.get(MODEL_STEPS[each]) for each in ROLES}
+            return self._exporter(precision, found.run, models, found.run.has_outputs)
+
         found.ask(
             exported,
-            lambda: self._export_settings(precision),
+            lambda: self._export_settings(precision, exporter()),
             lambda: {"model": found.left.get(made), **self._guard(precision)},
             self._onnx_folder(role, precision),
         )
@@ -195,9 +205,32 @@ class Engines:
         """Below the run folder."""
         return self.run.layout.below(self.run.layout.onnx(role, precision))
 
-    def _export_settings(self, precision: Float) -> dict[str, Any]:
-        settings = self.recipe.export
-        return {**settings.model_dump(), "exporter": export.chosen(settings), "precision": precision}
+    def _export_settings(self, precision: Float, exporter: str | None) -> dict[str, Any]:
+        return {**self.recipe.export.model_dump(), "exporter": exporter, "precision": precision}
+
+    def _exporter(
+        self,
+        precision: Float,
+        run: RunFolder,
+        models: Mapping[Role, str | None],
+        holds: Callable[[StepRecord], bool],
+    ) -> str:
+        """The exporter that the recipe means in a run, which may be a sweep's.
+
+        `auto` is the one by which both graphs were made, as long as they hold and are of these models, wherever the run
+        is by now: a pair by two exporters would differ in more than its layers.
+        models: fingerprints of what is exported; None of one that is to be made.
+        """
+        settings, made = self.recipe.export, set[str | None]()
+        if settings.exporter != "auto":
+            return settings.exporter
+        for role, model in models.items():
+            record = run.record(steps.export(role, precision))
+            by = None if record is None else record.settings.get("exporter")
+            same = record is not None and record.settings == self._export_settings(precision, by)
+            made.add(by if record and same and record.inputs.get("model") == model and holds(record) else None)
+        kept = made.pop() if len(made) == 1 else None
+        return kept or export.chosen(settings)
 
     def _guard(self, precision: Float) -> dict[str, str]:
         """The text that shows what of an fp16 graph has to stay in fp32, as an input of its export."""

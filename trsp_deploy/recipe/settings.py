@@ -135,7 +135,7 @@ METHODS: dict[str, dict[str, dict[str, str | bool | int | float]]] = {
 class ExportSettings(Strict):
     """PyTorch to ONNX, for text generation with past key values."""
 
-    # auto: Optimum's where it is installed and knows the type of model, else torch's own.
+    # auto: Optimum's where it is installed and knows the type of model, else torch's own; graphs that are there stay.
     exporter: Literal["auto", "optimum", "dynamo"] = "auto"
     opset: Annotated[int, Field(ge=14), NUMBER] | None = None  # null: 18 for Optimum, 20 (its lowest) for dynamo
     slim: bool = True  # Optimum: onnxslim, 19% quicker decoding on a 135M Llama
