@@ -15,7 +15,7 @@ import pytest
 from tests.made_run import CACHE, made_run, served_repository
 from tests.tiny import save_tiny
 from trsp_deploy import cli
-from trsp_deploy.artifacts import fingerprint, write_json, writing_alone
+from trsp_deploy.artifacts import RunFolder, fingerprint, write_json, writing_alone
 from trsp_deploy.artifacts.layout import check_can_hold
 from trsp_deploy.errors import RunError
 from trsp_deploy.stages.triton_repository import write_repository
@@ -159,6 +159,17 @@ def test_two_writers_of_a_repository_exclude_each_other(write: Callable[[Path], 
     (out / ".writing.lock").touch()  # as a kill leaves it: no run that was begun
     with pytest.raises(RunError, match=r"models: has MANIFEST\.json and is no run of"):
         check_can_hold(out, sweep=False)
+
+
+def test_a_run_that_is_at_work_gives_no_repository(
+    engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a build or a cleaning was replacing meanwhile was shipped, half of one and half of the other."""
+    run = tmp_path / "run"
+    with RunFolder(run):
+        assert cli.run(["triton", str(run), "--out", str(tmp_path / "models")]) == 1
+    assert f"{run}: in use by another trsp-deploy" in capsys.readouterr().err
+    assert not (tmp_path / "models").exists()
 
 
 def test_a_models_folder_takes_no_repository(

@@ -60,18 +60,19 @@ def triton(
     as_json: Json = False,
 ) -> None:
     """Write a Triton model repository that generates text with a run's engine."""
-    from trsp_deploy.artifacts import RunLayout, check_made
+    from trsp_deploy.artifacts import RunLayout, check_made, reading_alone
     from trsp_deploy.stages.triton_repository import write_repository
     from trsp_deploy.tools.measuring.subjects import common_engine, find_engine
 
     roles: list[Role] = ["pruned", *(["dense"] if dense else [])]  # type: ignore[list-item]
-    if dense and engine is None and RunLayout(run).is_run:
-        engine = common_engine(run, run)  # two engines beside each other would say nothing of the models
-    engines = {role: find_engine(run, role, engine) for role in roles}
-    check_made(run, "prune", "pruned")  # its tokenizer goes along
     base = name or f"{run.resolve().name}-pruned"
     names: dict[Role, str] = {"pruned": base, "dense": f"{base}-dense"}
-    made = write_repository(engines, run / "pruned", names, out, max_batch, max_length, step=step, say=say)
+    with reading_alone(run):
+        if dense and engine is None and RunLayout(run).is_run:
+            engine = common_engine(run, run)  # two engines beside each other would say nothing of the models
+        engines = {role: find_engine(run, role, engine) for role in roles}
+        check_made(run, "prune", "pruned")  # its tokenizer goes along
+        made = write_repository(engines, run / "pruned", names, out, max_batch, max_length, step=step, say=say)
     output = Output(as_json)
     output.say(
         *(f"{out / model.name}: {model.limits}" for model in made.models),
