@@ -201,7 +201,27 @@ def test_a_sweep_is_cleaned_with_every_run_within(sweep: Path, tmp_path: Path) -
         assert set(plan.redone) == exports
         clean(runs, plan)
     assert not (sweep / "drop-10" / "onnx").exists() and (elsewhere / "onnx").exists()
-    assert not (sweep / MANIFEST).exists() and all(verify(sweep / f"drop-{count}").whole for count in (4, 10))
+    assert all(verify(sweep / f"drop-{count}").whole for count in (4, 10))
+    assert found(sweep) == {("outside", "drop-6")}, "as before it was cleaned"
+
+
+def test_a_cleaned_sweep_is_whole_and_what_was_wrong_with_it_still_is(sweep: Path) -> None:
+    """Its manifest was gone, and by its records what `clean` had removed was missing."""
+    for folder in (sweep, sweep / "drop-4"):
+        (folder / f"{MANIFEST}.sig").write_text("of what they were")
+    assert cli.run(["clean", str(sweep), "--keep", "engines,reports"]) == 0
+    assert cli.run(["verify", str(sweep)]) == 0 and verify(sweep).against == MANIFEST
+    names = set(json.loads((sweep / MANIFEST).read_text())["files"])
+    assert {"sweep.json", "drop-4/MANIFEST.json"} <= names and "plans/model.safetensors" not in names
+    assert not list(sweep.rglob("*.sig")), "no signature of another manifest, which would look forged"
+    (sweep / "sweep.json").write_text("tampered")
+    with RunFolder(sweep / "drop-10") as run:
+        (run.path / "plan.json").write_text("tampered")
+    (sweep / "drop-4" / MANIFEST).write_text((sweep / "drop-10" / MANIFEST).read_text())
+    wrong = {("changed", name) for name in ("sweep.json", "drop-10/plan.json", "drop-4/MANIFEST.json")}
+    assert wrong <= found(sweep)
+    assert cli.run(["clean", str(sweep), "--keep", "reports"]) == 0
+    assert wrong <= found(sweep)
 
 
 def test_a_sweep_of_which_a_run_goes_on_is_not_cleaned(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,17 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from trsp_deploy.artifacts import MANIFEST, RunFolder, RunManifest, files_below, leaves, storage_errors, write_json
+from trsp_deploy.artifacts import (
+    MANIFEST,
+    SIGNATURE,
+    RunFolder,
+    RunManifest,
+    files_below,
+    fingerprint,
+    leaves,
+    storage_errors,
+    write_json,
+)
 from trsp_deploy.artifacts.layout import ENGINES, FAILED_LOGS, PARTS, RunLayout, check_is_run
 from trsp_deploy.errors import RunError, nearest
 from trsp_deploy.recipe import Strict
@@ -92,11 +102,10 @@ def plan_cleaning(runs: Runs, keep: Sequence[str] | None) -> Cleaning:
 
 
 def clean(runs: Runs, plan: Cleaning) -> None:
-    """Remove what the plan names; the manifests then name what is left, and a sweep's goes with that of a run."""
+    """Remove what the plan names; the manifests then name what is left, and have to be signed again."""
     root = runs[0]
     paths = [root.path / name for name in plan.paths]
-    for run in runs:
-        _shorten_manifest(run, _below(run, paths))
+    _shorten_manifests(runs, paths)
     with storage_errors(root.path):
         for path in paths:
             if path.is_dir() and not path.is_symlink():
@@ -162,19 +171,30 @@ def freed_bytes(paths: Sequence[Path]) -> int:
     return sum(size for names, links, size in seen.values() if names == links)
 
 
-def _shorten_manifest(run: RunFolder, gone: Sequence[str]) -> None:
-    path = run.path / MANIFEST
-    if not path.is_file():
-        return
+def _shorten_manifests(runs: Runs, gone: Sequence[Path]) -> None:
+    """Take what goes out of every manifest; what was no longer as a manifest says stays a difference from it."""
+    root = runs[0]
+    # Read before a run's is another, which outdates its sweep's.
+    manifests = [(run, _manifest(run)) for run in runs]
+    within = {root.layout.below(path): path for run in runs[1:] if (path := run.path / MANIFEST).is_file()}
+    before = {name: fingerprint(path) for name, path in within.items()}
+    for run, manifest in reversed(manifests):  # a sweep's last, for it names those of its runs
+        if manifest is None:
+            continue
+        names = _below(run, gone)
+        files = {
+            name: fingerprint(within[name]) if run is root and before.get(name) == sha256 else sha256
+            for name, sha256 in manifest.files.items()
+            if not any(name == each or name.startswith(f"{each}/") for each in names)
+        }
+        if files != manifest.files:
+            run.outdate_manifest()
+            (run.path / f"{MANIFEST}{SIGNATURE}").unlink(missing_ok=True)  # of the manifest that is gone
+            write_json(run.path / MANIFEST, manifest.model_copy(update={"files": files}))
+
+
+def _manifest(run: RunFolder) -> RunManifest | None:
     try:
-        manifest = RunManifest.model_validate_json(path.read_bytes())
-    except ValidationError:
-        return  # `verify` says so
-    kept = {
-        name: sha256
-        for name, sha256 in manifest.files.items()
-        if not any(name == each or name.startswith(f"{each}/") for each in gone)
-    }
-    if kept != manifest.files:
-        run.outdate_manifest()
-        write_json(path, manifest.model_copy(update={"files": kept}))
+        return RunManifest.model_validate_json((run.path / MANIFEST).read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None  # of one that cannot be read `verify` says so
