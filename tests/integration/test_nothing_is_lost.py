@@ -274,7 +274,9 @@ def test_a_plan_whose_record_is_damaged_is_kept_aside(place: Path, run: Path) ->
     assert done.code == 0 and "kept as run/plan-before.json" in done.stderr, done.stderr
     assert json.loads((run / "plan-before.json").read_text()) == edited
     assert json.loads(path.read_text())["dropped"] != [2, 4]
-    assert trsp_deploy("verify", "run", cwd=run.parent).code == 0
+    with RunFolder(run) as folder:
+        assert "plan-before.json" in folder.write_manifest().files
+    assert trsp_deploy("verify", "run", cwd=run.parent).code == 0, "it was a file that nobody had made"
 
 
 def test_a_model_that_cannot_write_is_refused_before_layers_are_chosen(place: Path, tmp_path: Path) -> None:

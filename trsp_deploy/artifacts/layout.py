@@ -24,6 +24,7 @@ CHECKPOINTS = "checkpoints"  # of trainings that were killed
 FAILED_LOGS = f"{ENGINES}/*/*-failed.log"  # of builds
 ENGINE_MANIFEST = "manifest.json"  # in an engine's folder
 TEXTS = "texts"  # copies, for a machine that has not got them
+PLAN_BEFORE = "plan-before.json"  # one that a chosen plan took the place of, where nothing told who had made it
 PLANS = "plans"  # of a sweep
 SWEEP, SWEEP_PAGE = "sweep.json", "sweep.html"
 POINTS = "drop-*"  # a sweep's runs, below its folder
@@ -51,7 +52,7 @@ PARTS = (
     # The dense model's text: written again, on another machine, it would be another, and `pruned/` made anew for it.
     Part("self-generated", ("self-generated.jsonl",), cleanable=False),
     Part(TEXTS, (TEXTS,), cleanable=False, loose=True),
-    Part("plan", ("plan.json",), cleanable=False, loose=True),
+    Part("plan", ("plan.json", PLAN_BEFORE), cleanable=False, loose=True),
     Part("recipe", (RUN_MARK,), cleanable=False, loose=True),
 )
 

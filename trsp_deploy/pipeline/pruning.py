@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from trsp_deploy.artifacts import Finished, RunFolder, StepRecord, fingerprint, seal, share_weights, write_json, writing
 from trsp_deploy.artifacts.control_groups import usable_cores
-from trsp_deploy.artifacts.layout import PLANS
+from trsp_deploy.artifacts.layout import PLAN_BEFORE, PLANS
 from trsp_deploy.decoder import check_prunable, load_config, load_model, meta_model
 from trsp_deploy.errors import PlanError
 from trsp_deploy.launch import in_a_group
@@ -308,7 +308,7 @@ class Pruning:
         with contextlib.suppress(PlanError):  # what cannot be read is kept too
             if read_plan(path, chosen.num_layers).dropped == chosen.dropped:
                 return
-        aside = path.with_name("plan-before.json")
+        aside = path.with_name(PLAN_BEFORE)
         path.replace(aside)
         self.inputs.say(
             f"plan.json dropped other layers, by hand or not, which its damaged record does not tell: kept as {aside}"
