@@ -222,3 +222,48 @@ def test_code_of_another_repository_never_runs(workspace: Path, tmp_path: Path) 
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=r"auto_map needs modeling_mine\.py, which cannot be read beside it"):
         model_code(tmp_path)
+
+
+COUNTED = {
+    "configuration_counted.py": """
+from transformers import PretrainedConfig
+
+
+class CountedConfig(PretrainedConfig):
+    model_type = "counted"
+
+    def __init__(self, num_layers=2, hidden_size=48, vocab_size=384, **others):
+        self.num_layers, self.hidden_size, self.vocab_size = num_layers, hidden_size, vocab_size
+        super().__init__(**others)
+""",
+    "modeling_counted.py": """
+from torch import nn
+from transformers import PreTrainedModel
+
+from .configuration_counted import CountedConfig
+
+
+class CountedForCausalLM(PreTrainedModel):
+    config_class = CountedConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(config.num_layers))
+""",
+}
+
+
+def test_layers_that_its_config_counts_by_another_name_are_one_line(workspace: Path) -> None:
+    """As ChatGLM's: it was a traceback."""
+    model = Path(shutil.copytree(workspace / "mine", workspace / "counted", ignore=shutil.ignore_patterns("*.py")))
+    for name, text in COUNTED.items():
+        (model / name).write_text(text)
+    own = {"AutoConfig": "configuration_counted.CountedConfig"}
+    own |= {"AutoModelForCausalLM": "modeling_counted.CountedForCausalLM"}
+    config = {"model_type": "counted", "architectures": ["CountedForCausalLM"], "auto_map": own, "num_layers": 2}
+    (model / "config.json").write_text(json.dumps(config))
+    code = model_code(model)
+    assert code is not None
+    job = ["prune", "--model", "counted", *RUN, *SETTINGS]
+    said = call(workspace, *job, code=1, trust=code.fingerprint).splitlines()[-1]
+    assert said.startswith("error: counted/config.json: the model's own code has no `num_hidden_layers`, by"), said

@@ -140,12 +140,20 @@ def check_decoder_only(folder: Path) -> str:
     except Exception as problem:  # whatever values that do not go together lead to
         raise ModelError(f"{path}: transformers cannot build the model ({first_line(problem)})") from problem
     _check_tokens(folder, model)
+    _check_layers(config, path, f"'{model_type}' is a model of several parts; give the folder of its language model")
+    return architecture
+
+
+def _check_layers(config: Any, path: Path, otherwise: str) -> None:
+    """Raise ModelError where a config does not say how many layers there are, or that there is none.
+
+    otherwise: what follows where it does not say.
+    """
     layers = getattr(config, "num_hidden_layers", None)
     if layers is None:
-        raise ModelError(f"{path}: '{model_type}' is a model of several parts; give the folder of its language model")
+        raise ModelError(f"{path}: {otherwise}")
     if layers < 1:
         raise ModelError(f"{path}: transformers cannot build the model (it has {layers} layers)")
-    return architecture
 
 
 def _check_tokens(folder: Path, model: Any) -> None:
@@ -181,6 +189,8 @@ def _check_own_code(folder: Path, path: Path) -> str:
         raise ModelError(f"{path}: the model's own code failed ({first_line(problem)})") from problem
     if model.config.is_encoder_decoder:
         raise ModelError(f"{folder}: is {type(model).__name__}, not a decoder-only causal language model")
+    by = "by which layers are counted and cut; `attribute_map` in its configuration's class can name another"
+    _check_layers(model.config, path, f"the model's own code has no `num_hidden_layers`, {by}")
     return type(model).__name__
 
 
