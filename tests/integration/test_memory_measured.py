@@ -155,6 +155,17 @@ def test_plan_memory_needs_the_config_alone(command, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_pruning_needs_no_room_for_engines(command, capsys, monkeypatch):
+    """`prune --plan-memory` refused what comes after it, with a remedy that `prune` does not have."""
+    monkeypatch.setattr(memory_plan, "available_bytes", lambda device: 500_000_000)
+    assert run([*command, "--plan-memory", "--json"]) == 0
+    shown = capsys.readouterr()
+    found = json.loads(shown.out.splitlines()[-1])["memory"]
+    assert found["stages"]["transfer"]["fits"] and found["later"]["engine ort-cpu-fp32"]["fits"] is False
+    assert run(["prune-and-build", *command[1:], "--plan-memory"]) == 1
+    assert "would fit" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_what_cannot_fit_is_refused_before_it_starts(command, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(memory_plan, "available_bytes", lambda device: 1000)
     assert run(command) == 1

@@ -13,6 +13,7 @@ import pytest
 from tests.command import Done, trsp_deploy
 from tests.tiny import english, save_tiny
 from trsp_deploy.artifacts import RunFolder
+from trsp_deploy.cli import needs
 from trsp_deploy.pipeline import Pipeline
 from trsp_deploy.pipeline.inputs import Inputs
 from trsp_deploy.pipeline.runs import load_recipe, seen_from
@@ -372,3 +373,24 @@ def test_an_engine_of_a_file_that_is_gone_is_built_by_what_the_run_has_of_it(pla
     assert manifest["spec"]["fuse"] is False
     other = trsp_deploy("build", "run", "--engine", "others/mine.yaml", cwd=place)
     assert other.code == 1 and other.last == "error: others/mine.yaml: no such file", "of which the run has none"
+
+
+def test_the_disk_that_a_run_needs_is_by_its_plan(place: Path) -> None:
+    """It was by the recipe's `drop`, whatever plan was handed in, or had been edited."""
+    given = hand_in(place)  # of two layers
+    plan = json.loads(given.read_text())
+    given.write_text(json.dumps({**plan, "dropped": [1, 2, 3, 4], "kept": [0, 5]}))
+    recipe = read_recipe(load_recipe(place / "run"), "test")
+
+    def pruned_bytes(file: Path | None) -> int:
+        with RunFolder(place / "run") as run:
+            job = Pipeline(run, recipe, file, place=place)
+            (stage,) = (
+                each for each in needs._disk_plan(job, file, job.inputs.config(), [], ()).stages if each.stage == "pruned"
+            )
+        return stage.kept_bytes
+
+    of_two, of_four = pruned_bytes(None), pruned_bytes(given)
+    assert of_four < of_two
+    shutil.copy(given, place / "run" / "plan.json")
+    assert pruned_bytes(None) == of_four

@@ -110,10 +110,10 @@ def prune_and_build(
         then=then,
     )
     if plan_memory:
-        return show_memory(chosen, plan, Output(as_json))
+        return show_memory(chosen, plan, Output(as_json), whole=True)
     with run_of(chosen, out, plan) as job:
         check_memory(job, plan, ignore_memory, whole=True)
-        check_disk(job, ignore_disk)
+        check_disk(job, plan, ignore_disk)
         from trsp_deploy.pipeline import prune_and_build as run_all
 
         _finish(job, run_all(job), Output(as_json), push_to_hub, private)

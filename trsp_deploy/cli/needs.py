@@ -32,10 +32,11 @@ def check_address_space() -> None:
         )
 
 
-def show_memory(recipe: Recipe, plan_file: Path | None, output: Output) -> None:
+def show_memory(recipe: Recipe, plan_file: Path | None, output: Output, *, whole: bool = False) -> None:
     """The table of `--plan-memory`; with --json the same figures are the last line of stdout.
 
     Raises DeviceMemoryError, with settings that would fit, where a stage needs more than this machine has.
+    whole: whether those after the transfer are the command's too; they are shown in any case.
     """
     from trsp_deploy.cli.tables import print_memory
     from trsp_deploy.pipeline.engines import buildable, runnable, specs_of
@@ -50,7 +51,7 @@ def show_memory(recipe: Recipe, plan_file: Path | None, output: Output) -> None:
     found = plan_memory(recipe, config, dropped, engines)
     print_memory(found, output.stream)
     output.result(found.summary())
-    check_plan(recipe, config, found, dropped, engines)
+    check_plan(recipe, config, found, dropped, engines if whole else None)
 
 
 def check_memory(
@@ -61,7 +62,6 @@ def check_memory(
     whole: exports, engines and evaluation will follow. counts: of layers, where this is a sweep of them.
     """
     from trsp_deploy.pipeline.engines import runnable
-    from trsp_deploy.tools.plan import read_plan
     from trsp_deploy.tools.resources.memory_plan import Engines, check_memory, plan_memory
     from trsp_deploy.tools.training.shared import pick_device
 
@@ -77,9 +77,7 @@ def check_memory(
             missing = job.unfinished(counts)
         if plan_file is not None:
             missing = [stage for stage in missing if stage != "selection"]
-        plan = plan_file or job.run.layout.plan
-        chosen = plan.is_file() and "selection" not in missing
-        dropped = read_plan(plan, config.num_hidden_layers).dropped if chosen else None
+        dropped = _planned(job, plan_file, config)
         # The smallest cut of a sweep leaves the most to train.
         recipe = job.recipe.model_copy(update={"drop": str(min(counts))}) if counts else job.recipe
         if ignore:
@@ -90,17 +88,31 @@ def check_memory(
             say(line)
 
 
-def _disk_plan(job: Pipeline, config: Any, specs: Sequence[EngineSpec], counts: Sequence[int]) -> DiskPlan:
+def _planned(job: Pipeline, plan_file: Path | None, config: Any) -> tuple[int, ...] | None:
+    """The layers that go, by the plan that was handed in or is there already; None where they are still to be chosen."""
+    from trsp_deploy.tools.plan import read_plan
+
+    plan = plan_file or job.run.layout.plan
+    if plan_file is None and (not plan.is_file() or "selection" in job.pruning.unfinished()):
+        return None
+    return read_plan(plan, config.num_hidden_layers).dropped
+
+
+def _disk_plan(
+    job: Pipeline, plan_file: Path | None, config: Any, specs: Sequence[EngineSpec], counts: Sequence[int]
+) -> DiskPlan:
     from trsp_deploy.tools.resources.disk import plan_disk, plan_sweep
 
     run, recipe = job.run.path, job.recipe
     if counts:
         finished = {count: job.finished(count) for count in counts}
         return plan_sweep(run, recipe, config, specs, counts, finished=finished)
-    return plan_disk(run, recipe, config, specs, finished=job.finished())
+    dropped = _planned(job, plan_file, config)
+    count = None if dropped is None else len(dropped)
+    return plan_disk(run, recipe, config, specs, finished=job.finished(), dropped=count)
 
 
-def check_disk(job: Pipeline, ignore: bool, counts: Sequence[int] = ()) -> None:
+def check_disk(job: Pipeline, plan_file: Path | None, ignore: bool, counts: Sequence[int] = ()) -> None:
     """Say what each stage will leave on the disk, and refuse what cannot fit there; counts: as in `check_memory`."""
     from trsp_deploy.tools.resources.disk import check_disk
 
@@ -110,7 +122,7 @@ def check_disk(job: Pipeline, ignore: bool, counts: Sequence[int] = ()) -> None:
         return
     with contextlib.suppress(ModelError):  # of a model that cannot be used the pipeline says more
         config, specs = job.inputs.config(), job.engines.buildable()
-        plan = _disk_plan(job, config, specs, counts)
+        plan = _disk_plan(job, plan_file, config, specs, counts)
         say(plan.line())
         if not ignore:
-            check_disk(plan, {spec.name: _disk_plan(job, config, [spec], counts) for spec in specs})
+            check_disk(plan, {spec.name: _disk_plan(job, plan_file, config, [spec], counts) for spec in specs})

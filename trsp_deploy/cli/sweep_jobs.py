@@ -113,7 +113,7 @@ def sweep(
     with run_of(chosen, out, drops=drop) as job:
         counts = parse_drops(drop, job.inputs.num_layers())
         check_memory(job, None, ignore_memory, whole=True, counts=counts)
-        check_disk(job, ignore_disk, counts)
+        check_disk(job, None, ignore_disk, counts)
         found, failed = sweep_all(job, counts, targets, say)
         folder = job.run.path
     output = Output(as_json)

@@ -79,17 +79,18 @@ def plan_disk(
     specs: Sequence[EngineSpec],
     free: int | None = None,
     finished: Collection[str] = (),
+    dropped: int | None = None,
 ) -> DiskPlan:
     """Estimate a run.
 
     config: transformers' config of the dense model. specs: the engines that can be built here. free: bytes; None asks
     the disk that `run` is or would be on. finished: names of the steps that need not be done again.
+    dropped: how many layers go by the plan that is there; None where that is still the recipe's to say.
     Raises RecipeError when the recipe's `drop` does not suit the model.
     """
     layout = RunLayout(run)
     dense = counts_of(config)
-    dropped = parse_drop(recipe.drop, len(dense.layers))
-    pruned = _without(dense, dropped)
+    pruned = _without(dense, parse_drop(recipe.drop, len(dense.layers)) if dropped is None else dropped)
     counts: dict[Role, WeightCounts] = {"dense": dense, "pruned": pruned}
     width = (getattr(config, "dtype", None) or torch.float32).itemsize
     words = TOKENIZER_BYTES * (getattr(config, "vocab_size", None) or dense.lm_head // config.hidden_size)

@@ -130,8 +130,11 @@ def check_plan(
     dropped: tuple[int, ...] | None = None,
     engines: Engines | None = None,
 ) -> None:
-    """Raise DeviceMemoryError, as `check_memory` does, when a stage of a plan needs more than there is."""
-    stages = [*(stage.stage for stage in plan.stages), *(stage.stage for stage in plan.later)]
+    """Raise DeviceMemoryError, as `check_memory` does, when a stage of a plan needs more than there is: selection and
+    transfer, and where `engines` are given what comes after them."""
+    stages = [stage.stage for stage in plan.stages]
+    if engines is not None:
+        stages += [stage.stage for stage in plan.later]
     _refuse(recipe, _estimate(recipe, config, dropped), plan, stages, engines)
 
 
