@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from trsp_deploy.artifacts import locked, locks, writing, writing_alone
+from trsp_deploy.artifacts import RunFolder, locked, locks, writing, writing_alone
 from trsp_deploy.artifacts.locks import check_not_written
 from trsp_deploy.errors import RunError, StorageError
 
@@ -42,6 +42,17 @@ def test_a_folder_that_is_added_to_has_its_lock_within(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), writing_alone(tmp_path / "refused", within=True):
         raise ZeroDivisionError
     assert [path.name for path in tmp_path.rglob("*")] == ["models", "m"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o002, 0o664), (0o022, 0o644), (0o077, 0o600)])
+def test_a_lock_is_shared_as_far_as_its_makers_files_are(tmp_path: Path, umask: int, mode: int) -> None:
+    """A group whose members write each other's runs found ".lock: no permission" in all but their own."""
+    before = os.umask(umask)
+    try:
+        with RunFolder(tmp_path / "run"):
+            assert (tmp_path / "run" / ".lock").stat().st_mode & 0o777 == mode
+    finally:
+        os.umask(before)
 
 
 def test_what_waits_for_a_folder_that_goes_with_its_lock_makes_it_anew(tmp_path: Path) -> None:

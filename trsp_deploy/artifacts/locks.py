@@ -88,7 +88,7 @@ def check_not_written(folder: Path) -> None:
 def _open(lock: Path) -> int:
     with storage_errors(lock):
         try:
-            return os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            return os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)  # less the umask
         except OSError as problem:
             if problem.errno != errno.ELOOP:
                 raise
