@@ -89,7 +89,13 @@ def test_an_engine_is_replaced_by_another(graph: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "manifest",
-    ['{"name": "x"}', '{"spec": {}, "files": ["thesis.txt"]}', '{"spec": "x", "files": {"thesis.txt": "0"}}', "[]", "{"],
+    [
+        '{"name": "x"}',
+        '{"spec": {}, "files": ["thesis.txt"]}',
+        '{"spec": "x", "files": {"thesis.txt": "0"}}',
+        "[]",
+        "{",
+    ],
 )
 def test_a_folder_with_another_kind_of_manifest_is_no_engine(graph: Path, tmp_path: Path, manifest: str) -> None:
     """Web sites have a manifest.json too, and whole ones were gone."""
@@ -146,7 +152,7 @@ def test_a_recipe_of_ones_own_makes_no_run_of_a_folder(place: Path, tmp_path: Pa
     options = OPTIONS if "--recipe" in command else []
     for _ in range(2):  # a refusal leaves nothing behind by which it would be one
         done = trsp_deploy(*command, *options, cwd=tmp_path)
-        words = "exp: no command of trsp-deploy has worked in it" if command[0] == "clean" else "is no run of trsp-deploy"
+        words = "no command of trsp-deploy has worked" if command[0] == "clean" else "is no run of trsp-deploy"
         assert done.code == 1 and words in done.last, done.stderr
         assert files(tmp_path) == before
 

@@ -215,14 +215,15 @@ def test_what_is_redacted(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_name_of_a_tokenizer_is_no_token(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A model that a variable such as TOKENIZER_NAME held was refused as a password, which no line told the reason of."""
+    """A model that a variable such as TOKENIZER_NAME held was refused as a password; no line told why."""
     for name in ("TOKENIZER_NAME", "TOKENISER", "MY_TOKENIZER_TOKENIZATION"):
         monkeypatch.setenv(name, "Qwen/Qwen2.5-1.5B")
     monkeypatch.setenv("MAX_TOKENS", "131072")
     assert redacted("Qwen/Qwen2.5-1.5B reads 131072") == "Qwen/Qwen2.5-1.5B reads 131072"
     monkeypatch.setenv("TOKENIZER_TOKEN", "correct-horse")
     said = prune(capsys, "--set", "model=owner/correct-horse")
-    assert "'owner/***' holds what looks like a password or token (it is in the environment, as TOKENIZER_TOKEN)" in said
+    why = "holds what looks like a password or token (it is in the environment, as TOKENIZER_TOKEN)"
+    assert f"'owner/***' {why}" in said
 
 
 def test_a_key_may_begin_like_a_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

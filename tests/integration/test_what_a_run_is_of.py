@@ -385,10 +385,8 @@ def test_the_disk_that_a_run_needs_is_by_its_plan(place: Path) -> None:
     def pruned_bytes(file: Path | None) -> int:
         with RunFolder(place / "run") as run:
             job = Pipeline(run, recipe, file, place=place)
-            (stage,) = (
-                each for each in needs._disk_plan(job, file, job.inputs.config(), [], ()).stages if each.stage == "pruned"
-            )
-        return stage.kept_bytes
+            found = needs._disk_plan(job, file, job.inputs.config(), [], ())
+        return next(stage.kept_bytes for stage in found.stages if stage.stage == "pruned")
 
     of_two, of_four = pruned_bytes(None), pruned_bytes(given)
     assert of_four < of_two

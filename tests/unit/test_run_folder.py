@@ -180,7 +180,9 @@ def test_a_run_is_held_while_it_or_a_part_of_it_is_read(tmp_path, below):
     assert names(tmp_path) == ["link", "run"]
 
 
-@pytest.mark.parametrize("marks", [("records", ".lock"), ("records", ".place"), ("records",), (".lock", ".place"), (".place",)])
+@pytest.mark.parametrize(
+    "marks", [("records", ".lock"), ("records", ".place"), ("records",), (".lock", ".place"), (".place",)]
+)
 @pytest.mark.parametrize("make", [made_run, made_sweep])
 def test_a_run_is_one_however_it_was_made_and_copied(tmp_path, make, marks):
     """By an older version, stopped before its first record, or without the files that begin with a dot."""

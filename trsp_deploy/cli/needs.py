@@ -89,7 +89,7 @@ def check_memory(
 
 
 def _planned(job: Pipeline, plan_file: Path | None, config: Any) -> tuple[int, ...] | None:
-    """The layers that go, by the plan that was handed in or is there already; None where they are still to be chosen."""
+    """The layers that go, by the plan that was handed in or is there; None where they are still to be chosen."""
     from trsp_deploy.tools.plan import read_plan
 
     plan = plan_file or job.run.layout.plan

@@ -221,9 +221,10 @@ class Engines:
         is by now: a pair by two exporters would differ in more than its layers.
         models: fingerprints of what is exported; None of one that is to be made.
         """
-        settings, made = self.recipe.export, set[str | None]()
+        settings = self.recipe.export
         if settings.exporter != "auto":
             return settings.exporter
+        made: set[str | None] = set()
         for role, model in models.items():
             record = run.record(steps.export(role, precision))
             by = None if record is None else record.settings.get("exporter")

@@ -132,9 +132,8 @@ def check_plan(
 ) -> None:
     """Raise DeviceMemoryError, as `check_memory` does, when a stage of a plan needs more than there is: selection and
     transfer, and where `engines` are given what comes after them."""
-    stages = [stage.stage for stage in plan.stages]
-    if engines is not None:
-        stages += [stage.stage for stage in plan.later]
+    later = plan.later if engines is not None else ()
+    stages = [*(stage.stage for stage in plan.stages), *(stage.stage for stage in later)]
     _refuse(recipe, _estimate(recipe, config, dropped), plan, stages, engines)
 
 

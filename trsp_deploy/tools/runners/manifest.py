@@ -257,7 +257,7 @@ def rebuild(manifest: EngineManifest, folder: Path) -> str:
     return f"build it again: {shlex.join(parts)}"
 
 
-def build_command(name: str, folder: Path)| None = None) -> str:
+def build_command(name: str, folder: Path) -> str:
     """What to type to get the engine in a folder again; RUN stands for a run that is not known, NAME for an engine."""
     run = run_of_engine(folder)
     if run is None or not run.is_run:
