@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trsp_deploy.errors import ModelError
+from trsp_deploy.errors import ModelError, shown
 from trsp_deploy.reading import read_json
 
 TRUST = "TRSP_DEPLOY_TRUST_REMOTE_CODE"  # fingerprints, with spaces between them
@@ -27,6 +27,17 @@ FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 GENERATE = "custom_generate"  # a folder whose Python some versions of transformers run when they load the model
+ADAPTER = "adapter_config.json"
+# By these keys of a config, wherever in it, transformers runs code without asking: attention from the hub (before 5.3,
+# CVE-2026-4372), what LightGlue finds points with (before 5.5, CVE-2026-5241); by the last it reads another config.
+ATTENTION = (None, "eager", "sdpa")
+HARMLESS: dict[str, tuple[str | None, ...]] = {
+    "attn_implementation": ATTENTION,
+    "_attn_implementation": ATTENTION,
+    "_attn_implementation_internal": ATTENTION,
+    "keypoint_detector_config": (None,),
+    "configuration_files": (None,),
+}
 CODE = "*.py"  # of a hub repository: nothing runs by being downloaded
 REFERENCE = re.compile(r"(?P<module>\w+)\.(?P<name>\w+)")
 
@@ -86,13 +97,42 @@ def trusted(folder: Path) -> bool:
     return code is not None and code.trusted
 
 
-def refuse_own_generate(folder: Path) -> None:
-    """Raise ModelError for code that transformers would run without being asked for it."""
+def refuse_hidden_code(folder: Path) -> None:
+    """Raise ModelError for a folder of which transformers would run code unasked as it loads the model."""
     if (folder / GENERATE).exists():
         raise ModelError(
             f"{folder / GENERATE}: transformers would run the Python in it, with your rights, as soon as the model is "
             "loaded; nothing here needs it: take it out of the folder"
         )
+    refuse_adapter(folder)
+    refuse_hidden_config(folder)
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raise ModelError for a folder in whose place transformers would load another."""
+    if (folder / ADAPTER).exists():
+        raise ModelError(
+            f"{folder}: has {ADAPTER}, by which transformers loads another model, and its code; merge the adapter "
+            "(peft's merge_and_unload), or take the file out"
+        )
+
+
+def refuse_hidden_config(folder: Path) -> None:
+    """Raise ModelError for a config.json by which transformers would run code, or read another config, unasked."""
+    path = folder / "config.json"
+    waiting: list[Any] = [read_json(path, ModelError)] if path.is_file() else []
+    while waiting:
+        values = waiting.pop()
+        if isinstance(values, dict):
+            for key in HARMLESS.keys() & values:
+                if values[key] not in HARMLESS[key]:
+                    raise ModelError(
+                        f"{path}: by `{key}`, which is {shown(values[key])}, transformers may load code or another "
+                        "config that nobody asked for; take that key out of the file"
+                    )
+            waiting += values.values()
+        elif isinstance(values, list):
+            waiting += values
 
 
 def copy_code(folder: Path, out: Path) -> None:

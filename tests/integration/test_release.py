@@ -184,6 +184,7 @@ class Vulnerabilities(http.server.BaseHTTPRequestHandler):
     """A service in OSV's form that knows of these alone."""
 
     known: ClassVar[dict[tuple[str, ...], str]] = {}
+    aliases: ClassVar[dict[str, str]] = {"GHSA-29pf-2h5f-8g72": "CVE-2026-4372"}
     asked: ClassVar[list[tuple[str, ...]]] = []
 
     def do_POST(self) -> None:
@@ -194,7 +195,9 @@ class Vulnerabilities(http.server.BaseHTTPRequestHandler):
         if package in self.known:
             ranges = [{"type": "ECOSYSTEM", "events": [{"introduced": "0"}, {"fixed": "9.9"}]}]
             affected = [{"package": {"name": package[0], "ecosystem": "PyPI"}, "ranges": ranges}]
-            answer = {"vulns": [{"id": self.known[package], "affected": affected, "summary": "bad"}]}
+            known = self.known[package]
+            aliases = [self.aliases[known]] if known in self.aliases else []
+            answer = {"vulns": [{"id": known, "aliases": aliases, "affected": affected, "summary": "bad"}]}
         self.send_response(200)
         self.end_headers()
         self.wfile.write(json.dumps(answer).encode())
@@ -222,6 +225,12 @@ def test_vulnerabilities_are_named_with_what_fixes_them(service):
     assert found.vulnerable == ["jinja2 3.1.6: PYSEC-2099-1, fixed in 9.9"]
     assert found.line() == "vulnerabilities: 1 known in 2 packages (osv)"
     assert ("torch", "2.13.0") in service.asked  # the release that the local version was built from
+
+
+def test_what_is_accepted_by_its_cve_stops_nothing(service):
+    service.known |= {("transformers", "4.57.6"): "GHSA-29pf-2h5f-8g72", ("jinja2", "3.1.6"): "PYSEC-2099-1"}
+    found = audit(of(("transformers", "4.57.6"), ("jinja2", "3.1.6")), ["osv"])
+    assert found.vulnerable == ["jinja2 3.1.6: PYSEC-2099-1, fixed in 9.9"]
 
 
 def test_a_package_that_was_not_audited_stops_a_release_that_wants_it():

@@ -21,8 +21,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from trsp_deploy.errors import ModelError, first_line, passes_through
-from trsp_deploy.model_code import TOKENIZER_FILES, refuse_own_generate, trusted
+from trsp_deploy.errors import ModelError, first_line, passes_through, shown
+from trsp_deploy.model_code import TOKENIZER_FILES, refuse_hidden_code, refuse_hidden_config, trusted
 
 try:
     from transformers.initialization import no_init_weights
@@ -37,7 +37,7 @@ def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype | str = "au
 
     Raises ModelError for a folder that lacks weights of its model, or would run code that the user did not ask for.
     """
-    refuse_own_generate(folder)
+    refuse_hidden_code(folder)
     # By name, although models without are refused before: a pickle that appears in the folder later is not loaded.
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -134,7 +134,8 @@ def _float_dtypes(folder: Path) -> Iterator[torch.dtype]:
 
 
 def load_config(folder: Path) -> Any:
-    """Load transformers' config of the model in a folder."""
+    """Load transformers' config of the model in a folder; raises ModelError for one that would run code unasked."""
+    refuse_hidden_config(folder)
     return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted(folder))
 
 
@@ -155,9 +156,10 @@ def without_weights() -> Iterator[None]:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that lies beside a model; raises ModelError where there is none that can be read."""
+    """Load the tokenizer that lies beside a model; raises ModelError where there is none that can be read, or saved."""
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):  # transformers 5 would make up an empty one
         raise ModelError(f"{folder}: has no tokenizer that can be read ({', '.join(TOKENIZER_FILES[:2])} or the like)")
+    refuse_hidden_config(folder)  # which it reads where the tokenizer's own does not name a class
     try:
         found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trusted(folder)
@@ -166,6 +168,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         if passes_through(problem):
             raise
         raise ModelError(f"{folder}: has no tokenizer that can be read ({first_line(problem)})") from problem
+    templates = found.chat_template if isinstance(found.chat_template, dict) else {}
+    for name in templates:  # transformers before 5.10 writes each to the path that its name makes (CVE-2026-9856)
+        if not re.fullmatch(r"[\w.-]+", str(name)):
+            raise ModelError(f"{folder}: a chat template of its tokenizer is called {shown(name)}, no plain name")
     return found
 
 

@@ -12,7 +12,14 @@ from typing import Any
 
 from trsp_deploy.artifacts import fingerprint, leaves
 from trsp_deploy.errors import ModelError, first_line
-from trsp_deploy.model_code import TOKENIZER_FILES, copy_code, model_code, refuse_unless_trusted
+from trsp_deploy.model_code import (
+    TOKENIZER_FILES,
+    copy_code,
+    model_code,
+    refuse_adapter,
+    refuse_hidden_config,
+    refuse_unless_trusted,
+)
 from trsp_deploy.reading import is_utf8, read_json, user_path
 from trsp_deploy.tools.sources.names import HUB_ID, SHORT_NAMES
 
@@ -24,7 +31,6 @@ CHAT_TEMPLATES = "additional_chat_templates/*.jinja"  # beside chat_template.jin
 LEGAL_FILES = re.compile(
     r"(?i:(\w+[-_])?(LICEN[CS]E|NOTICE|USE_POLICY|COPYING)([-_]\w+(\.\d+)*)?(\.(txt|md|rst|pdf|html))?)"
 )
-ADAPTER = "adapter_config.json"
 # What a folder of links to a base model's files has of these.
 LINKED = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"
@@ -110,6 +116,7 @@ def check_decoder_only(folder: Path) -> str:
     path = folder / "config.json"
     values = read_json(path, ModelError)
     refuse_unless_trusted(folder)
+    refuse_hidden_config(folder)
     model_type = values.get("model_type")
     if not isinstance(model_type, str):
         raise ModelError(f"{path}: has no model_type, so it does not describe a transformers model")
@@ -197,11 +204,7 @@ def _check_own_code(folder: Path, path: Path) -> str:
 def check_folder(folder: Path, name: str | None = None) -> None:
     """Raise ModelError when a model folder lacks something, or has its weights as pickles alone; name: for the line."""
     refuse_pickles(folder, name or str(folder))
-    if (folder / ADAPTER).exists():
-        raise ModelError(
-            f"{folder}: has {ADAPTER}, by which transformers loads another model, and its code; merge the adapter "
-            "(peft's merge_and_unload), or take the file out"
-        )
+    refuse_adapter(folder)
     templates = [*folder.glob("*.jinja"), *folder.glob(CHAT_TEMPLATES)]
     if (outside := next((file for file in templates if not goes_along(folder, file)), None)) is not None:
         raise ModelError(f"{outside}: is a link out of the model's folder; put the template itself there")
