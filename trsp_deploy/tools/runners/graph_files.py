@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trsp_deploy.artifacts import fingerprint, size_bytes
-from trsp_deploy.errors import EngineUnavailable
+from trsp_deploy.artifacts import fingerprint, leaves, size_bytes
+from trsp_deploy.errors import EngineUnavailable, shown
 from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.tools.graphs import decoder_io
 from trsp_deploy.tools.graphs.understood import check_cache, check_ranks
@@ -51,8 +52,8 @@ def graph_bytes(onnx: Path) -> int:
 
 
 def check_source(onnx: Path, spec: EngineSpec) -> None:
-    """Raise EngineUnavailable for a file that is no decoder with a KV cache that grows, lacks weights, or is of another
-    precision.
+    """Raise EngineUnavailable for a file that is no decoder with a KV cache that grows, whose weights are not whole or
+    lie elsewhere, or that is of another precision.
 
     What cannot be read as ONNX is the backend's to say.
     """
@@ -60,6 +61,8 @@ def check_source(onnx: Path, spec: EngineSpec) -> None:
 
     from trsp_deploy.tools.graphs.nodes import NoMatch, load
 
+    for name in graph_files(onnx):
+        _check_place(onnx, name)
     try:
         graph = load(onnx).graph
     except (NoMatch, FileNotFoundError):
@@ -75,6 +78,25 @@ def check_source(onnx: Path, spec: EngineSpec) -> None:
     if spec.precision != "bf16":  # which is made of fp16, and of what is bf16 already
         decoder_io.check_precision(inputs, spec.graph_precision)
     check_cache(onnx, spec, inputs)
+
+
+def _check_place(onnx: Path, name: str) -> None:
+    """Raise EngineUnavailable for a file of a graph that lies elsewhere: it would be read, and copied, all the same.
+
+    Nor may it have a second name, which may be anywhere: onnx_ir does not read it then, passes would be left out and no
+    integer engine be built.
+    """
+    file = onnx.parent / name
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise EngineUnavailable(f"{onnx}: its weights are in {shown(name)}, which is not within its folder")
+    if name == onnx.name or not file.is_file():
+        return
+    link = "is a link out of the graph's folder" if leaves(onnx.parent, file) else ""
+    if not link and file.stat().st_nlink > 1:
+        link = "has a second name on the disk (a hard link)"
+    if link:
+        there, copy = (shlex.quote(str(path)) for path in (file, f"{file}.copy"))
+        raise EngineUnavailable(f"{file}: {link}; `cp {there} {copy} && mv {copy} {there}` makes it a file of its own")
 
 
 def _bindings(values: Sequence[ir.Value]) -> decoder_io.Bindings:
