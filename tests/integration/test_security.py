@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import english, save_tiny, tokens
@@ -257,7 +258,7 @@ def test_weights_of_another_folder_are_not_loaded(
 
 
 def test_what_a_link_leads_to_does_not_go_with_the_model(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "secret.key").write_text("a key")
     (model / "LICENSE").symlink_to(tmp_path / "secret.key")
@@ -285,6 +286,9 @@ def test_what_a_link_leads_to_does_not_go_with_the_model(
         (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
     (blobs / "1").write_text("terms")
     (snapshot / "LICENSE").symlink_to("../../blobs/1")
+    copy_model(snapshot, tmp_path / "of a stranger")  # whose `blobs` may lead to anything of the user's
+    assert not (tmp_path / "of a stranger" / "LICENSE").exists()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     check_folder(snapshot)
     copy_model(snapshot, tmp_path / "of the hub")
     assert (tmp_path / "of the hub" / "LICENSE").read_text() == "terms"

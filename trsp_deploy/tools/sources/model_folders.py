@@ -78,9 +78,13 @@ def goes_along(folder: Path, file: Path) -> bool:
     name of a licence.
 
     What is read as weights or as a tokenizer's data may lie elsewhere, and a snapshot of the hub's cache is made of
-    links to its blobs.
+    links to its blobs. Those may be a link to another disk; of a folder that came with its own it could be to anywhere.
     """
-    blobs = (folder.resolve().parent.parent / "blobs").resolve()
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    blobs = folder.resolve().parent.parent / "blobs"
+    if blobs.is_relative_to(Path(HF_HUB_CACHE).resolve()):
+        blobs = blobs.resolve()
     if not leaves(folder, file) or file.resolve().is_relative_to(blobs):
         return True
     read = file.suffix == ".safetensors" or SAFETENSORS.fullmatch(file.name) or LINKED.fullmatch(file.name)
