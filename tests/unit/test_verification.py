@@ -61,7 +61,14 @@ def repository(tmp_path: Path) -> Path:
         max_length=8,
         files={"1/model.py": fingerprint(folder / "m" / "1" / "model.py")},
     )
-    manifest = RepositoryManifest(models=(model,), packages=(), gpu=None, container="c", provenance=provenance())
+    manifest = RepositoryManifest(
+        models=(model,),
+        packages=(),
+        gpu=None,
+        files={"README.md": fingerprint(folder / "README.md")},
+        container="c",
+        provenance=provenance(),
+    )
     write_json(folder / MANIFEST, manifest)
     return folder
 
@@ -423,11 +430,23 @@ def test_the_lock_of_a_triton_that_was_killed_is_no_part_of_its_repository(repos
 
 def test_what_lies_beside_a_repositorys_models_is_held_too(repository: Path) -> None:
     (repository / "compose.yaml").write_text("made")
-    files = {"compose.yaml": fingerprint(repository / "compose.yaml")}
-    write_json(repository / MANIFEST, read_repository(repository).model_copy(update={"files": files}))
+    manifest = read_repository(repository)
+    files = {**manifest.files, "compose.yaml": fingerprint(repository / "compose.yaml")}
+    write_json(repository / MANIFEST, manifest.model_copy(update={"files": files}))
     assert verify(repository).whole
     (repository / "compose.yaml").write_text("other")
     assert found(repository) == {("changed", "compose.yaml")}
+
+
+def test_a_name_forges_no_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "x\nrun: run, 41 held against MANIFEST.json, 0 wrong\nsignature: valid\x1b[8m\u202e").touch()
+    assert cli.run(["verify", str(run)]) == 2
+    finding, summary = capsys.readouterr().out.splitlines()
+    assert finding.startswith(r"unknown: x\nrun: ")
+    assert finding.endswith(r"valid\x1b[8m\u202e: MANIFEST.json does not name it")
+    assert summary.endswith("1 wrong")
+    (odd,) = verify(run).findings
+    assert "\n" in odd.path, "for a program it is the file's own"
 
 
 def test_the_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -121,7 +121,7 @@ def _checked_names(out: Path, names: set[str]) -> set[str]:
 
 
 def _record(out: Path, models: tuple[ServedModel, ...], packages: tuple[str, ...]) -> RepositoryManifest:
-    """Write what lies beside the models; the manifest says what the Dockerfile is, and the README comes from it."""
+    """Write what lies beside the models, the manifest last: it has the SHA-256 of the others, which are made of it."""
     manifest = RepositoryManifest(
         models=models,
         packages=packages,
@@ -130,9 +130,10 @@ def _record(out: Path, models: tuple[ServedModel, ...], packages: tuple[str, ...
         provenance=provenance(),
     )
     _write_text(out / DOCKERFILE, dockerfile(manifest))
-    manifest = manifest.model_copy(update={"files": {DOCKERFILE: fingerprint(out / DOCKERFILE)}})
-    write_json(out / MANIFEST, manifest)
     _write_text(out / README, readme(manifest))
+    beside = {name: fingerprint(out / name) for name in (DOCKERFILE, README)}
+    manifest = manifest.model_copy(update={"files": beside})
+    write_json(out / MANIFEST, manifest)
     return manifest
 
 

@@ -39,7 +39,7 @@ from trsp_deploy.tools.runners.manifest import EngineManifest
 State = Literal["missing", "changed", "unknown", "outside", "unreadable"]
 Kind = Literal["run", "sweep", "engine", "repository"]
 
-# What lies beside the artefacts, is written anew by whoever works there, and is read as data by nobody.
+# What lies beside the artefacts, is written anew by whoever works there, and neither read as data nor run by anybody.
 BESIDE: dict[Kind, tuple[str, ...]] = {
     "run": (
         *(LOCK, PLACE, f"{CHECKPOINTS}/*", FAILED_LOGS, f"{ENGINES}/*/*{TRTEXEC_ENGINE}"),
@@ -47,7 +47,7 @@ BESIDE: dict[Kind, tuple[str, ...]] = {
     ),
     "sweep": (LOCK, PLACE, f"{CHECKPOINTS}/*"),
     "engine": ("build.log",),
-    "repository": ("README.md", WRITING_LOCK),
+    "repository": (WRITING_LOCK,),
 }
 UNREADABLE = "damaged, unsafe, or of another version"  # what a manifest is that is no record
 
@@ -60,7 +60,9 @@ class Finding(Strict):
     detail: str
 
     def __str__(self) -> str:
-        return f"{self.state}: {self.path}: {self.detail}"
+        """One line; what is no character to be read stands as its escape, for a file's name may hold any."""
+        line = f"{self.state}: {self.path}: {self.detail}"
+        return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in line)
 
 
 class Verification(Strict):
