@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from trsp_deploy.tools.judging.statistics import Ratio
 from trsp_deploy.tools.judging.verdicts import Requirement, disturbed_before, judge
 
 COMMANDS = "load\n::add-mask::0\r\n::stop-commands::x ##[add-path]/tmp/evil\n\n| ok | <img src=x onerror=y> |\n# done"
+ADDRESSES = "![x](https://evil.example) [y](/z) WWW.evil.example `code` **bold** _it_ ~~no~~ &lt; $1$ @me #1"
 
 
 @pytest.fixture
@@ -32,7 +35,7 @@ def found() -> Check:
         samples=samples,
         quality={},
         choices=None,
-        notes=(f"the baseline is of {COMMANDS}, this run of tiny",),
+        notes=(f"the baseline is of {COMMANDS} {ADDRESSES}, this run of tiny",),
         tolerances=Tolerances(),
         provenance=provenance(),
     )
@@ -62,3 +65,5 @@ def test_a_baselines_words_are_text_in_a_summary(
     assert [line.count("|") for line in lines if line.startswith("|")] == [5, 5, 5]
     assert len(lines) == 7 and lines[-1].startswith("- the baseline is of load ::add-mask")
     assert not any("<" in line for line in lines)
+    assert "done &#33;&#91;x&#93;(https&#58;//evil.example) &#91;y&#93;(/z) WWW&#46;evil.example &#96;" in lines[-1]
+    assert not re.search(r"[!\[\]`*_~$@]|://|&(?!#)", lines[-1]) and html.unescape(lines[-1]).count(ADDRESSES) == 1

@@ -11,6 +11,7 @@ from trsp_deploy.tools.judging.verdicts import Outcome, Word
 
 TITLE = "trsp-deploy check"
 NOT_IN_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+MARKS = re.compile(r"[\\`*_~\[\]<>&|#!$@]|:(?=//)|(?<=www)\.", re.IGNORECASE)  # what Markdown, or GitHub's, acts on
 SIGNS: dict[Word, str] = {"pass": "✅", "fail": "❌", "inconclusive": "⚠️"}
 
 
@@ -83,8 +84,8 @@ def step_summary(name: str, verdict: Word, outcomes: Sequence[Outcome], notes: S
 
 
 def _in_markdown(text: str) -> str:
-    """What a baseline's file may have put into it neither ends a cell or an item nor becomes HTML."""
-    return one_line(text).replace("|", "&#124;").replace("<", "&lt;")
+    """What a baseline's file may have put into it stays text: no HTML, link or image, no end of a cell or an item."""
+    return MARKS.sub(lambda found: f"&#{ord(found[0])};", one_line(text))
 
 
 def github_text(text: str) -> str:
