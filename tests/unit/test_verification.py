@@ -416,6 +416,28 @@ def test_a_record_of_a_server_that_is_none(tmp_path: Path, monkeypatch: pytest.M
         process.find(tmp_path)
 
 
+@pytest.mark.parametrize("prefix", ["", "trsp-", "trsp-00000000-*", "../trsp-00000000-", "python"])
+def test_a_record_whose_prefix_others_processes_have_ends_none(
+    prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty one is in every command line, and in every name of /dev/shm."""
+    monkeypatch.setattr(process, "_folder", lambda repository: tmp_path)
+    ended: list[object] = []
+
+    def clear_up(_: Path, server: object) -> tuple[int, tuple[str, ...]]:
+        ended.append(server)
+        return 0, ()
+
+    monkeypatch.setattr(process, "_clear_up", clear_up)
+    monkeypatch.setattr(process, "_processes", lambda server: [])
+    record = {"pid": 0, "http": 1, "grpc": 2, "metrics": 3, "shared_memory": prefix, "log": ""}
+    (tmp_path / process.STATE).write_text(json.dumps(record))
+    for call in (process.find, process.stop):
+        with pytest.raises(RunError, match=r"is no record of a server \(key 'shared_memory'"):
+            call(tmp_path)
+    assert ended == []
+
+
 def test_a_repository(repository: Path) -> None:
     assert verify(repository).whole
     (repository / "m" / "1" / "model.py").write_text("import os")

@@ -26,8 +26,10 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import psutil
+from pydantic import Field
 
 from trsp_deploy.artifacts import locked, write_json, writing
 from trsp_deploy.artifacts.locks import check_not_written
@@ -55,7 +57,8 @@ class Server(Strict):
     http: int  # ports of ADDRESS
     grpc: int
     metrics: int
-    shared_memory: str  # prefix of its files in /dev/shm
+    # Prefix of its files in /dev/shm, which stands in its processes' command lines, and in no others.
+    shared_memory: Annotated[str, Field(pattern=r"^trsp-[0-9a-f]{8}-$")]
     log: str
 
 
