@@ -59,7 +59,9 @@ class TritonPythonModel:
             tokenizer = read_tokenizer(HERE / "tokenizer.json")
         except TrspError as problem:
             raise pb_utils.TritonModelException(f"{problem}{_advice(problem)}") from problem
-        self._outbox, self._farewells = Outbox(), Outbox(FAREWELL_S)
+        self._outbox = Outbox(_send)
+        # Who left is told after what is queued for him: nothing may be sent behind a request's end, or beside it.
+        self._farewells = Outbox(self._outbox.put, FAREWELL_S)
         parameters = json.loads(args["model_config"]).get("parameters", {})
         most_waiting = int(parameters.get(WAITING, {}).get("string_value", MOST_WAITING))
         self._loop = ServingLoop(
@@ -88,8 +90,8 @@ class TritonPythonModel:
     def finalize(self) -> None:
         """Stop the loop and close the engine."""
         self._loop.stop()
+        self._farewells.close()  # first: they go into the other
         self._outbox.close()
-        self._farewells.close()
         self._opened.__exit__(None, None, None)
 
     def _towards(self, sender: Any) -> Callable[[Answer], None]:
@@ -140,10 +142,11 @@ class Outbox:
     """Answers on their way to the server, in order, by a thread of their own: handing one over takes the server half a
     millisecond or more, which the next step need not wait for.
 
-    delay_s: how long each waits here; none does once it closes.
+    deliver: takes an answer to one client. delay_s: how long each waits here; none does once it closes.
     """
 
-    def __init__(self, delay_s: float = 0.0) -> None:
+    def __init__(self, deliver: Callable[[Any, Answer], None], delay_s: float = 0.0) -> None:
+        self._deliver = deliver
         self._delay_s = delay_s
         self._answers: queue.SimpleQueue[tuple[float, Any, Answer] | None] = queue.SimpleQueue()  # None: no more comes
         self._closing = threading.Event()
@@ -165,7 +168,7 @@ class Outbox:
             due, sender, answer = item
             self._closing.wait(max(0.0, due - time.monotonic()))
             try:
-                _send(sender, answer)
+                self._deliver(sender, answer)
             except Exception as problem:  # a client that is gone must not take the others' answers with it
                 pb_utils.Logger.log_error(f"an answer could not be sent: {problem}")
 
