@@ -272,12 +272,16 @@ def test_another_projects_files_are_left_alone(file: str, served_run: Path, tmp_
 
 @needs_schema
 def test_folders_that_are_none_of_its_own_stay(served_run: Path, tmp_path: Path) -> None:
-    mine = tmp_path / "out" / "run-pruned" / "mine.txt"
-    mine.parent.mkdir(parents=True)
-    mine.write_text("mine")
-    done = trsp_deploy("triton", "run", "--out", str(tmp_path / "out"), cwd=served_run.parent)
-    assert done.code == 1 and f"{mine.parent}: is no model of a repository of ours" in done.said
-    assert mine.read_text() == "mine"
+    models = {"run-pruned": "mine.txt", "run-pruned_step": "config.pbtxt"}  # the second one's name is as of ours
+    for name, file in models.items():
+        out = tmp_path / name
+        mine = out / name / file
+        mine.parent.mkdir(parents=True)
+        mine.write_text(f'name: "{name}"')
+        done = trsp_deploy("triton", "run", "--step", "--out", str(out), cwd=served_run.parent)
+        assert done.code == 1 and f"{mine.parent}: is no model of a repository of ours" in done.said
+        assert mine.read_text() == f'name: "{name}"'
+        assert [path.name for path in out.iterdir() if path.is_dir()] == [name]
     engines = served_run / "engines"
     done = trsp_deploy("triton", "run", "--out", str(engines), "--name", "ort-cpu-fp32", cwd=served_run.parent)
     assert done.code == 1 and f"--out {engines}: is a part of the run {served_run}" in done.said

@@ -27,7 +27,7 @@ from trsp_deploy.tools.model_repository.config import WARMUP_TEXT, WARMUP_TOKENS
 from trsp_deploy.tools.model_repository.generating_model import SETTINGS, packages_of, write_generating_model
 from trsp_deploy.tools.model_repository.manifest import RepositoryManifest, ServedModel, read_repository
 from trsp_deploy.tools.model_repository.readme import CONTAINER, dockerfile, readme
-from trsp_deploy.tools.model_repository.step_model import check_can_step, write_step_model
+from trsp_deploy.tools.model_repository.step_model import check_can_step, is_step_model, write_step_model
 from trsp_deploy.tools.runners import read_manifest
 from trsp_deploy.tools.runners.manifest import check_files
 from trsp_deploy.tools.serving.text import read_tokenizer
@@ -143,7 +143,7 @@ def _check_replaceable(out: Path, name: str) -> None:
     if (out / MANIFEST).is_file() and name in {model.name for model in read_repository(out).models}:
         return
     # Of a call that was killed before the repository's manifest.
-    left = (folder / "1" / SETTINGS).is_file() or (name.endswith("_step") and (folder / "config.pbtxt").is_file())
+    left = (folder / "1" / SETTINGS).is_file() or (name.endswith("_step") and is_step_model(folder))
     if folder.exists() and not left and not (folder.is_dir() and not any(folder.iterdir())):
         raise RunError(f"{folder}: is no model of a repository of ours, and would be replaced; choose another --name")
 

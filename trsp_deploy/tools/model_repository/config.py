@@ -45,6 +45,8 @@ WARMUP = {
 }
 DATA_TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "int64": "TYPE_INT64"}  # by numpy's names
 IDLE_S = 60  # of a sequence; the server's default of one second is shorter than a thoughtful caller's step
+# A line that the config of a step model has had since there are any: what is without it is none of ours.
+STEPS = "# Sequences take turns: rows of one batch would have to be of one length."
 
 
 def generation_config(name: str, kind: str, waiting: int) -> str:
@@ -97,7 +99,7 @@ def step_config(
     parameter = f'parameters {{ key: "intra_op_thread_count" value: {{ string_value: "{threads}" }} }}\n'
     return f"""name: "{name}"
 backend: "onnxruntime"
-# Sequences take turns: rows of one batch would have to be of one length.
+{STEPS}
 max_batch_size: 1
 version_policy {{ specific {{ versions: [ 1 ] }} }}
 input [ {{ name: "input_ids" data_type: TYPE_INT64 dims: [ -1 ] }} ]

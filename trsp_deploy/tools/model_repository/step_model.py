@@ -14,7 +14,7 @@ from trsp_deploy.errors import RunError
 from trsp_deploy.results import Role
 from trsp_deploy.tools.graphs.nodes import NoMatch
 from trsp_deploy.tools.graphs.step import keep_state
-from trsp_deploy.tools.model_repository.config import parse_config, step_config
+from trsp_deploy.tools.model_repository.config import STEPS, parse_config, step_config
 from trsp_deploy.tools.model_repository.manifest import ServedModel, fingerprints_below
 from trsp_deploy.tools.runners import device_of, read_manifest
 
@@ -31,6 +31,15 @@ def check_can_step(engine: Path) -> None:
             " grows, and Triton's stock backend copies state between buffers of its own;"
             f" valid: an engine of {' or '.join(BACKENDS)}"
         )
+
+
+def is_step_model(folder: Path) -> bool:
+    """Whether a folder is a step model that this version or an older one has written."""
+    config = folder / "config.pbtxt"
+    try:
+        return config.is_file() and STEPS.encode() in config.read_bytes()
+    except OSError:
+        return False
 
 
 def write_step_model(engine: Path, role: Role, name: str, folder: Path, max_length: int, max_batch: int) -> ServedModel:
