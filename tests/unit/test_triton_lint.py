@@ -234,6 +234,16 @@ def test_a_state_begins_in_dims_that_it_may_have(dims: str, begins: str, fits: b
     assert "begins" not in said(model)
 
 
+def test_the_file_that_a_state_begins_with_has_to_be_there(model: Path) -> None:
+    one = state(("a", "b"), 'initial_state: { data_type: TYPE_FP32 dims: [ 2 ] data_file: "zeros" name: "i" }')
+    (model / "config.pbtxt").write_text(f"{GOOD}sequence_batching {{ state [ {one} ] }}")
+    line = "error: m: state 'a': initial_state/zeros, which a sequence begins with, is missing"
+    assert line in said(model).splitlines()
+    (model / "initial_state").mkdir()
+    (model / "initial_state" / "zeros").touch()
+    assert line not in said(model).splitlines()
+
+
 class Plan:
     """TensorRT's module, runtime and engine as far as reading a plan takes: x (1 to 8, 3) in, y the same out."""
 
@@ -414,6 +424,25 @@ def test_a_folder_that_nobody_but_root_may_read_is_no_model(
     monkeypatch.setattr(Path, "iterdir", lambda path: (refuse(path), iterdir(path))[1])
     line = "config.pbtxt is missing, or this user may not look (Permission denied)"
     assert said(model) == f"error: lost+found: {line}"
+
+
+def test_a_config_that_cannot_be_read_is_a_finding(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that is another user's alone. Root, which may run the tests, is refused nothing."""
+    config, read = model / "config.pbtxt", Path.read_text
+
+    def refused(path: Path, *rest: str, **more: str) -> str:
+        if path == config:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return read(path, *rest, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", refused)
+        assert said(model) == "error: m: config.pbtxt cannot be read (Permission denied)"
+    config.write_bytes(b'name: "caf\xe9"')
+    assert said(model) == "error: m: config.pbtxt is not UTF-8 text"
+    config.unlink()
+    config.mkdir()
+    assert said(model) == "error: m: config.pbtxt is a folder, expected a file"
 
 
 def test_missing_parts(model: Path, tmp_path: Path) -> None:

@@ -92,7 +92,9 @@ def _lint_model(folder: Path, configs: Mapping[str, Any]) -> Iterator[Finding]:
         yield error(f"{CONFIG} is missing, or this user may not look ({problem.strerror})")
         return
     if not there:
-        if any(map(_completes_itself, versions)):
+        if path.exists():
+            yield error(f"{CONFIG} is {'a folder' if path.is_dir() else 'a pipe or device'}, expected a file")
+        elif any(map(_completes_itself, versions)):
             yield warning(f"{CONFIG} is missing: the server makes one up, unless it is told not to")
         else:
             hidden = ", and the server takes hidden folders for models too: move it elsewhere"
@@ -106,13 +108,16 @@ def _lint_model(folder: Path, configs: Mapping[str, Any]) -> Iterator[Finding]:
     except UnicodeDecodeError:
         yield error(f"{CONFIG} is not UTF-8 text")
         return
+    except OSError as problem:
+        yield error(f"{CONFIG} cannot be read ({problem.strerror})")
+        return
     if config.name and config.name != folder.name:
         yield error(f"the config's name is '{config.name}', and the folder's is '{folder.name}'")
     backend = _backend(config, versions)
     yield from _version_names(folder, error, warning)
     yield from _versions(config, versions, error)
     yield from config_alone.batching(config, _gets_a_batch_size(config, backend, versions), error, warning)
-    yield from config_alone.states(config, error, warning)
+    yield from config_alone.states(config, folder, error, warning)
     yield from config_alone.instances(config, (folder / "configs" / "cpu.pbtxt").is_file(), warning)
     yield from config_alone.warmup(config, folder, error, warning)
     yield from config_alone.labels(config, folder, error)

@@ -31,8 +31,8 @@ def batching(config: Any, completed: bool, error: Say, warning: Say) -> Iterator
         yield warning("dynamic batching of a decoupled model: requests are handed over together, answers are not")
 
 
-def states(config: Any, error: Say, warning: Say) -> Iterator[Finding]:
-    """Implicit state of sequences: what the server takes for another, and how it begins."""
+def states(config: Any, folder: Path, error: Say, warning: Say) -> Iterator[Finding]:
+    """Implicit state of sequences: what the server takes for another, and how it begins; folder: the model's."""
     states = config.sequence_batching.state
     pairs = [(state.input_name, state.output_name) for state in states]
     by_input = [output for _, output in sorted(pairs)]
@@ -46,6 +46,9 @@ def states(config: Any, error: Say, warning: Say) -> Iterator[Finding]:
         for initial in state.initial_state:
             if not _fits(initial, state):
                 yield error(f"state '{state.input_name}': its initial_state is of another type or other dims")
+            if initial.data_file and not (folder / "initial_state" / initial.data_file).is_file():
+                file = f"initial_state/{initial.data_file}"
+                yield error(f"state '{state.input_name}': {file}, which a sequence begins with, is missing")
         if not state.initial_state and -1 in state.dims:
             yield warning(
                 f"state '{state.input_name}': a dimension of -1 begins as 1 and holds what was there; fix its length"
