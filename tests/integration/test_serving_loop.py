@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
@@ -232,6 +232,27 @@ def test_a_special_token_can_be_a_stop_string(
     loop.submit(forced.ticket)
     last = forced.wait()[-1]
     assert last.finish == "stop" and last.tokens == 1
+
+
+@pytest.mark.parametrize("most", [2, 5])
+def test_a_stop_string_before_half_a_character_is_the_reason_of_the_end(most: int) -> None:
+    """The text waits for the other half, and ends, by its length or a token, before it is looked into."""
+    tokenizer = Tokenizer(models.BPE({"x": 0, "ENDð": 1, "</s>": 2}, []))  # ð is how byte F0 is written
+    tokenizer.decoder = decoders.ByteLevel()
+    logits = iter(np.eye(3, dtype=np.float32))
+    batch: Any = SimpleNamespace(
+        max_batch=1,
+        full=False,
+        joining=lambda prompt: iter([(0, next(logits))]),
+        step=lambda tokens: {0: next(logits)},
+        leave=lambda number: None,
+    )
+    loop = ServingLoop(batch, tokenizer, (2,), MAX_LENGTH)
+    client = Client(text_input="x", max_tokens=most, stop=("END",))
+    loop.submit(client.ticket)
+    last = client.wait()[-1]
+    loop.stop()
+    assert (last.text, last.tokens, last.finish) == ("x", 2, "stop")
 
 
 def test_who_is_answered_already_does_not_wait_for_all_who_come(

@@ -336,6 +336,8 @@ class ServingLoop:
             self._batch.leave(number)
             if not running.stream.stopped and finish != "error":
                 text += running.stream.end()
+                if running.stream.stopped and finish in ("length", "end"):  # by a token that ends in half a character
+                    finish = "stop"
         except ANYTHING as problem:
             finish, error = "error", error or _line(problem)
         running.ticket.send(Answer(text, len(running.tokens), finish, error, fault))
