@@ -155,18 +155,23 @@ def test_a_prompt_that_the_engine_cannot_read_at_once_is_the_clients_affair(
     assert answer.error is None and answer.tokens == 20, "the text may be longer than its prompt"
 
 
+def spied(tokenizer: Tokenizer, read: list[tuple[str, int]]) -> Any:
+    """The same tokenizer; `read` gets the thread and the length of each prompt."""
+
+    def encode_batch(texts: list[str], add_special_tokens: bool) -> Any:
+        read.append((threading.current_thread().name, len(texts[0])))
+        return tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)
+
+    parts = ("get_vocab", "get_added_tokens_decoder", "decode")
+    return SimpleNamespace(encode_batch=encode_batch, **{name: getattr(tokenizer, name) for name in parts})
+
+
 def test_a_prompt_is_read_by_who_brings_it_and_not_at_all_where_it_cannot_fit(
     served_engine: Path, served_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Reading a megabyte takes half a second: nobody's stream waits for it."""
     read: list[tuple[str, int]] = []
-
-    def encode_batch(texts: list[str], add_special_tokens: bool) -> Any:
-        read.append((threading.current_thread().name, len(texts[0])))
-        return served_tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)
-
-    parts = ("get_vocab", "get_added_tokens_decoder", "decode")
-    spy: Any = SimpleNamespace(encode_batch=encode_batch, **{name: getattr(served_tokenizer, name) for name in parts})
+    spy = spied(served_tokenizer, read)
     longest = MAX_LENGTH * max(map(len, served_tokenizer.get_vocab()))
     fine, too_long = Client(text_input="x", max_tokens=2), Client(text_input="x" * (longest + 1))
     with opened(served_engine, 4, MAX_LENGTH) as batch:
@@ -461,6 +466,23 @@ def test_who_finds_too_many_waiting_is_told_so_and_who_left_does_not_count(
         loop.submit(late.ticket)
         assert late.wait()[-1].fault == "stopping"
     assert (refused.error, refused.fault) == ("busy: no more than 2 requests may wait", "busy")
+
+
+def test_who_finds_too_many_waiting_is_told_so_unread(served_engine: Path, served_tokenizer: Tokenizer) -> None:
+    """Reading a megabyte would keep those behind it from hearing the same."""
+    read: list[tuple[str, int]] = []
+    with opened(served_engine, 1, MAX_LENGTH) as batch:
+        go_on, step = threading.Event(), batch.step
+        batch.step = lambda tokens: (go_on.wait(30), step(tokens))[1]  # type: ignore[method-assign]
+        loop = ServingLoop(batch, spied(served_tokenizer, read), (), MAX_LENGTH, most_waiting=0)
+        running, busy = Client(text_input="x", max_tokens=2), Client(text_input="y" * 50)
+        for client in (running, busy):
+            loop.submit(client.ticket)
+        refused = busy.wait()[-1]
+        go_on.set()
+        assert running.wait()[-1].finish == "length"
+        loop.stop()
+    assert refused.fault == "busy" and [size for _, size in read] == [1]
 
 
 def test_a_burst_on_an_idle_server_fills_the_batch_first(served_engine: Path, served_tokenizer: Tokenizer) -> None:

@@ -144,17 +144,17 @@ class ServingLoop:
 
         The prompt is read here: a megabyte of it takes half a second, which nobody's stream should wait for.
         """
-        try:
-            waiting = self._read(ticket)
+        if self._crowded() and time.monotonic() - self._looked_s >= LOOK_S:
+            self._forget_who_left()
+        try:  # who finds no place is told so at once, unread: those behind him wait here too
+            waiting = None if self._crowded() else self._read(ticket)
         except ANYTHING as problem:
             _refuse(ticket, problem)
             return
-        if self._crowded() and time.monotonic() - self._looked_s >= LOOK_S:
-            self._forget_who_left()
         with self._news:
             if self._stopping.is_set():
                 ticket.send(Answer("", 0, "error", STOPPING, "stopping"))
-            elif self._crowded():
+            elif waiting is None or self._crowded():
                 busy = f"busy: no more than {self._most_waiting} requests may wait"
                 ticket.send(Answer("", 0, "error", busy, "busy"))
             else:
