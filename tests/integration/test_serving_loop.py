@@ -485,6 +485,45 @@ def test_who_finds_too_many_waiting_is_told_so_unread(served_engine: Path, serve
     assert refused.fault == "busy" and [size for _, size in read] == [1]
 
 
+def test_nobody_is_asked_for_who_has_had_the_last_answer(served_engine: Path, served_tokenizer: Tokenizer) -> None:
+    """The server forgets a request with that, and would read what was freed."""
+    too_late: list[str] = []
+    with opened(served_engine, 1, MAX_LENGTH) as batch:
+        go_on, step = threading.Event(), batch.step
+        batch.step = lambda tokens: (go_on.wait(30), step(tokens))[1]  # type: ignore[method-assign]
+        loop = ServingLoop(batch, served_tokenizer, (), MAX_LENGTH, most_waiting=2)
+        clients = {name: Client(text_input="x", max_tokens=2) for name in ("running", "first", "second", "last")}
+        ended = {name: threading.Event() for name in clients}
+
+        def ticket(name: str) -> Ticket:
+            def send(answer: Answer) -> None:
+                if answer.finish is not None:
+                    ended[name].set()
+                clients[name].answers.put(answer)
+
+            def cancelled() -> bool:
+                before = ended[name].is_set()
+                if name == "first" and threading.current_thread() is threading.main_thread():
+                    go_on.set()
+                    ended["second"].wait(1)  # which the loop may let in and answer
+                if before or ended[name].is_set():
+                    too_late.append(name)
+                return False
+
+            return Ticket(clients[name].ticket.request, send, cancelled)
+
+        loop.submit(ticket("running"))
+        until = time.monotonic() + 60
+        while not loop._running:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        for name in ("first", "second", "last"):
+            loop.submit(ticket(name))
+        assert all(event.wait(30) for event in ended.values())
+        loop.stop()
+    assert too_late == []
+
+
 def test_a_burst_on_an_idle_server_fills_the_batch_first(served_engine: Path, served_tokenizer: Tokenizer) -> None:
     with opened(served_engine, 4, MAX_LENGTH) as batch:
         go_on, joining = threading.Event(), batch.joining

@@ -71,7 +71,7 @@ class Batch(Protocol):
     def leave(self, number: int) -> None: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Waiting:
     """A request whose prompt is read and fits."""
 
@@ -175,15 +175,19 @@ class ServingLoop:
 
     def _forget_who_left(self) -> None:
         """Answer those who wait and whose client is gone; they would be in the way of others. The loop goes on
-        meanwhile, and may let some of them in."""
+        meanwhile, and may let some of them in.
+
+        A request that has had its last answer may not be asked about any more: the server has forgotten it, and reads
+        what was freed. So each is asked while the loop cannot take it, which the loop, where it has a row to give, may
+        have to wait for: at the worst for as many round trips as requests wait, once in LOOK_S.
+        """
         with self._news:
             waiting = list(self._waiting)
-        gone = {id(each) for each in waiting if _cancelled(each.ticket)}
-        with self._news:
-            left = [each for each in self._waiting if id(each) in gone]
-            self._waiting = deque(each for each in self._waiting if id(each) not in gone)
-        for each in left:
-            each.ticket.send(Answer("", 0, "cancelled"))
+        for each in waiting:
+            with self._news:
+                if each in self._waiting and _cancelled(each.ticket):
+                    self._waiting.remove(each)
+                    each.ticket.send(Answer("", 0, "cancelled"))
         self._looked_s = time.monotonic()
 
     def _serve(self) -> None:
@@ -197,6 +201,7 @@ class ServingLoop:
             self._finish(number, "error", STOPPING, "stopping")
         with self._news:
             left = [waiting.ticket for waiting in self._waiting]
+            self._waiting.clear()
         for ticket in [self._joining.running.ticket, *left] if self._joining is not None else left:
             ticket.send(Answer("", 0, "error", STOPPING, "stopping"))
 
