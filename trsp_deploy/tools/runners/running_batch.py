@@ -49,20 +49,21 @@ class Rotation(Strict):
     caches: tuple[str, ...]  # names of the caches whose keys are turned; those of other layers stay what they are
 
     def turned(self, keys: np.ndarray, places: int) -> np.ndarray:
-        """Keys (heads, tokens, head_dim) as they would be `places` places further on."""
+        """Keys (heads, tokens, head_dim) as they would be `places` places further on; rounded to their type once."""
         if places == 0:
             return keys
         half, turn = len(self.angles), places * np.asarray(self.angles)
-        cos, sin = np.cos(turn).astype(keys.dtype), np.sin(turn).astype(keys.dtype)
+        cos, sin = np.cos(turn).astype(np.float32), np.sin(turn).astype(np.float32)
         first, second = (
             (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
             if self.interleaved
             else (slice(0, half), slice(half, 2 * half))
         )
-        result = keys.copy()
-        result[..., first] = keys[..., first] * cos - keys[..., second] * sin
-        result[..., second] = keys[..., first] * sin + keys[..., second] * cos
-        return result
+        wide = keys.astype(np.float32, copy=False)
+        result = wide.copy()
+        result[..., first] = wide[..., first] * cos - wide[..., second] * sin
+        result[..., second] = wide[..., first] * sin + wide[..., second] * cos
+        return result.astype(keys.dtype, copy=False)
 
 
 @dataclass
