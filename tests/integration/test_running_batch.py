@@ -116,6 +116,24 @@ def test_numbers_that_overflow_are_one_texts_alone(moved: bool, served_engine: P
     assert [first, second] == alone(served_engine, prompt, 2)
 
 
+@pytest.mark.parametrize("above", [False, True])
+def test_what_lies_in_a_free_row_is_not_for_the_next_text(above: bool, served_engine: Path) -> None:
+    """Nor what lies above its end, where it is moved to as a longer one joins."""
+    prompt = [7, 8, 9]
+    with opened(served_engine, 3, MAX_LENGTH) as batch:
+        assert isinstance(batch, RunningBatch)
+        other, _ = batch.join(list(range(3, 13)))
+        batch.leave(batch.join([5, 6])[0])
+        for rows in batch._views().values():
+            rows[1, :, slice(batch._length, None) if above else slice(batch._length)] = np.nan
+        text, logits = batch.join(prompt)
+        tokens = [int(logits.argmax())]
+        tokens.append(int(batch.step({other: 3, text: tokens[-1]})[text].argmax()))
+        longer, _ = batch.join(list(range(3, 43)))
+        tokens.append(int(batch.step({other: 3, text: tokens[-1], longer: 3})[text].argmax()))
+    assert tokens == alone(served_engine, prompt, 3)
+
+
 def test_a_prompt_that_is_read_in_pieces_is_the_whole_prompt(
     served_engine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

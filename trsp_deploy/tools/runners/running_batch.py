@@ -137,6 +137,8 @@ class RunningBatch:
         start = self._length - len(prompt)
         for name, rows in self._views().items():
             source = view(self._reader.cache[name])  # (1, heads, capacity, head_dim)
+            # Steps write into free rows too, and one may have stopped halfway: see `_vacate`. A step reads as much.
+            rows[row] = 0
             rows[row, :, start : self._length] = self._moved(name, source[0, :, : len(prompt)], start)
         self._mask[row] = 0
         self._mask[row, start : self._length] = 1
