@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.samples import by_documents, made_up, made_up_report, scores
+from tests.samples import by_documents, made_up, made_up_report, made_up_sweep, scores
 from trsp_deploy.artifacts import provenance
 from trsp_deploy.cli.tables import print_comparison, print_report
 from trsp_deploy.cli.terminal import Output
@@ -32,6 +32,7 @@ from trsp_deploy.tools.reports.rows import (
     machine_rows,
     model_rows,
     provenance_rows,
+    sweep_rows,
 )
 
 
@@ -189,6 +190,34 @@ def test_a_budget_is_of_accuracy_too() -> None:
         "99.0% not decided, 99.9% not decided (worst text 1.000x; they allow 1.01x and 1.001x; not measured: piqa)"
     )
     assert budget_text(Price("e", {"a": text}, lost), ["b"]).startswith("99.0% not kept, 99.9% not kept")
+
+
+def test_a_text_or_tasks_too_short_to_decide_are_said_to_be_wherever_their_figures_are() -> None:
+    """One window of text has an interval of no width, which looked like certainty."""
+    made, words = made_up(speedup=1.25), "1 window of 2048 tokens, 5 are the fewest that decide"
+    whole = made_up_report(made)
+    one = whole.quality["text"].model_copy(
+        update={"ratio": 1.02, "ratio_low": 1.02, "ratio_high": 1.02, "tokens": 2047, "context_length": 2048}
+    )
+    short, few = {"text": one.model_copy(update={"pairs": "windows"})}, choices_report(scores("10"), scores("10"))
+    engines = (whole.engines[0].model_copy(update={"quality": short, "choices": few}),)
+    judged = {"quality": short, "engines": engines, "verdict": verdict(list(engines), short)}
+    report = whole.model_copy(update=judged)
+    assert f"1.02x on text ({words})." in report.verdict
+    assert "100.0% of dense's (2 items, 50 are the fewest that decide)." in report.verdict
+    rows = dict(model_rows(report))
+    assert rows["perplexity on text, PyTorch"].endswith(f"1.02x (1.02 to 1.02; 2,047 tokens; {words})")
+    cells = {row[2]: row[5] for row in engine_rows(report)}
+    assert cells["ppl on text"] == f"1.02x (1.02 to 1.02; {words})"
+    assert cells["accuracy retained"].endswith("; 2 items, 50 are the fewest that decide)")
+    page = html.render(report, {"ort-cpu-fp32": made})
+    assert f"up by 2% on text ({words})" in page, "the headline"
+    assert f"<b>1.02x</b><span>perplexity on text ({words})</span>" in page
+    assert "of accuracy retained (2 items, 50 are the fewest that decide)</span>" in page
+    assert markdown.render(report).count(words) >= 3
+    points = tuple(point.model_copy(update={"quality": short}) for point in made_up_sweep().points)
+    assert all(words in row[2] for row in sweep_rows(made_up_sweep().model_copy(update={"points": points})))
+    assert "fewest that decide" not in markdown.render(whole) + html.render(whole, {"ort-cpu-fp32": made})
 
 
 def test_the_price_is_the_engines_and_pytorchs_only_where_no_engine_read() -> None:

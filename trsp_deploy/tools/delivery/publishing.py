@@ -163,7 +163,7 @@ def _with_figures(card: str, report: Report, repo: str) -> str:
         for name, text in report.quality.items()
     ] or None
     rows = [
-        f"| {name} | {text.dense_ppl:.2f} | {text.pruned_ppl:.2f} | {text.interval.text()} | {text.tokens:,} |"
+        f"| {name} | {text.dense_ppl:.2f} | {text.pruned_ppl:.2f} | {text.shown()} | {text.tokens:,} |"
         for name, text in report.quality.items()
     ]
     table = ["| perplexity on | dense | pruned | ratio (95%) | tokens |", "|---|---|---|---|---|", *rows]

@@ -18,7 +18,7 @@ from trsp_deploy.tools.judging.comparisons import ComparisonReport, PhaseReport
 from trsp_deploy.tools.judging.statistics import FEWEST_REPLICATES, replicate_ratios
 from trsp_deploy.tools.judging.verdicts import Claim
 from trsp_deploy.tools.reports import plots
-from trsp_deploy.tools.reports.quality import Price, QualityReport
+from trsp_deploy.tools.reports.quality import Price, QualityReport, in_brackets
 from trsp_deploy.tools.reports.record import EngineReport, Report, prices
 from trsp_deploy.tools.reports.rows import (
     ENGINE_COLUMNS,
@@ -133,10 +133,11 @@ def _costs(price: Price) -> list[str]:
     """What the cut costs in perplexity and in accuracy, as far as either was asked for."""
     costs = []
     if price.quality:
-        texts = ", ".join(f"{_percent(text)} on {name}" for name, text in price.quality.items())
-        costs.append(f"perplexity (how surprised the model is by held-out text) {texts}")
+        texts = (f"{_percent(text)} on {name}{in_brackets(text.few)}" for name, text in price.quality.items())
+        costs.append(f"perplexity (how surprised the model is by held-out text) {', '.join(texts)}")
     if price.choices is not None:
-        costs.append(f"{price.choices.retained.ratio:.1%} of dense's accuracy on tasks is kept")
+        few = in_brackets(price.choices.few)
+        costs.append(f"{price.choices.retained.ratio:.1%} of dense's accuracy on tasks is kept{few}")
     return costs
 
 
@@ -174,9 +175,13 @@ def _price_cards(found: list[Price], engine: str | None) -> list[tuple[str, str]
     """
     price = next((price for price in found if price.engine == engine), found[-1])
     whose = "" if engine is not None and price.engine == engine else f", {price.source}"
-    cards = [(f"{text.ratio:.2f}x", f"perplexity on {name}{whose}") for name, text in price.quality.items()]
+    cards = [
+        (f"{text.ratio:.2f}x", f"perplexity on {name}{whose}{in_brackets(text.few)}")
+        for name, text in price.quality.items()
+    ]
     if price.choices is not None:
-        cards.append((f"{price.choices.retained.ratio:.1%}", f"of accuracy retained{whose}"))
+        few = in_brackets(price.choices.few)
+        cards.append((f"{price.choices.retained.ratio:.1%}", f"of accuracy retained{whose}{few}"))
     return cards
 
 

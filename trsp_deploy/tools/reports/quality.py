@@ -43,15 +43,25 @@ class QualityReport(Strict):
         return Ratio(ratio=self.ratio, low=self.ratio_low, high=self.ratio_high)
 
     @property
-    def doubt(self) -> str:
-        """Why the interval decides nothing, for people; empty where it does."""
+    def few(self) -> str:
+        """Of what there are too few for the interval to decide anything, for people; empty where they are enough."""
         windows = self.tokens // max(1, self.context_length - 1)
         if self.pairs == "documents" or windows >= FEWEST_WINDOWS:
             return ""
-        return (
-            f"{windows} window{'s' * (windows > 1)} of {self.context_length} tokens, {FEWEST_WINDOWS} are the fewest "
-            "that decide: give more text, or a smaller evaluate.context_length"
-        )
+        said = f"{windows} window{'s' * (windows > 1)} of {self.context_length} tokens"
+        return f"{said}, {FEWEST_WINDOWS} are the fewest that decide"
+
+    @property
+    def doubt(self) -> str:
+        """The same with what helps."""
+        return f"{self.few}: give more text, or a smaller evaluate.context_length" if self.few else ""
+
+    def shown(self, more: str = "") -> str:
+        """The ratio for people, with its interval and why that decides nothing, where it does not.
+
+        more: what else stands within the brackets.
+        """
+        return self.interval.text(more=more + _behind(self.few))
 
 
 class ChoicesReport(Strict):
@@ -61,16 +71,30 @@ class ChoicesReport(Strict):
     retained: Ratio  # mean accuracy, pruned / dense
 
     @property
-    def doubt(self) -> str:
-        """Why the interval decides nothing, for people; empty where it does."""
+    def few(self) -> str:
+        """Of what there are too few for the interval to decide anything, for people; empty where they are enough."""
         counts = {name: task.items for name, task in self.tasks.items()}
         name, fewest = min(counts.items(), key=lambda each: each[1])
-        more = "are the fewest that decide: ask more with evaluate.task_items"
         if sum(counts.values()) < FEWEST_ITEMS:
-            return f"{sum(counts.values())} items, {FEWEST_ITEMS} {more}"
+            return f"{sum(counts.values())} items, {FEWEST_ITEMS} are the fewest that decide"
         if fewest < FEWEST_ITEMS_EACH:
-            return f"{fewest} items of {name}, {FEWEST_ITEMS_EACH} of each task {more}"
+            return f"{fewest} items of {name}, {FEWEST_ITEMS_EACH} of each task are the fewest that decide"
         return ""
+
+    @property
+    def doubt(self) -> str:
+        """The same with what helps."""
+        return f"{self.few}: ask more with evaluate.task_items" if self.few else ""
+
+    @property
+    def shown(self) -> str:
+        """The share retained for people, with its interval and why that decides nothing, where it does not."""
+        return self.retained.text(".1%", "", more=_behind(self.few))
+
+
+def _behind(few: str) -> str:
+    """What stands behind an interval within its brackets."""
+    return f"; {few}" if few else ""
 
 
 @dataclass(frozen=True)
@@ -118,15 +142,21 @@ def choices_report(dense: ZeroShot, pruned: ZeroShot) -> ChoicesReport:
     )
 
 
+def in_brackets(few: str) -> str:
+    """What stands behind a figure that is shown without its interval."""
+    return f" ({few})" if few else ""
+
+
 def price_sentences(prices: list[Price]) -> list[str]:
     """What the cut costs, one sentence per measure, such as "Perplexity through ort-cpu-fp32: 1.50x on wiki."."""
     lines = []
     for price in prices:
         if price.quality:
-            costs = ", ".join(f"{text.ratio:.2f}x on {name}" for name, text in price.quality.items())
-            lines.append(f"Perplexity {price.where}: {costs}.")
+            costs = (f"{text.ratio:.2f}x on {name}{in_brackets(text.few)}" for name, text in price.quality.items())
+            lines.append(f"Perplexity {price.where}: {', '.join(costs)}.")
         if price.choices is not None:
-            lines.append(f"Accuracy {price.where}: {price.choices.retained.ratio:.1%} of dense's.")
+            kept = f"{price.choices.retained.ratio:.1%} of dense's{in_brackets(price.choices.few)}"
+            lines.append(f"Accuracy {price.where}: {kept}.")
     return lines
 
 

@@ -27,7 +27,7 @@ def choice_rows(found: ChoicesReport) -> list[tuple[str, str, str, str]]:
         )
         for name, task in found.tasks.items()
     ]
-    return [*rows, ("accuracy retained", "", "", found.retained.text(".1%", ""))]
+    return [*rows, ("accuracy retained", "", "", found.shown)]
 
 
 def model_rows(report: Report) -> list[tuple[str, str]]:
@@ -58,8 +58,7 @@ def model_rows(report: Report) -> list[tuple[str, str]]:
         rows.append(
             (
                 f"perplexity on {name}, PyTorch",
-                f"{text.dense_ppl:.2f} -> {text.pruned_ppl:.2f} = "
-                f"{text.interval.text(more=f'; {text.tokens:,} tokens')}",
+                f"{text.dense_ppl:.2f} -> {text.pruned_ppl:.2f} = {text.shown(f'; {text.tokens:,} tokens')}",
             )
         )
     for price in prices(report.engines, report.quality):
@@ -146,8 +145,8 @@ def engine_rows(report: Report) -> list[tuple[str, ...]]:
         if engine.comparison is not None:
             rows += [("", "", *row) for row in _measured_rows(engine.comparison)]
         for name, text in engine.quality.items():
-            ratio = text.interval.text()
-            rows.append(("", "", f"ppl on {name}", f"{text.dense_ppl:.2f}", f"{text.pruned_ppl:.2f}", ratio, "", ""))
+            both = (f"{text.dense_ppl:.2f}", f"{text.pruned_ppl:.2f}")
+            rows.append(("", "", f"ppl on {name}", *both, text.shown(), "", ""))
         rows += [("", "", *row, "", "") for row in to_pytorch_rows(engine.to_pytorch)]
         if engine.choices is not None:
             rows += [("", "", *row, "", "") for row in choice_rows(engine.choices)]
@@ -272,7 +271,7 @@ def _answered(found: Sweep) -> bool:
 
 def _sweep_row(point: Point, answered: bool) -> tuple[str, ...]:
     source = " (PyTorch)" if point.quality_in_pytorch else ""
-    perplexity = (text.interval.text() + source for text in point.quality.values())
+    perplexity = (text.shown() + source for text in point.quality.values())
     cut = (f"-{point.num_dropped}", f"-{point.parameters_dropped_share:.1%}", *perplexity)
     found = point.comparison
     if found is None or point.size_bytes is None:
@@ -281,18 +280,11 @@ def _sweep_row(point: Point, answered: bool) -> tuple[str, ...]:
     memory = found.gpu_bytes.get("pruned") or found.peak_rss_bytes["pruned"]
     return (
         *cut,
-        *[_retained(point.choices)] * answered,
+        # Empty where an engine that ran has none, as its notes say.
+        *["" if point.choices is None else point.choices.shown] * answered,
         total.speedup.text() + (" (!)" if total.above_limit else "") + found.where,
         "" if total.limit is None else f"{total.limit:.2f}x",
         f"{1e3 * token_s(found):.1f}",
         f"{memory / 1e6:.0f} MB",
         f"{point.size_bytes / 1e6:.0f} MB",
     )
-
-
-def _retained(found: ChoicesReport | None) -> str:
-    """With why it decides nothing, where it does not; empty where an engine that ran has none, as its notes say."""
-    if found is None:
-        return ""
-    few = found.doubt.partition(":")[0]
-    return found.retained.text(".1%", "", more=f"; {few}" if few else "")

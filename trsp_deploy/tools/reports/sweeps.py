@@ -206,7 +206,7 @@ def _undecided(point: Point, targets: Targets) -> list[str]:
         found.append("its speed-up is above its limit")
     if targets.max_ppl_ratio is not None:
         found += ["its perplexity is PyTorch's"] if point.quality_in_pytorch else []
-        found += [f"'{name}' is {text.doubt.partition(':')[0]}" for name, text in point.quality.items() if text.doubt]
+        found += [f"'{name}' is {text.few}" for name, text in point.quality.items() if text.few]
     return found
 
 
