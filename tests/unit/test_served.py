@@ -15,7 +15,7 @@ from tests.tiny import save_tiny
 from trsp_deploy.errors import RunError
 from trsp_deploy.results import Served
 from trsp_deploy.stages.serve_bench import _order
-from trsp_deploy.tools.reports import markdown, plots
+from trsp_deploy.tools.reports import html, markdown, plots
 from trsp_deploy.tools.triton_server import load
 from trsp_deploy.tools.triton_server.load import LoadGenerator, prompts_of
 from trsp_deploy.tools.triton_server.served import (
@@ -116,6 +116,17 @@ def test_the_report_has_serving_beside_the_engines_own() -> None:
     report = made_up_report(made).model_copy(update={"served": derive(made_up_served())})
     text = markdown.render(report)
     assert "## On a server" in text and "the engine alone, one text: 1.2" in text
+
+
+@pytest.mark.parametrize(("engine", "server", "mood"), [(1.25, 1.25, "good"), (1.25, 0.8, ""), (0.8, 0.8, "bad")])
+def test_the_pages_colour_is_of_the_served_claim_too(engine: float, server: float, mood: str) -> None:
+    """NOT THERE as served stood in a green box."""
+    made = made_up(speedup=engine)
+    report = made_up_report(made).model_copy(update={"served": derive(made_up_served(server))})
+    page = html.render(report, {"ort-cpu-fp32": made})
+    assert f'<div class="verdict {mood}">' in page
+    unmeasured = report.model_copy(update={"engines": report.engines[1:]})
+    assert '<div class="verdict ">' in html.render(unmeasured, {}), "it says that no acceleration is claimed"
 
 
 def test_every_order_of_three_comes_once_in_six() -> None:

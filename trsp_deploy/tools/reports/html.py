@@ -33,7 +33,7 @@ from trsp_deploy.tools.reports.rows import (
     sweep_rows,
 )
 from trsp_deploy.tools.reports.sweeps import Sweep, answer
-from trsp_deploy.tools.triton_server.served import SERVED_COLUMNS, served_rows, served_sentence
+from trsp_deploy.tools.triton_server.served import SERVED_COLUMNS, served_claim, served_rows, served_sentence
 
 TEMPLATE = "report.html.jinja"
 MOODS: dict[Claim, str] = {"CONFIRMED": "good", "NOT THERE": "bad", "INCONCLUSIVE": ""}
@@ -69,7 +69,7 @@ def render(
         TEMPLATE,
         title=f"{model.name}: {model.num_layers_dense} layers cut to {model.num_layers_pruned}",
         sentences=_sentences(report, measured),
-        mood=_mood(measured),
+        mood=_mood(report, measured),
         cards=_cards(report, measured),
         engines=[_engine(report, engine, comparisons[engine.name]) for engine in measured],
         engine_columns=ENGINE_COLUMNS,
@@ -146,10 +146,14 @@ def _percent(text: QualityReport) -> str:
     return f"{'up' if change >= 0 else 'down'} by {abs(change):.0%}"
 
 
-def _mood(measured: list[EngineReport]) -> str:
+def _mood(report: Report, measured: list[EngineReport]) -> str:
+    """That of the claims above the price, the served one's among them, where all are the same and none is doubtful."""
     found = [engine.comparison for engine in measured if engine.comparison is not None]
     claims = {comparison.claim for comparison in found}
-    doubtful = any(phase.above_limit for comparison in found for phase in comparison.phases)
+    served = None if report.served is None else served_claim(report.served)
+    if served is not None:
+        claims.add(served)
+    doubtful = not found or any(phase.above_limit for comparison in found for phase in comparison.phases)
     return MOODS[claims.pop()] if len(claims) == 1 and not doubtful else ""
 
 

@@ -16,7 +16,7 @@ from trsp_deploy.recipe import Strict
 from trsp_deploy.results import ROLES, Role, Served, ServedRequest, ServedWindow, Subject
 from trsp_deploy.tools.judging.comparisons import TAIL_SAMPLES
 from trsp_deploy.tools.judging.statistics import Speedup, widened
-from trsp_deploy.tools.judging.verdicts import claim
+from trsp_deploy.tools.judging.verdicts import Claim, claim
 
 Metric = Literal["throughput", "first", "inter_token", "request"]
 METRIC_TITLES: dict[Metric, str] = {
@@ -195,19 +195,19 @@ def _tails(figures: Sequence[ServedFigures | None], metric: Metric) -> list[tupl
     return [(name, cells) for name, cells in rows if any(cells)]
 
 
+def served_claim(found: ServedReport) -> Claim | None:
+    """What the throughputs of all levels say together; None where one model alone was served."""
+    speedups = [level.speedup["throughput"] for level in found.levels if "throughput" in level.speedup]
+    return claim(speedups, found.replicates) if len(speedups) == len(found.levels) else None
+
+
 def served_sentence(found: ServedReport) -> str:
     """The verdict on serving, for people."""
-    speedups = []
-    for level in found.levels:
-        ratio = level.speedup.get("throughput")
-        if ratio is None:
-            return f"Served on {found.engine}: one model alone, so nothing is compared."
-        speedups.append(ratio)
-    parts = [
-        f"{each.found.text()} at {level.concurrency} at once"
-        for level, each in zip(found.levels, speedups, strict=True)
-    ]
-    return f"{claim(speedups, found.replicates)} as served on {found.engine}: throughput {', '.join(parts)}."
+    said = served_claim(found)
+    if said is None:
+        return f"Served on {found.engine}: one model alone, so nothing is compared."
+    parts = [f"{level.speedup['throughput'].found.text()} at {level.concurrency} at once" for level in found.levels]
+    return f"{said} as served on {found.engine}: throughput {', '.join(parts)}."
 
 
 def served_notes(found: ServedReport) -> list[str]:
