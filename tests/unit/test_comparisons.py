@@ -11,8 +11,12 @@ from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.results import GpuTelemetry, Role, Telemetry
 from trsp_deploy.stages.bench import derive
 from trsp_deploy.tools.judging import comparisons
+from trsp_deploy.tools.judging.goals import PHASE_TITLES
+from trsp_deploy.tools.judging.statistics import Ratio, Speedup
+from trsp_deploy.tools.judging.verdicts import claim
 from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.measuring.subjects import Subject
+from trsp_deploy.tools.reports import html
 from trsp_deploy.tools.reports.rows import (
     comparison_rows,
     engine_rows,
@@ -68,6 +72,37 @@ def report(speed: float, noise: float = 0.005, limit: float = 1.3) -> comparison
 def test_the_sentence_follows_the_intervals(speed: float, noise: float, words: list[str]) -> None:
     text = comparisons.sentence("e", report(speed, noise))
     assert all(word in text for word in words), text
+
+
+@pytest.mark.parametrize(
+    ("prefill", "words"),
+    [
+        ((0.88, 0.9, 0.92), "NOT THERE on e at batch 1, prompt 128, the least of 2 shapes: {}; slower: {}"),
+        ((0.97, 1.0, 1.03), "INCONCLUSIVE on e at batch 1, prompt 128, the least of 2 shapes: {}; not decided: {}"),
+        ((1.3, 1.32, 1.34), "CONFIRMED on e at batch 1, prompt 128, the least of 2 shapes: {}"),
+    ],
+)
+def test_a_claim_by_another_shape_names_what_it_rests_on(prefill: tuple[float, float, float], words: str) -> None:
+    """A prompt that was read more slowly at one shape was NOT THERE beside intervals of another, all above 1."""
+    made = made_up(speedup=1.2, noise=0.001, shapes=(1.0, 1.1))
+    found = comparisons.compare(made)
+    low, ratio, high = prefill
+    changed = Ratio(ratio=ratio, low=low, high=high)
+    place = next(n for n, p in enumerate(found.phases) if p.phase == "prefill" and p.case != found.headline)
+    phases = list(found.phases)
+    phases[place] = phases[place].model_copy(update={"speedup": changed})
+    claimed = claim([Speedup(found=p.speedup, control=p.control) for p in phases], found.replicates)
+    other = found.model_copy(update={"phases": tuple(phases), "claim": claimed})
+    figures = (found.of("total"), found.of("decode"), found.of("prefill"))
+    shown = (f"{PHASE_TITLES[figure.phase]} {figure.speedup.text()}" for figure in figures)
+    said = f"prefill, batch 1, prompt 256 {changed.text()}"
+    assert comparisons.sentence("e", other) == words.format(", ".join(shown), said) + "."
+    few = other.model_copy(update={"replicates": 4, "claim": "INCONCLUSIVE"})
+    assert "slower" not in comparisons.sentence("e", few) and "not decided" not in comparisons.sentence("e", few)
+    whole = made_up_report(made)
+    engines = (whole.engines[0].model_copy(update={"comparison": other}),)
+    page = html.render(whole.model_copy(update={"engines": engines}), {"ort-cpu-fp32": made})
+    assert (f"At another shape, {words.rpartition('; ')[2].format(said)}." in page) == (claimed != "CONFIRMED")
 
 
 def test_a_figure_above_its_limit_is_noted_wherever_notes_are() -> None:

@@ -63,6 +63,11 @@ class PhaseReport(Strict):
         """Name of the phase and its shape, for people."""
         return f"{PHASE_TITLES[self.phase]}, {self.case.title}"
 
+    @property
+    def difference(self) -> int:
+        """1 where pruned is faster beyond doubt and the noise floor, -1 where it is slower, else 0."""
+        return Speedup(found=self.speedup, control=self.control).difference
+
 
 class MachineReport(Strict):
     """What else went on, over the whole comparison."""
@@ -252,7 +257,19 @@ def sentence(name: str, found: ComparisonReport) -> str:
         parts.append(f"{PHASE_TITLES[phase.phase]} {phase.speedup.text(more=limit)}")
     above = [phase.title for phase in found.phases if phase.above_limit]
     caution = f" Above its limit, so distrust it: {'; '.join(above)}." if above else ""
-    return f"{found.claim} on {name}{found.where}: {', '.join(parts)}.{caution}"
+    others = f"; {at_others}" if (at_others := elsewhere(found)) else ""
+    return f"{found.claim} on {name}{found.where}: {', '.join(parts)}{others}.{caution}"
+
+
+def elsewhere(found: ComparisonReport) -> str:
+    """What keeps a claim from being confirmed where no phase of the headline's shape does, for people; else empty."""
+    if found.claim == "CONFIRMED" or found.replicates < FEWEST_REPLICATES:
+        return ""
+    difference, word = (-1, "slower") if found.claim == "NOT THERE" else (0, "not decided")
+    there = [phase for phase in found.phases if phase.difference == difference]
+    if not there or any(phase.case == found.headline for phase in there):
+        return ""
+    return f"{word}: {', '.join(f'{phase.title} {phase.speedup.text()}' for phase in there)}"
 
 
 def notes(found: ComparisonReport) -> list[str]:

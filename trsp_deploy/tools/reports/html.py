@@ -14,7 +14,7 @@ from markupsafe import Markup
 from pydantic_core import to_json
 
 from trsp_deploy.results import Comparison, Perplexity, Served, ZeroShot
-from trsp_deploy.tools.judging.comparisons import ComparisonReport, PhaseReport
+from trsp_deploy.tools.judging.comparisons import ComparisonReport, PhaseReport, elsewhere
 from trsp_deploy.tools.judging.statistics import FEWEST_REPLICATES, replicate_ratios
 from trsp_deploy.tools.judging.verdicts import Claim
 from trsp_deploy.tools.reports import plots
@@ -110,6 +110,8 @@ def _sentences(report: Report, measured: list[EngineReport]) -> list[str]:
         figures = {"ratio": ratio.ratio, "low": ratio.low, "high": ratio.high}
         counts = {"replicates": engine.comparison.replicates, "fewest": FEWEST_REPLICATES}
         lines.append(opening.format(name=f"{engine.name}{_aside(engine.comparison)}", **figures, **counts))
+        if at_others := elsewhere(engine.comparison):
+            lines.append(f"At another shape, {at_others}.")
         above = [phase.title for phase in engine.comparison.phases if phase.above_limit]
         if above:
             lines.append(f"Above what the hardware allows, so distrust it: {'; '.join(above)}.")
