@@ -70,26 +70,28 @@ def test_the_page_has_every_figure_of_the_other_cuts_that_markdown_has(page: Pat
 
 
 @pytest.mark.parametrize(
-    ("speedup", "limit", "assumed", "words"),
+    ("speedup", "limit", "assumed", "wholly", "words"),
     [
-        (1.25, 1.30, False, "end to end, of 1.30x possible"),
-        (1.299, 1.296, False, "end to end, of 1.30x possible"),  # both are shown as 1.30
-        (1.33, 1.30, False, "end to end; 1.30x possible, the rest is noise"),
-        (1.25, 1.30, True, "end to end, of 1.30x assumed possible"),
-        (1.33, 1.30, True, "end to end; 1.30x assumed possible"),
-        (1.33, None, False, "end to end"),
+        (1.25, 1.30, False, False, "end to end, of 1.30x possible"),
+        (1.299, 1.296, False, False, "end to end, of 1.30x possible"),  # both are shown as 1.30
+        (1.33, 1.30, False, False, "end to end; 1.30x possible, the rest is noise"),
+        (1.33, 1.30, False, True, "end to end; 1.30x possible, distrust it"),  # what noise explains reaches below
+        (1.25, 1.30, True, False, "end to end, of 1.30x assumed possible"),
+        (1.33, 1.30, True, False, "end to end; 1.30x assumed possible"),
+        (1.33, None, False, False, "end to end"),
     ],
 )
-def test_a_speedup_above_its_limit_is_said_to_be_noise(
-    speedup: float, limit: float | None, assumed: bool, words: str
+def test_a_speedup_above_its_limit_is_said_to_be_noise_or_to_be_distrusted(
+    speedup: float, limit: float | None, assumed: bool, wholly: bool, words: str
 ) -> None:
+    """wholly: whether its whole interval is above."""
     made = made_up(speedup=1.25, noise=0.01)
     report = made_up_report(made)
     engine, *others = report.engines
     assert engine.comparison is not None
     total = engine.comparison.of("total")
     shown = total.speedup.model_copy(update={"ratio": speedup})
-    found = total.model_copy(update={"limit": limit, "limit_assumed": assumed, "speedup": shown})
+    found = total.model_copy(update={"limit": limit, "limit_assumed": assumed, "speedup": shown, "above_limit": wholly})
     phases = tuple(found if phase is total else phase for phase in engine.comparison.phases)
     comparison = engine.comparison.model_copy(update={"phases": phases})
     changed = report.model_copy(update={"engines": (engine.model_copy(update={"comparison": comparison}), *others)})

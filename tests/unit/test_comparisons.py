@@ -123,6 +123,9 @@ def test_an_assumed_limit_says_so() -> None:
     assert all(phase.limit_assumed for phase in found.phases)
     assert any(line.startswith("limits are assumed") for line in comparisons.notes(found))
     assert not any("assumed" in line for line in comparisons.notes(report(1.2)))
+    assert comparisons.sentence("e", found).count(", limit 1.30x (assumed))") == 3
+    assert [row[4] for row in comparison_rows(found)[:3]] == ["1.30x (assumed)"] * 3
+    assert "assumed" not in comparisons.sentence("e", report(1.2)) + str(comparison_rows(report(1.2)))
 
 
 def test_above_an_assumed_limit_nothing_is_said_to_be_impossible() -> None:

@@ -97,6 +97,12 @@ def test_an_assumed_limit_caps_nothing_as_in_a_check() -> None:
     assumed = point.model_copy(update={"comparison": point.comparison.model_copy(update={"phases": phases})})
     assert choose([point], Targets(min_speedup=1.25)).num_dropped is None
     assert choose([assumed], Targets(min_speedup=1.25)).num_dropped == 4
+    for only, limit, shown in ((point, "limit", "1.20x"), (assumed, "limit, assumed", "1.20x (assumed)")):
+        found = made_up_sweep().model_copy(update={"points": (only,)})
+        assert sweep_rows(found)[0][sweep_columns(found).index("limit")] == shown
+        assert f">{limit}</text>" in plots.by_count(found)
+        allow = f"what bytes and operations {'are assumed to ' * (only is assumed)}allow."
+        assert allow in sweep_page.render(found)
 
 
 def test_what_a_check_would_not_decide_is_said_of_a_choice() -> None:

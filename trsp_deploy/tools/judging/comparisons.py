@@ -68,6 +68,11 @@ class PhaseReport(Strict):
         """1 where pruned is faster beyond doubt and the noise floor, -1 where it is slower, else 0."""
         return Speedup(found=self.speedup, control=self.control).difference
 
+    @property
+    def shown_limit(self) -> str:
+        """The limit for people, as "1.29x" or "1.29x (assumed)"; empty where it is not known."""
+        return "" if self.limit is None else f"{self.limit:.2f}x{' (assumed)' * self.limit_assumed}"
+
 
 class MachineReport(Strict):
     """What else went on, over the whole comparison."""
@@ -253,7 +258,7 @@ def sentence(name: str, found: ComparisonReport) -> str:
     shown = [found.of(phase) for phase in ("total", "decode", "prefill")]
     parts = []
     for phase in shown:
-        limit = "" if phase.limit is None else f", limit {phase.limit:.2f}x"
+        limit = f", limit {phase.shown_limit}" if phase.limit is not None else ""
         parts.append(f"{PHASE_TITLES[phase.phase]} {phase.speedup.text(more=limit)}")
     above = [phase.title for phase in found.phases if phase.above_limit]
     caution = f" Above its limit, so distrust it: {'; '.join(above)}." if above else ""

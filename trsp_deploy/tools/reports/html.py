@@ -198,7 +198,8 @@ def _possible(phase: PhaseReport) -> str:
     above = round(phase.speedup.ratio, 2) > round(phase.limit, 2)  # as they are shown
     if phase.limit_assumed:
         return f"{';' if above else ', of'} {phase.limit:.2f}x assumed possible"
-    return f"; {phase.limit:.2f}x possible, the rest is noise" if above else f", of {phase.limit:.2f}x possible"
+    rest = "distrust it" if phase.above_limit else "the rest is noise"
+    return f"; {phase.limit:.2f}x possible, {rest}" if above else f", of {phase.limit:.2f}x possible"
 
 
 def _engine(report: Report, engine: EngineReport, raw: Comparison) -> dict[str, Any]:
@@ -227,9 +228,10 @@ def _engine(report: Report, engine: EngineReport, raw: Comparison) -> dict[str, 
 
 def sweep_plots(found: Sweep) -> list[tuple[Markup, str]]:
     """Speed against quality, and speed against the number of layers, with their captions."""
+    allow = "are assumed to allow" if found.limits_assumed else "allow"
     drawn = (
         (plots.pareto(found), "Down and to the right is better. A number is how many layers were dropped."),
-        (plots.by_count(found), "Measured speed-up with its interval, and what bytes and operations allow."),
+        (plots.by_count(found), f"Measured speed-up with its interval, and what bytes and operations {allow}."),
     )
     return [(Markup(svg), caption) for svg, caption in drawn if svg]
 

@@ -251,7 +251,8 @@ def by_count(found: Sweep) -> str:
         axes.errorbar(counts, [r.ratio for r in ratios], [lows, highs], fmt="o-", color=PRUNED, label="measured")
         limits = [(count, total.limit) for count, total in points if total.limit is not None]
         if limits:
-            axes.plot(*zip(*limits, strict=True), color=LIMIT, linewidth=1, linestyle="--", label="limit")
+            label = "limit, assumed" if found.limits_assumed else "limit"
+            axes.plot(*zip(*limits, strict=True), color=LIMIT, linewidth=1, linestyle="--", label=label)
         axes.axhline(1, color=FAINT, linewidth=1)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("layers dropped")

@@ -129,7 +129,7 @@ FOOTNOTE = (  # of the engines' table
     "(!) above its limit: a measurement to distrust. Speed-up: dense, dense again (the control, where memory allows "
     "it) and pruned in turn, in replicates of fresh processes, everyone else stopped; mean over replicates with a 95% "
     "interval (the wider of a bootstrap's and Student's t), never narrower than the control is off on average. Limit: "
-    "from bytes, operations and layers at this machine's measured rates, or as assumed where an engine's notes say so."
+    "from bytes, operations and layers at this machine's measured rates, or assumed, as an engine's notes explain."
 )
 
 
@@ -191,7 +191,7 @@ def _measured_rows(found: ComparisonReport) -> list[tuple[str, ...]]:
                 f"{1e3 * phase.dense_s:.1f} ms",
                 f"{1e3 * phase.pruned_s:.1f} ms",
                 phase.speedup.text() + (" (!)" if phase.above_limit else ""),
-                "" if phase.limit is None else f"{phase.limit:.2f}x",
+                phase.shown_limit,
                 "" if phase.efficiency is None else f"{phase.efficiency:.0%}",
             )
         )
@@ -283,7 +283,7 @@ def _sweep_row(point: Point, answered: bool) -> tuple[str, ...]:
         # Empty where an engine that ran has none, as its notes say.
         *["" if point.choices is None else point.choices.shown] * answered,
         total.speedup.text() + (" (!)" if total.above_limit else "") + found.where,
-        "" if total.limit is None else f"{total.limit:.2f}x",
+        total.shown_limit,
         f"{1e3 * token_s(found):.1f}",
         f"{memory / 1e6:.0f} MB",
         f"{point.size_bytes / 1e6:.0f} MB",

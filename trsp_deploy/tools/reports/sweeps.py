@@ -74,6 +74,11 @@ class Sweep(Strict):
         return next((point.engine for point in self.points if point.engine is not None), None)
 
     @property
+    def limits_assumed(self) -> bool:
+        """Whether limits of its speed-ups are not by measured rates."""
+        return any(total.limit_assumed for point in self.points for total in _totals(point))
+
+    @property
     def whole(self) -> bool:
         """Whether every number of layers that was asked for has its point, as far as the file says."""
         return len(self.points) >= len(self.asked)
