@@ -384,7 +384,9 @@ def test_plan_edited_by_hand_is_applied(workspace, report):
     done = job(workspace, "--json")
     assert done.code == 0, done.stderr
     assert "plan.json was edited by hand: dropping 0, 5" in done.stderr
-    assert json.loads(done.stdout)["model"]["dropped_layers"] == [0, 5]
+    model = json.loads(done.stdout)["model"]
+    assert model["dropped_layers"] == [0, 5] and model["layers_edited"] and not report["model"]["layers_edited"]
+    assert f"dropped 0, 5; edited by hand after {plan['method']})" in (workspace / "run" / "report.md").read_text()
     redone = steps(done.stderr, "started")
     assert "export-dense-fp32" not in redone
     assert {"prune", "export-pruned-fp32", "evaluate-manual-pruned"} <= redone

@@ -149,6 +149,18 @@ def test_what_an_earlier_push_left_of_a_model_goes(
     assert set(hub.files) == {"LICENSE", "README.md", "model.safetensors", "plan.json", *own}
 
 
+def test_a_card_that_goes_out_says_of_layers_that_they_were_edited_by_hand(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = json.loads((run / "report.json").read_text())
+    for edited in (False, True):
+        report["model"]["layers_edited"] = edited
+        (run / "report.json").write_text(json.dumps(report))
+        assert cli.run(["push", str(run), "me/tiny", "--dry-run"]) == 0
+        said = capsys.readouterr().out
+        assert "## Measured" in said and ("The removed layers were edited by hand after trsp." in said) == edited
+
+
 def test_figures_of_another_checkpoint_stay_at_home(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads((run / "report.json").read_text())
     report["removal"]["after_ppl"] = 99.0

@@ -335,6 +335,21 @@ def test_accuracy_that_was_asked_for_and_has_no_figure_is_said() -> None:
     assert "<b>90.0%</b><span>of accuracy retained, b</span>" in page
 
 
+def test_layers_that_were_edited_by_hand_are_not_called_the_methods() -> None:
+    made = made_up()
+    report = made_up_report(made)
+    edited = report.model_copy(update={"model": report.model.model_copy(update={"layers_edited": True})})
+    words = "edited by hand after trsp"
+    page = html.render(edited, {"ort-cpu-fp32": made})
+    assert f"2 of 8 layers were dropped ({words})." in page
+    assert dict(model_rows(edited))["layers"] == f"8 -> 6 (25.0% fewer; dropped 3, 4; {words})"
+    assert words in markdown.render(edited)
+    assert "by hand" not in html.render(report, {"ort-cpu-fp32": made}) + markdown.render(report)
+    older = report.model_dump(mode="json")
+    del older["model"]["layers_edited"]
+    assert Report.model_validate(older) == report
+
+
 def test_a_name_with_a_bar_stays_in_its_cell() -> None:
     report = made_up_report(made_up())
     named = report.model_copy(update={"model": report.model.model_copy(update={"name": "a|b"})})

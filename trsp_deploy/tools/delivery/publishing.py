@@ -21,6 +21,7 @@ from trsp_deploy.recipe import Strict
 from trsp_deploy.results import PrunedCheckpoint
 from trsp_deploy.tools.plan import PruningPlan
 from trsp_deploy.tools.reports.record import Report, plan_report, removal_report
+from trsp_deploy.tools.reports.rows import chosen_by
 from trsp_deploy.tools.sources.hub import hub_errors, hub_problem
 from trsp_deploy.tools.sources.models import is_of_a_model
 from trsp_deploy.tools.sources.names import HUB_ID
@@ -167,5 +168,6 @@ def _with_figures(card: str, report: Report, repo: str) -> str:
         for name, text in report.quality.items()
     ]
     table = ["| perplexity on | dense | pruned | ratio (95%) | tokens |", "|---|---|---|---|---|", *rows]
-    made.text = "\n".join([made.text.rstrip(), "", "## Measured", "", *table, "", report.verdict, ""])
+    edited = [f"The removed layers were {chosen_by(report)}.", ""] if report.model.layers_edited else []
+    made.text = "\n".join([made.text.rstrip(), "", *edited, "## Measured", "", *table, "", report.verdict, ""])
     return str(made)

@@ -24,6 +24,7 @@ from trsp_deploy.tools.reports.rows import (
     ENGINE_COLUMNS,
     FOOTNOTE,
     absent_note,
+    chosen_by,
     engine_rows,
     measured_notes,
     model_rows,
@@ -239,7 +240,7 @@ def sweep_plots(found: Sweep) -> list[tuple[Markup, str]]:
 def _layer_caption(report: Report) -> str:
     plan = report.plan
     learned = "" if plots.learned_gates(plan) is None else "Bars are the gates that were learned; "
-    return f"{learned}{len(plan.dropped)} of {plan.num_layers} layers were dropped ({plan.method})."
+    return f"{learned}{len(plan.dropped)} of {plan.num_layers} layers were dropped ({chosen_by(report)})."
 
 
 def fill(template: str, **values: Any) -> str:

@@ -32,6 +32,7 @@ class ModelReport(Strict):
     parameters_pruned: int
     layers_dropped_share: float
     parameters_dropped_share: float
+    layers_edited: bool = False  # `plan.json`, by hand, after its method had chosen
 
 
 class RemovalReport(Strict):
@@ -104,7 +105,9 @@ def measured_by(made: Mapping[str, Provenance], now: Provenance) -> tuple[Measur
     )
 
 
-def model_report(name: str, origin: str, architecture: str, checkpoint: PrunedCheckpoint) -> ModelReport:
+def model_report(
+    name: str, origin: str, architecture: str, checkpoint: PrunedCheckpoint, layers_edited: bool
+) -> ModelReport:
     """State both shares: 25% of the layers is less than 25% of the parameters."""
     return ModelReport(
         name=name,
@@ -117,6 +120,7 @@ def model_report(name: str, origin: str, architecture: str, checkpoint: PrunedCh
         parameters_pruned=checkpoint.parameters_pruned,
         layers_dropped_share=len(checkpoint.dropped) / checkpoint.num_layers_dense,
         parameters_dropped_share=1 - checkpoint.parameters_pruned / checkpoint.parameters_dense,
+        layers_edited=layers_edited,
     )
 
 

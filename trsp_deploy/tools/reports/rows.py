@@ -33,12 +33,13 @@ def choice_rows(found: ChoicesReport) -> list[tuple[str, str, str, str]]:
 def model_rows(report: Report) -> list[tuple[str, str]]:
     """What was cut and what it costs, as label and value."""
     model, removal = report.model, report.removal
+    edited = f"; {chosen_by(report)}" if model.layers_edited else ""
     rows = [
         ("model", f"{model.name} ({model.architecture})"),
         (
             "layers",
             f"{model.num_layers_dense} -> {model.num_layers_pruned} ({model.layers_dropped_share:.1%} fewer; "
-            f"dropped {', '.join(map(str, model.dropped_layers))})",
+            f"dropped {', '.join(map(str, model.dropped_layers))}{edited})",
         ),
         (
             "parameters",
@@ -73,6 +74,11 @@ def model_rows(report: Report) -> list[tuple[str, str]]:
             )
         )
     return rows
+
+
+def chosen_by(report: Report) -> str:
+    """What chose the layers that were dropped, for people."""
+    return f"edited by hand after {report.plan.method}" if report.model.layers_edited else report.plan.method
 
 
 def _unmeasured(report: Report, price: Price) -> list[str]:
