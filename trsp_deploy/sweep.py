@@ -110,7 +110,7 @@ def _found(job: Pipeline, counts: tuple[int, ...], targets: Targets, runs: Runs)
         num_layers=job.inputs.num_layers(),
         points=points,
         targets=targets,
-        choice=choose(points, targets),
+        choice=choose(points, targets, counts),
         provenance=provenance(),
         asked=counts,
         not_judged=tuple(spec.name for spec in job.engines.specs if spec.name not in judged),

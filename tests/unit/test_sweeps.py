@@ -38,7 +38,7 @@ FEW = choices_report(scores("1110", "1011"), scores("0110", "1010"))
     ("targets", "count", "words"),
     [
         ({"min_speedup": 1.25}, 6, ["fast enough: 1.35x (1.35 to 1.35) of 1.25x end to end", "4 gives 1.20x"]),
-        ({"min_speedup": 1.05}, 2, ["the smallest cut that was tried"]),
+        ({"min_speedup": 1.05}, 2, ["the smallest cut that was judged"]),
         ({"max_ppl_ratio": 1.3}, 4, ["the most that quality allows", "of at most 1.3x; 6 would cost 1.50x"]),
         ({"max_ppl_ratio": 9}, 8, ["more was not tried"]),
         ({"min_speedup": 1.15, "max_ppl_ratio": 1.3}, 4, ["2 gives 1.10x"]),
@@ -324,11 +324,28 @@ def test_a_sweep_with_cuts_to_come_does_not_look_final() -> None:
     found = made_up_sweep()
     part = found.model_copy(update={"asked": (2, 4, 6, 8, 9)})
     whole = found.model_copy(update={"asked": (2, 4, 6)})
-    assert answer(part).endswith(" Judged so far: 3 of 5 cuts.")
+    assert answer(part).endswith(" Judged so far: 3 of 5 cuts; 8, 9 have no figures.")
     assert '<div class="verdict good">' not in sweep_page.render(part)
     older = Sweep.model_validate_json(found.model_dump_json(exclude={"asked", "not_judged"}))
     for each in (whole, older):
         assert "so far" not in answer(each) and '<div class="verdict good">' in sweep_page.render(each)
+
+
+@pytest.mark.parametrize(
+    ("asked", "targets", "ending"),
+    [
+        ((4, 8), {"max_ppl_ratio": 1.4}, "of at most 1.4x; 8 has no figures"),
+        ((4, 8, 9), {"max_ppl_ratio": 1.4}, "of at most 1.4x; 8, 9 have no figures"),
+        ((2, 4), {"max_ppl_ratio": 1.4}, "of at most 1.4x; more was not tried"),
+        ((2, 4), {"min_speedup": 1.1}, "of 1.1x end to end; 2 has no figures"),
+        ((4, 8), {"min_speedup": 1.1}, "of 1.1x end to end"),
+        ((4, 8), {"min_speedup": 1.3}, "of 1.3x end to end; 8 has no figures"),
+    ],
+)
+def test_a_cut_that_failed_or_is_to_come_is_not_called_untried(
+    asked: tuple[int, ...], targets: dict[str, float], ending: str
+) -> None:
+    assert choose([made_up_point(4, 1.2, 1.2)], Targets(**targets), asked).reason.endswith(ending)
 
 
 def test_every_text_is_drawn_however_many_there_are() -> None:

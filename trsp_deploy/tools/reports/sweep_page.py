@@ -9,7 +9,7 @@ from trsp_deploy.tools.reports.sweeps import Sweep, answer
 
 def render(found: Sweep) -> str:
     """The sweep as one HTML page, in the style of the report's; green where a choice leaves no doubt."""
-    sure = found.choice.num_dropped is not None and not found.choice.doubts and found.whole
+    sure = found.choice.num_dropped is not None and not found.choice.doubts and not found.lacking
     return fill(
         "sweep.html.jinja",
         title=f"{found.model}: how many of {found.num_layers} layers to drop",

@@ -79,9 +79,9 @@ class Sweep(Strict):
         return any(total.limit_assumed for point in self.points for total in _totals(point))
 
     @property
-    def whole(self) -> bool:
-        """Whether every number of layers that was asked for has its point, as far as the file says."""
-        return len(self.points) >= len(self.asked)
+    def lacking(self) -> list[int]:
+        """Numbers of layers that were asked for and have no point, as far as the file says."""
+        return _lacking(self.points, self.asked)
 
 
 def answer(found: Sweep) -> str:
@@ -92,17 +92,29 @@ def answer(found: Sweep) -> str:
     if found.engine is not None:
         others = f"; not judged: {', '.join(found.not_judged)}" if found.not_judged else ""
         said.append(f"Figures are of {found.engine}{others}.")
-    if not found.whole:
-        said.append(f"Judged so far: {len(found.points)} of {len(found.asked)} cuts.")
+    if found.lacking:
+        said.append(f"Judged so far: {len(found.points)} of {len(found.asked)} cuts{_without(found.lacking)}.")
     return " ".join(said)
 
 
-def choose(points: Sequence[Point], targets: Targets) -> Choice:
+def _lacking(points: Sequence[Point], asked: Sequence[int]) -> list[int]:
+    return [count for count in asked if count not in {point.num_dropped for point in points}]
+
+
+def _without(counts: Sequence[int]) -> str:
+    """What to say behind a choice of cuts that may change it: they are still to come, or failed."""
+    has = "has" if len(counts) == 1 else "have"
+    return f"; {', '.join(map(str, counts))} {has} no figures" if counts else ""
+
+
+def choose(points: Sequence[Point], targets: Targets, asked: Sequence[int] = ()) -> Choice:
     """The smallest cut that is fast enough; without a wish for speed, the largest cut that quality allows.
 
     A target counts as kept by the estimate, not by the whole interval, and the reason says where that allows a miss:
     the run's own check decides what may ship. But no speed-up counts for more than its limit, as what is measured above
     that is the machine's drift.
+
+    asked: every number of layers that is wanted; the reason names those without a point that may be the better choice.
     """
     wishes = _speed_wishes(targets)
     if not wishes and targets.max_ppl_ratio is None:
@@ -110,17 +122,23 @@ def choose(points: Sequence[Point], targets: Targets) -> Choice:
     fast = [point for point in points if all(keeps(point) for _, keeps, _ in wishes)]
     good = [point for point in points if _good(point, targets)]
     both = [point for point in fast if point in good]
+    lacking = _lacking(points, asked)
     if wishes and both:
         taken = both[0]
         before = [point for point in points if point.num_dropped < taken.num_dropped]
-        return _chosen(taken, targets, _why_no_less(before, targets, wishes, taken))
+        smaller = [count for count in lacking if count < taken.num_dropped]
+        return _chosen(taken, targets, _why_no_less(before, targets, wishes, taken) + _without(smaller))
     if not wishes and good:
         taken = good[-1]
         after = [point for point in points if point.num_dropped > taken.num_dropped]
         bound = f"perplexity {_said_perplexity(taken, targets)} of at most {targets.max_ppl_ratio:g}x"
-        more = f"{after[0].num_dropped} would cost {_said_perplexity(after[0], targets)}" if after else ""
-        return _chosen(taken, targets, f"the most that quality allows: {bound}; {more or 'more was not tried'}")
-    return Choice(num_dropped=None, folder=None, reason=_why_none(points, fast, good, targets, wishes))
+        larger = [count for count in lacking if count > taken.num_dropped]
+        more = "" if larger else "; more was not tried"
+        if after:
+            more = f"; {after[0].num_dropped} would cost {_said_perplexity(after[0], targets)}"
+        return _chosen(taken, targets, f"the most that quality allows: {bound}{more}{_without(larger)}")
+    reason = _why_none(points, fast, good, targets, wishes) + _without(lacking)
+    return Choice(num_dropped=None, folder=None, reason=reason)
 
 
 Wish = tuple[str, Callable[[Point], bool], Callable[[Point], str]]  # what is wanted, whether it is so, how it is
@@ -243,7 +261,7 @@ def _meanwhile(point: Point, targets: Targets) -> str:
 def _why_no_less(before: Sequence[Point], targets: Targets, wishes: Sequence[Wish], taken: Point) -> str:
     found = " and ".join(f"{says(taken)} of {wanted}" for wanted, _, says in wishes)
     if not before:
-        return f"the smallest cut that was tried is fast enough: {found}"
+        return f"the smallest cut that was judged is fast enough: {found}"
     poor = [point for point in before if all(keeps(point) for _, keeps, _ in wishes)]
     if poor:  # fast enough, and refused for its quality: a larger cut may come out better
         nearest = poor[-1]
