@@ -29,12 +29,12 @@ from trsp_deploy.results import (
 from trsp_deploy.tools.judging.comparisons import compare
 from trsp_deploy.tools.judging.limits import PhaseLimit, SpeedLimit
 from trsp_deploy.tools.plan import PruningPlan
+from trsp_deploy.tools.reports.measured import Measured
 from trsp_deploy.tools.reports.quality import QualityReport
 from trsp_deploy.tools.reports.record import (
     SCHEMA_VERSION,
     EngineFigures,
     EngineReport,
-    Measured,
     ModelReport,
     RemovalReport,
     Report,

@@ -189,6 +189,7 @@ def _point(report: Report, folder: str, name: str | None) -> Point:
         comparison=None if engine is None else engine.comparison,
         size_bytes=None if engine is None or engine.pruned is None else engine.pruned.size_bytes,
         dense_size_bytes=None if engine is None or engine.dense is None else engine.dense.size_bytes,
+        measured=report.measured,
     )
 
 

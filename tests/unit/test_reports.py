@@ -23,8 +23,9 @@ from trsp_deploy.stages.report import summary, write_report
 from trsp_deploy.tools.judging import comparisons
 from trsp_deploy.tools.plan import Pick
 from trsp_deploy.tools.reports import html, markdown, plots
+from trsp_deploy.tools.reports.measured import measured_by
 from trsp_deploy.tools.reports.quality import Price, QualityReport, budget_text, choices_report, quality_report
-from trsp_deploy.tools.reports.record import Report, measured_by, verdict
+from trsp_deploy.tools.reports.record import Report, verdict
 from trsp_deploy.tools.reports.rows import (
     comparison_rows,
     engine_notes,

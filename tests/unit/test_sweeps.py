@@ -19,6 +19,7 @@ from trsp_deploy.recipe import parse_drops
 from trsp_deploy.sweep import _points
 from trsp_deploy.tools.judging.comparisons import compare
 from trsp_deploy.tools.reports import markdown, plots, sweep_page
+from trsp_deploy.tools.reports.measured import Measured
 from trsp_deploy.tools.reports.quality import ChoicesReport, choices_report
 from trsp_deploy.tools.reports.record import EngineReport, Report
 from trsp_deploy.tools.reports.rows import sweep_columns, sweep_rows
@@ -151,6 +152,39 @@ def test_few_replicates_of_a_time_are_no_matter_for_a_check() -> None:
     few = point.model_copy(update={"comparison": point.comparison.model_copy(update={"replicates": 2})})
     found = choose([few], Targets(max_latency_s=0.0084))
     assert found.reason.endswith(f"for it has 2 replicates, 5 are the fewest that decide: {TIMED_AGAIN}")
+
+
+def timed(point: Point, time: str | None) -> Point:
+    """The same, measured at a time."""
+    steps = ("evaluate-text-dense", "bench-ort-cpu-fp32")
+    return point.model_copy(update={"measured": tuple(Measured(step=s, time=time, differs={}) for s in steps)})
+
+
+def test_times_of_different_days_are_doubted_and_ratios_are_not() -> None:
+    """Points that an earlier call had measured were held against today's."""
+    first, then, now = "2025-12-01T22:00:00Z", "2025-12-02T04:00:00Z", "2026-01-01T10:00:00Z"
+    words = f"the points were timed more than a day apart, {first} to {now}"
+    apart = [timed(POINTS[0], first), timed(POINTS[1], now)]
+    found = choose(apart, Targets(max_latency_s=0.0084))
+    assert found.doubts == (words,) and found.reason.endswith(f"; by estimates, for {words}: {TIMED_AGAIN}")
+    assert not choose(apart, Targets(min_speedup=1.15)).doubts
+    for near in ([timed(POINTS[0], first), timed(POINTS[1], then)], [timed(POINTS[0], None), timed(POINTS[1], now)]):
+        assert not choose(near, Targets(max_latency_s=0.0084)).doubts
+    elsewhere = [point.model_copy(update={"engine": "another"}) for point in apart]
+    assert not choose(elsewhere, Targets(max_latency_s=0.0084)).doubts, "of measurements that are none of its times"
+
+
+def test_a_sweeps_page_says_when_its_points_were_measured() -> None:
+    """Those of an earlier call were as of now, with now's packages."""
+    report = made_up_report(made_up(speedup=1.3, noise=1e-6))
+    points = _points({"drop-2": report, "drop-4": report.model_copy(update={"measured": report.measured[:1]})})
+    found = made_up_sweep().model_copy(update={"points": points})
+    page = sweep_page.render(found)
+    assert "<td>2025-12-01T10:00:00Z to 2026-01-01T10:00:00Z</td>" in page
+    assert "<td>torch 2.8.0 (now 2.9.0): drop-2/bench-ort-cpu-fp32</td>" in page
+    assert Sweep.model_validate_json(found.model_dump_json()) == found
+    older = Sweep.model_validate_json(found.model_dump_json(exclude={"points": {"__all__": {"measured"}}}))
+    assert "<th>measured</th>" in page and "<th>measured</th>" not in sweep_page.render(older)
 
 
 def test_a_perplexity_that_is_no_number_is_not_kept() -> None:

@@ -14,13 +14,13 @@ from trsp_deploy.pipeline.proof import Proof
 from trsp_deploy.pipeline.pruning import EDITED
 from trsp_deploy.results import Served
 from trsp_deploy.stages.report import write_report
+from trsp_deploy.tools.reports.measured import measured_by
 from trsp_deploy.tools.reports.quality import quality_report
 from trsp_deploy.tools.reports.record import (
     SCHEMA_VERSION,
     EngineFigures,
     EngineReport,
     Report,
-    measured_by,
     model_report,
     plan_report,
     removal_report,

@@ -7,11 +7,12 @@ from typing import Literal
 
 from pydantic import Field
 
-from trsp_deploy.artifacts import Provenance, steps
+from trsp_deploy.artifacts import Provenance
 from trsp_deploy.recipe import Backend, Precision, Recipe, Strict, shown_name
 from trsp_deploy.results import Parity, PerplexityParity, PrunedCheckpoint
 from trsp_deploy.tools.judging.comparisons import ComparisonReport, sentence
 from trsp_deploy.tools.plan import PruningPlan
+from trsp_deploy.tools.reports.measured import Measured
 from trsp_deploy.tools.reports.quality import ChoicesReport, Price, QualityReport, price_sentences
 from trsp_deploy.tools.reports.sweeps import Sweep
 from trsp_deploy.tools.triton_server.served import ServedReport, served_sentence
@@ -70,14 +71,6 @@ class EngineReport(Strict):
     choices: ChoicesReport | None = None  # through the engine; None where no task was asked for
 
 
-class Measured(Strict):
-    """When a figure of the report was taken, and what is another one now that the report is written."""
-
-    step: str  # such as "bench-ort-cpu-fp32"
-    time: str | None  # UTC; None of records that are older than this key
-    differs: dict[str, tuple[str, str]]  # by name: as it was and as it is, such as the version of a package
-
-
 class Report(Strict):
     """`report.json`."""
 
@@ -94,15 +87,6 @@ class Report(Strict):
     plan: PruningPlan
     provenance: Provenance  # of writing the report
     measured: tuple[Measured, ...] = ()  # each measurement that it rests on
-
-
-def measured_by(made: Mapping[str, Provenance], now: Provenance) -> tuple[Measured, ...]:
-    """What is said of the measurements among steps, by name; now: of who writes the report."""
-    return tuple(
-        Measured(step=step, time=then.time, differs=then.differences(now))
-        for step, then in made.items()
-        if step.startswith(steps.MEASURING)
-    )
 
 
 def model_report(

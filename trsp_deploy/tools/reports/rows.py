@@ -8,6 +8,7 @@ from trsp_deploy.artifacts import Provenance
 from trsp_deploy.results import PHASES, ROLES, PerplexityParity, Role
 from trsp_deploy.tools.judging.comparisons import ComparisonReport, notes
 from trsp_deploy.tools.judging.goals import PHASE_TITLES
+from trsp_deploy.tools.reports.measured import measured_rows
 from trsp_deploy.tools.reports.quality import ChoicesReport, Price, budget_text
 from trsp_deploy.tools.reports.record import EngineReport, Report, prices
 from trsp_deploy.tools.reports.sweeps import Point, Sweep, token_s
@@ -91,18 +92,9 @@ def _unmeasured(report: Report, price: Price) -> list[str]:
 
 def provenance_rows(report: Report) -> list[tuple[str, str]]:
     """With what the report was written, when its figures were taken, and what was another one then."""
-    rows = machine_rows(report.provenance, report.model.origin)
-    times = sorted(each.time for each in report.measured if each.time is not None)
-    if times:
-        rows.append(("measured", times[0] if times[0] == times[-1] else f"{times[0]} to {times[-1]}"))
-    steps: dict[str, list[str]] = {}  # by what differs
-    for each in report.measured:
-        if each.differs:
-            then = ", ".join(f"{name} {was} (now {now})" for name, (was, now) in each.differs.items())
-            steps.setdefault(then, []).append(each.step)
-    rows += [("measured otherwise", f"{then}: {', '.join(names)}") for then, names in steps.items()]
-    rows.append(("seed", str(report.recipe.seed)))
-    return [*rows, *((f"text {name}", text.origin) for name, text in report.quality.items())]
+    made = [*machine_rows(report.provenance, report.model.origin), *measured_rows(report.measured)]
+    texts = ((f"text {name}", text.origin) for name, text in report.quality.items())
+    return [*made, ("seed", str(report.recipe.seed)), *texts]
 
 
 def machine_rows(made: Provenance, origin: str) -> list[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from trsp_deploy.tools.reports.html import fill, sweep_plots
+from trsp_deploy.tools.reports.measured import measured_rows
 from trsp_deploy.tools.reports.rows import machine_rows, sweep_columns, sweep_rows
 from trsp_deploy.tools.reports.sweeps import Sweep, answer
 
@@ -18,5 +19,5 @@ def render(found: Sweep) -> str:
         plots=sweep_plots(found),
         columns=sweep_columns(found),
         rows=[(row, f"{point.folder}/report.html") for row, point in zip(sweep_rows(found), found.points, strict=True)],
-        provenance=machine_rows(found.provenance, found.model),
+        provenance=[*machine_rows(found.provenance, found.model), *measured_rows(found.measured)],
     )

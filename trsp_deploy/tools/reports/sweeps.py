@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta
 
 import numpy as np
 
-from trsp_deploy.artifacts import Provenance
+from trsp_deploy.artifacts import Provenance, steps
 from trsp_deploy.recipe import Positive, Strict
 from trsp_deploy.tools.judging.comparisons import ComparisonReport, PhaseReport, disturbance
 from trsp_deploy.tools.judging.statistics import decimals
 from trsp_deploy.tools.judging.verdicts import too_few
+from trsp_deploy.tools.reports.measured import Measured, first_and_last
 from trsp_deploy.tools.reports.quality import ChoicesReport, QualityReport
 
 # A check has no limit of a time, and the same settings again are the same times, which a run has.
 TIMED_AGAIN = "the same `sweep` on a quiet machine, with a larger --set bench.budget_s, times it again"
+A_DAY = timedelta(days=1)
 
 
 class Targets(Strict):
@@ -39,6 +42,7 @@ class Point(Strict):
     comparison: ComparisonReport | None
     size_bytes: int | None
     dense_size_bytes: int | None
+    measured: tuple[Measured, ...] = ()  # of the run's report; empty in files that are older than this key
 
     @property
     def worst_ppl_ratio(self) -> float:
@@ -72,6 +76,15 @@ class Sweep(Strict):
     def engine(self) -> str | None:
         """That the figures are of; None where none ran."""
         return next((point.engine for point in self.points if point.engine is not None), None)
+
+    @property
+    def measured(self) -> list[Measured]:
+        """Every point's measurements, their steps below the sweep's folder."""
+        return [
+            each.model_copy(update={"step": f"{point.folder}/{each.step}"})
+            for point in self.points
+            for each in point.measured
+        ]
 
     @property
     def limits_assumed(self) -> bool:
@@ -127,7 +140,7 @@ def choose(points: Sequence[Point], targets: Targets, asked: Sequence[int] = ())
         taken = both[0]
         before = [point for point in points if point.num_dropped < taken.num_dropped]
         smaller = [count for count in lacking if count < taken.num_dropped]
-        return _chosen(taken, targets, _why_no_less(before, targets, wishes, taken) + _without(smaller))
+        return _chosen(points, taken, targets, _why_no_less(before, targets, wishes, taken) + _without(smaller))
     if not wishes and good:
         taken = good[-1]
         after = [point for point in points if point.num_dropped > taken.num_dropped]
@@ -136,7 +149,7 @@ def choose(points: Sequence[Point], targets: Targets, asked: Sequence[int] = ())
         more = "" if larger else "; more was not tried"
         if after:
             more = f"; {after[0].num_dropped} would cost {_said_perplexity(after[0], targets)}"
-        return _chosen(taken, targets, f"the most that quality allows: {bound}{more}{_without(larger)}")
+        return _chosen(points, taken, targets, f"the most that quality allows: {bound}{more}{_without(larger)}")
     reason = _why_none(points, fast, good, targets, wishes) + _without(lacking)
     return Choice(num_dropped=None, folder=None, reason=reason)
 
@@ -201,9 +214,9 @@ def _good(point: Point, targets: Targets) -> bool:
     return targets.max_ppl_ratio is None or point.worst_ppl_ratio <= targets.max_ppl_ratio
 
 
-def _chosen(point: Point, targets: Targets, reason: str) -> Choice:
+def _chosen(points: Sequence[Point], point: Point, targets: Targets, reason: str) -> Choice:
     checked = [*_intervals_that_miss(point, targets), *_undecided(point, targets)]
-    timed = _doubts_of_time(point, targets)
+    timed = _doubts_of_time(points, point, targets)
     said = [
         f"for {' and '.join(doubts)}: {then}"
         for doubts, then in ((checked, "`check` decides"), (timed, TIMED_AGAIN))
@@ -233,12 +246,27 @@ def _undecided(point: Point, targets: Targets) -> list[str]:
     return found
 
 
-def _doubts_of_time(point: Point, targets: Targets) -> list[str]:
-    """Why the time of a new token may not be that of a quiet machine. A ratio's two sides share what goes on."""
+def _doubts_of_time(points: Sequence[Point], point: Point, targets: Targets) -> list[str]:
+    """Why the time of a new token may not be that of a quiet machine, or of the machine as it was at other points. A
+    ratio's two sides share what goes on."""
     if targets.max_latency_s is None:
         return []
     few = _too_few(point) if targets.min_speedup is None else []  # of both a check says it
-    return few + _disturbance(point)
+    return few + _disturbance(point) + _days_between(points)
+
+
+def _days_between(points: Sequence[Point]) -> list[str]:
+    """That the machine may have drifted between the points' times, some of which an earlier call of the sweep took."""
+    timed = [
+        each
+        for point in points
+        for each in point.measured
+        if point.engine is not None and each.step == steps.bench(point.engine)
+    ]
+    times = first_and_last(timed)
+    if len(times) < 2 or datetime.fromisoformat(times[1]) - datetime.fromisoformat(times[0]) < A_DAY:
+        return []
+    return [f"the points were timed more than a day apart, {' to '.join(times)}"]
 
 
 def _too_few(point: Point) -> list[str]:
