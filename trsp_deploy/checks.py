@@ -109,7 +109,8 @@ def check_run(
     _check_judgeable(job, spec, tolerances, quality, choices)
     comparison, goals = _measure(job, spec, tolerances, before, settings)
     derived = bench.derive(*job.engines.pair(spec), comparison)
-    outcomes = [goal.outcome(comparison.replicates, disturbance(derived)) for goal in goals]
+    disturbed, cases = disturbance(derived), comparison.settings.cases
+    outcomes = [goal.outcome(comparison.replicates, disturbed, cases) for goal in goals]
     outcomes += _quality(quality, choices, tolerances)
     for what, dense, pruned, tolerance in to_pytorch_rows(job.proof.check_perplexity(spec)):
         said.append(f"{what}: dense {dense}, pruned {pruned} ({tolerance})")

@@ -43,11 +43,11 @@ def test_a_speedup_that_is_there_passes(workspace: Path, tmp_path: Path) -> None
 
 def test_a_requirement_missed_fails_with_2_and_tells_github(workspace: Path, tmp_path: Path) -> None:
     github = {"GITHUB_ACTIONS": "true", "GITHUB_STEP_SUMMARY": str(tmp_path / "summary.md")}
-    junit = ["--junit", str(tmp_path / "check.xml")]
-    done = trsp_deploy("check", "run", "--min-speedup", "50", *junit, cwd=workspace, **github, **SECRETS)
+    options = ["--set", "prompt_tokens=[8,16]", "--junit", str(tmp_path / "check.xml")]
+    done = trsp_deploy("check", "run", "--min-speedup", "50", *options, cwd=workspace, **github, **SECRETS)
     assert done.code == 2, done.said
     assert check_no_secret(tmp_path, done.said) == 3
-    assert "::error title=trsp-deploy check::speed-up, end to end: " in done.stdout
+    assert "::error title=trsp-deploy check::speed-up, end to end, batch 1, prompt " in done.stdout, "of two the worse"
     assert "❌ fail" in (tmp_path / "summary.md").read_text()
     failure = ElementTree.parse(tmp_path / "check.xml").find(".//failure")
     assert failure is not None and "at least 50 wanted: fail" in failure.get("message", "")

@@ -36,9 +36,11 @@ def test_compare_takes_runs_and_onnx_files(workspace: Path, baseline: Path, form
 @BREADTH
 def test_compare_takes_engine_folders_and_judges(workspace: Path, baseline: Path) -> None:
     folders = [f"run/engines/ort-cpu-fp32/{role}" for role in ("pruned", "dense")]  # the wrong way round
-    done = trsp_deploy("compare", *folders, "--min-speedup", "1", "--budget", "60", cwd=workspace)
+    options = ["--min-speedup", "1", "--budget", "60", "--set", "prompt_tokens=[8,16]"]
+    done = trsp_deploy("compare", *folders, *options, cwd=workspace)
     assert done.code == 2, done.said
     assert "NOT THERE" in done.stdout and "at least 1 wanted: fail" in done.stdout
+    assert "speed-up, end to end, batch 1, prompt " in done.stdout, "the shape that decided"
     assert "DENSE has 2 layers and PRUNED 6: they may be the wrong way round" in done.stdout
 
 

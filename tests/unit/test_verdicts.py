@@ -20,6 +20,7 @@ from trsp_deploy.tools.judging.statistics import (
     Speedup,
 )
 from trsp_deploy.tools.judging.verdicts import Requirement, claim, judge, settled, too_few, worst
+from trsp_deploy.tools.reports import ci
 from trsp_deploy.tools.reports.baselines import engine_baseline
 from trsp_deploy.tools.reports.quality import Price, budget_text, choices_report
 
@@ -169,6 +170,23 @@ def test_one_shape_that_misses_fails_whatever_is_open_at_another(monkeypatch: py
     assert goal.outcome(replicates).word == "inconclusive" and not goal.settled(replicates)
     found[0] = Ratio(ratio=1.4, low=1.38, high=1.42)
     assert goal.outcome(replicates).found == found[1] and goal.settled(replicates)
+
+
+def test_an_outcome_names_the_shape_that_decided(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a check at several shapes nothing said which of them had failed."""
+    found = [Ratio(ratio=1.3, low=1.29, high=1.31), Ratio(ratio=1.10, low=1.09, high=1.11)]
+    monkeypatch.setattr(goals, "speedup", lambda replicates, case, phase: SimpleNamespace(found=found[case]))
+    replicates, cases = made_up().replicates, made_up(shapes=(1.0, 1.0)).settings.cases
+    outcome = goals.least_speedup("total", 1.2, "x", cases=2).outcome(replicates, cases=cases)
+    said = "speed-up, end to end, batch 1, prompt 256: 1.100 (1.090 to 1.110), at least 1.2 wanted: fail"
+    assert outcome.word == "fail" and outcome.sentence == said
+    junit = ci.junit("e", [outcome], 1.0)
+    assert said in junit and 'name="speed-up, end to end"' in junit, "a test's name is the same from check to check"
+    assert said in ci.github_annotations([outcome])[0]
+    one = goals.least_speedup("total", 1.2, "x", cases=1).outcome(replicates, cases=cases[:1])
+    assert one.sentence.startswith("speed-up, end to end: 1.300 (")
+    older = one.model_dump(exclude={"where"})
+    assert type(one).model_validate(older) == one
 
 
 def test_a_speedup_above_its_limit_passes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

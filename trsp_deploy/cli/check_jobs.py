@@ -77,7 +77,7 @@ def compare(
         label = bench.label_of(*pair)
         comparison = bench.compare_engines(*pair, label, settings, seed=0, goals=goals)
     found = bench.derive(*pair, comparison)
-    outcomes = [goal.outcome(comparison.replicates) for goal in goals]
+    outcomes = [goal.outcome(comparison.replicates, cases=comparison.settings.cases) for goal in goals]
     output = Output(as_json)
     print_comparison(label, found, output.stream)
     said = bench.pair_notes(*pair)

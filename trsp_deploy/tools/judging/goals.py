@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from trsp_deploy.recipe import Case
 from trsp_deploy.results import Phase, Replicate
 from trsp_deploy.tools.judging.limits import SpeedLimit
 from trsp_deploy.tools.judging.statistics import (
@@ -45,13 +46,18 @@ class Goal:
     limits: Callable[[Sequence[Replicate]], list[float | None]] | None = None
     earlier: Earlier | None = None  # that it is held against
 
-    def outcome(self, replicates: Sequence[Replicate], disturbance: str = "") -> Outcome:
+    def outcome(self, replicates: Sequence[Replicate], disturbance: str = "", cases: Sequence[Case] = ()) -> Outcome:
         """What the samples say so far: of a shape that misses it, else of one that is open, else of the tightest.
 
         disturbance: what the machine did beside, which decides nothing between two times; within one all turns bear it.
+        cases: the shapes; of several the outcome says of which it is.
         """
         doubt = disturbed_now(disturbance) if self.earlier is not None and disturbance else ""
-        return min(self._outcomes(replicates, doubt), key=_leniency)
+        outcomes = self._outcomes(replicates, doubt)
+        if len(cases) > 1:
+            named = zip(outcomes, cases, strict=True)
+            outcomes = [outcome.model_copy(update={"where": case.title}) for outcome, case in named]
+        return min(outcomes, key=_leniency)
 
     def settled(self, replicates: Sequence[Replicate]) -> bool:
         """Whether more of them would change nothing: one shape misses it for certain, or all are certain.

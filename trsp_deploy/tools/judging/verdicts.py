@@ -34,6 +34,12 @@ class Outcome(Strict):
     found: Ratio
     word: Word
     note: str = ""  # why it is inconclusive, whatever the interval is
+    where: str = ""  # the shape that decided, where there are several; empty in files that are older than this key
+
+    @property
+    def name(self) -> str:
+        """What is required, and the shape that decided."""
+        return f"{self.requirement.name}, {self.where}" if self.where else self.requirement.name
 
     @property
     def measured(self) -> str:
@@ -47,7 +53,7 @@ class Outcome(Strict):
         """The outcome for people, on one line."""
         wanted = self.requirement
         note = f"; {self.note}" if self.note else ""
-        return f"{wanted.name}: {self.measured}, {wanted.sense} {wanted.bound:.6g} wanted: {self.word}{note}"
+        return f"{self.name}: {self.measured}, {wanted.sense} {wanted.bound:.6g} wanted: {self.word}{note}"
 
 
 def judge(requirement: Requirement, found: Ratio, doubt: str = "") -> Outcome:
