@@ -13,6 +13,7 @@ from tests.command import PYTHON_SCRIPT
 from tests.samples import NEW_TOKENS_SERVED, made_up, made_up_report, made_up_served
 from tests.tiny import save_tiny
 from trsp_deploy.errors import RunError
+from trsp_deploy.recipe import Case
 from trsp_deploy.results import Served
 from trsp_deploy.stages.serve_bench import _order
 from trsp_deploy.tools.reports import html, markdown, plots
@@ -56,6 +57,16 @@ def test_a_model_alone_is_shown_and_not_compared() -> None:
     report = derive(alone)
     assert "nothing is compared" in served_sentence(report)
     assert all(row[2] == row[4] == row[5] == "" and row[3] for row in served_rows(report))
+    made = made_up()
+    alone_page = html.render(made_up_report(made).model_copy(update={"served": report}), {"ort-cpu-fp32": made})
+    both_page = html.render(made_up_report(made).model_copy(update={"served": derive(served)}), {"ort-cpu-fp32": made})
+    for page, turns, models in (
+        (alone_page, "pruned alone", "pruned"),
+        (both_page, "dense, dense again and pruned in turn", "dense and pruned"),
+    ):
+        assert f"(triton 2.51.0): {turns}, 32 tokens a prompt" in page
+        assert f"<figcaption>{models.capitalize()} on one Triton server, streamed.</figcaption>" in page
+        assert f"latency of {models} on one server" in page
 
 
 def with_requests(dense: int, pruned: int) -> Served:
@@ -116,6 +127,12 @@ def test_the_report_has_serving_beside_the_engines_own() -> None:
     report = made_up_report(made).model_copy(update={"served": derive(made_up_served())})
     text = markdown.render(report)
     assert "## On a server" in text and "the engine alone, one text: 1.2" in text
+    (engine, *others), eight = report.engines, Case(batch_size=8, prompt_tokens=128, new_tokens=4)
+    assert engine.comparison is not None
+    phases = tuple(phase.model_copy(update={"case": eight}) for phase in engine.comparison.phases)
+    batched = engine.model_copy(update={"comparison": engine.comparison.model_copy(update={"phases": phases})})
+    text = markdown.render(report.model_copy(update={"engines": (batched, *others)}))
+    assert "the engine alone, batch 8, prompt 128: 1.2" in text and "one text" not in text
 
 
 @pytest.mark.parametrize(("engine", "server", "mood"), [(1.25, 1.25, "good"), (1.25, 0.8, ""), (0.8, 0.8, "bad")])

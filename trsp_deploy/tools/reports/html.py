@@ -34,7 +34,13 @@ from trsp_deploy.tools.reports.rows import (
     sweep_rows,
 )
 from trsp_deploy.tools.reports.sweeps import Sweep, answer
-from trsp_deploy.tools.triton_server.served import SERVED_COLUMNS, served_claim, served_rows, served_sentence
+from trsp_deploy.tools.triton_server.served import (
+    SERVED_COLUMNS,
+    ServedReport,
+    served_claim,
+    served_rows,
+    served_sentence,
+)
 
 TEMPLATE = "report.html.jinja"
 MOODS: dict[Claim, str] = {"CONFIRMED": "good", "NOT THERE": "bad", "INCONCLUSIVE": ""}
@@ -87,6 +93,7 @@ def render(
         parity=report.parity,
         provenance=provenance_rows(report),
         served_plot=Markup("" if report.served is None else plots.serving(report.served)),
+        served_caption="" if report.served is None else _served_caption(report.served),
         served_columns=SERVED_COLUMNS,
         served_rows=[] if report.served is None else served_rows(report.served),
         served_notes=server_notes(report),
@@ -235,6 +242,10 @@ def sweep_plots(found: Sweep) -> list[tuple[Markup, str]]:
         (plots.by_count(found), f"Measured speed-up with its interval, and what bytes and operations {allow}."),
     )
     return [(Markup(svg), caption) for svg, caption in drawn if svg]
+
+
+def _served_caption(found: ServedReport) -> str:
+    return f"{' and '.join(found.roles).capitalize()} on one Triton server, streamed."
 
 
 def _layer_caption(report: Report) -> str:

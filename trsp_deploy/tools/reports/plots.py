@@ -192,7 +192,8 @@ def serving(found: ServedReport) -> str:
             panel.set_xticks(levels)
         panels[0].legend(loc="upper left")
         panels[1].set_xlabel("requests at once")
-        return _svg(figure, "serving", "Throughput and inter-token latency of dense and pruned on one server")
+        served = " and ".join(found.roles)
+        return _svg(figure, "serving", f"Throughput and inter-token latency of {served} on one server")
 
 
 def _common_tail(found: ServedReport) -> str | None:

@@ -117,8 +117,9 @@ def server_notes(report: Report) -> list[str]:
     lines = served_notes(report.served)
     for engine in report.engines:
         if engine.name == report.served.engine and engine.comparison is not None:
-            ratio, where = engine.comparison.of("total").speedup, engine.comparison.where or ", one text"
-            lines.append(f"the engine alone{where}: {ratio.text()} end to end")
+            found, case = engine.comparison, engine.comparison.headline
+            where = found.where or (", one text" if case.batch_size == 1 else f", {case.title}")
+            lines.append(f"the engine alone{where}: {found.of('total').speedup.text()} end to end")
     return lines
 
 

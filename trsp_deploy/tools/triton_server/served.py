@@ -63,6 +63,11 @@ class ServedReport(Strict):
     elapsed_s: float
     levels: tuple[ServedLevel, ...]
 
+    @property
+    def roles(self) -> list[Role]:
+        """The models that were served: both, or one alone."""
+        return [role for role in ROLES if any(role in level.figures for level in self.levels)]
+
 
 def derive(served: Served) -> ServedReport:
     """Figures and ratios of the raw samples; raises ValueError when a level has fewer than two replicates."""
@@ -213,8 +218,9 @@ def served_sentence(found: ServedReport) -> str:
 def served_notes(found: ServedReport) -> list[str]:
     """How serving was measured, one line each."""
     server = "a fresh server" if found.fresh else "the same server, whose luck with its memory is in the figures,"
+    turns = "dense, dense again and pruned in turn" if len(found.roles) == len(ROLES) else f"{found.roles[0]} alone"
     return [
-        f"{found.replicates} replicates on {server} ({found.server}): dense, dense again and pruned in turn, "
+        f"{found.replicates} replicates on {server} ({found.server}): {turns}, "
         f"{found.prompt_tokens} tokens a prompt, {found.new_tokens} new ones, {found.elapsed_s:.0f} s; "
         f"load by {found.load_generator}",
         "throughput: new tokens a second of all requests (Little's law); latencies are medians, then p90, p95 and p99 "
