@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,16 @@ def test_the_page_carries_what_quality_is_derived_from() -> None:
     kept = json.loads(gzip.decompress(base64.b64decode(data)))
     assert Perplexity.model_validate(kept["evaluate-text-dense"]) == answers["evaluate-text-dense"]
     assert kept["zero-shot-ort-cpu-fp32-dense"]["tasks"][0]["correct"] == [True, True, False, True]
+
+
+@pytest.mark.parametrize("more", ["", " (the calibration text itself)"])
+def test_the_page_carries_no_place_of_this_machine(more: str) -> None:
+    """Its download had the path of the evaluation text, which the page itself shows by name alone."""
+    made, read = made_up(), by_documents([1.0, 2.0]).model_copy(update={"origin": f"/home/alice/secret/held.txt{more}"})
+    page = html.render(made_up_report(made), {"ort-cpu-fp32": made}, {"evaluate-text-dense": read})
+    packed = re.findall(r'href="data:application/gzip;base64,([^"]+)"', page)
+    kept = "".join(gzip.decompress(base64.b64decode(data)).decode() for data in packed)
+    assert "alice" not in kept and f'"origin":"held.txt{more}"' in kept
 
 
 def budgets(quality: dict[str, QualityReport]) -> str:

@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from pydantic_core import to_json
 
+from trsp_deploy.recipe import shown_name
 from trsp_deploy.results import Comparison, Perplexity, Served, ZeroShot
 from trsp_deploy.tools.judging.comparisons import ComparisonReport, PhaseReport, elsewhere
 from trsp_deploy.tools.judging.statistics import FEWEST_REPLICATES, replicate_ratios
@@ -100,7 +101,7 @@ def render(
         downloads=[
             _download("report.json", report.model_dump_json(indent=2), compress=False),
             *(_download(f"samples-{name}.json.gz", raw.model_dump_json()) for name, raw in comparisons.items()),
-            *([_download("quality.json.gz", to_json(answers).decode())] if answers else []),
+            *([_download("quality.json.gz", to_json(_shown(answers)).decode())] if answers else []),
             *([] if served is None else [_download("served.json.gz", served.model_dump_json())]),
         ],
         recipe=yaml.safe_dump(report.recipe.model_dump(mode="json"), sort_keys=False),
@@ -263,6 +264,14 @@ def fill(template: str, **values: Any) -> str:
         trim_blocks=True,
     )
     return environment.get_template(template).render(**values)
+
+
+def _shown(answers: Mapping[str, Perplexity | ZeroShot]) -> dict[str, Perplexity | ZeroShot]:
+    """The same without what they say of this machine: a text's file by its name alone."""
+    return {
+        step: each.model_copy(update={"origin": shown_name(each.origin)}) if isinstance(each, Perplexity) else each
+        for step, each in answers.items()
+    }
 
 
 def _download(name: str, text: str, compress: bool = True) -> dict[str, str]:
