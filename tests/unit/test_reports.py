@@ -340,6 +340,11 @@ def test_accuracy_that_was_asked_for_and_has_no_figure_is_said() -> None:
         assert words in page
     assert not any("accuracy" in note for note in engine_notes(report))
     assert dict(model_rows(asked))["quality budgets, ort-cpu-fp32"].endswith("not measured: piqa, copa)")
+    same = report.quality["text"].model_copy(update={"ratio": 1, "ratio_low": 1, "ratio_high": 1})
+    in_pytorch = {"quality": {"text": same}, "engines": (report.engines[0].model_copy(update={"quality": {}}),)}
+    rows = dict(model_rows(asked.model_copy(update=in_pytorch)))
+    assert rows["quality budgets, PyTorch"].startswith("99.0% not decided"), "an engine ran, and answered no task"
+    assert rows["quality budgets, PyTorch"].endswith("not measured: piqa, copa)")
     choices = choices_report(scores("1" * 100), scores("1" * 90 + "0" * 10))
     ran, other = (report.engines[0].model_copy(update={"name": name, "quality": {}}) for name in ("a", "b"))
     two = asked.model_copy(update={"engines": (ran, other.model_copy(update={"choices": choices})), "quality": {}})

@@ -63,8 +63,11 @@ def model_rows(report: Report) -> list[tuple[str, str]]:
                 f"{text.dense_ppl:.2f} -> {text.pruned_ppl:.2f} = {text.shown(f'; {text.tokens:,} tokens')}",
             )
         )
-    for price in prices(report.engines, report.quality):
-        rows.append((f"quality budgets, {price.source}", budget_text(price, _unmeasured(report, price))))
+    found = prices(report.engines, report.quality)
+    through_engines = any(price.engine is not None for price in found)
+    for price in found:  # PyTorch's beside engines' is of texts alone that none of them has read
+        lacking = [] if price.engine is None and through_engines else _unmeasured(report, price)
+        rows.append((f"quality budgets, {price.source}", budget_text(price, lacking)))
     worst = max(report.parity, key=lambda parity: parity.max_error / parity.tolerance, default=None)
     if worst is not None:
         rows.append(
@@ -83,9 +86,7 @@ def chosen_by(report: Report) -> str:
 
 
 def _unmeasured(report: Report, price: Price) -> list[str]:
-    """Texts and tasks of the recipe that a price has no figure of; PyTorch's, beside engines', is to have no other."""
-    if price.engine is None and any(engine.comparison is not None for engine in report.engines):
-        return []
+    """Texts and tasks of the recipe that a price has no figure of."""
     tasks = report.recipe.evaluate.tasks if price.choices is None else ()
     return [*(name for name in report.quality if name not in price.quality), *tasks]
 
