@@ -222,7 +222,7 @@ def cut_of(job: Pipeline) -> Cut:
     """What the run has done to which model."""
     layers = job.inputs.num_layers()
     kept = layers - len(job.pruning.plan().dropped)
-    return Cut(name=job.recipe.public.model, num_layers_dense=layers, num_layers_pruned=kept)
+    return Cut(name=job.inputs.shown_model, num_layers_dense=layers, num_layers_pruned=kept)
 
 
 def _check_engine(job: Pipeline, engine: str | None) -> None:

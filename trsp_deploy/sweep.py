@@ -106,7 +106,7 @@ def _found(job: Pipeline, counts: tuple[int, ...], targets: Targets, runs: Runs)
     points = _points({one.run.path.name: report for one, report in runs})
     judged = {point.engine for point in points}
     return Sweep(
-        model=job.recipe.public.model,
+        model=job.inputs.shown_model,
         num_layers=job.inputs.num_layers(),
         points=points,
         targets=targets,

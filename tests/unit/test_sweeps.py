@@ -12,13 +12,16 @@ import pytest
 from tests.samples import made_up, made_up_point, made_up_report, made_up_sweep, scores
 from trsp_deploy.artifacts import provenance
 from trsp_deploy.artifacts.layout import SWEEP
+from trsp_deploy.checks import cut_of
 from trsp_deploy.cli.tables import print_sweep
 from trsp_deploy.errors import RecipeError
+from trsp_deploy.pipeline.inputs import Inputs
 from trsp_deploy.pipeline.reporting import sweep_of
-from trsp_deploy.recipe import parse_drops
-from trsp_deploy.sweep import _points
+from trsp_deploy.recipe import Recipe, parse_drops
+from trsp_deploy.sweep import _found, _points
 from trsp_deploy.tools.judging.comparisons import compare
 from trsp_deploy.tools.reports import markdown, plots, sweep_page
+from trsp_deploy.tools.reports.baselines import Cut
 from trsp_deploy.tools.reports.measured import Measured
 from trsp_deploy.tools.reports.quality import ChoicesReport, choices_report
 from trsp_deploy.tools.reports.record import EngineReport, Report
@@ -432,6 +435,13 @@ def test_a_runs_report_keeps_the_sweep_that_it_is_a_point_of(tmp_path: Path) -> 
     assert sweep_of(inputs, report) is None and not said, "a run by itself"
     (tmp_path / SWEEP).write_text(found.model_dump_json())
     assert sweep_of(inputs, report) == found
+    here = report.model_copy(update={"recipe": report.recipe.model_copy(update={"model": "."})})
+    assert sweep_of(inputs, here) == found, "of --model . both have the folder's name"
+    older = found.model_copy(update={"model": "."})
+    (tmp_path / SWEEP).write_text(older.model_dump_json())
+    assert sweep_of(inputs, here) == older and sweep_of(inputs, report) is None
+    assert "its layers of drop-4 are no longer that run's" in said.pop()
+    (tmp_path / SWEEP).write_text(found.model_dump_json())
     other: Any = SimpleNamespace(run=SimpleNamespace(path=tmp_path / "drop-5"), say=said.append)
     assert sweep_of(other, report) is None and not said, "beside a sweep, and none of it"
     changed = report.model_copy(update={"plan": report.plan.model_copy(update={"dropped": (0, 1, 2, 7)})})
@@ -462,6 +472,19 @@ def test_every_report_of_a_point_has_the_other_points() -> None:
     assert all(f"| -{count} | " in text for count in (2, 4, 6))
     assert type(report).model_validate_json(report.model_dump_json()) == report
     assert "Other cuts" not in markdown.render(made_up_report(made_up()))
+
+
+def test_a_sweep_and_a_baseline_of_the_working_directory_have_its_name(tmp_path: Path) -> None:
+    """They were of a model called "."; the report beside them was of its folder."""
+    run, recipe = SimpleNamespace(path=tmp_path / "drop-4"), Recipe(model=".")
+    inputs = Inputs(run, recipe, print, tmp_path / "mine")  # type: ignore[arg-type]
+    inputs.num_layers = lambda: 8  # type: ignore[method-assign]
+    report = made_up_report(made_up())
+    pruning = SimpleNamespace(plan=lambda: report.plan)
+    engines = SimpleNamespace(specs=())
+    job: Any = SimpleNamespace(run=run, recipe=recipe, inputs=inputs, pruning=pruning, engines=engines)
+    assert cut_of(job) == Cut(name="mine", num_layers_dense=8, num_layers_pruned=6)
+    assert _found(job, (4,), Targets(), [(job, report)]).model == "mine"
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,8 @@ def sweep_of(inputs: Inputs, report: Report) -> Sweep | None:
     point = next((point for point in found.points if point.folder == folder.name), None)
     if point is None:
         return None
-    of_another_cut = found.model != report.recipe.model or point.dropped != report.plan.dropped
+    names = (report.model.name, report.recipe.model)  # the second in older files, as "."
+    of_another_cut = found.model not in names or point.dropped != report.plan.dropped
     other = "layers" if of_another_cut else _other(point, report)
     if other:
         inputs.say(
