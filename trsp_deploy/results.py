@@ -223,7 +223,7 @@ class TaskScore(Strict):
     """One model on one multiple-choice task, item by item, so that two models can be compared in pairs."""
 
     task: str
-    metric: Literal["acc", "acc_norm"]  # acc_norm divides each choice's log likelihood by its length in bytes
+    metric: Literal["acc", "acc_norm"]  # acc_norm divides each choice's log likelihood by its length in characters
     correct: tuple[bool, ...]  # one per item, in the data set's order
 
     @property

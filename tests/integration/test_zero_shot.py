@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import random
@@ -280,6 +281,29 @@ def test_fewer_texts_are_tried_once_the_error_of_more_is_gone() -> None:
     runner = OfOneText()
     found = EngineLM(runner, None, 4, 8)._loglikelihood_tokens([(("", ""), [1], [2])] * 4)  # type: ignore[arg-type]
     assert len(found) == 4 and runner.seen == [(1, 1)] * 4
+
+
+@needs_lm_eval
+def test_an_answer_to_no_prompt_follows_bos_as_where_lm_eval_asks_transformers(exported: Made) -> None:
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from trsp_deploy.tools.runners.engine_lm import EngineLM
+
+    made, tokenizer = exported("llama"), copy.deepcopy(tiny_tokenizer())
+    tokenizer.bos_token = tokenizer.convert_ids_to_tokens(9)
+    request = Instance("loglikelihood", {}, ("", "goes on"), 0)
+    by_torch = HFLM(pretrained=load_model(made / "model", dtype=torch.float32), tokenizer=tokenizer, device="cpu")
+    ((wanted, _),) = by_torch.loglikelihood([request])
+    with OrtRunner(onnx_of(made)) as runner:
+        fed: list[int] = []
+        prefill = runner.prefill
+        runner.prefill = lambda ids, *rest: fed.append(ids[0, 0]) or prefill(ids, *rest)  # type: ignore[method-assign]
+        ((found, _),) = EngineLM(runner, tokenizer, 1, 64).loglikelihood([request])
+    assert fed == [9] and tokenizer.eos_token_id != 9
+    assert found == pytest.approx(wanted, abs=1e-3)
+    without = EngineLM(Sizes(), tiny_tokenizer(), 1, 64)  # type: ignore[arg-type]
+    assert without.prefix_token_id == without.eot_token_id == tiny_tokenizer().eos_token_id
 
 
 @needs_lm_eval

@@ -422,6 +422,12 @@ def test_tasks_that_an_engine_does_not_answer() -> None:
         "a choice of 4 tokens: model and engine read 3",
         lambda: engine._loglikelihood_tokens([(ANYTHING, [1], [2] * 4)]),
     )
+    neither: Any = SimpleNamespace(bos_token_id=None, eos_token_id=None)
+    says(
+        "this task has items without a prompt, which begin with BOS or EOS",
+        lambda: EngineLM(ANYTHING, neither, 1, longest=3).prefix_token_id,
+        errors.TextError,
+    )
     says("asks for generated text; engines answer", lambda: engine.generate_until([]))
     says("asks for whole texts' likelihoods; engines", lambda: engine.loglikelihood_rolling([]))
 

@@ -8,7 +8,7 @@ import numpy as np
 from lm_eval.api.model import TemplateLM
 from scipy.special import log_softmax
 
-from trsp_deploy.errors import EngineUnavailable, UserError
+from trsp_deploy.errors import EngineUnavailable, TextError, UserError
 from trsp_deploy.tools.runners.base import Runner
 from trsp_deploy.tools.runners.generation import left_padded
 
@@ -29,8 +29,21 @@ class EngineLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         self._longest = longest
 
     @property
-    def eot_token_id(self) -> int:
-        return int(self.tokenizer.eos_token_id)
+    def eot_token_id(self) -> int | None:
+        found: int | None = self.tokenizer.eos_token_id
+        return found
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What an answer to no prompt follows: BOS, or EOS where there is none, as where lm-eval asks transformers."""
+        begins: int | None = self.tokenizer.bos_token_id
+        found = self.eot_token_id if begins is None else begins
+        if found is None:
+            raise TextError(
+                "this task has items without a prompt, which begin with BOS or EOS, and the tokenizer has neither; "
+                "take a task with prompts"
+            )
+        return found
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
