@@ -200,6 +200,42 @@ def test_calibration_texts_that_cannot_go_together(place, monkeypatch, capsys, t
     assert line in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("job", "options", "named"),
+    [
+        ("prune", ["--calibration", "extra.txt"], "--calibration 'extra.txt'"),
+        ("prune-and-build", ["--calibration", "text.txt", "--eval", "own=extra.txt"], "--eval own 'extra.txt'"),
+    ],
+)
+def test_a_token_that_the_model_lacks_is_said_before_the_work(
+    place, monkeypatch, capsys, tmp_path, job, options, named
+):
+    """Its embedding would not be found, of a text that the model is judged on after all the training."""
+    monkeypatch.chdir(place)
+    model = save_tiny("llama", tmp_path / "model")
+    tokenizer = load_tokenizer(model)
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(model)
+    (place / "extra.txt").write_text("One <extra> and another <extra>. " + english()[:8_000])
+    settings = [option for pair in [*QUICK, "evaluate.context_length=32"] for option in ("--set", pair)]
+    command = [job, "--model", str(model), "--drop", "2", "--ignore-memory", "--out", str(tmp_path / "run")]
+    assert run([*command, *options, *settings]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert f"{named}: 2 of its tokens are not among the model's 384, such as 384 ('<extra>')" in line
+    assert not (tmp_path / "run" / "plan.json").exists()
+
+
+@pytest.mark.parametrize(("windows", "alone"), [(4, True), (48, False)])
+def test_a_text_of_which_only_the_beginning_is_read_is_named(place, monkeypatch, capsys, tmp_path, windows, alone):
+    monkeypatch.chdir(place)
+    sets = [*QUICK, f"calibration.max_windows={windows}", "calibration.validation_windows=2"]
+    settings = [option for pair in sets for option in ("--set", pair)]
+    command = ["prune", "--model", "model", "--drop", "2", "--ignore-memory", "--out", str(tmp_path / "run")]
+    assert run([*command, "--calibration", "text.txt", "--method", "shortgpt", *settings]) == 0
+    line = "calibration text 'text.txt': windows are drawn from its first 3,072 tokens alone"  # 16 x (4 + 2) windows
+    assert capsys.readouterr().err.count(line) == alone
+
+
 def test_any_selection_with_any_transfer(prune):
     result, plan = prune("--method", "sleb", "--then", "anneal")
     assert (plan["method"], result["form"]) == ("sleb", "anneal")

@@ -13,8 +13,8 @@ import torch
 from pydantic import ValidationError
 
 from trsp_deploy.artifacts import RunFolder, writing
-from trsp_deploy.decoder import known_positions, load_config, load_tokenizer
-from trsp_deploy.errors import RecipeError, TextError
+from trsp_deploy.decoder import known_positions, load_config, load_tokenizer, meta_model
+from trsp_deploy.errors import ModelError, RecipeError, TextError
 from trsp_deploy.pipeline.runs import plain_name, seen_from
 from trsp_deploy.reading import user_path
 from trsp_deploy.recipe import BenchSettings, Recipe
@@ -184,10 +184,12 @@ class Inputs:
         self._check({"calibration.context_length": settings.context_length})
         drawn_from = POOL * (settings.max_windows + settings.validation_windows)
         self.calibration_texts()  # texts that cannot go together are said before any is tokenised
-        texts = [
-            tokenize_windows(text, self.tokenizer(), settings.context_length, drawn_from)
-            for text in self._calibration()
-        ]
+        texts = [self._windows(text, settings.context_length, drawn_from) for text in self._calibration()]
+        for text, windows in zip(self._calibration(), texts, strict=True):
+            if len(windows) == drawn_from:
+                self.say(
+                    f"calibration text '{text.name}': windows are drawn from its first {windows.numel():,} tokens alone"
+                )
         return mix_windows(texts, settings.max_windows, settings.validation_windows, self.recipe.seed)
 
     @functools.cache
@@ -247,8 +249,27 @@ class Inputs:
         self._check({"evaluate.context_length": settings.context_length})
         texts = self.evaluation_texts(name)
         limit = None if settings.max_tokens is None else max(1, settings.max_tokens // settings.context_length)
-        windows = tokenize_windows(texts, self.tokenizer(), settings.context_length, limit, f"--eval {name}")
+        windows = self._windows(texts, settings.context_length, limit, f"--eval {name}")
         return windows, documents_of(texts, self.tokenizer(), windows.numel())
+
+    def _windows(self, text: Texts, length: int, most: int | None, option: str = "--calibration") -> torch.Tensor:
+        """Windows (windows, length) of a text, `most` at most; raises ModelError for a token that the model lacks."""
+        windows = tokenize_windows(text, self.tokenizer(), length, most, option)
+        unknown = windows[windows >= self._vocabulary()]
+        if len(unknown):
+            token = int(unknown[0])
+            raise ModelError(
+                f"{option} '{text.name}': {len(unknown)} of its tokens are not among the model's {self._vocabulary()}, "
+                f"such as {token} ('{self.tokenizer().convert_ids_to_tokens(token)}'): the tokenizer has more; put the "
+                "model's own one into its folder, or resize the model's embeddings (resize_token_embeddings)"
+            )
+        return windows
+
+    @functools.cache
+    def _vocabulary(self) -> int:
+        """Number of tokens that the dense model has embeddings for."""
+        embeddings: Any = meta_model(load_config(self.path("dense"))).get_input_embeddings()
+        return int(embeddings.num_embeddings)
 
 
 def _is_file(text: str) -> bool:
