@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from tests.command import LAUNCHED
 from tests.tiny import english, save_tiny
+from tests.training import same_weights, transfer
 from trsp_deploy.errors import RecipeError
 from trsp_deploy.pipeline import _check_shares
 from trsp_deploy.recipe import read_recipe
+from trsp_deploy.stages import transfer as stage
 from trsp_deploy.tools.training.processes import Processes
 
 LAUNCH = {
@@ -108,7 +113,7 @@ def workspace(tmp_path_factory) -> Path:
     return folder
 
 
-def prune(workspace: Path, out: str, launch: list[str], sets: list[str]) -> subprocess.CompletedProcess[str]:
+def command(out: str, launch: list[str], sets: list[str]) -> list[str]:
     """One `prune`, alone or as two processes that `launch` starts."""
     start = [sys.executable, "-m"]
     if launch:
@@ -117,9 +122,18 @@ def prune(workspace: Path, out: str, launch: list[str], sets: list[str]) -> subp
         start += ["accelerate.commands.launch", *launch, *common, "--main_process_port", "0", "-m"]
     options = ["--model", "tiny", "--drop", "2", "--calibration", "train.txt", "--out", out, "--json"]
     settings = [part for pair in (*SETTINGS, *sets) for part in ("--set", pair)]
-    command = [*start, "trsp_deploy", "prune", *options, *settings]
+    return [*start, "trsp_deploy", "prune", *options, *settings]
+
+
+def prune(workspace: Path, out: str, launch: list[str], sets: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command, cwd=workspace, env=LAUNCHED, capture_output=True, text=True, timeout=600, check=False
+        command(out, launch, sets),
+        cwd=workspace,
+        env=LAUNCHED,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
 
 
@@ -161,11 +175,69 @@ def test_weights_in_bf16_train_in_two_processes(workspace, launch, optimizer):
     assert two["lm_loss"] == pytest.approx(one["lm_loss"], abs=0.02)  # shards are rounded by other random numbers
 
 
+@pytest.mark.slow
+def test_a_killed_training_in_shards_ends_as_one_that_was_not(workspace):
+    sets = ["transfer.form=train", "plan.method=shortgpt", "transfer.steps=60"]
+    whole = prune(workspace, "whole", LAUNCH["fsdp"], sets)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    launched = subprocess.Popen(command("killed", LAUNCH["fsdp"], sets), cwd=workspace, env=LAUNCHED, **quiet)
+    state = workspace / "killed" / "checkpoints" / "prune" / "state.safetensors"
+    seen, until = set(), time.monotonic() + 240
+    while len(seen) < 4:
+        assert launched.poll() is None and time.monotonic() < until, "over before it could be killed"
+        if state.exists():
+            seen.add(state.stat().st_mtime_ns)
+        time.sleep(0.005)
+    launcher = psutil.Process(launched.pid)
+    for process in [launcher, *launcher.children(recursive=True)]:  # each has a session of its own
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    launched.wait()
+    resumed = prune(workspace, "killed", LAUNCH["fsdp"], sets)
+    assert whole.returncode == resumed.returncode == 0, whole.stderr + resumed.stderr
+    assert "goes on after" in resumed.stderr
+    records = [json.loads((workspace / out / "records/prune.json").read_text()) for out in ("whole", "killed")]
+    assert records[0]["result"] == records[1]["result"]
+    assert same_weights(workspace / "whole" / "pruned", workspace / "killed" / "pruned")
+
+
 def test_batches_that_do_not_divide_are_refused():
     processes = Processes("cpu")
     processes.count = 2
     with pytest.raises(RecipeError, match=r"transfer.batch_size 3 with 2 processes; valid: a multiple of 2"):
         processes.local_rows(torch.arange(3), "transfer.batch_size")
+
+
+class OneOfTwo(Processes):
+    """A process whose fellow finds what it finds."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__(device)
+        self.count = 2
+
+    def wrap(self, losses):
+        return losses
+
+    def mean(self, tensor):
+        return tensor
+
+    def from_main(self, value):
+        return value
+
+
+@pytest.mark.parametrize("refit", ["span", "layers"])
+def test_a_process_reads_no_more_at_once_than_its_part_of_a_batch(workspace, tmp_path, monkeypatch, refit):
+    """Perplexity, teacher and fold, too: each of several GPUs has room for its part."""
+    read: list[int] = []
+
+    def note(module, args):
+        if isinstance(module, torch.nn.Embedding):
+            read.append(len(args[0]))
+
+    monkeypatch.setattr(stage, "Processes", OneOfTwo)
+    with torch.nn.modules.module.register_module_forward_pre_hook(note):
+        transfer(workspace / "tiny", tmp_path / "out", form="train", refit=refit, batch_size=8, steps=1)
+    assert max(read) == 4
 
 
 def test_batches_are_looked_at_before_anything_is_fetched():

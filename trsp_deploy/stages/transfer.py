@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,11 @@ from trsp_deploy.decoder import (
     check_removal,
     count_weights,
     decoder_layers,
+    load_config,
     load_model,
     load_tokenizer,
     make_storable,
+    meta_model,
     remove_layers,
     stored_dtype,
 )
@@ -36,6 +39,7 @@ from trsp_deploy.model_code import copy_code
 from trsp_deploy.recipe import Recipe, TransferSettings
 from trsp_deploy.results import PrunedCheckpoint, perplexity_of
 from trsp_deploy.tools.delivery.model_card import write_model_card
+from trsp_deploy.tools.exporters.weights import open_weights
 from trsp_deploy.tools.gates import LayerGates
 from trsp_deploy.tools.plan import PruningPlan
 from trsp_deploy.tools.progress import Meter
@@ -103,8 +107,8 @@ def transfer_and_remove(
     model = _whole(model, trained.adapted, dense, recipe, processes)
     result: PrunedCheckpoint | None = None
     if processes.main:
-        result = _remove(model, plan, trained, validation, recipe)
-        _write(model, dense, out)
+        result = _remove(model, plan, trained, validation, recipe, processes)
+        _write(model, plan, dense, recipe, out)
         write_model_card(out, source, plan, recipe, result)
     finished = processes.from_main(result)
     assert finished is not None  # the main process has made it
@@ -127,9 +131,10 @@ def _train(
 ) -> Trained:
     """Train the dense model in place, as far as the form wants it."""
     settings, parameters = recipe.transfer, count_weights(model).total
+    batch_size = processes.forward_batch(settings)
     choose_trained(model, settings)
     losses = TokenLosses(model, settings.ce_weight, settings.kl_weight)
-    ppl_dense = _perplexity(losses, validation, recipe)
+    ppl_dense = _perplexity(losses, validation, batch_size)
     training = Training(losses, train, recipe, processes, checkpoints)
     with recomputed_layers(model, settings.gradient_checkpointing), LayerGates(model, "branch") as gates:
         form = FORMS[settings.form](model, gates, plan.dropped, settings, processes)
@@ -137,7 +142,7 @@ def _train(
         adapted = _adapters(model, recipe)
         training.run(form)
         form.finish()
-        ppl_before_removal = _perplexity(losses, validation, recipe)
+        ppl_before_removal = _perplexity(losses, validation, batch_size)
     if training.lm_losses and not math.isfinite(ppl_before_removal):  # the last step's update did it
         raise _diverged("perplexity", ppl_before_removal, settings.steps - 1, settings)
     return Trained(
@@ -162,7 +167,12 @@ def _diverged(what: str, value: float, step: int, settings: TransferSettings) ->
 
 
 def _remove(
-    model: PreTrainedModel, plan: PruningPlan, trained: Trained, validation: torch.Tensor, recipe: Recipe
+    model: PreTrainedModel,
+    plan: PruningPlan,
+    trained: Trained,
+    validation: torch.Tensor,
+    recipe: Recipe,
+    processes: Processes,
 ) -> PrunedCheckpoint:
     """Take the layers out, in place, and say what that came to."""
     remove_layers(model, plan.dropped)
@@ -180,17 +190,38 @@ def _remove(
         tokens=trained.tokens,
         ppl_dense=trained.ppl_dense,
         ppl_before_removal=trained.ppl_before_removal,
-        ppl_after_removal=_perplexity(model, validation, recipe),
+        ppl_after_removal=_perplexity(model, validation, processes.forward_batch(recipe.transfer)),
     )
 
 
-def _write(model: PreTrainedModel, dense: Path, out: Path) -> None:
+def _write(model: PreTrainedModel, plan: PruningPlan, dense: Path, recipe: Recipe, out: Path) -> None:
     """A folder in the dense model's stored dtypes, with its tokenizer and its own code where it has some."""
     make_storable(model)
     cast_for_storage(model, stored_dtype(dense))
+    if TRAINING_DTYPES[recipe.weights] not in (stored_dtype(dense), torch.float32):  # which holds all that is stored
+        _take_back_rounding(model, plan.kept, dense, TRAINING_DTYPES[recipe.weights])
     model.save_pretrained(out)
     load_tokenizer(dense).save_pretrained(out)
     copy_code(dense, out)
+
+
+@torch.no_grad()
+def _take_back_rounding(model: PreTrainedModel, kept: Sequence[int], dense: Path, trained_in: torch.dtype) -> None:
+    """Put the stored number back wherever training left what loading had made of it: all of what did not train.
+
+    model: in the stored dtypes; kept: what its layers are in `dense`, of which one weight at a time is read.
+    """
+    layers = decoder_layers(model)
+    place = next(path for path, module in model.named_modules() if module is layers)
+    stored_as = {
+        f"{place}.{new}.{name}": f"{place}.{old}.{name}"
+        for new, old in enumerate(kept)
+        for name in layers[new].state_dict()
+    }
+    read = open_weights(dense, meta_model(load_config(dense), stored_dtype(dense)))
+    for name, weight in model.state_dict().items():
+        stored = read(stored_as.get(name, name)).to(weight.dtype)
+        weight.copy_(torch.where(weight == stored.to(trained_in).to(weight.dtype), stored, weight))
 
 
 def _adapters(model: PreTrainedModel, recipe: Recipe) -> Any:
@@ -213,8 +244,8 @@ def _whole(model: PreTrainedModel, adapted: Any, dense: Path, recipe: Recipe, pr
     return model
 
 
-def _perplexity(model: PreTrainedModel | TokenLosses, windows: torch.Tensor, recipe: Recipe) -> float:
-    return perplexity_of(mean_loss(model, windows, recipe.transfer.forward_batch))
+def _perplexity(model: PreTrainedModel | TokenLosses, windows: torch.Tensor, batch_size: int) -> float:
+    return perplexity_of(mean_loss(model, windows, batch_size))
 
 
 class Training:
@@ -244,8 +275,9 @@ class Training:
         left = self._rows if self._state is None else self._rows[len(self._state["lm_losses"]) :]
         if self._settings.kl_weight and left:
             order = torch.tensor(list(dict.fromkeys(torch.cat(self._rows).tolist())))  # each once, the first use counts
+            batch_size = processes.forward_batch(self._settings)
             with autocast(recipe, self._device):
-                self._dense = DenseStates(losses, windows, order, self._settings.forward_batch, torch.cat(left))
+                self._dense = DenseStates(losses, windows, order, batch_size, torch.cat(left))
 
     @property
     def resumed(self) -> bool:

@@ -73,10 +73,11 @@ class Form:
 
     def refit(self, windows: torch.Tensor, autocast: AbstractContextManager[None]) -> None:
         """Fit what is kept to what goes, as the settings ask for."""
+        batch_size = self.processes.forward_batch(self.settings)
         if self.fitted == "span":
-            fold_dropped_layers(self.model, self.dropped, windows, self.settings.forward_batch, autocast=autocast)
+            fold_dropped_layers(self.model, self.dropped, windows, batch_size, autocast=autocast)
         elif self.fitted == "layers":
-            refit_kept_layers(self.model, self.dropped, windows, self.settings.forward_batch, autocast)
+            refit_kept_layers(self.model, self.dropped, windows, batch_size, autocast)
 
     def _look_before_folding(self, windows: torch.Tensor) -> None:
         try:

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trsp_deploy.decoder import decoder_layers
 from trsp_deploy.errors import RecipeError
+from trsp_deploy.recipe import TransferSettings
 from trsp_deploy.tools.training.losses import TokenLosses
 
 Value = TypeVar("Value")
@@ -55,6 +56,10 @@ class Processes:
         if len(rows) % self.count:
             raise RecipeError(f"{setting} {len(rows)} with {self.count} processes; valid: a multiple of {self.count}")
         return rows.chunk(self.count)[self._index]
+
+    def forward_batch(self, settings: TransferSettings) -> int:
+        """Windows of one forward pass of this process: of its part of a batch, where it reads all windows too."""
+        return min(settings.forward_batch, max(1, settings.batch_size // self.count))
 
     def wrap(self, losses: TokenLosses) -> nn.Module:
         """The module to call in training, whose gradients are means over processes; FSDP shards the model in place."""
