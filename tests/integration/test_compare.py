@@ -118,4 +118,4 @@ def test_a_config_that_was_damaged_is_one_line(workspace: Path, baseline: Path, 
     (tmp_path / "run/dense/config.json").unlink()  # else it may be another name of the model's own
     (tmp_path / "run/dense/config.json").write_text("{")
     done = trsp_deploy("compare", "run", cwd=tmp_path)
-    assert done.code == 1 and "dense/config.json: transformers cannot read it (" in done.last, done.stderr
+    assert done.code == 1 and "dense/config.json: is not valid JSON (" in done.last, done.stderr
