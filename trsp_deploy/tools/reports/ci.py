@@ -77,8 +77,8 @@ def step_summary(name: str, verdict: Word, outcomes: Sequence[Outcome], notes: S
     for outcome in outcomes:
         wanted = outcome.requirement
         lines.append(
-            f"| {SIGNS[outcome.word]} {outcome.word} | {_in_markdown(outcome.name)} | {wanted.sense} {wanted.bound:.6g} "
-            f"| {outcome.measured} {_in_markdown(outcome.note)} |"
+            f"| {SIGNS[outcome.word]} {outcome.word} | {_in_markdown(outcome.name)} "
+            f"| {wanted.sense} {wanted.bound:.6g} | {outcome.measured} {_in_markdown(outcome.note)} |"
         )
     return "\n".join([*lines, "", *(f"- {_in_markdown(note)}" for note in notes), ""])
 
