@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
 import shlex
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,17 +22,19 @@ from trsp_deploy.artifacts import write_json
 from trsp_deploy.cli import run
 from trsp_deploy.decoder import load_model
 from trsp_deploy.errors import EngineUnavailable, ModelError, RecipeError
-from trsp_deploy.recipe import ExportSettings, read_engine_spec
+from trsp_deploy.recipe import EngineSpec, ExportSettings, read_engine_spec
 from trsp_deploy.stages.export import export_onnx
 from trsp_deploy.tools.measuring.subjects import find_subject
 from trsp_deploy.tools.quiet import quiet_libraries
-from trsp_deploy.tools.runners import open_engine, read_manifest
+from trsp_deploy.tools.runners import BACKENDS, BuiltEngine, open_engine, read_manifest
+from trsp_deploy.tools.runners.agreement import TOLERANCES
 from trsp_deploy.tools.runners.generation import Sampling, choose, generate
 from trsp_deploy.tools.runners.inspection import describe, inspect_engine, tokenizer_folder, trtexec
 from trsp_deploy.tools.runners.manifest import PassOutcome
 
 FROM_FILE = ["build", "--onnx", "missing.onnx", "--out", "x"]
 PROMPTS = ["The import statement", "A list of"]
+Build = Callable[[Path, EngineSpec, Path, np.ndarray | None], BuiltEngine]
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +94,92 @@ def test_what_is_built_from_a_file_is_not_built_twice(
     assert built(*text)[0], "a file of the engine had changed"
     (tmp_path / "model.onnx_data").write_bytes((place / "onnx" / "model.onnx_data").read_bytes()[:-1] + b"x")
     assert built(*text)[0], "the graph's weights had"
+
+
+def damaged_after(build: Build, damage: Callable[[np.ndarray], None]) -> Build:
+    """A backend's build, whose engine has other weights than it was to have."""
+
+    def broken(graph: Path, spec: EngineSpec, folder: Path, calibration: np.ndarray | None) -> BuiltEngine:
+        built = build(graph, spec, folder, calibration)
+        weights = np.memmap(folder / f"{built.file}.data", dtype=np.float32, mode="r+")
+        damage(weights)
+        weights.flush()
+        return built
+
+    return broken
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda weights: weights.sort(), "standard deviations from the logits of"),
+        (lambda weights: weights.fill(np.nan), "gives logits that are no numbers; nothing is kept of it"),
+    ],
+)
+def test_an_engine_that_does_not_compute_its_graph_is_not_handed_over(
+    place: Path, tmp_path: Path, damage: Any, words: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """No engine of `build --onnx` was ever run before somebody used it."""
+    backend = BACKENDS["onnxruntime-cpu"]
+    out, command = tmp_path / "engine", ["build", "--onnx", str(place / "onnx" / "model.onnx"), "--engine"]
+    command += ["ort-cpu-fp32", "--out", str(out)]
+    assert run(command) == 0
+    before = (out / "manifest.json").read_bytes()
+    (out / "model.onnx.data").write_bytes(b"")  # so that it has to be built again
+    broken = dataclasses.replace(backend, build=damaged_after(backend.build, damage))
+    monkeypatch.setitem(BACKENDS, "onnxruntime-cpu", broken)
+    capsys.readouterr()
+    assert run(command) == 4
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: parity: ort-cpu-fp32 ") and words in said
+    assert (out / "manifest.json").read_bytes() == before and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
+def test_how_far_an_engine_is_from_its_graph_is_kept_and_shown(place: Path, tmp_path: Path, precision: str) -> None:
+    command = ["build", "--onnx", str(place / "onnx" / "model.onnx"), "--engine", f"ort-cpu-{precision}"]
+    assert run([*command, "--out", str(tmp_path / "engine")]) == 0
+    manifest = read_manifest(tmp_path / "engine")
+    assert manifest.doubt is None and manifest.agreement is not None and manifest.agreement.passed
+    assert (0 < manifest.agreement.max_error < 1e-4) == (precision == "fp32")
+    assert "\nagrees     with its graph: logits" in describe(inspect_engine(tmp_path / "engine"))
+
+
+def test_what_integers_cost_too_much_is_said_and_the_engine_kept(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(TOLERANCES, "int4", 1e-6)
+    command = ["build", "--onnx", str(place / "onnx" / "model.onnx"), "--engine", "ort-cpu-int4"]
+    assert run([*command, "--out", str(tmp_path / "engine")]) == 0
+    assert "standard deviations from the graph's, where 1e-06 is much for int4" in capsys.readouterr().err
+    assert "\ndoubt      its logits are" in describe(inspect_engine(tmp_path / "engine"))
+
+
+def test_a_graph_without_numbers_makes_no_engine(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(place / "onnx", tmp_path / "onnx")
+    weights = np.memmap(tmp_path / "onnx" / "model.onnx_data", dtype=np.float32, mode="r+")
+    weights.fill(np.nan)
+    weights.flush()
+    command = ["build", "--onnx", str(tmp_path / "onnx" / "model.onnx"), "--engine", "ort-cpu-fp32"]
+    assert run([*command, "--out", str(tmp_path / "engine")]) == 4
+    assert f"no numbers, and so does {tmp_path / 'onnx' / 'model.onnx'}" in capsys.readouterr().err
+    assert not (tmp_path / "engine").exists()
+
+
+def test_an_engine_that_cannot_run_here_says_that_nothing_was_held(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def elsewhere(spec: EngineSpec) -> None:
+        raise EngineUnavailable("no such device")
+
+    backend = dataclasses.replace(BACKENDS["onnxruntime-cpu"], check_run=elsewhere)
+    monkeypatch.setitem(BACKENDS, "onnxruntime-cpu", backend)
+    command = ["build", "--onnx", str(place / "onnx" / "model.onnx"), "--engine", "ort-cpu-fp32"]
+    assert run([*command, "--out", str(tmp_path / "engine")]) == 0
+    assert "ort-cpu-fp32: its logits are not held against the graph's: no such device" in capsys.readouterr().err
+    assert "\ndoubt      its logits are not held" in describe(inspect_engine(tmp_path / "engine"))
 
 
 def test_a_tokenizer_without_a_config_of_its_own_reads_the_text(

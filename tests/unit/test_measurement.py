@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import sys
@@ -39,6 +40,7 @@ from trsp_deploy.tools.measuring.subjects import Subject
 from trsp_deploy.tools.measuring.worker import Worker
 from trsp_deploy.tools.reports import baselines
 from trsp_deploy.tools.runners import Runner
+from trsp_deploy.tools.runners.agreement import TOLERANCES, agreement
 
 
 def test_perplexity_ratio_is_of_means():
@@ -192,11 +194,9 @@ def test_reference_reads_left_padded_prompts(reference):
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_parity_passes_the_reference_and_small_noise(reference, precision):
-    assert parity.compare(reference, reference.logits, "x", "dense", precision).passed
+    assert agreement(reference, reference.logits, precision).passed
     noise = np.random.default_rng(0).uniform(-1, 1, reference.logits.shape) * reference.logits.std()
-    found = parity.compare(
-        reference, reference.logits + 0.5 * parity.TOLERANCES[precision] * noise, "x", "dense", precision
-    )
+    found = agreement(reference, reference.logits + 0.5 * TOLERANCES[precision] * noise, precision)
     assert found.passed and found.max_error > 0
 
 
@@ -212,7 +212,7 @@ def test_parity_fails_what_is_broken(reference, precision, damage):
         logits[0, 3, 5] = np.nan
     else:
         logits = logits[::-1]
-    assert not parity.compare(reference, logits, "x", "dense", precision).passed
+    assert not agreement(reference, logits, precision).passed
 
 
 @pytest.mark.parametrize(("precision", "passes"), [("fp16", False), ("int8", True)])
@@ -222,15 +222,24 @@ def test_errors_within_the_tolerance_that_all_point_one_way_fail(reference, prec
     ids = np.concatenate([reference.input_ids, reference.tokens], axis=1)
     for place in range(ids.shape[1] - 1):
         logits[range(len(ids)), place, ids[:, place + 1]] -= 0.1 * reference.logits.std()
-    found = parity.compare(reference, logits, "x", "dense", precision)
+    found = agreement(reference, logits, precision)
     assert found.max_error <= found.tolerance and found.ppl_ratio > 1.05
     assert found.passed == passes and (found.ppl_tolerance is None) == passes
-    same = parity.compare(reference, reference.logits, "x", "dense", precision)
+    same = agreement(reference, reference.logits, precision)
     assert same.passed and same.ppl_ratio == 1
 
 
+def test_logits_that_are_all_one_number_have_a_distance_too(reference):
+    """As where weights are so large that norms end at nought: a traceback."""
+    flat = dataclasses.replace(reference, logits=np.zeros_like(reference.logits))
+    assert agreement(flat, flat.logits, "fp32").passed
+    found = agreement(flat, flat.logits + 0.5, "fp32")
+    assert found.max_error == 0.5 and not found.passed
+
+
 def test_a_parity_of_an_older_run_is_read(reference):
-    older = parity.compare(reference, reference.logits, "x", "dense", "fp32").model_dump(mode="json")
+    found = agreement(reference, reference.logits, "fp32").model_dump(mode="json")
+    older = {"subject": "x", "role": "dense", "precision": "fp32", **found}
     del older["ppl_ratio"], older["ppl_tolerance"]
     assert Parity.model_validate(older).ppl_ratio is None
 
@@ -238,7 +247,7 @@ def test_a_parity_of_an_older_run_is_read(reference):
 def test_padding_positions_do_not_count(reference):
     logits = reference.logits.copy()
     logits[1, :5] = np.nan  # what stands before the shorter prompt
-    assert parity.compare(reference, logits, "x", "dense", "fp32").passed
+    assert agreement(reference, logits, "fp32").passed
 
 
 def on_text(ppl: float, role: str = "pruned", tokens: int = 63) -> Perplexity:

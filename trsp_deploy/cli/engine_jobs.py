@@ -149,9 +149,11 @@ def build_from_onnx(
             text_name=calibration or "",
             rebuild=shlex.join(command),
             spec_file=file,
+            hold=True,
         )
-    if manifest.in_floats is not None:
-        say(f"{spec.name}: {manifest.in_floats}")
+    for noted in (manifest.in_floats, manifest.doubt):
+        if noted is not None:
+            say(f"{spec.name}: {noted}")
     size = f"{manifest.size_bytes / 1e6:.0f} MB"
     how = f"built in {manifest.build_s:.0f} s" if known is None else "as it was built, for nothing has changed"
     output.say(f"{out}: {spec.name}, {size}, {how} (`trsp-deploy inspect {out}`)")

@@ -24,6 +24,7 @@ from trsp_deploy.tools.quiet import quiet_libraries
 from trsp_deploy.tools.reports.baselines import this_machine
 from trsp_deploy.tools.reports.quality import ChoicesReport, QualityReport, choices_report, quality_report
 from trsp_deploy.tools.runners import Runner, open_engine
+from trsp_deploy.tools.runners.agreement import PERPLEXITY_TOLERANCES, TOLERANCES, Reference
 from trsp_deploy.tools.runners.freshness import MODEL_STEPS
 from trsp_deploy.tools.runners.half_range import write_widened
 from trsp_deploy.tools.training.shared import pick_device
@@ -243,8 +244,8 @@ class Proof:
             Parity,
             settings={
                 "prompts": PARITY_PROMPTS,
-                "tolerance": parity.TOLERANCES[precision],
-                "ppl_tolerance": parity.PERPLEXITY_TOLERANCES[precision],
+                "tolerance": TOLERANCES[precision],
+                "ppl_tolerance": PERPLEXITY_TOLERANCES[precision],
                 **({"widened": True} if widened else {}),
             },
             inputs={
@@ -268,7 +269,7 @@ class Proof:
         return parity.open_graph(folder / export.FILE)
 
     @functools.cache
-    def _reference(self, role: Role) -> parity.Reference:
+    def _reference(self, role: Role) -> Reference:
         train, _ = self.inputs.calibration_windows()
         ids = train.flatten()[: sum(PARITY_PROMPTS)].tolist()
         first = len(ids) * PARITY_PROMPTS[0] // sum(PARITY_PROMPTS)  # of a shorter text, too, each prompt has some

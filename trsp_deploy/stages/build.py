@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import shutil
 import time
@@ -13,19 +14,21 @@ from pathlib import Path
 import numpy as np
 
 from trsp_deploy.artifacts import ENGINE_MANIFEST, files_below, fingerprint, provenance, write_json, writing
-from trsp_deploy.errors import EngineUnavailable, RunError, TextError, shown
+from trsp_deploy.errors import EngineUnavailable, ParityError, RunError, TextError, shown
 from trsp_deploy.recipe import EngineSpec
-from trsp_deploy.tools.runners import BACKENDS, EngineManifest, bound_to, check_can_build
+from trsp_deploy.tools.runners import BACKENDS, EngineManifest, bound_to, check_can_build, check_can_run
+from trsp_deploy.tools.runners.agreement import agreement, logits_of, read_alone
 from trsp_deploy.tools.runners.calibration import INT4_TEXTS, READ_TOKENS
 from trsp_deploy.tools.runners.graph_files import check_source, onnx_sha256, source_files
 from trsp_deploy.tools.runners.inspection import trtexec
 from trsp_deploy.tools.runners.manifest import ReadText, check_manifest, read_manifest, spec_sha256
-from trsp_deploy.tools.runners.passes import passes_version
+from trsp_deploy.tools.runners.passes import passes_version, source_runner
 from trsp_deploy.tools.runners.requirements import package_version, release_torch_memory
 from trsp_deploy.tools.runners.trt_log import BUILD_LOG
 from trsp_deploy.tools.sources.texts import load_texts, tokenize_windows
 
 RANDOM_TOKENS = "random tokens"
+HELD_PROMPT, HELD_TOKENS = 12, 4  # on which an engine is held against its graph
 TRTEXEC = "trtexec.sh"  # builds the same engine with TensorRT's own program
 
 
@@ -38,6 +41,7 @@ def build_engine(
     text_name: str = "a text",
     rebuild: str | None = None,
     spec_file: Path | None = None,
+    hold: bool = False,
 ) -> EngineManifest:
     """Build `spec`'s engine from an ONNX file into `folder`, whole or not at all.
 
@@ -46,10 +50,13 @@ def build_engine(
     token and an int4 engine rounds; None takes random ones. text_name: how the user named that text.
     rebuild: the command that does this again, for the manifest; None for a run's engine. spec_file: the YAML that
     `spec` was read from, which is looked at again whenever the engine is opened; None for a spec of a name.
+    hold: run the engine, and its graph, on a few tokens before it is handed over, and keep how far its logits are off;
+    a run's engines are held against PyTorch (stages/parity.py).
     folder: replaced if it exists. Holds the engine, manifest.json and, for TensorRT, build.log and trtexec.sh.
     Raises EngineUnavailable with the reason when this machine cannot build it or the backend refuses the graph
     (TensorRT's log is then kept as `<folder>-failed.log`), EngineSpecError when the spec itself is at fault, RunError
-    when there is no ONNX file, StorageError when the disk is full.
+    when there is no ONNX file, ParityError when an engine in floats that is held gives other logits than its graph, or
+    any gives none, StorageError when the disk is full.
     """
     if not onnx.is_file():
         raise RunError(f"{onnx}: no ONNX file to build engine {spec.name} from; export it first")
@@ -95,8 +102,50 @@ def build_engine(
             longest_text=built.longest_text,
             padding=built.padding,
         )
+        if hold:
+            manifest = _held(onnx, partial, manifest, calibration)
         write_json(partial / ENGINE_MANIFEST, manifest)
     return manifest
+
+
+def _held(onnx: Path, folder: Path, manifest: EngineManifest, calibration: np.ndarray | None) -> EngineManifest:
+    """The manifest of an engine in `folder` with how far its logits are from its graph's, or why that is not known."""
+    spec = manifest.spec
+    try:
+        check_can_run(spec)
+        with source_runner(onnx, spec, folder) as graph:
+            reference = read_alone(graph, _prompts(spec, graph.vocabulary, calibration), HELD_TOKENS)
+        with BACKENDS[spec.backend].open(folder, manifest) as engine:
+            logits = logits_of(reference, engine)
+    except EngineUnavailable as problem:  # of the machine, or of shapes: the engine may be right
+        return manifest.model_copy(update={"not_held": str(problem)})
+    source_is_finite = np.isfinite(reference.logits).all()
+    if not np.isfinite(logits).all():
+        also = "" if source_is_finite else f", and so does {onnx}"
+        raise ParityError(f"parity: {spec.name} gives logits that are no numbers{also}; nothing is kept of it")
+    if not source_is_finite:  # fp16 that overflows, and the engine keeps such places in fp32
+        return manifest.model_copy(update={"not_held": f"{onnx.name} itself gives logits that are no numbers"})
+    found = agreement(reference, logits, spec.precision)
+    # Integers may be far off and useful still, which only a text can tell.
+    if not found.passed and (spec.precision in ("fp32", "fp16", "bf16") or math.isinf(found.ppl_ratio)):
+        raise ParityError(
+            f"parity: {spec.name} is {found.max_error:.3g} standard deviations from the logits of {onnx} (tolerance "
+            f"{found.tolerance:g}), {found.tokens_equal} of {found.tokens_compared} greedy tokens equal; nothing is "
+            "kept of it"
+        )
+    return manifest.model_copy(update={"agreement": found})
+
+
+def _prompts(spec: EngineSpec, vocabulary: int, calibration: np.ndarray | None) -> list[list[int]]:
+    """Two of unequal length that the spec's profiles hold: of the calibration text, or else random tokens."""
+    shapes = next((each.sequence for each in spec.profiles if each.sequence.max > 1), None)
+    longest = HELD_PROMPT if shapes is None else min(max(HELD_PROMPT, shapes.min), shapes.max)
+    shorter = max(longest // 2, 1 if shapes is None else shapes.min)
+    if calibration is None:
+        tokens = np.random.default_rng(0).integers(vocabulary, size=longest + shorter)
+    else:
+        tokens = np.resize(calibration, longest + shorter)
+    return [tokens[:longest].tolist(), tokens[longest:].tolist()]
 
 
 def finished(

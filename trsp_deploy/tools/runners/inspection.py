@@ -15,7 +15,7 @@ from trsp_deploy.recipe import EngineSpec, Strict
 from trsp_deploy.tools.graphs import decoder_io
 from trsp_deploy.tools.graphs.fp16_range import HalfRange
 from trsp_deploy.tools.runners import EngineManifest, read_manifest
-from trsp_deploy.tools.runners.manifest import PassOutcome, check_files
+from trsp_deploy.tools.runners.manifest import Agreement, PassOutcome, check_files
 from trsp_deploy.tools.runners.trt_build import profile_shape
 from trsp_deploy.tools.runners.trt_log import BUILD_LOG, BuildLog, Layer, read_log
 
@@ -154,6 +154,10 @@ def describe(found: Inspection) -> str:
     if not manifest.padding:
         lines.append("padding    is not hidden by the graph: one text at a time, or texts of one length")
     lines += [f"pass       {outcome.name}: {_done(outcome)}" for outcome in manifest.passes]
+    if manifest.doubt is not None:
+        lines.append(f"doubt      {manifest.doubt}")
+    elif manifest.agreement is not None:
+        lines.append(f"agrees     {_agrees(manifest.agreement)}")
     shown = list(found.operators.items())[:SHOWN]
     if shown:
         more = f", and {len(found.operators) - SHOWN} more kinds" if len(found.operators) > SHOWN else ""
@@ -215,6 +219,11 @@ def _done(outcome: PassOutcome) -> str:
     if outcome.reason is not None or outcome.error is None:
         return f"left out: {outcome.reason}"
     return f"{outcome.changed} places, logits {outcome.error:.1g} standard deviations apart"
+
+
+def _agrees(found: Agreement) -> str:
+    apart = f"logits {found.max_error:.1g} standard deviations apart (at most {found.tolerance:g})"
+    return f"with its graph: {apart}, {found.tokens_equal} of {found.tokens_compared} greedy tokens equal"
 
 
 def _range(found: HalfRange) -> str:

@@ -90,6 +90,18 @@ class SourceFile(Strict):
     sha256: str
 
 
+class Agreement(Strict):
+    """How far an engine's logits are from a reference's, for the same tokens (agreement.py)."""
+
+    max_error: float  # largest difference, in standard deviations of the reference's logits
+    tolerance: float
+    tokens_compared: int
+    tokens_equal: int  # whose likeliest next token is the same
+    ppl_ratio: float  # over the reference's, of the prompts and what follows
+    ppl_tolerance: float | None  # share that it may be off by; None where it is not judged
+    passed: bool
+
+
 class Bound(Strict):
     """Where an engine may run; None is anywhere."""
 
@@ -172,11 +184,26 @@ class EngineManifest(Sealed):
     half_range: HalfRange | None = None  # what computes in fp32 within an fp16 graph, and why
     longest_text: int | None = None  # tokens that the graph holds for, whatever its shapes allow; None is any number
     padding: bool = True  # whether left padding leaves a text's logits what they are; if not, it is refused
+    # With the graph that it was built from; None of a run's engine, which is held against PyTorch, and of older ones.
+    agreement: Agreement | None = None
+    not_held: Text | None = None  # why it was not held against its graph where it was built
 
     @property
     def in_floats(self) -> str | None:
         """What of the weights has stayed in floats although integers were asked for; None where nothing has."""
         return next((outcome.reason for outcome in self.passes if outcome.name == QUANTISE), None)
+
+    @property
+    def doubt(self) -> str | None:
+        """Why an engine may not compute what its graph does; None where it does, and of a run's engine."""
+        if self.not_held is not None:
+            return f"its logits are not held against the graph's: {self.not_held}"
+        if self.agreement is not None and not self.agreement.passed:
+            return (
+                f"its logits are {self.agreement.max_error:.3g} standard deviations from the graph's, where "
+                f"{self.agreement.tolerance:g} is much for {self.spec.precision}; compare their perplexity"
+            )
+        return None
 
 
 def spec_sha256(spec: EngineSpec) -> str:

@@ -110,10 +110,10 @@ def holds_padding(onnx: Path, spec: EngineSpec, scratch: Path) -> bool:
     """Whether a text's logits stay what they are beside a longer one, when it is padded on the left.
 
     Fused attention of other exporters often counts the mask's ones and reads as many places from the left. True where
-    that cannot be tried here: the backend itself may read the graph. scratch: as in `_runner`.
+    that cannot be tried here: the backend itself may read the graph. scratch: as in `source_runner`.
     """
     try:
-        with _runner(onnx, spec, scratch) as runner:
+        with source_runner(onnx, spec, scratch) as runner:
             error = check.padding_error(runner, runner.vocabulary)
     except EngineUnavailable as problem:
         _refuse_of_the_machine(problem)
@@ -132,12 +132,12 @@ def _read_in(spec: EngineSpec) -> Float:
 
 
 def _logits(graph: Path, spec: EngineSpec, scratch: Path) -> np.ndarray:
-    with _runner(graph, spec, scratch) as runner:
+    with source_runner(graph, spec, scratch) as runner:
         return check.sample_logits(runner, runner.vocabulary)
 
 
 @contextlib.contextmanager
-def _runner(graph: Path, spec: EngineSpec, scratch: Path) -> Iterator[OrtRunner]:
+def source_runner(graph: Path, spec: EngineSpec, scratch: Path) -> Iterator[OrtRunner]:
     """The graph on the engine's own backend where that is ONNX Runtime, else on ONNX Runtime's CPU backend.
 
     For bf16 in fp32: the graph is in fp16 still, whose range may be too small for what bf16 holds. scratch: a folder
