@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
-pytest_plugins = ["tests.exported", "tests.checked_run", "tests.served_engine", "tests.served_run"]
+pytest_plugins = ["tests.exported", "tests.checked_run", "tests.served_engine", "tests.served_run", "tests.untrusted"]
 
 
 @pytest.fixture(scope="module")

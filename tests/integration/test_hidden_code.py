@@ -15,36 +15,14 @@ import pytest
 from transformers import modeling_utils
 from transformers.integrations import hub_kernels
 
-from tests.tiny import english, save_tiny
-from trsp_deploy import cli
+from tests.untrusted import prune
 from trsp_deploy.decoder import load_config, load_model, load_tokenizer
 from trsp_deploy.errors import ModelError
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny("llama", tmp_path_factory.mktemp("hidden-code") / "tiny")
-
-
 @pytest.fixture
-def model(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.txt").write_text(english()[:20_000])
-    return Path(shutil.copytree(tiny, tmp_path / "model"))
-
-
-@pytest.fixture
-def mark(tmp_path: Path) -> Path:
-    """A file that is there once something has run that must not."""
-    return tmp_path / "it-ran"
-
-
-def prune(capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line that `prune` of the model ends with."""
-    assert cli.run(["prune", "--model", "model", "--drop", "2", "--calibration", "text.txt", "--out", "run"]) == 1
-    said = capsys.readouterr()
-    assert "Traceback" not in said.err and said.out == ""
-    return said.err.splitlines()[-1]
+def model(untrusted: Path) -> Path:
+    return untrusted
 
 
 def with_keys(file: Path, **keys: Any) -> None:

@@ -16,7 +16,8 @@ import torch
 from huggingface_hub import constants
 from transformers import AutoModelForCausalLM
 
-from tests.tiny import english, save_tiny, tokens
+from tests.tiny import tokens
+from tests.untrusted import fails, prune
 from trsp_deploy import cli
 from trsp_deploy.decoder import load_model
 from trsp_deploy.errors import ModelError, redacted
@@ -30,22 +31,9 @@ PASSWORD = "https://me:s3cret-word@hub.example/owner/name"
 TOKEN = "hf_" + "aBcDeFgH" * 4
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny("llama", tmp_path_factory.mktemp("security") / "tiny")
-
-
 @pytest.fixture
-def model(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.txt").write_text(english()[:20_000])
-    return Path(shutil.copytree(tiny, tmp_path / "model"))
-
-
-@pytest.fixture
-def mark(tmp_path: Path) -> Path:
-    """A file that is there once something has run that must not."""
-    return tmp_path / "it-ran"
+def model(untrusted: Path) -> Path:
+    return untrusted
 
 
 class Bomb:
@@ -56,18 +44,6 @@ class Bomb:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return exec, (CODE.format(mark=str(self.mark)),)
-
-
-def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line that a command ends with."""
-    assert cli.run(list(arguments)) == 1
-    said = capsys.readouterr()
-    assert "Traceback" not in said.err and said.out == ""
-    return said.err.splitlines()[-1]
-
-
-def prune(capsys: pytest.CaptureFixture[str], *more: str, model: str = "model") -> str:
-    return fails(capsys, "prune", "--model", model, "--drop", "2", "--calibration", "text.txt", "--out", "run", *more)
 
 
 # -- pickles --------------------------------------------------------------------------------------------
