@@ -57,7 +57,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reader")
     save_tiny("llama", folder / "smollm2-135m", hidden_size=64, num_hidden_layers=30)
     save_tiny("opt", folder / "opt-6.7b", hidden_size=64, word_embed_proj_dim=64)
-    for name in ("MODEL", "llama2-7b"):
+    for name in ("MODEL", "llama2-7b", "my-llama"):
         save_tiny("llama", folder / name, hidden_size=64)
     for name, start in (("texts.jsonl", 0), ("held-out.jsonl", 60_000)):
         rows = [json.dumps({"text": english()[at : at + 2000]}) for at in range(start, start + 60_000, 2000)]

@@ -117,7 +117,11 @@ def clean(run: RunOrSweep, keep: Keep = None, dry_run: DryRun = False, as_json: 
 
 
 def push(run: Run, repo: Repo, private: Private = False, dry_run: DryPush = False, as_json: Json = False) -> None:
-    """Push the pruned checkpoint with its model card to the Hugging Face hub (token: `hf auth login` or HF_TOKEN)."""
+    """Push the pruned checkpoint with its model card to the Hugging Face hub (token: `hf auth login` or HF_TOKEN).
+
+    Where the repository is there already, whatever else it holds of a model (weights, configs, tokenizer, code,
+    licences) is deleted in the same commit.
+    """
     from trsp_deploy.artifacts import reading_alone
     from trsp_deploy.tools.delivery.publishing import plan_push
     from trsp_deploy.tools.delivery.publishing import push as pushed
@@ -128,5 +132,6 @@ def push(run: Run, repo: Repo, private: Private = False, dry_run: DryPush = Fals
         if dry_run:
             output.say(plan.card)
         url = None if dry_run else pushed(plan, private)
-        output.say(f"{repo}: would upload {plan.what}" if dry_run else f"{url}: {plan.what}")
+        replaced = f"{repo}: would upload {plan.what}, and delete what else of a model is there (which is not asked)"
+        output.say(replaced if dry_run else f"{url}: {plan.what}")
         output.result({"repo": repo, "files": plan.names, "size_bytes": plan.size_bytes, "commit": url})

@@ -58,7 +58,7 @@ TEXT = """---
 - Selection: {method}, seed {seed}, calibrated on {calibration}.
 - Transfer: `{form}`, {refit}{trained}.
 
-Removing a quarter of a model's layers costs quality: check it on your own task before use.
+Removing layers costs quality: check it on your own task before use.
 """
 
 
