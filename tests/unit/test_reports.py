@@ -249,6 +249,11 @@ def test_the_price_is_the_engines_and_pytorchs_only_where_no_engine_read() -> No
     assert rows["quality budgets, ort-cpu-fp32"].startswith("99.0% not kept")
     assert rows["quality budgets, PyTorch"].startswith("99.0% kept")
     assert "ort-cpu-fp32: its perplexity on long is not measured" in engine_notes(judged)
+    timed = "timed: batch 1, prompt 128; end to end with 4 new tokens"
+    assert engine_notes(judged)[0] == f"ort-cpu-fp32: {timed}" and f"- ort-cpu-fp32: {timed}\n" in markdown.render(
+        judged
+    )
+    assert timed in html.render(judged, {"ort-cpu-fp32": made}), "a speed-up of no shape says nothing"
     page = html.render(judged, {"ort-cpu-fp32": made})
     assert "its perplexity on long is not measured" in page
     assert "The price through ort-cpu-fp32: perplexity (how surprised the model is by held-out text) up by 200%" in page

@@ -18,6 +18,7 @@ from trsp_deploy.tools.reports.rows import (
     engine_notes,
     engine_rows,
     model_rows,
+    shapes_note,
     sweep_columns,
     sweep_rows,
 )
@@ -70,7 +71,7 @@ def print_comparison(label: str, found: ComparisonReport, file: TextIO) -> None:
     out = console(file)
     out.print()
     out.print(plain_table(COMPARISON_COLUMNS, comparison_rows(found)))
-    for note in notes(found):
+    for note in (shapes_note(found), *notes(found)):
         out.print(Text(note, style="dim"), soft_wrap=True)
     out.print()
     out.print(Text(sentence(label, found), style="bold"), soft_wrap=True)

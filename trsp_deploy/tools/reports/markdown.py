@@ -33,16 +33,11 @@ PARITY_COLUMNS = (
 
 def render(report: Report) -> str:
     """The whole report as Markdown."""
-    bench = report.recipe.bench
     lines = [f"# {report.model.name}: {report.model.num_layers_dense} -> {report.model.num_layers_pruned} layers", ""]
     lines += [f"**{report.verdict}**", "", *_table(("", ""), model_rows(report))]
     lines += ["", "## Engines", "", *_table(ENGINE_COLUMNS, engine_rows(report))]
     lines += ["", *(f"- {note}" for note in engine_notes(report))]
-    lines += [
-        "",
-        f"{'; '.join(case.title for case in bench.cases)}; {bench.new_tokens} tokens a block. {FOOTNOTE}",
-        "",
-    ]
+    lines += ["", FOOTNOTE, ""]
     if report.served is not None:
         lines += ["## On a server", "", *_table(SERVED_COLUMNS, served_rows(report.served))]
         lines += ["", *(f"- {note}" for note in server_notes(report)), ""]

@@ -243,7 +243,14 @@ def measured_notes(report: Report, engine: EngineReport) -> list[str]:
     lacking = [f"its perplexity on {', '.join(unread)} is not measured"] if unread else []
     if tasks and engine.choices is None:
         lacking.append(f"its accuracy on {', '.join(tasks)} is not measured, or dense has none to retain")
-    return [*notes(engine.comparison), *lacking]
+    return [shapes_note(engine.comparison), *notes(engine.comparison), *lacking]
+
+
+def shapes_note(found: ComparisonReport) -> str:
+    """What was timed, without which no time and no speed-up says anything."""
+    cases = dict.fromkeys(phase.case for phase in found.phases)
+    new = ", ".join(dict.fromkeys(str(case.new_tokens) for case in cases))
+    return f"timed: {'; '.join(case.title for case in cases)}; end to end with {new} new tokens"
 
 
 def absent_note(engine: EngineReport) -> str:
