@@ -15,7 +15,7 @@ import time
 
 import pytest
 
-from tests.faults.harness import PROGRAM, STEPS, Done, Job, Running, end_session, session_members
+from tests.faults.harness import PROGRAM, STEPS, Done, Job, Running, Work, end_session, session_members
 
 pytestmark = pytest.mark.faults
 AT_MOST_S = 2.0
@@ -100,7 +100,7 @@ def test_other_commands_stop_at_once(workspace, undisturbed, record_property, co
     record_property("fault", "Ctrl-C")
     engine = str(whole.run / "engines" / "ort-cpu-fp32" / "pruned")
     arguments = {
-        "sweep": ["sweep", *whole.arguments[1:], "--drop", "1..2", "--out", f"sweep-{MOMENTS.index((command, line))}"],
+        "sweep": Work(command=("sweep", "--drop", "1..2")).arguments(f"sweep-{MOMENTS.index((command, line))}"),
         "check": ["check", str(whole.run), "--min-speedup", "0.1", "--budget", "60"],
         "generate": ["generate", engine, "--prompt", "The", "--max-tokens", "200"],
     }[command]

@@ -473,6 +473,10 @@ def test_trtexec_line_has_every_profile() -> None:
         (["build", "somewhere", "--onnx", "missing.onnx", "--engine", "ort-cpu-fp32", "--out", "x"], "no run's folder"),
         (["inspect", "nowhere"], "no engine here"),
         (["generate", "nowhere", "--prompt", "a"], "no engine here"),
+        (["generate", "nowhere", "--prompt", "a", "--top-k", "5"], "--top-k 5: is for sampling, and --temperature 0"),
+        (["generate", "nowhere", "--prompt", "a", "--top-p", "0.5"], "--top-p 0.5: is for sampling"),
+        (["generate", "nowhere", "--prompt", "a", "--seed", "3"], "--seed 3: is for sampling"),
+        (["generate", "nowhere", "--prompt", "a", "--seed", "3", "--temperature", "1"], "no engine here"),
     ],
 )
 def test_each_mistake_has_its_line(

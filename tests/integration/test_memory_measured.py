@@ -5,6 +5,7 @@ Estimates must not be below what was measured; docs/memory.md has the figures.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -192,6 +193,7 @@ def test_what_cannot_be_built_is_refused_before_anything_trains(command, tmp_pat
 
 def test_a_disk_that_a_sweep_would_fill_is_refused(command, capsys, monkeypatch):
     monkeypatch.setattr(disk, "free_bytes", lambda path: 1000)
-    assert run(["sweep", *command[1:], "--drop", "1,2", "--engine", "ort-cpu-fp32"]) == 1
+    options = ["1,2" if before == "--drop" else each for before, each in itertools.pairwise(command)]
+    assert run(["sweep", *options, "--engine", "ort-cpu-fp32"]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert "drop-1 0.00 GB, drop-2 0.00 GB" in last and "--ignore-disk runs anyway" in last

@@ -42,12 +42,14 @@ def workspace(tmp_path_factory) -> Path:
     return folder
 
 
-def job(workspace: Path, *more: str, drop: str = "34%", call: Callable[..., Done] = trsp_deploy) -> Done:
+def job(
+    workspace: Path, *more: str, drop: str = "34%", out: Path | str = "run", call: Callable[..., Done] = trsp_deploy
+) -> Done:
     options = [option for pair in QUICK for option in ("--set", pair)]
     engines = [option for name in ENGINES for option in ("--engine", name)]
     texts = ["--calibration", "train.txt", "--eval", "manual=test.txt", "--eval", "other=other.jsonl"]
-    command = ["prune-and-build", "--model", "tiny-llama", "--drop", drop, *texts, *engines, *options, "--out", "run"]
-    return call(*command, *more, cwd=workspace)
+    command = ["prune-and-build", "--model", "tiny-llama", "--drop", drop, *texts, *engines, *options]
+    return call(*command, "--out", str(out), *more, cwd=workspace)
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +200,7 @@ def test_the_disk_estimate_was_right(workspace, first):
 
 def test_too_small_a_disk_stops_the_job_before_it_begins(workspace, monkeypatch, tmp_path):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
-    done = job(workspace, "--out", str(tmp_path / "new"))
+    done = job(workspace, out=tmp_path / "new")
     assert done.code == 1 and "--ignore-disk runs anyway" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "new" / "dense").exists()
 
@@ -254,7 +256,7 @@ def test_a_finished_run_is_asked_about_what_its_settings_change(workspace, repor
 
     def asked(*options: str, drop: str = "34%") -> tuple[Done, set[str]]:
         """What came of it, and the stages that the disk is asked for."""
-        done = job(workspace, *options, "--out", str(tmp_path / "run"), drop=drop)
+        done = job(workspace, *options, out=tmp_path / "run", drop=drop)
         said = next((line for line in done.stderr.splitlines() if "of disk (" in line), "()")
         stages = said.partition("(")[2].partition(")")[0].split(", ")
         return done, {stage.removesuffix(" 0.00 GB") for stage in stages if not stage.endswith(" there")}

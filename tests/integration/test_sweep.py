@@ -49,10 +49,10 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def sweep(workspace: Path, *options: str):  # type: ignore[no-untyped-def]
+def sweep(workspace: Path, *options: str, out: str = "sweep"):  # type: ignore[no-untyped-def]
     settings = [option for pair in SETTINGS for option in ("--set", pair)]
     texts = ["--calibration", "text.txt", "--eval", "manual=text.txt", "--engine", "ort-cpu-fp32"]
-    arguments = ["--model", "tiny", *texts, *settings, "--out", "sweep", *options]
+    arguments = ["--model", "tiny", *texts, *settings, "--out", out, *options]
     return trsp_deploy("sweep", *arguments, cwd=workspace, **SECRETS)
 
 
@@ -128,7 +128,7 @@ def test_a_target_of_speed_that_nothing_measures_is_said_first(
 ) -> None:
     """It was said after the training of every cut."""
     monkeypatch.setattr(sweeping, "runnable", lambda specs: [])
-    done = sweep(workspace, "--drop", "1..2", *option, "--out", "unmeasured")
+    done = sweep(workspace, "--drop", "1..2", *option, out="unmeasured")
     assert done.code == 1 and done.stdout == "" and not (workspace / "unmeasured").exists()
     assert f"{option[0]} needs an engine that runs here, and none of the recipe's does (ort-cpu-fp32; " in done.last
 
@@ -164,17 +164,17 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Made:
 
 def test_a_refused_target_leaves_a_finished_sweep_as_it_is(workspace: Path, made: Made) -> None:
     """Its recipe was another by then, and its manifest gone."""
-    assert sweep(workspace, "--drop", "1..2", "--out", "finished").code == 0
+    assert sweep(workspace, "--drop", "1..2", out="finished").code == 0
     files = [workspace / "finished" / name for name in ("recipe.yaml", MANIFEST)]
     before = [file.read_bytes() for file in files]
     options = ["--max-ppl-ratio", "2", "--set", "evaluation={}"]
-    refused = sweep(workspace, "--drop", "1..2", *options, "--out", "finished")
+    refused = sweep(workspace, "--drop", "1..2", *options, out="finished")
     assert refused.code == 1 and "--max-ppl-ratio needs texts" in refused.last
     assert [file.read_bytes() for file in files] == before
 
 
 def test_a_task_is_of_every_run(workspace: Path, made: Made) -> None:
-    done = sweep(workspace, "--drop", "1..2", "--task", "piqa", "--task", "copa", "--out", "asked")
+    done = sweep(workspace, "--drop", "1..2", "--task", "piqa", "--task", "copa", out="asked")
     assert done.code == 0, done.said
     for folder in ("asked", "asked/drop-1", "asked/drop-2"):
         recipe = yaml.safe_load((workspace / folder / "recipe.yaml").read_text())
@@ -187,7 +187,7 @@ PARITY = "parity: ort-cpu-fp32 (pruned, fp32) gives logits that are no numbers"
 def test_a_cut_that_fails_leaves_the_others(workspace: Path, made: Made) -> None:
     """It ended the sweep, every time: none was made after it, those before were not shown, and no line named it."""
     made[2] = ParityError(PARITY)
-    done = sweep(workspace, "--drop", "1..3", "--engine", "ort-cpu-int8", "--out", "failing")
+    done = sweep(workspace, "--drop", "1..3", "--engine", "ort-cpu-int8", out="failing")
     assert done.code == ParityError.exit_code
     then = "the other cuts are there: leave 2 out of --drop, or put that right and run the same again"
     assert done.last == f"error: drop-2: {PARITY}; {then}"
@@ -201,7 +201,7 @@ def test_a_cut_that_fails_leaves_the_others(workspace: Path, made: Made) -> None
     manifest = json.loads((folder / MANIFEST).read_text())
     assert {f"drop-1/{MANIFEST}", f"drop-3/{MANIFEST}", "sweep.json"} <= set(manifest["files"])
     made.clear()
-    assert "so far" not in sweep(workspace, "--drop", "1..3", "--out", "failing").stdout
+    assert "so far" not in sweep(workspace, "--drop", "1..3", out="failing").stdout
 
 
 @pytest.mark.parametrize(
@@ -216,14 +216,14 @@ def test_what_is_wrong_with_every_cut_ends_the_sweep(
     workspace: Path, made: Made, failing: dict[int, TrspError], tried: int
 ) -> None:
     made.update(failing)
-    done = sweep(workspace, "--drop", "1..3", "--out", f"ended-{type(failing[2]).__name__}")
+    done = sweep(workspace, "--drop", "1..3", out=f"ended-{type(failing[2]).__name__}")
     assert done.code == failing[2].exit_code and done.last == f"error: {failing[2]}"
     assert f"> [{tried}/3]" in done.stderr and f"> [{tried + 1}/3]" not in done.stderr
 
 
 def test_a_sweep_goes_on_where_its_model_is_no_more(workspace: Path, made: Made, tmp_path: Path) -> None:
     """The folder that it came from was asked for the number of layers, and not the sweep's own copy of the model."""
-    assert sweep(workspace, "--drop", "1..2", "--out", "begun").code == 0
+    assert sweep(workspace, "--drop", "1..2", out="begun").code == 0
     taken = Path(shutil.copytree(workspace / "begun", tmp_path / "sweep"))
     (taken / ".place").unlink()  # as on another machine
     shutil.copy(workspace / "text.txt", tmp_path)
@@ -244,10 +244,10 @@ def test_a_sweeps_runs_are_in_use_until_it_ends(workspace: Path, made: Made, mon
             others.append(trsp_deploy("evaluate", "held/drop-1", cwd=workspace))
 
     monkeypatch.setattr(sweep_jobs, "say", say)
-    assert sweep(workspace, "--drop", "1..2", "--out", "held").code == 0
+    assert sweep(workspace, "--drop", "1..2", out="held").code == 0
     assert [other.code for other in others] == [1] and "in use by another trsp-deploy" in others[0].last
     made[2] = KeyboardInterrupt()
-    assert sweep(workspace, "--drop", "1..2", "--out", "held").code == 130
+    assert sweep(workspace, "--drop", "1..2", out="held").code == 130
     for count in (1, 2):
         with RunFolder(workspace / "held" / f"drop-{count}"):
             pass

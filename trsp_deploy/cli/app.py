@@ -6,9 +6,11 @@ import itertools
 import os
 import re
 import sys
-from typing import Annotated
+from collections import Counter
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperOption
 from typer.exceptions import Exit, TyperException
 
 from trsp_deploy.cli import catalogue, check_jobs, engine_jobs, jobs, serving_jobs, sweep_jobs, triton_jobs, trust_jobs
@@ -19,6 +21,22 @@ from trsp_deploy.reading import is_utf8, user_path
 EMPTY = re.compile(r"(--(?!prompt)[a-z-]+=)?")
 HOME = re.compile(r"(--(?!prompt)[a-z-]+=)?(~(?:/.*)?)", re.DOTALL)
 ABORTED = 130  # what the framework makes of Ctrl-C
+
+
+class OnceEach(TyperCommand):
+    """A command whose options stand once each, but for flags and those that collect: of two values the last would win
+    without a word, and a looser limit take a stricter one's place."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Raise UserError for an option that is given twice; all else is the framework's."""
+        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        for option, times in Counter(given).items():
+            once = isinstance(option, TyperOption) and not (option.multiple or option.is_flag)
+            if once and times > 1 and not ctx.resilient_parsing:  # as a shell asks that completes a line
+                one = f"{ctx.info_name} takes one engine" if option.name == "engine" else "give it once"
+                raise UserError(f"{option.opts[0]}: is given twice; {one}")
+        return super().parse_args(ctx, args)
+
 
 app = typer.Typer(
     name="trsp-deploy",
@@ -35,6 +53,9 @@ triton_jobs.register(app)
 serving_jobs.register(app)
 trust_jobs.register(app)
 catalogue.register(app)
+for group in (app, *(each.typer_instance for each in app.registered_groups)):
+    for command in group.registered_commands if group is not None else ():
+        command.cls = OnceEach
 
 
 @app.callback()

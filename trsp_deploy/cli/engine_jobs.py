@@ -65,23 +65,26 @@ def generate(
 ) -> None:
     """Continue one or more prompts with a built engine."""
     from trsp_deploy.tools.runners import open_engine
+    from trsp_deploy.tools.runners.generation import Sampling
+    from trsp_deploy.tools.runners.generation import generate as continued
     from trsp_deploy.tools.runners.inspection import tokenizer_folder
 
+    sampling = Sampling(max_new_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    if (name := sampling.ignored) is not None:
+        raise RecipeError(
+            f"--{name.replace('_', '-')} {getattr(sampling, name)}: is for sampling, and --temperature {temperature:g} "
+            "takes the likeliest token; give a --temperature above 0"
+        )
     runner = open_engine(engine)  # refuses an engine that is not the one that was built, before anything slow
     from trsp_deploy.decoder import end_tokens, load_tokenizer
     from trsp_deploy.tools.quiet import quiet_libraries
-    from trsp_deploy.tools.runners.generation import Sampling
-    from trsp_deploy.tools.runners.generation import generate as continued
 
     folder = tokenizer or tokenizer_folder(engine)
     with quiet_libraries():
         words, end = load_tokenizer(folder), end_tokens(folder)
-    sampling = Sampling(
-        max_new_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, end=end
-    )
     with runner:
         prompts = [words(text)["input_ids"] for text in prompt]
-        found = continued(runner, prompts, sampling)
+        found = continued(runner, prompts, sampling.model_copy(update={"end": end}))
     # With the prompt and without: by itself the first token's space is lost to some tokenizers.
     plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     texts = [

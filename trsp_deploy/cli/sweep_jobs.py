@@ -80,6 +80,8 @@ def sweep(
 ) -> None:
     """Quality, latency, memory and size for each number of layers, through real engines; targets choose one."""
     max_latency_s = _seconds(target_latency)
+    if (cut := next((each for each in sets or () if each.partition("=")[0].strip() == "drop"), None)) is not None:
+        raise RecipeError(f"--set {cut}: a sweep's cuts are those of --drop, such as --drop 5%..50% or --drop 4,7,10")
     from trsp_deploy.cli.needs import check_address_space, check_disk, check_memory
 
     check_address_space()

@@ -31,6 +31,14 @@ class Sampling(Strict):
     seed: Annotated[int, Field(ge=0)] = 0
     end: tuple[int, ...] = ()  # tokens after which a text is over
 
+    @property
+    def ignored(self) -> str | None:
+        """Name of what is set and decides nothing, as where the likeliest token is taken: harmless in a request, a
+        mistake on a command line."""
+        fields = Sampling.model_fields
+        names = () if self.temperature > 0 else ("top_k", "top_p", "seed")
+        return next((name for name in names if getattr(self, name) != fields[name].default), None)
+
 
 @dataclass(frozen=True)
 class Continued:
