@@ -15,6 +15,7 @@ import torch
 
 from tests.breadth import BREADTH
 from tests.tiny import english, save_tiny, tiny_tokenizer
+from trsp_deploy import __version__
 from trsp_deploy.cli import app, run
 
 PROGRAM = Path(sys.executable).with_name("trsp-deploy")
@@ -416,6 +417,7 @@ def test_interrupt_says_that_work_is_kept(monkeypatch, capsys):
     ("command", "shows"),
     [
         ("--help", "prune-and-build"),
+        ("--version", f"trsp-deploy {__version__}"),
         ("recipes ls", "opt-6.7b"),
         ("recipes show opt-6.7b", "transfer:"),
         ("engines ls", "ort-cpu-fp32"),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from trsp_deploy import __version__
 from trsp_deploy.tools.library import engine_names
 from trsp_deploy.tools.resources import doctor
 from trsp_deploy.tools.resources.doctor import Finding, diagnose
@@ -32,7 +33,7 @@ def pretend_installed(monkeypatch: pytest.MonkeyPatch, **versions: str | None) -
 
 def test_this_machine() -> None:
     findings = by_subject(diagnose())
-    assert findings["python"].state == "ok"
+    assert findings["trsp_deploy"].detail.startswith(f"{__version__} (") and findings["python"].state == "ok"
     assert findings["onnxruntime"].state == "ok"
     assert "GB free" in findings["disk"].detail
     assert "GB available" in findings["memory"].detail

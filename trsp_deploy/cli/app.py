@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperCommand, TyperOption
 from typer.exceptions import Exit, TyperException
 
+from trsp_deploy import __version__
 from trsp_deploy.cli import catalogue, check_jobs, engine_jobs, jobs, serving_jobs, sweep_jobs, triton_jobs, trust_jobs
 from trsp_deploy.errors import UserError
 from trsp_deploy.model_code import FINGERPRINT, TRUST
@@ -58,6 +59,12 @@ for group in (app, *(each.typer_instance for each in app.registered_groups)):
         command.cls = OnceEach
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"trsp-deploy {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def asked_for(
     trust_remote_code: Annotated[
@@ -70,6 +77,9 @@ def asked_for(
             "code is refused with its fingerprint otherwise.",
         ),
     ] = None,
+    _version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version.")
+    ] = False,
 ) -> None:
     """What holds for every command."""
     fingerprints = " ".join(trust_remote_code or ()).split()

@@ -17,6 +17,8 @@ import psutil
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+import trsp_deploy
+from trsp_deploy import __version__
 from trsp_deploy.errors import EngineSpecError, EngineUnavailable, one_line
 from trsp_deploy.recipe import Backend, EngineSpec, Strict
 from trsp_deploy.tools.exporters import optimum
@@ -45,12 +47,13 @@ class Finding(Strict):
 
 
 def diagnose(engines: Sequence[str] | None = None) -> list[Finding]:
-    """Look at Python, packages, GPU, disk, memory, and at what each engine spec can do here.
+    """Look at this toolkit, Python, packages, GPU, disk, memory, and at what each engine spec can do here.
 
     engines: names or YAML files of engine specs; None takes every one that comes with trsp_deploy.
     Raises nothing: whatever is missing or broken is a finding.
     """
     return [
+        Finding(subject="trsp_deploy", state="ok", detail=f"{__version__} ({Path(trsp_deploy.__file__).parent})"),
         _python(),
         *(_package(distribution) for distribution in LOOKED_AT),
         _optimum(),
