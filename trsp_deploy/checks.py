@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import Field
 
 from trsp_deploy.artifacts import Provenance, provenance, write_json
-from trsp_deploy.errors import EngineUnavailable, RecipeError, RunError, nearest
+from trsp_deploy.errors import BaselineError, EngineUnavailable, RecipeError, RunError, nearest
 from trsp_deploy.pipeline import Pipeline, engines
 from trsp_deploy.recipe import BenchSettings, EngineSpec, Positive, Strict
 from trsp_deploy.results import Comparison, Phase
@@ -188,7 +188,7 @@ def _measure(
     if before is not None and tolerances.max_speedup_loss is not None:
         share = tolerances.max_speedup_loss
         goals.append(most_speedup_lost("total", share, "--max-speedup-loss", before.earlier_speedup))
-    return bench.compare_engines(dense, pruned, spec.name, settings, job.recipe.seed, goals), goals
+    return bench.compare_engines(dense, pruned, spec.name, settings, job.recipe.seed, goals, job.inputs.say), goals
 
 
 def _quality(quality: dict[str, QualityReport], choices: ChoicesReport | None, tolerances: Tolerances) -> list[Outcome]:
@@ -255,8 +255,12 @@ def make_baseline(job: Pipeline, engine: str | None, settings: BenchSettings, ou
     """Measure every engine of a run that runs here (or the one named), and write what later checks are held against.
 
     An engine that cannot be measured, or whose quality is no number, is said and left out. Raises RunError when none is
-    left, or it is the one named.
+    left, or it is the one named, BaselineError where engines are slowed on purpose.
     """
+    if slowed := bench.slowed_on_purpose():
+        raise BaselineError(
+            f"baseline: {slowed} slows engines on purpose, and nothing is to be held against such times; unset it"
+        )
     job.inputs.check_bench(settings)
     first = runnable(job, engine)
     others = [spec for spec in job.engines.specs if spec != first and job.engines.engine(spec).reason is None]
@@ -276,7 +280,7 @@ def make_baseline(job: Pipeline, engine: str | None, settings: BenchSettings, ou
             continue
         try:
             pair = job.engines.pair(spec)
-            comparison = bench.compare_engines(*pair, spec.name, settings, job.recipe.seed)
+            comparison = bench.compare_engines(*pair, spec.name, settings, job.recipe.seed, (), job.inputs.say)
         except EngineUnavailable as problem:  # such as shapes beyond its profiles, or a GPU that is full
             leave_out(spec, f"cannot be timed: {problem}")
             continue

@@ -13,7 +13,8 @@ import pytest
 from tests.command import Done, trsp_deploy
 from tests.samples import MADE_UP_QUALITY, made_up
 from trsp_deploy import checks
-from trsp_deploy.errors import EngineUnavailable, ParityError, RunError
+from trsp_deploy.errors import BaselineError, EngineUnavailable, ParityError, RunError
+from trsp_deploy.tools.measuring.bench_worker import PAUSED, PLANTED
 from trsp_deploy.tools.measuring.subjects import Subject
 from trsp_deploy.tools.reports.baselines import read_baseline
 
@@ -209,3 +210,12 @@ def test_a_baseline_leaves_out_an_engine_whose_perplexity_is_no_number(
     assert list(checks.make_baseline(job, None, made_up().settings, out).engines) == ["a"]
     assert "nothing can be held against its quality.wiki.pruned_ppl: expected a finite number" in said[-1]
     assert list(read_baseline(out).engines) == ["a"]
+
+
+@pytest.mark.parametrize("variable", [PLANTED, PAUSED])
+def test_no_baseline_is_of_engines_that_are_slowed_on_purpose(
+    variable: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(variable, "pruned=0.3")
+    with pytest.raises(BaselineError, match=f"{variable}=pruned=0.3 slows engines on purpose"):
+        checks.make_baseline(job_of_three(tmp_path, []), None, made_up().settings, tmp_path / "b.json")

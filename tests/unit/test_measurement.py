@@ -16,7 +16,7 @@ import torch
 
 from tests.samples import made_up, scores
 from tests.tiny import save_tiny
-from trsp_deploy.artifacts import RunFolder
+from trsp_deploy.artifacts import Finished, RunFolder
 from trsp_deploy.decoder import DecoderSize, WeightCounts
 from trsp_deploy.errors import EngineUnavailable, ParityError, TextError
 from trsp_deploy.pipeline.proof import Proof
@@ -374,12 +374,40 @@ def test_times_of_a_processor_of_the_same_name_are_not_taken_for_this_ones(monke
     measured = []
     monkeypatch.setattr(bench, "compare_engines", lambda *_: measured.append(1) or made_up())
     with RunFolder(tmp_path / "run") as run:
-        inputs = SimpleNamespace(run=run, recipe=Recipe(model="m"))
+        inputs = SimpleNamespace(run=run, recipe=Recipe(model="m"), say=pytest.fail)
         proof = Proof(inputs, None, SimpleNamespace(pair=lambda spec: pair))
         for sets, count in (("avx2", 1), ("avx2", 1), ("avx512_vnni", 2), ("avx512_vnni", 2)):
             monkeypatch.setattr(baselines, "instruction_sets", lambda sets=sets: (sets,))
             proof._measure(load_engine_spec("ort-cpu-fp32"))
             assert len(measured) == count
+
+
+def test_times_that_were_slowed_on_purpose_are_taken_for_no_others(monkeypatch, tmp_path):
+    """A record of a bench under TRSP_DEPLOY_PLANT had its figures in every later report, which said nothing of it."""
+    for role in ("dense", "pruned"):
+        (tmp_path / role).mkdir()
+    pair = tuple(
+        SimpleNamespace(path=tmp_path / role, device="cpu", vocabulary=9, name="x") for role in ("dense", "pruned")
+    )
+    measured, said, spec = [], [], load_engine_spec("ort-cpu-fp32")
+    monkeypatch.setattr(bench, "measure_rates", lambda device: None)
+    monkeypatch.setattr(bench, "measure", lambda *_, **__: measured.append(1) or made_up())
+    with RunFolder(tmp_path / "run") as run:
+        inputs = SimpleNamespace(run=run, recipe=Recipe(model="m"), say=said.append)
+        proof = Proof(inputs, None, SimpleNamespace(pair=lambda spec: pair))
+        proof._measure(spec)
+        assert run.record("bench-ort-cpu-fp32").settings == Recipe(model="m").bench.model_dump(mode="json")
+        for planted, count in (("", 1), ("0", 1), ("pruned=0.3", 2), ("pruned=0.3", 2), ("0.1", 3), ("", 4), ("", 4)):
+            monkeypatch.setenv(bench_worker.PLANTED, planted)
+            proof._measure(spec)
+            assert len(measured) == count, planted
+            found = Finished(run)
+            proof._ask_bench(found, spec, {})
+            assert found.steps == {"bench-ort-cpu-fp32"}
+        monkeypatch.setenv(bench_worker.PAUSED, "0.3")
+        proof._ask_bench(found := Finished(run), spec, {})
+        assert not found.steps
+    assert said == [f"slowed on purpose: TRSP_DEPLOY_PLANT={share}" for share in ("pruned=0.3", "0.1")]
 
 
 class Driver(SimpleNamespace):

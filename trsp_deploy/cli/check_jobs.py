@@ -34,7 +34,7 @@ from trsp_deploy.cli.judging_options import (
     speedups,
 )
 from trsp_deploy.cli.options import Json, Run, Tasks
-from trsp_deploy.cli.terminal import Output
+from trsp_deploy.cli.terminal import Output, say
 from trsp_deploy.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def compare(
         bench.check_pair(*pair, settings)
         goals = bench.speedup_goals(*pair, least, settings)
         label = bench.label_of(*pair)
-        comparison = bench.compare_engines(*pair, label, settings, seed=0, goals=goals)
+        comparison = bench.compare_engines(*pair, label, settings, seed=0, goals=goals, say=say)
     found = bench.derive(*pair, comparison)
     outcomes = [goal.outcome(comparison.replicates, cases=comparison.settings.cases) for goal in goals]
     output = Output(as_json)

@@ -181,7 +181,9 @@ class Proof:
         )
 
     def _ask_bench(self, found: Finished, spec: EngineSpec, engines: Mapping[str, str | None]) -> None:
-        found.ask(steps.bench(spec.name), lambda: self.recipe.bench, lambda: {**engines, "machine": _machine_sha256()})
+        found.ask(
+            steps.bench(spec.name), lambda: self._bench_settings, lambda: {**engines, "machine": _machine_sha256()}
+        )
 
     def _ask_engine_perplexity(
         self, found: Finished, spec: EngineSpec, name: str, role: Role, engine: str | None
@@ -281,9 +283,11 @@ class Proof:
         dense, pruned = self.engines.pair(spec)
         return self.run.step(
             steps.bench(spec.name),
-            lambda: bench.compare_engines(dense, pruned, spec.name, self.recipe.bench, self.recipe.seed),
+            lambda: bench.compare_engines(
+                dense, pruned, spec.name, self.recipe.bench, self.recipe.seed, (), self.inputs.say
+            ),
             Comparison,
-            settings=self.recipe.bench,
+            settings=self._bench_settings,
             inputs={"dense": dense.path, "pruned": pruned.path, "machine": _machine_sha256()},
         )
 
@@ -338,6 +342,12 @@ class Proof:
             settings=self._task_settings,
             inputs={"engine": folder, "tokenizer": self.pruning.ready(role)},
         )
+
+    @property
+    def _bench_settings(self) -> dict[str, Any]:
+        """How to time; a slow-down that was planted is part of it, so that its times are taken for no others."""
+        slowed = bench.slowed_on_purpose()
+        return {**self.recipe.bench.model_dump(mode="json"), **({"slowed": slowed} if slowed else {})}
 
     def _text_settings(self, name: str) -> dict[str, Any]:
         read = self.recipe.evaluate.model_dump(include={"context_length", "max_tokens"})

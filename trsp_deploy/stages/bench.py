@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from trsp_deploy.artifacts import ENGINE_MANIFEST, RUN_MARK, RunLayout
@@ -13,17 +14,31 @@ from trsp_deploy.results import Subject as Name
 from trsp_deploy.tools.judging.comparisons import ComparisonReport, LimitOf, compare
 from trsp_deploy.tools.judging.goals import Goal, least_speedup, settled_all
 from trsp_deploy.tools.judging.limits import SpeedLimit, speed_limit, stored_by
+from trsp_deploy.tools.measuring.bench_worker import PAUSED, PLANTED
 from trsp_deploy.tools.measuring.rates import measure_rates
 from trsp_deploy.tools.measuring.samples import measure
 from trsp_deploy.tools.measuring.subjects import Subject, common_engine, find_subject
 from trsp_deploy.tools.runners.manifest import read_manifest
 
 
+def slowed_on_purpose() -> str:
+    """The variables that plant a slow-down (`measuring/bench_worker.py`) with their values; empty where none is set."""
+    planted = {name: os.environ.get(name, "") for name in (PLANTED, PAUSED)}
+    return " ".join(f"{name}={value}" for name, value in planted.items() if value not in ("", "0"))
+
+
 def compare_engines(
-    dense: Subject, pruned: Subject, label: str, settings: BenchSettings, seed: int, goals: Sequence[Goal] = ()
+    dense: Subject,
+    pruned: Subject,
+    label: str,
+    settings: BenchSettings,
+    seed: int,
+    goals: Sequence[Goal] = (),
+    say: Callable[[str], None] = lambda line: None,
 ) -> Comparison:
     """Measure until the settings' precision is reached, or every goal is decided, or the budget is spent.
 
+    say: is told where the engines are slowed on purpose, before they are timed.
     Raises EngineUnavailable when one of them cannot run, RunError when they cannot be compared or were made anew
     meanwhile.
     """
@@ -34,6 +49,8 @@ def compare_engines(
     def decided(replicates: Sequence[Replicate]) -> bool:
         return settled_all(goals, replicates)
 
+    if slowed := slowed_on_purpose():
+        say(f"slowed on purpose: {slowed}")
     before = {path: _written(path) for path in paths.values()}
     comparison = measure(
         paths,
