@@ -196,6 +196,14 @@ def one_line(problem: BaseException | str) -> str:
     return said if said or isinstance(problem, str) else type(problem).__name__
 
 
+def no_command(line: str) -> str:
+    """A line of text that GitHub's runner does not act on: to it `##[` begins a command wherever it stands in one.
+
+    One that begins with `::` is a command too; what is printed here begins with a word of ours.
+    """
+    return line.replace("##[", "## [")
+
+
 def first_line(problem: BaseException) -> str:
     """The same of the first line alone, at most 300 characters: for libraries that go on for pages."""
     lines = str(problem).strip().splitlines()

@@ -258,6 +258,17 @@ def test_an_error_leaves_no_verdict_of_an_earlier_check(fails, tmp_path):
         earlier.write_text("pass")
     fails(["check", "nowhere", "--min-speedup", "1.1", "--out", str(figures), "--junit", str(junit)], "nowhere")
     assert not figures.exists() and "<error" in junit.read_text()
+    figures.write_text("1.3x")
+    fails(["compare", "nowhere", "--budget", "0", "--out", str(figures)], "--budget")
+    assert figures.exists(), "a command line that cannot be read leaves it"
+    fails(["compare", "nowhere", "--out", str(figures)], "nowhere: is not there")
+    assert not figures.exists()
+
+
+def test_what_collects_and_flags_may_stand_twice(fails):
+    fails(["check", "nowhere", "--min-speedup", "decode=1.1", "--min-speedup", "1.2", "--json", "--json"], "nowhere")
+    fails(["clean", "nowhere", "--keep", "dense", "--keep=onnx"], "nowhere")
+    fails(["build", "nowhere", "--engine", "a", "--engine=b", "--set", "seed=1", "--set", "seed=2"], "nowhere")
 
 
 def test_what_is_no_engine_is_told_what_is(fails, made, place):

@@ -48,6 +48,12 @@ def test_a_baseline_of_another_model_is_refused_or_noted(workspace: Path, baseli
     assert values["model"] == {"name": "tiny", "num_layers_dense": 6, "num_layers_pruned": 2}
     other = tmp_path / "other.json"
     limits = ["--against", str(other), "--max-speedup-loss", "60%", "--budget", "1", "--set", "replicates=2"]
+    commands = {"name": "tiny\n::add-mask::0\n##[add-mask]0", "num_layers_dense": 6, "num_layers_pruned": 3}
+    other.write_text(json.dumps({**values, "model": commands}))
+    done = trsp_deploy("check", "run", *limits, cwd=workspace)
+    assert done.code == 1 and done.stdout == "", done.said
+    line = done.last
+    assert "is of tiny ::add-mask::0 ## [add-mask]0 with 6 layers" in line and "##[" not in line, "no runner's commands"
     other.write_text(json.dumps({**values, "model": {**values["model"], "num_layers_pruned": 3}}))
     done = trsp_deploy("check", "run", *limits, cwd=workspace)
     assert done.code == 1 and done.stdout == "", done.said

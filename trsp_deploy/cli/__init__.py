@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from trsp_deploy.cli.supervision import ENDINGS, asked_to_end, supervised
-from trsp_deploy.errors import ModelError, TrspError, UserError, machine_reason, one_line, redacted
+from trsp_deploy.errors import ModelError, TrspError, UserError, machine_reason, no_command, one_line, redacted
 from trsp_deploy.launch import check_launch, in_a_group, lost_peer
 
 BUG = 70
@@ -122,7 +122,7 @@ def _end(code: int) -> NoReturn:
 
 
 def _say(message: str, code: int) -> int:
-    line = redacted(one_line(message))
+    line = no_command(redacted(one_line(message)))  # with words of files that other people may have made
     with contextlib.suppress(OSError):  # nobody is there to read it
         print(f"error: {line if len(line) <= LONGEST_LINE else f'{line[:LONGEST_LINE]}…'}", file=sys.stderr)
     return code

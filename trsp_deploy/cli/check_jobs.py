@@ -64,6 +64,8 @@ def compare(
     settings = bench_settings({}, budget, sets)
     for subject, path in (("DENSE", dense), ("PRUNED", pruned)):
         _check_files("compare", {subject: path, "--out": out})
+    if out is not None:
+        out.unlink(missing_ok=True)  # an earlier comparison's is not taken for this one's, whatever ends it
     from trsp_deploy.artifacts import reading_alone, write_json
     from trsp_deploy.cli.tables import print_comparison
     from trsp_deploy.stages import bench
