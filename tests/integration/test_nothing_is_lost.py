@@ -351,6 +351,28 @@ def test_an_export_for_engines_that_cannot_be_built_here_is_no_silence(
     assert "dense-fp32: fp32" in told and (run / "onnx").exists()
 
 
+@pytest.mark.parametrize("command", ["build", "bench"])
+def test_a_build_or_bench_of_no_engine_at_all_is_no_success(
+    command: str, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def nowhere(spec: EngineSpec) -> None:
+        if spec.name != "ort-cpu-fp32":
+            raise EngineUnavailable("no such hardware")
+
+    monkeypatch.setattr(engines, "check_can_build", nowhere)
+    assert cli.run([command, str(run), "--set", "engines=[ort-cpu-int8,ort-cpu-int4]", "--json"]) == 1
+    said = capsys.readouterr()
+    line = "error: ort-cpu-int8: no such hardware; ort-cpu-int4: no such hardware"
+    assert said.err.splitlines()[-1] == line and said.out == ""
+    assert cli.run([command, str(run), "--set", "engines=[ort-cpu-int8,ort-cpu-fp32]", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    if command == "bench":
+        assert list(found["comparisons"]) == ["ort-cpu-fp32"]
+        assert found["unavailable"] == {"ort-cpu-int8": "no such hardware"}
+    else:
+        assert [engine["built"] for engine in found["engines"]] == [False, True]
+
+
 @pytest.mark.skipif(not optimum.installed(), reason="Optimum is not installed: pip install 'trsp_deploy[optimum]'")
 @pytest.mark.parametrize("exporter", ["auto", "optimum"])
 def test_graphs_stay_where_their_exporter_is_not_installed(

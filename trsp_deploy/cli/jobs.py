@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,7 +36,7 @@ from trsp_deploy.cli.options import (
 from trsp_deploy.cli.recipe_options import recipe_from_options, task_sets
 from trsp_deploy.cli.running import existing, run_of
 from trsp_deploy.cli.terminal import Output
-from trsp_deploy.errors import EngineUnavailable, RecipeError, RunError
+from trsp_deploy.errors import EngineUnavailable, RecipeError
 
 if TYPE_CHECKING:
     from trsp_deploy.pipeline import Pipeline
@@ -194,8 +195,7 @@ def export(run: Run, sets: Sets = None, as_json: Json = False) -> None:
     with existing(run, sets=sets) as job:
         output = Output(as_json)
         reasons = job.engines.not_buildable()
-        if len(reasons) == len(job.engines.specs):
-            raise EngineUnavailable("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
+        _check_some(len(job.engines.specs), reasons)
         models = job.engines.export().values()
         output.say(
             *(f"{name}: unavailable, so that no graph is made for it ({reason})" for name, reason in reasons.items()),
@@ -225,6 +225,7 @@ def build(
         raise RecipeError("build RUN: --calibration and --tokenizer are for --onnx; a run has its own text")
     with existing(run, engine=engine, sets=sets) as job:
         outcomes = job.engines.build()
+        _check_some(len(outcomes), {o.spec.name: str(o.reason) for o in outcomes if not o.manifests})
         output = Output(as_json)
         for outcome in outcomes:
             state = "built" if outcome.manifests else "unavailable"
@@ -248,12 +249,18 @@ def bench(run: Run, engine: Engines = None, sets: Sets = None, as_json: Json = F
         found = {name: job.proof.compared(name) for name in job.proof.bench()}
         lines = [sentence(name, comparison) for name, comparison in found.items()]
         plain = {name: comparison.model_dump(mode="json") for name, comparison in found.items()}
+        reasons = {o.spec.name: o.reason for o in job.engines.build() if o.reason is not None}
+        _check_some(len(job.engines.specs), reasons | job.proof.failed)
         failed = [f"{name} {reason}" for name, reason in job.proof.failed.items()]
-        if failed and not found:
-            raise RunError(f"{run}: {'; '.join(failed)}")
         output = Output(as_json)
-        output.say(*([*lines, *failed] or ["no engine of this run can run on this machine"]))
-        output.result({"comparisons": plain, "failed": job.proof.failed})
+        output.say(*lines, *failed)
+        output.result({"comparisons": plain, "failed": job.proof.failed, "unavailable": reasons})
+
+
+def _check_some(engines: int, lacking: Mapping[str, str]) -> None:
+    """Raise EngineUnavailable where none of a run's engines gets what was asked for. lacking: why not, by name."""
+    if len(lacking) == engines:
+        raise EngineUnavailable("; ".join(f"{name}: {reason}" for name, reason in lacking.items()))
 
 
 def evaluate(run: Run, evaluation: Evaluation = None, sets: Sets = None, as_json: Json = False) -> None:
