@@ -165,9 +165,9 @@ def test_a_manifest_is_itself_named_as_what_is_damaged(
     name = next(iter(digests))
     digests[name] = ("1" if digests[name][0] == "0" else "0") + digests[name][1:]
     manifest.write_text(json.dumps(values))
-    assert cli.run(["verify", str(folder)]) == 1
+    assert cli.run(["verify", str(folder)]) == 2
     said = capsys.readouterr()
-    assert "MANIFEST.json: damaged, unsafe, or of another version (is not what was written" in said.err
+    assert "unreadable: MANIFEST.json: damaged, unsafe, or of another version (is not what was written" in said.out
     assert name not in said.out + said.err
     del values["sha256"]
     manifest.write_text(json.dumps(values))
@@ -277,8 +277,8 @@ def test_paths_that_leave_are_refused_before_anything_is_read(run: Path, reposit
         place[name] = "0" * 64
         values.pop("sha256", None)  # whoever forges a manifest can forge its seal too
         path.write_text(json.dumps(values))
-        with pytest.raises(RunError, match="leads out of its folder"):
-            verify(path.parent)
+        (finding,) = verify(path.parent).findings
+        assert finding.state == "unreadable" and "leads out of its folder" in finding.detail
     with pytest.raises(EngineUnavailable, match="leads out of its folder"):
         read_manifest(run / ENGINE)
     record = run / "records" / "prune.json"
@@ -404,8 +404,8 @@ def test_a_damaged_manifest_says_what_is_wrong_with_it_and_what_helps(repository
         RunError, match=rf"or damaged {reason}; delete the folder and write it again: trsp-deploy triton"
     ):
         read_repository(repository)
-    with pytest.raises(RunError, match=rf"damaged, unsafe, or of another version {reason}$"):
-        verify(repository)
+    (finding,) = verify(repository).findings
+    assert re.fullmatch(rf"damaged, unsafe, or of another version {reason}", finding.detail)
 
 
 def test_a_record_of_a_server_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -481,9 +481,37 @@ def test_the_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(printed.out)["findings"][0]["path"] == "plan.json" and "changed: plan.json" in printed.err
     assert cli.run(["verify", str(run / "pruned")]) == 1
     assert "holds no manifest; give the folder of a run" in capsys.readouterr().err
+    capsys.readouterr()
     (run / MANIFEST).write_text("{")
-    assert cli.run(["verify", str(run)]) == 1
-    assert "not valid JSON" in capsys.readouterr().err
+    assert cli.run(["verify", str(run), "--json"]) == 2
+    said = json.loads(capsys.readouterr().out)
+    (finding,) = said["findings"]
+    assert (said["kind"], said["whole"], finding["state"], finding["path"]) == ("run", False, "unreadable", MANIFEST)
+    assert "not valid JSON" in finding["detail"]
+
+
+def test_a_manifest_of_another_schema_vouches_for_nothing(run: Path) -> None:
+    values = json.loads((run / MANIFEST).read_text())
+    del values["sha256"]
+    (run / MANIFEST).write_text(json.dumps(values))
+    assert verify(run).whole
+    (run / MANIFEST).write_text(json.dumps(values | {"schema_version": 2}))
+    (finding,) = verify(run).findings
+    assert finding.state == "unreadable" and "damaged, unsafe, or of another version" in finding.detail
+    assert "'schema_version'" in finding.detail
+
+
+def test_what_a_damaged_manifest_is_of_its_folder_tells(run: Path, repository: Path) -> None:
+    (repository / "m" / "config.pbtxt").touch()
+    for folder, manifest, kind in (
+        (run, MANIFEST, "run"),
+        (run / ENGINE, ENGINE_MANIFEST, "engine"),
+        (repository, MANIFEST, "repository"),
+    ):
+        (folder / manifest).write_text("{")
+        found = verify(folder)
+        assert (found.kind, found.against, found.checked) == (kind, manifest, 0)
+        assert [(finding.state, finding.path) for finding in found.findings] == [("unreadable", manifest)]
 
 
 def test_signatures(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -29,7 +29,6 @@ from trsp_deploy.recipe import RelativePath
 
 # Raise when a step's code changes what it makes from the same inputs, so that old records no longer match.
 FORMAT = 1
-MANIFEST_SCHEMA = 1
 STOPPED = "stopped"  # what is announced of a step that raised; the error says the rest
 Result = TypeVar("Result", bound=BaseModel)
 
@@ -50,7 +49,7 @@ class StepRecord(Sealed):
 class RunManifest(Sealed):
     """`MANIFEST.json` of a finished run: every file that the toolkit made in it; of a sweep also its runs' ones."""
 
-    schema_version: int
+    schema_version: Literal[1]
     trsp_deploy: str
     files: dict[RelativePath, str]  # path below the run folder -> SHA-256
 
@@ -133,7 +132,7 @@ class RunFolder:
                     made.update(file for file in files_below(folder) if file != folder / SIGNED)
         names = {self.layout.below(path): path for path in made if not leaves(self.path, path)}
         manifest = RunManifest(
-            schema_version=MANIFEST_SCHEMA,
+            schema_version=1,
             trsp_deploy=__version__,
             files={name: fingerprint(names[name]) for name in sorted(names)},
         )

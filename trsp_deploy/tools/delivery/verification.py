@@ -83,14 +83,28 @@ class Verification(Strict):
 def verify(path: Path) -> Verification:
     """Compare the folder of a run, a sweep or an engine, or a Triton repository, with its manifest.
 
-    Raises RunError where there is nothing to compare with, or the manifest cannot be read.
+    A manifest that cannot be read is the only finding. Raises RunError where there is nothing to compare with.
     """
-    kind = kind_of(path)
+    return _verified(path, kind_of(path))
+
+
+def _verified(path: Path, kind: Kind) -> Verification:
+    manifest = ENGINE_MANIFEST if kind == "engine" else MANIFEST
+    try:
+        return _compared(path, kind)
+    except RunError as problem:
+        said = str(problem).removeprefix(f"{path / manifest}: ")
+        finding = Finding(state="unreadable", path=manifest, detail=said)
+        return Verification(path=str(path), kind=kind, against=manifest, checked=0, findings=(finding,))
+
+
+def _compared(path: Path, kind: Kind) -> Verification:
+    """Raises RunError where the manifest is no record, or an earlier version's that says too little."""
     if kind == "engine":
         manifest = read_record(path / ENGINE_MANIFEST, EngineManifest, RunError, UNREADABLE)
         if manifest.spec.backend.startswith("tensorrt") and not manifest.beside:
             raise RunError(
-                f"{path}: was built by an earlier version, which kept no SHA-256 of its graph; build it again"
+                f"{path / ENGINE_MANIFEST}: is an earlier version's, which kept no SHA-256 of the graph; build it again"
             )
         return _held_against(path, "engine", ENGINE_MANIFEST, {**manifest.files, **manifest.beside})
     if kind == "repository":
@@ -108,7 +122,7 @@ def kind_of(path: Path) -> Kind:
         if is_run:  # else whoever adds an engine's manifest to a run has nothing but the engine looked at
             raise RunError(f"{path}: holds an engine's {ENGINE_MANIFEST} and what a run holds; one was put there")
         return "engine"
-    if (path / MANIFEST).is_file() and "models" in read_json(path / MANIFEST, RunError):
+    if (path / MANIFEST).is_file() and _is_of_models(path):
         return "repository"
     if run.is_sweep:
         return "sweep"
@@ -118,6 +132,14 @@ def kind_of(path: Path) -> Kind:
     raise RunError(
         f"{path}: {there}; give the folder of a run, a sweep or an engine, or a repository of `trsp-deploy triton`"
     )
+
+
+def _is_of_models(path: Path) -> bool:
+    """Whether a manifest is a repository's; of one that is damaged its folder tells."""
+    try:
+        return "models" in read_json(path / MANIFEST, RunError)
+    except RunError:
+        return any(path.glob("*/config.pbtxt"))
 
 
 def manifest_of(path: Path) -> Path:
@@ -154,12 +176,7 @@ def _sweep(path: Path) -> Verification:
         if leaves(path, within):
             findings.append(_outside(name))
             continue
-        try:
-            one = _run(within)
-        except RunError as problem:
-            said = str(problem).removeprefix(f"{within / MANIFEST}: ")
-            findings.append(Finding(state="unreadable", path=f"{name}/{MANIFEST}", detail=said))
-            continue
+        one = _verified(within, "run")
         checked += one.checked
         findings += _seen_from_above(name, one.findings)
     return found.model_copy(update={"checked": checked, "findings": _in_order(findings)})
