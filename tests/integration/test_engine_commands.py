@@ -365,12 +365,13 @@ def test_a_subject_has_the_size_of_what_it_runs_from(place: Path, engine: Path) 
 def test_inspect_says_what_no_json_number_is(engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A pass after which logits are no numbers is infinitely far off."""
     shutil.copytree(engine, tmp_path / "engine")
-    left_out = PassOutcome(name="cut-logits", error=float("inf"), reason="no numbers")
+    left_out = PassOutcome(name="cut-logits", error=float("inf"), reason="no numbers, ∞")
     manifest = read_manifest(engine).model_copy(update={"passes": (left_out,)})
     write_json(tmp_path / "engine" / "manifest.json", manifest)
     assert run(["inspect", str(tmp_path / "engine"), "--json"]) == 0
     said = capsys.readouterr().out
     assert json.loads(said, parse_constant=pytest.fail)["manifest"]["passes"][0]["error"] == "Infinity"
+    assert said.isascii(), "as of every other command, whatever the terminal's encoding"
 
 
 def test_generate_goes_on_as_transformers_does(place: Path, engine: Path, capsys: pytest.CaptureFixture[str]) -> None:

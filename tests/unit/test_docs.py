@@ -317,8 +317,11 @@ def records_of_a_report() -> dict[type[Strict], str]:
     return found
 
 
+PRINTED = "## What `--json` prints"
+
+
 def test_the_keys_of_a_report_are_those_of_its_page() -> None:
-    page = (ROOT / "docs" / "report-schema.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "report-schema.md").read_text(encoding="utf-8").partition(PRINTED)[0]
     rows = {path.replace("[]", ""): text for path, text in re.findall(r"^\| `([\w.\[\]]+)` \| (.*) \|$", page, re.M)}
     rows[""] = " ".join(f"`{path}`" for path in rows if "." not in path)
     records = records_of_a_report()
@@ -330,6 +333,18 @@ def test_the_keys_of_a_report_are_those_of_its_page() -> None:
     known = {name for name, _ in fields} | {kind for _, field in fields for kind in parts(field.annotation)}
     said = {word for text in rows.values() for word in re.findall(r"`([a-z_]+)`", text)}
     assert said <= known, "the page names what no report has"
+
+
+def test_the_json_of_every_command_is_on_the_page() -> None:
+    table = (ROOT / "docs" / "report-schema.md").read_text(encoding="utf-8").partition(PRINTED)[2]
+    first = " ".join(row.split("|")[1] for row in table.splitlines() if row.startswith("| `"))
+    named = {name.removesuffix(" RUN").removesuffix(" --onnx") for name in re.findall("`([^`]+)`", first)}
+    printing = {
+        name
+        for name, command in reference.commands()
+        if any("--json" in parameter.opts for parameter in command.params)
+    }
+    assert named == printing
 
 
 def test_the_example_of_a_module_calls_what_is_there() -> None:

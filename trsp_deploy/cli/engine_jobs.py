@@ -47,8 +47,10 @@ def inspect(engine: Engine, layers: Layers = False, as_json: Json = False) -> No
     from trsp_deploy.tools.runners.inspection import describe, inspect_engine, layer_table
 
     found = inspect_engine(engine)
-    print(found.model_dump_json() if as_json else describe(found))
-    if layers and found.layers and not as_json:
+    if as_json:
+        return Output(as_json).result(found.model_dump(mode="json"))
+    print(describe(found))
+    if layers and found.layers:
         print(f"\n{layer_table(found)}")
 
 
