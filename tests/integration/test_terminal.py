@@ -43,6 +43,7 @@ def completed(line: str) -> list[str]:
         ("trsp-deploy prune --method trsp-", [name for name in METHODS if name.startswith("trsp-")]),
         ("trsp-deploy prune --model gpt2-", ["gpt2-medium", "gpt2-large", "gpt2-xl"]),
         ("trsp-deploy prune-and-build --task pi", ["piqa"]),
+        ("trsp-deploy prune --out a --out b --model gpt2-", ["gpt2-medium", "gpt2-large", "gpt2-xl"]),
         ("trsp-deploy fetch wiki", ["wiki-demo"]),
         ("trsp-deploy engines show tensorrt-rtx-4", ["tensorrt-rtx-40-int4"]),
     ],
