@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, OPTConfi
 
 from tests.measure_memory import recipe_for
 from tests.tiny import english, save_tiny, tiny_tokenizer
+from trsp_deploy.artifacts import RunFolder
 from trsp_deploy.cli import run
 from trsp_deploy.tools.resources import disk, memory_plan
 from trsp_deploy.tools.resources.memory import LIBRARIES_BYTES, MemoryEstimate
@@ -176,6 +177,24 @@ def test_what_cannot_fit_is_refused_before_it_starts(command, tmp_path, capsys, 
     assert run([*command, "--ignore-memory"]) == 0
     assert "> needs main memory: selection " in capsys.readouterr().err, "shown all the same"
     assert run(command) == 0  # all is there already: nothing to ask about
+
+
+@pytest.mark.parametrize("lacks", ["memory", "disk"])
+def test_what_cannot_fit_leaves_a_run_its_recipe_and_manifest(command, tmp_path, capsys, monkeypatch, lacks):
+    """The next command would have gone by the recipe that was refused, `report` without a look at the memory."""
+    assert run(command) == 0
+    with RunFolder(tmp_path / "out") as folder:
+        folder.write_manifest()
+    before = [(tmp_path / "out" / name).read_bytes() for name in ("recipe.yaml", "MANIFEST.json")]
+    if lacks == "memory":
+        monkeypatch.setattr(memory_plan, "available_bytes", lambda device: 1000)
+        assert run([*command, "--set", "seed=5"]) == 1
+    else:
+        monkeypatch.setattr(disk, "free_bytes", lambda path: 1000)
+        judged = ["--engine", "ort-cpu-fp32", "--eval", "text=text.txt", "--set", "evaluate.context_length=64"]
+        assert run(["prune-and-build", *command[1:], *judged]) == 1
+    assert f"--ignore-{lacks} runs anyway" in capsys.readouterr().err.splitlines()[-1]
+    assert [(tmp_path / "out" / name).read_bytes() for name in ("recipe.yaml", "MANIFEST.json")] == before
 
 
 @pytest.mark.parametrize("job", ["prune-and-build", "sweep"])

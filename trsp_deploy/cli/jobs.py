@@ -112,9 +112,12 @@ def prune_and_build(
     )
     if plan_memory:
         return show_memory(chosen, plan, Output(as_json), whole=True)
-    with run_of(chosen, out, plan) as job:
+
+    def check(job: Pipeline) -> None:
         check_memory(job, plan, ignore_memory, whole=True)
         check_disk(job, plan, ignore_disk)
+
+    with run_of(chosen, out, plan, check=check) as job:
         from trsp_deploy.pipeline import prune_and_build as run_all
 
         _finish(job, run_all(job), Output(as_json), push_to_hub, private)
@@ -153,8 +156,8 @@ def prune(
     chosen = choose()
     if plan_memory:
         return show_memory(chosen, plan, Output(as_json))
-    with run_of(chosen, out, plan, choose=choose) as job:
-        check_memory(job, plan, ignore_memory)
+    check = functools.partial(check_memory, plan_file=plan, ignore=ignore_memory)
+    with run_of(chosen, out, plan, choose=choose, check=check) as job:
         job.inputs.calibration_texts()  # before the model, which may have to be downloaded
         result = job.pruning.prune()
         output = Output(as_json)

@@ -65,6 +65,7 @@ def run_of(
     *,
     drops: str | None = None,
     choose: Callable[..., Recipe] | None = None,
+    check: Callable[[Pipeline], None] = lambda job: None,
 ) -> Iterator[Pipeline]:
     """Enter the folder of a run, or of a sweep, and keep the resolved recipe in it.
 
@@ -72,6 +73,7 @@ def run_of(
     drops: of a sweep, whose recipe has the first of them; looked at before anything of an earlier one is another.
     choose: gives the recipe once more where it keeps what an earlier one in the folder says of judging (`kept`); of a
     command that has no options for that.
+    check: what the machine has to hold, which it may not; the recipe is kept only of what it can.
     """
     dropping = f"{recipe.drop} of the layers" if plan is None else f"the layers of {plan}"
     say(f"{recipe.public.model}, dropping {dropping}")
@@ -106,6 +108,7 @@ def run_of(
             recipe = choose(kept=kept)
         job = Pipeline(run, recipe, plan, say, place)
         check_succession(job, plan, chosen=out is not None)
+        check(job)
         gone = no_longer_has(run, recipe, place)
         save_recipe(run, recipe, place)
         if gone:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -28,6 +28,9 @@ from trsp_deploy.cli.options import (
 from trsp_deploy.cli.terminal import Output, say
 from trsp_deploy.errors import RecipeError
 from trsp_deploy.launch import launched
+
+if TYPE_CHECKING:
+    from trsp_deploy.pipeline import Pipeline
 
 Drops = Annotated[
     str,
@@ -112,10 +115,14 @@ def sweep(
 
     targets = Targets(min_speedup=target_speedup, max_latency_s=max_latency_s, max_ppl_ratio=max_ppl_ratio)
     check_targets(chosen, targets)  # before the recipe of a finished sweep is another
-    with run_of(chosen, out, drops=drop) as job:
-        counts = parse_drops(drop, job.inputs.num_layers())
+
+    def check(job: Pipeline) -> None:
+        counts = parse_drops(drop, job.inputs.config().num_hidden_layers)  # without the model, which it may refuse
         check_memory(job, None, ignore_memory, whole=True, counts=counts)
         check_disk(job, None, ignore_disk, counts)
+
+    with run_of(chosen, out, drops=drop, check=check) as job:
+        counts = parse_drops(drop, job.inputs.num_layers())
         found, failed = sweep_all(job, counts, targets, say)
         folder = job.run.path
     output = Output(as_json)
