@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,8 @@ from tests.training import TRAIN, recipe, same_weights, transfer, windows
 from trsp_deploy.stages.selection import select_layers
 from trsp_deploy.tools.progress import Meter
 from trsp_deploy.tools.training import forms, optimizers, teacher
-from trsp_deploy.tools.training.checkpoints import Checkpoints, put_back_moments
+from trsp_deploy.tools.training.checkpoints import Checkpoints, put_back_moments, trains_with
+from trsp_deploy.tools.training.state_file import write_state
 
 
 class Killed(Exception):
@@ -125,12 +128,56 @@ def test_a_checkpoint_of_another_key_is_ignored(dense, tmp_path):
 def test_a_checkpoint_of_other_versions_is_ignored(tmp_path, monkeypatch):
     Checkpoints(tmp_path / "stage", "key", 0).save({"step": 1})
     assert Checkpoints(tmp_path / "stage", "key", 0).load() == {"step": 1}
-    from trsp_deploy.tools.training import checkpoints
+    said = []
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.0" if name == "torch" else version(name))
+    assert Checkpoints(tmp_path / "stage", "key", 0, say=said.append).load() is None
+    words = "a checkpoint of other settings or versions is there and is not used"
+    assert said == [f"{words} ({state_of(tmp_path)}: torch was {version('torch')!r} and is '1.0')"]
 
-    made = checkpoints.provenance()
-    other = made.model_copy(update={"packages": {**made.packages, "torch": "1.0"}})
-    monkeypatch.setattr(checkpoints, "provenance", lambda: other)
-    assert Checkpoints(tmp_path / "stage", "key", 0).load() is None
+
+def state_of(folder):
+    return folder / "stage" / "state.safetensors"
+
+
+@pytest.mark.parametrize("package", ["onnxruntime", "tensorrt", "datasets", "lm-eval", "optimum", "bitsandbytes"])
+def test_a_checkpoint_outlives_packages_that_the_training_does_not_use(tmp_path, monkeypatch, package):
+    """They were installed between the kill and the next start, and the training of hours began anew without a word."""
+    Checkpoints(tmp_path / "stage", "key", 0).save({"step": 1})
+    installed(monkeypatch, package)
+    said = []
+    assert Checkpoints(tmp_path / "stage", "key", 0, say=said.append).load() == {"step": 1} and not said
+
+
+@pytest.mark.parametrize(
+    ("settings", "package"), [({"optimizer": "adamw-8bit"}, "bitsandbytes"), ({"lora_rank": 2}, "peft")]
+)
+def test_a_checkpoint_is_of_the_packages_that_the_training_does_use(tmp_path, monkeypatch, settings, package):
+    uses = trains_with(recipe(transfer=settings).transfer)
+    Checkpoints(tmp_path / "stage", "key", 0, packages=uses).save({"step": 1})
+    installed(monkeypatch, package)
+    assert Checkpoints(tmp_path / "stage", "key", 0, packages=uses).load() is None
+
+
+def installed(monkeypatch, package):
+    """Another version of a package, or its first."""
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "99.0" if name == package else version(name))
+
+
+@pytest.mark.parametrize(
+    ("key", "words"), [("other settings", "settings or inputs are others"), (None, "it is of another version")]
+)
+def test_what_a_checkpoint_that_is_not_used_is_of_is_said(tmp_path, key, words):
+    said = []
+    if key is None:
+        state_of(tmp_path).parent.mkdir()
+        write_state(state_of(tmp_path), "0f" * 32, {"step": 1})
+    else:
+        Checkpoints(tmp_path / "stage", key, 0).save({"step": 1})
+    assert Checkpoints(tmp_path / "stage", "key", 0, say=said.append).load() is None
+    assert len(said) == 1 and words in said[0]
+    state_of(tmp_path).write_bytes(state_of(tmp_path).read_bytes()[:-40])
+    assert Checkpoints(tmp_path / "stage", "key", 0, say=said.append).load() is None
+    assert len(said) == 1, "one that is damaged is of nothing"
 
 
 def test_a_broken_file_is_ignored(tmp_path):

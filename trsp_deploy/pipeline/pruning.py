@@ -25,7 +25,7 @@ from trsp_deploy.stages import selection, transfer
 from trsp_deploy.tools.plan import PruningPlan, read_plan
 from trsp_deploy.tools.quiet import quiet_libraries
 from trsp_deploy.tools.sources.texts import jsonl, load_texts, tokenize_windows
-from trsp_deploy.tools.training.checkpoints import Checkpoints
+from trsp_deploy.tools.training.checkpoints import Checkpoints, trains_with
 from trsp_deploy.tools.training.forms import check_weights_are_whole
 from trsp_deploy.tools.training.optimizers import make_optimizer
 from trsp_deploy.tools.training.parameters import add_adapters
@@ -265,7 +265,13 @@ class Pruning:
         work: is handed what to go on from; the finished step leaves none of it behind.
         """
         key = self.run.key(step, settings=settings, inputs=inputs)
-        checkpoints = Checkpoints(self.run.layout.checkpoints / step, key, self.recipe.checkpoint_s)
+        checkpoints = Checkpoints(
+            self.run.layout.checkpoints / step,
+            key,
+            self.recipe.checkpoint_s,
+            packages=trains_with(self.recipe.transfer),
+            say=self.inputs.say,
+        )
         result = self.run.step(
             step,
             lambda: work(checkpoints),

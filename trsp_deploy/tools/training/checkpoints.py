@@ -10,32 +10,57 @@ checkpoints.remove()
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import importlib.metadata
 import json
 import os
 import shutil
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from trsp_deploy.artifacts import provenance, writing
+from trsp_deploy.artifacts import writing
+from trsp_deploy.errors import shown
+from trsp_deploy.recipe import TransferSettings
 from trsp_deploy.tools.training.state_file import State, read_state, write_state
 
 # Raise when what a state holds, or what a step does with it, changes.
 FORMAT = 4
+PACKAGES = ("torch", "transformers", "accelerate", "numpy")  # which every training depends on
+STAGE = "settings or inputs"
 
 
 class Checkpoints:
     """The checkpoint of one stage of one run, in a folder of its own."""
 
-    def __init__(self, folder: Path, key: str, every_s: float) -> None:
-        """key: of the stage's settings and inputs; versions and launch are added, since they decide the last bits."""
+    def __init__(
+        self,
+        folder: Path,
+        key: str,
+        every_s: float,
+        *,
+        packages: Sequence[str] = (),
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """key: of the stage's settings and inputs; versions and launch are added, since they decide the last bits.
+
+        packages: that the stage trains with beside PACKAGES. say: hears why a checkpoint that is there is not used.
+        """
         self._path = folder / "state.safetensors"
-        launch = [os.environ.get(name) for name in ("WORLD_SIZE", "ACCELERATE_USE_FSDP")]
-        self._key = hashlib.sha256(json.dumps([FORMAT, key, provenance().packages, launch]).encode()).hexdigest()
+        self._say = say
+        launch = ("WORLD_SIZE", "ACCELERATE_USE_FSDP")
+        self._of: dict[str, Any] = {
+            STAGE: key,
+            "its form": FORMAT,
+            **{name: _version(name) for name in (*PACKAGES, *packages)},
+            **{name: os.environ.get(name) for name in launch},
+        }
+        self._key = json.dumps(self._of)
         self._every_s = every_s
         self._saved_at = time.monotonic()
 
@@ -44,7 +69,28 @@ class Checkpoints:
 
         Its tensors are mapped from the file: copy what is to live on, and let go of the rest.
         """
-        return read_state(self._path, self._key)
+        state = read_state(self._path, self._key)
+        if state is None and (differs := self._differs()):
+            self._say(f"a checkpoint of other settings or versions is there and is not used ({self._path}: {differs})")
+        return state
+
+    def _differs(self) -> str:
+        """What the checkpoint that is there is of, and this is not; empty where none is there, or it is damaged."""
+        try:
+            with safe_open(self._path, "pt") as file:
+                key = (file.metadata() or {}).get("key", "")
+        except (SafetensorError, OSError):
+            return ""
+        if key == self._key:
+            return ""
+        try:
+            was = dict(json.loads(key))
+        except (ValueError, TypeError):
+            return "it is of another version"
+        others = {name: now for name, now in self._of.items() if was.get(name) != now}
+        if STAGE in others:
+            return f"{STAGE} are others"
+        return "; ".join(f"{name} was {shown(was.get(name))} and is {shown(now)}" for name, now in others.items())
 
     def due(self) -> bool:
         """Whether the last one is old enough for the next."""
@@ -61,6 +107,19 @@ class Checkpoints:
         shutil.rmtree(self._path.parent, ignore_errors=True)
         with contextlib.suppress(OSError):  # another stage's may lie beside it
             self._path.parent.parent.rmdir()
+
+
+def trains_with(settings: TransferSettings) -> list[str]:
+    """The packages that a training of these settings depends on beside PACKAGES."""
+    needed = {"peft": settings.lora_rank is not None, "bitsandbytes": settings.optimizer == "adamw-8bit"}
+    return [name for name, is_needed in needed.items() if is_needed]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None  # of which the training says more
 
 
 def training_state(model: nn.Module, optimizer: torch.optim.Optimizer, sharded: bool) -> State:
