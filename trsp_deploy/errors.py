@@ -112,6 +112,7 @@ class ShapeUnavailable(EngineUnavailable):
     """This engine takes no such batch, length or padding. It is whole, and nothing of the call has run."""
 
 
+AGAIN = "run the same command again: finished steps are kept"
 # What the machine refuses, and what helps; a path of that length or kind is the user's own.
 REFUSALS = {
     errno.EACCES: "",
@@ -123,11 +124,20 @@ REFUSALS = {
     errno.ELOOP: "",
     errno.EIO: "",
     errno.EFBIG: "; see `ulimit -f`",
-    errno.ENOSPC: "; free some space and run the same command again: finished steps are kept",
-    errno.EDQUOT: "; free some space and run the same command again: finished steps are kept",
-    errno.EMFILE: "; raise the limit with `ulimit -n 1024` and run the same command again: finished steps are kept",
-    errno.ENFILE: "; close other programs and run the same command again: finished steps are kept",
+    errno.ENOSPC: f"; free some space and {AGAIN}",
+    errno.EDQUOT: f"; remove files of yours, or have the quota raised, and {AGAIN}",
+    errno.EMFILE: f"; raise the limit with `ulimit -n 1024` and {AGAIN}",
+    errno.ENFILE: f"; close other programs and {AGAIN}",
+    errno.EBUSY: f"; end the process that holds it, and {AGAIN}",
+    errno.ENOTEMPTY: f"; end the process that holds a file in it open, and {AGAIN}",
+    errno.ETXTBSY: f"; end the process that runs it, or writes it, and {AGAIN}",
+    errno.ESTALE: f"; the file system's server no longer has what was open; {AGAIN}",
+    errno.EREMOTEIO: f"; the file system's server could not read or write it; {AGAIN}",
+    errno.ENOLCK: f"; the file system has no locks to give; {AGAIN}",
+    errno.ETIMEDOUT: f"; the file system did not answer; {AGAIN}",
+    errno.ENOTCONN: f"; the file system is no longer connected; mount it again and {AGAIN}",
 }
+OF_SOCKETS = (errno.ETIMEDOUT, errno.ENOTCONN)  # too, whose errors name no file
 NO_MEMORY = re.compile(
     r"can(no|')t allocate memory|failed to allocate memory|bad allocation|bad_alloc|failed to map segment"
     r"|can't start new thread|out of memory|cublas_status_alloc_failed",
@@ -153,21 +163,19 @@ def machine_reason(problem: BaseException) -> str | None:
             )
         if isinstance(cause, MemoryError) or NO_MEMORY.search(str(cause)):
             said = f" ({shown(str(cause))})" if str(cause) else ""
-            return (
-                f"not enough memory{said}; close other programs or raise the limit (`ulimit -v`) "
-                "and run the same command again: finished steps are kept"
-            )
+            return f"not enough memory{said}; close other programs or raise the limit (`ulimit -v`) and {AGAIN}"
         if isinstance(cause, OSError) and NO_SCRATCH in str(cause):
             return (
                 "no folder for temporary files can be written; set TMPDIR to one that can (in a container `--tmpfs "
-                "/tmp`) and run the same command again: finished steps are kept"
+                f"/tmp`) and {AGAIN}"
             )
         if isinstance(cause, BlockingIOError) and cause.strerror == os.strerror(errno.EAGAIN):  # of a fork
             return (
                 f"no other process can be started ({cause.strerror}); close other programs or raise the limit "
-                "(`ulimit -u`) and run the same command again: finished steps are kept"
+                f"(`ulimit -u`) and {AGAIN}"
             )
-        if isinstance(cause, OSError) and cause.errno in REFUSALS:
+        of_socket = isinstance(cause, OSError) and cause.errno in OF_SOCKETS and cause.filename is None
+        if isinstance(cause, OSError) and cause.errno in REFUSALS and not of_socket:
             return f"{cause.filename or 'disk'}: {cause.strerror}{REFUSALS[cause.errno]}"
         if "too many open files" in str(cause).lower():  # safetensors' words for it are no OSError
             return f"{shown(str(cause))}{REFUSALS[errno.EMFILE]}"

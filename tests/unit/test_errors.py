@@ -47,6 +47,14 @@ def wrapped(cause: Exception) -> Exception:
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 'not enough memory ("DefaultCPU'),
         (ImportError("libtorch.so: failed to map segment from shared object"), "not enough memory"),
         (OSError(errno.ENAMETOOLONG, "File name too long", "y"), "y: File name too long"),
+        (OSError(errno.ESTALE, "Stale file handle", "z"), "z: Stale file handle; the file system's server no longer"),
+        (OSError(errno.EREMOTEIO, "Remote I/O error"), "disk: Remote I/O error; the file system's server could not"),
+        (OSError(errno.ENOLCK, "No locks available"), "disk: No locks available; the file system has no locks to give"),
+        (OSError(errno.EBUSY, "Busy", "z"), "z: Busy; end the process that holds it, and run the same command again"),
+        (OSError(errno.ENOTEMPTY, "Not empty", "z"), "z: Not empty; end the process that holds a file in it open, and"),
+        (OSError(errno.ETXTBSY, "Text file busy", "z"), "z: Text file busy; end the process that runs it, or writes"),
+        (OSError(errno.ETIMEDOUT, "Timed out", "z"), "z: Timed out; the file system did not answer; run the same"),
+        (OSError(errno.ENOTCONN, "Not connected", "z"), "z: Not connected; the file system is no longer connected; mo"),
         (BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)), "no other process can be started (Resource temp"),
     ],
 )
@@ -115,6 +123,8 @@ def test_a_model_is_not_to_blame_for_the_machine(monkeypatch, capsys):
         ValueError("x"),
         KeyError("memory"),
         FileNotFoundError(errno.ENOENT, "No such file"),
+        TimeoutError(errno.ETIMEDOUT, "Connection timed out"),  # a network's, whose own line says more
+        OSError(errno.ENOTCONN, "Transport endpoint is not connected"),
         BlockingIOError(errno.EAGAIN, "write could not complete without blocking", 0),
     ],
 )
