@@ -23,7 +23,7 @@ from trsp_deploy.artifacts.fingerprints import SIGNED, Sealed, files_below, fing
 from trsp_deploy.artifacts.layout import LOCK, MANIFEST, PARTS, RunLayout, run_that_owns
 from trsp_deploy.artifacts.locks import locked
 from trsp_deploy.artifacts.provenance import Provenance, provenance
-from trsp_deploy.artifacts.storage import storage_errors, write_json
+from trsp_deploy.artifacts.storage import LEADS_NOWHERE, storage_errors, write_json
 from trsp_deploy.errors import RunError, StorageError
 from trsp_deploy.recipe import RelativePath
 
@@ -205,6 +205,8 @@ class RunFolder:
         if record.key != self.key(name, settings=settings, inputs=inputs) or record.outputs.keys() != set(outputs):
             return None
         if changed := self._changed_outputs(record):
+            for path in changed:
+                _check_link(self.path, path, record.outputs[path])
             # `clean` removes what a later run makes again, and that is no damage.
             gone = [path for path in changed if not (self.path / path).exists()]
             others = [path for path in changed if path not in gone]
@@ -324,8 +326,28 @@ def check_made(run: Path, step: str, output: str) -> None:
     record, path = RunFolder(run).record(step), run / output
     if not path.exists():
         raise RunError(f"{path}: is not there, as after `clean`; `trsp-deploy report {run}` makes it again")
+    if record is not None:
+        _check_link(run, output, record.outputs.get(output))
     if record is not None and (leaves(run, path) or fingerprint(path) != record.outputs.get(output)):
         raise RunError(f"{path}: is not what its step made (`trsp-deploy verify {run}` names the file); make it again")
+
+
+def _check_link(run: Path, output: str, made: str | None) -> None:
+    """Raise RunError where a link is all that is wrong with an output, or may be, which would be made again for it.
+
+    made: its fingerprint, as its step made it.
+    """
+    path = run / output
+    link = next((each for each in (path, *path.parents) if each.is_symlink()), None)
+    if link is None or not leaves(run, path):
+        return
+    if not path.exists():
+        raise RunError(f"{link}: {LEADS_NOWHERE}")
+    if fingerprint(path) == made:
+        raise RunError(
+            f"{link}: is a link out of the run; move the whole run and link that, or remove the link to have it made "
+            "again"
+        )
 
 
 def _plain(settings: BaseModel | Mapping[str, Any]) -> dict[str, Any]:

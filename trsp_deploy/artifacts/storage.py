@@ -15,10 +15,12 @@ from typing import Any
 from pydantic import BaseModel
 
 from trsp_deploy.artifacts.fingerprints import Sealed, seal
-from trsp_deploy.errors import RunError, StorageError, TrspError
+from trsp_deploy.errors import AGAIN, RunError, StorageError, TrspError
 
 NOTHING_LEFT = 1 << 20  # bytes: a disk with less is full, whatever a library calls its error
 NO_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EACCES)  # of folders: some network drives; not readable
+HELD_OPEN = (errno.ENOTEMPTY, errno.EBUSY)  # of a folder on NFS: a file that is open stays, under another name
+LEADS_NOWHERE = "is a link that leads nowhere; mount the disk that it leads to, or remove the link to have it made here"
 SHORT = ("file too large", "unexpected pos", "requested and")  # torch's and NumPy's words for a write that is not whole
 
 
@@ -47,15 +49,23 @@ def _refusal(path: Path, problem: Exception) -> StorageError | None:
     full = "no space left" in said or free_bytes(path) < NOTHING_LEFT
     if number in (errno.ENOSPC, errno.EDQUOT) or (number is None and full):
         place = _on_full_disk(path, problem)
-        return StorageError(
-            f"{place}: the disk is full ({free_bytes(place) / 1e6:.0f} MB free); "
-            "free some space and run the same command again: finished steps are kept"
-        )
+        return StorageError(f"{place}: {_lacking(place, number)} and {AGAIN}")
     if isinstance(problem, OSError) and number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return StorageError(f"{problem.filename or path}: no permission to write ({problem.strerror})")
     if number is None and any(words in said for words in SHORT):
         return StorageError(f"{path}: a file may not be that large here (`ulimit -f`); {problem}")
     return None
+
+
+def _lacking(place: Path, number: int | None) -> str:
+    """What a disk that takes no more is short of, and how there is more of it."""
+    free = f"{free_bytes(place) / 1e6:.0f} MB free"
+    if number == errno.EDQUOT:
+        return f"your quota is used up (the disk itself has {free}); remove files of yours, or have it raised,"
+    disk = os.statvfs(nearest_existing(place))
+    if number == errno.ENOSPC and disk.f_files and not disk.f_favail:
+        return f"the disk is full (no inodes are left for more files; {free}); remove some files"
+    return f"the disk is full ({free}); free some space"
 
 
 def _on_full_disk(path: Path, problem: Exception) -> Path:
@@ -119,18 +129,18 @@ def writing(target: Path, staging: Path | None = None) -> Iterator[Path]:
     After an error or a kill the target is what it was before, or, of a folder, gone: it is never half of anything. When
     this returns it is on the disk by its name, which a power cut then leaves.
     """
-    aside = target if staging is None else staging / target.name
-    partial, former = (aside.with_name(f".{target.name}.{state}") for state in ("partial", "former"))
+    aside = target.parent if staging is None else staging
     there = nearest_existing(target.absolute().parent)
     with storage_errors(target):
         _check_kind(target)
+        if target.is_symlink() and not target.exists():  # a folder cannot take its place, which would show at the end
+            raise StorageError(f"{target}: {LEADS_NOWHERE}")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError, FileNotFoundError) as problem:
             said = f"{problem.filename}: {problem.strerror}"
             raise StorageError(f"{target}: its folder cannot be made ({said})") from problem
-        remove(partial)
-        remove(former)
+        partial, former = (_cleared(aside, target.name, state) for state in ("partial", "former"))
         try:
             with storage_errors(target):  # before the next lines make room again: how full the disk is explains much
                 yield partial
@@ -147,17 +157,32 @@ def writing(target: Path, staging: Path | None = None) -> Iterator[Path]:
                 if folder == there:  # the ones below are new, and their names too
                     break
         except BaseException:
-            remove(partial)
+            with contextlib.suppress(OSError):  # what happened says more
+                remove(partial)
             if former.exists() and not target.exists():
                 former.replace(target)
             raise
-        remove(former)
+        with contextlib.suppress(OSError):  # the new one is whole; `clean` takes what is left of the old one
+            remove(former)
+
+
+def _cleared(folder: Path, name: str, state: str, number: int = 1) -> Path:
+    """A path in a folder that nothing lies at: what a kill left there goes, or, held open on NFS, has it for itself."""
+    path = folder / (f".{name}.{state}" if number == 1 else f".{name}.{number}.{state}")
+    try:
+        remove(path)
+    except OSError as problem:
+        if problem.errno not in HELD_OPEN:
+            raise
+        return _cleared(folder, name, state, number + 1)
+    return path
 
 
 def share_weights(folder: Path) -> None:
     """Let whoever may read a new folder read its safetensors, which their writer (0.8) keeps to the user alone."""
     for file in folder.glob("*.safetensors"):
-        file.chmod(folder.stat().st_mode & 0o666)
+        with contextlib.suppress(OSError):  # of a disk without modes, as SMB has them
+            file.chmod(folder.stat().st_mode & 0o666)
 
 
 def link_tree(source: Path, target: Path, copied: tuple[str, ...] = ()) -> None:
@@ -166,18 +191,23 @@ def link_tree(source: Path, target: Path, copied: tuple[str, ...] = ()) -> None:
     copied: ends of names of files that are copied in any case.
     """
 
-    def link(one: str, other: str) -> None:
-        if not one.endswith(copied):
-            with contextlib.suppress(OSError):
-                os.link(one, other)
-                return
-        shutil.copy2(one, other)
-
     with writing(target) as partial:
-        if source.is_dir():
-            shutil.copytree(source, partial, copy_function=link)
-        else:
-            link(str(source), str(partial))
+        _link(source, partial, copied)
+
+
+def _link(source: Path, target: Path, copied: tuple[str, ...]) -> None:
+    if source.is_dir():
+        target.mkdir()
+        for each in source.iterdir():
+            _link(each, target / each.name, copied)
+    else:
+        if not source.name.endswith(copied):
+            with contextlib.suppress(OSError):
+                os.link(source, target)
+                return
+        shutil.copyfile(source, target)
+    with contextlib.suppress(OSError):  # of a disk without modes or times
+        shutil.copystat(source, target)
 
 
 def write_json(path: Path, value: BaseModel | Mapping[str, Any]) -> None:
