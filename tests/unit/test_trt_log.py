@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.made_run import SPEC, made_run
+from trsp_deploy.artifacts import writing
+from trsp_deploy.errors import EngineUnavailable
+from trsp_deploy.stages.build import _log_of_failure
 from trsp_deploy.tools.runners.inspection import Inspection, layer_table
 from trsp_deploy.tools.runners.manifest import read_manifest
 from trsp_deploy.tools.runners.trt_log import ADVICE, read_log, with_advice
@@ -137,3 +140,52 @@ def test_each_failure_that_is_known_comes_with_its_advice(words: str) -> None:
 
 def test_another_failure_comes_as_it_is() -> None:
     assert with_advice("Error Code 9: Skipping tactic") == "Error Code 9: Skipping tactic"
+
+
+# -- the log of a build that failed ------------------------------------------------------------------------------------
+
+LOG = "[VERBOSE] Trying to load\n[ERROR] Failed to parse\n"
+
+
+def build(folder: Path, backend: str = "tensorrt", fails: bool = True) -> str:
+    """A build as `build_engine` does one; what it says where it fails."""
+    spec = SPEC.model_copy(update={"backend": backend})
+    try:
+        with writing(folder) as partial, _log_of_failure(spec, partial, folder):
+            partial.mkdir()
+            (partial / "build.log").write_text(LOG)
+            if fails:
+                raise EngineUnavailable("no")
+    except EngineUnavailable as problem:
+        return str(problem)
+    return ""
+
+
+def test_a_log_of_a_failed_build_is_replaced_and_goes(tmp_path: Path) -> None:
+    kept = tmp_path / "engine-failed.log"
+    for before in (None, "", "[INTERNAL_ERROR] of another build\n"):
+        if before is not None:
+            kept.write_text(before)
+        assert build(tmp_path / "engine") == f"no (log: {kept})" and kept.read_text() == LOG
+    assert not build(tmp_path / "engine", fails=False) and not kept.exists()
+
+
+@pytest.mark.parametrize("theirs", ["file", "folder", "link"])
+@pytest.mark.parametrize("backend", ["tensorrt", "onnxruntime-cpu"])
+def test_what_a_user_has_beside_an_engine_stays(tmp_path: Path, theirs: str, backend: str) -> None:
+    """`build --onnx --out DIR` removed or wrote over DIR-failed.log, and dropped the engine where it was a folder."""
+    kept = tmp_path / "engine-failed.log"
+    (tmp_path / "mine").write_text(LOG)
+    if theirs == "file":
+        kept.write_text("notes of mine")
+    elif theirs == "folder":
+        kept.mkdir()
+    else:
+        kept.symlink_to("mine")
+    if backend == "tensorrt":
+        assert build(tmp_path / "engine") == f"no (log: {tmp_path / 'engine-2-failed.log'})"
+        assert (tmp_path / "engine-2-failed.log").read_text() == LOG
+    assert not build(tmp_path / "engine", backend, fails=False) and (tmp_path / "engine" / "build.log").exists()
+    assert not (tmp_path / "engine-2-failed.log").exists()
+    assert (tmp_path / "mine").read_text() == LOG
+    assert kept.is_dir() if theirs == "folder" else kept.read_text() in ("notes of mine", LOG)

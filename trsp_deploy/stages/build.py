@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from trsp_deploy.tools.runners.inspection import trtexec
 from trsp_deploy.tools.runners.manifest import ReadText, check_manifest, read_manifest, spec_sha256
 from trsp_deploy.tools.runners.passes import passes_version, source_runner
 from trsp_deploy.tools.runners.requirements import package_version, release_torch_memory
-from trsp_deploy.tools.runners.trt_log import BUILD_LOG
+from trsp_deploy.tools.runners.trt_log import BUILD_LOG, is_log
 from trsp_deploy.tools.sources.texts import load_texts, tokenize_windows
 
 RANDOM_TOKENS = "random tokens"
@@ -54,9 +54,9 @@ def build_engine(
     a run's engines are held against PyTorch (stages/parity.py).
     folder: replaced if it exists. Holds the engine, manifest.json and, for TensorRT, build.log and trtexec.sh.
     Raises EngineUnavailable with the reason when this machine cannot build it or the backend refuses the graph
-    (TensorRT's log is then kept as `<folder>-failed.log`), EngineSpecError when the spec itself is at fault, RunError
-    when there is no ONNX file, ParityError when an engine in floats that is held gives other logits than its graph, or
-    any gives none, StorageError when the disk is full.
+    (TensorRT's log is then kept as `<folder>-failed.log`, or by another name where that is somebody else's),
+    EngineSpecError when the spec itself is at fault, RunError when there is no ONNX file, ParityError when an engine in
+    floats that is held gives other logits than its graph, or any gives none, StorageError when the disk is full.
     """
     if not onnx.is_file():
         raise RunError(f"{onnx}: no ONNX file to build engine {spec.name} from; export it first")
@@ -65,7 +65,7 @@ def build_engine(
     release_torch_memory()
     began = time.perf_counter()
     source, files = _from_folder(onnx, folder), source_files(onnx)
-    with writing(folder) as partial, _log_of_failure(partial, folder.with_name(f"{folder.name}-failed.log")):
+    with writing(folder) as partial, _log_of_failure(spec, partial, folder):
         partial.mkdir()
         built = BACKENDS[spec.backend].build(onnx, spec, partial, calibration)
         if spec.backend.startswith("tensorrt"):
@@ -219,14 +219,26 @@ def read_calibration(texts: str, tokenizer: Path) -> np.ndarray:
 
 
 @contextmanager
-def _log_of_failure(partial: Path, kept: Path) -> Iterator[None]:
+def _log_of_failure(spec: EngineSpec, partial: Path, folder: Path) -> Iterator[None]:
     """Save a failed build's log from the removal of its folder, and remove an older one after a success."""
+    if not spec.backend.startswith("tensorrt"):
+        yield
+        return
+    kept = _place_for_log(folder)
     try:
         yield
     except EngineUnavailable as problem:
         log = partial / BUILD_LOG
         if not log.exists():
             raise
-        shutil.copy(log, kept)
+        shutil.copyfile(log, kept)
         raise EngineUnavailable(f"{problem} (log: {kept})") from problem
-    kept.unlink(missing_ok=True)
+    with suppress(OSError):  # the engine is whole
+        kept.unlink()
+
+
+def _place_for_log(folder: Path) -> Path:
+    """`<folder>-failed.log`, or with a number the first that is free, or an earlier build's: a user's file stays."""
+    ends = ("", *(f"-{number}" for number in range(2, 100)))
+    paths = [folder.with_name(f"{folder.name}{end}-failed.log") for end in ends]
+    return next((path for path in paths if not os.path.lexists(path) or is_log(path)), paths[-1])

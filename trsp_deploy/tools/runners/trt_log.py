@@ -95,6 +95,18 @@ class BuildLog(Strict):
         return [layer for layer in self.layers if layer.profile == profile]
 
 
+def is_log(path: Path) -> bool:
+    """Whether a file was written by `logger`; one without a line may be."""
+    try:
+        if path.is_symlink() or not path.is_file():
+            return False
+        with path.open("rb") as file:
+            begin = file.read(len("[INTERNAL_ERROR] "))
+    except OSError:
+        return False
+    return not begin or re.match(rb"\[(VERBOSE|INFO|WARNING|ERROR|INTERNAL_ERROR)\] ", begin) is not None
+
+
 def read_log(path: Path) -> BuildLog:
     """Read a build log of verbosity DETAILED; empty when there is none."""
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
