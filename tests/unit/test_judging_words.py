@@ -156,6 +156,17 @@ def test_a_file_whose_disk_takes_no_more_is_no_reader_that_left(number: int, tmp
         print("here")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_a_log_whose_disk_is_full_costs_no_result(capfd: pytest.CaptureFixture[str]) -> None:
+    """A scheduler's, of stderr: it ended jobs of days, and what they had found was not said."""
+    with Path("/dev/full").open("w") as log:
+        with contextlib.redirect_stderr(log), lasting_streams():
+            print("how far the work is", file=sys.stderr, flush=True)
+            print("the result")
+        log.write("more")  # what a process still holds when it ends
+    assert capfd.readouterr().out == "the result\n"
+
+
 def test_a_summary_shows_what_misses_the_bound() -> None:
     """Its table said "at most 1.001 | 1.001 (1.001 to 1.001)" of a failure."""
     wanted = Requirement(name="ppl wiki", sense="at most", bound=1 / 0.999, source="--quality-budget")

@@ -8,7 +8,7 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, TextIO, cast
 
 from rich.console import Console
@@ -17,6 +17,7 @@ from rich.table import Table
 
 from trsp_deploy.errors import one_line, redacted
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PIPED_WIDTH = 140  # columns: the report's table, its longest names and intervals in one line each
 
 
@@ -96,8 +97,12 @@ class Output:
 @contextlib.contextmanager
 def lasting_streams() -> Iterator[None]:
     """Go on when nobody reads stdout or stderr any more, as after `| head` or without the terminal that a job in the
-    background was started from: an exit code is the verdict's."""
-    with contextlib.redirect_stdout(_lasting(sys.stdout)), contextlib.redirect_stderr(_lasting(sys.stderr)):
+    background was started from: an exit code is the verdict's. So where the disk of stderr's log takes no more, which
+    says how far the work is; stdout has the result."""
+    with (
+        contextlib.redirect_stdout(_lasting(sys.stdout)),
+        contextlib.redirect_stderr(_lasting(sys.stderr, also=DISK_FULL)),
+    ):
         try:
             yield
         finally:
@@ -105,15 +110,18 @@ def lasting_streams() -> Iterator[None]:
             sys.stderr.flush()
 
 
-def _lasting(stream: TextIO) -> TextIO:
-    return cast(TextIO, _Lasting(stream))
+def _lasting(stream: TextIO, also: Collection[int] = ()) -> TextIO:
+    return cast(TextIO, _Lasting(stream, also))
 
 
 class _Lasting:
-    """A stream whose reader may leave; what is written then goes nowhere. Rich would end the process."""
+    """A stream whose reader may leave; what is written then goes nowhere. Rich would end the process.
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    also: numbers of other errors that it goes on after.
+    """
+
+    def __init__(self, stream: TextIO, also: Collection[int]) -> None:
+        self._stream, self._also = stream, also
 
     def write(self, text: str) -> int:
         with self._without_reader():
@@ -139,7 +147,7 @@ class _Lasting:
         """Whether a pipe's reader or the terminal is gone; a file's EIO is its disk's."""
         if problem.errno == errno.EIO:
             return stat.S_ISCHR(os.fstat(self._stream.fileno()).st_mode)
-        return problem.errno == errno.EPIPE
+        return problem.errno == errno.EPIPE or problem.errno in self._also
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
