@@ -54,7 +54,9 @@ def test_without_keep_only_leftovers_go(run: Path) -> None:
     (run / ".report.json.partial").write_text("{")
     (run / ".pruned.former").mkdir()  # of a kill between two renames
     (run / "engines" / "ort-cpu-fp32" / "dense-failed.log").write_text("error")
-    assert len(cleaned(run)) == 4
+    (run / "checkpoints" / "prune").mkdir(parents=True)
+    (run / "checkpoints" / "prune" / ".state.safetensors.partial").write_text("x")
+    assert len(cleaned(run)) == 5
     assert files(run) == before and verify(run).whole
 
 

@@ -27,15 +27,13 @@ from trsp_deploy.artifacts import (
     storage_errors,
     write_json,
 )
-from trsp_deploy.artifacts.layout import ENGINES, FAILED_LOGS, PARTS, RunLayout, check_is_run
+from trsp_deploy.artifacts.layout import CHECKPOINTS, ENGINES, FAILED_LOGS, PARTS, RunLayout, check_is_run
 from trsp_deploy.errors import RunError, nearest
 from trsp_deploy.recipe import Strict
 
 CLEANABLE = {part.name: part.paths for part in PARTS if part.cleanable}  # `--keep` names them, or `engines/NAME`
-LEFTOVERS = (
-    *(f"{place}.*.{state}" for place in ("", "*/", f"{ENGINES}/*/") for state in ("partial", "former")),  # of a kill
-    FAILED_LOGS,
-)
+_PLACES = ("", "*/", f"{ENGINES}/*/", f"{CHECKPOINTS}/*/")
+LEFTOVERS = (*(f"{place}.*.{state}" for place in _PLACES for state in ("partial", "former")), FAILED_LOGS)  # of a kill
 Runs = Sequence[RunFolder]  # a run alone, or a sweep and the runs within; all of them locked
 
 
