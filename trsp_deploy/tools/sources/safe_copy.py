@@ -45,7 +45,7 @@ def convert(name: str, out: Path | None, progress: Callable[[str], None]) -> Pat
             _write(folder, name, place, progress)
         return out
     out = conversions(SHORT_NAMES.get(name, name)) / folder.name  # the commit
-    with alone(out.with_name(f".{out.name}.lock")):
+    with alone(out.with_name(f".{out.name}.lock"), progress):
         if not out.is_dir():
             _write(folder, name, out, progress)
     return out
