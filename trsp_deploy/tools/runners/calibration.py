@@ -77,18 +77,22 @@ def _readable(exported: Path) -> int | None:
     from trsp_deploy.tools.graphs.nodes import NoMatch
 
     try:
-        return max_positions(exported)
+        return exported_positions(exported)
     except NoMatch:
         return longest_text(exported)
 
 
-def max_positions(exported: Path) -> int:
-    """The longest text of the model, from the config.json that an export leaves beside its graph; raises NoMatch."""
+def exported_positions(exported: Path) -> int:
+    """Tokens that the model of an exported graph was made for, from the config.json that an export leaves beside it.
+
+    Raises NoMatch where there is none, or it names no number: XLNet's says -1, for any.
+    """
     from trsp_deploy.tools.graphs.nodes import NoMatch
 
     values = _config(exported)
-    found = next((values[key] for key in POSITION_KEYS if values.get(key)), None)
-    if not isinstance(found, int):
+    named = (values.get(key) for key in POSITION_KEYS)
+    found = next((value for value in named if isinstance(value, int) and value > 0), None)
+    if found is None:
         raise NoMatch(f"no config.json beside {exported} says how long a text may be")
     return found
 

@@ -15,7 +15,7 @@ from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.tools.graphs import decoder_io
 from trsp_deploy.tools.graphs.fp16_range import HalfRange
 from trsp_deploy.tools.graphs.understood import check_reads_prompts
-from trsp_deploy.tools.runners.calibration import longest_text, max_positions, read_text
+from trsp_deploy.tools.runners.calibration import exported_positions, longest_text, read_text
 from trsp_deploy.tools.runners.graph_files import graph_files
 from trsp_deploy.tools.runners.half_range import within_range
 from trsp_deploy.tools.runners.manifest import BuiltEngine, PassOutcome, kept_products, left_in_floats
@@ -123,8 +123,8 @@ def fusions(onnx: Path) -> dict[str, Pass]:
 
     return {
         "fuse-attention": fuse_attention,
-        "fuse-rotary": lambda model: fuse_rotary(model, max_positions(onnx)),
-        "simplify-masks": lambda model: simplify_masks(model, max_positions(onnx)),
+        "fuse-rotary": lambda model: fuse_rotary(model, exported_positions(onnx)),
+        "simplify-masks": lambda model: simplify_masks(model, exported_positions(onnx)),
         "pack-projections": pack_projections,
         "fuse-norms": fuse_norms,
         "cut-logits": cut_logits,
