@@ -23,7 +23,7 @@ from trsp_deploy.stages.build import build_engine
 from trsp_deploy.stages.export import FILE, export_onnx
 from trsp_deploy.tools.graphs.norms import fuse_norms
 from trsp_deploy.tools.library import load_engine_spec
-from trsp_deploy.tools.runners import open_engine, ort_build, passes, trt_build
+from trsp_deploy.tools.runners import building, open_engine, ort_build, passes, trt_build
 from trsp_deploy.tools.runners.half_range import within_range
 from trsp_deploy.tools.runners.ort import OrtRunner
 
@@ -387,7 +387,7 @@ def test_tokens_of_another_rank_are_one_line_before_anything_is_built(
     def flat(model: onnx.ModelProto) -> None:
         del next(value for value in model.graph.input if value.name == name).type.tensor_type.shape.dim[dims:]
 
-    monkeypatch.setattr(ort_build, "within_range", lambda *_: pytest.fail("it is being built"))
+    monkeypatch.setattr(building, "within_range", lambda *_: pytest.fail("it is being built"))
     graph = changed(graphs / "fp32" / FILE, flat, tmp_path / "graph")
     with pytest.raises(EngineUnavailable, match=rf"the graph's {name} is \[\w*\]; understood is \[batch, "):
         build_engine(graph, load_engine_spec("ort-cpu-fp32"), tmp_path / "engine")
@@ -540,7 +540,7 @@ def test_a_disk_that_is_full_while_onnx_runtime_writes_is_called_so(
 
     monkeypatch.setattr(ort_build, "create_session", fails)
     spec = load_engine_spec("ort-cpu-fp32").model_copy(update={"fuse": False})
-    monkeypatch.setattr(ort_build, "holds_padding", lambda *_: True)
+    monkeypatch.setattr(building, "holds_padding", lambda *_: True)
     with pytest.raises(EngineUnavailable, match="Failed to write"):
         build_engine(graphs / "fp32" / FILE, spec, tmp_path / "engine")
     for module in (storage, ort_build):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +12,12 @@ from trsp_deploy.artifacts.storage import NOTHING_LEFT
 from trsp_deploy.errors import EngineUnavailable, one_line
 from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.tools.graphs import decoder_io
-from trsp_deploy.tools.graphs.fp16_range import HalfRange
-from trsp_deploy.tools.graphs.understood import check_reads_prompts
+from trsp_deploy.tools.runners.building import ReadyGraph, check_compiled, ready_graph
 from trsp_deploy.tools.runners.calibration import exported_positions, longest_text, read_text
 from trsp_deploy.tools.runners.graph_files import graph_files
-from trsp_deploy.tools.runners.half_range import within_range
 from trsp_deploy.tools.runners.manifest import BuiltEngine, PassOutcome, kept_products, left_in_floats
 from trsp_deploy.tools.runners.ort_session import bindings_of, create_session
-from trsp_deploy.tools.runners.passes import Pass, holds_padding, run_passes
+from trsp_deploy.tools.runners.passes import Pass, run_passes
 from trsp_deploy.tools.runners.requirements import adds_int8_exactly
 
 ENGINE = "model.onnx"
@@ -31,12 +28,9 @@ def build_cpu(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.ndarra
 
     Writes model.onnx and model.onnx.data into `folder`. Raises EngineUnavailable when ONNX Runtime refuses the graph.
     """
-    with tempfile.TemporaryDirectory(prefix="passes-", dir=folder) as scratch:
-        source, found = within_range(onnx, spec, Path(scratch), calibration)
-        padding = holds_padding(source, spec, Path(scratch))
-        graph, passes = prepare(source, spec, Path(scratch), calibration)
-        bindings = _accepted(graph, spec, save_to=folder / ENGINE)
-    return _built(bindings, spec, onnx, folder / ENGINE, passes, found, padding)
+    with ready_graph(onnx, spec, folder, calibration, prepare) as ready:
+        bindings = _accepted(ready.path, spec, save_to=folder / ENGINE)
+    return _built(bindings, spec, onnx, folder / ENGINE, ready)
 
 
 def build_cuda(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.ndarray | None) -> BuiltEngine:
@@ -45,15 +39,12 @@ def build_cuda(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.ndarr
     ONNX Runtime optimises it when it is opened: a graph saved from a CUDA session carries that session's placement and
     its copies between host and device, which only the same ONNX Runtime on the same hardware may read.
     """
-    with tempfile.TemporaryDirectory(prefix="passes-", dir=folder) as scratch:
-        source, found = within_range(onnx, spec, Path(scratch), calibration)
-        padding = holds_padding(source, spec, Path(scratch))
-        graph, passes = prepare(source, spec, Path(scratch), calibration)
-        for name in graph_files(graph):  # external data is found by its name
+    with ready_graph(onnx, spec, folder, calibration, prepare) as ready:
+        for name in graph_files(ready.path):  # external data is found by its name
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(graph.parent / name, folder / name)
-    bindings = _accepted(folder / graph.name, spec)
-    return _built(bindings, spec, onnx, folder / graph.name, passes, found, padding)
+            shutil.copy(ready.path.parent / name, folder / name)
+    engine = folder / ready.path.name
+    return _built(_accepted(engine, spec), spec, onnx, engine, ready)
 
 
 def _accepted(
@@ -75,21 +66,18 @@ def _built(
     spec: EngineSpec,
     onnx: Path,
     engine: Path,
-    passes: tuple[PassOutcome, ...],
-    found: HalfRange | None,
-    padding: bool,
+    ready: ReadyGraph,
 ) -> BuiltEngine:
     """What is in the engine's folder. bindings: its inputs and outputs. onnx: the graph as it was exported."""
     inputs, outputs = bindings
-    decoder_io.check_decoder(inputs, outputs)
-    decoder_io.check_logits(outputs)
-    check_reads_prompts(inputs, outputs)
-    decoder_io.check_precision(inputs, spec.graph_precision)
+    check_compiled(spec, inputs, outputs)
     longest = longest_text(onnx)
     if longest is not None:
         decoder_io.write_longest(engine, longest)
     files = tuple(path.relative_to(engine.parent).as_posix() for path in files_below(engine.parent))
-    return BuiltEngine(engine.name, files, inputs, outputs, passes, found, longest, padding)
+    return BuiltEngine(
+        engine.name, files, inputs, outputs, ready.passes, ready.half_range, longest, padding=ready.padding
+    )
 
 
 def prepare(

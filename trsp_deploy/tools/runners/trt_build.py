@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,11 +18,10 @@ from trsp_deploy.artifacts import writing
 from trsp_deploy.errors import EngineSpecError, EngineUnavailable, StorageError, nearest, one_line
 from trsp_deploy.recipe import EngineSpec, ShapeProfile
 from trsp_deploy.tools.graphs import decoder_io
-from trsp_deploy.tools.graphs.understood import check_reads_prompts
+from trsp_deploy.tools.runners.building import check_compiled, ready_graph
 from trsp_deploy.tools.runners.calibration import longest_text, longest_turned, read_text
-from trsp_deploy.tools.runners.half_range import within_range
 from trsp_deploy.tools.runners.manifest import BuiltEngine, PassOutcome, kept_products, left_in_floats
-from trsp_deploy.tools.runners.passes import Pass, holds_padding, run_passes
+from trsp_deploy.tools.runners.passes import Pass, run_passes
 from trsp_deploy.tools.runners.requirements import cuda_devices, load_package
 from trsp_deploy.tools.runners.trt_log import BUILD_LOG, logger, made, with_advice
 from trsp_deploy.tools.sources.packaged import home
@@ -82,16 +80,10 @@ def build(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.ndarray | 
     _check_length(onnx, spec)
     trt = load_package(spec.backend)
     log = logger(trt)
-    with tempfile.TemporaryDirectory(prefix="passes-", dir=folder) as scratch, log.into(folder / BUILD_LOG):
-        source, found = within_range(onnx, spec, Path(scratch), calibration)
-        padding = holds_padding(source, spec, Path(scratch))
-        graph, outcomes = prepare(source, spec, Path(scratch), calibration)
+    with log.into(folder / BUILD_LOG), ready_graph(onnx, spec, folder, calibration, prepare) as ready:
         builder = made(log, "no builder", lambda: trt.Builder(log))
-        network, inputs, outputs = _network(trt, builder, log, graph, onnx)
-        decoder_io.check_decoder(inputs, outputs)
-        decoder_io.check_logits(outputs)
-        check_reads_prompts(inputs, outputs)
-        decoder_io.check_precision(inputs, "bf16" if spec.precision == "bf16" else spec.graph_precision)
+        network, inputs, outputs = _network(trt, builder, log, ready.path, onnx)
+        check_compiled(spec, inputs, outputs)
         config = _configure(trt, builder, spec)
         for profile in spec.profiles:
             config.add_optimization_profile(_optimisation_profile(builder, inputs, profile))
@@ -100,10 +92,12 @@ def build(onnx: Path, spec: EngineSpec, folder: Path, calibration: np.ndarray | 
         (folder / ENGINE).write_bytes(memoryview(engine))
         if timings is not None:
             _keep_timings(trt, config, timings, log)
-        if graph != onnx:
-            for file in sorted(graph.parent.glob(f"{graph.name}*")):  # external data is found by its name
+        if ready.path != onnx:
+            for file in sorted(ready.path.parent.glob(f"{ready.path.name}*")):  # external data is found by its name
                 shutil.move(file, folder / file.name)
-    return BuiltEngine(ENGINE, (ENGINE,), inputs, outputs, outcomes, found, longest_text(onnx), padding)
+    return BuiltEngine(
+        ENGINE, (ENGINE,), inputs, outputs, ready.passes, ready.half_range, longest_text(onnx), padding=ready.padding
+    )
 
 
 def _check_length(onnx: Path, spec: EngineSpec) -> None:
