@@ -31,6 +31,7 @@ from trsp_deploy.stages.bench import compare_engines
 from trsp_deploy.stages.serve_bench import Load
 from trsp_deploy.tools.delivery.verification import manifest_of
 from trsp_deploy.tools.graphs.fp16_range import METADATA
+from trsp_deploy.tools.graphs.nodes import MICROSOFT
 from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.measuring.subjects import find_subject
 from trsp_deploy.tools.model_repository import config, generating_model
@@ -253,13 +254,13 @@ def test_a_graph_too_old_for_4_bits(tmp_path: Path) -> None:
     says("cannot be quantised: ", lambda: ort_build._quantise(path, path, spec, out, None), errors.EngineUnavailable)
 
 
-def turning(tables: list[np.ndarray], path: Path) -> Path:
+def turning(tables: list[np.ndarray], path: Path, domain: str = MICROSOFT) -> Path:
     """A graph of an attention for each table of radians, (places,)."""
     tensors, nodes = {}, []
     for index, turns in enumerate(tables):
         tensors |= {f"cos{index}": np.cos(turns)[:, None], f"sin{index}": np.sin(turns)[:, None]}
         inputs = ["x", "", "", f"past{index}", *[""] * 3, f"cos{index}", f"sin{index}"]
-        nodes.append(helper.make_node("GroupQueryAttention", inputs, [f"y{index}"], do_rotary=1))
+        nodes.append(helper.make_node("GroupQueryAttention", inputs, [f"y{index}"], domain=domain, do_rotary=1))
     return graph_of(nodes, {name: table.astype(np.float32) for name, table in tensors.items()}, "y0", path)
 
 
@@ -279,6 +280,10 @@ def test_keys_that_are_turned_in_two_ways(tmp_path: Path) -> None:
     slow, quick = engine_rotations(turning([0.1 * np.arange(8), 0.2 * np.arange(8)], tmp_path / "m.onnx"))
     assert (slow.angles, slow.caches) == (pytest.approx((0.1,)), ("past0",))
     assert (quick.angles, quick.caches) == (pytest.approx((0.2,)), ("past1",))
+
+
+def test_another_domains_operator_turns_no_keys(tmp_path: Path) -> None:
+    assert engine_rotations(turning([0.1 * np.arange(8)], tmp_path / "m.onnx", domain="somebody.else")) == ()
 
 
 def test_a_weight_that_fp16_has_lost(tmp_path: Path) -> None:

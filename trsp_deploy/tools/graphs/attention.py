@@ -22,6 +22,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from trsp_deploy.tools.graphs.decoder_io import IN_PLACE, PAST, PRESENT
+from trsp_deploy.tools.graphs.fused import OPERATOR, Input
 from trsp_deploy.tools.graphs.nodes import MICROSOFT, NoMatch, Writer, made_by, only_reader, permutes, readers, scalar
 
 ON_THE_WAY = ("Unsqueeze", "Expand", "Reshape", "Transpose", "Mul", "Div", "Cast")  # from the cache to its MatMul
@@ -287,20 +288,19 @@ class Lengths:
 
 
 def _replace(writer: Writer, lengths: Lengths, attention: Attention) -> None:
-    inputs = [tokens_first(writer, part) for part in (attention.query, attention.key, attention.value)]
+    inputs = {
+        Input.QUERY: tokens_first(writer, attention.query),
+        Input.KEY: tokens_first(writer, attention.key),
+        Input.VALUE: tokens_first(writer, attention.value),
+        Input.PAST_KEY: attention.past_key,
+        Input.PAST_VALUE: attention.past_value,
+        Input.LAST_INDEX: lengths.last_index,
+        Input.TOTAL: lengths.total_scalar,
+        Input.MASK: attention.mask,
+    }
     output, key, value = writer.emit(
-        "GroupQueryAttention",
-        [
-            *inputs,
-            attention.past_key,
-            attention.past_value,
-            lengths.last_index,
-            lengths.total_scalar,
-            None,  # cos_cache
-            None,  # sin_cache
-            None,  # position_ids
-            attention.mask,
-        ],
+        OPERATOR,
+        [inputs.get(place) for place in Input],
         {
             "num_heads": attention.num_heads,
             "kv_num_heads": attention.kv_num_heads,
@@ -308,7 +308,7 @@ def _replace(writer: Writer, lengths: Lengths, attention: Attention) -> None:
         },
         domain=MICROSOFT,
         outputs=3,
-        name="GroupQueryAttention",
+        name=OPERATOR,
     )
     writer.replace_output(attention.output, output)
     # Those that read the joined cache were the attention that is gone, and shapes, which `cut_shapes` sees to.

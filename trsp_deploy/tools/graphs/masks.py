@@ -10,9 +10,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from trsp_deploy.tools.graphs.nodes import MICROSOFT, NoMatch, Part, Writer
+from trsp_deploy.tools.graphs.fused import Input, fused_attention
+from trsp_deploy.tools.graphs.nodes import NoMatch, Part, Writer
 
-MASK = 10  # input of GroupQueryAttention
 LENGTHS = ((9, 9), (9, 300), (1, 9), (1, 300))  # new and all tokens, beside the longest text
 LAST = 9  # tokens of that: of one alone a chunk, which begins at one place for all of them, looks like a window
 PADDING = 3
@@ -26,16 +26,16 @@ def simplify_masks(model: ir.Model, longest: int) -> int:
     model: a decoder after `fuse_attention`; changed in place. longest: tokens of its longest text, for a window shows
     behind its own length alone. Raises NoMatch, with the model unchanged, when no mask is plain.
     """
-    nodes = [node for node in model.graph if node.op_type == "GroupQueryAttention" and node.domain == MICROSOFT]
-    masks = dict.fromkeys(node.inputs[MASK] for node in nodes if len(node.inputs) > MASK)
+    nodes = fused_attention(model.graph)
+    masks = dict.fromkeys(node.inputs[Input.MASK] for node in nodes if len(node.inputs) > Input.MASK)
     plain = [mask for mask in masks if mask is not None and is_plain(model, mask, longest)]
     if not plain:
         raise NoMatch("no mask hides padding alone")
     writer = Writer(model, "mask")
     padding = _padding(writer, plain[0])
     for node in nodes:
-        if len(node.inputs) > MASK and node.inputs[MASK] in plain:
-            node.replace_input_with(MASK, padding)
+        if len(node.inputs) > Input.MASK and node.inputs[Input.MASK] in plain:
+            node.replace_input_with(Input.MASK, padding)
     writer.finish()
     return len(plain)
 

@@ -10,10 +10,9 @@ import io
 
 import onnx_ir as ir
 
-from trsp_deploy.tools.graphs.nodes import leave_in_files
+from trsp_deploy.tools.graphs.nodes import MICROSOFT, leave_in_files
 from trsp_deploy.tools.quiet import quiet_libraries
 
-MICROSOFT = "com.microsoft"
 FUSED = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from trsp_deploy.tools.graphs.nodes import MICROSOFT, Writer, constant, made_by, scalar
+from trsp_deploy.tools.graphs.fused import Input, fused_attention
+from trsp_deploy.tools.graphs.nodes import Writer, constant, made_by, scalar
 
 
 def pack_projections(model: ir.Model) -> int:
@@ -15,10 +16,10 @@ def pack_projections(model: ir.Model) -> int:
     states with constant weights stay as they are.
     """
     writer = Writer(model, "projections")
-    nodes = [node for node in model.graph if node.op_type == "GroupQueryAttention" and node.domain == MICROSOFT]
+    nodes = fused_attention(model.graph)
     packed = 0
     for node in nodes:
-        parts = [_linear(value) for value in node.inputs[:3]]
+        parts = [_linear(node.inputs[place]) for place in (Input.QUERY, Input.KEY, Input.VALUE)]
         if None in parts:
             continue
         (hidden, weight, bias), *others = [part for part in parts if part is not None]
@@ -29,9 +30,9 @@ def pack_projections(model: ir.Model) -> int:
         if bias is not None:
             biases = [bias, *(other[2] for other in others if other[2] is not None)]
             value = writer.one("Add", [value, writer.constant(np.concatenate(biases), "bias")], name="qkv_bias")
-        node.replace_input_with(0, value)
-        node.replace_input_with(1, None)
-        node.replace_input_with(2, None)
+        node.replace_input_with(Input.QUERY, value)
+        node.replace_input_with(Input.KEY, None)
+        node.replace_input_with(Input.VALUE, None)
         packed += 1
     writer.finish()
     return packed

@@ -19,10 +19,8 @@ import onnx_ir as ir
 
 from trsp_deploy.tools.graphs.attention import tokens_first
 from trsp_deploy.tools.graphs.decoder_io import LONGEST, POSITIONS
-from trsp_deploy.tools.graphs.nodes import MICROSOFT, NoMatch, Part, Writer, constant, made_by, permutes
-
-QUERY, KEY = 0, 1  # inputs of GroupQueryAttention
-COS, SIN = 7, 8
+from trsp_deploy.tools.graphs.fused import Input, fused_attention
+from trsp_deploy.tools.graphs.nodes import NoMatch, Part, Writer, constant, made_by, permutes
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ def fuse_rotary(model: ir.Model, positions: int) -> int:
     longest text.
     Raises NoMatch, with the model unchanged, when no layer's queries and keys are rotated in this form.
     """
-    nodes = [node for node in model.graph if node.op_type == "GroupQueryAttention" and node.domain == MICROSOFT]
+    nodes = fused_attention(model.graph)
     position_ids = next((value for value in model.graph.inputs if value.name == POSITIONS), None)
     if not nodes:
         raise NoMatch("no attention is fused")
@@ -49,17 +47,17 @@ def fuse_rotary(model: ir.Model, positions: int) -> int:
         raise NoMatch(f"the graph has no input {POSITIONS}")
     found = [(node, query, key) for node in nodes for query, key in [_rotations(node)] if query and key]
     if not found:
-        find_rotation(nodes[0].inputs[QUERY])  # says why
+        find_rotation(nodes[0].inputs[Input.QUERY])  # says why
         raise NoMatch(f"'{nodes[0].name}': queries and keys are not rotated alike")
     values = dict.fromkeys(value for _, query, _ in found for value in (query.cos, query.sin))
     tables = {value: table(model, value, positions) for value in values}
     writer = Writer(model, "rotary")
     caches = {value: writer.constant(array, "cache") for value, array in tables.items()}
     for node, query, key in found:
-        node.replace_input_with(QUERY, tokens_first(writer, query.source))
-        node.replace_input_with(KEY, tokens_first(writer, key.source))
-        node.replace_input_with(COS, caches[query.cos])
-        node.replace_input_with(SIN, caches[query.sin])
+        node.replace_input_with(Input.QUERY, tokens_first(writer, query.source))
+        node.replace_input_with(Input.KEY, tokens_first(writer, key.source))
+        node.replace_input_with(Input.COS, caches[query.cos])
+        node.replace_input_with(Input.SIN, caches[query.sin])
         node.attributes["do_rotary"] = ir.AttrInt64("do_rotary", 1)
     writer.finish()
     model.metadata_props[LONGEST] = str(min(positions, int(model.metadata_props.get(LONGEST, positions))))
@@ -71,7 +69,7 @@ def fuse_rotary(model: ir.Model, positions: int) -> int:
 def _rotations(node: ir.Node) -> tuple[Rotation, Rotation] | tuple[None, None]:
     """The rotations of a node's queries and keys; some models have layers without (SmolLM3)."""
     try:
-        query, key = find_rotation(node.inputs[QUERY]), find_rotation(node.inputs[KEY])
+        query, key = find_rotation(node.inputs[Input.QUERY]), find_rotation(node.inputs[Input.KEY])
     except NoMatch:
         return None, None
     return (query, key) if query.cos is key.cos and query.sin is key.sin else (None, None)

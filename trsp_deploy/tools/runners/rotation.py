@@ -9,9 +9,8 @@ import onnx
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 from trsp_deploy.errors import EngineUnavailable
+from trsp_deploy.tools.graphs.fused import Input, fused_attention
 from trsp_deploy.tools.runners.running_batch import Rotation
-
-PAST_KEY, COS, SIN = 3, 7, 8  # inputs of com.microsoft.GroupQueryAttention
 
 
 def engine_rotations(path: Path) -> tuple[Rotation, ...]:
@@ -23,11 +22,11 @@ def engine_rotations(path: Path) -> tuple[Rotation, ...]:
     graph = onnx.load(path, load_external_data=False).graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     found: dict[tuple[str, str, bool], list[str]] = {}  # tables and kind -> caches of the layers that use them
-    for node in graph.node:
+    for node in fused_attention(graph.node):
         attributes = {attribute.name: attribute.i for attribute in node.attribute}
-        if node.op_type == "GroupQueryAttention" and attributes.get("do_rotary"):
-            kind = (node.input[COS], node.input[SIN], bool(attributes.get("rotary_interleaved")))
-            found.setdefault(kind, []).append(node.input[PAST_KEY])
+        if attributes.get("do_rotary"):
+            kind = (node.input[Input.COS], node.input[Input.SIN], bool(attributes.get("rotary_interleaved")))
+            found.setdefault(kind, []).append(node.input[Input.PAST_KEY])
     return tuple(
         Rotation(
             angles=_angles(_table(tensors[cos], path.parent), _table(tensors[sin], path.parent), path),
