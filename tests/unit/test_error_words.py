@@ -23,7 +23,6 @@ from tests.made_run import made_run
 from tests.tiny import save_tiny
 from trsp_deploy import checks, cli, errors
 from trsp_deploy.artifacts import storage_errors
-from trsp_deploy.cli import engine_jobs
 from trsp_deploy.pipeline.runs import default_folder
 from trsp_deploy.recipe import BenchSettings, TransferSettings, parse_drops
 from trsp_deploy.stages import zeroshot
@@ -38,6 +37,7 @@ from trsp_deploy.tools.model_repository import config, generating_model
 from trsp_deploy.tools.model_repository.generating_model import write_generating_model
 from trsp_deploy.tools.model_repository.manifest import read_repository
 from trsp_deploy.tools.runners import ort_build, trt, trt_build
+from trsp_deploy.tools.runners.engine_folder import check_engine_folder
 from trsp_deploy.tools.runners.generation import generate
 from trsp_deploy.tools.runners.half_range import guard_range
 from trsp_deploy.tools.runners.inspection import tokenizer_folder
@@ -198,9 +198,9 @@ def test_a_run_without_a_manifest(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_no_engine_may_replace(tmp_path: Path) -> None:
-    says("is the folder that this runs in", lambda: engine_jobs._check_engine_folder(Path.cwd()), errors.RecipeError)
+    says("is the folder that this runs in", lambda: check_engine_folder(Path.cwd()), errors.RecipeError)
     (tmp_path / "notes.md").write_text("mine")
-    says("holds other things than an engine", lambda: engine_jobs._check_engine_folder(tmp_path), errors.RecipeError)
+    says("holds other things than an engine", lambda: check_engine_folder(tmp_path), errors.RecipeError)
 
 
 def test_a_spec_of_another_name_than_its_file(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ import typer
 from trsp_deploy.cli.options import Json, bounded
 from trsp_deploy.cli.terminal import Output, say
 from trsp_deploy.errors import RecipeError
-from trsp_deploy.reading import read_json
 
 Engine = Annotated[Path, typer.Argument(help="An engine folder, such as runs/NAME/engines/ort-cpu-fp32/pruned.")]
 Layers = Annotated[bool, typer.Option("--layers", help="List every layer too: kind, kernel, precisions, weights.")]
@@ -117,94 +116,27 @@ def build_from_onnx(
         raise RecipeError("build --onnx FILE: needs one --engine and --out DIR, and no run's folder")
     if tokenizer is not None and calibration is None:
         raise RecipeError(f"--tokenizer {tokenizer}: is for the text of --calibration, which is not given")
-    from trsp_deploy.artifacts import writing_alone
-    from trsp_deploy.stages.build import build_engine, finished, read_calibration
+    from trsp_deploy.stages.build import build_alone
     from trsp_deploy.tools.library import load_engine_spec, spec_file
-    from trsp_deploy.tools.quiet import quiet_libraries
-    from trsp_deploy.tools.runners.inspection import has_tokenizer
 
-    spec = load_engine_spec(engines[0])
-    _check_engine_folder(out)
-    if onnx.resolve().is_relative_to(out.resolve()):
-        raise RecipeError(f"--out {out}: is replaced by the engine, and {onnx} lies in it; name another folder")
-    text = None
-    if calibration is not None:
-        if not spec.reads_text:
-            raise RecipeError(f"--calibration: {spec.name} is of {spec.precision}, whose build reads no text")
-        folder = tokenizer or onnx.parent
-        if tokenizer is None and not has_tokenizer(folder):
-            raise RecipeError(f"--calibration: no tokenizer in {folder}; give its folder with --tokenizer")
-        with quiet_libraries():
-            text = read_calibration(calibration, folder)
-    elif spec.reads_text:
-        say(f"{spec.name}: makes its choices on random tokens; --calibration TEXTS lets it read a text")
     command = ["trsp-deploy", "build", "--onnx", str(onnx), "--engine", engines[0], "--out", str(out)]
     command += ["--calibration", calibration] if calibration is not None else []
     command += ["--tokenizer", str(tokenizer)] if tokenizer is not None else []
-    file = spec_file(engines[0])
-    with writing_alone(out) as place, quiet_libraries():
-        known = finished(onnx, spec, place, text, spec_file=file)
-        if known is None:
-            _check_nothing_else(place)
-        manifest = known or build_engine(
-            onnx,
-            spec,
-            place,
-            text,
-            text_name=calibration or "",
-            rebuild=shlex.join(command),
-            spec_file=file,
-            hold=True,
-        )
+    spec = load_engine_spec(engines[0])
+    manifest, reused = build_alone(
+        onnx,
+        spec,
+        out,
+        texts=calibration,
+        tokenizer=tokenizer,
+        rebuild=shlex.join(command),
+        spec_file=spec_file(engines[0]),
+        say=say,
+    )
     for noted in (manifest.in_floats, manifest.doubt):
         if noted is not None:
             say(f"{spec.name}: {noted}")
     size = f"{manifest.size_bytes / 1e6:.0f} MB"
-    how = f"built in {manifest.build_s:.0f} s" if known is None else "as it was built, for nothing has changed"
+    how = "as it was built, for nothing has changed" if reused else f"built in {manifest.build_s:.0f} s"
     output.say(f"{out}: {spec.name}, {size}, {how} (`trsp-deploy inspect {out}`)")
-    output.result({"engine": manifest.model_dump(mode="json"), "reused": known is not None})
-
-
-def _check_engine_folder(out: Path) -> None:
-    """Raise RecipeError for a folder that an engine would replace, and that is none."""
-    from trsp_deploy.artifacts.layout import run_that_owns
-
-    run = run_that_owns(out)
-    if run is not None:
-        raise RecipeError(f"--out {out}: is of the run {run.root}, whose engines `build RUN` makes; name another one")
-    if Path.cwd().is_relative_to(out.resolve()):
-        raise RecipeError(f"--out {out}: is the folder that this runs in, or one around it; name a new one")
-    if out.exists() and not out.is_dir():
-        raise RecipeError(f"--out {out}: is a file, and an engine is a folder; name a new one")
-    if out.is_dir() and any(out.iterdir()) and not _of_the_build(out):
-        raise RecipeError(f"--out {out}: holds other things than an engine; name a new folder, or an engine's")
-
-
-def _check_nothing_else(folder: Path) -> None:
-    """Raise RecipeError where an engine's folder, which is about to be replaced, holds what no build has put there."""
-    from trsp_deploy.artifacts import files_below
-
-    own = _of_the_build(folder)
-    names = (file.relative_to(folder).as_posix() for file in files_below(folder))
-    other = next((name for name in names if name not in own), None)
-    if other is not None:
-        raise RecipeError(f"--out {folder}: is replaced by the new engine, and {other} in it is yours: move that away")
-
-
-def _of_the_build(folder: Path) -> set[str]:
-    """What a build has put into an engine's folder, as its manifest names it; nothing where it has no engine's.
-
-    By the manifest as it is written: another version's, or one that was edited, is no record, and names its files too.
-    """
-    from trsp_deploy.artifacts import ENGINE_MANIFEST
-    from trsp_deploy.artifacts.fingerprints import SIGNED
-    from trsp_deploy.tools.runners.trt_log import BUILD_LOG
-
-    try:
-        manifest = read_json(folder / ENGINE_MANIFEST, RecipeError)
-    except RecipeError:
-        return set()
-    files, beside = manifest.get("files"), manifest.get("beside", {})
-    if not (isinstance(manifest.get("spec"), dict) and isinstance(files, dict) and isinstance(beside, dict)):
-        return set()
-    return {*files, *beside, ENGINE_MANIFEST, SIGNED, BUILD_LOG}
+    output.result({"engine": manifest.model_dump(mode="json"), "reused": reused})

@@ -7,21 +7,32 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from trsp_deploy.artifacts import ENGINE_MANIFEST, files_below, fingerprint, provenance, write_json, writing
-from trsp_deploy.errors import EngineUnavailable, ParityError, RunError, TextError, shown
+from trsp_deploy.artifacts import (
+    ENGINE_MANIFEST,
+    files_below,
+    fingerprint,
+    provenance,
+    write_json,
+    writing,
+    writing_alone,
+)
+from trsp_deploy.errors import EngineUnavailable, ParityError, RecipeError, RunError, TextError, shown
 from trsp_deploy.recipe import EngineSpec
-from trsp_deploy.tools.runners import BACKENDS, EngineManifest, bound_to, check_can_build, check_can_run
+from trsp_deploy.tools.quiet import quiet_libraries
+from trsp_deploy.tools.runners import BACKENDS, BuiltEngine, EngineManifest, bound_to, check_can_build, check_can_run
 from trsp_deploy.tools.runners.agreement import agreement, logits_of, read_alone
 from trsp_deploy.tools.runners.calibration import INT4_TEXTS, READ_TOKENS
+from trsp_deploy.tools.runners.engine_folder import check_engine_folder, check_nothing_else
 from trsp_deploy.tools.runners.graph_files import check_source, onnx_sha256, source_files
-from trsp_deploy.tools.runners.inspection import trtexec
-from trsp_deploy.tools.runners.manifest import ReadText, check_manifest, read_manifest, spec_sha256
+from trsp_deploy.tools.runners.inspection import compiled_graph, has_tokenizer, trtexec
+from trsp_deploy.tools.runners.manifest import ReadText, SourceFile, check_manifest, read_manifest, spec_sha256
 from trsp_deploy.tools.runners.passes import passes_version, source_runner
 from trsp_deploy.tools.runners.requirements import package_version, release_torch_memory
 from trsp_deploy.tools.runners.trt_log import BUILD_LOG, is_log
@@ -30,6 +41,16 @@ from trsp_deploy.tools.sources.texts import load_texts, tokenize_windows
 RANDOM_TOKENS = "random tokens"
 HELD_PROMPT, HELD_TOKENS = 12, 4  # on which an engine is held against its graph
 TRTEXEC = "trtexec.sh"  # builds the same engine with TensorRT's own program
+
+
+@dataclass(frozen=True)
+class Source:
+    """What an engine is built from; files as paths from its folder."""
+
+    onnx: str
+    files: dict[str, SourceFile]
+    spec_file: str | None
+    text: ReadText | None
 
 
 def build_engine(
@@ -64,48 +85,121 @@ def build_engine(
     check_source(onnx, spec)
     release_torch_memory()
     began = time.perf_counter()
-    source, files = _from_folder(onnx, folder), source_files(onnx)
+    source = Source(
+        onnx=_from_folder(onnx, folder),
+        files=source_files(onnx),
+        spec_file=None if spec_file is None else _from_folder(spec_file.resolve(), folder),
+        text=_text_of(spec, calibration, text_name),
+    )
     with writing(folder) as partial, _log_of_failure(spec, partial, folder):
         partial.mkdir()
         built = BACKENDS[spec.backend].build(onnx, spec, partial, calibration)
         if spec.backend.startswith("tensorrt"):
-            graph = next((file.name for file in partial.glob("*.onnx")), source)  # the passes' own, or the source
-            line = trtexec(spec, built.inputs, graph, folder.resolve().name)
-            (partial / TRTEXEC).write_text(f'#!/bin/sh\ncd "$(dirname "$0")" || exit\n{line}\n', encoding="utf-8")
-        manifest = EngineManifest(
-            name=spec.name,
-            spec=spec,
-            source=source,
-            source_files=files,
-            spec_file=None if spec_file is None else _from_folder(spec_file.resolve(), folder),
-            text=_text_of(spec, calibration, text_name),
-            passes_version=passes_version(spec),
-            rebuild=rebuild,
-            onnx_sha256=onnx_sha256(files),
-            spec_sha256=spec_sha256(spec),
-            backend_version=package_version(spec.backend),
-            bound=bound_to(spec),
-            file=built.file,
-            files={name: fingerprint(partial / name) for name in built.files},
-            beside={
-                name: fingerprint(partial / name)
-                for name in (file.relative_to(partial).as_posix() for file in files_below(partial))
-                if name not in (*built.files, BUILD_LOG)
-            },
-            size_bytes=sum((partial / name).stat().st_size for name in built.files),
-            build_s=time.perf_counter() - began,
-            built_on=provenance(),
-            inputs=built.inputs,
-            outputs=built.outputs,
-            passes=built.passes,
-            half_range=built.half_range,
-            longest_text=built.longest_text,
-            padding=built.padding,
-        )
+            _write_trtexec(spec, built, partial, source.onnx, folder.resolve().name)
+        manifest = _record(spec, source, built, partial, rebuild, began)
         if hold:
             manifest = _held(onnx, partial, manifest, calibration)
         write_json(partial / ENGINE_MANIFEST, manifest)
     return manifest
+
+
+def build_alone(
+    onnx: Path,
+    spec: EngineSpec,
+    out: Path,
+    *,
+    texts: str | None = None,
+    tokenizer: Path | None = None,
+    rebuild: str,
+    spec_file: Path | None,
+    say: Callable[[str], None],
+) -> tuple[EngineManifest, bool]:
+    """Make an engine of one ONNX file in a folder of its own, and hold it against its graph; no run is needed.
+
+    out: a new or empty folder, or an engine's own, which is replaced where that is of another file, spec or text.
+    texts: for the choices of a build, as `--calibration` takes them; None takes random tokens. tokenizer: its folder;
+    None is the ONNX file's. rebuild, spec_file: as `build_engine` takes them. say: told where random tokens decide.
+    Returns its manifest, and whether it is the engine that was there. Raises RecipeError for a folder that is not to be
+    replaced or a text that cannot be read, and what `build_engine` raises.
+    """
+    check_engine_folder(out)
+    if onnx.resolve().is_relative_to(out.resolve()):
+        raise RecipeError(f"--out {out}: is replaced by the engine, and {onnx} lies in it; name another folder")
+    calibration = _text_alone(onnx, spec, texts, tokenizer, say)
+    with writing_alone(out) as place, quiet_libraries():
+        known = finished(onnx, spec, place, calibration, spec_file=spec_file)
+        if known is not None:
+            return known, True
+        check_nothing_else(place)
+        named = texts or ""
+        made = build_engine(
+            onnx, spec, place, calibration, text_name=named, rebuild=rebuild, spec_file=spec_file, hold=True
+        )
+        return made, False
+
+
+def _text_alone(
+    onnx: Path, spec: EngineSpec, texts: str | None, tokenizer: Path | None, say: Callable[[str], None]
+) -> np.ndarray | None:
+    """The tokens that the engine's choices are made on; None for random ones, and where there are none to make."""
+    if texts is None:
+        if spec.reads_text:
+            say(f"{spec.name}: makes its choices on random tokens; --calibration TEXTS lets it read a text")
+        return None
+    if not spec.reads_text:
+        raise RecipeError(f"--calibration: {spec.name} is of {spec.precision}, whose build reads no text")
+    folder = tokenizer or onnx.parent
+    if tokenizer is None and not has_tokenizer(folder):
+        raise RecipeError(f"--calibration: no tokenizer in {folder}; give its folder with --tokenizer")
+    with quiet_libraries():
+        return read_calibration(texts, folder)
+
+
+def _write_trtexec(spec: EngineSpec, built: BuiltEngine, folder: Path, source: str, name: str) -> None:
+    """Write the script that builds the engine again with TensorRT's own program.
+
+    folder: the engine's, which will be called `name`. source: its ONNX file, as a path from there.
+    """
+    line = trtexec(spec, built.inputs, compiled_graph(_beside(built, folder), source), name)
+    (folder / TRTEXEC).write_text(f'#!/bin/sh\ncd "$(dirname "$0")" || exit\n{line}\n', encoding="utf-8")
+
+
+def _record(
+    spec: EngineSpec, source: Source, built: BuiltEngine, folder: Path, rebuild: str | None, began: float
+) -> EngineManifest:
+    """The manifest of the engine that lies in `folder`. began: as `time.perf_counter` had it."""
+    return EngineManifest(
+        name=spec.name,
+        spec=spec,
+        source=source.onnx,
+        source_files=source.files,
+        spec_file=source.spec_file,
+        text=source.text,
+        passes_version=passes_version(spec),
+        rebuild=rebuild,
+        onnx_sha256=onnx_sha256(source.files),
+        spec_sha256=spec_sha256(spec),
+        backend_version=package_version(spec.backend),
+        bound=bound_to(spec),
+        file=built.file,
+        files={name: fingerprint(folder / name) for name in built.files},
+        beside={name: fingerprint(folder / name) for name in _beside(built, folder)},
+        size_bytes=sum((folder / name).stat().st_size for name in built.files),
+        build_s=time.perf_counter() - began,
+        built_on=provenance(),
+        inputs=built.inputs,
+        outputs=built.outputs,
+        passes=built.passes,
+        half_range=built.half_range,
+        longest_text=built.longest_text,
+        padding=built.padding,
+    )
+
+
+def _beside(built: BuiltEngine, folder: Path) -> list[str]:
+    """What lies in an engine's folder for other programs, its log aside."""
+    names = (file.relative_to(folder).as_posix() for file in files_below(folder))
+    return [name for name in names if name not in (*built.files, BUILD_LOG)]
 
 
 def _held(onnx: Path, folder: Path, manifest: EngineManifest, calibration: np.ndarray | None) -> EngineManifest:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,12 +53,12 @@ def inspect_engine(folder: Path) -> Inspection:
     if manifest.spec.backend.startswith("onnxruntime"):
         nodes = _graph_nodes(folder / manifest.file)
         return Inspection(manifest=manifest, operators=_kinds(nodes), nodes=nodes, trtexec=None)
-    build = read_log(folder / BUILD_LOG)
+    build, graph = read_log(folder / BUILD_LOG), compiled_graph(manifest.beside, manifest.source)
     return Inspection(
         manifest=manifest,
         operators=_kinds(build.layers),
         build=build,
-        trtexec=trtexec(manifest.spec, manifest.inputs, graph_of(manifest), folder.resolve().name),
+        trtexec=trtexec(manifest.spec, manifest.inputs, graph, folder.resolve().name),
     )
 
 
@@ -90,12 +90,13 @@ def _node(node: ir.Node) -> Layer:
     )
 
 
-def graph_of(manifest: EngineManifest) -> str:
+def compiled_graph(beside: Iterable[str], source: str | None) -> str:
     """The graph that TensorRT compiled, as a path from the engine's folder: what the passes left there, or the source.
 
-    An engine of an earlier version does not know its source; "model.onnx" then.
+    beside: files there that the engine does not need. source: its ONNX file; an engine of an earlier version does not
+    know it, "model.onnx" then.
     """
-    return next((name for name in manifest.beside if name.endswith(".onnx")), manifest.source or "model.onnx")
+    return next((name for name in beside if name.endswith(".onnx")), source or "model.onnx")
 
 
 def trtexec(spec: EngineSpec, inputs: decoder_io.Bindings, graph: str, name: str) -> str:
