@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from pydantic_core import PydanticUndefined
 
 from trsp_deploy.artifacts import provenance
+from trsp_deploy.tools.model_repository.config import OUTPUTS, generation_config
 from trsp_deploy.tools.model_repository.manifest import RepositoryManifest, ServedModel
 from trsp_deploy.tools.model_repository.readme import SHARED_SCALE, dockerfile, readme
 from trsp_deploy.tools.runners.manifest import Bound
+from trsp_deploy.tools.serving.requests import GenerationRequest
+
+WORDS: dict[str, object] = {"": PydanticUndefined, "none": ()}  # of the table; all others are JSON
 
 
 def model(name: str, **changes: Any) -> ServedModel:
@@ -50,6 +57,21 @@ def test_it_is_of_all_models_whichever_was_written_last() -> None:
     assert 'with grpc.InferenceServerClient("localhost:8001") as client:' in text, "which closes it"
     assert "a_sequence_has_at_most_32_tokens" in text and "built with ONNX Runtime 1.31.0" in text
     assert "add `--strict-readiness=false`, or the server is not ready" in text, "a server is strict by itself"
+
+
+def test_what_may_be_asked_has_one_set_of_names_and_defaults() -> None:
+    """The config, the README and what checks a request each had their own."""
+    rows = re.findall(r"^\| (`.*`) \| .* \| (.*)\|$", page(model("m")), re.MULTILINE)
+    said = {}
+    for names, defaults in rows:
+        for name, words in zip(names.split(", "), defaults.split(", "), strict=False):
+            word = words.partition(" ")[0]
+            said[name.strip("`")] = WORDS[word] if word in WORDS else json.loads(word)
+    fields = GenerationRequest.model_fields
+    assert said == {name: field.default for name, field in fields.items()}
+    inputs = re.findall(r'name: "(\w+)" .* dims: \[ -?1 \]( optional: true)? }', generation_config("m", "KIND_CPU", 1))
+    optional = {name: bool(words) for name, words in inputs if name not in OUTPUTS}
+    assert optional == {name: not field.is_required() for name, field in fields.items()}
 
 
 def test_it_says_how_long_a_prompt_may_be_where_that_is_less() -> None:

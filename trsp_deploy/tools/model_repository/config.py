@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from trsp_deploy.errors import RunError
+from trsp_deploy.tools.serving.requests import GenerationRequest
 from trsp_deploy.tools.sources.packaged import find_asset
 
 if TYPE_CHECKING:
@@ -19,21 +20,21 @@ if TYPE_CHECKING:
 
 SCHEMA = "triton-schema"
 
-# name -> (type, dims, optional); names as TensorRT-LLM's model and the load generators use them
-INPUTS: dict[str, tuple[str, int, bool]] = {
-    "text_input": ("TYPE_STRING", 1, False),
-    "add_special_tokens": ("TYPE_BOOL", 1, True),
-    "max_tokens": ("TYPE_INT32", 1, True),
-    "min_length": ("TYPE_INT32", 1, True),
-    "stream": ("TYPE_BOOL", 1, True),
-    "exclude_input_in_output": ("TYPE_BOOL", 1, True),
-    "temperature": ("TYPE_FP32", 1, True),
-    "top_k": ("TYPE_INT32", 1, True),
-    "top_p": ("TYPE_FP32", 1, True),
-    "repetition_penalty": ("TYPE_FP32", 1, True),
-    "seed": ("TYPE_INT64", 1, True),
-    "ignore_eos": ("TYPE_BOOL", 1, True),
-    "stop": ("TYPE_STRING", -1, True),
+# Of a `GenerationRequest`, which says what may be left out: name -> (type, dims).
+INPUTS: dict[str, tuple[str, int]] = {
+    "text_input": ("TYPE_STRING", 1),
+    "add_special_tokens": ("TYPE_BOOL", 1),
+    "max_tokens": ("TYPE_INT32", 1),
+    "min_length": ("TYPE_INT32", 1),
+    "stream": ("TYPE_BOOL", 1),
+    "exclude_input_in_output": ("TYPE_BOOL", 1),
+    "temperature": ("TYPE_FP32", 1),
+    "top_k": ("TYPE_INT32", 1),
+    "top_p": ("TYPE_FP32", 1),
+    "repetition_penalty": ("TYPE_FP32", 1),
+    "seed": ("TYPE_INT64", 1),
+    "ignore_eos": ("TYPE_BOOL", 1),
+    "stop": ("TYPE_STRING", -1),
 }
 OUTPUTS = {"text_output": "TYPE_STRING", "output_tokens": "TYPE_INT32", "finish_reason": "TYPE_STRING"}
 # The warm-up's inputs, files below <name>/warmup: a string as Triton reads it from a file, its length (four bytes,
@@ -52,8 +53,8 @@ STEPS = "# Sequences take turns: rows of one batch would have to be of one lengt
 def generation_config(name: str, kind: str, waiting: int) -> str:
     """The text of the generating model's config. kind: "KIND_CPU" or "KIND_GPU". waiting: requests that may."""
     inputs = ",\n".join(
-        f'  {{ name: "{input_name}" data_type: {dtype} dims: [ {dims} ]{" optional: true" if optional else ""} }}'
-        for input_name, (dtype, dims, optional) in INPUTS.items()
+        f'  {{ name: "{input_name}" data_type: {dtype} dims: [ {dims} ]{_optional(input_name)} }}'
+        for input_name, (dtype, dims) in INPUTS.items()
     )
     outputs = ",\n".join(
         f'  {{ name: "{output}" data_type: {dtype} dims: [ 1 ] }}' for output, dtype in OUTPUTS.items()
@@ -85,6 +86,10 @@ model_warmup [
   }}
 ]
 """
+
+
+def _optional(input_name: str) -> str:
+    return "" if GenerationRequest.model_fields[input_name].is_required() else " optional: true"
 
 
 def step_config(
