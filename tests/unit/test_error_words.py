@@ -387,7 +387,7 @@ def test_a_model_without_a_tokenizer_is_not_served(tmp_path: Path, monkeypatch: 
     out = tmp_path / "repository"
     says(
         "has no tokenizer.json, so a server cannot read text",
-        lambda: write_generating_model(engine, "pruned", "m", out, tmp_path, 8, 1, silent),
+        lambda: write_generating_model(engine, "pruned", "m", out, tmp_path, max_length=8, max_batch=1, say=silent),
         errors.ModelError,
     )
 

@@ -69,7 +69,7 @@ def test_fewer_texts_at_once_than_were_asked_for_are_said(
     monkeypatch.setattr(generating_model, "parse_config", lambda text, where: None)  # by a schema that is fetched
     said: list[str] = []
     model, folder = tmp_path / "model", tmp_path / "m"
-    made = write_generating_model(engine, "pruned", "m", folder, model, 8, asked, said.append)
+    made = write_generating_model(engine, "pruned", "m", folder, model, max_length=8, max_batch=asked, say=said.append)
     assert made.max_batch == 1
     words = "--max-batch 4: m's engine ort-cpu-fp32 serves one text at a time: its graph gets padded texts wrong"
     assert said == ([words] if asked == 4 else [])
@@ -85,7 +85,9 @@ def test_a_cache_of_fixed_length_is_there_whole(
     changes = {"padding": False, "inputs": inputs}
     write_json(engine / "manifest.json", read_manifest(engine).model_copy(update=changes))
     monkeypatch.setattr(generating_model, "parse_config", lambda text, where: None)  # by a schema that is fetched
-    made = write_generating_model(engine, "pruned", "m", tmp_path / "m", tmp_path / "model", 8, 1, print)
+    made = write_generating_model(
+        engine, "pruned", "m", tmp_path / "m", tmp_path / "model", max_length=8, max_batch=1, say=print
+    )
     assert made.cache_bytes == places * 2 * 2 * 16 * 4, "keys and values of 2 heads, each of 16 fp32 numbers"
 
 

@@ -24,8 +24,8 @@ from trsp_deploy.errors import RunError
 from trsp_deploy.recipe import LONGEST_NAME, EngineSpec
 from trsp_deploy.results import Role
 from trsp_deploy.tools.model_repository.config import WARMUP_TEXT, WARMUP_TOKENS
-from trsp_deploy.tools.model_repository.generating_model import SETTINGS, packages_of, write_generating_model
-from trsp_deploy.tools.model_repository.manifest import RepositoryManifest, ServedModel, read_repository
+from trsp_deploy.tools.model_repository.generating_model import packages_of, write_generating_model
+from trsp_deploy.tools.model_repository.manifest import SETTINGS, RepositoryManifest, ServedModel, read_repository
 from trsp_deploy.tools.model_repository.readme import CONTAINER, dockerfile, readme
 from trsp_deploy.tools.model_repository.step_model import check_can_step, is_step_model, write_step_model
 from trsp_deploy.tools.runners import read_manifest
@@ -81,7 +81,9 @@ def write_repository(
             for role, engine in engines.items():
                 name = names[role]
                 with writing(place / name, staging) as folder:
-                    made = write_generating_model(engine, role, name, folder, model_folder, length, max_batch, say)
+                    made = write_generating_model(
+                        engine, role, name, folder, model_folder, max_length=length, max_batch=max_batch, say=say
+                    )
                 models.append(made)
                 if step:
                     with writing(place / f"{name}_step", staging) as folder:

@@ -15,11 +15,11 @@ from trsp_deploy.artifacts import ENGINE_MANIFEST, fingerprint, leaves, link_tre
 from trsp_deploy.artifacts.fingerprints import SIGNED
 from trsp_deploy.decoder import end_tokens
 from trsp_deploy.errors import EngineUnavailable, ModelError
-from trsp_deploy.recipe import EngineSpec
+from trsp_deploy.recipe import EngineSpec, Strict
 from trsp_deploy.results import Role
 from trsp_deploy.tools.graphs import decoder_io
 from trsp_deploy.tools.model_repository.config import WARMUP, generation_config, parse_config
-from trsp_deploy.tools.model_repository.manifest import ServedModel, fingerprints_below
+from trsp_deploy.tools.model_repository.manifest import SETTINGS, ServedModel, fingerprints_below
 from trsp_deploy.tools.model_repository.vendor import model_file, vendor
 from trsp_deploy.tools.runners import device_of, open_engine, read_manifest
 from trsp_deploy.tools.runners.manifest import EngineManifest
@@ -29,7 +29,15 @@ from trsp_deploy.tools.runners.running_batch import Rotation, texts_can_move
 from trsp_deploy.tools.serving.engine import batches
 from trsp_deploy.tools.serving.loop import MOST_WAITING
 
-SETTINGS = "serving.json"  # beside the engine
+
+class Settings(Strict):
+    """What the model is told, in its `serving.json`."""
+
+    max_batch: int  # texts at once
+    max_length: int  # tokens of a text
+    max_prompt: int | None  # tokens of a prompt, where the engine reads fewer at once than a text may have
+    end_tokens: tuple[int, ...]
+    rotations: tuple[Rotation, ...]  # ways in which keys are turned that move
 
 
 def write_generating_model(
@@ -38,6 +46,7 @@ def write_generating_model(
     name: str,
     folder: Path,
     model_folder: Path,
+    *,
     max_length: int,
     max_batch: int,
     say: Callable[[str], None],
@@ -46,40 +55,51 @@ def write_generating_model(
 
     model_folder: has the tokenizer. max_length: tokens of a text at most. max_batch: texts at once.
     say: told of fewer texts at once than max_batch, and why.
-    Raises ModelError without a tokenizer.
+    Raises ModelError without a tokenizer, EngineUnavailable for an engine that cannot be read, or run where only that
+    tells how many texts it takes, and RunError without Triton's schema.
     """
     manifest = read_manifest(engine)
-    spec = manifest.spec
-    max_prompt = _max_prompt(spec, max_length)
     alone, rotations = batching(engine)
     if alone is not None and max_batch > 1:
-        say(f"--max-batch {max_batch}: {name}'s engine {spec.name} serves one text at a time: {alone}")
+        say(f"--max-batch {max_batch}: {name}'s engine {manifest.spec.name} serves one text at a time: {alone}")
         max_batch = 1
     tokenizer = model_folder / "tokenizer.json"
     if not tokenizer.is_file():
         raise ModelError(f"{model_folder}: has no tokenizer.json, so a server cannot read text")
-    # A cache of fixed length is there whole, however long a text may be; one that grows has a place more than a text.
-    places = decoder_io.cache_length(manifest.inputs) or max_length + 1
-    config = generation_config(name, "KIND_CPU" if device_of(spec) == "cpu" else "KIND_GPU", MOST_WAITING)
+    settings = Settings(
+        max_batch=max_batch,
+        max_length=max_length,
+        max_prompt=_max_prompt(manifest.spec, max_length),
+        end_tokens=tuple(end_tokens(model_folder)),
+        rotations=rotations,
+    )
+    config = generation_config(name, "KIND_CPU" if device_of(manifest.spec) == "cpu" else "KIND_GPU", MOST_WAITING)
     parse_config(config, f"{name}/config.pbtxt")
+    _write_files(folder, config, settings, tokenizer)
+    _link_engine(engine, manifest, folder / "1" / "engine")
+    return _record(name, role, manifest, settings, folder)
+
+
+def _write_files(folder: Path, config: str, settings: Settings, tokenizer: Path) -> None:
+    """Write everything but the engine: the config, the warm-up's inputs, and the one version that there is."""
     version = folder / "1"
     version.mkdir(parents=True)
-    _link_engine(engine, manifest, version / "engine")
     link_tree(tokenizer, version / "tokenizer.json")
-    settings = {
-        "max_batch": max_batch,
-        "max_length": max_length,
-        **({} if max_prompt is None else {"max_prompt": max_prompt}),
-        "end_tokens": end_tokens(model_folder),
-        "rotations": [rotation.model_dump(mode="json") for rotation in rotations],
-    }
-    (version / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    told = settings.model_dump(mode="json", exclude_none=True)
+    (version / SETTINGS).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     (version / "model.py").write_bytes(model_file().read_bytes())
     vendor(version / "vendor")
     (folder / "config.pbtxt").write_text(config, encoding="utf-8")
     (folder / "warmup").mkdir()
     for file, data in WARMUP.items():
         (folder / "warmup" / file).write_bytes(data)
+
+
+def _record(name: str, role: Role, manifest: EngineManifest, settings: Settings, folder: Path) -> ServedModel:
+    """What the repository's manifest says of the model that lies in `folder`."""
+    spec = manifest.spec
+    # A cache of fixed length is there whole, however long a text may be; one that grows has a place more than a text.
+    places = decoder_io.cache_length(manifest.inputs) or settings.max_length + 1
     return ServedModel(
         name=name,
         role=role,
@@ -90,10 +110,10 @@ def write_generating_model(
         packages=packages_of(manifest),
         bound=manifest.bound,
         compute_capabilities=spec.compute_capabilities,
-        max_batch=max_batch,
-        max_length=max_length,
-        max_prompt=max_prompt,
-        cache_bytes=max_batch * places * decoder_io.cache_bytes(manifest.inputs),
+        max_batch=settings.max_batch,
+        max_length=settings.max_length,
+        max_prompt=settings.max_prompt,
+        cache_bytes=settings.max_batch * places * decoder_io.cache_bytes(manifest.inputs),
         files=fingerprints_below(folder),
     )
 

@@ -15,6 +15,7 @@ from trsp_deploy.recipe import Backend, Name, Precision, RelativePath, Strict
 from trsp_deploy.results import Role
 from trsp_deploy.tools.runners.manifest import Bound, Version
 
+SETTINGS = "serving.json"  # beside the engine of a model that generates text: what it is told
 # As pip takes it, without what would end its quotes in the README's shell line or the Dockerfile's.
 Requirement = Annotated[str, Field(pattern=r"^[0-9A-Za-z][0-9A-Za-z._-]*([=<>]{1,2}[0-9A-Za-z][0-9A-Za-z.+_-]*)?$")]
 

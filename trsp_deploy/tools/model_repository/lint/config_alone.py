@@ -12,7 +12,7 @@ from trsp_deploy.tools.model_repository.lint.finding import Finding, Say, type_n
 from trsp_deploy.tools.runners.requirements import cuda_devices
 
 TOKENIZER_DIR = "tokenizer_dir"  # the parameter of models that make text into tokens for another (TensorRT-LLM's)
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
+TOKENIZER_PATTERNS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 
 
 def batching(config: Any, completed: bool, error: Say, warning: Say) -> Iterator[Finding]:
@@ -118,7 +118,7 @@ def tokenizer(config: Any, error: Say, warning: Say) -> Iterator[Finding]:
     if "${" in named or not named:
         yield error(f"parameter {TOKENIZER_DIR} is '{named}': the place of a tokenizer was never filled in")
     elif folder.is_dir():
-        if not any(next(folder.glob(pattern), None) for pattern in TOKENIZER_FILES):
+        if not any(next(folder.glob(pattern), None) for pattern in TOKENIZER_PATTERNS):
             yield error(f"parameter {TOKENIZER_DIR}: {named} holds no tokenizer (such as tokenizer.json)")
     elif folder.is_absolute():
         yield warning(f"parameter {TOKENIZER_DIR}: there is no folder {named} here; the server needs it")

@@ -10,6 +10,7 @@ from trsp_deploy.artifacts import ENGINE_MANIFEST, fingerprint
 from trsp_deploy.errors import EngineUnavailable, ModelError, RunError
 from trsp_deploy.reading import read_json
 from trsp_deploy.tools.model_repository.lint.finding import Finding, Say
+from trsp_deploy.tools.model_repository.manifest import SETTINGS
 from trsp_deploy.tools.runners.manifest import Bound, EngineManifest, read_manifest
 from trsp_deploy.tools.runners.requirements import adds_int8_exactly, cuda_devices, driver_version, package_version
 from trsp_deploy.tools.serving.text import read_tokenizer
@@ -17,7 +18,7 @@ from trsp_deploy.tools.serving.text import read_tokenizer
 
 def against_manifest(version: Path, error: Say) -> Iterator[Finding]:
     """Findings about a model that `trsp-deploy triton` wrote: its engine and what belongs to it."""
-    settings, engine = version / "serving.json", version / "engine"
+    settings, engine = version / SETTINGS, version / "engine"
     if not settings.is_file():
         return
     tokenizer = version / "tokenizer.json"
@@ -43,12 +44,12 @@ def against_manifest(version: Path, error: Say) -> Iterator[Finding]:
             yield error(f"{version.name}/engine/{file} is not the file that was built (SHA-256)")
     yield from _machine(manifest, error)
     try:
-        max_batch = read_json(settings, RunError, f"{version.name}/serving.json").get("max_batch")
+        max_batch = read_json(settings, RunError, f"{version.name}/{SETTINGS}").get("max_batch")
     except RunError as problem:
         yield error(str(problem))
         return
     if not isinstance(max_batch, int):
-        yield error(f"{version.name}/serving.json says no `max_batch`")
+        yield error(f"{version.name}/{SETTINGS} says no `max_batch`")
         return
     most = max((profile.batch.max for profile in manifest.spec.profiles), default=None)
     if most is not None and max_batch > most:
