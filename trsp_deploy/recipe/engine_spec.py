@@ -103,7 +103,7 @@ class EngineSpec(Strict):
         if self.threads is not None and self.backend != "onnxruntime-cpu":
             return f"`threads` is for backend onnxruntime-cpu, got {self.backend}"
         blocks = self.precision == "int4" or (self.precision == "int8" and self.backend.startswith("onnxruntime"))
-        if self.block_size != EngineSpec.model_fields["block_size"].default and not blocks:
+        if not self._is_default("block_size") and not blocks:
             return f"`block_size` is for precision int4, and int8 on ONNX Runtime, got {self.precision}, {self.backend}"
         return None
 
@@ -126,8 +126,8 @@ class EngineSpec(Strict):
         if self.keep_high_precision and self.precision not in ("int8", "int4"):
             raise ValueError(f"`keep_high_precision` is for precision int8 and int4, got {self.precision}")
         self._head_fits()
-        for name, default in (("embedding_bits", 4), ("zero_points", True)):
-            if getattr(self, name) != default and (tensorrt or self.precision != "int4"):
+        for name in ("embedding_bits", "zero_points"):
+            if not self._is_default(name) and (tensorrt or self.precision != "int4"):
                 raise ValueError(
                     f"`{name}` is for precision int4 on ONNX Runtime, got {self.precision}, {self.backend}"
                 )
@@ -145,9 +145,13 @@ class EngineSpec(Strict):
                 raise ValueError(f"a profile reads {profile.sequence.max} tokens, and `cache_length` is less")
         return self
 
+    def _is_default(self, name: str) -> bool:
+        """Whether a setting is what it is where nobody sets it."""
+        return bool(getattr(self, name) == type(self).model_fields[name].default)
+
     def _head_fits(self) -> None:
         """Raise ValueError for an LM head whose weights this backend does not hold so."""
-        if self.head_bits == 8:
+        if self._is_default("head_bits"):
             return
         floats = 8 * FLOAT_BYTES[self.graph_precision]  # of what is not quantised
         valid = [8, floats] if self.precision in ("int8", "int4") else []
