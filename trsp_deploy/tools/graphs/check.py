@@ -16,7 +16,7 @@ PROMPT, PADDING, STEPS = 11, 4, 3
 
 
 class Decoder(Protocol):
-    """What is asked of a graph: a `Runner` (tools/runners/base.py) that has been entered."""
+    """What is asked of a graph: an `OrtRunner` (tools/runners/ort.py) that has been entered."""
 
     def feeds(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> dict[str, np.ndarray]:
         """Every input of the graph, to read a prompt; of a fixed length where it says so."""

@@ -32,9 +32,8 @@ from trsp_deploy.tools.runners.ort import OrtRunner
 
 SLACK = 128  # places that no text uses any more, before all move to the front
 FIRST_CAPACITY = 256
-PIECE = (
-    256  # tokens of a prompt that one call reads: fewer are read no faster each, of more the others' tokens wait longer
-)
+# Tokens of a prompt that one call reads: fewer are read no faster each, of more the others' tokens wait longer.
+PIECE = 256
 SETTLED = 8  # steps in which half of the rows had no text, before there are fewer
 PROBE = (1, 2, 3, 4, 5, 6, 7)  # tokens of the text that is moved to see whether texts can be
 MOVED = 11  # places
