@@ -66,6 +66,28 @@ def test_places_that_no_text_uses_are_given_up(served_engine: Path) -> None:
         assert batch._length == 0 and batch.size == 0
 
 
+def test_texts_after_each_other_go_on_from_the_front_at_the_longest_place(served_engine: Path) -> None:
+    """Each is short, and one joins as another leaves, so that their common end alone reaches the longest that is
+    allowed: the graph's tables of positions end there."""
+    longest, prompt, count, ends = 60, list(range(3, 13)), 36, []
+    with opened(served_engine, 2, longest) as batch:
+        assert isinstance(batch, RunningBatch)
+        first, other = batch.join([5, 6, 7])[0], batch.join([8, 9])[0]
+        for _ in range(40):
+            batch.step({first: 3, other: 4})
+        batch.leave(first)
+        text, logits = batch.join(prompt)
+        tokens = [int(logits.argmax())]
+        for step in range(1, count):
+            if step == 16:
+                batch.leave(other)
+            others = {other: 4} if step < 16 else {}
+            tokens.append(int(batch.step({text: tokens[-1], **others})[text].argmax()))
+            ends.append(batch._length)
+    assert max(ends) == longest > ends[-1]
+    assert tokens == alone(served_engine, prompt, count)
+
+
 def test_rows_that_nobody_needs_are_given_up(served_engine: Path) -> None:
     """A text that was one of four is alone in the batch once the others are gone, and goes on as it would have."""
     prompt, count = [5, 6, 7, 8], 3 * SETTLED
