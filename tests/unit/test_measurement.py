@@ -28,6 +28,7 @@ from trsp_deploy.tools.judging.limits import (
     PhaseLimit,
     SpeedLimit,
     decode_bytes,
+    decode_work,
     prefill_operations,
     speed_limit,
     stored,
@@ -101,6 +102,9 @@ def test_a_limit_is_of_the_times_that_dense_takes() -> None:
     launches = times(1.0, 0.1)
     assert limit.of("decode", launches) == pytest.approx(0.1 / (0.01 / 1.1 + 0.09 / 1.4))
     assert limit.of("decode", times(1.0, 1e3)) == pytest.approx(1.4, rel=1e-4)
+    # End to end every token counts, those too that something held up: the median one does not tell of them.
+    held_up = {**exact, "total": 1.0 + 100 * 0.02}
+    assert limit.of("total", held_up) == pytest.approx(3 / (1 / 1.4 + 1 / 1.1 + 1 / 1.4))
 
 
 @pytest.mark.parametrize(
@@ -171,12 +175,41 @@ def test_rates_of_all_cores_hold_no_engine_up_that_has_fewer_threads(threads: in
     assert all(phase.limit is not None and phase.limit_assumed == (threads == 1) for phase in found.phases)
 
 
+@pytest.mark.parametrize(("name", "word"), [("ort-cpu-int4", "pass"), ("ort-cpu-fp32", "inconclusive")])
+def test_a_goal_is_held_up_by_limits_that_are_measured_alone(
+    name: str, word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half as fast again, of a cut that bytes allow a third: integer products may be bound otherwise."""
+    found = Rates(bytes_per_s=1e9, operations_per_s={"fp32": 1e15})
+    monkeypatch.setattr(bench, "measure_rates", lambda device: found)
+    made = made_up(speedup=1.5, noise=0.001)
+    dense, pruned = engine_of(name, 32), engine_of(name, 24)
+    (goal,) = bench.speedup_goals(dense, pruned, {"decode": 1.2}, made.settings)
+    assert goal.outcome(made.replicates).word == word
+
+
+def test_a_head_that_multiplies_for_the_whole_prompt_leaves_its_layers_less_to_gain() -> None:
+    """One engine that computes all logits is enough: they are the work of both."""
+    dense, pruned = engine_of("ort-cpu-fp32", 32), engine_of("ort-cpu-fp32", 24)
+    whole = [replace(each, cuts_logits=False) for each in (dense, pruned)]
+    case = shape(prompt=100, new=10)
+    cut, *others = (
+        bench.limits(*pair, case, None).prefill.ratio
+        for pair in ((dense, pruned), (whole[0], pruned), (dense, whole[1]))
+    )
+    before, after = (prefill_operations(each.size, 1, 100) for each in (dense, pruned) if each.size is not None)
+    assert others == [pytest.approx(before / after)] * 2 and others[0] < cut - 0.005
+
+
 def test_bytes_and_operations():
     size = DecoderSize(
         weights=WeightCounts(total=30, layers=(10, 10), lm_head=5, embeddings=5), cache_per_token=4, attention_width=3
     )
     assert decode_bytes(size, stored("fp16"), batch=2, past=7) == 2 * (20 + 5 + 2 * 7 * 4 * 2)
     assert prefill_operations(size, batch=1, prompt=10) == 2 * 10 * (25 + 2 * 2 * 10 * 3)
+    work = decode_work(size, stored("fp16"), shape(batch=2, prompt=7, new=6))  # the median token has 10 before it
+    assert work.read_bytes == 2 * (20 + 5 + 2 * 10 * 4 * 2)
+    assert work.operations == 2 * 2 * (20 + 5 + 2 * 2 * 10 * 3)
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +246,20 @@ def test_parity_fails_what_is_broken(reference, precision, damage):
     else:
         logits = logits[::-1]
     assert not agreement(reference, logits, precision).passed
+
+
+@pytest.mark.parametrize(
+    ("precision", "tolerance"), [("fp32", 1e-3), ("fp16", 0.25), ("bf16", 1.0), ("int8", 1.5), ("int4", 4.0)]
+)
+def test_one_logit_may_be_off_by_so_much_and_no_more(reference, precision, tolerance):
+    """Of the unlikeliest next token: neither the choice nor the perplexity tells of it."""
+    whole = dataclasses.replace(reference, attention_mask=np.ones_like(reference.attention_mask))
+    for share, passes in ((0.99, True), (1.01, False)):
+        logits = whole.logits.copy()
+        logits[0, -1, logits[0, -1].argmin()] -= share * tolerance * whole.logits.std()
+        found = agreement(whole, logits, precision)
+        assert found.max_error == pytest.approx(share * tolerance, rel=1e-3)
+        assert found.tolerance == tolerance and found.passed == passes
 
 
 @pytest.mark.parametrize(("precision", "passes"), [("fp16", False), ("int8", True)])
