@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import pytest
 
@@ -15,6 +16,7 @@ from trsp_deploy.cli import check_jobs
 from trsp_deploy.errors import RunError
 from trsp_deploy.results import Comparison
 from trsp_deploy.tools.judging import comparisons, goals
+from trsp_deploy.tools.judging.limits import PhaseLimit, SpeedLimit
 from trsp_deploy.tools.judging.statistics import (
     Ratio,
     Speedup,
@@ -38,6 +40,12 @@ def test_a_verdict_follows_the_interval(low: float, high: float, word: str) -> N
     opposite = {"pass": "fail", "fail": "pass", "inconclusive": "inconclusive"}
     if low != 1.15:
         assert judge(most, found).word == opposite[word]
+
+
+@pytest.mark.parametrize("sense", ["at least", "at most"])
+def test_what_is_exactly_at_its_bound_keeps_it(sense: Literal["at least", "at most"]) -> None:
+    wanted = Requirement(name="ratio", source="x", sense=sense, bound=1.15)
+    assert judge(wanted, Ratio(ratio=1.15, low=1.15, high=1.15)).word == "pass"
 
 
 def test_a_sentence_tells_what_misses_a_bound_by_little_from_the_bound() -> None:
@@ -95,6 +103,9 @@ def test_measuring_ends_early_only_with_a_margin() -> None:
     assert not settled(FASTER, found(1.16, 1.3), replicates=8), "decided, and twice as wide it would not be"
     assert settled(FASTER, found(1.0, 1.05), replicates=8)
     assert not settled(FASTER, found(1.22, 1.28), replicates=4)
+    for far, enough in ((1.001, True), (0.999, False)):  # twice as wide, its end is beyond the bound or before it
+        middle = FASTER.bound * 1.05**2 * far
+        assert settled(FASTER, found(middle / 1.05, middle * 1.05), replicates=8) == enough
 
 
 def earlier(before: Comparison) -> tuple[goals.Earlier, goals.Earlier]:
@@ -113,6 +124,27 @@ def test_goals_judge_the_worst_shape_and_what_was_before() -> None:
     lost = goals.most_speedup_lost("total", 0.03, "x", ratios)
     assert lost.outcome(now.replicates).word == "fail" and lost.settled(now.replicates)
     assert lost.outcome(before.replicates).word == "pass"
+
+
+@pytest.mark.parametrize(("left", "word"), [(0.81, "pass"), (0.79, "fail")])
+def test_a_share_of_the_speedup_is_a_share_of_the_ratio(left: float, word: str) -> None:
+    """A fifth lost leaves 0.8, and not the 1 / 1.2 that a fifth more time does."""
+    before, now = (made_up(speedup=speed, noise=0.001, seed=1) for speed in (1.2, 1.2 * left))
+    assert goals.most_speedup_lost("total", 0.2, "x", earlier(before)[1]).outcome(now.replicates).word == word
+
+
+@pytest.mark.parametrize("slower", [0, 1])
+def test_every_shape_is_held_against_its_own_past(slower: int) -> None:
+    """Of shapes whose times and speed-ups differ, one has become slower."""
+    then = (1.0, 1.5)
+    now = tuple(each * (0.9 if case == slower else 1) for case, each in enumerate(then))
+    before, after = (made_up(speedup=1.2, noise=0.001, seed=1, shapes=shapes) for shapes in (then, now))
+    latency, ratios = earlier(before)
+    for goal in (goals.most_latency("total", 0.05, "x", latency), goals.most_speedup_lost("total", 0.05, "x", ratios)):
+        unchanged = goal.ratios(before.replicates)
+        assert [each.ratio for each in unchanged] == [pytest.approx(1)] * 2
+        outcome = goal.outcome(after.replicates, cases=after.settings.cases)
+        assert outcome.word == "fail" and outcome.where == after.settings.cases[slower].title
 
 
 @pytest.mark.parametrize(("then", "now"), [(0.08, 0.0), (0.0, 0.08), (0.06, 0.06)])
@@ -172,6 +204,19 @@ def test_one_shape_that_misses_fails_whatever_is_open_at_another(monkeypatch: py
     assert goal.outcome(replicates).found == found[1] and goal.settled(replicates)
 
 
+@pytest.mark.parametrize("sense", ["at least", "at most"])
+def test_of_shapes_that_are_open_the_one_whose_interval_is_further_out_is_shown(
+    sense: Literal["at least", "at most"],
+) -> None:
+    """Its estimate is the better one, and its interval is the one that misses the bound by more."""
+    wide, narrow = Ratio(ratio=1.02, low=0.9, high=1.15), Ratio(ratio=1.01, low=0.99, high=1.03)
+    if sense == "at most":
+        wide, narrow = (Ratio(ratio=1 / each.ratio, low=1 / each.high, high=1 / each.low) for each in (wide, narrow))
+    goal = goals.Goal(Requirement(name="ratio", source="x", sense=sense, bound=1.0), lambda _: [narrow, wide])
+    outcome = goal.outcome(made_up().replicates)
+    assert outcome.word == "inconclusive" and outcome.found == wide
+
+
 def test_an_outcome_names_the_shape_that_decided(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a check at several shapes nothing said which of them had failed."""
     found = [Ratio(ratio=1.3, low=1.29, high=1.31), Ratio(ratio=1.10, low=1.09, high=1.11)]
@@ -207,6 +252,15 @@ def test_a_speedup_above_its_limit_passes_nothing(monkeypatch: pytest.MonkeyPatc
     assert goal(1.2, 1.495, None).outcome(replicates).word == "pass", "its interval reaches below"
     missed = goal(1.6, 1.3, None)
     assert missed.outcome(replicates).word == "fail" and missed.settled(replicates), "what is possible misses it too"
+
+
+def test_a_goals_limit_is_by_the_times_that_dense_took() -> None:
+    """5 ms of a token are bound by bytes: of dense's 10 ms half is, of pruned's 8 ms more."""
+    bytes_bind = PhaseLimit(ratio=1.1, floor_s=0.005)
+    limit = SpeedLimit(prefill=bytes_bind, decode=bytes_bind, layers=1 / 1.4, new_tokens=4)
+    goal = goals.least_speedup("decode", 1.2, "x", cases=1, limits=[limit])
+    assert goal.limits is not None
+    assert goal.limits(made_up(speedup=1.25, noise=0).replicates) == [pytest.approx(0.01 / (0.005 / 1.1 + 0.005 / 1.4))]
 
 
 def test_quality_of_a_window_or_a_few_items_decides_nothing() -> None:
