@@ -15,10 +15,14 @@ from trsp_deploy.tools.judging.statistics import (
     Ratio,
     bootstrap,
     change,
+    device_s,
     interval,
+    medians_s,
     paired_accuracy,
     paired_by_documents,
     perplexity_ratio,
+    phase_s,
+    replicate_logs,
     replicate_ratios,
     retained_accuracy,
     speedup,
@@ -59,6 +63,34 @@ def test_blocks_that_something_held_up_move_nothing() -> None:
     others = [block for place, block in enumerate(blocks) if place % 3]
     disturbed = replicate.model_copy(update={"blocks": {**replicate.blocks, "pruned": ((*held_up, *others),)}})
     assert replicate_ratios([disturbed], 0, "prefill")[0] == [pytest.approx(math.log(1.2))]
+
+
+@pytest.mark.parametrize("host_s", [None, 0.002])
+def test_one_token_and_one_block_that_something_held_up_move_no_median(host_s: float | None) -> None:
+    """A mean would be more than twice as much."""
+    made = made_up(noise=0, replicates=2, cycles=1, host_s=host_s)
+    replicate, plain = made.replicates[0], made.replicates[0].blocks["pruned"][0][0]
+    late = {
+        "prefill_s": 10 * plain.prefill_s,
+        "decode_s": (*plain.decode_s[1:], 1.0),
+        "device_decode_s": None if host_s is None else (*plain.decode_s[1:], 1.0),
+    }
+    held_up = plain.model_copy(update=late)
+    assert phase_s(held_up, "decode") == pytest.approx(plain.decode_s[0])
+    assert device_s(held_up, "decode") == (None if host_s is None else pytest.approx(plain.decode_s[0]))
+    blocks = (held_up, *replicate.blocks["pruned"][0][1:])
+    disturbed = [replicate.model_copy(update={"blocks": {**replicate.blocks, "pruned": (blocks,)}})]
+    assert replicate_logs(disturbed, "pruned", 0, "prefill") == [pytest.approx(math.log(plain.prefill_s))]
+    assert medians_s(disturbed, "pruned", 0)["prefill"] == pytest.approx(plain.prefill_s)
+
+
+def test_an_interval_sees_skew() -> None:
+    """Nine alike and one far above: Student's t is as far to either side, and what was drawn reaches further up."""
+    found = interval([0.0] * 9 + [1.0])
+    reach = 2.262 * 0.1  # t of 9 degrees of freedom; the standard error
+    assert math.log(found.ratio) == pytest.approx(0.1)
+    assert math.log(found.low) == pytest.approx(0.1 - reach, abs=1e-3)
+    assert math.log(found.high) == pytest.approx(0.4, abs=0.05) and 0.1 + reach < 0.35
 
 
 @pytest.mark.parametrize(("replicates", "draws", "least"), [(2, 300, 0.92), (5, 2000, 0.94), (6, 2000, 0.94)])
@@ -236,3 +268,12 @@ def test_change_compares_two_times() -> None:
     found = change(before.tolist(), after.tolist())
     assert found.ratio == pytest.approx(1.05, abs=0.01) and 1 < found.low < 1.05 < found.high
     assert change([1.0, 1.0], [1.0, 1.0]).high == 1.0
+
+
+def test_a_change_takes_each_times_own_spread() -> None:
+    """Five unlike values, then twenty that are nearly one: Student's t of the five, and not of a spread of all."""
+    found = change([-0.1, -0.05, 0.0, 0.05, 0.1], [0.001, -0.001] * 10)
+    error = math.sqrt(0.025 / 4 / 5)  # of the mean of the five
+    assert (
+        math.log(found.high) == pytest.approx(2.776 * error, rel=0.01) == pytest.approx(-math.log(found.low), rel=0.01)
+    )
