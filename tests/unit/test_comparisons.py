@@ -262,6 +262,24 @@ def test_the_cores_that_a_comparison_may_run_on_are_named(affinity: tuple[int, .
     assert any(note.startswith(f"load 1.0 on 2 cores (of numbers {said}), ") for note in comparisons.notes(found))
 
 
+def test_of_several_processes_the_largest_peak_counts_and_the_median_load() -> None:
+    made, mib = made_up(replicates=3), 1 << 20
+    replicates = tuple(
+        replicate.model_copy(
+            update={
+                "load_s": {"dense": load, "pruned": load / 2},
+                "peak_rss_bytes": {"dense": peak, "pruned": peak // 2},
+                "gpu_bytes": {"dense": peak * 2, "pruned": peak},
+            }
+        )
+        for replicate, load, peak in zip(made.replicates, (0.5, 9.0, 0.6), (2 * mib, 8 * mib, 4 * mib), strict=True)
+    )
+    found = comparisons.compare(made.model_copy(update={"replicates": replicates}))
+    assert found.load_s == {"dense": 0.6, "pruned": 0.3}
+    assert found.peak_rss_bytes == {"dense": 8 * mib, "pruned": 4 * mib}
+    assert found.gpu_bytes == {"dense": 16 * mib, "pruned": 8 * mib}
+
+
 def test_threads_are_the_engines_own() -> None:
     cpu, gpu = load_engine_spec("ort-cpu-fp32"), load_engine_spec("tensorrt-fp16")
 
