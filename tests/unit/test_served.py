@@ -14,7 +14,7 @@ from tests.samples import NEW_TOKENS_SERVED, made_up, made_up_report, made_up_se
 from tests.tiny import save_tiny
 from trsp_deploy.errors import RunError
 from trsp_deploy.recipe import Case
-from trsp_deploy.results import Served
+from trsp_deploy.results import Served, ServedWindow
 from trsp_deploy.stages.serve_bench import _order
 from trsp_deploy.tools.reports import html, markdown, plots
 from trsp_deploy.tools.triton_server import load
@@ -27,6 +27,7 @@ from trsp_deploy.tools.triton_server.served import (
     served_notes,
     served_rows,
     served_sentence,
+    tokens_per_s,
 )
 
 
@@ -42,6 +43,36 @@ def test_figures_are_those_of_the_field() -> None:
     for metric in METRICS:
         assert one.speedup[metric].found.ratio == pytest.approx(1.25)
         assert one.speedup[metric].control.ratio == pytest.approx(1)
+
+
+def test_dense_is_the_mean_of_both_its_turns() -> None:
+    """10% slower the second time: half of it is dense's, in logs, and all of it the control's."""
+    served = made_up_served(noise=0.0, speedup=1.25)
+    windows = [slower(window, 1.1) if window.subject == "again" else window for window in served.windows]
+    level = derive(served.model_copy(update={"windows": tuple(windows)})).levels[0]
+    for metric in METRICS:
+        assert level.speedup[metric].found.ratio == pytest.approx(1.25 * 1.1**0.5)
+        assert level.speedup[metric].control is not None
+        assert level.speedup[metric].control.ratio == pytest.approx(1.1)
+
+
+def slower(window: ServedWindow, share: float) -> ServedWindow:
+    """The same with all times so many times as long."""
+    requests = [
+        each.model_copy(update={"answered_s": tuple(share * at_s for at_s in each.answered_s)})
+        for each in window.requests
+    ]
+    return window.model_copy(update={"requests": tuple(requests)})
+
+
+def test_a_windows_rate_is_of_all_its_requests() -> None:
+    """Two of 0.25 s and one of 1 s, two in the air: 2 x 16 tokens over the mean, half a second, and no median."""
+    window = made_up_served(noise=0.0).windows[0]
+    quick = window.requests[0]
+    (slow,) = slower(window.model_copy(update={"requests": (quick,)}), 4.0).requests
+    assert quick.answered_s[-1] == pytest.approx(0.25)
+    unlike = window.model_copy(update={"requests": (quick, quick, slow), "concurrency": 2})
+    assert tokens_per_s(unlike) == pytest.approx(2 * NEW_TOKENS_SERVED / 0.5)
 
 
 def test_a_speedup_is_claimed_when_it_is_there_and_only_then() -> None:
