@@ -22,6 +22,7 @@ from trsp_deploy.reading import read_record
 from trsp_deploy.results import Perplexity
 from trsp_deploy.stages.report import summary, write_report
 from trsp_deploy.tools.judging import comparisons
+from trsp_deploy.tools.judging.statistics import Ratio
 from trsp_deploy.tools.plan import Pick
 from trsp_deploy.tools.reports import html, markdown, plots
 from trsp_deploy.tools.reports.measured import measured_by
@@ -180,6 +181,19 @@ def test_a_ratio_is_told_from_what_the_budgets_allow(ratio: float, words: str) -
     text = made_up_report(made_up()).quality["text"]
     found = text.model_copy(update={"ratio": ratio, "ratio_low": ratio, "ratio_high": ratio})
     assert budgets({"a": found}).endswith(words)
+
+
+def test_a_budget_that_an_interval_reaches_across_is_open_whichever_side_the_estimate_is() -> None:
+    """1.0101x is allowed, and 99% of the accuracy asked for."""
+    text = made_up_report(made_up()).quality["text"]
+    for ratio in (1.005, 1.02):
+        found = text.model_copy(update={"ratio": ratio, "ratio_low": 1.002, "ratio_high": 1.03})
+        assert budgets({"a": found}).startswith("99.0% not decided, 99.9% not kept (")
+    sure = choices_report(scores("1" * 400), scores("1" * 400))
+    for ratio in (0.985, 0.995):
+        kept = Ratio(ratio=ratio, low=0.98, high=0.998)
+        price = Price("e", {}, sure.model_copy(update={"retained": kept}))
+        assert budget_text(price).startswith("99.0% not decided, 99.9% not kept (")
 
 
 def test_a_budget_is_of_accuracy_too() -> None:

@@ -297,6 +297,18 @@ def test_points_are_of_the_engine_that_ran_in_most_runs() -> None:
     assert [point.engine for point in _points({"drop-2": run(2, untimed)})] == [None]
 
 
+def test_an_engine_that_read_some_of_the_texts_gives_a_point_no_quality() -> None:
+    """The other texts would be without a figure, and the worst one perhaps among them."""
+    report = made_up_report(made_up())
+    (engine, *others), quality = report.engines, report.quality["text"]
+    better = quality.model_copy(update={"ratio": 1.1})
+    asked = {"text": quality, "other": quality.model_copy(update={"ratio": 1.6})}
+    for read, in_pytorch in (({"text": better}, True), (dict.fromkeys(asked, better), False)):
+        engines = (engine.model_copy(update={"quality": read}), *others)
+        (point,) = _points({"drop-2": report.model_copy(update={"quality": asked, "engines": engines})})
+        assert point.quality == (asked if in_pytorch else read) and point.quality_in_pytorch == in_pytorch
+
+
 def test_the_page_has_the_answer_every_point_and_two_plots() -> None:
     targets = Targets(min_speedup=1.25)
     found = Sweep(
