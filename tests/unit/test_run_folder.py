@@ -495,3 +495,46 @@ def test_a_step_that_leaves_its_output_elsewhere_is_done_again(tmp_path):
     with RunFolder(tmp_path / "run") as run:
         assert make("first") == make("first") == 5 and make("second") == 6
         assert (run.path / "second").is_file()
+
+
+def test_a_step_that_rewrites_its_own_input_is_done_again(tmp_path):
+    """Its result is of what the input was before."""
+    source = tmp_path / "source.txt"
+    source.write_text("a")
+
+    def work():
+        source.write_text(f"{source.read_text()}a")
+        (run.path / "out").write_text(source.read_text())
+        return Made(number=len(source.read_text()))
+
+    with RunFolder(tmp_path / "run") as run:
+        for number in (2, 3):
+            found = run.step("grow", work, Made, settings={}, inputs={"source": source}, outputs=["out"])
+            assert found.number == number
+
+
+@pytest.mark.parametrize("state", ["partial", "former"])
+def test_what_a_kill_left_beside_a_folder_is_not_in_the_next_one(state, tmp_path):
+    model, left = tmp_path / "model", tmp_path / f".model.{state}"
+    for folder in (model, left):
+        folder.mkdir()
+        (folder / "old").write_text("old")
+    with writing(model) as partial:
+        partial.mkdir()
+        (partial / "new").write_text("new")
+    assert names(model) == ["new"] and names(tmp_path) == ["model"]
+
+
+def test_a_link_that_leads_out_of_a_run_is_in_no_manifest(tmp_path):
+    """It would name a file that the run has not got, by a SHA-256 that whoever owns it changes."""
+    (tmp_path / "elsewhere").write_text("mine")
+
+    def work():
+        (run.path / "out").mkdir()
+        (run.path / "out" / "file").write_text("made")
+        (run.path / "out" / "link").symlink_to(tmp_path / "elsewhere")
+        return Made(number=1)
+
+    with RunFolder(tmp_path / "run") as run:
+        run.step("make", work, Made, settings={}, inputs={}, outputs=["out"])
+        assert sorted(run.write_manifest().files) == ["out/file", "records/make.json"]
