@@ -538,15 +538,22 @@ def test_a_burst_on_an_idle_server_fills_the_batch_first(served_engine: Path, se
 
 
 def test_stopping_answers_everyone(served_engine: Path, served_tokenizer: Tokenizer) -> None:
+    """Who runs, and who waits: no step is done before the end has come, so that nobody is finished."""
     with opened(served_engine, 2, MAX_LENGTH) as batch:
+        step = batch.step
+        batch.step = lambda tokens: (loop._stopping.wait(30), step(tokens))[1]  # type: ignore[method-assign]
         loop = ServingLoop(batch, served_tokenizer, (0,), MAX_LENGTH)
         clients = [Client(text_input="x", max_tokens=190, ignore_eos=True) for _ in range(5)]
         for client in clients:
             loop.submit(client.ticket)
+        until = time.monotonic() + 30
+        while not loop._running:
+            assert time.monotonic() < until
+            time.sleep(0.01)
         loop.stop()
-    for client in clients:
-        last = client.wait()[-1]
-        assert last.finish == "length" or (last.finish, last.fault) == ("error", "stopping")
+    ends = [client.wait()[-1] for client in clients]
+    assert [(end.finish, end.fault) for end in ends] == [("error", "stopping")] * 5
+    assert ends[0].tokens == 2, "its prompt's and that of the step that was under way"
 
 
 # -- vendoring ---------------------------------------------------------------------------------------------------------
