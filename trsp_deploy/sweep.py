@@ -9,12 +9,11 @@ What concerns the dense model alone is made once and linked or copied into the o
 from __future__ import annotations
 
 import contextlib
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from trsp_deploy.artifacts import RunFolder, RunLayout, StepRecord, link_tree, provenance, write_json, writing
+from trsp_deploy.artifacts import RunFolder, RunLayout, StepRecord, link_tree, provenance, steps, write_json, writing
 from trsp_deploy.artifacts.layout import PLANS, SWEEP, SWEEP_PAGE
 from trsp_deploy.errors import ModelError, ParityError, PlanError, RecipeError, TrspError, machine_reason
 from trsp_deploy.pipeline import Pipeline, check_before_work, prune_and_build
@@ -28,10 +27,6 @@ from trsp_deploy.tools.reports.sweeps import Point, Sweep, Targets, choose
 OF_ONE_CUT = (ModelError, ParityError, PlanError)  # what may be wrong with one cut while the others are right
 # Copied, not linked: onnx and onnx_ir refuse weights with a second hard link, and another engine may be built of them.
 EXTERNAL_DATA = (".onnx.data", ".onnx_data")
-DENSE_STEPS = (  # each after those that it may be of; behind a role no name follows, which may say "-dense-" too
-    *("dense", "self-generated", r"export-dense-\w+", "build-.+-dense"),
-    *(r"parity-.+-dense-\w+", "evaluate-.+-dense", "zero-shot-.+-dense"),
-)
 Runs = list[tuple[Pipeline, Report]]
 
 
@@ -163,8 +158,7 @@ def _adopt_dense(source: RunFolder, target: RunFolder) -> None:
 
 
 def _made_of_dense(run: RunFolder) -> dict[str, StepRecord]:
-    steps = [step for pattern in DENSE_STEPS for step in run.recorded() if re.fullmatch(pattern, step)]
-    return {step: record for step in steps if (record := run.record(step)) is not None}
+    return {step: record for step in steps.of_dense(run.recorded()) if (record := run.record(step)) is not None}
 
 
 def _points(reports: Mapping[str, Report]) -> tuple[Point, ...]:

@@ -60,7 +60,7 @@ def triton(
     as_json: Json = False,
 ) -> None:
     """Write a Triton model repository that generates text with a run's engine."""
-    from trsp_deploy.artifacts import RunLayout, check_made, reading_alone
+    from trsp_deploy.artifacts import RunLayout, check_made, reading_alone, steps
     from trsp_deploy.stages.triton_repository import write_repository
     from trsp_deploy.tools.measuring.subjects import common_engine, find_engine
 
@@ -71,7 +71,7 @@ def triton(
         if dense and engine is None and RunLayout(run).is_run:
             engine = common_engine(run, run)  # two engines beside each other would say nothing of the models
         engines = {role: find_engine(run, role, engine) for role in roles}
-        check_made(run, "prune", "pruned")  # its tokenizer goes along
+        check_made(run, steps.PRUNE, "pruned")  # its tokenizer goes along
         made = write_repository(engines, run / "pruned", names, out, max_batch, max_length, step=step, say=say)
     output = Output(as_json)
     output.say(

@@ -45,7 +45,7 @@ class Pipeline:
         if launched():  # `accelerate launch`; joining costs an import that a single process can do without
             processes = Processes(pick_device(recipe))
             run.from_main = processes.from_main
-            _check_shares(recipe, processes.count, plan_file is not None or run.record("plan") is not None)
+            _check_shares(recipe, processes.count, plan_file is not None or run.record(steps.PLAN) is not None)
         self.inputs = Inputs(run, recipe, say, place)
         self.pruning = Pruning(self.inputs, plan_file)
         self.engines = Engines(self.inputs, self.pruning)
@@ -64,7 +64,7 @@ class Pipeline:
 
     def unfinished(self, counts: Sequence[int] = ()) -> list[str]:
         """Stages, by the estimates' names, with a step that has to be done; counts: of layers, of a sweep of them."""
-        stages = {"selection": ["plan"], "transfer": ["prune"]}
+        stages = {"selection": [steps.PLAN], "transfer": [steps.PRUNE]}
         texts = list(itertools.product(self.recipe.evaluation, ROLES))
         for spec in self.engines.specs:
             precision = spec.graph_precision

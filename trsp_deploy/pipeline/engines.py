@@ -28,7 +28,6 @@ from trsp_deploy.tools.library import load_engine_spec, wanted_engines
 from trsp_deploy.tools.measuring.subjects import Subject, find_subject
 from trsp_deploy.tools.runners import EngineManifest, bound_to, check_can_build, check_can_run
 from trsp_deploy.tools.runners.calibration import INT4_TEXTS, READ_TOKENS
-from trsp_deploy.tools.runners.freshness import MODEL_STEPS
 from trsp_deploy.tools.runners.manifest import Bound
 from trsp_deploy.tools.runners.passes import passes_version
 from trsp_deploy.tools.runners.requirements import package_version
@@ -159,11 +158,11 @@ class Engines:
                 self._ask(found, spec, role)
 
     def _ask(self, found: Finished, spec: EngineSpec, role: Role) -> None:
-        precision, made = spec.graph_precision, MODEL_STEPS[role]
+        precision, made = spec.graph_precision, steps.model(role)
         exported, built = steps.export(role, precision), steps.build(spec.name, role)
 
         def exporter() -> str:
-            models = {each: found.left.get(MODEL_STEPS[each]) for each in ROLES}
+            models = {each: found.left.get(steps.model(each)) for each in ROLES}
             return self._exporter(precision, found.run, models, found.run.has_outputs)
 
         found.ask(

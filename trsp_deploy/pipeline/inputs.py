@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
-from trsp_deploy.artifacts import RunFolder, writing
+from trsp_deploy.artifacts import RunFolder, steps, writing
 from trsp_deploy.decoder import known_positions, load_config, load_tokenizer, meta_model
 from trsp_deploy.errors import ModelError, RecipeError, TextError
 from trsp_deploy.pipeline.runs import plain_name, seen_from
@@ -69,7 +69,7 @@ class Inputs:
         found: tuple[ModelSource, str] = self.run.from_main(self._source() if self.run.main else None)
         source, sha256 = found
         self.run.step(
-            "dense",
+            steps.DENSE,
             lambda: self._copy_dense(source),
             ModelSource,
             settings={"model": self.recipe.model},
@@ -101,7 +101,7 @@ class Inputs:
 
     def _kept_model(self) -> tuple[ModelSource, str] | None:
         """What the run wrote down of the model that it has in `dense/`; None where that is to be compared, or made."""
-        record = self.run.record("dense")
+        record = self.run.record(steps.DENSE)
         if record is None or record.settings != {"model": self.recipe.model} or is_model_folder(self.model):
             return None
         try:

@@ -25,7 +25,6 @@ from trsp_deploy.tools.reports.baselines import this_machine
 from trsp_deploy.tools.reports.quality import ChoicesReport, QualityReport, choices_report, quality_report
 from trsp_deploy.tools.runners import Runner, open_engine
 from trsp_deploy.tools.runners.agreement import PERPLEXITY_TOLERANCES, TOLERANCES, Reference
-from trsp_deploy.tools.runners.freshness import MODEL_STEPS
 from trsp_deploy.tools.runners.half_range import write_widened
 from trsp_deploy.tools.training.shared import pick_device
 
@@ -175,7 +174,7 @@ class Proof:
             steps.evaluate(name, role),
             lambda: self._reference_settings(name),
             lambda: {
-                "model": found.left.get(MODEL_STEPS[role]),
+                "model": found.left.get(steps.model(role)),
                 "text": self.inputs.evaluation_texts(name).fingerprint,
             },
         )
@@ -194,7 +193,7 @@ class Proof:
             lambda: {
                 "engine": engine,
                 "text": self.inputs.evaluation_texts(name).fingerprint,
-                "tokenizer": found.left.get("dense"),
+                "tokenizer": found.left.get(steps.DENSE),
             },
         )
 
@@ -202,7 +201,7 @@ class Proof:
         found.ask(
             steps.zero_shot(spec.name, role),
             lambda: self._task_settings,
-            lambda: {"engine": engine, "tokenizer": found.left.get(MODEL_STEPS[role])},
+            lambda: {"engine": engine, "tokenizer": found.left.get(steps.model(role))},
         )
 
     def _of_each(self, lack: str, measure: Callable[[EngineSpec], Measured]) -> dict[str, Measured]:

@@ -12,7 +12,17 @@ import torch
 from pydantic import BaseModel
 from transformers import PreTrainedModel
 
-from trsp_deploy.artifacts import Finished, RunFolder, StepRecord, fingerprint, seal, share_weights, write_json, writing
+from trsp_deploy.artifacts import (
+    Finished,
+    RunFolder,
+    StepRecord,
+    fingerprint,
+    seal,
+    share_weights,
+    steps,
+    write_json,
+    writing,
+)
 from trsp_deploy.artifacts.control_groups import usable_cores
 from trsp_deploy.artifacts.layout import PLAN_BEFORE, PLANS
 from trsp_deploy.decoder import check_prunable, load_config, load_model, meta_model
@@ -46,7 +56,7 @@ def _origin(record: StepRecord | None) -> str | None:
 
 def _made_by_a_person(run: RunFolder) -> str | None:
     """How a person made the `plan.json` that is there; None of a chosen one."""
-    record, path = run.record("plan"), run.layout.plan
+    record, path = run.record(steps.PLAN), run.layout.plan
     if record is None or not path.is_file():
         return None
     return EDITED if fingerprint(path) != record.outputs["plan.json"] else _origin(record)
@@ -85,7 +95,7 @@ class Pruning:
         inputs, whose = self._model_and_text(), self._persons_plan()
         plan = None if whose is None else read_plan(whose[1], self.inputs.num_layers())
         return self._resumable(
-            "plan",
+            steps.PLAN,
             lambda checkpoints: self._choose(checkpoints) if plan is None else self._write(plan),
             PruningPlan,
             settings=self._plan_settings,
@@ -121,7 +131,7 @@ class Pruning:
 
     def _chosen_alike(self, run: RunFolder, settings: dict[str, Any]) -> bool:
         """Whether a run's plan was made with these settings; older records name the texts among theirs."""
-        record = run.record("plan")
+        record = run.record(steps.PLAN)
         if record is None:
             return False
         texts = {name: value for name, value in record.settings["calibration"].items() if name != "texts"}
@@ -129,7 +139,7 @@ class Pruning:
 
     def _is_replaced(self) -> bool:
         """Whether another plan than the recorded one was handed in."""
-        record = self.run.record("plan")
+        record = self.run.record(steps.PLAN)
         if self._plan_file is None or record is None:
             return False
         return PruningPlan.model_validate(record.result) != read_plan(self._plan_file, self.inputs.num_layers())
@@ -149,7 +159,7 @@ class Pruning:
             return Done()
 
         settings, inputs = self._sweep_settings(counts), self._model_and_text()
-        self._resumable("plans", work, Done, settings=settings, inputs=inputs, output=PLANS)
+        self._resumable(steps.PLANS, work, Done, settings=settings, inputs=inputs, output=PLANS)
         return {count: folder / f"drop-{count}.json" for count in counts}
 
     @functools.cache
@@ -172,7 +182,7 @@ class Pruning:
         chosen = self._chosen("seed", "device", "weights")
         settings = {**chosen, "tokens": tokens, "context_length": length}
         inputs = {"model": self.inputs.path("dense")}
-        self._resumable("self-generated", work, Done, settings=settings, inputs=inputs, output=path.name)
+        self._resumable(steps.SELF_GENERATED, work, Done, settings=settings, inputs=inputs, output=path.name)
         return path
 
     @functools.cache
@@ -181,7 +191,7 @@ class Pruning:
         plan, own = self.plan(), self.self_generated()
         inputs = {**self._model_and_text(), "plan": self._plan_path}
         result = self._resumable(
-            "prune",
+            steps.PRUNE,
             lambda checkpoints: self._transfer(plan, own, checkpoints),
             PrunedCheckpoint,
             settings=self._prune_settings,
@@ -211,24 +221,24 @@ class Pruning:
         run, count: another one with this recipe that drops `count` layers, such as a sweep's; None is this one.
         """
         found = Finished(run or self.run)
-        found.ask("dense", lambda: {"model": self.recipe.model}, dict, "dense")
+        found.ask(steps.DENSE, lambda: {"model": self.recipe.model}, dict, "dense")
 
         def settings() -> dict[str, Any]:
             return self._selection_settings(count or self._count)
 
         person = self._plan_file is None and _made_by_a_person(found.run) is not None
         if person and self._chosen_alike(found.run, settings()):
-            found.steps.add("plan")
+            found.steps.add(steps.PLAN)
         elif not person and not self._is_replaced():
-            found.ask("plan", settings, lambda: self._started_from(found), "plan.json")
-        if self._plan_file is None and "plan" in found.steps:
-            found.left["plan"] = fingerprint(found.run.layout.plan)
-        elif self._plan_file is None and _origin(found.run.record("plan")) is not None:
-            found.left.pop("plan", None)  # it was a person's and is gone: others may be chosen
+            found.ask(steps.PLAN, settings, lambda: self._started_from(found), "plan.json")
+        if self._plan_file is None and steps.PLAN in found.steps:
+            found.left[steps.PLAN] = fingerprint(found.run.layout.plan)
+        elif self._plan_file is None and _origin(found.run.record(steps.PLAN)) is not None:
+            found.left.pop(steps.PLAN, None)  # it was a person's and is gone: others may be chosen
         found.ask(
-            "prune",
+            steps.PRUNE,
             lambda: self._prune_settings,
-            lambda: {**self._started_from(found), "plan": found.left.get("plan")},
+            lambda: {**self._started_from(found), "plan": found.left.get(steps.PLAN)},
             "pruned",
         )
         return found
@@ -236,18 +246,18 @@ class Pruning:
     def unfinished(self) -> list[str]:
         """Of selection and transfer what has to be done."""
         done = self.finished().steps
-        return [stage for stage, step in (("selection", "plan"), ("transfer", "prune")) if step not in done]
+        return [stage for stage, step in (("selection", steps.PLAN), ("transfer", steps.PRUNE)) if step not in done]
 
     def searched(self, counts: Sequence[int]) -> bool:
         """Whether the plans of a sweep need not be searched for again."""
         found = Finished(self.run)
-        found.ask("dense", lambda: {"model": self.recipe.model}, dict, "dense")
-        found.ask("plans", lambda: self._sweep_settings(counts), lambda: self._started_from(found), "plans")
-        return "plans" in found.steps
+        found.ask(steps.DENSE, lambda: {"model": self.recipe.model}, dict, "dense")
+        found.ask(steps.PLANS, lambda: self._sweep_settings(counts), lambda: self._started_from(found), "plans")
+        return steps.PLANS in found.steps
 
     def _started_from(self, found: Finished) -> dict[str, str | None]:
         """`_model_and_text`, as far as it can be told before the model is there."""
-        return {"model": found.left.get("dense"), "calibration": self.inputs.calibration_texts().fingerprint}
+        return {"model": found.left.get(steps.DENSE), "calibration": self.inputs.calibration_texts().fingerprint}
 
     def _resumable(
         self,
@@ -303,13 +313,13 @@ class Pruning:
         if self.run.main:
             self._keep_aside(plan)
             # Beside it the new plan would seem edited by hand, if this is killed before its own record is there.
-            self.run.layout.record("plan").unlink(missing_ok=True)
+            self.run.layout.record(steps.PLAN).unlink(missing_ok=True)
         return self._write(plan)
 
     def _keep_aside(self, chosen: PruningPlan) -> None:
         """Keep another plan than the chosen one where no record can tell any more whether a person made it."""
-        path, record = self._plan_path, self.run.layout.record("plan")
-        if not path.is_file() or not record.is_file() or self.run.record("plan") is not None:
+        path, record = self._plan_path, self.run.layout.record(steps.PLAN)
+        if not path.is_file() or not record.is_file() or self.run.record(steps.PLAN) is not None:
             return
         with contextlib.suppress(PlanError):  # what cannot be read is kept too
             if read_plan(path, chosen.num_layers).dropped == chosen.dropped:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from trsp_deploy.artifacts import RunFolder, provenance
+from trsp_deploy.artifacts import RunFolder, provenance, steps
 from trsp_deploy.artifacts.layout import SWEEP
 from trsp_deploy.pipeline.engines import EngineOutcome
 from trsp_deploy.pipeline.inputs import Inputs
@@ -112,7 +112,7 @@ def _other(point: Point, report: Report) -> str:
 
 def _edited(run: RunFolder) -> bool:
     """Whether a person has edited `plan.json` after its layers were chosen."""
-    record = run.record("plan")
+    record = run.record(steps.PLAN)
     return record is not None and EDITED in record.inputs
 
 

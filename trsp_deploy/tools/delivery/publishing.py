@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from trsp_deploy.artifacts import RunFolder, RunLayout, check_no_sweep, files_below, fingerprint, leaves
+from trsp_deploy.artifacts import RunFolder, RunLayout, check_no_sweep, files_below, fingerprint, leaves, steps
 from trsp_deploy.errors import RunError, UserError
 from trsp_deploy.recipe import Strict
 from trsp_deploy.results import PrunedCheckpoint
@@ -76,7 +76,7 @@ def plan_push(run: Path, repo: str) -> Push:
     """What would be uploaded; raises RunError where there is no checkpoint, or it is not the one that was made."""
     _check_name(repo)
     check_no_sweep(run)
-    record, layout = RunFolder(run).record("prune"), RunLayout(run)
+    record, layout = RunFolder(run).record(steps.PRUNE), RunLayout(run)
     pruned, plan = layout.model("pruned"), layout.plan
     if record is None or not pruned.is_dir():
         raise RunError(f"{run}: has no pruned checkpoint; `trsp-deploy prune` or `prune-and-build` makes one")

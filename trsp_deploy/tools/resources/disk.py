@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from trsp_deploy.artifacts import RunLayout, free_bytes, nearest_existing
+from trsp_deploy.artifacts import RunLayout, free_bytes, nearest_existing, steps
 from trsp_deploy.artifacts.layout import CHECKPOINTS
 from trsp_deploy.decoder import WeightCounts
 from trsp_deploy.errors import StorageError
@@ -97,10 +97,10 @@ def plan_disk(
     shared = bool(config._name_or_path) and _shares_blocks(Path(config._name_or_path), run)
     size = 0 if shared else width * dense.total + words
     stages = [
-        _stage("dense", [_Output("dense", layout.model("dense"), size)], finished),
+        _stage("dense", [_Output(steps.DENSE, layout.model("dense"), size)], finished),
         _stage(
             "pruned",
-            [_Output("prune", layout.model("pruned"), width * pruned.total + words)],
+            [_Output(steps.PRUNE, layout.model("pruned"), width * pruned.total + words)],
             finished,
             scratch=max(0, _checkpoints(recipe, dense) - freed_bytes([layout.checkpoints])),
         ),
@@ -108,7 +108,7 @@ def plan_disk(
     for precision in dict.fromkeys(spec.graph_precision for spec in specs):
         outputs = [
             _Output(
-                f"export-{role}-{precision}",
+                steps.export(role, precision),
                 layout.onnx(role, precision),
                 _graph(counts[role], precision) + words,
             )
@@ -119,7 +119,7 @@ def plan_disk(
         stages.append(_stage(f"onnx {precision}", outputs, finished, scratch))
     for spec in specs:
         outputs = [
-            _Output(f"build-{spec.name}-{role}", layout.engine(spec.name, role), _engine(spec, counts[role]))
+            _Output(steps.build(spec.name, role), layout.engine(spec.name, role), _engine(spec, counts[role]))
             for role in ROLES
         ]
         # Two graphs at a time while the passes run; then an engine in floats, as large as one, takes a place of these.

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trsp_deploy.artifacts import RunFolder, RunLayout, fingerprint, run_of_engine
+from trsp_deploy.artifacts import RunFolder, RunLayout, fingerprint, run_of_engine, steps
 from trsp_deploy.errors import EngineSpecError, EngineUnavailable
 from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.runners.manifest import EngineManifest, rebuild
-
-MODEL_STEPS = {"dense": "dense", "pruned": "prune"}  # role -> the step that makes the model's folder
 
 
 def check_fresh(folder: Path, manifest: EngineManifest) -> None:
@@ -29,13 +27,13 @@ def _check_of_run(folder: Path, manifest: EngineManifest, layout: RunLayout) -> 
     """Steps' records are compared, so that nothing large is read; what somebody changed in the run's folders by hand
     is the next rerun's matter."""
     run, role = RunFolder(layout.root), folder.resolve().name
-    built = run.record(f"build-{manifest.name}-{role}")
+    built = run.record(steps.build(manifest.name, role))
     if built is not None and built.result.get("files", manifest.files) != manifest.files:
         raise EngineUnavailable(
             f"engine {manifest.name}: {folder} is not what {layout.root} built; {rebuild(manifest, folder)}"
         )
-    exported = run.record(f"export-{role}-{manifest.spec.graph_precision}")
-    made = run.record(MODEL_STEPS.get(role, role))
+    exported = run.record(steps.export(role, manifest.spec.graph_precision))
+    made = run.record(steps.model(role))
     for step, name, source in ((exported, "model", made), (built, "onnx", exported)):
         if step is None or source is None or name not in step.inputs:
             continue
