@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from trsp_deploy.artifacts import RunFolder, RunLayout, StepRecord, link_tree, provenance, steps, write_json, writing
-from trsp_deploy.artifacts.layout import PLANS, SWEEP, SWEEP_PAGE
+from trsp_deploy.artifacts.layout import PLANS, SWEEP, SWEEP_PAGE, cut_name
 from trsp_deploy.errors import ModelError, ParityError, PlanError, RecipeError, TrspError, machine_reason
 from trsp_deploy.pipeline import Pipeline, check_before_work, prune_and_build
 from trsp_deploy.pipeline.engines import runnable, specs_of
@@ -70,7 +70,7 @@ def sweep(
                 if _is_of_every_cut(problem, runs, failed):
                     raise
                 failed[count] = type(problem)(str(problem))  # without the traceback, which holds on to models
-                say(f"drop-{count}: {problem}")
+                say(f"{cut_name(count)}: {problem}")
             else:
                 found = _found(job, counts, targets, runs)
                 _write(found, job.run.path)
@@ -92,7 +92,7 @@ def _is_of_every_cut(problem: TrspError, runs: Runs, failed: Mapping[int, TrspEr
 
 def _of_cuts(failed: Mapping[int, TrspError], then: str = "") -> TrspError:
     """One error for all cuts that failed, of the first one's class and so with its exit code; then: the line's end."""
-    said = "; ".join(f"drop-{count}: {problem}" for count, problem in failed.items())
+    said = "; ".join(f"{cut_name(count)}: {problem}" for count, problem in failed.items())
     return type(next(iter(failed.values())))(f"{said}{then}")
 
 
@@ -127,7 +127,7 @@ def _run(
     held: contextlib.ExitStack,
 ) -> tuple[Pipeline, Report]:
     """Make or finish one run, after those `before`; `held` has its lock from then on."""
-    folder = job.run.path / f"drop-{count}"
+    folder = job.run.layout.cut(count)
     source = before[0][0].run if before else _of_earlier_call(job.run, folder)
     recipe = job.recipe.model_copy(update={"drop": str(count)})
     run = held.enter_context(RunFolder(folder, lambda step, state: say(f"{folder.name}: {step}: {state}")))

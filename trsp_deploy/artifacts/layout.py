@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from trsp_deploy.errors import RunError
 
@@ -24,10 +25,19 @@ CHECKPOINTS = "checkpoints"  # of trainings that were killed
 FAILED_LOGS = f"{ENGINES}/*/*-failed.log"  # of builds
 ENGINE_MANIFEST = "manifest.json"  # in an engine's folder
 TEXTS = "texts"  # copies, for a machine that has not got them
+PLAN = "plan.json"
 PLAN_BEFORE = "plan-before.json"  # one that a chosen plan took the place of, where nothing told who had made it
 PLANS = "plans"  # of a sweep
 SWEEP, SWEEP_PAGE = "sweep.json", "sweep.html"
-POINTS = "drop-*"  # a sweep's runs, below its folder
+OWN_TEXT = "self-generated.jsonl"  # that the dense model wrote
+
+
+def cut_name(count: int | Literal["*"]) -> str:
+    """What a sweep calls its run with so many layers dropped."""
+    return f"drop-{count}"
+
+
+POINTS = cut_name("*")  # a sweep's runs, below its folder
 
 
 @dataclass(frozen=True)
@@ -50,9 +60,9 @@ PARTS = (
     Part("sweep", (SWEEP, SWEEP_PAGE), cleanable=False, loose=True),
     Part(CHECKPOINTS, (CHECKPOINTS,)),
     # The dense model's text: written again, on another machine, it would be another, and `pruned/` made anew for it.
-    Part("self-generated", ("self-generated.jsonl",), cleanable=False),
+    Part("self-generated", (OWN_TEXT,), cleanable=False),
     Part(TEXTS, (TEXTS,), cleanable=False, loose=True),
-    Part("plan", ("plan.json", PLAN_BEFORE), cleanable=False, loose=True),
+    Part("plan", (PLAN, PLAN_BEFORE), cleanable=False, loose=True),
     Part("recipe", (RUN_MARK,), cleanable=False, loose=True),
 )
 
@@ -93,7 +103,20 @@ class RunLayout:
     @property
     def plan(self) -> Path:
         """Which layers go."""
-        return self.root / "plan.json"
+        return self.root / PLAN
+
+    @property
+    def own_text(self) -> Path:
+        """What the dense model wrote for the transfer."""
+        return self.root / OWN_TEXT
+
+    def cut(self, count: int) -> Path:
+        """The folder of a sweep's run with so many layers dropped."""
+        return self.root / cut_name(count)
+
+    def plan_of_cut(self, count: int) -> Path:
+        """Which layers that run is to drop."""
+        return self.root / PLANS / f"{cut_name(count)}.json"
 
     @property
     def report(self) -> Path:
@@ -211,7 +234,7 @@ def check_can_hold(folder: Path, *, sweep: bool) -> None:
 def check_can_hold_cuts(folder: Path, counts: Iterable[int]) -> None:
     """Raise RunError for a folder in which the runs of a sweep would take what is not their own; counts: of layers."""
     for count in counts:
-        cut = folder / f"drop-{count}"
+        cut = RunLayout(folder).cut(count)
         check_can_hold(cut, sweep=False)
         if RunLayout(cut).is_begun and not RunLayout(folder).is_begun:
             raise RunError(f"{cut}: is a run, and of no sweep, for {folder} is none yet; choose another --out")

@@ -56,7 +56,7 @@ class Pipeline:
 
         count: of layers, where this is a sweep of them and its run with so many dropped is asked about.
         """
-        run = None if count is None else RunFolder(self.run.path / f"drop-{count}")
+        run = None if count is None else RunFolder(self.run.layout.cut(count))
         found = self.pruning.finished(run, count)
         self.engines.ask(found)
         self.proof.ask(found)

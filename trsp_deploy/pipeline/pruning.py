@@ -24,7 +24,7 @@ from trsp_deploy.artifacts import (
     writing,
 )
 from trsp_deploy.artifacts.control_groups import usable_cores
-from trsp_deploy.artifacts.layout import PLAN_BEFORE, PLANS
+from trsp_deploy.artifacts.layout import OWN_TEXT, PLAN, PLAN_BEFORE, PLANS
 from trsp_deploy.decoder import check_prunable, load_config, load_model, meta_model
 from trsp_deploy.errors import PlanError
 from trsp_deploy.launch import in_a_group
@@ -59,7 +59,7 @@ def _made_by_a_person(run: RunFolder) -> str | None:
     record, path = run.record(steps.PLAN), run.layout.plan
     if record is None or not path.is_file():
         return None
-    return EDITED if fingerprint(path) != record.outputs["plan.json"] else _origin(record)
+    return EDITED if fingerprint(path) != record.outputs[PLAN] else _origin(record)
 
 
 def _leave_together() -> None:
@@ -103,7 +103,7 @@ class Pruning:
             inputs=inputs
             if plan is None or whose is None
             else {**inputs, whose[0]: seal(plan.model_dump(mode="json"))},
-            output="plan.json",
+            output=PLAN,
             together=True,
         )
 
@@ -115,7 +115,7 @@ class Pruning:
         """
         if self._plan_file is not None:
             return GIVEN, self._plan_file
-        path, how = self._plan_path, _made_by_a_person(self.run)
+        path, how = self.run.layout.plan, _made_by_a_person(self.run)
         if how is None:
             return None
         if not self._chosen_alike(self.run, self._plan_settings):
@@ -126,7 +126,7 @@ class Pruning:
             )
         dropped = ", ".join(map(str, read_plan(path, self.inputs.num_layers()).dropped))
         said = "edited by hand" if how == EDITED else "given, not chosen here"
-        self.inputs.say(f"plan.json was {said}: dropping {dropped}; delete it to have layers chosen")
+        self.inputs.say(f"{PLAN} was {said}: dropping {dropped}; delete it to have layers chosen")
         return how, path
 
     def _chosen_alike(self, run: RunFolder, settings: dict[str, Any]) -> bool:
@@ -146,21 +146,21 @@ class Pruning:
 
     def plans(self, counts: tuple[int, ...]) -> dict[int, Path]:
         """A plan for each number of layers, as `plans/drop-K.json`, from one search; methods as the recipe says."""
-        folder = self.run.path / PLANS
+        layout = self.run.layout
 
         def work(checkpoints: Checkpoints) -> Done:
             train, validation = self.inputs.calibration_windows()
-            with quiet_libraries(), writing(folder) as partial:
+            with quiet_libraries(), writing(self.run.path / PLANS) as partial:
                 model = self._checked_model()
                 origin = self.inputs.calibration_texts().origin
                 found = selection.select_for_counts(model, train, validation, counts, self.recipe, origin, checkpoints)
                 for count, plan in found.items():
-                    write_json(partial / f"drop-{count}.json", plan)
+                    write_json(partial / layout.plan_of_cut(count).name, plan)
             return Done()
 
         settings, inputs = self._sweep_settings(counts), self._model_and_text()
         self._resumable(steps.PLANS, work, Done, settings=settings, inputs=inputs, output=PLANS)
-        return {count: folder / f"drop-{count}.json" for count in counts}
+        return {count: layout.plan_of_cut(count) for count in counts}
 
     @functools.cache
     def self_generated(self) -> Path | None:
@@ -169,7 +169,7 @@ class Pruning:
         tokens = self._self_generated_windows() * length
         if not tokens:
             return None
-        path = self.run.path / "self-generated.jsonl"
+        path = self.run.layout.own_text
 
         def work(checkpoints: Checkpoints) -> Done:
             with quiet_libraries(), writing(path) as partial:
@@ -182,14 +182,14 @@ class Pruning:
         chosen = self._chosen("seed", "device", "weights")
         settings = {**chosen, "tokens": tokens, "context_length": length}
         inputs = {"model": self.inputs.path("dense")}
-        self._resumable(steps.SELF_GENERATED, work, Done, settings=settings, inputs=inputs, output=path.name)
+        self._resumable(steps.SELF_GENERATED, work, Done, settings=settings, inputs=inputs, output=OWN_TEXT)
         return path
 
     @functools.cache
     def prune(self) -> PrunedCheckpoint:
         """Transfer and removal: the checkpoint `pruned/`."""
         plan, own = self.plan(), self.self_generated()
-        inputs = {**self._model_and_text(), "plan": self._plan_path}
+        inputs = {**self._model_and_text(), "plan": self.run.layout.plan}
         result = self._resumable(
             steps.PRUNE,
             lambda checkpoints: self._transfer(plan, own, checkpoints),
@@ -230,7 +230,7 @@ class Pruning:
         if person and self._chosen_alike(found.run, settings()):
             found.steps.add(steps.PLAN)
         elif not person and not self._is_replaced():
-            found.ask(steps.PLAN, settings, lambda: self._started_from(found), "plan.json")
+            found.ask(steps.PLAN, settings, lambda: self._started_from(found), PLAN)
         if self._plan_file is None and steps.PLAN in found.steps:
             found.left[steps.PLAN] = fingerprint(found.run.layout.plan)
         elif self._plan_file is None and _origin(found.run.record(steps.PLAN)) is not None:
@@ -252,7 +252,7 @@ class Pruning:
         """Whether the plans of a sweep need not be searched for again."""
         found = Finished(self.run)
         found.ask(steps.DENSE, lambda: {"model": self.recipe.model}, dict, "dense")
-        found.ask(steps.PLANS, lambda: self._sweep_settings(counts), lambda: self._started_from(found), "plans")
+        found.ask(steps.PLANS, lambda: self._sweep_settings(counts), lambda: self._started_from(found), PLANS)
         return steps.PLANS in found.steps
 
     def _started_from(self, found: Finished) -> dict[str, str | None]:
@@ -318,7 +318,7 @@ class Pruning:
 
     def _keep_aside(self, chosen: PruningPlan) -> None:
         """Keep another plan than the chosen one where no record can tell any more whether a person made it."""
-        path, record = self._plan_path, self.run.layout.record(steps.PLAN)
+        path, record = self.run.layout.plan, self.run.layout.record(steps.PLAN)
         if not path.is_file() or not record.is_file() or self.run.record(steps.PLAN) is not None:
             return
         with contextlib.suppress(PlanError):  # what cannot be read is kept too
@@ -327,12 +327,12 @@ class Pruning:
         aside = path.with_name(PLAN_BEFORE)
         path.replace(aside)
         self.inputs.say(
-            f"plan.json dropped other layers, by hand or not, which its damaged record does not tell: kept as {aside}"
+            f"{PLAN} dropped other layers, by hand or not, which its damaged record does not tell: kept as {aside}"
         )
 
     def _write(self, plan: PruningPlan) -> PruningPlan:
         if self.run.main:
-            write_json(self._plan_path, plan)
+            write_json(self.run.layout.plan, plan)
         return plan
 
     def _transfer(self, plan: PruningPlan, own: Path | None, checkpoints: Checkpoints) -> PrunedCheckpoint:
@@ -393,10 +393,6 @@ class Pruning:
         texts = self.inputs.calibration_texts()
         self.inputs.dense()  # the folder has to be there
         return {"model": self.inputs.path("dense"), "calibration": texts.fingerprint}
-
-    @property
-    def _plan_path(self) -> Path:
-        return self.run.path / "plan.json"
 
     @functools.cached_property
     def _count(self) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from trsp_deploy.artifacts import RunFolder, RunLayout, check_no_sweep, files_below, fingerprint, leaves, steps
+from trsp_deploy.artifacts.layout import PLAN
 from trsp_deploy.errors import RunError, UserError
 from trsp_deploy.recipe import Strict
 from trsp_deploy.results import PrunedCheckpoint
@@ -26,7 +27,7 @@ from trsp_deploy.tools.sources.hub import hub_errors, hub_problem
 from trsp_deploy.tools.sources.models import is_of_a_model
 from trsp_deploy.tools.sources.names import HUB_ID
 
-CARD, PLAN = "README.md", "plan.json"  # names in the repository
+CARD = "README.md"  # in the repository
 
 
 class Push(Strict):

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from trsp_deploy.artifacts import RunLayout, free_bytes, nearest_existing, steps
-from trsp_deploy.artifacts.layout import CHECKPOINTS
+from trsp_deploy.artifacts.layout import CHECKPOINTS, cut_name
 from trsp_deploy.decoder import WeightCounts
 from trsp_deploy.errors import StorageError
 from trsp_deploy.recipe import FLOAT_BYTES, EngineSpec, Float, Recipe, Strict, parse_drop
@@ -150,12 +150,12 @@ def plan_sweep(
     """
     stages = []
     for count in counts:
-        run, point = folder / f"drop-{count}", recipe.model_copy(update={"drop": str(count)})
+        run, point = RunLayout(folder).cut(count), recipe.model_copy(update={"drop": str(count)})
         one = plan_disk(run, point, config, specs, free, (finished or {}).get(count, ()))
         added = sum(stage.added_bytes for stage in one.stages)
         stages.append(
             StageDisk(
-                stage=f"drop-{count}",
+                stage=cut_name(count),
                 kept_bytes=one.total_bytes,
                 added_bytes=added,
                 scratch_bytes=one.needed_bytes - added,
