@@ -86,9 +86,8 @@ def together():
     print("left the group", file=sys.stderr)
 
 class Pruned(Pruning):
-    _prune_settings = _plan_path = None
+    _prune_step = None
     plan = self_generated = lambda self: None
-    _model_and_text = lambda self: {}
     _resumable = lambda self, *_, **__: "pruned"
 
 def work(arguments):

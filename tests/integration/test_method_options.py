@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from tests.tiny import english, save_tiny
+from trsp_deploy.artifacts import RunFolder
 from trsp_deploy.cli import run
 from trsp_deploy.cli.recipe_options import recipe_from_options
 from trsp_deploy.decoder import load_tokenizer
 from trsp_deploy.errors import RecipeError
-from trsp_deploy.pipeline import pruning
-from trsp_deploy.recipe import METHODS
+from trsp_deploy.pipeline import Pipeline, pruning
+from trsp_deploy.pipeline.runs import load_recipe, place_of
+from trsp_deploy.recipe import METHODS, read_recipe
 from trsp_deploy.stages import transfer
 from trsp_deploy.tools.sources.texts import load_texts, tokenize_windows
 
@@ -137,6 +139,20 @@ def test_the_dense_model_writes_a_part_of_the_training_text(prune, tmp_path):
     made = file.stat().st_mtime_ns
     longer, _ = prune(*half, "--set", "transfer.steps=5")
     assert longer["tokens"] > result["tokens"] and file.stat().st_mtime_ns == made, "written once"
+
+
+def test_a_text_that_is_gone_is_a_transfer_to_do(prune, tmp_path):
+    """Written again it may be another one: memory and disk were not estimated for the training that may follow."""
+    prune("--set", "calibration.self_generated=0.5")
+
+    def finished() -> frozenset[str]:
+        with RunFolder(tmp_path / "run") as run:
+            recipe = read_recipe(load_recipe(tmp_path / "run"), "test")
+            return Pipeline(run, recipe, place=place_of(tmp_path / "run")).finished()
+
+    assert finished() == {"dense", "plan", "self-generated", "prune"}
+    (tmp_path / "run" / "self-generated.jsonl").unlink()
+    assert finished() == {"dense", "plan"}
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from trsp_deploy.artifacts import (
     Finished,
     RunFolder,
     RunLayout,
+    Step,
     fingerprint,
     model_of_engine,
     provenance,
@@ -27,6 +28,7 @@ from trsp_deploy.artifacts import (
     write_json,
     writing,
 )
+from trsp_deploy.artifacts import Made as Before
 from trsp_deploy.artifacts.layout import check_can_hold
 from trsp_deploy.artifacts.storage import remove
 from trsp_deploy.errors import RunError, StorageError
@@ -81,7 +83,7 @@ def test_records_tell_what_need_not_be_done_again(job):
     job({"times": (2,)})
     source, made = fingerprint(job.source), fingerprint(job.run.path / "out.txt")
     assert asked(job, source).steps == {"double"} and asked(job, source).left == {"double": made}
-    assert asked(job, source, times=(3,)).steps == asked(job, "another").steps == asked(job, None).steps == set()
+    assert asked(job, source, times=(3,)).steps == asked(job, "another").steps == asked(job).steps == set()
     assert not asked(job, source, output="elsewhere.txt").steps
     (job.run.path / "out.txt").unlink()
     assert not asked(job, source).steps and asked(job, source).left == {"double": made}, "made again as it was"
@@ -89,8 +91,38 @@ def test_records_tell_what_need_not_be_done_again(job):
 
 def asked(job: Job, source: str | None = None, output: str = "out.txt", times: tuple[int, ...] = (2,)) -> Finished:
     found = Finished(job.run)
-    found.ask("double", lambda: {"times": times}, lambda: {"source": source}, output)
+    found.ask(Step("double", lambda: {"times": times}, lambda: {"source": source or Before("single", "a.txt")}, output))
     return found
+
+
+def test_what_was_made_of_more_than_is_asked_about_has_to_be_made_again(job):
+    """An input that was left out of the question passed for one that had not changed."""
+    job.run.step("sum", lambda: Made(number=1), Made, settings={}, inputs={"one": "1", "other": "2"})
+    of_both = Step("sum", dict, lambda: {"one": "1", "other": "2"})
+    of_one = Step("sum", dict, lambda: {"one": "1"})
+    found = Finished(job.run)
+    found.ask(of_one)
+    assert not found.steps
+    found.ask(of_both)
+    assert found.steps == {"sum"}
+
+
+def test_a_step_is_asked_about_as_it_was_done(job):
+    """Said once: what it is made of is a file where it is done, and what the records say where it is asked about."""
+    first = Step("first", dict, lambda: {"text": "1"}, "first.txt")
+    second = Step("second", lambda: {"times": (2,)}, lambda: {"it": Before("first", "first.txt")}, "second.txt")
+
+    def write(step: Step) -> Made:
+        (job.run.path / step.output).write_text(step.name)
+        return Made(number=1)
+
+    for step in (first, second):
+        job.run.do(step, lambda step=step: write(step), Made)
+    found = Finished(job.run)
+    for step in (first, second):
+        found.ask(step)
+    assert found.steps == {"first", "second"}
+    assert job.run.record("second").inputs == {"it": fingerprint(job.run.path / "first.txt")}
 
 
 def test_changed_input_setting_or_output_redoes_it(job):

@@ -13,6 +13,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -44,6 +45,29 @@ class StepRecord(Sealed):
     result: dict[str, Any]
     elapsed_s: float
     provenance: Provenance
+
+
+@dataclass(frozen=True)
+class Made:
+    """What another step of the run has left, as an input."""
+
+    step: str
+    path: str  # below the run folder
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step is made by and leaves, said once: `RunFolder.do` does it, `Finished.ask` asks whether it is done.
+
+    settings, inputs: asked for only where they are needed, for they may take a model or texts to say. inputs: by name;
+    of what is no other step's the fingerprint.
+    output: path below the run folder; None of a step that leaves none.
+    """
+
+    name: str
+    settings: Callable[[], BaseModel | Mapping[str, Any]]
+    inputs: Callable[[], Mapping[str, Made | str]]
+    output: str | None = None
 
 
 class RunManifest(Sealed):
@@ -155,6 +179,27 @@ class RunFolder:
         """What a step's result depends on, as one SHA-256; arguments as in `step`."""
         parts = [FORMAT, name, _plain(settings), _prints(inputs)]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def key_of(self, step: Step) -> str:
+        """The same of a step whose inputs are there."""
+        return self.key(step.name, settings=step.settings(), inputs=self._there(step))
+
+    def do(
+        self, step: Step, work: Callable[[], Result], result_type: type[Result], *, together: bool = False
+    ) -> Result:
+        """`step` of one that is asked about too, whose inputs are there."""
+        return self.step(
+            step.name,
+            work,
+            result_type,
+            settings=step.settings(),
+            inputs=self._there(step),
+            outputs=[] if step.output is None else [step.output],
+            together=together,
+        )
+
+    def _there(self, step: Step) -> dict[str, Path | str]:
+        return {name: self.path / of.path if isinstance(of, Made) else of for name, of in step.inputs().items()}
 
     def step(
         self,
@@ -296,29 +341,25 @@ class Finished:
         # step -> fingerprint of its output, also where that is to be made again as it was
         self.left: dict[str, str] = {}
 
-    def ask(
-        self,
-        step: str,
-        settings: Callable[[], BaseModel | Mapping[str, Any]],
-        inputs: Callable[[], Mapping[str, str | None]],
-        output: str | None = None,
-    ) -> None:
-        """Enter a step whose record is of these settings and inputs, and whose output is there.
+    def ask(self, step: Step) -> None:
+        """Enter a step whose record is of its settings and of its inputs, these and no others, and whose output is
+        there. What another step has to make again is none that a record could be of."""
+        record = self.run.record(step.name)
+        if record is None or (step.output is not None and step.output not in record.outputs):
+            return
+        if record.settings != json.loads(json.dumps(_plain(step.settings()))):
+            return
+        now = {name: self.left.get(of.step) if isinstance(of, Made) else of for name, of in step.inputs().items()}
+        if record.inputs != now:
+            return
+        self.left[step.name] = "" if step.output is None else record.outputs[step.output]
+        if step.output is None or (self.run.path / step.output).exists():
+            self.steps.add(step.name)
 
-        settings, inputs: called only where there is a record, for they may take a model or texts to say. inputs: those
-        that are compared, by name; None for the output of a step that has to be done again.
-        output: path below the run folder; None of a step that leaves none.
-        """
+    def recorded(self, step: str, *names: str) -> dict[str, str]:
+        """A step's inputs of these names as its record has them, where it has: for what is compared elsewhere."""
         record = self.run.record(step)
-        if record is None or (output is not None and output not in record.outputs):
-            return
-        if record.settings != json.loads(json.dumps(_plain(settings()))):
-            return
-        if any(record.inputs.get(name) != now for name, now in inputs().items()):
-            return
-        self.left[step] = "" if output is None else record.outputs[output]
-        if output is None or (self.run.path / output).exists():
-            self.steps.add(step)
+        return {} if record is None else {name: record.inputs[name] for name in names if name in record.inputs}
 
 
 def check_made(run: Path, step: str, output: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from trsp_deploy.artifacts import Finished, RunFolder, StepRecord, fingerprint, size_bytes, steps, writing
+from trsp_deploy.artifacts import Finished, Made, RunFolder, Step, StepRecord, fingerprint, size_bytes, steps, writing
 from trsp_deploy.errors import EngineSpecError, EngineUnavailable, RecipeError
 from trsp_deploy.pipeline.inputs import Inputs
 from trsp_deploy.pipeline.pruning import Pruning
@@ -83,9 +83,9 @@ class Engines:
     @functools.cache
     def onnx(self, role: Role, precision: Float) -> OnnxModel:
         """One exported model."""
-        folder = self._onnx_folder(role, precision)
+        folder = self._onnx(role, precision).path
         models = {each: self.pruning.ready(each) for each in ROLES}
-        model, guard = models[role], self._guard(precision)
+        model = models[role]
         prints = {each: fingerprint(path) for each, path in models.items()}
         exporter = self._exporter(precision, self.run, prints, self.run.holds)
         before = self.run.record(steps.export(role, precision))
@@ -94,7 +94,7 @@ class Engines:
             self.inputs.say(f"export: {folder} was made by {by}, and `auto` is {exporter} here; made again")
 
         def work() -> OnnxModel:
-            text = self._calibration() if guard else None
+            text = self._calibration() if self._guard(precision) else None
             with writing(self.run.path / folder) as partial:
                 external = export.export_onnx(model, precision, self.recipe.export, partial, text, self.inputs.say)
                 size = size_bytes(partial / export.FILE) + sum(size_bytes(partial / name) for name in external)
@@ -107,14 +107,7 @@ class Engines:
                 exporter=export.chosen(self.recipe.export, model),
             )
 
-        return self.run.step(
-            steps.export(role, precision),
-            work,
-            OnnxModel,
-            settings=self._export_settings(precision, exporter),
-            inputs={"model": model, **guard},
-            outputs=[folder],
-        )
+        return self.run.do(self._export_step(role, precision, lambda: exporter), work, OnnxModel)
 
     def buildable(self) -> list[EngineSpec]:
         """The recipe's engines that this machine can build."""
@@ -158,35 +151,28 @@ class Engines:
                 self._ask(found, spec, role)
 
     def _ask(self, found: Finished, spec: EngineSpec, role: Role) -> None:
-        precision, made = spec.graph_precision, steps.model(role)
-        exported, built = steps.export(role, precision), steps.build(spec.name, role)
+        precision = spec.graph_precision
 
         def exporter() -> str:
             models = {each: found.left.get(steps.model(each)) for each in ROLES}
             return self._exporter(precision, found.run, models, found.run.has_outputs)
 
-        found.ask(
-            exported,
-            lambda: self._export_settings(precision, exporter()),
-            lambda: {"model": found.left.get(made), **self._guard(precision)},
-            self._onnx_folder(role, precision),
-        )
-        found.ask(
-            built,
-            lambda: spec.settings,
-            lambda: {"onnx": found.left.get(exported), **self._build_inputs(spec)},
-            self.run.layout.below(self.path(spec, role)),
-        )
+        found.ask(self._export_step(role, precision, exporter))
+        found.ask(self._build_step(spec, role))
 
     def path(self, spec: EngineSpec, role: Role) -> Path:
         """The engine's folder, there or not."""
         return self.run.layout.engine(spec.name, role)
 
+    def made(self, spec: EngineSpec, role: Role) -> Made:
+        """The engine, as an input of what is measured of it."""
+        return Made(steps.build(spec.name, role), self.run.layout.below(self.path(spec, role)))
+
     def _build(self, spec: EngineSpec, role: Role) -> EngineManifest:
         model = self.onnx(role, spec.graph_precision)
         folder = self.path(spec, role)
-        return self.run.step(
-            steps.build(spec.name, role),
+        return self.run.do(
+            self._build_step(spec, role),
             lambda: build.build_engine(
                 self.run.path / model.folder / export.FILE,
                 spec,
@@ -195,14 +181,29 @@ class Engines:
                 text_name=self.recipe.public.calibration.name,
             ),
             EngineManifest,
-            settings=spec.settings,
-            inputs={"onnx": self.run.path / model.folder, **self._build_inputs(spec)},
-            outputs=[self.run.layout.below(folder)],
         )
 
-    def _onnx_folder(self, role: Role, precision: Float) -> str:
-        """Below the run folder."""
-        return self.run.layout.below(self.run.layout.onnx(role, precision))
+    def _export_step(self, role: Role, precision: Float, exporter: Callable[[], str]) -> Step:
+        onnx = self._onnx(role, precision)
+        return Step(
+            onnx.step,
+            lambda: self._export_settings(precision, exporter()),
+            lambda: {"model": self.inputs.made(role), **self._guard(precision)},
+            onnx.path,
+        )
+
+    def _build_step(self, spec: EngineSpec, role: Role) -> Step:
+        engine = self.made(spec, role)
+        return Step(
+            engine.step,
+            lambda: spec.settings,
+            lambda: {"onnx": self._onnx(role, spec.graph_precision), **self._build_inputs(spec)},
+            engine.path,
+        )
+
+    def _onnx(self, role: Role, precision: Float) -> Made:
+        """An exported model, as an input of what is built of it."""
+        return Made(steps.export(role, precision), self.run.layout.below(self.run.layout.onnx(role, precision)))
 
     def _export_settings(self, precision: Float, exporter: str | None) -> dict[str, Any]:
         return {**self.recipe.export.model_dump(), "exporter": exporter, "precision": precision}

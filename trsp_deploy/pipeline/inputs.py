@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
-from trsp_deploy.artifacts import RunFolder, steps, writing
+from trsp_deploy.artifacts import Made, RunFolder, Step, steps, writing
 from trsp_deploy.decoder import known_positions, load_config, load_tokenizer, meta_model
 from trsp_deploy.errors import ModelError, RecipeError, TextError
 from trsp_deploy.pipeline.runs import plain_name, seen_from
@@ -68,15 +68,16 @@ class Inputs:
         # Downloaded or unpacked by the main process, which alone may have the model's folder.
         found: tuple[ModelSource, str] = self.run.from_main(self._source() if self.run.main else None)
         source, sha256 = found
-        self.run.step(
-            steps.DENSE,
-            lambda: self._copy_dense(source),
-            ModelSource,
-            settings={"model": self.recipe.model},
-            inputs={"model": sha256},
-            outputs=["dense"],
-        )
+        self.run.do(self.dense_step(lambda: {"model": sha256}), lambda: self._copy_dense(source), ModelSource)
         return source
+
+    def dense_step(self, inputs: Callable[[], Mapping[str, str]]) -> Step:
+        """inputs: the fingerprint of the model, which takes reading it, by the name `model`."""
+        return Step(steps.DENSE, lambda: {"model": self.recipe.model}, inputs, self.made("dense").path)
+
+    def made(self, role: Role) -> Made:
+        """The role's Hugging Face folder, as an input of what is made of it."""
+        return Made(steps.model(role), self.run.layout.below(self.path(role)))
 
     def config(self) -> Any:
         """transformers' config of the dense model, before the model is asked for; raises ModelError."""

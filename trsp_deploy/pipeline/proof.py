@@ -7,11 +7,11 @@ import functools
 import hashlib
 import itertools
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from trsp_deploy.artifacts import Finished, steps
+from trsp_deploy.artifacts import Finished, Step, steps
 from trsp_deploy.errors import EngineUnavailable, TextError
 from trsp_deploy.pipeline.engines import GRAPH, Engines
 from trsp_deploy.pipeline.inputs import Inputs
@@ -160,48 +160,45 @@ class Proof:
     def ask(self, found: Finished) -> None:
         """Enter the measurements that need not be made again, into what is told of the steps before them."""
         for name, role in itertools.product(self.recipe.evaluation, ROLES):
-            self._ask_perplexity(found, name, role)
+            found.ask(self._perplexity_step(name, role))
         for spec in self.engines.specs:
-            engines: dict[str, str | None] = {role: found.left.get(steps.build(spec.name, role)) for role in ROLES}
-            self._ask_bench(found, spec, engines)
+            found.ask(self._bench_step(spec))
             for name, role in itertools.product(self.recipe.evaluation, ROLES):
-                self._ask_engine_perplexity(found, spec, name, role, engines[role])
+                found.ask(self._engine_perplexity_step(spec, name, role))
             for role in ROLES:
-                self._ask_zero_shot(found, spec, role, engines[role])
+                found.ask(self._zero_shot_step(spec, role))
 
-    def _ask_perplexity(self, found: Finished, name: str, role: Role) -> None:
-        found.ask(
+    def _perplexity_step(self, name: str, role: Role) -> Step:
+        return Step(
             steps.evaluate(name, role),
             lambda: self._reference_settings(name),
-            lambda: {
-                "model": found.left.get(steps.model(role)),
-                "text": self.inputs.evaluation_texts(name).fingerprint,
-            },
+            lambda: {"model": self.inputs.made(role), "text": self.inputs.evaluation_texts(name).fingerprint},
         )
 
-    def _ask_bench(self, found: Finished, spec: EngineSpec, engines: Mapping[str, str | None]) -> None:
-        found.ask(
-            steps.bench(spec.name), lambda: self._bench_settings, lambda: {**engines, "machine": _machine_sha256()}
+    def _bench_step(self, spec: EngineSpec) -> Step:
+        return Step(
+            steps.bench(spec.name),
+            lambda: self._bench_settings,
+            lambda: {**{role: self.engines.made(spec, role) for role in ROLES}, "machine": _machine_sha256()},
         )
 
-    def _ask_engine_perplexity(
-        self, found: Finished, spec: EngineSpec, name: str, role: Role, engine: str | None
-    ) -> None:
-        found.ask(
+    def _engine_perplexity_step(self, spec: EngineSpec, name: str, role: Role) -> Step:
+        return Step(
             steps.evaluate(name, role, spec.name),
             lambda: self._text_settings(name),
+            # An export need not hold the tokenizer, so that the same engine may read a text as other tokens.
             lambda: {
-                "engine": engine,
+                "engine": self.engines.made(spec, role),
                 "text": self.inputs.evaluation_texts(name).fingerprint,
-                "tokenizer": found.left.get(steps.DENSE),
+                "tokenizer": self.inputs.made("dense"),
             },
         )
 
-    def _ask_zero_shot(self, found: Finished, spec: EngineSpec, role: Role, engine: str | None) -> None:
-        found.ask(
+    def _zero_shot_step(self, spec: EngineSpec, role: Role) -> Step:
+        return Step(
             steps.zero_shot(spec.name, role),
             lambda: self._task_settings,
-            lambda: {"engine": engine, "tokenizer": found.left.get(steps.model(role))},
+            lambda: {"engine": self.engines.made(spec, role), "tokenizer": self.inputs.made(role)},
         )
 
     def _of_each(self, lack: str, measure: Callable[[EngineSpec], Measured]) -> dict[str, Measured]:
@@ -280,67 +277,49 @@ class Proof:
 
     def _measure(self, spec: EngineSpec) -> Comparison:
         dense, pruned = self.engines.pair(spec)
-        return self.run.step(
-            steps.bench(spec.name),
+        return self.run.do(
+            self._bench_step(spec),
             lambda: bench.compare_engines(
                 dense, pruned, spec.name, self.recipe.bench, self.recipe.seed, (), self.inputs.say
             ),
             Comparison,
-            settings=self._bench_settings,
-            inputs={"dense": dense.path, "pruned": pruned.path, "machine": _machine_sha256()},
         )
 
     def _perplexity(self, name: str, role: Role) -> Perplexity:
-        texts = self.inputs.evaluation_texts(name)
+        self.inputs.evaluation_texts(name)  # one that is not there is said before a model is made
+        model = self.pruning.ready(role)
 
         def work() -> Perplexity:
             windows, documents = self.inputs.evaluation_windows(name)
             with quiet_libraries():
                 return evaluate.evaluate_perplexity(
-                    self.pruning.ready(role), windows, name, role, self._origin(name), self.recipe, documents
+                    model, windows, name, role, self._origin(name), self.recipe, documents
                 )
 
-        return self.run.step(
-            steps.evaluate(name, role),
-            work,
-            Perplexity,
-            settings=self._reference_settings(name),
-            inputs={"model": self.pruning.ready(role), "text": texts.fingerprint},
-        )
+        return self.run.do(self._perplexity_step(name, role), work, Perplexity)
 
     def _engine_perplexity(self, spec: EngineSpec, name: str, role: Role) -> Perplexity:
-        texts, folder = self.inputs.evaluation_texts(name), self.engines.path(spec, role)
+        folder = self.engines.path(spec, role)
+        self.pruning.ready("dense")
 
         def work() -> Perplexity:
             windows, documents = self.inputs.evaluation_windows(name)
             with open_engine(folder) as runner:
                 return evaluate.evaluate_engine(runner, windows, name, role, self._origin(name), spec.name, documents)
 
-        return self.run.step(
-            steps.evaluate(name, role, spec.name),
-            work,
-            Perplexity,
-            settings=self._text_settings(name),
-            # An export need not hold the tokenizer, so that the same engine may read a text as other tokens.
-            inputs={"engine": folder, "text": texts.fingerprint, "tokenizer": self.pruning.ready("dense")},
-        )
+        return self.run.do(self._engine_perplexity_step(spec, name, role), work, Perplexity)
 
     def _engine_zero_shot(self, spec: EngineSpec, role: Role) -> ZeroShot:
         settings, folder = self.recipe.evaluate, self.engines.path(spec, role)
+        model = self.pruning.ready(role)
 
         def work() -> ZeroShot:
             with open_engine(folder) as runner:
                 return zeroshot.evaluate_zero_shot_engine(
-                    runner, self.pruning.ready(role), settings.tasks, settings.task_items, role, spec.longest_prompt
+                    runner, model, settings.tasks, settings.task_items, role, spec.longest_prompt
                 )
 
-        return self.run.step(
-            steps.zero_shot(spec.name, role),
-            work,
-            ZeroShot,
-            settings=self._task_settings,
-            inputs={"engine": folder, "tokenizer": self.pruning.ready(role)},
-        )
+        return self.run.do(self._zero_shot_step(spec, role), work, ZeroShot)
 
     @property
     def _bench_settings(self) -> dict[str, Any]:

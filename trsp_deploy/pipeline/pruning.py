@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 
 from trsp_deploy.artifacts import (
     Finished,
+    Made,
     RunFolder,
+    Step,
     StepRecord,
     fingerprint,
     seal,
@@ -92,20 +94,21 @@ class Pruning:
     @functools.cache
     def plan(self) -> PruningPlan:
         """Which layers go, as `plan.json`: chosen, handed in, or edited by hand."""
-        inputs, whose = self._model_and_text(), self._persons_plan()
+        self._get_model_and_text()
+        whose = self._persons_plan()
         plan = None if whose is None else read_plan(whose[1], self.inputs.num_layers())
+        # Without it a person's plan would pass for a choice of this run.
+        person = {} if plan is None or whose is None else {whose[0]: seal(plan.model_dump(mode="json"))}
         return self._resumable(
-            steps.PLAN,
+            self._plan_step(lambda: self._plan_settings, lambda: person),
             lambda checkpoints: self._choose(checkpoints) if plan is None else self._write(plan),
             PruningPlan,
-            settings=self._plan_settings,
-            # Without it a person's plan would pass for a choice of this run.
-            inputs=inputs
-            if plan is None or whose is None
-            else {**inputs, whose[0]: seal(plan.model_dump(mode="json"))},
-            output=PLAN,
             together=True,
         )
+
+    def _plan_step(self, settings: Callable[[], dict[str, Any]], person: Callable[[], dict[str, str]]) -> Step:
+        """person: the plan that a person has made, by how."""
+        return Step(steps.PLAN, settings, lambda: {**self._model_and_text(), **person()}, PLAN)
 
     def _persons_plan(self) -> tuple[str, Path] | None:
         """How a person made the plan, and where it lies: handed in now or before, or edited by hand; None of a chosen
@@ -158,15 +161,17 @@ class Pruning:
                     write_json(partial / layout.plan_of_cut(count).name, plan)
             return Done()
 
-        settings, inputs = self._sweep_settings(counts), self._model_and_text()
-        self._resumable(steps.PLANS, work, Done, settings=settings, inputs=inputs, output=PLANS)
+        self._get_model_and_text()
+        self._resumable(self._plans_step(counts), work, Done)
         return {count: layout.plan_of_cut(count) for count in counts}
+
+    def _plans_step(self, counts: Sequence[int]) -> Step:
+        return Step(steps.PLANS, lambda: self._sweep_settings(counts), self._model_and_text, PLANS)
 
     @functools.cache
     def self_generated(self) -> Path | None:
         """The text that the dense model wrote itself, `self-generated.jsonl`; None where none is wanted."""
-        length = self.recipe.calibration.context_length
-        tokens = self._self_generated_windows() * length
+        tokens, length = self._own_text_settings["tokens"], self.recipe.calibration.context_length
         if not tokens:
             return None
         path = self.run.layout.own_text
@@ -179,26 +184,27 @@ class Pruning:
                 partial.write_text(jsonl(documents), encoding="utf-8")
             return Done()
 
-        chosen = self._chosen("seed", "device", "weights")
-        settings = {**chosen, "tokens": tokens, "context_length": length}
-        inputs = {"model": self.inputs.path("dense")}
-        self._resumable(steps.SELF_GENERATED, work, Done, settings=settings, inputs=inputs, output=OWN_TEXT)
+        self._resumable(self._own_text_step, work, Done)
         return path
+
+    @property
+    def _own_text_step(self) -> Step:
+        return Step(
+            steps.SELF_GENERATED,
+            lambda: self._own_text_settings,
+            lambda: {"model": self.inputs.made("dense")},
+            OWN_TEXT,
+        )
 
     @functools.cache
     def prune(self) -> PrunedCheckpoint:
         """Transfer and removal: the checkpoint `pruned/`."""
         plan, own = self.plan(), self.self_generated()
-        inputs = {**self._model_and_text(), "plan": self.run.layout.plan}
-        result = self._resumable(
-            steps.PRUNE,
-            lambda checkpoints: self._transfer(plan, own, checkpoints),
-            PrunedCheckpoint,
-            settings=self._prune_settings,
-            inputs=inputs if own is None else {**inputs, "self-generated": own},
-            output="pruned",
-            together=True,
-        )
+
+        def work(checkpoints: Checkpoints) -> PrunedCheckpoint:
+            return self._transfer(plan, own, checkpoints)
+
+        result = self._resumable(self._prune_step, work, PrunedCheckpoint, together=True)
         _leave_together()
         if not self.run.main:
             raise SystemExit(0)  # the rest is the main process's work
@@ -206,6 +212,16 @@ class Pruning:
         self.inputs.keep_evaluation_at_hand()
         self.run.from_main = lambda value: value  # nobody is left to tell
         return result
+
+    @property
+    def _prune_step(self) -> Step:
+        def inputs() -> dict[str, Made | str]:
+            found = {**self._model_and_text(), "plan": Made(steps.PLAN, PLAN)}
+            if self._self_generated_windows():
+                found["self-generated"] = Made(steps.SELF_GENERATED, OWN_TEXT)
+            return found
+
+        return Step(steps.PRUNE, lambda: self._prune_settings, inputs, self.inputs.made("pruned").path)
 
     def ready(self, role: Role) -> Path:
         """The role's Hugging Face folder, made when it is not there."""
@@ -221,27 +237,31 @@ class Pruning:
         run, count: another one with this recipe that drops `count` layers, such as a sweep's; None is this one.
         """
         found = Finished(run or self.run)
-        found.ask(steps.DENSE, lambda: {"model": self.recipe.model}, dict, "dense")
+        self._ask_dense(found)
+        self._ask_plan(found, count)
+        found.ask(self._own_text_step)
+        if steps.SELF_GENERATED not in found.steps:
+            found.left.pop(steps.SELF_GENERATED, None)  # written again, it may be another text
+        found.ask(self._prune_step)
+        return found
 
+    def _ask_dense(self, found: Finished) -> None:
+        """A model that is another by now is found when it is read."""
+        found.ask(self.inputs.dense_step(lambda: found.recorded(steps.DENSE, "model")))
+
+    def _ask_plan(self, found: Finished, count: int | None) -> None:
         def settings() -> dict[str, Any]:
             return self._selection_settings(count or self._count)
 
         person = self._plan_file is None and _made_by_a_person(found.run) is not None
         if person and self._chosen_alike(found.run, settings()):
             found.steps.add(steps.PLAN)
-        elif not person and not self._is_replaced():
-            found.ask(steps.PLAN, settings, lambda: self._started_from(found), PLAN)
+        elif not person and not self._is_replaced():  # a plan that was handed in before is the same as now
+            found.ask(self._plan_step(settings, lambda: found.recorded(steps.PLAN, GIVEN, EDITED)))
         if self._plan_file is None and steps.PLAN in found.steps:
             found.left[steps.PLAN] = fingerprint(found.run.layout.plan)
         elif self._plan_file is None and _origin(found.run.record(steps.PLAN)) is not None:
             found.left.pop(steps.PLAN, None)  # it was a person's and is gone: others may be chosen
-        found.ask(
-            steps.PRUNE,
-            lambda: self._prune_settings,
-            lambda: {**self._started_from(found), "plan": found.left.get(steps.PLAN)},
-            "pruned",
-        )
-        return found
 
     def unfinished(self) -> list[str]:
         """Of selection and transfer what has to be done."""
@@ -251,46 +271,25 @@ class Pruning:
     def searched(self, counts: Sequence[int]) -> bool:
         """Whether the plans of a sweep need not be searched for again."""
         found = Finished(self.run)
-        found.ask(steps.DENSE, lambda: {"model": self.recipe.model}, dict, "dense")
-        found.ask(steps.PLANS, lambda: self._sweep_settings(counts), lambda: self._started_from(found), PLANS)
+        self._ask_dense(found)
+        found.ask(self._plans_step(counts))
         return steps.PLANS in found.steps
 
-    def _started_from(self, found: Finished) -> dict[str, str | None]:
-        """`_model_and_text`, as far as it can be told before the model is there."""
-        return {"model": found.left.get(steps.DENSE), "calibration": self.inputs.calibration_texts().fingerprint}
-
     def _resumable(
-        self,
-        step: str,
-        work: Callable[[Checkpoints], Result],
-        result_type: type[Result],
-        *,
-        settings: dict[str, Any],
-        inputs: Mapping[str, Path | str],
-        output: str,
-        together: bool = False,
+        self, step: Step, work: Callable[[Checkpoints], Result], result_type: type[Result], *, together: bool = False
     ) -> Result:
-        """A step of the run (`RunFolder.step`) that goes on where a killed one was, on the same settings and inputs.
+        """A step of the run (`RunFolder.do`) that goes on where a killed one was, on the same settings and inputs.
 
         work: is handed what to go on from; the finished step leaves none of it behind.
         """
-        key = self.run.key(step, settings=settings, inputs=inputs)
         checkpoints = Checkpoints(
-            self.run.layout.checkpoints / step,
-            key,
+            self.run.layout.checkpoints / step.name,
+            self.run.key_of(step),
             self.recipe.checkpoint_s,
             packages=trains_with(self.recipe.transfer),
             say=self.inputs.say,
         )
-        result = self.run.step(
-            step,
-            lambda: work(checkpoints),
-            result_type,
-            settings=settings,
-            inputs=inputs,
-            outputs=[output],
-            together=together,
-        )
+        result = self.run.do(step, lambda: work(checkpoints), result_type, together=together)
         if self.run.main:
             checkpoints.remove()
         return result
@@ -388,11 +387,14 @@ class Pruning:
             check_weights_are_whole(settings, sharded)
             make_optimizer(torch.nn.Linear(1, 1), settings, sharded)
 
-    def _model_and_text(self) -> dict[str, Path | str]:
+    def _get_model_and_text(self) -> None:
+        """Have here what every choice starts from; of the two the texts are read first, for a model may be large."""
+        self.inputs.calibration_texts()
+        self.inputs.dense()
+
+    def _model_and_text(self) -> dict[str, Made | str]:
         """What every choice and training starts from, as inputs of a step."""
-        texts = self.inputs.calibration_texts()
-        self.inputs.dense()  # the folder has to be there
-        return {"model": self.inputs.path("dense"), "calibration": texts.fingerprint}
+        return {"model": self.inputs.made("dense"), "calibration": self.inputs.calibration_texts().fingerprint}
 
     @functools.cached_property
     def _count(self) -> int:
@@ -414,6 +416,12 @@ class Pruning:
 
     def _sweep_settings(self, counts: Sequence[int]) -> dict[str, Any]:
         return {**self._selection_settings(max(counts)), "counts": list(counts)}
+
+    @functools.cached_property
+    def _own_text_settings(self) -> dict[str, Any]:
+        length = self.recipe.calibration.context_length
+        chosen = self._chosen("seed", "device", "weights")
+        return {**chosen, "tokens": self._self_generated_windows() * length, "context_length": length}
 
     def _chosen(self, *keys: str) -> dict[str, Any]:
         """What the recipe says of these, as a record keeps it; not by which names: texts are inputs, as they are."""
