@@ -21,7 +21,7 @@ from trsp_deploy.pipeline.inputs import Inputs
 from trsp_deploy.pipeline.pruning import Pruning
 from trsp_deploy.pipeline.runs import saved_recipe
 from trsp_deploy.reading import user_path
-from trsp_deploy.recipe import EngineSpec, Float
+from trsp_deploy.recipe import EngineSpec, Float, engine_name, named_by_file
 from trsp_deploy.results import ROLES, OnnxModel, Role
 from trsp_deploy.stages import build, export
 from trsp_deploy.tools.library import load_engine_spec, wanted_engines
@@ -59,7 +59,7 @@ class Engines:
     def _spec(self, name: str) -> EngineSpec:
         """The spec of one of the recipe's engines; of a file that is not here, what the run has built by it."""
         found = self.inputs.engine(name)
-        gone = found.endswith((".yaml", ".yml")) and not user_path(found).is_file()
+        gone = named_by_file(found) and not user_path(found).is_file()
         if not gone or (built := self._built_by(name)) is None:
             return load_engine_spec(found)
         self.inputs.say(f"engine '{name}': no such file here; going on with the run's copy of its spec")
@@ -70,7 +70,7 @@ class Engines:
         before = saved_recipe(self.run)
         if before is None or file not in before.engines:
             return None
-        for record in filter(None, (self.run.record(steps.build(Path(file).stem, role)) for role in ROLES)):
+        for record in filter(None, (self.run.record(steps.build(engine_name(file), role)) for role in ROLES)):
             with contextlib.suppress(ValidationError):  # of an earlier version
                 return EngineSpec.model_validate(record.result.get("spec"))
         return None

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from trsp_deploy.artifacts import Made, RunFolder, Step, steps, writing
 from trsp_deploy.decoder import known_positions, load_config, load_tokenizer, meta_model
 from trsp_deploy.errors import ModelError, RecipeError, TextError
-from trsp_deploy.pipeline.runs import plain_name, seen_from
+from trsp_deploy.pipeline.runs import engine_seen_from, plain_name, seen_from
 from trsp_deploy.reading import user_path
 from trsp_deploy.recipe import BenchSettings, Recipe
 from trsp_deploy.results import Role
@@ -56,7 +56,7 @@ class Inputs:
 
     def engine(self, name: str) -> str:
         """One of the recipe's engine specs as this process finds it."""
-        return seen_from(self.place, name) if name.endswith((".yaml", ".yml")) else name
+        return engine_seen_from(self.place, name)
 
     def path(self, role: Role) -> Path:
         """The role's Hugging Face folder, there or not."""

@@ -11,10 +11,10 @@ import yaml
 
 from trsp_deploy.artifacts import RUN_MARK, RunFolder, check_is_run, writing
 from trsp_deploy.artifacts.layout import PLACE
-from trsp_deploy.errors import RunError, UserError
+from trsp_deploy.errors import RunError
 from trsp_deploy.launch import launched
 from trsp_deploy.reading import read_yaml, user_path
-from trsp_deploy.recipe import Recipe, parse_drop, read_recipe
+from trsp_deploy.recipe import Recipe, kept_recipe, named_by_file, parse_drop
 from trsp_deploy.tools.plan import read_plan
 from trsp_deploy.tools.sources.models import model_config
 from trsp_deploy.tools.sources.texts import SHORT_NAMES as TEXT_NAMES
@@ -82,12 +82,14 @@ def seen_from(place: Path, text: str, known: Collection[str] = ()) -> str:
     return str(place / path) if (place / path).exists() or path.exists() else text
 
 
+def engine_seen_from(place: Path, engine: str) -> str:
+    """The same of one of a recipe's engines, which is a file or the name of a spec that comes with the toolkit."""
+    return seen_from(place, engine) if named_by_file(engine) else engine
+
+
 def saved_recipe(run: RunFolder) -> Recipe | None:
     """The recipe that a run's folder holds; None where there is none, or none that can be read."""
-    try:
-        return read_recipe(read_yaml(run.path / RUN_MARK, RunError), str(run.path / RUN_MARK))
-    except UserError:
-        return None
+    return kept_recipe(run.path / RUN_MARK)
 
 
 def kept_judging(run: RunFolder) -> dict[str, Any]:
@@ -98,7 +100,7 @@ def kept_judging(run: RunFolder) -> dict[str, Any]:
         return {}
     values = before.model_dump(mode="json", include={"evaluation", "evaluate", "engines", "bench"})
     values["evaluation"] = {name: seen_from(place, text, TEXT_NAMES) for name, text in before.evaluation.items()}
-    values["engines"] = [seen_from(place, engine) if _is_file(engine) else engine for engine in before.engines]
+    values["engines"] = [engine_seen_from(place, engine) for engine in before.engines]
     return values
 
 
@@ -116,13 +118,8 @@ def no_longer_has(run: RunFolder, now: Recipe, place: Path | None = None) -> lis
     return texts + tasks + [f"engine {name}" for name in before.engines if _engine_at(was, name) not in kept]
 
 
-def _is_file(engine: str) -> bool:
-    """Whether a recipe names an engine's own file."""
-    return engine.endswith((".yaml", ".yml"))
-
-
 def _engine_at(place: Path, engine: str) -> Path | str:
-    return place / user_path(engine) if _is_file(engine) else engine
+    return place / user_path(engine) if named_by_file(engine) else engine
 
 
 def load_recipe(run: Path) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from trsp_deploy.recipe.engine_spec import (
     Precision,
     Range,
     ShapeProfile,
+    engine_name,
+    named_by_file,
 )
 from trsp_deploy.recipe.settings import (
     AUTO_ENGINES,
@@ -20,7 +22,7 @@ from trsp_deploy.recipe.settings import (
     TransferSettings,
     shown_name,
 )
-from trsp_deploy.recipe.validation import override, read_bench_settings, read_engine_spec, read_recipe
+from trsp_deploy.recipe.validation import kept_recipe, override, read_bench_settings, read_engine_spec, read_recipe
 from trsp_deploy.recipe.values import LONGEST_NAME, Count, Name, NonNegative, Positive, RelativePath, Strict, Text
 
 __all__ = [
@@ -46,6 +48,9 @@ __all__ = [
     "Strict",
     "Text",
     "TransferSettings",
+    "engine_name",
+    "kept_recipe",
+    "named_by_file",
     "override",
     "parse_drop",
     "parse_drops",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -160,3 +161,13 @@ class EngineSpec(Strict):
         if self.head_bits not in valid:
             said = f"takes {', '.join(map(str, sorted(valid)))}" if valid else "has none"
             raise ValueError(f"`head_bits` {self.head_bits}: precision {self.precision} on {self.backend} {said}")
+
+
+def named_by_file(name: str) -> bool:
+    """Whether an engine spec, or a recipe, is named by its own YAML file and not as one that comes with the toolkit."""
+    return Path(name).suffix in (".yaml", ".yml")
+
+
+def engine_name(engine: str) -> str:
+    """What a recipe's engine is called: of a file, which need not be there any more, by its stem."""
+    return Path(engine).stem if named_by_file(engine) else engine

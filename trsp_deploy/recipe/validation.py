@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from trsp_deploy.errors import EngineSpecError, RecipeError, UserError, shown
-from trsp_deploy.reading import Record, load_yaml, what_is_wrong
+from trsp_deploy.reading import Record, load_yaml, read_yaml, what_is_wrong
 from trsp_deploy.recipe.engine_spec import EngineSpec
 from trsp_deploy.recipe.settings import BenchSettings, Recipe
 
@@ -15,6 +16,14 @@ from trsp_deploy.recipe.settings import BenchSettings, Recipe
 def read_recipe(values: dict[str, Any], source: str) -> Recipe:
     """Validate a mapping as a Recipe; `source` names the file or option for the error line."""
     return _validate(Recipe, values, source, RecipeError)
+
+
+def kept_recipe(file: Path) -> Recipe | None:
+    """The recipe that a run has kept; None where there is none, or none that can be read."""
+    try:
+        return read_recipe(read_yaml(file, RecipeError), str(file))
+    except UserError:
+        return None
 
 
 def read_bench_settings(values: dict[str, Any], source: str) -> BenchSettings:

@@ -13,7 +13,7 @@ import trsp_deploy
 from trsp_deploy import reading
 from trsp_deploy.errors import EngineSpecError, RecipeError, UserError, nearest
 from trsp_deploy.reading import read_yaml, user_path
-from trsp_deploy.recipe import AUTO_ENGINES, EngineSpec, read_engine_spec
+from trsp_deploy.recipe import AUTO_ENGINES, EngineSpec, named_by_file, read_engine_spec
 
 Kind = Literal["recipes", "engines"]
 
@@ -90,7 +90,7 @@ def _find(kind: Kind, name_or_path: str) -> Path:
     if name_or_path in names:
         return _folder(kind) / f"{name_or_path}.yaml"
     path = user_path(name_or_path)
-    if path.suffix in (".yaml", ".yml"):
+    if named_by_file(name_or_path):
         if path.is_file():
             return path
         raise ERRORS[kind](f"{path}: no such file")

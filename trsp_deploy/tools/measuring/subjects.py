@@ -9,9 +9,8 @@ from pathlib import Path
 
 from trsp_deploy.artifacts import ENGINE_MANIFEST, RUN_MARK, RunLayout, check_is_run, check_no_sweep, model_of_engine
 from trsp_deploy.decoder import DecoderSize, decoder_size, known_positions, load_config, max_positions
-from trsp_deploy.errors import EngineUnavailable, RunError, UserError, first_line, nearest, passes_through
-from trsp_deploy.reading import read_yaml
-from trsp_deploy.recipe import EngineSpec, read_recipe
+from trsp_deploy.errors import EngineUnavailable, RunError, first_line, nearest, passes_through
+from trsp_deploy.recipe import EngineSpec, engine_name, kept_recipe
 from trsp_deploy.results import Role
 from trsp_deploy.tools.library import wanted_engines
 from trsp_deploy.tools.runners import EngineManifest, check_can_run, check_fresh, device_of, read_manifest
@@ -158,12 +157,8 @@ def _built(run: Path, roles: Sequence[Role]) -> list[str]:
 
 def _wanted(run: Path) -> list[str]:
     """The engines of a run's recipe; none where it cannot be read: what was built can be measured all the same."""
-    try:
-        engines = read_recipe(read_yaml(run / RUN_MARK, RunError), RUN_MARK).engines
-    except UserError:
-        return []
-    # A spec of one's own is named by its file, which need not be there any more.
-    return [Path(name).stem if name.endswith((".yaml", ".yml")) else name for name in wanted_engines(engines)]
+    recipe = kept_recipe(run / RUN_MARK)
+    return [] if recipe is None else [engine_name(engine) for engine in wanted_engines(recipe.engines)]
 
 
 def _first_that_runs(run: Path, engines: Mapping[str, Sequence[Path]]) -> str:

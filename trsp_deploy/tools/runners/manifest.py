@@ -22,9 +22,9 @@ from trsp_deploy.artifacts import (
     leaves,
     run_of_engine,
 )
-from trsp_deploy.errors import EngineUnavailable, RunError, UserError
-from trsp_deploy.reading import DAMAGED, read_record, read_yaml
-from trsp_deploy.recipe import AUTO_ENGINES, EngineSpec, RelativePath, Strict, Text, read_recipe
+from trsp_deploy.errors import EngineUnavailable
+from trsp_deploy.reading import DAMAGED, read_record
+from trsp_deploy.recipe import AUTO_ENGINES, EngineSpec, RelativePath, Strict, Text, engine_name, kept_recipe
 from trsp_deploy.tools.graphs.decoder_io import Bindings
 from trsp_deploy.tools.graphs.fp16_range import HalfRange
 from trsp_deploy.tools.runners.requirements import adds_int8_exactly, cuda_devices, driver_version
@@ -296,10 +296,8 @@ def build_command(name: str, folder: Path) -> str:
 
 def _engines_of(run: RunLayout) -> set[str]:
     """Names of the engines that a run's recipe asks for, on one machine or another; none where it cannot be read."""
-    try:
-        engines = read_recipe(read_yaml(run.root / RUN_MARK, RunError), RUN_MARK).engines
-    except UserError:
+    recipe = kept_recipe(run.root / RUN_MARK)
+    if recipe is None:
         return set()
-    by_device = AUTO_ENGINES.values() if "auto" in engines else ()
-    named = {Path(each).stem if each.endswith((".yaml", ".yml")) else each for each in engines}
-    return named.union(*by_device)
+    by_device = AUTO_ENGINES.values() if "auto" in recipe.engines else ()
+    return set(map(engine_name, recipe.engines)).union(*by_device)
