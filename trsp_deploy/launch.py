@@ -8,18 +8,24 @@ import sys
 
 from trsp_deploy.errors import UserError, first_line
 
-TOLD = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what a launcher tells each of its processes
+RANK, WORLD_SIZE = "RANK", "WORLD_SIZE"
+TOLD = (RANK, WORLD_SIZE, "MASTER_ADDR", "MASTER_PORT")  # what a launcher tells each of its processes
 PEER_GONE = re.compile("Connection (closed|reset) by peer|Broken pipe")  # by gloo, in no class of its own
 
 
 def launched() -> bool:
     """Whether this is a process of a launch, be it of one process alone."""
-    return "RANK" in os.environ
+    return RANK in os.environ
+
+
+def is_main_process() -> bool:
+    """Whether this is the first of the processes that a launcher started, or the only one."""
+    return os.environ.get(RANK, "0") == "0"
 
 
 def launched_as_several() -> bool:
     """Whether this is one of several training processes, which share what is counted for one."""
-    return launched() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return launched() and int(os.environ.get(WORLD_SIZE, "1")) > 1
 
 
 def in_a_group() -> bool:
@@ -47,9 +53,9 @@ def check_launch() -> None:
     missing = [name for name in TOLD if not os.environ.get(name)]
     if missing:
         raise UserError(
-            f"RANK is '{os.environ['RANK']}', as in a process of a launch, and {', '.join(missing)} is not set: "
+            f"RANK is '{os.environ[RANK]}', as in a process of a launch, and {', '.join(missing)} is not set: "
             "`unset RANK`, or start with `accelerate launch`"
         )
-    for name in ("RANK", "WORLD_SIZE"):
+    for name in (RANK, WORLD_SIZE):
         if not os.environ[name].isdecimal():
             raise UserError(f"{name} is '{os.environ[name]}': expected a whole number, as `accelerate launch` sets it")

@@ -21,7 +21,6 @@ from trsp_deploy.artifacts.run_folder import (
     Step,
     StepRecord,
     check_made,
-    is_main_process,
     reading_alone,
 )
 from trsp_deploy.artifacts.storage import (
@@ -54,7 +53,6 @@ __all__ = [
     "files_below",
     "fingerprint",
     "free_bytes",
-    "is_main_process",
     "leaves",
     "link_tree",
     "locked",

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from trsp_deploy.artifacts.locks import locked
 from trsp_deploy.artifacts.provenance import Provenance, provenance
 from trsp_deploy.artifacts.storage import LEADS_NOWHERE, storage_errors, write_json
 from trsp_deploy.errors import RunError, StorageError
+from trsp_deploy.launch import is_main_process
 from trsp_deploy.recipe import RelativePath
 
 # Raise when a step's code changes what it makes from the same inputs, so that old records no longer match.
@@ -76,11 +76,6 @@ class RunManifest(Sealed):
     schema_version: Literal[1]
     trsp_deploy: str
     files: dict[RelativePath, str]  # path below the run folder -> SHA-256
-
-
-def is_main_process() -> bool:
-    """Whether this is the first of the processes that a launcher started, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 class RunFolder:

@@ -38,7 +38,7 @@ def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
 
 def say(line: str) -> None:
     """A line on stderr about how far the work is, in several processes of the main one alone; without secrets."""
-    from trsp_deploy.artifacts import is_main_process
+    from trsp_deploy.launch import is_main_process
 
     if not is_main_process():
         return

@@ -11,7 +11,7 @@ from typing import ClassVar, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from trsp_deploy.artifacts import is_main_process
+from trsp_deploy.launch import is_main_process
 from trsp_deploy.tools.host_memory import resident_bytes
 
 LOG_INTERVAL_S = 15.0

@@ -35,6 +35,7 @@ from trsp_deploy.recipe import RelativePath, Strict
 from trsp_deploy.tools.model_repository.manifest import RepositoryManifest
 from trsp_deploy.tools.runners.inspection import TRTEXEC_ENGINE
 from trsp_deploy.tools.runners.manifest import EngineManifest
+from trsp_deploy.tools.runners.trt_log import BUILD_LOG
 
 State = Literal["missing", "changed", "unknown", "outside", "unreadable"]
 Kind = Literal["run", "sweep", "engine", "repository"]
@@ -46,7 +47,7 @@ BESIDE: dict[Kind, tuple[str, ...]] = {
         f"{ENGINES}/*/*/{ENGINE_MANIFEST}{SIGNATURE}",
     ),
     "sweep": (LOCK, PLACE, f"{CHECKPOINTS}/*"),
-    "engine": ("build.log",),
+    "engine": (BUILD_LOG,),
     "repository": (WRITING_LOCK,),
 }
 UNREADABLE = "damaged, unsafe, or of another version"  # what a manifest is that is no record

@@ -12,6 +12,7 @@ PACKAGES = ("artifacts", "recipe")  # whole
 # Of other packages these modules, and an empty __init__: their real ones import what only building needs.
 MODULES = (
     "errors.py",
+    "launch.py",
     "reading.py",
     "tools/graphs/decoder_io.py",
     "tools/graphs/fp16_range.py",

@@ -10,7 +10,6 @@ records of the steps always stay, so the next run knows what is missing and make
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from trsp_deploy.artifacts import (
     write_json,
 )
 from trsp_deploy.artifacts.layout import CHECKPOINTS, ENGINES, FAILED_LOGS, PARTS, RunLayout, check_is_run
+from trsp_deploy.artifacts.storage import remove
 from trsp_deploy.errors import RunError, nearest
 from trsp_deploy.recipe import Strict
 
@@ -106,10 +106,7 @@ def clean(runs: Runs, plan: Cleaning) -> None:
     _shorten_manifests(runs, paths)
     with storage_errors(root.path):
         for path in paths:
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+            remove(path)
         for engines in [run.layout.engines for run in runs]:
             for folder in [] if engines.is_symlink() else [*engines.glob("*"), engines]:
                 if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):

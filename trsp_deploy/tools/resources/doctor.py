@@ -30,7 +30,6 @@ from trsp_deploy.tools.runners.requirements import cuda_devices, driver_version,
 
 State = Literal["ok", "missing", "conflict", "warning"]
 
-OLDEST_PYTHON = (3, 11)
 LOOKED_AT = ("torch", "transformers", "onnx", "onnxscript", "datasets")  # what else works the interpreter has shown
 WITH_OPTIMUM = ("optimum", "optimum-onnx", "transformers")
 ENOUGH_DISK = 10e9  # bytes: a 1B model dense and pruned, as checkpoint, ONNX and engine in fp16
@@ -76,11 +75,7 @@ def _installed(distribution: str) -> str | None:
 
 
 def _python() -> Finding:
-    version = platform.python_version()
-    if sys.version_info[:2] < OLDEST_PYTHON:
-        wanted = ".".join(map(str, OLDEST_PYTHON))
-        return Finding(subject="python", state="conflict", detail=f"{version}; trsp_deploy needs {wanted} or later")
-    return Finding(subject="python", state="ok", detail=f"{version} ({sys.executable})")
+    return Finding(subject="python", state="ok", detail=f"{platform.python_version()} ({sys.executable})")
 
 
 def _optimum() -> Finding:

@@ -17,6 +17,7 @@ from trsp_deploy.decoder import WeightCounts, cache_per_token
 from trsp_deploy.recipe import FLOAT_BYTES, EngineSpec, Float, Recipe, Strict
 from trsp_deploy.tools.judging.limits import stored_by
 from trsp_deploy.tools.resources.weights import tied, weights_bytes
+from trsp_deploy.tools.runners import device_of
 
 PROCESS_BYTES = 900_000_000  # of a process that has trained: libraries, and what the allocator keeps
 CONTEXT_BYTES = 600_000_000  # of a GPU: CUDA's context and kernels; not measured
@@ -98,7 +99,7 @@ def _running(recipe: Recipe, config: Any, counts: WeightCounts, spec: EngineSpec
     ]
     text = config.get_text_config()  # what is for images too has the decoder's in it
     per_token = cache_per_token(text) if hasattr(text, "num_attention_heads") else 0  # Mamba's state does not grow
-    device: Device = "cpu" if spec.backend == "onnxruntime-cpu" else "cuda"
+    device = device_of(spec)
     # One that grows is written anew while it is read; on a CPU it is one memory with room to spare (runners/ort.py).
     caches = 2 if device == "cuda" and spec.cache_length is None else 1
     cache = round(caches * kept.cached * max(tokens) * len(counts.layers) * per_token)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -87,8 +88,8 @@ def check_can_run(spec: EngineSpec) -> None:
     BACKENDS[spec.backend].check_run(spec)
 
 
-def device_of(spec: EngineSpec) -> str:
-    """Device that a backend's engines run on: "cpu" or "cuda"."""
+def device_of(spec: EngineSpec) -> Literal["cpu", "cuda"]:
+    """Device that a backend's engines run on."""
     return "cpu" if spec.backend == "onnxruntime-cpu" else "cuda"
 
 
