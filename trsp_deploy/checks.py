@@ -100,7 +100,7 @@ def check_run(
     _check_engine(job, engine)
     job.inputs.check_bench(_shaped(settings, _part(baseline, against, _expected(job, engine))))
     said = [] if baseline is None or against is None else check_model(baseline, against, cut_of(job))
-    spec = runnable(job, engine)
+    spec = engine_to_check(job, engine)
     before = _part(baseline, against, spec.name)
     settings = _shaped(settings, before)
     job.proof.check_engines()  # what does not compute what was trained has no speed worth checking
@@ -239,7 +239,7 @@ def _expected(job: Pipeline, engine: str | None) -> str:
     return engine or next(iter(engines.runnable(specs)), specs[0]).name
 
 
-def runnable(job: Pipeline, engine: str | None) -> EngineSpec:
+def engine_to_check(job: Pipeline, engine: str | None) -> EngineSpec:
     """The engine to check: the one named, or the run's first that runs here. Raises RunError when there is none."""
     _check_engine(job, engine)  # before any is built
     outcomes = {outcome.spec.name: outcome for outcome in job.engines.build()}
@@ -262,7 +262,7 @@ def make_baseline(job: Pipeline, engine: str | None, settings: BenchSettings, ou
             f"baseline: {slowed} slows engines on purpose, and nothing is to be held against such times; unset it"
         )
     job.inputs.check_bench(settings)
-    first = runnable(job, engine)
+    first = engine_to_check(job, engine)
     others = [spec for spec in job.engines.specs if spec != first and job.engines.engine(spec).reason is None]
     job.proof.check_engines()  # what does not compute what was trained is nothing to hold others against
     found, lacking = {}, dict(job.proof.failed)

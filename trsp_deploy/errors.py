@@ -7,9 +7,9 @@
     |   |-- RecipeError        a recipe, a --set or a --drop that does not make sense
     |   |-- PlanError          a plan.json that does not fit the model
     |   |-- EngineSpecError    an engine spec that is unknown or malformed
-    |   |-- DeviceMemoryError  a training that needs more memory than its device has
+    |   |-- DeviceMemoryError  what needs more memory than this machine has, or lets a process have
     |   |-- BaselineError      a baseline that cannot be read, or whose figures are of other hardware
-    |   |-- RunError           a run folder that is missing, incomplete or in use
+    |   |-- RunError           a run, engine, repository or server that is missing, in use, damaged or of the wrong kind
     |   |-- StorageError       a full disk, a folder that cannot be written
     |   `-- RequestError       one request that a server cannot answer; its client is told (tools/serving/requests.py)
     |-- ParityError            exit code 4: PyTorch, ONNX and engine disagree; nothing may be shipped
@@ -74,7 +74,7 @@ class EngineSpecError(UserError):
 
 
 class DeviceMemoryError(UserError):
-    """A stage needs more memory than the training device has."""
+    """Something needs more memory than its device or this machine has, or than `ulimit` allows."""
 
 
 class BaselineError(UserError):
@@ -82,7 +82,7 @@ class BaselineError(UserError):
 
 
 class RunError(UserError):
-    """A run folder is missing, incomplete or in use."""
+    """A run, engine, repository or server is missing, in use, damaged or of the wrong kind."""
 
 
 class StorageError(UserError):

@@ -158,7 +158,7 @@ def job_of_three(folder: Path, said: list[str], engine_quality: Any = lambda spe
 def runnable(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine that is named, else the first."""
     monkeypatch.setattr(
-        checks, "runnable", lambda job, engine: next(s for s in job.engines.specs if s.name == (engine or "a"))
+        checks, "engine_to_check", lambda job, engine: next(s for s in job.engines.specs if s.name == (engine or "a"))
     )
     cut = checks.Cut(name="m", num_layers_dense=6, num_layers_pruned=4)
     monkeypatch.setattr(checks, "cut_of", lambda job: cut)

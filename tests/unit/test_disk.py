@@ -19,7 +19,7 @@ from trsp_deploy.recipe import EngineSpec, Recipe, read_recipe
 from trsp_deploy.results import ROLES
 from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.resources import disk
-from trsp_deploy.tools.resources.disk import DiskPlan, check_disk, plan_disk, plan_sweep
+from trsp_deploy.tools.resources.disk import DiskPlan, check_fits, plan_disk, plan_sweep
 
 MB = 1e6
 SMOLLM2 = LlamaConfig(
@@ -116,7 +116,7 @@ def test_a_training_that_goes_on_needs_room_for_one_checkpoint(tmp_path: Path) -
     plan = plan_disk(run, settings, SMOLLM2, SPECS, free=0)
     assert plan.stages[1].scratch_bytes == fresh - fresh // 2
     with pytest.raises(StorageError, match="--keep checkpoints: training goes on from them"):
-        check_disk(plan, {})
+        check_fits(plan, {})
 
 
 def test_what_is_finished_costs_nothing_again(tmp_path: Path) -> None:
@@ -179,16 +179,16 @@ def test_a_checkpoint_holds_what_moves_under_adapters() -> None:
 def test_too_small_a_disk_is_one_line_with_what_would_fit(tmp_path: Path) -> None:
     plan = smollm2(tmp_path / "run", free=4_000_000_000)
     with pytest.raises(StorageError) as caught:
-        check_disk(plan, alone(tmp_path / "run", 4_000_000_000))
+        check_fits(plan, alone(tmp_path / "run", 4_000_000_000))
     line = str(caught.value)
     assert "\n" not in line and "4.00 GB are free" in line and "--ignore-disk" in line
     assert "--engine ort-cpu-fp32 alone (3." in line and "--out on a larger disk" in line and "clean" not in line
     with pytest.raises(StorageError, match=r"would fit: --engine tensorrt-rtx-fp16 alone \(2\.82 GB\), --out"):
-        check_disk(smollm2(tmp_path / "run", free=3 * 10**9), alone(tmp_path / "run", 3 * 10**9))
+        check_fits(smollm2(tmp_path / "run", free=3 * 10**9), alone(tmp_path / "run", 3 * 10**9))
     (tmp_path / "run").mkdir()
     with pytest.raises(StorageError, match="trsp-deploy clean"):
-        check_disk(smollm2(tmp_path / "run", free=10), alone(tmp_path / "run", 10))
-    check_disk(smollm2(tmp_path / "run", free=10**11), {})
+        check_fits(smollm2(tmp_path / "run", free=10), alone(tmp_path / "run", 10))
+    check_fits(smollm2(tmp_path / "run", free=10**11), {})
 
 
 def alone(run: Path, free: int) -> dict[str, DiskPlan]:
@@ -209,7 +209,7 @@ def test_a_sweep_needs_a_run_for_every_number_of_layers(tmp_path: Path) -> None:
     again = plan_sweep(tmp_path, recipe(), SMOLLM2, SPECS, (3, 12), finished={3: steps})
     assert again.needed_bytes == many.needed_bytes + disk.REPORT_BYTES
     with pytest.raises(StorageError, match="drop-12"):
-        check_disk(plan_sweep(tmp_path, recipe(), SMOLLM2, SPECS, (3, 12), free=both.needed_bytes - 1), {})
+        check_fits(plan_sweep(tmp_path, recipe(), SMOLLM2, SPECS, (3, 12), free=both.needed_bytes - 1), {})
 
 
 def test_the_command_asks_before_the_work() -> None:

@@ -123,7 +123,7 @@ def test_limits_that_need_something_else(monkeypatch: pytest.MonkeyPatch) -> Non
         return checks.check_run(ANYTHING, checks.Tolerances(**limits), None, None, BenchSettings())
 
     says("need --against BASELINE.json", lambda: check(max_speedup_loss=0.03), errors.RecipeError)
-    monkeypatch.setattr(checks, "runnable", lambda job, engine: SimpleNamespace(name="e"))
+    monkeypatch.setattr(checks, "engine_to_check", lambda job, engine: SimpleNamespace(name="e"))
     proof = SimpleNamespace(
         check_engines=tuple, engine_quality=lambda spec: {}, engine_choices=lambda spec: None, failed={}
     )

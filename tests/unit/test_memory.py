@@ -29,7 +29,7 @@ from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.resources import memory_plan
 from trsp_deploy.tools.resources.later_memory import PROCESS_BYTES, later_stages
 from trsp_deploy.tools.resources.memory import MemoryEstimate
-from trsp_deploy.tools.resources.memory_plan import Engines, check_memory, plan_memory
+from trsp_deploy.tools.resources.memory_plan import Engines, plan_fitting, plan_memory
 from trsp_deploy.tools.resources.rehearsal import rehearse, transfer_step
 
 GIB = 2**30
@@ -213,7 +213,7 @@ def test_of_what_depends_on_data_the_rest_is_told_and_checked(card):
     assert moments["optimiser step"].optimizer_bytes == 2 * 4 * trained
     card(1_000_000)
     with pytest.raises(DeviceMemoryError, match="transfer needs at least"):
-        check_memory(chosen, config, ["transfer"])
+        plan_fitting(chosen, config, ["transfer"])
 
 
 def test_what_is_planned_is_refused_with_what_would_fit(card):
@@ -252,12 +252,12 @@ def test_a_refusal_names_what_would_fit(card):
     peaks = {stage.stage: stage.peak.total_bytes for stage in plan_memory(recipe(*SMALL), config).stages}
     card(peaks["transfer"] - 1_000_000)
     with pytest.raises(DeviceMemoryError) as refusal:
-        check_memory(recipe(*SMALL), config, ["transfer"])
+        plan_fitting(recipe(*SMALL), config, ["transfer"])
     line = str(refusal.value)
     assert line.startswith("transfer needs about") and "\n" not in line
     assert "--set transfer.gradient_checkpointing=true (" in line and "--ignore-memory" in line
     card(peaks["transfer"])
-    check_memory(recipe(*SMALL), config, ["transfer"])
+    plan_fitting(recipe(*SMALL), config, ["transfer"])
 
 
 def test_what_comes_after_training_is_refused_with_the_engines_that_would_fit(card):
@@ -274,14 +274,14 @@ def test_what_comes_after_training_is_refused_with_the_engines_that_would_fit(ca
     (line,) = found.lines()
     assert line.startswith("needs main memory: selection ") and "engine ort-cpu-int8 " in line
     with pytest.raises(DeviceMemoryError) as refusal:
-        check_memory(chosen, config, list(needed), engines=both)
+        plan_fitting(chosen, config, list(needed), engines=both)
     said = str(refusal.value)
     assert said.startswith("engine ort-cpu-int8 needs about ") and "\n" not in said
     assert "would fit: --engine ort-cpu-fp32 alone (" in said and "ort-cpu-int8 alone" not in said
-    check_memory(chosen, config, ["selection", "engine ort-cpu-fp32"], engines=both)  # the other is there already
+    plan_fitting(chosen, config, ["selection", "engine ort-cpu-fp32"], engines=both)  # the other is there already
     card(1000)
     with pytest.raises(DeviceMemoryError, match="no engine of this recipe would fit"):
-        check_memory(chosen, config, ["onnx fp32"], engines=both)
+        plan_fitting(chosen, config, ["onnx fp32"], engines=both)
 
 
 @pytest.mark.parametrize("kind", ["Llama4Config", "FuyuConfig", "MambaConfig", "BltConfig", "RwkvConfig"])
@@ -344,7 +344,7 @@ def test_an_engine_of_a_gpu_is_held_against_that(monkeypatch):
     monkeypatch.setattr(memory_plan, "available_bytes", there.get)
     spec = load_engine_spec("ort-cuda-fp16")
     with pytest.raises(DeviceMemoryError, match=r"run ort-cuda-fp16 needs about .* GB of GPU memory"):
-        check_memory(recipe(*SMALL), config, ["run ort-cuda-fp16"], engines=Engines([spec], [spec]))
+        plan_fitting(recipe(*SMALL), config, ["run ort-cuda-fp16"], engines=Engines([spec], [spec]))
 
 
 def test_training_on_a_gpu_needs_main_memory_too():
@@ -382,7 +382,7 @@ def test_main_memory_that_a_gpus_job_lacks_is_refused_with_what_would_fit(monkey
     chosen = recipe("calibration.context_length=256", "calibration.max_windows=2048", "transfer.steps=512", "drop=1")
     there = {"cpu": 10**12, "cuda": 10**12}
     monkeypatch.setattr(memory_plan, "available_bytes", there.get)
-    found = check_memory(chosen, config, ["selection", "transfer"])
+    found = plan_fitting(chosen, config, ["selection", "transfer"])
     needed = {stage.stage: stage.peak.total_bytes for stage in found.host}
     on_gpu, in_main = found.lines()
     assert on_gpu.startswith("needs GPU memory: selection ") and "1000.00 GB there" in on_gpu
@@ -390,16 +390,16 @@ def test_main_memory_that_a_gpus_job_lacks_is_refused_with_what_would_fit(monkey
     assert found.summary()["memory"]["host"]["transfer"]["needed_bytes"] == needed["transfer"]
     there["cpu"] = needed["transfer"] - 1
     with pytest.raises(DeviceMemoryError) as refusal:
-        check_memory(chosen, config, ["selection", "transfer"])
+        plan_fitting(chosen, config, ["selection", "transfer"])
     said = str(refusal.value)
     assert said.startswith("transfer needs about 0.6 GB of main memory and 0.6 GB are there; would fit: --set ")
     assert "--set calibration.max_windows=1024 (0.3 GB), or --set transfer.kl_weight=0 (" in said and "\n" not in said
-    check_memory(chosen, config, ["selection"])
+    plan_fitting(chosen, config, ["selection"])
     there["cuda"] = None  # no such machine: nor is its main memory this one's
     there["cpu"] = 1000
     engine = load_engine_spec("ort-cpu-fp32")
     chosen = chosen.model_copy(update={"evaluation": {"text": "wiki-demo"}})
-    absent = check_memory(chosen, config, ["engine ort-cpu-fp32", "evaluation"], engines=Engines([engine], [engine]))
+    absent = plan_fitting(chosen, config, ["engine ort-cpu-fp32", "evaluation"], engines=Engines([engine], [engine]))
     assert absent.host_available_bytes is None and all(map(absent.host_fits, absent.host))
     print_memory(absent, shown := io.StringIO())
     assert {line.device for line in absent.later} == {"cpu", "cuda"} and "yes" not in shown.getvalue()
@@ -413,14 +413,14 @@ def test_no_setting_is_tried_that_a_recipe_refuses(monkeypatch):
     windows = ["calibration.texts=[a,b,c]", "calibration.max_windows=4", "transfer.batch_size=1", "drop=1"]
     for setting in ("transfer.ce_weight=0.5", "transfer.ce_weight=0"):
         with pytest.raises(DeviceMemoryError, match=r"^transfer needs about \d\.\d GB of main memory and 0\.1 GB"):
-            check_memory(recipe(*windows, setting), config, ["transfer"])
+            plan_fitting(recipe(*windows, setting), config, ["transfer"])
 
 
 def test_settings_are_tried_together_and_nothing_is_promised(card):
     config = tiny_config("llama", hidden_size=256, intermediate_size=1024)
     card(1000)
     with pytest.raises(DeviceMemoryError, match="no setting of this recipe would fit"):
-        check_memory(recipe(*SMALL), config, ["selection"])
+        plan_fitting(recipe(*SMALL), config, ["selection"])
 
 
 def test_control_groups_count(tmp_path):

@@ -62,7 +62,7 @@ def check_memory(
     whole: exports, engines and evaluation will follow. counts: of layers, where this is a sweep of them.
     """
     from trsp_deploy.pipeline.engines import runnable
-    from trsp_deploy.tools.resources.memory_plan import Engines, check_memory, plan_memory
+    from trsp_deploy.tools.resources.memory_plan import Engines, plan_fitting, plan_memory
     from trsp_deploy.tools.training.shared import pick_device
 
     missing: list[str] = list(job.pruning.unfinished())
@@ -83,7 +83,7 @@ def check_memory(
         if ignore:
             found = plan_memory(recipe, config, dropped, engines)
         else:
-            found = check_memory(recipe, config, missing, dropped, engines)
+            found = plan_fitting(recipe, config, missing, dropped, engines)
         for line in found.lines():
             say(line)
 
@@ -114,7 +114,7 @@ def _disk_plan(
 
 def check_disk(job: Pipeline, plan_file: Path | None, ignore: bool, counts: Sequence[int] = ()) -> None:
     """Say what each stage will leave on the disk, and refuse what cannot fit there; counts: as in `check_memory`."""
-    from trsp_deploy.tools.resources.disk import check_disk
+    from trsp_deploy.tools.resources.disk import check_fits
 
     if launched_as_several() and job.run.recorded():
         job.inputs.dense()  # by all processes: what the main one holds the records against may need it
@@ -125,4 +125,4 @@ def check_disk(job: Pipeline, plan_file: Path | None, ignore: bool, counts: Sequ
         plan = _disk_plan(job, plan_file, config, specs, counts)
         say(plan.line())
         if not ignore:
-            check_disk(plan, {spec.name: _disk_plan(job, plan_file, config, [spec], counts) for spec in specs})
+            check_fits(plan, {spec.name: _disk_plan(job, plan_file, config, [spec], counts) for spec in specs})

@@ -1,0 +1,1 @@
+"""PyTorch to ONNX: Optimum's exporter and torch's own, with one result."""

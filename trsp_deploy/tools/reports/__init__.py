@@ -1,1 +1,1 @@
-"""What people read: `report.md` and `report.html`, from the same records."""
+"""What people and CI systems read of a run, a sweep or a baseline, as text and as pages, from the same records."""

@@ -1,7 +1,7 @@
 """How much disk a run will need, by stage, before anything is written.
 
     plan = plan_disk(Path("runs/opt-6.7b-drop8"), recipe, config, specs, finished=job.finished())
-    check_disk(plan, {})   # raises StorageError with what would fit
+    check_fits(plan, {})   # raises StorageError with what would fit
 
 From the model's config and the engine specs alone; docs/memory.md has the formulae and what was measured. Steps that
 need not be done again count nothing. What is made again takes the place of the old files once it is whole, so that for
@@ -193,7 +193,7 @@ def _stage(stage: str, outputs: Sequence[_Output], finished: Collection[str], sc
     )
 
 
-def check_disk(plan: DiskPlan, alone: Mapping[str, DiskPlan]) -> None:
+def check_fits(plan: DiskPlan, alone: Mapping[str, DiskPlan]) -> None:
     """Raise StorageError, one line with what would fit, when the job needs more disk than is free.
 
     alone: the same job with one engine, by the engine's name.

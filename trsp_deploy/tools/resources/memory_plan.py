@@ -1,7 +1,7 @@
 """What this machine's memories have, whether a job fits, and what else would: `--plan-memory`.
 
 plan = plan_memory(recipe, model_config(recipe.model, print), engines)
-check_memory(recipe, config, ["selection", "transfer"])   # raises DeviceMemoryError with what would fit
+plan_fitting(recipe, config, ["selection", "transfer"])   # raises DeviceMemoryError with what would fit
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def plan_memory(
     return _plan(recipe, _estimate(recipe, config, dropped), engines)
 
 
-def check_memory(
+def plan_fitting(
     recipe: Recipe,
     config: Any,
     stages: Sequence[str],
@@ -130,7 +130,7 @@ def check_plan(
     dropped: tuple[int, ...] | None = None,
     engines: Engines | None = None,
 ) -> None:
-    """Raise DeviceMemoryError, as `check_memory` does, when a stage of a plan needs more than there is: selection and
+    """Raise DeviceMemoryError, as `plan_fitting` does, when a stage of a plan needs more than there is: selection and
     transfer, and where `engines` are given what comes after them."""
     later = plan.later if engines is not None else ()
     stages = [*(stage.stage for stage in plan.stages), *(stage.stage for stage in later)]

@@ -26,8 +26,9 @@ def joined(texts: Sequence[Texts]) -> Texts:
         return texts[0]
     first: dict[str, str] = {}
     for text in texts:
-        if (same := first.setdefault(text.fingerprint, text.name)) is not text.name:
+        if (same := first.get(text.fingerprint)) is not None:
             raise TextError(f"--calibration '{text.name}': holds the same documents as '{same}'; each text counts once")
+        first[text.fingerprint] = text.name
     return Texts(
         name=" + ".join(text.name for text in texts),
         origin=" + ".join(shown_name(text.origin) for text in texts),
