@@ -7,6 +7,8 @@ Sits above the pipeline: it finishes what a run lacks, measures anew, and judges
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import Field
@@ -90,18 +92,14 @@ def check_run(
     """
     if tolerances == Tolerances():
         raise RecipeError("check: nothing is required; give --min-speedup, --max-ppl-ratio or another limit")
-    if tolerances.relative and against is None:
-        raise RecipeError("check: --max-latency-regression and --max-speedup-loss need --against BASELINE.json")
-    baseline = None if against is None else read_baseline(against)
-    if baseline is not None and against is not None and tolerances.max_latency_regression is not None:
-        check_machine(baseline, against, "--max-latency-regression")
+    earlier = _read_earlier(against, tolerances)
     # What needs no engine to be told is told before any is built.
     _check_asked(job, tolerances)
     _check_engine(job, engine)
-    job.inputs.check_bench(_shaped(settings, _part(baseline, against, _expected(job, engine))))
-    said = [] if baseline is None or against is None else check_model(baseline, against, cut_of(job))
+    job.inputs.check_bench(_shaped(settings, _part(earlier, _expected(job, engine))))
+    said = [] if earlier is None else check_model(earlier.baseline, earlier.path, cut_of(job))
     spec = engine_to_check(job, engine)
-    before = _part(baseline, against, spec.name)
+    before = _part(earlier, spec.name)
     settings = _shaped(settings, before)
     job.proof.check_engines()  # what does not compute what was trained has no speed worth checking
     # Quality first: it is quick where it is known, and may end the job with an error.
@@ -112,15 +110,7 @@ def check_run(
     disturbed, cases = disturbance(derived), comparison.settings.cases
     outcomes = [goal.outcome(comparison.replicates, disturbed, cases) for goal in goals]
     outcomes += _quality(quality, choices, tolerances)
-    for what, dense, pruned, tolerance in to_pytorch_rows(job.proof.check_perplexity(spec)):
-        said.append(f"{what}: dense {dense}, pruned {pruned} ({tolerance})")
-    said += [
-        f"'{name}' is the calibration text, and flatters the model"
-        for name in quality
-        if job.inputs.is_calibration(name)
-    ]
-    said += [] if baseline is None else [*other_hardware(baseline), *other_versions(baseline)]
-    said += [] if before is None else weaknesses(before)
+    said += [*_of_quality(job, spec, quality), *_of_earlier(earlier, before)]
     return Check(
         schema_version=CHECK_VERSION,
         verdict=worst(outcome.word for outcome in outcomes),
@@ -136,9 +126,45 @@ def check_run(
     )
 
 
-def _part(baseline: Baseline | None, against: Path | None, name: str) -> EngineBaseline | None:
+@dataclass(frozen=True)
+class _Earlier:
+    """A baseline, and where it was read from."""
+
+    baseline: Baseline
+    path: Path
+
+
+def _read_earlier(path: Path | None, tolerances: Tolerances) -> _Earlier | None:
+    """The baseline that a check is held against; raises RecipeError where one is needed, BaselineError where it does
+    not serve."""
+    if path is None:
+        if tolerances.relative:
+            raise RecipeError("check: --max-latency-regression and --max-speedup-loss need --against BASELINE.json")
+        return None
+    baseline = read_baseline(path)
+    if tolerances.max_latency_regression is not None:
+        check_machine(baseline, path, "--max-latency-regression")
+    return _Earlier(baseline, path)
+
+
+def _part(earlier: _Earlier | None, engine: str) -> EngineBaseline | None:
     """A baseline's part of an engine; None without a baseline."""
-    return None if baseline is None or against is None else engine_of(baseline, name, against)
+    return None if earlier is None else engine_of(earlier.baseline, engine, earlier.path)
+
+
+def _of_quality(job: Pipeline, spec: EngineSpec, quality: dict[str, QualityReport]) -> Iterator[str]:
+    """What to say beside the quality that was found."""
+    for what, dense, pruned, tolerance in to_pytorch_rows(job.proof.check_perplexity(spec)):
+        yield f"{what}: dense {dense}, pruned {pruned} ({tolerance})"
+    for name in quality:
+        if job.inputs.is_calibration(name):
+            yield f"'{name}' is the calibration text, and flatters the model"
+
+
+def _of_earlier(earlier: _Earlier | None, before: EngineBaseline | None) -> list[str]:
+    """What to say of the baseline, and of its part of the engine."""
+    said = [] if earlier is None else [*other_hardware(earlier.baseline), *other_versions(earlier.baseline)]
+    return said if before is None else [*said, *weaknesses(before)]
 
 
 def _shaped(settings: BenchSettings, before: EngineBaseline | None) -> BenchSettings:

@@ -10,7 +10,8 @@ a while there are both.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,50 +89,75 @@ def plan_disk(
     dropped: how many layers go by the plan that is there; None where that is still the recipe's to say.
     Raises RecipeError when the recipe's `drop` does not suit the model.
     """
-    layout = RunLayout(run)
     dense = counts_of(config)
     pruned = _without(dense, parse_drop(recipe.drop, len(dense.layers)) if dropped is None else dropped)
-    counts: dict[Role, WeightCounts] = {"dense": dense, "pruned": pruned}
+    basis = _Basis(
+        layout=RunLayout(run),
+        counts={"dense": dense, "pruned": pruned},
+        words_bytes=TOKENIZER_BYTES * (getattr(config, "vocab_size", None) or dense.lm_head // config.hidden_size),
+        finished=finished,
+    )
+    stages = (*_models(basis, recipe, config), *_graphs(basis, specs), *_engines(basis, specs), _report(basis.layout))
+    return DiskPlan(run=str(run), free_bytes=free_bytes(run) if free is None else free, stages=stages)
+
+
+@dataclass(frozen=True)
+class _Basis:
+    """What the sizes of a run's stages follow from."""
+
+    layout: RunLayout
+    counts: Mapping[Role, WeightCounts]
+    words_bytes: int  # of a tokenizer's files
+    finished: Collection[str]  # steps
+
+
+def _models(basis: _Basis, recipe: Recipe, config: Any) -> list[StageDisk]:
+    """Both checkpoints, as wide as the model is stored; the training's own lie beside the second meanwhile."""
     width = (getattr(config, "dtype", None) or torch.float32).itemsize
-    words = TOKENIZER_BYTES * (getattr(config, "vocab_size", None) or dense.lm_head // config.hidden_size)
-    shared = bool(config._name_or_path) and _shares_blocks(Path(config._name_or_path), run)
-    size = 0 if shared else width * dense.total + words
-    stages = [
-        _stage("dense", [_Output(steps.DENSE, layout.model("dense"), size)], finished),
-        _stage(
-            "pruned",
-            [_Output(steps.PRUNE, layout.model("pruned"), width * pruned.total + words)],
-            finished,
-            scratch=max(0, _checkpoints(recipe, dense) - freed_bytes([layout.checkpoints])),
-        ),
+    dense, pruned = (width * basis.counts[role].total + basis.words_bytes for role in ROLES)
+    if config._name_or_path and _shares_blocks(Path(config._name_or_path), basis.layout.root):
+        dense = 0
+    checkpoints = max(0, _checkpoints(recipe, basis.counts["dense"]) - freed_bytes([basis.layout.checkpoints]))
+    return [
+        _stage("dense", [_Output(steps.DENSE, basis.layout.model("dense"), dense)], basis.finished),
+        _stage("pruned", [_Output(steps.PRUNE, basis.layout.model("pruned"), pruned)], basis.finished, checkpoints),
     ]
+
+
+def _graphs(basis: _Basis, specs: Sequence[EngineSpec]) -> Iterator[StageDisk]:
+    """Of each precision both graphs; of fp16 a copy reads the calibration text in fp32."""
     for precision in dict.fromkeys(spec.graph_precision for spec in specs):
         outputs = [
             _Output(
                 steps.export(role, precision),
-                layout.onnx(role, precision),
-                _graph(counts[role], precision) + words,
+                basis.layout.onnx(role, precision),
+                _graph(basis.counts[role], precision) + basis.words_bytes,
             )
             for role in ROLES
         ]
-        # The copy of an fp16 graph that reads the calibration text in fp32.
-        scratch = _graph(dense, precision) if precision == "fp16" else 0
-        stages.append(_stage(f"onnx {precision}", outputs, finished, scratch))
+        scratch = _graph(basis.counts["dense"], precision) if precision == "fp16" else 0
+        yield _stage(f"onnx {precision}", outputs, basis.finished, scratch)
+
+
+def _engines(basis: _Basis, specs: Sequence[EngineSpec]) -> Iterator[StageDisk]:
+    """Of each spec both engines, one after the other."""
     for spec in specs:
         outputs = [
-            _Output(steps.build(spec.name, role), layout.engine(spec.name, role), _engine(spec, counts[role]))
+            _Output(
+                steps.build(spec.name, role), basis.layout.engine(spec.name, role), _engine(spec, basis.counts[role])
+            )
             for role in ROLES
         ]
         # Two graphs at a time while the passes run; then an engine in floats, as large as one, takes a place of these.
         graphs = 0 if not spec.fuse and spec.precision == spec.graph_precision else 1
         graphs += spec.precision != spec.graph_precision
-        scratch = graphs * _graph(dense, spec.graph_precision)
-        stages.append(_stage(f"engine {spec.name}", outputs, finished, scratch))
+        scratch = graphs * _graph(basis.counts["dense"], spec.graph_precision)
+        yield _stage(f"engine {spec.name}", outputs, basis.finished, scratch)
+
+
+def _report(layout: RunLayout) -> StageDisk:
     there = layout.report.is_file()
-    stages.append(
-        StageDisk(stage="report", kept_bytes=REPORT_BYTES, added_bytes=0 if there else REPORT_BYTES, there=there)
-    )
-    return DiskPlan(run=str(run), free_bytes=free_bytes(run) if free is None else free, stages=tuple(stages))
+    return StageDisk(stage="report", kept_bytes=REPORT_BYTES, added_bytes=0 if there else REPORT_BYTES, there=there)
 
 
 def plan_sweep(
