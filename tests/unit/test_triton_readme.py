@@ -99,8 +99,14 @@ def test_the_image_has_the_packages_and_the_cluster_its_name() -> None:
 
 def test_it_says_that_the_containers_lines_were_never_tried() -> None:
     """It stood in a comment of the code alone."""
-    before, _, after = page(model("m")).partition("The `docker` lines were never tried: no Docker was at hand.\n")
-    assert before.endswith("## Serve it\n\n") and "docker run" not in before and after.lstrip().startswith("docker run")
+    before, _, after = page(model("m")).partition("The `docker` lines were never tried: no Docker was at hand. ")
+    assert before.endswith("## Serve it\n\n") and "docker run" not in before and "\n    docker run" in after
+
+
+def test_its_ports_are_published_to_this_machine_alone() -> None:
+    """Triton asks nobody who they are; the log said so before the page did."""
+    published = re.findall(r"-p (\S+)", page(model("m")))
+    assert len(published) == 6 and all(re.fullmatch(r"127\.0\.0\.1:(\d+):\1", port) for port in published)
 
 
 @pytest.mark.parametrize(

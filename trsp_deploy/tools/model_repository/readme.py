@@ -13,6 +13,7 @@ from trsp_deploy.tools.serving.loop import MOST_WAITING
 from trsp_deploy.tools.serving.requests import GenerationRequest
 
 TEMPLATE = "readme.md.jinja"
+PORTS = " ".join(f"-p 127.0.0.1:{port}:{port}" for port in (8000, 8001, 8002))  # HTTP, gRPC, metrics
 
 # Until 25.04 a cancelled gRPC stream may bring the server down (Triton's pull request 8078), and NVIDIA's security
 # bulletin 5816 asks for 26.02. Any later one will do for an ONNX Runtime engine, whose package is installed into it.
@@ -39,6 +40,7 @@ def readme(repository: RepositoryManifest) -> str:
     return environment.get_template(TEMPLATE).render(
         name=texts[0].name,
         install=f"{INSTALL} {_quoted(repository.packages)}",
+        ports=PORTS,
         device="" if all(model.backend == "onnxruntime-cpu" for model in repository.models) else "--gpus 1 ",
         container=CONTAINER,
         limits=limits,
