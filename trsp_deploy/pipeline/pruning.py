@@ -17,7 +17,6 @@ from trsp_deploy.artifacts import (
     Made,
     RunFolder,
     Step,
-    StepRecord,
     fingerprint,
     seal,
     share_weights,
@@ -31,6 +30,7 @@ from trsp_deploy.decoder import check_prunable, load_config, load_model, meta_mo
 from trsp_deploy.errors import PlanError
 from trsp_deploy.launch import in_a_group
 from trsp_deploy.pipeline.inputs import Inputs
+from trsp_deploy.pipeline.plan_origin import EDITED, GIVEN, chosen_alike, made_by_a_person, recorded_origin
 from trsp_deploy.recipe import Strict, parse_drop
 from trsp_deploy.results import PrunedCheckpoint, Role
 from trsp_deploy.stages import selection, transfer
@@ -46,22 +46,6 @@ from trsp_deploy.tools.training.self_calibration import check_can_write, self_ge
 from trsp_deploy.tools.training.shared import TRAINING_DTYPES, pick_device
 
 Result = TypeVar("Result", bound=BaseModel)
-
-
-GIVEN, EDITED = "given", "edited"  # inputs of a plan's step that a person has made
-
-
-def _origin(record: StepRecord | None) -> str | None:
-    """How a person made a recorded plan; None of a chosen one."""
-    return next((how for how in (EDITED, GIVEN) if record is not None and how in record.inputs), None)
-
-
-def _made_by_a_person(run: RunFolder) -> str | None:
-    """How a person made the `plan.json` that is there; None of a chosen one."""
-    record, path = run.record(steps.PLAN), run.layout.plan
-    if record is None or not path.is_file():
-        return None
-    return EDITED if fingerprint(path) != record.outputs[PLAN] else _origin(record)
 
 
 def _leave_together() -> None:
@@ -118,10 +102,10 @@ class Pruning:
         """
         if self._plan_file is not None:
             return GIVEN, self._plan_file
-        path, how = self.run.layout.plan, _made_by_a_person(self.run)
+        path, how = self.run.layout.plan, made_by_a_person(self.run)
         if how is None:
             return None
-        if not self._chosen_alike(self.run, self._plan_settings):
+        if not chosen_alike(self.run, self._plan_settings):
             mine = "was edited by hand, and settings that choose layers are others now"
             other = mine if how == EDITED else "was given, and settings that choose layers are others now"
             raise PlanError(
@@ -131,14 +115,6 @@ class Pruning:
         said = "edited by hand" if how == EDITED else "given, not chosen here"
         self.inputs.say(f"{PLAN} was {said}: dropping {dropped}; delete it to have layers chosen")
         return how, path
-
-    def _chosen_alike(self, run: RunFolder, settings: dict[str, Any]) -> bool:
-        """Whether a run's plan was made with these settings; older records name the texts among theirs."""
-        record = run.record(steps.PLAN)
-        if record is None:
-            return False
-        texts = {name: value for name, value in record.settings["calibration"].items() if name != "texts"}
-        return {**record.settings, "calibration": texts} == settings
 
     def _is_replaced(self) -> bool:
         """Whether another plan than the recorded one was handed in."""
@@ -253,14 +229,14 @@ class Pruning:
         def settings() -> dict[str, Any]:
             return self._selection_settings(count or self._count)
 
-        person = self._plan_file is None and _made_by_a_person(found.run) is not None
-        if person and self._chosen_alike(found.run, settings()):
+        person = self._plan_file is None and made_by_a_person(found.run) is not None
+        if person and chosen_alike(found.run, settings()):
             found.steps.add(steps.PLAN)
         elif not person and not self._is_replaced():  # a plan that was handed in before is the same as now
             found.ask(self._plan_step(settings, lambda: found.recorded(steps.PLAN, GIVEN, EDITED)))
         if self._plan_file is None and steps.PLAN in found.steps:
             found.left[steps.PLAN] = fingerprint(found.run.layout.plan)
-        elif self._plan_file is None and _origin(found.run.record(steps.PLAN)) is not None:
+        elif self._plan_file is None and recorded_origin(found.run.record(steps.PLAN)) is not None:
             found.left.pop(steps.PLAN, None)  # it was a person's and is gone: others may be chosen
 
     def unfinished(self) -> list[str]:

@@ -6,12 +6,12 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from trsp_deploy.artifacts import RunFolder, provenance, steps
+from trsp_deploy.artifacts import provenance
 from trsp_deploy.artifacts.layout import SWEEP
 from trsp_deploy.pipeline.engines import EngineOutcome
 from trsp_deploy.pipeline.inputs import Inputs
+from trsp_deploy.pipeline.plan_origin import was_edited
 from trsp_deploy.pipeline.proof import Proof
-from trsp_deploy.pipeline.pruning import EDITED
 from trsp_deploy.results import Served
 from trsp_deploy.stages.report import write_report
 from trsp_deploy.tools.reports.measured import measured_by
@@ -47,7 +47,7 @@ def make_report(proof: Proof) -> Report:
     report = Report(
         schema_version=SCHEMA_VERSION,
         verdict=verdict(engines, quality, as_served),
-        model=model_report(inputs.shown_model, source.origin, decoder, checkpoint, _edited(proof.run)),
+        model=model_report(inputs.shown_model, source.origin, decoder, checkpoint, was_edited(proof.run)),
         removal=removal_report(checkpoint),
         quality=quality,
         engines=tuple(engines),
@@ -108,12 +108,6 @@ def _other(point: Point, report: Report) -> str:
     if point.choices not in (None, *(engine.choices for engine in report.engines)):
         return "accuracies"
     return ""
-
-
-def _edited(run: RunFolder) -> bool:
-    """Whether a person has edited `plan.json` after its layers were chosen."""
-    record = run.record(steps.PLAN)
-    return record is not None and EDITED in record.inputs
 
 
 def served_of(inputs: Inputs) -> Served | None:
