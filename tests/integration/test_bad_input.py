@@ -69,7 +69,8 @@ def fails(place, monkeypatch, capsys, tmp_path):
 
 
 def prune(*more: str, model: str = "model", drop: str = "2", text: str = "text.txt") -> list[str]:
-    return ["prune", "--model", model, "--drop", drop, "--calibration", text, *QUICK, "--out", "out", *more]
+    out = () if any(word.startswith("--out") for word in more) else ("--out", "out")
+    return ["prune", "--model", model, "--drop", drop, "--calibration", text, *QUICK, *out, *more]
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,7 @@ def prune(*more: str, model: str = "model", drop: str = "2", text: str = "text.t
         (["check", "run", "--engine", "a", "--engine=b"], ["--engine: is given twice; check takes one engine"]),
         (["baseline", "run", "--engine=a", "--engine", "b"], ["--engine: is given twice; baseline takes one engine"]),
         (["compare", "a", "--engine", "a", "b", "--engine", "a"], ["--engine: is given twice; compare takes one"]),
-        (prune("--out", "other"), ["--out: is given twice; give it once"]),
+        ([*prune(), "--out", "other"], ["--out: is given twice; give it once"]),
         (["build", "r", "--calibration", "a", "--calibration", "b"], ["--calibration: is given twice; give it once"]),
         (["sweep", "--model", "model", "--set", "drop=3"], ["--set drop=3: a sweep's cuts are those of --drop"]),
         (["export", "no-model"], ["no run of trsp-deploy", "recipe.yaml is missing"]),

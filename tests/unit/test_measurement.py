@@ -422,7 +422,7 @@ def test_times_of_a_processor_of_the_same_name_are_not_taken_for_this_ones(monke
     monkeypatch.setattr(bench, "compare_engines", lambda *_: measured.append(1) or made_up())
     with RunFolder(tmp_path / "run") as run:
         inputs = SimpleNamespace(run=run, recipe=Recipe(model="m"), say=pytest.fail)
-        proof = Proof(inputs, None, SimpleNamespace(pair=lambda spec: pair))
+        proof = Proof(inputs, None, SimpleNamespace(pair=lambda spec: pair, made=lambda spec, role: "as built"))
         for sets, count in (("avx2", 1), ("avx2", 1), ("avx512_vnni", 2), ("avx512_vnni", 2)):
             monkeypatch.setattr(baselines, "instruction_sets", lambda sets=sets: (sets,))
             proof._measure(load_engine_spec("ort-cpu-fp32"))
@@ -441,7 +441,7 @@ def test_times_that_were_slowed_on_purpose_are_taken_for_no_others(monkeypatch, 
     monkeypatch.setattr(bench, "measure", lambda *_, **__: measured.append(1) or made_up())
     with RunFolder(tmp_path / "run") as run:
         inputs = SimpleNamespace(run=run, recipe=Recipe(model="m"), say=said.append)
-        proof = Proof(inputs, None, SimpleNamespace(pair=lambda spec: pair))
+        proof = Proof(inputs, None, SimpleNamespace(pair=lambda spec: pair, made=lambda spec, role: "as built"))
         proof._measure(spec)
         assert run.record("bench-ort-cpu-fp32").settings == Recipe(model="m").bench.model_dump(mode="json")
         for planted, count in (("", 1), ("0", 1), ("pruned=0.3", 2), ("pruned=0.3", 2), ("0.1", 3), ("", 4), ("", 4)):
@@ -449,10 +449,10 @@ def test_times_that_were_slowed_on_purpose_are_taken_for_no_others(monkeypatch, 
             proof._measure(spec)
             assert len(measured) == count, planted
             found = Finished(run)
-            proof._ask_bench(found, spec, {})
+            found.ask(proof._bench_step(spec))
             assert found.steps == {"bench-ort-cpu-fp32"}
         monkeypatch.setenv(bench_worker.PAUSED, "0.3")
-        proof._ask_bench(found := Finished(run), spec, {})
+        (found := Finished(run)).ask(proof._bench_step(spec))
         assert not found.steps
     assert said == [f"slowed on purpose: TRSP_DEPLOY_PLANT={share}" for share in ("pruned=0.3", "0.1")]
 
