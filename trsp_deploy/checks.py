@@ -38,7 +38,7 @@ from trsp_deploy.tools.reports.baselines import (
     unusable_quality,
     weaknesses,
 )
-from trsp_deploy.tools.reports.quality import ChoicesReport, QualityReport
+from trsp_deploy.tools.reports.quality import ChoicesReport, QualityReport, perplexity_outcomes
 from trsp_deploy.tools.reports.rows import to_pytorch_rows
 
 CHECK_VERSION = 1  # of `check.json`
@@ -227,21 +227,8 @@ def _quality(quality: dict[str, QualityReport], choices: ChoicesReport | None, t
             bound=tolerances.min_accuracy_retained,
         )
         outcomes.append(judge(kept, choices.retained, choices.doubt))
-    if tolerances.max_ppl_ratio is None:
-        return outcomes
-    return outcomes + [
-        judge(
-            Requirement(
-                name=f"perplexity over dense, {name}",
-                source=tolerances.quality_source or "--max-ppl-ratio",
-                sense="at most",
-                bound=tolerances.max_ppl_ratio,
-            ),
-            text.interval,
-            text.doubt,
-        )
-        for name, text in quality.items()
-    ]
+    source = tolerances.quality_source or "--max-ppl-ratio"
+    return outcomes + perplexity_outcomes(quality, tolerances.max_ppl_ratio, source)
 
 
 def cut_of(job: Pipeline) -> Cut:

@@ -33,6 +33,33 @@ def test_compare_takes_runs_and_onnx_files(workspace: Path, baseline: Path, form
     assert json.loads((tmp_path / "c.json").read_text())["replicates"][0]["blocks"]["again"]
 
 
+ENGINES = [f"run/engines/ort-cpu-fp32/{role}" for role in ("dense", "pruned")]
+GRAPHS = [f"run/onnx/{role}-fp32/model.onnx" for role in ("dense", "pruned")]
+BRIEF = ["--budget", "2", "--set", "prompt_tokens=8", "--set", "new_tokens=2"]
+TEXT = ["--eval", "manual=text.txt", "--set", "evaluate.context_length=64", "--set", "evaluate.max_tokens=640"]
+
+
+@pytest.mark.parametrize("form", ["engines", "graphs"])
+def test_compare_reads_a_text_with_both(workspace: Path, baseline: Path, form: str, tmp_path: Path) -> None:
+    paths = {"engines": ENGINES, "graphs": GRAPHS}[form]
+    out = tmp_path / "c.json"
+    done = trsp_deploy(
+        "compare", *paths, *BRIEF, *TEXT, "--max-ppl-ratio", "0.5", "--out", str(out), "--json", cwd=workspace
+    )
+    assert done.code == 2, done.said
+    found = json.loads(done.stdout)
+    assert [(each["requirement"]["name"], each["word"]) for each in found["outcomes"]] == [
+        ("perplexity over dense, manual", "fail")
+    ]
+    assert "ppl on manual" in done.stderr, "in the table"
+    kept = json.loads(out.read_text())["perplexity"]["manual"]
+    for role in ("dense", "pruned"):
+        of_run = json.loads((workspace / f"run/records/evaluate-ort-cpu-fp32-manual-{role}.json").read_text())["result"]
+        assert kept[role]["nll"] == pytest.approx(of_run["nll"], rel=1e-4), "as the run's own evaluation has it"
+        assert kept[role]["documents"], "so that the interval is over documents"
+    assert found["quality"]["manual"]["tokens"] == 10 * 63
+
+
 @BREADTH
 def test_compare_takes_engine_folders_and_judges(workspace: Path, baseline: Path) -> None:
     folders = [f"run/engines/ort-cpu-fp32/{role}" for role in ("pruned", "dense")]  # the wrong way round
@@ -106,11 +133,43 @@ def test_engines_of_two_names_are_both_named() -> None:
         (["text.onnx"], ["text.onnx: no such file"]),
         (["run/engines/ort-cpu-fp32/dense"], ["PRUNED is missing; only a run folder"]),
         (["run", "--engine", "ort-cpu-fp3"], ["no engine 'ort-cpu-fp3'; did you mean 'ort-cpu-fp32'?"]),
+        (["run", "--max-ppl-ratio", "2"], ["--max-ppl-ratio needs a text to read; give one with --eval"]),
+        (["run", *TEXT, "--set", "evaluate.tasks=[piqa]"], ["reads texts alone; tasks are asked of a run"]),
+        (["run", *TEXT, "--set", "evaluate.max_tokens=0"], ["--set evaluate: key 'max_tokens': should be greater"]),
+        (
+            ["run", *TEXT, "--set", "evaluate.context_length=4000"],
+            ["evaluate.context_length 4000: ", "tokens at once; --set evaluate.context_length="],
+        ),
+        (["run", "--eval", "manual=none.txt"], ["evaluation text 'none.txt'"]),
     ],
 )
 def test_compare_says_what_it_cannot_use(workspace: Path, baseline: Path, paths: list[str], words: list[str]) -> None:
     done = trsp_deploy("compare", *paths, cwd=workspace)
     assert done.code == 1 and all(word in done.stderr for word in words), done.stderr
+
+
+def test_graphs_without_a_tokenizer_need_to_be_given_one(workspace: Path, baseline: Path, tmp_path: Path) -> None:
+    for role, graph in zip(("dense", "pruned"), GRAPHS, strict=True):
+        shutil.copytree((workspace / graph).parent, tmp_path / role, ignore=shutil.ignore_patterns("token*"))
+    paths = [str(tmp_path / role / "model.onnx") for role in ("dense", "pruned")]
+    done = trsp_deploy("compare", *paths, *BRIEF, *TEXT, cwd=workspace)
+    assert done.code == 1 and "neither has a tokenizer beside it; give its folder with --tokenizer" in done.last
+    done = trsp_deploy("compare", *paths, *BRIEF, *TEXT, "--tokenizer", "run/dense", cwd=workspace)
+    assert done.code == 0 and "ppl on manual" in done.stdout, done.said
+
+
+def test_two_tokenizers_that_disagree_are_refused(workspace: Path, baseline: Path, tmp_path: Path) -> None:
+    shutil.copytree(workspace / "run", tmp_path / "run")
+    tokenizer = tmp_path / "run/pruned/tokenizer.json"
+    content = json.loads(tokenizer.read_text())
+    tokenizer.unlink()  # else it may be another name of the model's own
+    (first, one), (second, other), *_ = content["model"]["vocab"].items()
+    content["model"]["vocab"] |= {first: other, second: one}
+    tokenizer.write_text(json.dumps(content))
+    text = tmp_path / "text.txt"
+    text.write_text(f"{first} {second} " * 200)
+    done = trsp_deploy("compare", "run", *BRIEF, *TEXT, cwd=tmp_path)
+    assert done.code == 1 and "read it as different tokens" in done.last, done.said
 
 
 def test_a_config_that_was_damaged_is_one_line(workspace: Path, baseline: Path, tmp_path: Path) -> None:

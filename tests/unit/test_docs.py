@@ -19,6 +19,7 @@ from typer.exceptions import TyperException
 from tests import doc_lines
 from tests.doc_lines import GENERATED, NOT_RUN, PAGES, ROOT, ROOT_COMMAND, Line, lines_of, unmarked
 from trsp_deploy.cli import reference
+from trsp_deploy.cli.judging_options import asked_of
 from trsp_deploy.errors import TrspError
 from trsp_deploy.recipe import METHODS, EngineSpec, Recipe, Strict, override, read_bench_settings, read_recipe
 from trsp_deploy.tools.library import load_engine_spec, load_recipe_values
@@ -100,7 +101,9 @@ def _unknown_name(command: str, values: dict[str, Any]) -> str | None:
         except (KeyError, TrspError) as problem:
             return f"{name}: {problem}"
     try:
-        if command in ("compare", "baseline", "check"):
+        if command == "compare":
+            asked_of(None, None, None, None, None, list(sets))
+        elif command in ("baseline", "check"):
             read_bench_settings(override({}, list(sets)), "--set")
         else:
             read_recipe(override({"model": "m"}, list(sets)), "--set")

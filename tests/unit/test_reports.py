@@ -298,7 +298,7 @@ def test_clocks_are_told_once_wherever_a_comparison_is() -> None:
     assert found is not None
     terminal, compared = io.StringIO(), io.StringIO()
     print_report(report, Path("run"), terminal)
-    print_comparison("e", found, compared)
+    print_comparison("e", found, {}, compared)
     pages = (markdown.render(report), html.render(report, {"ort-cpu-fp32": made}))
     for text in (*pages, terminal.getvalue(), compared.getvalue()):
         assert text.count("clock 2.60 GHz") == 1

@@ -23,17 +23,20 @@ from trsp_deploy.cli.judging_options import (
     MaxLatency,
     MaxLoss,
     MaxPerplexity,
+    MeasurementSets,
     MinAccuracy,
     MinSpeedup,
     Out,
     Pruned,
     Sets,
+    TokenizerFolder,
+    asked_of,
     bench_settings,
     kept_share,
     lost_share,
     speedups,
 )
-from trsp_deploy.cli.options import Json, Run, Tasks
+from trsp_deploy.cli.options import Evaluation, Json, Run, Tasks
 from trsp_deploy.cli.terminal import Output, say
 from trsp_deploy.errors import RecipeError
 
@@ -54,47 +57,45 @@ def compare(
     pruned: Pruned = None,
     engine: Engine = None,
     min_speedup: MinSpeedup = None,
+    evaluation: Evaluation = None,
+    max_ppl_ratio: MaxPerplexity = None,
+    tokenizer: TokenizerFolder = None,
     budget: Budget = None,
     out: Out = None,
-    sets: Sets = None,
+    sets: MeasurementSets = None,
     as_json: Json = False,
 ) -> None:
-    """Measure two engines in turn: speed-up with interval, limit, control. With --min-speedup the exit code judges."""
-    least = speedups(min_speedup)
-    settings = bench_settings({}, budget, sets)
+    """Measure two engines in turn: speed-up with interval, limit, control; with --eval their perplexity too.
+
+    With --min-speedup or --max-ppl-ratio the exit code judges.
+    """
+    asked = asked_of(min_speedup, evaluation, max_ppl_ratio, tokenizer, budget, sets)
     for subject, path in (("DENSE", dense), ("PRUNED", pruned)):
         _check_files("compare", {subject: path, "--out": out})
     if out is not None:
         out.unlink(missing_ok=True)  # an earlier comparison's is not taken for this one's, whatever ends it
-    from trsp_deploy.artifacts import reading_alone, write_json
+    from trsp_deploy.artifacts import write_json
     from trsp_deploy.cli.tables import print_comparison
-    from trsp_deploy.stages import bench
+    from trsp_deploy.comparison import compare_paths
     from trsp_deploy.tools.judging.comparisons import notes, sentence
-    from trsp_deploy.tools.judging.verdicts import EXIT_CODES, worst
+    from trsp_deploy.tools.judging.verdicts import EXIT_CODES
 
-    with reading_alone(dense, pruned or dense):
-        pair = bench.find_pair(dense, pruned, engine)
-        bench.check_pair(*pair, settings)
-        goals = bench.speedup_goals(*pair, least, settings)
-        label = bench.label_of(*pair)
-        comparison = bench.compare_engines(*pair, label, settings, seed=0, goals=goals, say=say)
-    found = bench.derive(*pair, comparison)
-    outcomes = [goal.outcome(comparison.replicates, cases=comparison.settings.cases) for goal in goals]
+    found = compare_paths(dense, pruned, engine, asked, say)
     output = Output(as_json)
-    print_comparison(label, found, output.stream)
-    said = bench.pair_notes(*pair)
-    output.say(*said, *(outcome.sentence for outcome in outcomes))
+    print_comparison(found.label, found.report, found.quality, output.stream)
+    output.say(*found.said, *(outcome.sentence for outcome in found.outcomes))
     output.result(
         {
-            "verdict": sentence(label, found),
-            "comparison": found.model_dump(mode="json"),
-            "outcomes": [outcome.model_dump(mode="json") for outcome in outcomes],
-            "notes": [*notes(found), *said],
+            "verdict": sentence(found.label, found.report),
+            "comparison": found.report.model_dump(mode="json"),
+            "quality": {name: text.model_dump(mode="json") for name, text in found.quality.items()},
+            "outcomes": [outcome.model_dump(mode="json") for outcome in found.outcomes],
+            "notes": [*notes(found.report), *found.said],
         }
     )
     if out is not None:  # last: what cannot be written has been shown
-        write_json(out, comparison)
-    raise typer.Exit(EXIT_CODES[worst(outcome.word for outcome in outcomes)])
+        write_json(out, found.samples)
+    raise typer.Exit(EXIT_CODES[found.verdict])
 
 
 def baseline(

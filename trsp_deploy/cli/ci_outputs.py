@@ -61,7 +61,7 @@ def _show(found: Check, output: Output) -> None:
     from trsp_deploy.tools.reports import ci
 
     _add_step_summary(ci.step_summary(found.engine, found.verdict, found.outcomes, found.notes))
-    print_comparison(found.engine, found.comparison, output.stream)
+    print_comparison(found.engine, found.comparison, found.quality, output.stream)
     more = [note for note in found.notes if note not in notes(found.comparison)]  # those of the comparison are shown
     said = [*more, *(outcome.sentence for outcome in found.outcomes)]  # with words of a baseline's file among them
     output.say(*map(ci.github_text, said), found.verdict.upper())

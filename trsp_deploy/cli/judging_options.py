@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trsp_deploy.cli.options import bounded, file_to_write
+from trsp_deploy.cli.recipe_options import with_lists
 from trsp_deploy.errors import RecipeError
 
 if TYPE_CHECKING:
+    from trsp_deploy.comparison import Asked
     from trsp_deploy.recipe import BenchSettings
     from trsp_deploy.results import Phase
 
@@ -101,6 +103,18 @@ Sets = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override one key of the measurement: prompt_tokens=[128,1024].", metavar="KEY=VALUE"),
 ]
+MeasurementSets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="Override one key of the measurement: prompt_tokens=[128,1024], evaluate.max_tokens=20000.",
+        metavar="KEY=VALUE",
+    ),
+]
+TokenizerFolder = Annotated[
+    Path | None,
+    typer.Option("--tokenizer", help="Folder of the texts' tokenizer; else the engines' own.", metavar="DIR"),
+]
 
 PHASE_NAMES: dict[str, Phase] = {"end-to-end": "total", "total": "total", "prefill": "prefill", "decode": "decode"}
 
@@ -113,6 +127,34 @@ def bench_settings(values: dict[str, Any], budget: float | None, sets: list[str]
     if budget is not None:
         chosen["budget_s"] = budget
     return read_bench_settings(chosen, "--set" if sets else "the run's recipe")
+
+
+def asked_of(
+    min_speedup: list[str] | None,
+    evaluation: list[str] | None,
+    max_ppl_ratio: float | None,
+    tokenizer: Path | None,
+    budget: float | None,
+    sets: list[str] | None,
+) -> Asked:
+    """What `compare` is asked for; keys of `--set` that begin with `evaluate.` are of its texts."""
+    from trsp_deploy.recipe import override, read_evaluate_settings
+
+    least = speedups(min_speedup)
+    texts = with_lists({}, None, evaluation).get("evaluation", {})
+    of_texts = [text for text in sets or [] if text.lstrip().startswith("evaluate.")]
+    times = bench_settings({}, budget, [text for text in sets or [] if text not in of_texts])
+    reading = read_evaluate_settings(override({}, of_texts).get("evaluate", {}), "--set evaluate")
+    from trsp_deploy.comparison import Asked  # after what can be said without PyTorch
+
+    return Asked(
+        min_speedup=least,
+        max_ppl_ratio=max_ppl_ratio,
+        texts=texts,
+        bench=times,
+        evaluate=reading,
+        tokenizer=tokenizer,
+    )
 
 
 def speedups(texts: list[str] | None) -> dict[Phase, float]:

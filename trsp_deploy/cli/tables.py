@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
@@ -10,6 +11,7 @@ from rich.text import Text
 
 from trsp_deploy.cli.terminal import console, plain_table
 from trsp_deploy.tools.judging.comparisons import ComparisonReport, notes, sentence
+from trsp_deploy.tools.reports.quality import QualityReport
 from trsp_deploy.tools.reports.record import Report
 from trsp_deploy.tools.reports.rows import (
     COMPARISON_COLUMNS,
@@ -18,6 +20,7 @@ from trsp_deploy.tools.reports.rows import (
     engine_notes,
     engine_rows,
     model_rows,
+    perplexity_rows,
     shapes_note,
     sweep_columns,
     sweep_rows,
@@ -66,11 +69,11 @@ def print_report(report: Report, run: Path, file: TextIO) -> None:
     out.print(f"report: {run / 'report.html'}, and the same as report.md and report.json", soft_wrap=True)
 
 
-def print_comparison(label: str, found: ComparisonReport, file: TextIO) -> None:
-    """Every figure of one comparison, how it was measured, and the verdict."""
+def print_comparison(label: str, found: ComparisonReport, quality: Mapping[str, QualityReport], file: TextIO) -> None:
+    """Every figure of one comparison, perplexities by text, how it was measured, and the verdict."""
     out = console(file)
     out.print()
-    out.print(plain_table(COMPARISON_COLUMNS, comparison_rows(found)))
+    out.print(plain_table(COMPARISON_COLUMNS, [*comparison_rows(found), *perplexity_rows(quality)]))
     for note in (shapes_note(found), *notes(found)):
         out.print(Text(note, style="dim"), soft_wrap=True)
     out.print()

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from trsp_deploy.artifacts import Made, RunFolder, Step, steps, writing
 from trsp_deploy.decoder import known_positions, load_config, load_tokenizer, meta_model
-from trsp_deploy.errors import ModelError, RecipeError, TextError
+from trsp_deploy.errors import RecipeError, TextError
 from trsp_deploy.pipeline.runs import engine_seen_from, plain_name, seen_from
 from trsp_deploy.reading import user_path
 from trsp_deploy.recipe import BenchSettings, Recipe
@@ -26,9 +26,10 @@ from trsp_deploy.tools.sources.mixture import joined, mix_windows
 from trsp_deploy.tools.sources.model_folders import copy_model, fingerprint_model
 from trsp_deploy.tools.sources.models import ModelSource, model_config, resolve_model
 from trsp_deploy.tools.sources.names import SHORT_NAMES, is_model_folder
-from trsp_deploy.tools.sources.texts import PACKAGED_TEXTS, Texts, documents_of, load_texts, tokenize_windows
+from trsp_deploy.tools.sources.texts import PACKAGED_TEXTS, Texts, documents_of, load_texts
 from trsp_deploy.tools.sources.texts import SHORT_NAMES as TEXT_NAMES
 from trsp_deploy.tools.sources.texts import Role as TextRole
+from trsp_deploy.tools.sources.windows import known_windows
 
 # Windows are drawn from so many times as much text as is read: all of WikiText-2, and a part of a corpus of gigabytes.
 POOL = 16
@@ -255,16 +256,7 @@ class Inputs:
 
     def _windows(self, text: Texts, length: int, most: int | None, option: str = "--calibration") -> torch.Tensor:
         """Windows (windows, length) of a text, `most` at most; raises ModelError for a token that the model lacks."""
-        windows = tokenize_windows(text, self.tokenizer(), length, most, option)
-        unknown = windows[windows >= self._vocabulary()]
-        if len(unknown):
-            token = int(unknown[0])
-            raise ModelError(
-                f"{option} '{text.name}': {len(unknown)} of its tokens are not among the model's {self._vocabulary()}, "
-                f"such as {token} ('{self.tokenizer().convert_ids_to_tokens(token)}'): the tokenizer has more; put the "
-                "model's own one into its folder, or resize the model's embeddings (resize_token_embeddings)"
-            )
-        return windows
+        return known_windows(text, self.tokenizer(), length, most, option, self._vocabulary())
 
     @functools.cache
     def _vocabulary(self) -> int:

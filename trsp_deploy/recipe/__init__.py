@@ -17,12 +17,20 @@ from trsp_deploy.recipe.settings import (
     METHODS,
     BenchSettings,
     Case,
+    EvaluateSettings,
     ExportSettings,
     Recipe,
     TransferSettings,
     shown_name,
 )
-from trsp_deploy.recipe.validation import kept_recipe, override, read_bench_settings, read_engine_spec, read_recipe
+from trsp_deploy.recipe.validation import (
+    kept_recipe,
+    override,
+    read_bench_settings,
+    read_engine_spec,
+    read_evaluate_settings,
+    read_recipe,
+)
 from trsp_deploy.recipe.values import LONGEST_NAME, Count, Name, NonNegative, Positive, RelativePath, Strict, Text
 
 __all__ = [
@@ -35,6 +43,7 @@ __all__ = [
     "Case",
     "Count",
     "EngineSpec",
+    "EvaluateSettings",
     "ExportSettings",
     "Float",
     "Name",
@@ -56,6 +65,7 @@ __all__ = [
     "parse_drops",
     "read_bench_settings",
     "read_engine_spec",
+    "read_evaluate_settings",
     "read_recipe",
     "shown_name",
 ]

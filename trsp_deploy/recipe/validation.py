@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from trsp_deploy.errors import EngineSpecError, RecipeError, UserError, shown
 from trsp_deploy.reading import Record, load_yaml, read_yaml, what_is_wrong
 from trsp_deploy.recipe.engine_spec import EngineSpec
-from trsp_deploy.recipe.settings import BenchSettings, Recipe
+from trsp_deploy.recipe.settings import BenchSettings, EvaluateSettings, Recipe
 
 
 def read_recipe(values: dict[str, Any], source: str) -> Recipe:
@@ -29,6 +29,11 @@ def kept_recipe(file: Path) -> Recipe | None:
 def read_bench_settings(values: dict[str, Any], source: str) -> BenchSettings:
     """Validate a mapping as BenchSettings; `source` names where it came from for the error line."""
     return _validate(BenchSettings, values, source, RecipeError)
+
+
+def read_evaluate_settings(values: dict[str, Any], source: str) -> EvaluateSettings:
+    """Validate a mapping as EvaluateSettings; `source` names where it came from for the error line."""
+    return _validate(EvaluateSettings, values, source, RecipeError)
 
 
 def read_engine_spec(values: dict[str, Any], source: str) -> EngineSpec:

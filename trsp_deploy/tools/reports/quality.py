@@ -20,6 +20,7 @@ from trsp_deploy.tools.judging.statistics import (
     perplexity_ratio,
     retained_accuracy,
 )
+from trsp_deploy.tools.judging.verdicts import Outcome, Requirement, judge
 
 QUALITY_BUDGETS = (0.99, 0.999)  # of quality kept: MLPerf Inference's accuracy targets
 
@@ -140,6 +141,23 @@ def choices_report(dense: ZeroShot, pruned: ZeroShot) -> ChoicesReport:
         },
         retained=retained_accuracy(dense, pruned),
     )
+
+
+def perplexity_outcomes(quality: Mapping[str, QualityReport], bound: float | None, source: str) -> list[Outcome]:
+    """Whether pruned / dense perplexity is at most `bound` on every text; none where nothing is required.
+
+    source: the option that the bound came from.
+    """
+    if bound is None:
+        return []
+    return [
+        judge(
+            Requirement(name=f"perplexity over dense, {name}", source=source, sense="at most", bound=bound),
+            text.interval,
+            text.doubt,
+        )
+        for name, text in quality.items()
+    ]
 
 
 def in_brackets(few: str) -> str:

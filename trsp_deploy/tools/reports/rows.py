@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from trsp_deploy.artifacts import Provenance
 from trsp_deploy.results import PHASES, ROLES, PerplexityParity, Role
 from trsp_deploy.tools.judging.comparisons import ComparisonReport, notes
 from trsp_deploy.tools.judging.goals import PHASE_TITLES
 from trsp_deploy.tools.reports.measured import measured_rows
-from trsp_deploy.tools.reports.quality import ChoicesReport, Price, budget_text
+from trsp_deploy.tools.reports.quality import ChoicesReport, Price, QualityReport, budget_text
 from trsp_deploy.tools.reports.record import EngineReport, Report, prices
 from trsp_deploy.tools.reports.sweeps import Point, Sweep, token_s
 from trsp_deploy.tools.triton_server.served import served_notes
@@ -144,9 +144,7 @@ def engine_rows(report: Report) -> list[tuple[str, ...]]:
         rows.append((engine.name, engine.status, "size", *sizes, "", "", ""))
         if engine.comparison is not None:
             rows += [("", "", *row) for row in _measured_rows(engine.comparison)]
-        for name, text in engine.quality.items():
-            both = (f"{text.dense_ppl:.2f}", f"{text.pruned_ppl:.2f}")
-            rows.append(("", "", f"ppl on {name}", *both, text.shown(), "", ""))
+        rows += [("", "", *row) for row in perplexity_rows(engine.quality)]
         rows += [("", "", *row, "", "") for row in to_pytorch_rows(engine.to_pytorch)]
         if engine.choices is not None:
             rows += [("", "", *row, "", "") for row in choice_rows(engine.choices)]
@@ -178,6 +176,14 @@ def comparison_rows(found: ComparisonReport) -> list[tuple[str, ...]]:
     if len(found.size_bytes) == len(ROLES):
         rows.append(("size", *(f"{found.size_bytes[role] / 1e6:.0f} MB" for role in ROLES), "", "", ""))
     return rows
+
+
+def perplexity_rows(quality: Mapping[str, QualityReport]) -> list[tuple[str, ...]]:
+    """Perplexity of dense and pruned on each text, in the order of COMPARISON_COLUMNS."""
+    return [
+        (f"ppl on {name}", f"{text.dense_ppl:.2f}", f"{text.pruned_ppl:.2f}", text.shown(), "", "")
+        for name, text in quality.items()
+    ]
 
 
 def _measured_rows(found: ComparisonReport) -> list[tuple[str, ...]]:
