@@ -9,7 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from trsp_deploy.errors import EngineSpecError, RecipeError
-from trsp_deploy.reading import read_yaml
+from trsp_deploy.reading import load_yaml, read_yaml
 from trsp_deploy.recipe import override, parse_drop, read_bench_settings, read_engine_spec, read_recipe, shown_name
 
 PROFILE = {
@@ -222,6 +222,13 @@ def test_yaml_errors(tmp_path: Path, content: bytes | None, words: str) -> None:
 
 def test_off_is_read_as_a_word():
     assert read_recipe({"model": "gpt2", "autocast": yaml.safe_load("off")}, "test").autocast == "off"
+
+
+def test_a_name_that_yaml_takes_for_no_is_said() -> None:
+    values = load_yaml("{model: m, calibration: {texts: [no]}}")
+    with pytest.raises(RecipeError, match=r"texts.0': .* got False; YAML reads yes, no, on and off so: put the word"):
+        read_recipe(values, "r.yaml")
+    assert read_recipe(load_yaml("{model: m, calibration: {texts: ['no']}}"), "").calibration.texts == ("no",)
 
 
 def test_a_window_of_one_token_predicts_none() -> None:

@@ -76,4 +76,7 @@ def _validate(model: type[Record], values: dict[str, Any], source: str, error: t
     try:
         return model.model_validate(values)
     except ValidationError as problem:
-        raise error(f"{source}: {what_is_wrong(problem, model)}") from problem
+        said = what_is_wrong(problem, model)
+        if said.endswith(("string, got True", "string, got False")):
+            said += "; YAML reads yes, no, on and off so: put the word into quotes"
+        raise error(f"{source}: {said}") from problem
