@@ -155,6 +155,17 @@ def test_a_text_that_is_gone_is_a_transfer_to_do(prune, tmp_path):
     assert finished() == {"dense", "plan"}
 
 
+def test_records_are_asked_about_another_model_without_it(prune, tmp_path):
+    """How much of the text a model writes takes its tokens: `dense/` was another by then."""
+    prune("--set", "calibration.self_generated=0.5")
+    save_tiny("llama", tmp_path / "other", seed=7)
+    before = (tmp_path / "run" / "dense" / "model.safetensors").read_bytes()
+    with RunFolder(tmp_path / "run") as folder:
+        recipe = read_recipe({**load_recipe(tmp_path / "run"), "model": str(tmp_path / "other")}, "test")
+        assert Pipeline(folder, recipe, place=place_of(tmp_path / "run")).finished() == frozenset()
+    assert (tmp_path / "run" / "dense" / "model.safetensors").read_bytes() == before
+
+
 @pytest.fixture
 def given(monkeypatch) -> list[torch.Tensor]:
     """The windows that each transfer trains on."""

@@ -43,12 +43,17 @@ def workspace(tmp_path_factory) -> Path:
 
 
 def job(
-    workspace: Path, *more: str, drop: str = "34%", out: Path | str = "run", call: Callable[..., Done] = trsp_deploy
+    workspace: Path,
+    *more: str,
+    model: Path | str = "tiny-llama",
+    drop: str = "34%",
+    out: Path | str = "run",
+    call: Callable[..., Done] = trsp_deploy,
 ) -> Done:
     options = [option for pair in QUICK for option in ("--set", pair)]
     engines = [option for name in ENGINES for option in ("--engine", name)]
     texts = ["--calibration", "train.txt", "--eval", "manual=test.txt", "--eval", "other=other.jsonl"]
-    command = ["prune-and-build", "--model", "tiny-llama", "--drop", drop, *texts, *engines, *options]
+    command = ["prune-and-build", "--model", str(model), "--drop", drop, *texts, *engines, *options]
     return call(*command, "--out", str(out), *more, cwd=workspace)
 
 
@@ -203,6 +208,23 @@ def test_too_small_a_disk_stops_the_job_before_it_begins(workspace, monkeypatch,
     done = job(workspace, out=tmp_path / "new")
     assert done.code == 1 and "--ignore-disk runs anyway" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "new" / "dense").exists()
+
+
+@pytest.mark.parametrize("plan", [False, True])
+def test_a_refused_run_of_another_model_leaves_the_finished_one(plan, workspace, report, monkeypatch, tmp_path):
+    """What was asked of the records took the other model as `dense/`, and the manifest went with it."""
+    run = Path(shutil.copytree(workspace / "run", tmp_path / "run"))
+    save_tiny("llama", tmp_path / "other", hidden_size=64, intermediate_size=128, seed=7)
+    assert trsp_deploy("build", str(run), "--engine", "ort-cpu-int8", cwd=workspace).code == 0  # of a text
+    assert trsp_deploy("report", str(run), cwd=workspace).code == 0
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert run / "MANIFEST.json" in before
+    shutil.copy(run / "plan.json", tmp_path / "mine.json")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    given = ["--plan", str(tmp_path / "mine.json")] if plan else []
+    done = job(workspace, "--engine", "ort-cpu-int8", *given, model=tmp_path / "other", out=run)
+    assert done.code == 1 and "--ignore-disk runs anyway" in done.last and "dense: started" not in done.stderr
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 def test_markdown_has_the_same_numbers(workspace, report):

@@ -146,6 +146,8 @@ class Engines:
 
     def ask(self, found: Finished) -> None:
         """Enter the exports and builds that need not be done again, into what is told of the steps before them."""
+        if steps.DENSE not in found.left:  # none is of this model, and the text that some read takes it as `dense/`
+            return
         for spec in self.buildable():
             for role in ROLES:
                 self._ask(found, spec, role)

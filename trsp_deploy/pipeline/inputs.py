@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from trsp_deploy.artifacts import Made, RunFolder, Step, steps, writing
 from trsp_deploy.decoder import known_positions, load_config, load_tokenizer, meta_model
 from trsp_deploy.errors import RecipeError, TextError
+from trsp_deploy.launch import launched_as_several
 from trsp_deploy.pipeline.runs import engine_seen_from, plain_name, seen_from
 from trsp_deploy.reading import user_path
 from trsp_deploy.recipe import BenchSettings, Recipe
@@ -158,9 +159,10 @@ class Inputs:
 
     @functools.cache
     def num_layers(self) -> int:
-        """Number of layers of the dense model."""
-        self.dense()
-        count: int = load_config(self.path("dense")).num_hidden_layers
+        """Number of layers of the dense model, as its config has it: a model is not made `dense/` to be counted."""
+        if launched_as_several():
+            self.dense()  # of several machines the main process's alone may have the model
+        count: int = self.config().num_hidden_layers
         return count
 
     @functools.cache

@@ -215,6 +215,8 @@ class Pruning:
         found = Finished(run or self.run)
         self._ask_dense(found)
         self._ask_plan(found, count)
+        if steps.DENSE not in found.left:  # a text's windows take the model, which would be put in the other's place
+            return found
         found.ask(self._own_text_step)
         if steps.SELF_GENERATED not in found.steps:
             found.left.pop(steps.SELF_GENERATED, None)  # written again, it may be another text
