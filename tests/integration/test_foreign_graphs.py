@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import math
 import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,14 +19,15 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tests.tiny import tiny_model
 from trsp_deploy.artifacts import storage
-from trsp_deploy.errors import EngineUnavailable, StorageError, TextError
+from trsp_deploy.errors import EngineUnavailable, ParityError, StorageError, TextError
 from trsp_deploy.recipe import ExportSettings
 from trsp_deploy.stages import build as build_stage
 from trsp_deploy.stages.build import build_engine
 from trsp_deploy.stages.export import FILE, export_onnx
 from trsp_deploy.tools.graphs.norms import fuse_norms
 from trsp_deploy.tools.library import load_engine_spec
-from trsp_deploy.tools.runners import building, open_engine, ort_build, passes, trt_build
+from trsp_deploy.tools.runners import BACKENDS, EngineManifest, building, open_engine, ort_build, passes, trt_build
+from trsp_deploy.tools.runners.agreement import Reference, agreement
 from trsp_deploy.tools.runners.half_range import within_range
 from trsp_deploy.tools.runners.ort import OrtRunner
 
@@ -409,6 +413,103 @@ def test_a_graph_for_one_text_at_a_time_gets_every_pass(graphs: Path, tmp_path: 
             found[name] = operators(tmp_path / f"{name}-engine"), runner.prefill(ids, mask)[mask == 1]
     assert found["plain"][0] == found["other"][0] and found["other"][0]["GroupQueryAttention"]
     np.testing.assert_allclose(found["plain"][1], found["other"][1], atol=1e-5)
+
+
+def two_texts(model: onnx.ModelProto) -> None:
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 2
+
+
+def held(graph: Path, out: Path, **more: Any) -> EngineManifest:
+    return build_engine(graph, load_engine_spec("ort-cpu-fp32"), out, hold=True, **more)
+
+
+def test_an_engine_for_one_text_is_held_too(graphs: Path, tmp_path: Path) -> None:
+    """It was fed two, and ONNX Runtime's refusal, which named a folder that was gone, stood for a comparison."""
+    one = held(changed(graphs / "fp32" / FILE, one_text, tmp_path / "one"), tmp_path / "engine")
+    assert one.not_held is None and one.agreement is not None and one.agreement.passed
+    assert one.agreement.tokens_compared == 12 + 6 + 2 * 4
+    two = held(changed(graphs / "fp32" / FILE, two_texts, tmp_path / "two"), tmp_path / "other")
+    assert two.not_held is not None and f"ONNX Runtime stopped in {tmp_path / 'two' / FILE}" in two.not_held
+
+
+def test_why_an_engine_was_not_held_names_no_folder_that_is_gone(
+    graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stops(folder: Path, manifest: EngineManifest) -> Any:
+        raise EngineUnavailable(f"ONNX Runtime stopped in {folder / manifest.file}")
+
+    backend = BACKENDS["onnxruntime-cpu"]
+    monkeypatch.setitem(BACKENDS, "onnxruntime-cpu", dataclasses.replace(backend, open=stops))
+    assert held(graphs / "fp32" / FILE, tmp_path / "engine").not_held == f"ONNX Runtime stopped in {FILE}"
+
+
+def masked(value: float) -> Change:
+    """The last tokens of the vocabulary as no text has them, each of one logit."""
+
+    def change(model: onnx.ModelProto) -> None:
+        with_cast(model, "logits", TensorProto.FLOAT, TensorProto.FLOAT)
+        mask = np.zeros(384, np.float32)
+        mask[300:] = value
+        model.graph.initializer.append(numpy_helper.from_array(mask, "unused"))
+        last = model.graph.node[-1]
+        last.op_type, last.input[:] = "Add", [last.input[0], "unused"]
+        del last.attribute[:]
+
+    return change
+
+
+def test_an_unused_vocabulary_that_is_ruled_out_makes_an_engine(graphs: Path, tmp_path: Path) -> None:
+    graph = changed(graphs / "fp32" / FILE, masked(-np.inf), tmp_path / "masked")
+    shutil.copy(graphs / "fp32" / "config.json", graph.parent)
+    manifest = held(graph, tmp_path / "engine")
+    assert manifest.not_held is None and manifest.agreement is not None and manifest.agreement.passed
+    assert math.isfinite(manifest.agreement.ppl_ratio) and manifest.agreement.max_error < 1e-4
+    plain = held(graphs / "fp32" / FILE, tmp_path / "plain")
+    assert [each.changed for each in manifest.passes] == [each.changed for each in plain.passes] and manifest.padding
+    graph = changed(graphs / "fp32" / FILE, masked(np.inf), tmp_path / "infinite")
+    with pytest.raises(ParityError, match="gives logits that are no numbers, and so does"):
+        held(graph, tmp_path / "none")
+
+
+def test_what_an_engine_alone_rules_out_is_no_number(
+    graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = build_stage.logits_of
+
+    def cut(*arguments: Any, **options: Any) -> np.ndarray:
+        found = whole(*arguments, **options)
+        found[..., -1] = -np.inf
+        return found
+
+    monkeypatch.setattr(build_stage, "logits_of", cut)
+    with pytest.raises(ParityError, match="gives logits that are no numbers; nothing is kept of it"):
+        held(graphs / "fp32" / FILE, tmp_path / "engine")
+
+
+def test_perplexity_is_judged_of_a_text_alone(graphs: Path, tmp_path: Path) -> None:
+    """That of a few random tokens says little: right bf16 engines were beyond their tolerance."""
+    text = np.arange(3, 67).reshape(1, 64)
+    for calibration, tolerance in ((None, None), (text, 0.005)):
+        found = held(graphs / "fp32" / FILE, tmp_path / "engine", calibration=calibration).agreement
+        assert found is not None and found.passed and found.ppl_tolerance == tolerance
+
+
+def test_rounding_that_moves_random_tokens_alone_is_no_error() -> None:
+    random = np.random.default_rng(0)
+    logits = random.normal(size=(1, 6, 50)).astype(np.float32)
+    ids = np.array([[1, 2, 3, 4]])
+    reference = Reference(ids, np.ones_like(ids), logits[:, 3:5].argmax(-1), logits)
+    off = logits.copy()
+    off[0, np.arange(3), ids[0, 1:]] -= 0.2  # all one way, and within what bf16 may be off
+    assert not agreement(reference, off, "bf16").passed
+    assert agreement(reference, off, "bf16", of_text=False).passed
+
+
+@pytest.mark.parametrize("engine", ["tensorrt-fp16", "tensorrt-rtx-fp16", "ort-cpu-fp32"])
+def test_prompts_are_as_long_as_a_profile_lets_them(engine: str) -> None:
+    """The first profile is mostly of decoding, a few tokens long."""
+    assert [len(each) for each in build_stage._prompts(load_engine_spec(engine), 100, None)] == [12, 6]
 
 
 def adapted_head(model: onnx.ModelProto) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ from trsp_deploy.errors import EngineUnavailable, ParityError, RecipeError, RunE
 from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.tools.quiet import quiet_libraries
 from trsp_deploy.tools.runners import BACKENDS, BuiltEngine, EngineManifest, bound_to, check_can_build, check_can_run
-from trsp_deploy.tools.runners.agreement import agreement, logits_of, read_alone
+from trsp_deploy.tools.runners.agreement import agreement, logits_of, read_alone, ruled_out
 from trsp_deploy.tools.runners.calibration import INT4_TEXTS, READ_TOKENS
 from trsp_deploy.tools.runners.engine_folder import check_engine_folder, check_nothing_else
 from trsp_deploy.tools.runners.graph_files import check_source, onnx_sha256, source_files
@@ -210,16 +211,17 @@ def _held(onnx: Path, folder: Path, manifest: EngineManifest, calibration: np.nd
         with source_runner(onnx, spec, folder) as graph:
             reference = read_alone(graph, _prompts(spec, graph.vocabulary, calibration), HELD_TOKENS)
         with BACKENDS[spec.backend].open(folder, manifest) as engine:
-            logits = logits_of(reference, engine)
+            logits = logits_of(reference, engine, one_by_one=manifest.inputs["input_ids"][1][0] == 1)
     except EngineUnavailable as problem:  # of the machine, or of shapes: the engine may be right
-        return manifest.model_copy(update={"not_held": str(problem)})
-    source_is_finite = np.isfinite(reference.logits).all()
-    if not np.isfinite(logits).all():
+        return manifest.model_copy(update={"not_held": _lasting(str(problem), folder)})
+    both, seen = ruled_out(reference, logits), reference.seen
+    source_is_finite = (np.isfinite(reference.logits) | both)[seen].all()
+    if not (np.isfinite(logits) | both)[seen].all():
         also = "" if source_is_finite else f", and so does {onnx}"
         raise ParityError(f"parity: {spec.name} gives logits that are no numbers{also}; nothing is kept of it")
     if not source_is_finite:  # fp16 that overflows, and the engine keeps such places in fp32
         return manifest.model_copy(update={"not_held": f"{onnx.name} itself gives logits that are no numbers"})
-    found = agreement(reference, logits, spec.precision)
+    found = agreement(reference, logits, spec.precision, of_text=calibration is not None)
     # Integers may be far off and useful still, which only a text can tell.
     if not found.passed and (spec.precision in ("fp32", "fp16", "bf16") or math.isinf(found.ppl_ratio)):
         raise ParityError(
@@ -230,11 +232,17 @@ def _held(onnx: Path, folder: Path, manifest: EngineManifest, calibration: np.nd
     return manifest.model_copy(update={"agreement": found})
 
 
+def _lasting(reason: str, folder: Path) -> str:
+    """A reason without the folder of an engine that is being made, which has another name by the time it is read."""
+    return re.sub(rf"{re.escape(str(folder))}/(fp32-[^/]+/)?", "", reason)
+
+
 def _prompts(spec: EngineSpec, vocabulary: int, calibration: np.ndarray | None) -> list[list[int]]:
     """Two of unequal length that the spec's profiles hold: of the calibration text, or else random tokens."""
-    shapes = next((each.sequence for each in spec.profiles if each.sequence.max > 1), None)
-    longest = HELD_PROMPT if shapes is None else min(max(HELD_PROMPT, shapes.min), shapes.max)
-    shorter = max(longest // 2, 1 if shapes is None else shapes.min)
+    held = [min(max(HELD_PROMPT, each.sequence.min), each.sequence.max) for each in spec.profiles]
+    longest = min(held, key=lambda length: abs(length - HELD_PROMPT), default=HELD_PROMPT)
+    least = [each.sequence.min for each in spec.profiles if each.sequence.min <= longest <= each.sequence.max]
+    shorter = max(longest // 2, min(least, default=1))
     if calibration is None:
         tokens = np.random.default_rng(0).integers(vocabulary, size=longest + shorter)
     else:

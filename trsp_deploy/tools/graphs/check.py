@@ -67,6 +67,10 @@ def padding_error(decoder: Decoder, vocabulary: int) -> float:
 
 
 def difference(before: np.ndarray, after: np.ndarray) -> float:
-    """Largest |difference| of logits over their standard deviation; infinite where a number is not one."""
-    error = float(np.abs(after - before).max() / before.std())
+    """Largest |difference| of logits over their standard deviation; infinite where a number is not one, but for -inf in
+    both, by which a graph rules out what no token of its vocabulary uses."""
+    compared = ~(np.isneginf(before) & np.isneginf(after))
+    before, after = before[compared], after[compared]
+    with np.errstate(invalid="ignore"):  # of infinities that are in both
+        error = float(np.abs(after - before).max(initial=0.0) / before.std())
     return error if np.isfinite(error) else float("inf")
