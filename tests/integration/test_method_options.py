@@ -21,6 +21,7 @@ from trsp_deploy.pipeline.runs import load_recipe, place_of
 from trsp_deploy.recipe import METHODS, read_recipe
 from trsp_deploy.stages import transfer
 from trsp_deploy.tools.sources.texts import load_texts, tokenize_windows
+from trsp_deploy.tools.training.checkpoints import Checkpoints
 
 QUICK = ["calibration.context_length=32", "calibration.max_windows=48", "plan.steps=1", "transfer.steps=3"]
 
@@ -164,6 +165,20 @@ def test_records_are_asked_about_another_model_without_it(prune, tmp_path):
         recipe = read_recipe({**load_recipe(tmp_path / "run"), "model": str(tmp_path / "other")}, "test")
         assert Pipeline(folder, recipe, place=place_of(tmp_path / "run")).finished() == frozenset()
     assert (tmp_path / "run" / "dense" / "model.safetensors").read_bytes() == before
+
+
+def test_checkpoints_of_what_trains_no_layers_are_of_no_package_that_it_does_not_use(prune, monkeypatch):
+    """Selection began anew where peft or bitsandbytes was another version."""
+    found = {}
+
+    def watched(folder, *rest, packages, **more):
+        found[folder.name] = list(packages)
+        return Checkpoints(folder, *rest, packages=packages, **more)
+
+    monkeypatch.setattr(pruning, "Checkpoints", watched)
+    monkeypatch.setattr(pruning, "trains_with", lambda settings: ["bitsandbytes"])
+    prune("--set", "calibration.self_generated=0.5")
+    assert found == {"plan": [], "self-generated": [], "prune": ["bitsandbytes"]}
 
 
 @pytest.fixture

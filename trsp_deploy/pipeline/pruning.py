@@ -264,7 +264,7 @@ class Pruning:
             self.run.layout.checkpoints / step.name,
             self.run.key_of(step),
             self.recipe.checkpoint_s,
-            packages=trains_with(self.recipe.transfer),
+            packages=trains_with(self.recipe.transfer) if step.name == steps.PRUNE else (),
             say=self.inputs.say,
         )
         result = self.run.do(step, lambda: work(checkpoints), result_type, together=together)
