@@ -125,6 +125,10 @@ def prune(*more: str, model: str = "model", drop: str = "2", text: str = "text.t
         (["baseline", "run", "--engine=a", "--engine", "b"], ["--engine: is given twice; baseline takes one engine"]),
         (["compare", "a", "--engine", "a", "b", "--engine", "a"], ["--engine: is given twice; compare takes one"]),
         ([*prune(), "--out", "other"], ["--out: is given twice; give it once"]),
+        (
+            ["compare", "a", "--budget", "5", "--set", "budget_s=60"],
+            ["--set 'budget_s=60': --budget 5 is the same setting; give one of the two"],
+        ),
         (["build", "r", "--calibration", "a", "--calibration", "b"], ["--calibration: is given twice; give it once"]),
         (["sweep", "--model", "model", "--set", "drop=3"], ["--set drop=3: a sweep's cuts are those of --drop"]),
         (["export", "no-model"], ["no run of trsp-deploy", "recipe.yaml is missing"]),

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from trsp_deploy.cli.recipe_options import recipe_from_options
 from trsp_deploy.errors import EngineSpecError, RecipeError
 from trsp_deploy.reading import load_yaml, read_yaml
 from trsp_deploy.recipe import override, parse_drop, read_bench_settings, read_engine_spec, read_recipe, shown_name
@@ -106,6 +107,15 @@ def test_override_errors(assignment: str, words: str) -> None:
         override({"model": "m"}, [assignment])
     message = one_line(caught.value)
     assert words in message and f"--set '{assignment}'" in message
+
+
+def test_of_a_key_that_is_set_twice_a_line_says_which_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    """The last won without a word."""
+    sets = ["seed=1", "transfer.steps=64", "transfer.steps=64", " seed=2"]
+    assert recipe_from_options(model="m", sets=sets).seed == 2
+    assert capsys.readouterr().err == "> --set 'seed=1': ' seed=2' behind it takes its place\n"
+    recipe_from_options(model="m", sets=sets, kept={})
+    assert not capsys.readouterr().err, "the same recipe once more"
 
 
 def test_a_group_without_lines_can_be_set_in() -> None:

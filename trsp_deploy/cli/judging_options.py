@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trsp_deploy.cli.options import bounded, file_to_write
-from trsp_deploy.cli.recipe_options import with_lists
-from trsp_deploy.errors import RecipeError
+from trsp_deploy.cli.recipe_options import say_twins, with_lists
+from trsp_deploy.errors import RecipeError, shown
 
 if TYPE_CHECKING:
     from trsp_deploy.comparison import Asked
@@ -124,7 +124,11 @@ def bench_settings(values: dict[str, Any], budget: float | None, sets: list[str]
     from trsp_deploy.recipe import override, read_bench_settings
 
     chosen = override(values, sets or [])
+    say_twins(sets)
     if budget is not None:
+        same = next((text for text in sets or [] if text.partition("=")[0].strip() == "budget_s"), None)
+        if same is not None:
+            raise RecipeError(f"--set {shown(same)}: --budget {budget:g} is the same setting; give one of the two")
         chosen["budget_s"] = budget
     return read_bench_settings(chosen, "--set" if sets else "the run's recipe")
 
@@ -144,6 +148,7 @@ def asked_of(
     texts = with_lists({}, None, evaluation).get("evaluation", {})
     of_texts = [text for text in sets or [] if text.lstrip().startswith("evaluate.")]
     times = bench_settings({}, budget, [text for text in sets or [] if text not in of_texts])
+    say_twins(of_texts)
     reading = read_evaluate_settings(override({}, of_texts).get("evaluate", {}), "--set evaluate")
     from trsp_deploy.comparison import Asked  # after what can be said without PyTorch
 

@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from trsp_deploy.errors import RecipeError, nearest
+from trsp_deploy.cli.terminal import say
+from trsp_deploy.errors import RecipeError, nearest, shown
 
 if TYPE_CHECKING:
     from trsp_deploy.recipe import Recipe
@@ -58,10 +59,24 @@ def recipe_from_options(
     values = override(values, [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in options.items()])
     values = with_lists(values, engine, evaluation)
     values = override(values, sets or [])
+    if kept is None:  # asked for once more, it was said
+        say_twins(sets)
     if isinstance(values.get("model"), str):
         values["model"] = meant_here(values["model"])
     given = any((model, drop, engine, calibration, evaluation, method, then, sets)) or seed is not None
     return read_recipe(values, f"{source} with the options given" if given else source)
+
+
+def say_twins(sets: list[str] | None) -> None:
+    """A line for each key that `--set` has twice: a list of usual settings may stand before one in another's place."""
+    last = {_key(text): text for text in sets or []}
+    for text in sets or []:
+        if (taken := last[_key(text)]) != text:
+            say(f"--set {shown(text)}: {shown(taken)} behind it takes its place")
+
+
+def _key(text: str) -> str:
+    return text.partition("=")[0].strip()
 
 
 def task_sets(tasks: list[str] | None) -> list[str]:

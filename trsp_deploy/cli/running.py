@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trsp_deploy.cli.needs import check_address_space
-from trsp_deploy.cli.recipe_options import with_lists
+from trsp_deploy.cli.recipe_options import say_twins, with_lists
 from trsp_deploy.cli.terminal import Announcer, say
 from trsp_deploy.errors import PlanError, RunError
 from trsp_deploy.reading import read_record, user_path
@@ -35,6 +35,7 @@ def existing(
     place = place_of(run)
     named = _seen_from_here(place, engine, evaluation)
     values = override(with_lists(load_recipe(run), *named), sets or [])
+    say_twins(sets)
     source = f"{run / RUN_MARK} with the options given" if engine or evaluation or sets else str(run / RUN_MARK)
     with run_of(read_recipe(values, source), run, place=place) as job:
         yield job
