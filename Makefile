@@ -177,5 +177,5 @@ $(VENV)/.ready-docs: $(READY)
 	-.venv-peers/bin/pip install --quiet --disable-pip-version-check 'llama-cpp-python>=0.3.16,<0.4'
 	touch $@
 
-clean:
-	rm -rf $(VENV) .venv-peers .venv-release dist .venv-transformers5 .venv-triton .venv-gpu .venv313 runs site
+clean: ## environments and what `release` and `docs` make; runs, which can be days of training, stay
+	rm -rf $(VENV) .venv-peers .venv-release dist .venv-transformers5 .venv-triton .venv-gpu .venv313 site

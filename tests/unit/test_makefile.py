@@ -60,6 +60,17 @@ def test_a_python_that_is_too_old_makes_no_environment(tmp_path: Path) -> None:
     assert "Python 3.10 is too old" in done.stderr and "PYTHON=python3.12" in done.stderr
 
 
+def test_cleaning_takes_no_runs(tmp_path: Path) -> None:
+    """Days of training, beside what is made again in minutes."""
+    if shutil.which("make") is None:
+        pytest.skip("needs make")
+    shutil.copy(MAKEFILE, tmp_path)
+    for folder in ("runs/mine", "dist", ".venv"):
+        (tmp_path / folder).mkdir(parents=True)
+    subprocess.run(["make", "clean"], cwd=tmp_path, capture_output=True, check=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["Makefile", "runs"]
+
+
 @pytest.mark.parametrize(("failing", "fails"), [("nothing", False), ("pytest", True), ("benchmarks.gpu", True)])
 def test_a_gpu_is_measured_after_a_test_has_failed(failing: str, fails: bool, tmp_path: Path) -> None:
     if shutil.which("make") is None:
