@@ -1,6 +1,8 @@
 """Two engines side by side, of runs or of none: how much faster one is, and what it costs in perplexity.
 
-found = compare_paths(Path("dense"), Path("pruned"), None, Asked(texts={"news": "news.jsonl"}))
+    found = compare_paths(Path("dense"), Path("pruned"), None, Asked(texts={"news": "news.jsonl"}))
+
+Sits above the stages: perplexities first, then times, as a check of a run does.
 """
 
 from __future__ import annotations
@@ -134,18 +136,17 @@ def _opened(path: Path) -> Runner:
 
 def _context_length(dense: Subject, pruned: Subject, settings: EvaluateSettings) -> int:
     """Tokens of a window: as many as were asked for, else as many as both engines read at once."""
+    length = settings.context_length
     for subject in (dense, pruned):
         prompt = None if subject.spec is None else subject.spec.longest_prompt
-        longest = min((each for each in (prompt, subject.positions) if each is not None), default=None)
-        if longest is None or settings.context_length <= longest:
-            continue
-        if "context_length" in settings.model_fields_set:
+        longest = min((each for each in (prompt, subject.positions) if each is not None), default=length)
+        if longest < length and "context_length" in settings.model_fields_set:
             raise RecipeError(
-                f"evaluate.context_length {settings.context_length}: {subject.path} reads {longest} tokens at once; "
+                f"evaluate.context_length {length}: {subject.path} reads {longest} tokens at once; "
                 f"--set evaluate.context_length={longest}"
             )
-        settings = EvaluateSettings(context_length=longest)
-    return settings.context_length
+        length = min(length, longest)
+    return length
 
 
 def _tokenizers(dense: Subject, pruned: Subject, given: Path | None) -> dict[Path, Any]:

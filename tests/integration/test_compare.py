@@ -10,7 +10,9 @@ import pytest
 
 from tests.breadth import BREADTH
 from tests.command import trsp_deploy
-from trsp_deploy.errors import RunError
+from trsp_deploy.comparison import _context_length
+from trsp_deploy.errors import RecipeError, RunError
+from trsp_deploy.recipe import EvaluateSettings
 from trsp_deploy.stages.bench import find_pair, label_of
 from trsp_deploy.tools.measuring.subjects import Subject
 
@@ -146,6 +148,17 @@ def test_engines_of_two_names_are_both_named() -> None:
 def test_compare_says_what_it_cannot_use(workspace: Path, baseline: Path, paths: list[str], words: list[str]) -> None:
     done = trsp_deploy("compare", *paths, cwd=workspace)
     assert done.code == 1 and all(word in done.stderr for word in words), done.stderr
+
+
+def test_a_window_is_as_long_as_both_engines_read() -> None:
+    def holding(positions: int | None) -> Subject:
+        return Subject(path=Path("e"), spec=None, vocabulary=9, cuts_logits=False, size=None, positions=positions)
+
+    for dense, pruned, length in ((None, None, 2048), (512, 256, 256), (256, 512, 256), (None, 64, 64)):
+        assert _context_length(holding(dense), holding(pruned), EvaluateSettings()) == length
+    assert _context_length(holding(64), holding(None), EvaluateSettings(context_length=64)) == 64
+    with pytest.raises(RecipeError, match=r"evaluate\.context_length 65: e reads 64 tokens at once"):
+        _context_length(holding(None), holding(64), EvaluateSettings(context_length=65))
 
 
 def test_graphs_without_a_tokenizer_need_to_be_given_one(workspace: Path, baseline: Path, tmp_path: Path) -> None:
