@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -12,10 +13,11 @@ import pytest
 
 from tests.command import Done, trsp_deploy
 from tests.tiny import english, save_tiny
-from trsp_deploy.artifacts import RunFolder
+from trsp_deploy.artifacts import RunFolder, write_json
 from trsp_deploy.cli import needs
 from trsp_deploy.pipeline import Pipeline
 from trsp_deploy.pipeline.inputs import Inputs
+from trsp_deploy.pipeline.plan_origin import chosen_alike
 from trsp_deploy.pipeline.runs import load_recipe, seen_from
 from trsp_deploy.recipe import read_recipe
 from trsp_deploy.tools.sources import kept_texts
@@ -237,6 +239,31 @@ def test_a_run_of_before_copies_its_model_once_more_and_makes_nothing_else(place
     shutil.rmtree(place / "run" / "texts")
     assert started(prune(place)) == ["dense"]
     assert started(prune(place)) == [] and (place / "run" / "texts" / "calibration-1.json").is_file()
+
+
+LATER = {  # settings that a run of before knows nothing of, of a step
+    "plan": (("autocast",), ("calibration", "self_generated"), ("plan", "trial_windows")),
+    "prune": (("weights",), ("calibration", "self_generated"), ("transfer", "micro_batch")),
+}
+
+
+def test_a_run_of_before_a_setting_was_there_is_not_trained_again(place: Path) -> None:
+    """An update that brought a setting threw finished training away, and `check` judged what was trained then."""
+    prune(place)
+    with RunFolder(place / "run") as run:
+        for step, later in LATER.items():
+            record = run.record(step)
+            settings = record.model_dump(mode="json")["settings"]
+            for *within, name in later:
+                del functools.reduce(dict.__getitem__, within, settings)[name]
+            key = run.key(step, settings=settings, inputs=record.inputs)
+            write_json(run.layout.record(step), record.model_copy(update={"settings": settings, "key": key}))
+        recipe = read_recipe(load_recipe(place / "run"), "test")
+        assert Pipeline(run, recipe, place=place).pruning.unfinished() == []
+        assert chosen_alike(run, Pipeline(run, recipe, place=place).pruning._plan_settings)
+    assert started(prune(place)) == []
+    done = prune(place, "--set", "weights=bf16")
+    assert started(done) == ["plan", "prune"] and "prune: weights is 'bf16', was 'fp32'; plan is another" in done.stderr
 
 
 def test_a_text_that_changed_is_copied_anew(place: Path) -> None:

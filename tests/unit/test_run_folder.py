@@ -23,6 +23,7 @@ from trsp_deploy.artifacts import (
     model_of_engine,
     provenance,
     reading_alone,
+    run_folder,
     size_bytes,
     storage_errors,
     write_json,
@@ -49,14 +50,20 @@ class Job:
     def __init__(self, run: RunFolder, source: Path) -> None:
         self.run, self.source, self.calls = run, source, 0
 
-    def __call__(self, settings=None) -> Made:
+    def __call__(self, settings=None, schema=None) -> Made:
         def work() -> Made:
             self.calls += 1
             (self.run.path / "out.txt").write_text(self.source.read_text() * 2)
             return Made(number=self.calls)
 
         return self.run.step(
-            "double", work, Made, settings=settings or {}, inputs={"source": self.source}, outputs=["out.txt"]
+            "double",
+            work,
+            Made,
+            settings=settings or {},
+            inputs={"source": self.source},
+            outputs=["out.txt"],
+            schema=schema,
         )
 
 
@@ -123,6 +130,72 @@ def test_a_step_is_asked_about_as_it_was_done(job):
         found.ask(step)
     assert found.steps == {"first", "second"}
     assert job.run.record("second").inputs == {"it": fingerprint(job.run.path / "first.txt")}
+
+
+class Parts(Strict):
+    first: int = 1
+    second: int = 2
+
+
+class Times(Strict):
+    """Settings, of which some came later than others."""
+
+    factor: int
+    rounds: int = 1
+    parts: Parts = Parts()
+
+
+def test_a_setting_that_came_later_leaves_finished_work_finished(job, announced):
+    """Made before it was there, a step was made as by its default; with an update days of training were done again."""
+    job({"factor": 2, "parts": {"first": 1}})
+    later = Times(factor=2)
+    assert job(later) == Made(number=1) and job(later.model_dump(mode="json"), Times) == Made(number=1)
+    source = fingerprint(job.source)
+    found = Finished(job.run)
+    found.ask(Step("double", lambda: later.model_dump(), lambda: {"source": source}, "out.txt", Times))
+    assert found.steps == {"double"}
+    assert job(later.model_copy(update={"rounds": 3})) == Made(number=2)
+    assert ("double", "rounds is 3, was 1; done again") in announced
+
+
+def test_a_step_that_is_done_again_says_what_is_another(job, announced):
+    job({"factor": 2, "old": 1, "deep": {"text": "x" * 99}})
+    job.source.write_text("b")
+    job({"factor": 3, "deep": {"text": "y" * 99}, "new": None})
+    reasons = "factor is 3, was 2; deep.text is another; new is new; old is gone; source is another"
+    assert announced[2] == ("double", f"{reasons}; done again")
+
+
+def test_a_record_by_another_form_of_the_toolkit_says_so(job, announced, monkeypatch):
+    job()
+    monkeypatch.setattr(run_folder, "FORMAT", 99)
+    assert job() == Made(number=2)
+    assert ("double", "it was done by another version; done again") in announced
+    found = Finished(job.run)
+    found.ask(Step("double", dict, lambda: {"source": fingerprint(job.source)}, "out.txt"))
+    assert found.steps == {"double"}
+    monkeypatch.setattr(run_folder, "FORMAT", 100)
+    found = Finished(job.run)
+    found.ask(Step("double", dict, lambda: {"source": fingerprint(job.source)}, "out.txt"))
+    assert not found.steps
+
+
+def test_a_result_that_cannot_be_read_any_more_is_made_again_and_said(job, announced):
+    job()
+
+    class Later(Strict):
+        number: int
+        more: int
+
+    job.run.step(
+        "double",
+        lambda: Later(number=1, more=2),
+        Later,
+        settings={},
+        inputs={"source": job.source},
+        outputs=["out.txt"],
+    )
+    assert ("double", "what was recorded of it is of another version; done again") in announced
 
 
 def test_changed_input_setting_or_output_redoes_it(job):

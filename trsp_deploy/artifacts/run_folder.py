@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from trsp_deploy import __version__
+from trsp_deploy.artifacts.differences import changed_inputs, changed_settings
 from trsp_deploy.artifacts.fingerprints import SIGNED, Sealed, files_below, fingerprint, leaves
 from trsp_deploy.artifacts.layout import LOCK, MANIFEST, PARTS, RunLayout, run_that_owns
 from trsp_deploy.artifacts.locks import locked
@@ -62,12 +63,14 @@ class Step:
     settings, inputs: asked for only where they are needed, for they may take a model or texts to say. inputs: by name;
     of what is no other step's the fingerprint.
     output: path below the run folder; None of a step that leaves none.
+    schema: what the settings are fields of, by which an older record that lacks one was made with its default.
     """
 
     name: str
     settings: Callable[[], BaseModel | Mapping[str, Any]]
     inputs: Callable[[], Mapping[str, Made | str]]
     output: str | None = None
+    schema: type[BaseModel] | None = None
 
 
 class RunManifest(Sealed):
@@ -190,6 +193,7 @@ class RunFolder:
             settings=step.settings(),
             inputs=self._there(step),
             outputs=[] if step.output is None else [step.output],
+            schema=step.schema,
             together=together,
         )
 
@@ -205,6 +209,7 @@ class RunFolder:
         settings: BaseModel | Mapping[str, Any],
         inputs: Mapping[str, Path | str],
         outputs: Sequence[str] = (),
+        schema: type[BaseModel] | None = None,
         together: bool = False,
     ) -> Result:
         """Return the recorded result when nothing it depends on has changed, else run `work` and record it.
@@ -214,9 +219,10 @@ class RunFolder:
         settings: what the user chose for this step.
         inputs: name -> a file or folder, or the fingerprint of something that is neither.
         outputs: paths below the run folder.
+        schema: as in `Step`.
         together: of several processes all run `work`, not the main one alone; only the main one may write.
         """
-        known = self._known(name, result_type, settings, inputs, outputs) if self.main else None
+        known = self._known(name, result_type, settings, inputs, outputs, schema) if self.main else None
         result: Result | None = self.from_main(known)
         if result is not None:
             self._announce(name, "reused")
@@ -235,6 +241,7 @@ class RunFolder:
         settings: BaseModel | Mapping[str, Any],
         inputs: Mapping[str, Path | str],
         outputs: Sequence[str],
+        schema: type[BaseModel] | None,
     ) -> Result | None:
         """The recorded result of a step, where it still holds."""
         record = self.record(name)
@@ -242,7 +249,10 @@ class RunFolder:
             if (file := self.layout.record(name)).exists():
                 self._announce(name, f"{self.layout.below(file)} is damaged, or of another version; done again")
             return None
-        if record.key != self.key(name, settings=settings, inputs=inputs) or record.outputs.keys() != set(outputs):
+        if others := self.differences(record, settings, _prints(inputs), schema):
+            self._announce(name, f"{'; '.join(others)}; done again")
+            return None
+        if record.outputs.keys() != set(outputs):
             return None
         if changed := self._changed_outputs(record):
             for path in changed:
@@ -257,9 +267,26 @@ class RunFolder:
         try:
             result = result_type.model_validate(record.result)
         except ValidationError:
-            return None  # written by another version of the toolkit: redo
+            self._announce(name, "what was recorded of it is of another version; done again")
+            return None
         self.made[name] = record.provenance
         return result
+
+    def differences(
+        self,
+        record: StepRecord,
+        settings: BaseModel | Mapping[str, Any],
+        inputs: Mapping[str, str | None],
+        schema: type[BaseModel] | None = None,
+    ) -> list[str]:
+        """Why a step is to be done again that has a record: what is other than it was, a few words each.
+
+        inputs: fingerprints by name; None of what is still to be made. schema: as in `Step`.
+        """
+        if record.key != self.key(record.step, settings=record.settings, inputs=record.inputs):
+            return ["it was done by another version"]
+        schema = type(settings) if isinstance(settings, BaseModel) else schema
+        return changed_settings(record.settings, _plain(settings), schema) + changed_inputs(record.inputs, inputs)
 
     def _run(
         self,
@@ -342,10 +369,8 @@ class Finished:
         record = self.run.record(step.name)
         if record is None or (step.output is not None and step.output not in record.outputs):
             return
-        if record.settings != json.loads(json.dumps(_plain(step.settings()))):
-            return
         now = {name: self.left.get(of.step) if isinstance(of, Made) else of for name, of in step.inputs().items()}
-        if record.inputs != now:
+        if self.run.differences(record, step.settings(), now, step.schema):
             return
         self.left[step.name] = "" if step.output is None else record.outputs[step.output]
         if step.output is None or (self.run.path / step.output).exists():
@@ -387,7 +412,11 @@ def _check_link(run: Path, output: str, made: str | None) -> None:
 
 
 def _plain(settings: BaseModel | Mapping[str, Any]) -> dict[str, Any]:
-    return settings.model_dump(mode="json") if isinstance(settings, BaseModel) else dict(settings)
+    """The settings as a record has them, which is JSON."""
+    if isinstance(settings, BaseModel):
+        return settings.model_dump(mode="json")
+    plain: dict[str, Any] = json.loads(json.dumps(dict(settings)))
+    return plain
 
 
 def _prints(inputs: Mapping[str, Path | str]) -> dict[str, str]:

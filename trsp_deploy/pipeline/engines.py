@@ -16,12 +16,13 @@ import numpy as np
 from pydantic import ValidationError
 
 from trsp_deploy.artifacts import Finished, Made, RunFolder, Step, StepRecord, fingerprint, size_bytes, steps, writing
+from trsp_deploy.artifacts.differences import changed_settings
 from trsp_deploy.errors import EngineSpecError, EngineUnavailable, RecipeError
 from trsp_deploy.pipeline.inputs import Inputs
 from trsp_deploy.pipeline.pruning import Pruning
 from trsp_deploy.pipeline.runs import saved_recipe
 from trsp_deploy.reading import user_path
-from trsp_deploy.recipe import EngineSpec, Float, engine_name, named_by_file
+from trsp_deploy.recipe import EngineSpec, ExportSettings, Float, engine_name, named_by_file
 from trsp_deploy.results import ROLES, OnnxModel, Role
 from trsp_deploy.stages import build, export
 from trsp_deploy.tools.library import load_engine_spec, wanted_engines
@@ -192,6 +193,7 @@ class Engines:
             lambda: self._export_settings(precision, exporter()),
             lambda: {"model": self.inputs.made(role), **self._guard(precision)},
             onnx.path,
+            ExportSettings,
         )
 
     def _build_step(self, spec: EngineSpec, role: Role) -> Step:
@@ -201,6 +203,7 @@ class Engines:
             lambda: spec.settings,
             lambda: {"onnx": self._onnx(role, spec.graph_precision), **self._build_inputs(spec)},
             engine.path,
+            EngineSpec,
         )
 
     def _onnx(self, role: Role, precision: Float) -> Made:
@@ -230,7 +233,9 @@ class Engines:
         for role, model in models.items():
             record = run.record(steps.export(role, precision))
             by = None if record is None else record.settings.get("exporter")
-            same = record is not None and record.settings == self._export_settings(precision, by)
+            same = record is not None and not changed_settings(
+                record.settings, self._export_settings(precision, by), ExportSettings
+            )
             made.add(by if record and same and record.inputs.get("model") == model and holds(record) else None)
         kept = made.pop() if len(made) == 1 else None
         return kept or export.chosen(settings)

@@ -8,7 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 from trsp_deploy.artifacts import RunFolder, StepRecord, fingerprint, steps
+from trsp_deploy.artifacts.differences import changed_settings
 from trsp_deploy.artifacts.layout import PLAN
+from trsp_deploy.recipe import Recipe
 
 GIVEN, EDITED = "given", "edited"
 
@@ -38,4 +40,4 @@ def chosen_alike(run: RunFolder, settings: dict[str, Any]) -> bool:
     if record is None:
         return False
     texts = {name: value for name, value in record.settings["calibration"].items() if name != "texts"}
-    return {**record.settings, "calibration": texts} == settings
+    return not changed_settings({**record.settings, "calibration": texts}, settings, Recipe)

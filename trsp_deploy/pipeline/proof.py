@@ -16,7 +16,7 @@ from trsp_deploy.errors import EngineUnavailable, TextError
 from trsp_deploy.pipeline.engines import GRAPH, Engines
 from trsp_deploy.pipeline.inputs import Inputs
 from trsp_deploy.pipeline.pruning import Pruning
-from trsp_deploy.recipe import EngineSpec, Precision
+from trsp_deploy.recipe import BenchSettings, EngineSpec, EvaluateSettings, Precision
 from trsp_deploy.results import ROLES, Comparison, Parity, Perplexity, PerplexityParity, Role, ZeroShot
 from trsp_deploy.stages import bench, evaluate, export, parity, zeroshot
 from trsp_deploy.tools.judging.comparisons import ComparisonReport
@@ -173,6 +173,7 @@ class Proof:
             steps.evaluate(name, role),
             lambda: self._reference_settings(name),
             lambda: {"model": self.inputs.made(role), "text": self.inputs.evaluation_texts(name).fingerprint},
+            schema=EvaluateSettings,
         )
 
     def _bench_step(self, spec: EngineSpec) -> Step:
@@ -180,6 +181,7 @@ class Proof:
             steps.bench(spec.name),
             lambda: self._bench_settings,
             lambda: {**{role: self.engines.made(spec, role) for role in ROLES}, "machine": _machine_sha256()},
+            schema=BenchSettings,
         )
 
     def _engine_perplexity_step(self, spec: EngineSpec, name: str, role: Role) -> Step:
@@ -192,6 +194,7 @@ class Proof:
                 "text": self.inputs.evaluation_texts(name).fingerprint,
                 "tokenizer": self.inputs.made("dense"),
             },
+            schema=EvaluateSettings,
         )
 
     def _zero_shot_step(self, spec: EngineSpec, role: Role) -> Step:
@@ -199,6 +202,7 @@ class Proof:
             steps.zero_shot(spec.name, role),
             lambda: self._task_settings,
             lambda: {"engine": self.engines.made(spec, role), "tokenizer": self.inputs.made(role)},
+            schema=EvaluateSettings,
         )
 
     def _of_each(self, lack: str, measure: Callable[[EngineSpec], Measured]) -> dict[str, Measured]:

@@ -31,7 +31,7 @@ from trsp_deploy.errors import PlanError
 from trsp_deploy.launch import in_a_group
 from trsp_deploy.pipeline.inputs import Inputs
 from trsp_deploy.pipeline.plan_origin import EDITED, GIVEN, chosen_alike, made_by_a_person, recorded_origin
-from trsp_deploy.recipe import Strict, parse_drop
+from trsp_deploy.recipe import Recipe, Strict, parse_drop
 from trsp_deploy.results import PrunedCheckpoint, Role
 from trsp_deploy.stages import selection, transfer
 from trsp_deploy.tools.plan import PruningPlan, read_plan
@@ -92,7 +92,7 @@ class Pruning:
 
     def _plan_step(self, settings: Callable[[], dict[str, Any]], person: Callable[[], dict[str, str]]) -> Step:
         """person: the plan that a person has made, by how."""
-        return Step(steps.PLAN, settings, lambda: {**self._model_and_text(), **person()}, PLAN)
+        return Step(steps.PLAN, settings, lambda: {**self._model_and_text(), **person()}, PLAN, Recipe)
 
     def _persons_plan(self) -> tuple[str, Path] | None:
         """How a person made the plan, and where it lies: handed in now or before, or edited by hand; None of a chosen
@@ -142,7 +142,7 @@ class Pruning:
         return {count: layout.plan_of_cut(count) for count in counts}
 
     def _plans_step(self, counts: Sequence[int]) -> Step:
-        return Step(steps.PLANS, lambda: self._sweep_settings(counts), self._model_and_text, PLANS)
+        return Step(steps.PLANS, lambda: self._sweep_settings(counts), self._model_and_text, PLANS, Recipe)
 
     @functools.cache
     def self_generated(self) -> Path | None:
@@ -170,6 +170,7 @@ class Pruning:
             lambda: self._own_text_settings,
             lambda: {"model": self.inputs.made("dense")},
             OWN_TEXT,
+            Recipe,
         )
 
     @functools.cache
@@ -197,7 +198,7 @@ class Pruning:
                 found["self-generated"] = Made(steps.SELF_GENERATED, OWN_TEXT)
             return found
 
-        return Step(steps.PRUNE, lambda: self._prune_settings, inputs, self.inputs.made("pruned").path)
+        return Step(steps.PRUNE, lambda: self._prune_settings, inputs, self.inputs.made("pruned").path, Recipe)
 
     def ready(self, role: Role) -> Path:
         """The role's Hugging Face folder, made when it is not there."""
