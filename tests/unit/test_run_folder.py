@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -493,6 +495,60 @@ def test_fingerprint_sees_names_and_contents(tmp_path):
     second = fingerprint(tmp_path)
     (tmp_path / "b").write_text("y")
     assert len({first, second, fingerprint(tmp_path)}) == 3
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """Names of the files that are read for their SHA-256."""
+    names, digest = [], hashlib.file_digest
+
+    def counted(file, algorithm):
+        names.append(Path(file.name).name)
+        return digest(file, algorithm)
+
+    monkeypatch.setattr(hashlib, "file_digest", counted)
+    return names
+
+
+def test_a_file_is_read_once_for_its_fingerprint_under_whatever_name(tmp_path, read):
+    weights, long_ago = tmp_path / "weights", time.time_ns() - 10**12
+    weights.write_text("x" * 100)
+    os.utime(weights, ns=(long_ago, long_ago))
+    os.link(weights, tmp_path / "again")
+    assert len({fingerprint(weights), fingerprint(tmp_path / "again"), fingerprint(weights)}) == 1
+    assert read == ["weights"]
+    weights.write_text("y" * 100)  # in place, of the same size
+    os.utime(weights, ns=(long_ago + 1, long_ago + 1))
+    assert fingerprint(weights) == hashlib.sha256(b"y" * 100).hexdigest()
+
+
+def test_a_file_of_this_moment_is_read_again_for_its_fingerprint(tmp_path, read):
+    """A disk may give two writes the same time: the second one would not be noticed."""
+    weights = tmp_path / "weights"
+    weights.write_text("x" * 100)
+    written = weights.stat().st_mtime_ns
+    first = fingerprint(weights)
+    weights.write_text("y" * 100)
+    os.utime(weights, ns=(written, written))
+    assert fingerprint(weights) != first
+    assert read == ["weights", "weights"]
+
+
+def test_a_file_that_is_written_to_while_it_is_read_is_read_again(tmp_path, monkeypatch):
+    weights, long_ago, digest = tmp_path / "weights", time.time_ns() - 10**12, hashlib.file_digest
+    weights.write_text("x" * 100)
+    os.utime(weights, ns=(long_ago, long_ago))
+
+    def overtaken(file, algorithm):
+        found = digest(file, algorithm)
+        weights.write_text("y" * 100)
+        return found
+
+    with monkeypatch.context() as during:
+        during.setattr(hashlib, "file_digest", overtaken)
+        fingerprint(weights)
+    os.utime(weights, ns=(long_ago, long_ago))  # as if no one had touched it: it was not kept under this time either
+    assert fingerprint(weights) == hashlib.sha256(b"y" * 100).hexdigest()
 
 
 def test_refused_write_is_one_line(tmp_path):

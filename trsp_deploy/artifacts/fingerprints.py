@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import model_validator
 
@@ -17,6 +17,12 @@ from trsp_deploy.recipe import Strict
 
 SIGNATURE = ".sig"  # behind a manifest's name
 SIGNED = f"{ENGINE_MANIFEST}{SIGNATURE}"  # in an engine's folder; it may come, go and change with the engine as it was
+
+# A file that was written to longer ago than this gets another time if it is written to again: disks tell times apart by
+# up to 2 s (FAT).
+SETTLED_NS = 2_000_000_000
+
+_known: dict[_State, str] = {}  # of this process: one reads an unchanged file once, however large it is
 
 
 class Sealed(Strict):
@@ -48,15 +54,33 @@ def fingerprint(path: Path) -> str:
         for file in sorted(p for p in path.rglob("*") if p.is_file() and p != path / SIGNED):
             digest.update(os.fsencode(f"{file.relative_to(path).as_posix()} {fingerprint(file)}\n"))
         return digest.hexdigest()
-    stat = path.stat()
-    return _file_sha256(path.resolve(), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    return _file_sha256(path)
 
 
-@functools.lru_cache(maxsize=4096)
-def _file_sha256(path: Path, _size: int, _mtime_ns: int, _inode: int) -> str:
-    # Size, time and inode are part of the cache key only: one process reads an unchanged file once.
+def _file_sha256(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        state = _state(os.fstat(file.fileno()))
+        known = _known.get(state)
+        if known is not None:
+            return known
+        settled = time.time_ns() - state.mtime_ns > SETTLED_NS
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+        if settled and _state(os.fstat(file.fileno())) == state:
+            _known[state] = found
+    return found
+
+
+class _State(NamedTuple):
+    """What a file is known again by, under whatever name; one that is written to has another."""
+
+    device: int
+    inode: int
+    size_bytes: int
+    mtime_ns: int
+
+
+def _state(stat: os.stat_result) -> _State:
+    return _State(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
 
 def files_below(path: Path) -> list[Path]:
