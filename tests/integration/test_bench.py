@@ -15,9 +15,13 @@ import psutil
 import pytest
 
 from tests.exported import Made, onnx_of
+from trsp_deploy.artifacts import fingerprint
+from trsp_deploy.artifacts.fingerprints import known_files
 from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.recipe import BenchSettings
+from trsp_deploy.stages.build import build_engine
 from trsp_deploy.tools.judging.statistics import FEWEST_REPLICATES, device_s, speedup
+from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.measuring import samples as measuring
 from trsp_deploy.tools.measuring.bench_worker import PAUSED, PLANTED
 from trsp_deploy.tools.measuring.worker import Worker
@@ -124,6 +128,33 @@ def test_a_measuring_process_speaks_its_lines_and_ends_with_them(onnx: Path) -> 
 def test_a_measuring_process_says_what_is_wrong_with_an_engine(tmp_path: Path) -> None:
     code, (reply,) = speak(tmp_path, [{"load": True}])
     assert code == 1 and "no engine here" in reply["error"]
+
+
+def test_an_engine_is_checked_once_and_not_in_every_process(
+    onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading its files again was most of `load_s`, and spent a comparison's budget."""
+    engine = tmp_path / "engine"
+    build_engine(onnx, load_engine_spec("ort-cpu-fp32"), engine)
+    weights = engine / "model.onnx.data"
+    long_ago = time.time_ns() - 10**12
+    os.utime(weights, ns=(long_ago, long_ago))
+    fingerprint(weights)
+    known = next(each for each in known_files() if each[1] == weights.stat().st_ino)
+    wrong = {"known": [[*known[:-1], "0" * 64]]}
+    code, (reply,) = speak(engine, [{"known": [known]}])
+    assert code == 0 and reply["load_s"] > 0
+    code, (reply,) = speak(engine, [wrong])
+    assert code == 1 and "has SHA-256 000000000000…" in reply["error"], "the parent's word counts"
+    os.utime(weights, ns=(long_ago + 1, long_ago + 1))
+    assert speak(engine, [wrong])[0] == 0, "what was touched since is read"
+
+    started: list[Path] = []
+    monkeypatch.setattr(measuring, "Worker", lambda path, **_: started.append(path))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(EngineUnavailable, match="its manifest says"):
+        measuring.measure({"dense": engine, "pruned": engine}, "e", 384, settings(), seed=0)
+    assert not started
 
 
 def test_a_paused_process_does_not_outlive_its_parent(onnx: Path) -> None:

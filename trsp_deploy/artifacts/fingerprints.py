@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,6 +81,16 @@ class _State(NamedTuple):
 
 def _state(stat: os.stat_result) -> _State:
     return _State(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+
+def known_files() -> list[tuple[int, int, int, int, str]]:
+    """What this process knows of files: device, inode, bytes, time of writing, SHA-256; for another to take over."""
+    return [(*state, sha256) for state, sha256 in _known.items()]
+
+
+def take_known(files: Iterable[tuple[int, int, int, int, str]]) -> None:
+    """Know what another process of this machine knows of files (`known_files`); those that have changed are read."""
+    _known.update({_State(*state): sha256 for *state, sha256 in files})
 
 
 def files_below(path: Path) -> list[Path]:

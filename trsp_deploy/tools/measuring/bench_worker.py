@@ -3,7 +3,9 @@
     python -m trsp_deploy.tools.measuring.bench_worker ENGINE_FOLDER_OR_ONNX_FILE
 
 Speaks JSON lines: loads the engine when it is sent a first line, says {"load_s": ...}, then answers each block on stdin
-with its raw samples. Imports no torch unless the engine needs it.
+with its raw samples. The first line may hold under "known" what its parent has read of files
+(artifacts/fingerprints.py): an engine is checked before it is opened, and that would be reading gigabytes in every
+process. Imports no torch unless the engine needs it.
 
 TRSP_DEPLOY_PLANT=0.05 makes every call 5% longer by waiting in it: a slow-down whose size is known, with which
 `make bench-proof` tests whether a comparison finds it. TRSP_DEPLOY_PLANT=pruned=0.05 does so to engines in a folder of
@@ -23,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from trsp_deploy.artifacts.fingerprints import take_known
 from trsp_deploy.errors import TrspError
 from trsp_deploy.tools.host_memory import peak_resident_bytes, resident_bytes
 from trsp_deploy.tools.measuring.telemetry import gpu_memory_own, gpu_memory_used
@@ -41,11 +44,12 @@ def main() -> int:
     planted, paused = (planted_share(os.environ.get(name, "0"), engine) for name in (PLANTED, PAUSED))
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries that print must not get between the replies
-    sys.stdin.readline()
+    take_known(json.loads(sys.stdin.readline() or "{}").get("known", ()))
     try:
         used_before = gpu_memory_used() if _on_gpu(engine) else None
-        began = time.perf_counter()
-        with OrtRunner(engine) if engine.suffix == ".onnx" else open_engine(engine) as runner:
+        opened = OrtRunner(engine) if engine.suffix == ".onnx" else open_engine(engine)
+        began = time.perf_counter()  # an engine is checked by now, which is no part of loading it
+        with opened as runner:
             _reply(replies, {"load_s": time.perf_counter() - began})
             for line in sys.stdin:
                 block = measure_block(runner, **json.loads(line), planted=planted, paused=paused)

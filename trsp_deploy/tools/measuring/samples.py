@@ -29,6 +29,7 @@ from trsp_deploy.tools.judging.statistics import FEWEST_REPLICATES, speedup, spe
 from trsp_deploy.tools.measuring.telemetry import Recorder, gpu_memory_free
 from trsp_deploy.tools.measuring.worker import Worker
 from trsp_deploy.tools.progress import Meter
+from trsp_deploy.tools.runners import open_engine
 from trsp_deploy.tools.runners.graph_files import graph_bytes
 from trsp_deploy.tools.runners.manifest import read_manifest
 
@@ -68,6 +69,9 @@ def measure(
     environment: variables for a subject's processes.
     device: "cpu" or "cuda", where the engines run: its memory says whether all of them can be there at once.
     """
+    for path in {*subjects.values()}:
+        if not path.is_file():
+            open_engine(path)  # which checks it, off the clock: the processes take over what was read of its files
     everyone, together = _arranged(subjects, settings, device)
     starts: dict[Subject, Start] = {
         subject: _start(path, (environment or {}).get(subject, {})) for subject, path in everyone.items()

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from trsp_deploy.artifacts.fingerprints import known_files
 from trsp_deploy.errors import EngineUnavailable
 
 
@@ -51,8 +52,8 @@ class Worker:
         self.close()
 
     def load(self) -> float:
-        """Load the engine; returns the seconds that took."""
-        return float(self.ask({"load": True})["load_s"])
+        """Load the engine; returns the seconds that took. What this process has read of its files is not read again."""
+        return float(self.ask({"known": known_files()})["load_s"])
 
     def close(self) -> None:
         """End the process."""
