@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import sys
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from trsp_deploy.errors import EngineUnavailable, ParityError, TextError
 from trsp_deploy.pipeline.proof import Proof
 from trsp_deploy.recipe import Case, Recipe
 from trsp_deploy.results import Parity, Perplexity, Phase, Rates
-from trsp_deploy.stages import bench, parity
+from trsp_deploy.stages import bench, evaluate, parity
 from trsp_deploy.stages.bench import derive, pair_notes, without_limit
 from trsp_deploy.tools.judging.limits import (
     PhaseLimit,
@@ -541,6 +542,24 @@ def test_a_planted_slow_down_is_for_every_engine_or_for_one():
     dense, pruned = Path("run/engines/e/dense"), Path("run/engines/e/pruned")
     assert [bench_worker.planted_share("0.05", engine) for engine in (dense, pruned)] == [0.05, 0.05]
     assert [bench_worker.planted_share("pruned=0.05", engine) for engine in (dense, pruned)] == [0.0, 0.05]
+
+
+def test_losses_through_an_engine_take_no_second_window_of_logits():
+    """Of 2048 tokens and 150,000 words one copy of the logits is 1.2 GB, and there were three."""
+    windows = torch.from_numpy(np.random.default_rng(0).integers(1000, size=(2, 401)))
+    logits = np.random.default_rng(1).normal(size=(1, 401, 1000)).astype(np.float32)
+    runner = SimpleNamespace(prefill=lambda ids, mask: logits)
+    evaluate.evaluate_engine(runner, windows[:1], "t", "dense", "o", "e")  # what is made once, is
+    tracemalloc.start()
+    try:
+        found = evaluate.evaluate_engine(runner, windows, "t", "dense", "o", "e")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < logits.nbytes
+    exact = torch.from_numpy(logits[0, :-1]).double()
+    expected = [float(torch.nn.functional.cross_entropy(exact, window[1:])) for window in windows]
+    np.testing.assert_allclose(found.nll, expected, rtol=1e-6)
 
 
 class Clock:

@@ -20,6 +20,7 @@ from trsp_deploy.tools.runners import Runner
 from trsp_deploy.tools.training.heap import kept_heap
 from trsp_deploy.tools.training.shared import pick_device
 
+ROWS = 64  # of an engine's logits, (tokens, vocabulary), that losses are worked out of at a time
 Losses = Callable[[torch.Tensor], np.ndarray]  # a window (context_length,) -> nats of each token but the first
 
 
@@ -65,10 +66,19 @@ def evaluate_engine(
     def losses(window: torch.Tensor) -> np.ndarray:
         ids = window[None].numpy()  # (1, context_length)
         logits = runner.prefill(ids, np.ones_like(ids))[0, :-1]  # (context_length - 1, vocabulary)
-        found: np.ndarray = -np.take_along_axis(log_softmax(logits, axis=-1), ids[0, 1:, None], axis=-1)[:, 0]
-        return found
+        return _nats(logits, ids[0, 1:])
 
     return _perplexity(losses, windows, f"perplexity of {engine}, {role}, on {text}", text, role, origin, documents)
+
+
+def _nats(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Losses (tokens,) of `targets` (tokens,) by logits (tokens, vocabulary); a few rows at a time are copied."""
+    found = np.empty(len(targets), dtype=logits.dtype)
+    for start in range(0, len(targets), ROWS):
+        rows = slice(start, start + ROWS)
+        of_rows = log_softmax(logits[rows], axis=-1)  # (ROWS or what is left, vocabulary)
+        found[rows] = -np.take_along_axis(of_rows, targets[rows, None], axis=-1)[:, 0]
+    return found
 
 
 def _perplexity(
