@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import shutil
 from pathlib import Path
@@ -256,8 +257,8 @@ class Plan:
 
     Runtime = property(lambda self: Plan)
 
-    def deserialize_cuda_engine(self, data: bytes) -> Plan | None:
-        return self if data == b"a plan" else None
+    def deserialize_cuda_engine(self, data: mmap.mmap) -> Plan | None:
+        return self if data[:] == b"a plan" else None
 
     def get_tensor_name(self, index: int) -> str:
         return "xy"[index]
@@ -304,6 +305,8 @@ def test_a_plan_is_held_against_its_config(
     assert line in said(model) and bool(line) == bool(said(model))
     (model / "1" / "model.plan").write_bytes(b"no plan")
     assert "1/model.plan does not load with TensorRT 10.15 here: bad magic" in said(model)
+    (model / "1" / "model.plan").write_bytes(b"")
+    assert "1/model.plan does not load with TensorRT 10.15 here: the file is empty" in said(model)
 
 
 def test_a_plan_that_cannot_be_read_here_is_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

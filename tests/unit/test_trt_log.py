@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,7 +14,7 @@ from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.stages.build import _log_of_failure
 from trsp_deploy.tools.runners.inspection import Inspection, layer_table
 from trsp_deploy.tools.runners.manifest import read_manifest
-from trsp_deploy.tools.runners.trt_log import ADVICE, read_log, with_advice
+from trsp_deploy.tools.runners.trt_log import ADVICE, deserialized, read_log, with_advice
 
 TENSORRT_10 = """
 [VERBOSE] Engine Layer Information:
@@ -189,3 +191,20 @@ def test_what_a_user_has_beside_an_engine_stays(tmp_path: Path, theirs: str, bac
     assert not (tmp_path / "engine-2-failed.log").exists()
     assert (tmp_path / "mine").read_text() == LOG
     assert kept.is_dir() if theirs == "folder" else kept.read_text() in ("notes of mine", LOG)
+
+
+def test_an_engine_is_mapped_while_it_is_loaded_and_not_read_into_memory(tmp_path: Path) -> None:
+    given: list[mmap.mmap] = []
+
+    def load(content: mmap.mmap) -> bytes:
+        assert isinstance(content, mmap.mmap)
+        given.append(content)
+        return content[:]
+
+    (tmp_path / "model.engine").write_bytes(b"an engine")
+    runtime, log = SimpleNamespace(deserialize_cuda_engine=load), SimpleNamespace(complaint=lambda otherwise="": "")
+    assert deserialized(log, "cannot load it", runtime, tmp_path / "model.engine") == b"an engine"
+    assert given[0].closed, "while the engine runs, its file is nobody's memory"
+    (tmp_path / "model.engine").write_bytes(b"")
+    with pytest.raises(EngineUnavailable, match=r"^TensorRT: cannot load it: the file is empty$"):
+        deserialized(log, "cannot load it", runtime, tmp_path / "model.engine")

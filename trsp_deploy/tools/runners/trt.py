@@ -17,7 +17,7 @@ from trsp_deploy.tools.graphs import decoder_io
 from trsp_deploy.tools.runners.base import Runner
 from trsp_deploy.tools.runners.manifest import EngineManifest
 from trsp_deploy.tools.runners.requirements import CudaDevice, cuda_devices, load_package
-from trsp_deploy.tools.runners.trt_log import logger, made
+from trsp_deploy.tools.runners.trt_log import deserialized, logger, made
 
 if TYPE_CHECKING:
     import torch
@@ -133,7 +133,7 @@ class TrtRunner(Runner):
         gpu = f"{devices[0].name} ({devices[0].compute_capability}, {devices[0].memory_bytes / 2**30:.0f} GiB)"
         failure = f"cannot load {self.engine} on {gpu}"
         self._runtime = made(log, failure, lambda: self._trt.Runtime(log))
-        self._engine = made(log, failure, lambda: self._runtime.deserialize_cuda_engine(self.engine.read_bytes()))
+        self._engine = deserialized(log, failure, self._runtime, self.engine)
         if self.spec.weight_streaming_gib is not None:
             self._stream_weights(int(self.spec.weight_streaming_gib * 2**30))
         self._context = made(log, failure, self._make_context)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import mmap
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -237,3 +238,14 @@ def made(log: Any, failure: str, make: Callable[[], Any]) -> Any:
     if result is None:
         raise EngineUnavailable(f"TensorRT: {failure}: {log.complaint()}")
     return result
+
+
+def deserialized(log: Any, failure: str, runtime: Any, path: Path) -> Any:
+    """The engine of a file. Raises EngineUnavailable, which begins with `failure`, for what is none here.
+
+    The file is mapped until TensorRT has its own copy: read, it would lie in memory as a whole beside that.
+    """
+    if not path.stat().st_size:  # nothing to map
+        raise EngineUnavailable(f"TensorRT: {failure}: the file is empty")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return made(log, failure, lambda: runtime.deserialize_cuda_engine(content))

@@ -9,7 +9,7 @@ from typing import Any
 from trsp_deploy.errors import EngineUnavailable
 from trsp_deploy.tools.model_repository.lint.finding import Finding, Say, dims_with_batch, type_name
 from trsp_deploy.tools.runners.requirements import cuda_devices, load_package
-from trsp_deploy.tools.runners.trt_log import logger, made
+from trsp_deploy.tools.runners.trt_log import deserialized, logger, made
 
 # TensorRT's names
 TYPES = {
@@ -38,7 +38,7 @@ def against_plan(config: Any, path: Path, error: Say, warning: Say) -> Iterator[
     try:
         failure = f"{place} does not load with TensorRT {trt.__version__} here"
         runtime = made(log, failure, lambda: trt.Runtime(log))
-        engine = made(log, failure, lambda: runtime.deserialize_cuda_engine(path.read_bytes()))
+        engine = deserialized(log, failure, runtime, path)
     except EngineUnavailable as problem:
         yield error(str(problem))
         return
