@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
 import shlex
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,15 +20,16 @@ import pytest
 import torch
 
 from tests.tiny import POSITIONS, english, save_tiny, tiny_tokenizer
-from trsp_deploy.artifacts import write_json
+from trsp_deploy.artifacts import fingerprint, write_json
 from trsp_deploy.cli import run
 from trsp_deploy.decoder import load_model
 from trsp_deploy.errors import EngineUnavailable, ModelError, RecipeError
 from trsp_deploy.recipe import EngineSpec, ExportSettings, read_engine_spec
 from trsp_deploy.stages.export import export_onnx
+from trsp_deploy.tools import progress
 from trsp_deploy.tools.measuring.subjects import find_subject
 from trsp_deploy.tools.quiet import quiet_libraries
-from trsp_deploy.tools.runners import BACKENDS, BuiltEngine, open_engine, read_manifest
+from trsp_deploy.tools.runners import BACKENDS, BuiltEngine, manifest, open_engine, read_manifest
 from trsp_deploy.tools.runners.agreement import TOLERANCES
 from trsp_deploy.tools.runners.generation import Sampling, choose, generate
 from trsp_deploy.tools.runners.inspection import describe, inspect_engine, tokenizer_folder, trtexec
@@ -334,6 +337,23 @@ def test_inspect_says_what_the_engine_is(engine: Path, capsys: pytest.CaptureFix
     assert run(["inspect", str(engine), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["operators"]["GroupQueryAttention"] == 6 and found["trtexec"] is None
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["generate", "--prompt", "A list of", "--max-tokens", "1"]])
+def test_that_a_large_engine_is_being_read_is_said(
+    command: list[str], engine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its files' SHA-256 take minutes where they have gigabytes."""
+
+    def slow(path: Path) -> str:
+        time.sleep(0.2)
+        return fingerprint(path)
+
+    monkeypatch.setattr(manifest, "fingerprint", slow)
+    monkeypatch.setattr(progress, "Heartbeat", functools.partial(progress.Heartbeat, interval_s=0.05))
+    assert run([command[0], str(engine), *command[1:]]) == 0
+    said = capsys.readouterr()
+    assert f"{engine}: compares its files with what was built: 0 s so far" in said.err and "so far" not in said.out
 
 
 def test_inspect_lists_every_node_where_it_is_asked_to(engine: Path, capsys: pytest.CaptureFixture[str]) -> None:

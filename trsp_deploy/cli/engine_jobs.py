@@ -34,6 +34,8 @@ TokenizerFolder = Annotated[
     ),
 ]
 
+READING = "{}: compares its files with what was built"  # every byte, which takes minutes of a large engine
+
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
@@ -43,9 +45,11 @@ def register(app: typer.Typer) -> None:
 
 def inspect(engine: Engine, layers: Layers = False, as_json: Json = False) -> None:
     """Show what an engine is: versions, shapes, passes, operators or layers, and how trtexec would build it."""
+    from trsp_deploy.tools.progress import Heartbeat
     from trsp_deploy.tools.runners.inspection import describe, inspect_engine, layer_table
 
-    found = inspect_engine(engine)
+    with Heartbeat(READING.format(engine)):
+        found = inspect_engine(engine)
     if as_json:
         return Output(as_json).result(found.model_dump(mode="json"))
     print(describe(found))
@@ -65,6 +69,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue one or more prompts with a built engine."""
+    from trsp_deploy.tools.progress import Heartbeat
     from trsp_deploy.tools.runners import open_engine
     from trsp_deploy.tools.runners.generation import Sampling
     from trsp_deploy.tools.runners.generation import generate as continued
@@ -76,7 +81,8 @@ def generate(
             f"--{name.replace('_', '-')} {getattr(sampling, name)}: is for sampling, and --temperature {temperature:g} "
             "takes the likeliest token; give a --temperature above 0"
         )
-    runner = open_engine(engine)  # refuses an engine that is not the one that was built, before anything slow
+    with Heartbeat(READING.format(engine)):  # refuses an engine that is not the one that was built
+        runner = open_engine(engine)
     from trsp_deploy.decoder import end_tokens, load_tokenizer
     from trsp_deploy.tools.quiet import quiet_libraries
 
