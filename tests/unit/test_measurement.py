@@ -538,6 +538,18 @@ def test_a_gpu_that_torch_cannot_use_has_no_rates(monkeypatch):
         rates.measure_rates.cache_clear()
 
 
+def test_rates_are_of_as_many_threads_as_engines_have(monkeypatch):
+    """With OMP_NUM_THREADS=1, as here, the limit would be that of one core."""
+    threads = []
+    monkeypatch.setitem(rates.READ_BYTES, "cpu", 4)
+    monkeypatch.setitem(rates.SIDE, "cpu", 1)
+    monkeypatch.setattr(rates, "usable_cores", lambda: 3)
+    monkeypatch.setattr(rates, "_best", lambda work, device: threads.append(torch.get_num_threads()) or 1.0)
+    before = torch.get_num_threads()
+    rates.fresh_rates("cpu")
+    assert threads == [3, 3] and torch.get_num_threads() == before
+
+
 def test_a_planted_slow_down_is_for_every_engine_or_for_one():
     dense, pruned = Path("run/engines/e/dense"), Path("run/engines/e/pruned")
     assert [bench_worker.planted_share("0.05", engine) for engine in (dense, pruned)] == [0.05, 0.05]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
+from trsp_deploy.artifacts.control_groups import usable_cores
 from trsp_deploy.recipe import Precision
 from trsp_deploy.results import Rates
 from trsp_deploy.tools.runners.huge_pages import in_huge_pages
@@ -38,6 +40,18 @@ def measure_rates(device: str) -> Rates | None:
             torch.cuda.empty_cache()  # the engines' processes want the room
 
 
+@contextlib.contextmanager
+def _as_many_threads_as_engines() -> Iterator[None]:
+    """Let torch compute on every usable core, as engines do: OMP_NUM_THREADS and launchers may leave it one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(usable_cores())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@_as_many_threads_as_engines()
 def fresh_rates(device: str) -> Rates:
     """The rates of this machine, measured now."""
     with in_huge_pages():  # as a CPU engine's weights are
