@@ -11,7 +11,9 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
+from trsp_deploy.artifacts import control_groups
 from trsp_deploy.artifacts.control_groups import usable_cores
+from trsp_deploy.cli import app
 from trsp_deploy.pipeline import pruning
 from trsp_deploy.tools.runners import ort_session
 
@@ -70,6 +72,21 @@ def test_what_is_kept_with_a_figure_is_what_a_container_leaves(monkeypatch: pyte
     module = importlib.import_module("trsp_deploy.artifacts.provenance")  # the package has a function of that name
     monkeypatch.setattr(module, "usable_cores", lambda: 3)
     assert module._here.__wrapped__().cores == 3
+
+
+@pytest.mark.parametrize(
+    ("quota", "given", "threads"), [(3, None, "3"), (3, "5", "5"), (16, None, None), (16, "5", "5")]
+)
+def test_torch_keeps_to_a_containers_quota(
+    quota: int, given: str | None, threads: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It knows the cores that it may run on alone, and takes a thread for each of them."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)))
+    monkeypatch.setattr(control_groups, "usable_cores", lambda: quota)
+    environment = {} if given is None else {"OMP_NUM_THREADS": given}
+    monkeypatch.setattr(os, "environ", environment)
+    app.asked_for()
+    assert environment.get("OMP_NUM_THREADS") == threads
 
 
 @pytest.mark.parametrize(

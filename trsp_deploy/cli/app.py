@@ -82,6 +82,7 @@ def asked_for(
     ] = False,
 ) -> None:
     """What holds for every command."""
+    _keep_to_quota()
     fingerprints = " ".join(trust_remote_code or ()).split()
     for fingerprint in fingerprints:
         if not FINGERPRINT.fullmatch(fingerprint):
@@ -99,6 +100,19 @@ def asked_for(
             "they can read and change your files, use your keys and reach the network",
             file=sys.stderr,
         )
+
+
+def _keep_to_quota() -> None:
+    """Have torch, in this process and those that it starts, take no more threads than a container's quota is worth.
+
+    By itself it takes one for each core that it may run on, which then wait for one another. To be called before torch
+    is imported, which reads the variable then; what a user or a launcher has set stays.
+    """
+    from trsp_deploy.artifacts.control_groups import usable_cores
+
+    cores = usable_cores()
+    if cores < len(os.sched_getaffinity(0)):
+        os.environ.setdefault("OMP_NUM_THREADS", str(cores))
 
 
 def call(arguments: list[str]) -> int:
