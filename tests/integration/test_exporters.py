@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -108,6 +109,16 @@ def test_auto_is_optimum_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) 
     assert chosen(auto) == "dynamo"
     with pytest.raises(ModelError, match=r"optimum is not installed here: pip install 'trsp_deploy\[optimum\]'"):
         chosen(ExportSettings(exporter="optimum"))
+
+
+def test_what_simplifies_optimums_graph_is_asked_for_when_it_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is imported when the graph is there, which is after the training."""
+    monkeypatch.setattr(optimum, "installed", lambda: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"onnxslim is not installed here: pip install 'trsp_deploy\[optimum\]', or"):
+        chosen(ExportSettings())
+    assert chosen(ExportSettings(slim=False)) == "optimum"
+    assert chosen(ExportSettings(exporter="dynamo")) == "dynamo"
 
 
 def test_torchs_own_never_holds_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -293,6 +293,22 @@ def test_a_fixed_cache_wants_a_tensorrt_that_can_write_it(
         check_can_build(load_engine_spec(name))
 
 
+@pytest.mark.parametrize("name", ["tensorrt-fp16", "tensorrt-rtx-fp16"])
+def test_an_engine_of_tensorrt_wants_onnx_runtime_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its graph's parity and passes are computed there: that it is not installed showed after the training."""
+
+    def package(backend: Backend) -> types.SimpleNamespace:
+        return types.SimpleNamespace(__version__="11.0") if backend.startswith("tensorrt") else load_package(backend)
+
+    monkeypatch.setattr(trt_build, "load_package", package)
+    monkeypatch.setattr(trt_build, "cuda_devices", list)
+    check_can_build(load_engine_spec(name))
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    words = rf"{name}: its graph is held against the model in ONNX Runtime: onnxruntime is not installed: pip install"
+    with pytest.raises(EngineUnavailable, match=words):
+        check_can_build(load_engine_spec(name))
+
+
 def test_no_two_measurements_are_steps_of_one_name() -> None:
     """Each would take the other's record away, so that every command measured both anew, for ever."""
     _check_names(["ort-cpu-fp32", "ort-cpu-fp32-q", "onnx-q"], ["own", "onnx", "other"])

@@ -86,17 +86,23 @@ def _guard(out: Path, calibration: np.ndarray | None) -> None:
 
 
 def chosen(settings: ExportSettings, model: Path | None = None) -> str:
-    """The exporter that the settings mean here; raises ModelError when that is Optimum's and it is not installed.
+    """The exporter that the settings mean here; raises ModelError when that is Optimum's and lacks a package.
 
     model: a Hugging Face folder; `auto` is torch's own exporter for one that Optimum does not know.
     """
-    if settings.exporter == "auto":
-        return "optimum" if optimum.installed() and (model is None or optimum.knows(model)) else "dynamo"
-    if settings.exporter == "optimum" and not optimum.installed():
+    exporter: str = settings.exporter
+    if exporter == "auto":
+        exporter = "optimum" if optimum.installed() and (model is None or optimum.knows(model)) else "dynamo"
+    if exporter == "optimum" and not optimum.installed():
         raise ModelError(
             "export.exporter: optimum is not installed here: pip install 'trsp_deploy[optimum]', or take `dynamo`"
         )
-    return settings.exporter
+    if exporter == "optimum" and settings.slim and not optimum.simplifies():
+        raise ModelError(
+            "export.slim: onnxslim is not installed here: pip install 'trsp_deploy[optimum]', or "
+            "`--set export.slim=false`"
+        )
+    return exporter
 
 
 def check_exportable(model: Path, settings: ExportSettings, say: Callable[[str], None]) -> None:

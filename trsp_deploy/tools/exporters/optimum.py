@@ -51,6 +51,11 @@ def installed() -> bool:
     )
 
 
+def simplifies() -> bool:
+    """Whether onnxslim is there, which simplifies the graph; Optimum does not ask for it."""
+    return importlib.util.find_spec("onnxslim") is not None
+
+
 def export(model: Path, precision: Float, opset: int, slim: bool, out: Path) -> str | None:
     """Write a Hugging Face folder's model to the file `out`, its weights beside it, and its config into out's folder.
 

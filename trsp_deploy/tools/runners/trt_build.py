@@ -43,6 +43,12 @@ def check_build(spec: EngineSpec) -> None:
     _check_version(trt, spec)
     if spec.backend == "tensorrt":
         cuda_devices()
+    try:
+        load_package("onnxruntime-cpu")
+    except EngineUnavailable as problem:  # which would show after the training
+        raise EngineUnavailable(
+            f"{spec.name}: its graph is held against the model in ONNX Runtime: {problem}"
+        ) from None
 
 
 def _check_version(trt: ModuleType, spec: EngineSpec) -> None:
