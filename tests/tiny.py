@@ -5,6 +5,7 @@ folder = save_tiny("llama", tmp_path / "llama")
 
 from __future__ import annotations
 
+import copy
 import functools
 import pydoc_data.topics
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from trsp_deploy.decoder import next_token_logits
@@ -99,6 +100,15 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator([english()[:100_000]], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", model_max_length=POSITIONS)
+
+
+def ending_tokenizer() -> PreTrainedTokenizerFast:
+    """The same as one with `add_eos_token`: it puts an EOS behind each text."""
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    end = tokenizer.eos_token
+    template = processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = template
+    return tokenizer
 
 
 def save_tiny(family: str, folder: Path, seed: int = 0, **changes: Any) -> Path:

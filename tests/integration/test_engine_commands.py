@@ -19,7 +19,7 @@ import onnx
 import pytest
 import torch
 
-from tests.tiny import POSITIONS, english, save_tiny, tiny_tokenizer
+from tests.tiny import POSITIONS, ending_tokenizer, english, save_tiny, tiny_tokenizer
 from trsp_deploy.artifacts import fingerprint, write_json
 from trsp_deploy.cli import run
 from trsp_deploy.decoder import load_model
@@ -399,6 +399,19 @@ def test_generate_goes_on_as_transformers_does(place: Path, engine: Path, capsys
     assert run(command) == 0
     found = json.loads(capsys.readouterr().out)["tokens"]
     assert found == [reference(place, prompt, 9) for prompt in PROMPTS]
+
+
+def test_a_prompt_does_not_end_with_what_its_tokenizer_puts_behind_a_text(
+    place: Path, engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ending = ending_tokenizer()
+    ending.save_pretrained(tmp_path)
+    said = f"{PROMPTS[0]}{ending.eos_token}"  # an end that the user wrote is the prompt's
+    assert ending(PROMPTS[0])["input_ids"][-1] == ending.eos_token_id
+    command = ["generate", str(engine), "--prompt", PROMPTS[0], "--prompt", said, "--max-tokens", "9", "--json"]
+    assert run([*command, "--tokenizer", str(tmp_path)]) == 0
+    found = json.loads(capsys.readouterr().out)["tokens"]
+    assert found == [reference(place, PROMPTS[0], 9), reference(place, said, 9)]
 
 
 def test_sampling_is_repeatable_and_a_text_ends(engine: Path) -> None:

@@ -19,6 +19,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from tests.served_engine import MAX_LENGTH, alone, opened
+from tests.tiny import ending_tokenizer
 from trsp_deploy.tools.model_repository.vendor import vendor
 from trsp_deploy.tools.runners import running_batch
 from trsp_deploy.tools.serving import loop as loop_module
@@ -153,6 +154,18 @@ def test_a_prompt_that_the_engine_cannot_read_at_once_is_the_clients_affair(
     tokens = len(served_tokenizer.encode("one two three four").ids)
     assert (refused.error, refused.fault) == (f"input 'text_input': {tokens} tokens, at most 3", "request")
     assert answer.error is None and answer.tokens == 20, "the text may be longer than its prompt"
+
+
+def test_a_prompt_ends_where_its_text_does(served_engine: Path, served_tokenizer: Tokenizer) -> None:
+    """Behind the EOS that some tokenizers put behind each text a model begins another one."""
+    with opened(served_engine, 1, MAX_LENGTH) as batch:
+        loop = ServingLoop(batch, ending_tokenizer().backend_tokenizer, (), MAX_LENGTH)
+        client = Client(text_input="def function_1(", max_tokens=20)
+        loop.submit(client.ticket)
+        found = client.wait()[-1].text
+        loop.stop()
+    assert found
+    assert found == served_tokenizer.decode(alone(served_engine, served_tokenizer.encode("def function_1(").ids, 20))
 
 
 def spied(tokenizer: Tokenizer, read: list[tuple[str, int]]) -> Any:

@@ -19,7 +19,7 @@ import yaml
 
 from tests.breadth import BREADTH
 from tests.exported import Made, onnx_of
-from tests.tiny import english, save_tiny, tiny_tokenizer
+from tests.tiny import ending_tokenizer, english, save_tiny, tiny_tokenizer
 from trsp_deploy import cli
 from trsp_deploy.decoder import load_model, load_tokenizer
 from trsp_deploy.errors import EngineUnavailable, TextError, UserError
@@ -304,6 +304,15 @@ def test_an_answer_to_no_prompt_follows_bos_as_where_lm_eval_asks_transformers(e
     assert found == pytest.approx(wanted, abs=1e-3)
     without = EngineLM(Sizes(), tiny_tokenizer(), 1, 64)  # type: ignore[arg-type]
     assert without.prefix_token_id == without.eot_token_id == tiny_tokenizer().eos_token_id
+
+
+@needs_lm_eval
+def test_a_choice_follows_its_prompt_whatever_the_tokenizer_puts_behind_a_text() -> None:
+    from trsp_deploy.tools.runners.engine_lm import EngineLM
+
+    pair = ("How do I open a tin?", " Use an opener.")
+    plain, ending = (EngineLM(Sizes(), each, 1, 64) for each in (tiny_tokenizer(), ending_tokenizer()))  # type: ignore[arg-type]
+    assert ending._encode_pair(*pair) == plain._encode_pair(*pair)
 
 
 @needs_lm_eval

@@ -373,7 +373,9 @@ def test_one_text_and_its_limits() -> None:
 
 
 def test_prompts_that_a_tokenizer_cannot_make() -> None:
-    stubborn: Any = SimpleNamespace(encode=lambda text: SimpleNamespace(ids=[0] * 5, offsets=[(0, 1)] * 5))
+    stubborn: Any = SimpleNamespace(
+        encode=lambda text: SimpleNamespace(ids=[0] * 5, offsets=[(0, 1)] * 5, special_tokens_mask=[0] * 5)
+    )
     says("this tokenizer makes no such text of common words", lambda: prompts_of(stubborn, 3, 1), errors.RunError)
 
 

@@ -71,7 +71,7 @@ def generate(
     """Continue one or more prompts with a built engine."""
     from trsp_deploy.tools.progress import Heartbeat
     from trsp_deploy.tools.runners import open_engine
-    from trsp_deploy.tools.runners.generation import Sampling
+    from trsp_deploy.tools.runners.generation import Sampling, prompt_tokens
     from trsp_deploy.tools.runners.generation import generate as continued
     from trsp_deploy.tools.runners.inspection import tokenizer_folder
 
@@ -90,7 +90,8 @@ def generate(
     with quiet_libraries():
         words, end = load_tokenizer(folder), end_tokens(folder)
     with runner:
-        prompts = [words(text)["input_ids"] for text in prompt]
+        encoded = [words(text, return_special_tokens_mask=True) for text in prompt]
+        prompts = [prompt_tokens(each["input_ids"], each["special_tokens_mask"]) for each in encoded]
         found = continued(runner, prompts, sampling.model_copy(update={"end": end}))
     # With the prompt and without: by itself the first token's space is lost to some tokenizers.
     plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}

@@ -29,6 +29,7 @@ from trsp_deploy.tools.model_repository.manifest import SETTINGS, RepositoryMani
 from trsp_deploy.tools.model_repository.readme import CONTAINER, dockerfile, readme
 from trsp_deploy.tools.model_repository.step_model import check_can_step, is_step_model, write_step_model
 from trsp_deploy.tools.runners import read_manifest
+from trsp_deploy.tools.runners.generation import prompt_tokens
 from trsp_deploy.tools.runners.manifest import check_files
 from trsp_deploy.tools.serving.text import read_tokenizer
 
@@ -155,7 +156,8 @@ def _check_warmup(model_folder: Path, max_length: int, specs: Sequence[EngineSpe
     file = model_folder / "tokenizer.json"
     if not file.is_file():
         return  # which is said where it is needed
-    prompt = len(read_tokenizer(file).encode(WARMUP_TEXT).ids)
+    encoded = read_tokenizer(file).encode(WARMUP_TEXT)
+    prompt = len(prompt_tokens(encoded.ids, encoded.special_tokens_mask))
     needed = prompt + WARMUP_TOKENS
     if needed > max_length:
         raise RunError(

@@ -10,7 +10,7 @@ from scipy.special import log_softmax
 
 from trsp_deploy.errors import EngineUnavailable, TextError, UserError
 from trsp_deploy.tools.runners.base import Runner
-from trsp_deploy.tools.runners.generation import left_padded
+from trsp_deploy.tools.runners.generation import left_padded, prompt_tokens
 
 # Tokens of one call where several texts share it: their logits are in the memory that a run is said to need.
 MOST_TOKENS = 2048
@@ -46,9 +46,10 @@ class EngineLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         return found
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Tokens of a text that goes on: an EOS that the tokenizer puts there would part a choice from its prompt."""
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        ids: list[int] = self.tokenizer(string, **options)["input_ids"]
-        return ids
+        encoded = self.tokenizer(string, return_special_tokens_mask=True, **options)
+        return prompt_tokens(encoded["input_ids"], encoded["special_tokens_mask"])
 
     def _loglikelihood_tokens(self, requests: list[Request], **_: Any) -> list[tuple[float, bool]]:
         """Log likelihood of each continuation, and whether greedy decoding would give it."""

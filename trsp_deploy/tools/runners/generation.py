@@ -77,6 +77,16 @@ def generate(runner: Runner, prompts: Sequence[Sequence[int]], sampling: Samplin
     return [Continued(text, "length" if row in running else "stop") for row, text in enumerate(texts)]
 
 
+def prompt_tokens(tokens: Sequence[int], added: Sequence[int]) -> list[int]:
+    """A prompt's tokens without those that its tokenizer itself put behind the text, such as EOS: what follows an end
+    is another text.
+
+    added: 1 for each token that is the tokenizer's own and not of the text, `special_tokens_mask` by its usual name.
+    """
+    last = next((place for place in range(len(tokens) - 1, 0, -1) if not added[place]), 0)
+    return list(tokens[: last + 1])
+
+
 def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     """Prompts of unequal length as (batch, longest) int64 ids and mask, padded on the left."""
     longest = max(len(prompt) for prompt in prompts)

@@ -20,7 +20,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from trsp_deploy.errors import TrspError, named, one_line
-from trsp_deploy.tools.runners.generation import Sampling, choose, penalised
+from trsp_deploy.tools.runners.generation import Sampling, choose, penalised, prompt_tokens
 from trsp_deploy.tools.serving.requests import GenerationRequest, RequestError
 from trsp_deploy.tools.serving.text import TextStream
 
@@ -264,7 +264,7 @@ class ServingLoop:
             )
         # Of a batch, for that lets other threads go on meanwhile; reading one text alone does not.
         (encoded,) = self._tokenizer.encode_batch([request.text_input], add_special_tokens=request.add_special_tokens)
-        prompt = encoded.ids
+        prompt = prompt_tokens(encoded.ids, encoded.special_tokens_mask)
         room = self._max_length - len(prompt)
         if not prompt:
             raise RequestError("input 'text_input': has no tokens")

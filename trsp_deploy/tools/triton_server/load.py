@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 
 from trsp_deploy.errors import RunError
 from trsp_deploy.results import ServedRequest
+from trsp_deploy.tools.runners.generation import prompt_tokens
 
 PROGRAM = "perf_analyzer"
 TRIALS = 3  # windows that it wants at least; together they are ours
@@ -101,10 +102,16 @@ def prompts_of(tokenizer: Tokenizer, tokens: int, count: int) -> list[str]:
         # Cut where a token ends; the last one may come out as others when it is read again.
         ends = [end for _, end in encoded.offsets]
         fitting = (text[:end] for end in ends[max(0, tokens - 3) : tokens + 3])
-        texts.append(next((cut for cut in fitting if len(tokenizer.encode(cut).ids) == tokens), ""))
+        texts.append(next((cut for cut in fitting if _prompt_length(tokenizer, cut) == tokens), ""))
     if not all(texts):
         raise RunError(f"--prompt-tokens {tokens}: this tokenizer makes no such text of common words")
     return texts
+
+
+def _prompt_length(tokenizer: Tokenizer, text: str) -> int:
+    """How many tokens a server of ours makes of a prompt."""
+    encoded = tokenizer.encode(text)
+    return len(prompt_tokens(encoded.ids, encoded.special_tokens_mask))
 
 
 def _inputs(prompt: str, new_tokens: int) -> dict[str, Any]:
