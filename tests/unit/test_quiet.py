@@ -6,6 +6,9 @@ import logging
 import os
 import subprocess
 import sys
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,6 +25,28 @@ def test_what_a_library_makes_of_the_root_logger_is_undone(monkeypatch: pytest.M
         logging.basicConfig(level=logging.DEBUG)
         assert logging.root.handlers
     assert (logging.root.handlers, logging.root.level) == ([], level)
+
+
+def test_threads_side_by_side_leave_stdout_and_logging_as_they_were() -> None:
+    """The first to enter is the first to leave: the other one restored what it had found, which was stderr."""
+    stdout, disabled, filters = sys.stdout, logging.root.manager.disable, list(warnings.filters)
+    entered, left = threading.Event(), threading.Event()
+
+    def second() -> None:
+        with quiet_libraries():
+            entered.set()
+            left.wait(60)
+            assert sys.stdout is sys.stderr
+
+    with ThreadPoolExecutor(1) as other:
+        with quiet_libraries():
+            done = other.submit(second)
+            assert entered.wait(60)
+        assert sys.stdout is sys.stderr  # the other thread's library prints yet
+        left.set()
+        done.result()
+    assert sys.stdout is stdout
+    assert (logging.root.manager.disable, list(warnings.filters)) == (disabled, filters)
 
 
 def test_quantising_leaves_logging_alone() -> None:
