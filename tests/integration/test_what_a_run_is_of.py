@@ -338,6 +338,19 @@ def test_a_run_of_before_keeps_its_given_plan(place: Path) -> None:
     assert done.code == 0 and dropped(place) == given, done.stderr
 
 
+def test_a_recorded_plan_of_another_version_is_another_one_than_was_handed_in(place: Path) -> None:
+    """It was a traceback, before anything began."""
+    hand_in(place)
+    recipe, path = read_recipe(load_recipe(place / "run"), "test"), place / "run" / "records" / "plan.json"
+    with RunFolder(place / "run") as run:
+        assert Pipeline(run, recipe, place / "run" / "plan.json", place=place).pruning.unfinished() == []
+        record = json.loads(path.read_text())
+        record["result"]["of_a_later_version"], _ = True, record.pop("sha256")
+        path.write_text(json.dumps(record))
+        left = Pipeline(run, recipe, place / "run" / "plan.json", place=place).pruning.unfinished()
+    assert left == ["selection", "transfer"]
+
+
 def test_a_sweep_with_another_text_is_not_searched(place: Path) -> None:
     (place / "other.txt").write_text(english()[30_000:60_000])
     prune(place)

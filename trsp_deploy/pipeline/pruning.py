@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from transformers import PreTrainedModel
 
 from trsp_deploy.artifacts import (
@@ -121,7 +121,11 @@ class Pruning:
         record = self.run.record(steps.PLAN)
         if self._plan_file is None or record is None:
             return False
-        return PruningPlan.model_validate(record.result) != read_plan(self._plan_file, self.inputs.num_layers())
+        given = read_plan(self._plan_file, self.inputs.num_layers())
+        try:
+            return PruningPlan.model_validate(record.result) != given
+        except ValidationError:  # of another version, whose step is done again
+            return True
 
     def plans(self, counts: tuple[int, ...]) -> dict[int, Path]:
         """A plan for each number of layers, as `plans/drop-K.json`, from one search; methods as the recipe says."""
