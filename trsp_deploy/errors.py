@@ -14,6 +14,7 @@
     |   `-- RequestError       one request that a server cannot answer; its client is told (tools/serving/requests.py)
     |-- ParityError            exit code 4: PyTorch, ONNX and engine disagree; nothing may be shipped
     |-- ProcessEnded           exit code 128 + its number: a signal ended the working process
+    |-- LeftToMain             exit code 0, no line: of several processes the main one goes on alone
     `-- EngineUnavailable      in a run the report's `unavailable` with its reason; for one engine, exit code 1
         `-- ShapeUnavailable   so many texts, tokens or so much padding; others it may take, and nothing has run
 
@@ -102,6 +103,12 @@ class ProcessEnded(TrspError):
         """number: of the signal."""
         super().__init__(message)
         self.exit_code = 128 + number
+
+
+class LeftToMain(TrspError):
+    """This process of a launch has done its part: the rest is the main one's work, and it has left their group."""
+
+    exit_code = 0
 
 
 class EngineUnavailable(TrspError):

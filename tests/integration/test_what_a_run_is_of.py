@@ -15,11 +15,14 @@ from tests.command import Done, trsp_deploy
 from tests.tiny import english, save_tiny
 from trsp_deploy.artifacts import RunFolder, write_json
 from trsp_deploy.cli import needs
+from trsp_deploy.errors import LeftToMain
 from trsp_deploy.pipeline import Pipeline
 from trsp_deploy.pipeline.inputs import Inputs
 from trsp_deploy.pipeline.plan_origin import chosen_alike
 from trsp_deploy.pipeline.runs import load_recipe, seen_from
 from trsp_deploy.recipe import read_recipe
+from trsp_deploy.results import PrunedCheckpoint
+from trsp_deploy.tools.plan import PruningPlan
 from trsp_deploy.tools.sources import kept_texts
 from trsp_deploy.tools.sources.kept_texts import kept_text
 from trsp_deploy.tools.sources.models import resolve_model
@@ -374,6 +377,20 @@ def test_processes_of_other_machines_need_not_have_the_models_folder(place: Path
     run = RunFolder(place / "run")
     run.main, run.from_main = False, lambda value: next(sent)
     assert Inputs(run, recipe, lambda _: None, place).dense() == source
+
+
+def test_processes_beside_the_main_one_leave_by_an_exception_that_a_program_can_catch(place: Path) -> None:
+    """SystemExit ended a program that has the pipeline as a library."""
+    prune(place)
+    run = RunFolder(place / "run")
+    plan = run.record("plan").result  # type: ignore[union-attr]
+    done = PrunedCheckpoint.model_validate(run.record("prune").result)  # type: ignore[union-attr]
+    job = Pipeline(run, read_recipe(load_recipe(place / "run"), "test"), place=place).pruning
+    source = resolve_model(str(place / "model"), lambda _: None)
+    sent = iter([(source, ""), source, PruningPlan.model_validate(plan), done])
+    run.main, run.from_main = False, lambda value: next(sent)
+    with pytest.raises(LeftToMain, match="the model is pruned, and the rest is the main process's work"):
+        job.prune()
 
 
 def test_other_settings_that_choose_layers_ask_whose_choice_it_is(place: Path) -> None:

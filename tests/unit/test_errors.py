@@ -17,6 +17,7 @@ from trsp_deploy.cli import app
 from trsp_deploy.errors import (
     NO_MEMORY,
     EngineUnavailable,
+    LeftToMain,
     ModelError,
     first_line,
     machine_reason,
@@ -94,6 +95,15 @@ def test_another_process_that_ended_is_no_bug(problem, size, code, monkeypatch, 
     assert ("Traceback" in said) == (code == cli.BUG)
     line = f"error: another process of this launch ended, or cannot be reached ({problem}); its own line says why"
     assert said.startswith(line) == (code == 1)
+
+
+def test_a_process_that_has_done_its_part_of_a_launch_ends_without_a_word(monkeypatch, capsys):
+    def command(arguments):
+        raise LeftToMain("the rest is the main process's work")
+
+    monkeypatch.setattr(app, "call", command)
+    assert cli.run(["prune"]) == 0
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("size", ["", "two", "2"])

@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import NoReturn
 
 from trsp_deploy.cli.supervision import ENDINGS, asked_to_end, supervised
-from trsp_deploy.errors import ModelError, TrspError, UserError, machine_reason, no_command, one_line, redacted
+from trsp_deploy.errors import (
+    LeftToMain,
+    ModelError,
+    TrspError,
+    UserError,
+    machine_reason,
+    no_command,
+    one_line,
+    redacted,
+)
 from trsp_deploy.launch import check_launch, in_a_group, lost_peer
 
 BUG = 70
@@ -78,7 +87,9 @@ def _said(work: Callable[[], int]) -> int:
         return work()
     except KeyboardInterrupt:
         return _interrupted()
-    except SystemExit as done:  # a library's, or of a process whose work others go on with
+    except LeftToMain as done:
+        return done.exit_code
+    except SystemExit as done:  # a library's
         if isinstance(done.code, str):
             return _say(done.code, 1)
         return done.code or 0

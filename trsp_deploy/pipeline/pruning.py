@@ -27,7 +27,7 @@ from trsp_deploy.artifacts import (
 from trsp_deploy.artifacts.control_groups import usable_cores
 from trsp_deploy.artifacts.layout import OWN_TEXT, PLAN, PLAN_BEFORE, PLANS
 from trsp_deploy.decoder import check_prunable, load_config, load_model, meta_model
-from trsp_deploy.errors import PlanError
+from trsp_deploy.errors import LeftToMain, PlanError
 from trsp_deploy.launch import in_a_group
 from trsp_deploy.pipeline.inputs import Inputs
 from trsp_deploy.pipeline.plan_origin import EDITED, GIVEN, chosen_alike, made_by_a_person, recorded_origin
@@ -179,7 +179,10 @@ class Pruning:
 
     @functools.cache
     def prune(self) -> PrunedCheckpoint:
-        """Transfer and removal: the checkpoint `pruned/`."""
+        """Transfer and removal: the checkpoint `pruned/`.
+
+        Raises LeftToMain in each process of a launch but the main one, once it is made.
+        """
         plan, own = self.plan(), self.self_generated()
 
         def work(checkpoints: Checkpoints) -> PrunedCheckpoint:
@@ -188,7 +191,7 @@ class Pruning:
         result = self._resumable(self._prune_step, work, PrunedCheckpoint, together=True)
         _leave_together()
         if not self.run.main:
-            raise SystemExit(0)  # the rest is the main process's work
+            raise LeftToMain("the model is pruned, and the rest is the main process's work")
         self.inputs.keep_calibration()
         self.inputs.keep_evaluation_at_hand()
         self.run.from_main = lambda value: value  # nobody is left to tell
