@@ -374,23 +374,23 @@ def test_processes_of_other_machines_need_not_have_the_models_folder(place: Path
     recipe = read_recipe(load_recipe(place / "run"), "test")
     source = resolve_model(str(place / "model"), lambda _: None).model_copy(update={"path": "/nowhere/on/this/machine"})
     sent = iter([(source, ""), source])
-    run = RunFolder(place / "run")
-    run.main, run.from_main = False, lambda value: next(sent)
-    assert Inputs(run, recipe, lambda _: None, place).dense() == source
+    with RunFolder(place / "run") as run:
+        run.main, run.from_main = False, lambda value: next(sent)
+        assert Inputs(run, recipe, lambda _: None, place).dense() == source
 
 
 def test_processes_beside_the_main_one_leave_by_an_exception_that_a_program_can_catch(place: Path) -> None:
     """SystemExit ended a program that has the pipeline as a library."""
     prune(place)
-    run = RunFolder(place / "run")
-    plan = run.record("plan").result  # type: ignore[union-attr]
-    done = PrunedCheckpoint.model_validate(run.record("prune").result)  # type: ignore[union-attr]
-    job = Pipeline(run, read_recipe(load_recipe(place / "run"), "test"), place=place).pruning
-    source = resolve_model(str(place / "model"), lambda _: None)
-    sent = iter([(source, ""), source, PruningPlan.model_validate(plan), done])
-    run.main, run.from_main = False, lambda value: next(sent)
-    with pytest.raises(LeftToMain, match="the model is pruned, and the rest is the main process's work"):
-        job.prune()
+    with RunFolder(place / "run") as run:
+        plan = run.record("plan").result  # type: ignore[union-attr]
+        done = PrunedCheckpoint.model_validate(run.record("prune").result)  # type: ignore[union-attr]
+        job = Pipeline(run, read_recipe(load_recipe(place / "run"), "test"), place=place).pruning
+        source = resolve_model(str(place / "model"), lambda _: None)
+        sent = iter([(source, ""), source, PruningPlan.model_validate(plan), done])
+        run.main, run.from_main = False, lambda value: next(sent)
+        with pytest.raises(LeftToMain, match="the model is pruned, and the rest is the main process's work"):
+            job.prune()
 
 
 def test_other_settings_that_choose_layers_ask_whose_choice_it_is(place: Path) -> None:

@@ -52,6 +52,7 @@ def test_wheel_carries_recipes_engine_specs_and_its_licence(wheel, tmp_path):
         archive.extractall(tmp_path / "site")
     (licence,) = tmp_path.glob("site/*.dist-info/licenses/LICENSE")
     assert "Apache License" in licence.read_text()
+    assert (tmp_path / "site/trsp_deploy/py.typed").is_file()  # type checkers take the annotations for it (PEP 561)
     for kind in ("recipes", "engines"):
         script = f"from trsp_deploy.cli import main; import sys; sys.argv[1:] = ['{kind}', 'ls', '--json']; main()"
         environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}

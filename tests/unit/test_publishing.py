@@ -161,12 +161,29 @@ def test_a_card_that_goes_out_says_of_layers_that_they_were_edited_by_hand(
         assert "## Measured" in said and ("The removed layers were edited by hand after trsp." in said) == edited
 
 
-def test_figures_of_another_checkpoint_stay_at_home(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report = json.loads((run / "report.json").read_text())
-    report["removal"]["after_ppl"] = 99.0
-    (run / "report.json").write_text(json.dumps(report))
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (
+            {"removal": {"after_ppl": 99.0}},
+            "report.json is of another checkpoint: `trsp-deploy report {run}` makes it anew",
+        ),
+        ({"of_a_later_version": 1}, "report.json cannot be read, or is of another version: `trsp-deploy report {run}`"),
+        (None, "there is no report.json: `trsp-deploy report {run}` makes it"),
+    ],
+)
+def test_figures_of_another_checkpoint_stay_at_home(
+    change: dict[str, Any] | None, why: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And it is said: they were left out without a word."""
+    path = run / "report.json"
+    report = json.loads(path.read_text())
+    for name, value in (change or {}).items():
+        report[name] = {**report[name], **value} if isinstance(value, dict) else value
+    path.write_text(json.dumps(report)) if change else path.unlink()
     assert cli.run(["push", str(run), "me/tiny", "--dry-run"]) == 0
-    assert "## Measured" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "## Measured" not in said and f"MB; the card has no figures, as {why.format(run=run)}" in said
 
 
 def test_a_card_names_the_method_that_chose(run: Path, tmp_path: Path) -> None:

@@ -200,6 +200,18 @@ def test_a_result_that_cannot_be_read_any_more_is_made_again_and_said(job, annou
     assert ("double", "what was recorded of it is of another version; done again") in announced
 
 
+def test_a_folder_that_is_not_entered_is_not_written(tmp_path):
+    """It had no lock, and another command could do the same step."""
+    run = RunFolder(str(tmp_path / "run"))
+    step = {"settings": {}, "inputs": {}}
+    with pytest.raises(RunError, match="is not entered; `with RunFolder"):
+        run.step("make", lambda: Made(number=1), Made, **step)
+    with run:
+        assert run.step("make", lambda: Made(number=1), Made, **step) == Made(number=1)
+    with pytest.raises(RunError, match="is not entered"):
+        run.step("make", lambda: Made(number=1), Made, **step)
+
+
 def test_changed_input_setting_or_output_redoes_it(job):
     job()
     job.source.write_text("b")

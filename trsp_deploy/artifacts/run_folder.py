@@ -88,18 +88,20 @@ class RunFolder:
     follow what it decides. They hear of it through `from_main`, which returns the main process's value on each.
     """
 
-    def __init__(self, path: Path, announce: Callable[[str, str], None] = lambda step, state: None) -> None:
-        self.path = path
-        self.layout = RunLayout(path)
+    def __init__(self, path: Path | str, announce: Callable[[str, str], None] = lambda step, state: None) -> None:
+        self.path = Path(path)
+        self.layout = RunLayout(self.path)
         self.main = is_main_process()
         self.made: dict[str, Provenance] = {}  # of each step that was asked for: when and with what it was done
         self.from_main: Callable[[Any], Any] = lambda value: value
         self._announce = announce if self.main else lambda step, state: None
         self._held = contextlib.ExitStack()  # the lock
+        self._entered = False
 
     def __enter__(self) -> RunFolder:
         if self.main:
             self._take_lock()
+        self._entered = True
         return self
 
     def _take_lock(self) -> None:
@@ -120,6 +122,7 @@ class RunFolder:
         self._held.enter_context(locked(self.path / LOCK, self.path))
 
     def __exit__(self, *_: object) -> None:
+        self._entered = False
         self._held.close()
 
     def record(self, step: str) -> StepRecord | None:
@@ -222,6 +225,8 @@ class RunFolder:
         schema: as in `Step`.
         together: of several processes all run `work`, not the main one alone; only the main one may write.
         """
+        if not self._entered:  # without the lock two commands would write the same step
+            raise RunError(f"{self.path}: is not entered; `with RunFolder(path) as run:` holds it while it is written")
         known = self._known(name, result_type, settings, inputs, outputs, schema) if self.main else None
         result: Result | None = self.from_main(known)
         if result is not None:

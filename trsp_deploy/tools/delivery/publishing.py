@@ -38,6 +38,7 @@ class Push(Strict):
     card: str
     plan: str  # without what it says of this machine
     message: str
+    no_figures: str | None  # why the card has none
 
     @property
     def names(self) -> list[str]:
@@ -53,7 +54,8 @@ class Push(Strict):
     @property
     def what(self) -> str:
         """How much it is, for people."""
-        return f"{len(self.names)} files, {self.size_bytes / 1e6:,.1f} MB"
+        lacks = "" if self.no_figures is None else f"; the card has no figures, as {self.no_figures}"
+        return f"{len(self.names)} files, {self.size_bytes / 1e6:,.1f} MB{lacks}"
 
 
 def check_push(repo: str) -> None:
@@ -87,13 +89,18 @@ def plan_push(run: Path, repo: str) -> Push:
     if not plan.is_file() or fingerprint(plan) != record.inputs.get("plan"):
         raise RunError(f"{plan}: is not the plan that made {pruned}; `trsp-deploy prune` makes it again")
     card = (pruned / CARD).read_text(encoding="utf-8")
-    report = _report(run, record.result)
+    report, no_figures = None, None
+    try:
+        report = _report(run, record.result)
+    except RunError as problem:
+        no_figures = str(problem)
     return Push(
         repo=repo,
         files={name: str(path) for name, path in files.items() if name != CARD},
         card=card if report is None else _with_figures(card, report, repo),
         plan=_shown_plan(plan),
         message="Pruned with trsp_deploy",
+        no_figures=no_figures,
     )
 
 
@@ -136,15 +143,20 @@ def _shown_plan(file: Path) -> str:
     return json.dumps(shown.model_dump(mode="json"), indent=2) + "\n"
 
 
-def _report(run: Path, made: dict[str, Any]) -> Report | None:
-    """What the run measured of this very checkpoint, its step's result; None before there is a report of it."""
+def _report(run: Path, made: dict[str, Any]) -> Report:
+    """What the run measured of this very checkpoint, its step's result; raises RunError where it has not, with why."""
+    path = RunLayout(run).report
+    remedy = f"`trsp-deploy report {run}` makes it"
     try:
         checkpoint = PrunedCheckpoint.model_validate(made)
-        report = Report.model_validate_json(RunLayout(run).report.read_bytes())
-    except (OSError, ValidationError):
-        return None
-    same = report.model.dropped_layers == checkpoint.dropped and report.removal == removal_report(checkpoint)
-    return report if same else None
+        report = Report.model_validate_json(path.read_bytes())
+    except FileNotFoundError as problem:
+        raise RunError(f"there is no {path.name}: {remedy}") from problem
+    except (OSError, ValidationError) as problem:
+        raise RunError(f"{path.name} cannot be read, or is of another version: {remedy} anew") from problem
+    if report.model.dropped_layers != checkpoint.dropped or report.removal != removal_report(checkpoint):
+        raise RunError(f"{path.name} is of another checkpoint: {remedy} anew")
+    return report
 
 
 def _with_figures(card: str, report: Report, repo: str) -> str:
