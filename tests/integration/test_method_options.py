@@ -278,6 +278,17 @@ def test_a_text_of_which_only_the_beginning_is_read_is_named(place, monkeypatch,
     assert capsys.readouterr().err.count(line) == alone
 
 
+def test_a_text_of_one_window_is_said_to_be_trained_on_and_judged_by(place, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(place)
+    (place / "short.txt").write_text(english()[:100])
+    settings = [option for pair in QUICK for option in ("--set", pair)]
+    command = ["prune", "--model", "model", "--drop", "2", "--ignore-memory", "--method", "shortgpt", *settings]
+    line = "holds one window of 32 tokens alone, which is trained on and held out too"
+    for text, said in (("short.txt", True), ("text.txt", False)):
+        assert run([*command, "--calibration", text, "--out", str(tmp_path / text)]) == 0
+        assert (f"calibration text '{text}': {line}" in capsys.readouterr().err) == said
+
+
 def test_any_selection_with_any_transfer(prune):
     result, plan = prune("--method", "sleb", "--then", "anneal")
     assert (plan["method"], result["form"]) == ("sleb", "anneal")

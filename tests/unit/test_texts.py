@@ -87,6 +87,7 @@ def test_fingerprint_is_of_the_documents_and_their_limits(tmp_path: Path) -> Non
         ("empty.txt", b"", "holds no text"),
         ("blank.txt", b" \n\n \n", "holds no text"),
         ("latin.txt", "caf\u00e9".encode("latin-1"), "is not UTF-8 text (byte 3)"),
+        ("utf16.txt", "Words.".encode("utf-16-le"), "holds NUL characters, as UTF-16 does where it is read as UTF-8"),
         ("empty.jsonl", b"\n", "holds no text"),
         ("a.jsonl", b'{"text": "x"}\n{"txt": "y"}\n', 'line 2 has no "text"'),
         ("b.jsonl", b'{"text": "x"}\n\n{"text": 3}\n', 'line 3 has no "text"'),

@@ -190,6 +190,11 @@ class Inputs:
         self.calibration_texts()  # texts that cannot go together are said before any is tokenised
         texts = [self._windows(text, settings.context_length, drawn_from) for text in self._calibration()]
         for text, windows in zip(self._calibration(), texts, strict=True):
+            if len(windows) == 1:
+                self.say(
+                    f"calibration text '{text.name}': holds one window of {settings.context_length} tokens alone, "
+                    "which is trained on and held out too, so that the losses on it tell nothing"
+                )
             if len(windows) == drawn_from:
                 self.say(
                     f"calibration text '{text.name}': windows are drawn from its first {windows.numel():,} tokens alone"

@@ -117,6 +117,8 @@ def load_texts(texts: str, role: Role) -> Texts:
         )
     if not any(document.strip() for document in documents):
         raise TextError(f"{where}: holds no text")
+    if any("\0" in document for document in documents):
+        raise TextError(f"{where}: holds NUL characters, as UTF-16 does where it is read as UTF-8; write it as UTF-8")
     digest = hashlib.sha256(json.dumps(documents).encode())
     return Texts(name=texts, origin=origin, documents=tuple(documents), fingerprint=digest.hexdigest())
 
