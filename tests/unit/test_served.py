@@ -219,6 +219,15 @@ def test_a_server_that_fails_is_one_line(tmp_path: Path, code: str, tokens: int,
     assert words in str(caught.value)
 
 
+def test_load_does_not_go_through_a_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gRPC heeds one for loopback addresses too."""
+    for name in ("http_proxy", "HTTPS_PROXY", "grpc_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    code = "import os; print('error:', sorted(n for n in os.environ if n.lower().endswith('proxy'))); sys.exit(1)"
+    with pytest.raises(RunError, match=r"measured nothing \(error: \[\]\)"):
+        generator(tmp_path, code).window("127.0.0.1:1", "m", ["x"], 4, 1, 1.0)
+
+
 def test_a_server_that_never_answers_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load, "PATIENCE_S", 0.2)
     with pytest.raises(RunError, match=r"m on 127\.0\.0\.1:1: perf_analyzer was not done after 0 s"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import tempfile
@@ -64,7 +65,9 @@ class LoadGenerator:
             command += ["--stability-percentage", str(UNSTEADY), "--profile-export-file", found]
             patience = 2 * seconds + PATIENCE_S
             try:
-                done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=patience)
+                done = subprocess.run(
+                    command, capture_output=True, text=True, check=False, timeout=patience, env=_direct()
+                )
             except subprocess.TimeoutExpired as problem:
                 raise RunError(f"{model} on {grpc}: {PROGRAM} was not done after {patience:.0f} s") from problem
             if TOO_SHORT in done.stdout + done.stderr:
@@ -79,6 +82,11 @@ class LoadGenerator:
             _request(request, experiment["window_boundaries"][0], new_tokens, f"{model} on {grpc}")
             for request in sorted(experiment["requests"], key=lambda request: request["timestamp"])
         )
+
+
+def _direct() -> dict[str, str]:
+    """The environment without its proxies, for the server is near; gRPC would take loopback to one as well."""
+    return {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
 
 
 def find_load_generator(environment: Path | None) -> LoadGenerator:
