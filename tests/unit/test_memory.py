@@ -284,6 +284,20 @@ def test_what_comes_after_training_is_refused_with_the_engines_that_would_fit(ca
         plan_fitting(chosen, config, ["onnx fp32"], engines=both)
 
 
+def test_stages_that_lack_two_memories_are_named_with_their_own(monkeypatch):
+    """All were said to lack what the first of them lacks."""
+    monkeypatch.setattr(memory_plan, "available_bytes", lambda device: {"cpu": 2_000_000, "cuda": 1_000_000}[device])
+    config = tiny_config("llama")
+    engines = Engines([load_engine_spec("ort-cpu-fp32")], [load_engine_spec("ort-cuda-fp16")])
+    with pytest.raises(DeviceMemoryError) as refusal:
+        plan_fitting(recipe(*SMALL), config, ["engine ort-cpu-fp32", "run ort-cuda-fp16"], engines=engines)
+    line = str(refusal.value)
+    assert re.match(r"engine ort-cpu-fp32 needs about \S+ GB of main memory and 0.0 GB are there; ", line), line
+    assert re.search(r"; run ort-cuda-fp16 needs about \S+ GB of GPU memory and 0.0 GB are there; no engine", line), (
+        line
+    )
+
+
 @pytest.mark.parametrize("kind", ["Llama4Config", "FuyuConfig", "MambaConfig", "BltConfig", "RwkvConfig"])
 def test_what_comes_after_training_is_told_of_configs_that_say_it_otherwise(kind):
     """The decoder's config within another, no attention heads, no vocabulary."""

@@ -151,12 +151,13 @@ def _refuse(
         if stage.stage in stages and not plan.host_fits(stage)
     ]
     too_large = [stage for stage in plan.later if stage.stage in stages and not plan.later_fits(stage)]
-    if too_large:
-        sizes = ", ".join(f"{stage.stage} needs about {stage.needed_bytes / GB:.1f} GB" for stage in too_large)
-        device = too_large[0].device
+    for device in dict.fromkeys(stage.device for stage in too_large):
+        lacking = [stage for stage in too_large if stage.device == device]
+        sizes = ", ".join(f"{stage.stage} needs about {stage.needed_bytes / GB:.1f} GB" for stage in lacking)
         there = (plan.later_available_bytes[device] or 0) / GB
-        advice = _other_engines(recipe, estimate, plan, engines)
-        problems.append(f"{sizes} of {NAMES[device]} and {there:.1f} GB are there; {advice}")
+        problems.append(f"{sizes} of {NAMES[device]} and {there:.1f} GB are there")
+    if too_large:
+        problems.append(_other_engines(recipe, estimate, plan, engines))
     if problems:
         raise DeviceMemoryError(f"{'; '.join(problems)}; --plan-memory shows the parts, --ignore-memory runs anyway")
 
