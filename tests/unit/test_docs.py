@@ -38,6 +38,29 @@ PLACEHOLDER = re.compile(r"[A-Z][A-Z_]*|\$.*|\{.*\}|…|\.\.\.")
 NUMBER_TYPES = (int, float)
 
 
+def test_every_environment_variable_that_is_read_stands_in_the_glossary() -> None:
+    """Each that the code reads or sets by its name; PATH needs no words."""
+    named = set()
+    for path in sorted((ROOT / "trsp_deploy").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            match node:
+                case ast.Call(func=ast.Attribute(value=where, attr="get" | "setdefault" | "pop"), args=[name, *_]):
+                    named |= _variables(where, name)
+                case ast.Subscript(value=where, slice=name):
+                    named |= _variables(where, name)
+                case ast.Compare(left=name, comparators=[where]):
+                    named |= _variables(where, name)
+    assert {"OMP_WAIT_POLICY", "GITHUB_ACTIONS", "TRSP_DEPLOY_HOME", "RANK"} <= named
+    table = (ROOT / "docs" / "glossary.md").read_text().partition("## Environment variables")[2]
+    assert [name for name in sorted(named - {"PATH"}) if f"`{name}`" not in table] == []
+
+
+def _variables(where: ast.expr, name: ast.expr) -> set[str]:
+    """The variable of an access to `os.environ`; none of anything else."""
+    is_environment = isinstance(where, ast.Attribute) and where.attr == "environ"
+    return {name.value} if is_environment and isinstance(name, ast.Constant) else set()
+
+
 def test_pages_are_there() -> None:
     assert all(page.is_file() for page in PAGES)
 
