@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -336,7 +337,8 @@ def test_damage_that_hits_both_models_alike_is_found(monkeypatch, scale, sound):
     proof = Proof(SimpleNamespace(run=None, recipe=recipe), None, None)
     ppl = {"dense": 10.0, "pruned": 12.0}
     monkeypatch.setattr(proof, "_perplexity", lambda text, role: on_text(ppl[role], role))
-    monkeypatch.setattr(proof, "_engine_perplexity", lambda spec, text, role: on_text(scale * ppl[role], role))
+    monkeypatch.setattr(proof, "_engine_perplexity", lambda spec, text, role, opened: on_text(scale * ppl[role], role))
+    proof.engines = SimpleNamespace(path=lambda spec, role: Path(role))
     spec = load_engine_spec("ort-cpu-int4")
     if sound:
         assert proof.engine_quality(spec)["t"].ratio == pytest.approx(1.2)
@@ -344,6 +346,36 @@ def test_damage_that_hits_both_models_alike_is_found(monkeypatch, scale, sound):
     else:
         with pytest.raises(ParityError, match=r"ort-cpu-int4 \(dense, int4\) has perplexity 17.00 on t, PyTorch 10.00"):
             proof.engine_quality(spec)
+
+
+def test_an_engine_is_opened_once_for_all_texts_and_again_behind_one_that_it_cannot_read(monkeypatch):
+    """Of 13 GB it was read, and held against its SHA-256, for every text."""
+    opened, said = [], []
+
+    @contextlib.contextmanager
+    def open_engine(folder):
+        opened.append(f"+{folder}")
+        yield folder
+        opened.append(f"-{folder}")
+
+    def perplexity(spec, text, role, get):
+        if text == "long":
+            get()
+            raise EngineUnavailable("its profiles are shorter")
+        return on_text(10.0, role) if text == "known" else on_text(10.0, str(get()))
+
+    monkeypatch.setattr("trsp_deploy.pipeline.proof.open_engine", open_engine)
+    recipe = SimpleNamespace(evaluation=dict.fromkeys(("a", "b", "long", "c", "known"), "t.txt"), device="cpu")
+    proof = Proof(SimpleNamespace(run=None, recipe=recipe, say=said.append), None, None)
+    proof.engines = SimpleNamespace(path=lambda spec, role: Path(role))
+    monkeypatch.setattr(proof, "_engine_perplexity", perplexity)
+    found = proof.engine_perplexity(load_engine_spec("ort-cpu-int4"))
+    assert list(found) == ["a", "b", "c", "known"] and all(list(both) == ["dense", "pruned"] for both in found.values())
+    assert opened == ["+dense", "-dense", "+dense", "-dense", "+pruned", "-pruned"]
+    assert said == ["ort-cpu-int4: its perplexity on long is not measured (its profiles are shorter)"]
+    recipe.evaluation = {"known": "t.txt"}
+    proof.engine_perplexity(load_engine_spec("ort-cpu-fp32"))
+    assert len(opened) == 6, "nothing is opened for what is known"
 
 
 def test_a_dense_model_without_a_right_answer_leaves_the_rest_its_report(monkeypatch):

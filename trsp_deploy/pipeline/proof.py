@@ -97,12 +97,19 @@ class Proof:
     @functools.cache
     def engine_perplexity(self, spec: EngineSpec) -> dict[str, dict[Role, Perplexity]]:
         """Perplexity of dense and pruned through an engine that runs here, by text, as far as it reads them."""
-        found: dict[str, dict[Role, Perplexity]] = {}
-        for name in self.recipe.evaluation:
-            try:
-                found[name] = {role: self._engine_perplexity(spec, name, role) for role in ROLES}
-            except EngineUnavailable as problem:  # such as windows that are longer than its profiles
-                self.inputs.say(f"{spec.name}: its perplexity on {name} is not measured ({problem})")
+        found: dict[str, dict[Role, Perplexity]] = {name: {} for name in self.recipe.evaluation}
+        for role in ROLES:
+            waiting = list(found)
+            while waiting:
+                with self._opened_once(spec, role) as opened:
+                    while waiting:
+                        name = waiting.pop(0)
+                        try:
+                            found[name][role] = self._engine_perplexity(spec, name, role, opened)
+                        except EngineUnavailable as problem:  # such as windows that are longer than its profiles
+                            self.inputs.say(f"{spec.name}: its perplexity on {name} is not measured ({problem})")
+                            del found[name]
+                            break  # the others are read by an engine that nothing has happened to
         return found
 
     @functools.cache
@@ -302,14 +309,18 @@ class Proof:
 
         return self.run.do(self._perplexity_step(name, role), work, Perplexity)
 
-    def _engine_perplexity(self, spec: EngineSpec, name: str, role: Role) -> Perplexity:
-        folder = self.engines.path(spec, role)
+    @contextlib.contextmanager
+    def _opened_once(self, spec: EngineSpec, role: Role) -> Iterator[Callable[[], Runner]]:
+        """An engine that is opened where it is first asked for, and stays so."""
+        with contextlib.ExitStack() as held:
+            yield functools.cache(lambda: held.enter_context(open_engine(self.engines.path(spec, role))))
+
+    def _engine_perplexity(self, spec: EngineSpec, name: str, role: Role, opened: Callable[[], Runner]) -> Perplexity:
         self.pruning.ready("dense")
 
         def work() -> Perplexity:
             windows, documents = self.inputs.evaluation_windows(name)
-            with open_engine(folder) as runner:
-                return evaluate.evaluate_engine(runner, windows, name, role, self._origin(name), spec.name, documents)
+            return evaluate.evaluate_engine(opened(), windows, name, role, self._origin(name), spec.name, documents)
 
         return self.run.do(self._engine_perplexity_step(spec, name, role), work, Perplexity)
 
