@@ -219,11 +219,14 @@ class Perplexity(Strict):
         return perplexity_of(sum(self.nll) / len(self.nll))
 
 
+Metric = Literal["acc", "acc_norm"]  # acc_norm divides each choice's log likelihood by its length in characters
+
+
 class TaskScore(Strict):
     """One model on one multiple-choice task, item by item, so that two models can be compared in pairs."""
 
     task: str
-    metric: Literal["acc", "acc_norm"]  # acc_norm divides each choice's log likelihood by its length in characters
+    metric: Metric
     correct: tuple[bool, ...]  # one per item, in the data set's order
 
     @property

@@ -339,7 +339,7 @@ def test_accuracy_is_on_the_pages_and_a_run_without_texts_says_nothing_of_them()
     choices = choices_report(scores("1110", "1011"), scores("0110", "1010"))
     engines = tuple(each.model_copy(update={"choices": choices}) for each in report.engines)
     rows = engine_rows(report.model_copy(update={"engines": engines}))
-    assert any(row[2] == "accuracy, t0" and row[3] == "75.0%" and "1 of 4 lost" in row[5] for row in rows)
+    assert any(row[2] == "accuracy (acc), t0" and row[3] == "75.0%" and "1 of 4 lost" in row[5] for row in rows)
     assert any(row[2] == "accuracy retained" for row in rows)
     assert ("", "", "ppl on text to PyTorch", "1.0000x", "1.0012x", "within 0.5%", "", "") in rows
     unread = [each.model_copy(update={"quality": {}}) for each in engines]

@@ -20,6 +20,7 @@ from trsp_deploy.results import (
     PHASES,
     Block,
     Comparison,
+    Metric,
     Perplexity,
     Phase,
     Replicate,
@@ -321,6 +322,7 @@ def paired_by_documents(dense: Perplexity, pruned: Perplexity) -> bool:
 class PairedAccuracy(Strict):
     """Two models on the same items of one task."""
 
+    metric: Metric | None = None  # None in a report of before it was told
     items: int
     dense: float
     pruned: float
@@ -335,7 +337,13 @@ def paired_accuracy(dense: TaskScore, pruned: TaskScore) -> PairedAccuracy:
     lost, gained = int((before & ~after).sum()), int((~before & after).sum())
     p_value = float(scipy.stats.binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
     return PairedAccuracy(
-        items=len(before), dense=dense.accuracy, pruned=pruned.accuracy, lost=lost, gained=gained, p_value=p_value
+        metric=dense.metric,
+        items=len(before),
+        dense=dense.accuracy,
+        pruned=pruned.accuracy,
+        lost=lost,
+        gained=gained,
+        p_value=p_value,
     )
 
 

@@ -21,7 +21,7 @@ def choice_rows(found: ChoicesReport) -> list[tuple[str, str, str, str]]:
     """Task, dense, pruned, and what was lost and gained."""
     rows = [
         (
-            f"accuracy, {name}",
+            f"accuracy{f' ({task.metric})' if task.metric else ''}, {name}",
             f"{task.dense:.1%}",
             f"{task.pruned:.1%}",
             f"{task.lost} of {task.items} lost, {task.gained} gained (p {task.p_value:.2g})",
