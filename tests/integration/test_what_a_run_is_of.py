@@ -15,12 +15,12 @@ from tests.command import Done, trsp_deploy
 from tests.tiny import english, save_tiny
 from trsp_deploy.artifacts import RunFolder, write_json
 from trsp_deploy.cli import needs
-from trsp_deploy.errors import LeftToMain
-from trsp_deploy.pipeline import Pipeline
+from trsp_deploy.errors import LeftToMain, TextError
+from trsp_deploy.pipeline import Pipeline, prune_and_build
 from trsp_deploy.pipeline.inputs import Inputs
 from trsp_deploy.pipeline.plan_origin import chosen_alike
 from trsp_deploy.pipeline.runs import load_recipe, seen_from
-from trsp_deploy.recipe import read_recipe
+from trsp_deploy.recipe import Recipe, read_recipe
 from trsp_deploy.results import PrunedCheckpoint
 from trsp_deploy.tools.plan import PruningPlan
 from trsp_deploy.tools.sources import kept_texts
@@ -242,6 +242,19 @@ def test_a_run_of_before_copies_its_model_once_more_and_makes_nothing_else(place
     shutil.rmtree(place / "run" / "texts")
     assert started(prune(place)) == ["dense"]
     assert started(prune(place)) == [] and (place / "run" / "texts" / "calibration-1.json").is_file()
+
+
+def test_a_run_that_is_made_from_python_is_the_commands_too(place: Path) -> None:
+    """It had no recipe, so that no command took its folder for a run."""
+    recipe = Recipe(model="model", calibration={"texts": "train.txt"}, evaluation={"test": "gone.txt"})  # type: ignore[arg-type]
+    with (
+        RunFolder(place / "run") as run,
+        pytest.raises(TextError, match="no such file"),
+    ):
+        prune_and_build(Pipeline(run, recipe, place=place))
+    assert read_recipe(load_recipe(place / "run"), "test") == recipe
+    done = trsp_deploy("report", "run", cwd=place)
+    assert done.last.startswith("error: calibration.context_length 2048: model has 256 positions"), "it went on with it"
 
 
 LATER = {  # settings that a run of before knows nothing of, of a step

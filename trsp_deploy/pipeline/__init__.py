@@ -20,6 +20,7 @@ from trsp_deploy.pipeline.inputs import Inputs
 from trsp_deploy.pipeline.proof import Proof
 from trsp_deploy.pipeline.pruning import Pruning
 from trsp_deploy.pipeline.reporting import make_report
+from trsp_deploy.pipeline.runs import save_recipe
 from trsp_deploy.recipe import Recipe
 from trsp_deploy.results import ROLES
 from trsp_deploy.stages import export, zeroshot
@@ -140,7 +141,11 @@ def _tried_by_main(run: RunFolder, check: Callable[[], None]) -> None:
 
 
 def prune_and_build(job: Pipeline) -> Report:
-    """Run every stage that is not finished yet, and write the report."""
+    """Run every stage that is not finished yet, and write the report.
+
+    The recipe is kept in the run folder, so that every command goes on with it.
+    """
+    save_recipe(job.run, job.recipe, job.inputs.place)
     check_before_work(job)
     job.pruning.plan()
     job.pruning.prune()
