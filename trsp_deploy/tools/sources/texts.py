@@ -117,8 +117,6 @@ def load_texts(texts: str, role: Role) -> Texts:
         )
     if not any(document.strip() for document in documents):
         raise TextError(f"{where}: holds no text")
-    if any("\0" in document for document in documents):
-        raise TextError(f"{where}: holds NUL characters, as UTF-16 does where it is read as UTF-8; write it as UTF-8")
     digest = hashlib.sha256(json.dumps(documents).encode())
     return Texts(name=texts, origin=origin, documents=tuple(documents), fingerprint=digest.hexdigest())
 
@@ -205,7 +203,9 @@ def _from_file(path: Path, where: str) -> list[str]:
         raise TextError(f"{where}: expected a .txt or .jsonl file")
     content = read_text(path, TextError, where)
     if path.suffix == ".jsonl":
-        return _jsonl(content, where)
+        return _jsonl(content, where)  # whose strings may say any character
+    if "\0" in content:
+        raise TextError(f"{where}: holds NUL characters, as UTF-16 does where it is read as UTF-8; write it as UTF-8")
     return [part.strip("\n") for part in re.split(r"\n[ \t]*\n", content) if part.strip()]
 
 
