@@ -19,6 +19,7 @@ from trsp_deploy.errors import ModelError, ParityError, PlanError, RecipeError, 
 from trsp_deploy.pipeline import Pipeline, check_before_work, prune_and_build
 from trsp_deploy.pipeline.engines import runnable, specs_of
 from trsp_deploy.pipeline.reporting import write_pages
+from trsp_deploy.pipeline.runs import save_recipe
 from trsp_deploy.recipe import Recipe
 from trsp_deploy.tools.reports.record import Report
 from trsp_deploy.tools.reports.sweeps import Point, Sweep, Targets, choose
@@ -133,6 +134,7 @@ def _run(
     if source is not None:
         _adopt_dense(source, run)
     one = Pipeline(run, recipe, plan, say, job.inputs.place)
+    save_recipe(run, recipe, job.inputs.place)
     return one, prune_and_build(one)
 
 
