@@ -3,16 +3,54 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
+import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from trsp_deploy import __version__
 from trsp_deploy.tools.library import engine_names
-from trsp_deploy.tools.resources import doctor
+from trsp_deploy.tools.resources import backends, doctor
+from trsp_deploy.tools.resources.dependencies import requirements
 from trsp_deploy.tools.resources.doctor import Finding, diagnose
 from trsp_deploy.tools.runners.requirements import CudaDevice
+
+# Starts a command line in a Python that lacks distributions: their modules are not found, nor what pip wrote of them.
+WITHOUT = """
+import importlib.metadata as metadata, sys
+from importlib.machinery import PathFinder
+
+absent = sys.argv[1].split(",")
+modules = {
+    module for module, those in metadata.packages_distributions().items()
+    if any(metadata.Prepared.normalize(each).replace("_", "-") in absent for each in those)
+}
+
+class Without(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in modules else super().find_spec(name, path, target)
+
+def from_name(cls, name, found=metadata.Distribution.from_name.__func__):
+    if name in absent:
+        raise metadata.PackageNotFoundError(name)
+    return found(cls, name)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Without
+metadata.Distribution.from_name = classmethod(from_name)
+del sys.argv[1]
+from trsp_deploy.cli import main
+main()
+"""
+OF_THE_COMMAND_LINE = ("pydantic", "pyyaml", "rich", "typer")
+
+
+def call_without(absent: list[str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", WITHOUT, ",".join(absent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def by_subject(findings: list[Finding]) -> dict[str, Finding]:
@@ -45,7 +83,7 @@ def test_this_machine() -> None:
 
 
 def test_works_with_nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    nothing = dict.fromkeys(["onnxruntime_gpu", "onnxruntime", *(name.replace("-", "_") for name in doctor.LOOKED_AT)])
+    nothing = dict.fromkeys(["onnxruntime_gpu", "onnxruntime", *(name.replace("-", "_") for name in requirements())])
     pretend_installed(monkeypatch, **nothing)
     for module in ("torch", "onnxruntime", "tensorrt", "tensorrt_rtx", "onnx", "transformers"):
         monkeypatch.setitem(sys.modules, module, None)
@@ -57,17 +95,70 @@ def test_works_with_nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert findings["engine ort-cpu-fp32"].install == "pip install 'trsp_deploy[cpu]'"
 
 
+def test_every_package_may_be_absent_that_the_command_line_can_start_without() -> None:
+    """Each is named with the command that installs it, all in one go."""
+    absent = [name for name in requirements() if name not in OF_THE_COMMAND_LINE]
+    done = call_without(absent, "doctor", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    findings = {finding["subject"]: finding for finding in json.loads(done.stdout)["findings"]}
+    for name in absent:
+        assert findings[name]["state"] == "missing"
+        assert findings[name]["install"] == f"pip install '{name}{requirements()[name]}'"
+    assert findings["packages"]["state"] == "ok"
+    assert findings["packages"]["detail"].endswith("; whether these versions fit is not known without packaging")
+    assert findings["engines"]["detail"].startswith("not looked at: a package that they need does not load (No module")
+
+
+@pytest.mark.parametrize("name", OF_THE_COMMAND_LINE)
+def test_a_package_that_the_command_line_needs_is_named(name: str) -> None:
+    done = call_without([name], "doctor")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        f"error: the package {name} is not installed, without which this command does not work: "
+        f"pip install '{name}{requirements()[name]}'\n"
+    )
+
+
+def test_packages_are_those_of_the_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    extras = [
+        f"{each}; extra == '{extra}'" for extra, those in project["optional-dependencies"].items() for each in those
+    ]
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda _: [*project["dependencies"], *extras])
+    stated = requirements()
+    assert [f"{name}{versions}" for name, versions in stated.items()] == project["dependencies"]
+    assert requirements("optimum")["transformers"] == ">=4.57,<6,<4.58"
+    assert requirements("gpu") == {**stated, "onnxruntime-gpu": ">=1.31,<1.33"}
+
+    def absent(name: str) -> list[str]:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", absent)
+    assert by_subject(diagnose([]))["packages"].detail == (
+        "not looked at: trsp_deploy itself is not installed, so nothing says which it asks for"
+    )
+
+
+def test_packages_that_are_fine_are_one_finding() -> None:
+    findings = by_subject(diagnose([]))
+    told = findings["packages"].detail.split(", ")
+    wrong = [name for name in requirements() if name in findings]
+    assert [each.split()[0] for each in told] == [name for name in requirements() if name not in wrong]
+
+
 @pytest.mark.parametrize("driver", ["580.65.06", None])
 def test_a_gpu_with_its_driver(monkeypatch: pytest.MonkeyPatch, driver: str | None) -> None:
-    monkeypatch.setattr(doctor, "cuda_devices", lambda: [CudaDevice("Card", "sm89", 24 * 2**30)])
-    monkeypatch.setattr(doctor, "driver_version", lambda: driver)
-    assert doctor._gpu().detail == f"Card (sm89, 24 GiB); driver {driver or 'unknown'}"
+    monkeypatch.setattr(backends, "cuda_devices", lambda: [CudaDevice("Card", "sm89", 24 * 2**30)])
+    monkeypatch.setattr(backends, "driver_version", lambda: driver)
+    assert backends._gpu().detail == f"Card (sm89, 24 GiB); driver {driver or 'unknown'}"
 
 
 def test_memory_is_what_a_container_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "available_host_bytes", lambda: 10**9)
-    memory = by_subject(diagnose())["memory"]
+    memory = by_subject(diagnose([]))["memory"]
     assert memory.state == "warning" and memory.detail.startswith("1.0 of ")
+    monkeypatch.setattr(doctor, "available_host_bytes", lambda: None)
+    assert by_subject(diagnose([]))["memory"].detail.endswith("how much of it is available is not known without /proc")
 
 
 def test_two_onnxruntimes_are_a_conflict(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,14 +175,17 @@ def test_two_onnxruntimes_are_a_conflict(monkeypatch: pytest.MonkeyPatch) -> Non
 )
 def test_ranges(monkeypatch: pytest.MonkeyPatch, version: str, state: str) -> None:
     pretend_installed(monkeypatch, transformers=version)
-    finding = by_subject(diagnose([]))["transformers"]
-    assert finding.state == state
-    assert finding.install == (None if state == "ok" else "pip install 'transformers>=4.57,<6'")
+    findings = by_subject(diagnose([]))
+    if state == "ok":
+        assert f"transformers {version}" in findings["packages"].detail and "transformers" not in findings
+    else:
+        assert findings["transformers"].state == state
+        assert findings["transformers"].install == "pip install 'transformers>=4.57,<6'"
 
 
 def test_local_version_label_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_installed(monkeypatch, torch="2.13.0+cu130")
-    assert by_subject(diagnose([]))["torch"].state == "ok"
+    assert "torch 2.13.0+cu130" in by_subject(diagnose([]))["packages"].detail
 
 
 def test_broken_spec_is_a_finding(tmp_path: Path) -> None:
@@ -104,5 +198,5 @@ def test_broken_spec_is_a_finding(tmp_path: Path) -> None:
 
 def test_smallest_model_loads_in_onnxruntime(tmp_path: Path) -> None:
     ort = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed: pip install 'trsp_deploy[cpu]'")
-    path = doctor._smallest_model(tmp_path)
+    path = backends._smallest_model(tmp_path)
     assert ort.InferenceSession(path, providers=["CPUExecutionProvider"]).get_inputs()[0].name == "x"

@@ -28,6 +28,7 @@ from trsp_deploy.errors import (
     redacted,
 )
 from trsp_deploy.launch import check_launch, in_a_group, lost_peer
+from trsp_deploy.tools.resources.dependencies import missing_package
 
 BUG = 70
 LONGEST_LINE = 2000  # characters of an error, whatever a user or a library put into it
@@ -100,8 +101,9 @@ def _said(work: Callable[[], int]) -> int:
         machine = isinstance(problem, ModelError) and machine_reason(problem) is not None
         if isinstance(problem, TrspError) and not machine:
             return _say(str(problem), problem.exit_code)
-        # What a user's paths, disk, limits or launch can cause, wherever; all else is a bug and shows its traceback.
-        reason = machine_reason(problem) or lost_peer(problem)
+        # What a user's paths, disk, limits, launch or packages can cause, wherever; all else is a bug and shows its
+        # traceback.
+        reason = machine_reason(problem) or lost_peer(problem) or missing_package(problem)
         if reason is not None:
             return _say(reason, 1)
         print(redacted(traceback.format_exc()), end="", file=sys.stderr)

@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import importlib.metadata
+import os
 import platform
 import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-import psutil
-from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
-
 import trsp_deploy
 from trsp_deploy import __version__
-from trsp_deploy.errors import EngineSpecError, EngineUnavailable, one_line
-from trsp_deploy.recipe import Backend, EngineSpec, Strict
-from trsp_deploy.tools.exporters import optimum
+from trsp_deploy.errors import one_line
+from trsp_deploy.recipe import Strict
 from trsp_deploy.tools.host_memory import available_host_bytes
-from trsp_deploy.tools.library import engine_names, load_engine_spec
-from trsp_deploy.tools.runners import BACKENDS, check_can_build, check_can_run
-from trsp_deploy.tools.runners.ort_session import create_session
-from trsp_deploy.tools.runners.requirements import cuda_devices, driver_version, load_package
+from trsp_deploy.tools.library import engine_names
+from trsp_deploy.tools.resources.dependencies import install_command, installed, requirements
 
 State = Literal["ok", "missing", "conflict", "warning"]
 
-LOOKED_AT = ("torch", "transformers", "onnx", "onnxscript", "datasets")  # what else works the interpreter has shown
 WITH_OPTIMUM = ("optimum", "optimum-onnx", "transformers")
 ENOUGH_DISK = 10e9  # bytes: a 1B model dense and pruned, as checkpoint, ONNX and engine in fp16
 ENOUGH_MEMORY = 4e9  # bytes: training and exporting a 135M model
@@ -54,38 +44,42 @@ def diagnose(engines: Sequence[str] | None = None) -> list[Finding]:
     return [
         Finding(subject="trsp_deploy", state="ok", detail=f"{__version__} ({Path(trsp_deploy.__file__).parent})"),
         _python(),
-        *(_package(distribution) for distribution in LOOKED_AT),
+        *_packages(),
         _optimum(),
         _torch_device(),
-        *_onnxruntime(),
-        _backend_package("tensorrt"),
-        _backend_package("tensorrt-rtx"),
-        _gpu(),
         _disk(Path.cwd()),
         _memory(),
-        *(_engine(name) for name in (engine_names() if engines is None else engines)),
+        *_engines(engine_names() if engines is None else engines),
     ]
-
-
-def _installed(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _python() -> Finding:
     return Finding(subject="python", state="ok", detail=f"{platform.python_version()} ({sys.executable})")
 
 
+def _packages() -> Iterator[Finding]:
+    """What trsp_deploy cannot do without: a finding for each that is wrong, and one for all the others."""
+    asked = requirements()
+    if not asked:
+        detail = "not looked at: trsp_deploy itself is not installed, so nothing says which it asks for"
+        yield Finding(subject="packages", state="warning", detail=detail)
+        return
+    findings = [_package(distribution, versions) for distribution, versions in asked.items()]
+    yield from (found for found in findings if found.state != "ok")
+    fine = ", ".join(f"{found.subject} {found.detail}" for found in findings if found.state == "ok")
+    unsure = "" if installed("packaging") else "; whether these versions fit is not known without packaging"
+    yield Finding(subject="packages", state="ok", detail=f"{fine}{unsure}")
+
+
 def _optimum() -> Finding:
     """Optimum's exporter is optional; where it is, its last release holds transformers below 4.58."""
     subject = "exporter"
-    if not optimum.installed():
+    if installed("optimum-onnx") is None:
         return Finding(
             subject=subject, state="ok", detail="torch's own (`pip install 'trsp_deploy[optimum]'` for Optimum's)"
         )
-    findings = [_package(distribution, "optimum") for distribution in WITH_OPTIMUM]
+    asked = requirements("optimum")
+    findings = [_package(distribution, asked.get(distribution, "")) for distribution in WITH_OPTIMUM]
     wrong = next((found for found in findings if found.state != "ok"), None)
     if wrong is None:
         versions = ", ".join(f"{found.subject} {found.detail}" for found in findings[:2])
@@ -94,28 +88,23 @@ def _optimum() -> Finding:
     return Finding(subject=subject, state="conflict", detail=detail, install="pip install 'trsp_deploy[optimum]'")
 
 
-def _package(distribution: str, extra: str = "") -> Finding:
-    wanted = _wanted(distribution, extra)
-    spelled = ",".join(sorted(map(str, wanted), reverse=True))  # >= before <
-    install = f"pip install '{distribution}{spelled}'"
-    version = _installed(distribution)
+def _package(distribution: str, versions: str) -> Finding:
+    install = install_command(distribution, versions)
+    version = installed(distribution)
     if version is None:
         return Finding(subject=distribution, state="missing", detail="not installed", install=install)
-    if not wanted.contains(version, prereleases=True):
-        detail = f"{version}; works with {spelled}"
+    if not _fits(version, versions):
+        detail = f"{version}; works with {versions}"
         return Finding(subject=distribution, state="conflict", detail=detail, install=install)
     return Finding(subject=distribution, state="ok", detail=version)
 
 
-def _wanted(distribution: str, extra: str) -> SpecifierSet:
-    """Versions that trsp_deploy's own metadata asks for, with an extra too; any where it is not installed itself."""
-    found = SpecifierSet()
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        for text in importlib.metadata.requires("trsp_deploy") or ():
-            asked = Requirement(text)
-            if asked.name == distribution and (asked.marker is None or asked.marker.evaluate({"extra": extra})):
-                found &= asked.specifier
-    return found
+def _fits(version: str, versions: str) -> bool:
+    try:
+        from packaging.specifiers import SpecifierSet
+    except ModuleNotFoundError:  # a finding of its own
+        return True
+    return SpecifierSet(versions).contains(version, prereleases=True)
 
 
 def _torch_device() -> Finding:
@@ -132,75 +121,6 @@ def _torch_device() -> Finding:
     return Finding(subject=subject, state="ok", detail=f"CUDA {cuda} on {torch.cuda.get_device_name(0)}")
 
 
-def _onnxruntime() -> Iterator[Finding]:
-    subject = "onnxruntime"
-    found = {name: _installed(name) for name in ("onnxruntime", "onnxruntime-gpu")}
-    names = " and ".join(f"{name} {version}" for name, version in found.items() if version)
-    if all(found.values()):
-        # They share one folder: the last one installed wins, and uninstalling either breaks the other.
-        yield Finding(
-            subject=subject,
-            state="conflict",
-            detail=f"{names} overwrite each other; keep one (for the CPU: trsp_deploy[cpu])",
-            install="pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'trsp_deploy[gpu]'",
-        )
-    try:
-        ort = load_package("onnxruntime-cpu")
-    except EngineUnavailable as problem:
-        install = BACKENDS["onnxruntime-cpu"].package.install
-        yield Finding(subject=subject, state="missing", detail=str(problem), install=install)
-        return
-    if not all(found.values()):
-        yield Finding(subject=subject, state="ok", detail=names or f"{ort.__version__}, not installed by pip")
-    compiled = [name.removesuffix("ExecutionProvider") for name in ort.get_available_providers()]
-    yield Finding(subject="onnxruntime compiled in", state="ok", detail=", ".join(compiled))
-    if "CUDA" in compiled:
-        yield _cuda_provider()
-
-
-def _cuda_provider() -> Finding:
-    subject = "onnxruntime CUDA"
-    try:
-        cuda_devices()
-        with tempfile.TemporaryDirectory() as folder:
-            # Only a session shows whether a provider that was compiled in can run.
-            create_session(_smallest_model(Path(folder)), "onnxruntime-cuda")
-    except ModuleNotFoundError as problem:
-        return Finding(subject=subject, state="warning", detail=f"not tried: {problem}")
-    except EngineUnavailable as problem:
-        return Finding(subject=subject, state="warning", detail=str(problem))
-    return Finding(subject=subject, state="ok", detail="a session runs on the GPU")
-
-
-def _smallest_model(folder: Path) -> Path:
-    import onnx
-    from onnx import TensorProto, helper
-
-    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y")]
-    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "smallest", ends[:1], ends[1:])
-    path = folder / "smallest.onnx"
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8), path)
-    return path
-
-
-def _backend_package(backend: Backend) -> Finding:
-    package = BACKENDS[backend].package
-    try:
-        version = load_package(backend).__version__
-    except EngineUnavailable as problem:
-        return Finding(subject=package.distribution, state="missing", detail=str(problem), install=package.install)
-    return Finding(subject=package.distribution, state="ok", detail=version)
-
-
-def _gpu() -> Finding:
-    try:
-        devices = cuda_devices()
-    except EngineUnavailable as problem:
-        return Finding(subject="gpu", state="missing", detail=str(problem))
-    names = "; ".join(f"{d.name} ({d.compute_capability}, {d.memory_bytes / 2**30:.0f} GiB)" for d in devices)
-    return Finding(subject="gpu", state="ok", detail=f"{names}; driver {driver_version() or 'unknown'}")
-
-
 def _disk(folder: Path) -> Finding:
     free = shutil.disk_usage(folder).free
     state: State = "ok" if free >= ENOUGH_DISK else "warning"
@@ -208,39 +128,22 @@ def _disk(folder: Path) -> Finding:
 
 
 def _memory() -> Finding:
-    memory = psutil.virtual_memory()
-    total, within_limits = memory.total, available_host_bytes()  # of a container too
-    available = memory.available if within_limits is None else within_limits
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available = available_host_bytes()  # of a container too
+    if available is None:
+        detail = f"{total / 1e9:.1f} GB; how much of it is available is not known without /proc"
+        return Finding(subject="memory", state="warning", detail=detail)
     state: State = "ok" if available >= ENOUGH_MEMORY else "warning"
     return Finding(subject="memory", state=state, detail=f"{available / 1e9:.1f} of {total / 1e9:.1f} GB available")
 
 
-def _engine(name: str) -> Finding:
-    subject = f"engine {Path(name).stem}"
+def _engines(names: Sequence[str]) -> Iterator[Finding]:
+    """What backends and engine specs find here, once numpy is there to ask them."""
     try:
-        spec = load_engine_spec(name)
-    except EngineSpecError as problem:
-        return Finding(subject=subject, state="conflict", detail=str(problem))
-    install = BACKENDS[spec.backend].package.install
-    refusals = {"built": _refusal(check_can_build, spec), "run": _refusal(check_can_run, spec)}
-    reasons = [f"cannot be {verb} here: {reason}" for verb, reason in refusals.items() if reason]
-    if not reasons:
-        return Finding(subject=subject, state="ok", detail="can be built and run here")
-    if refusals["built"] == refusals["run"]:
-        reasons = [f"cannot be built or run here: {refusals['run']}"]
-    elif not refusals["built"]:
-        reasons.insert(0, "can be built here")
-    return Finding(
-        subject=subject,
-        state="missing" if refusals["built"] else "warning",
-        detail="; ".join(reasons),
-        install=install if any(install in reason for reason in reasons) else None,
-    )
-
-
-def _refusal(check: Callable[[EngineSpec], None], spec: EngineSpec) -> str:
-    try:
-        check(spec)
-    except (EngineUnavailable, EngineSpecError) as problem:
-        return str(problem)
-    return ""
+        from trsp_deploy.tools.resources.backends import look_at_backends, look_at_engine
+    except ImportError as problem:
+        detail = f"not looked at: a package that they need does not load ({one_line(problem)})"
+        yield Finding(subject="engines", state="missing", detail=detail)
+        return
+    yield from look_at_backends()
+    yield from map(look_at_engine, names)
