@@ -110,7 +110,8 @@ def check_run(
     disturbed, cases = disturbance(derived), comparison.settings.cases
     outcomes = [goal.outcome(comparison.replicates, disturbed, cases) for goal in goals]
     outcomes += _quality(quality, choices, tolerances)
-    said += [*_of_quality(job, spec, quality), *_of_earlier(earlier, before)]
+    said += [*_of_quality(job, spec, quality), *([] if choices is None else choices.cut)]
+    said += _of_earlier(earlier, before)
     return Check(
         schema_version=CHECK_VERSION,
         verdict=worst(outcome.word for outcome in outcomes),

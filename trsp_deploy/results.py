@@ -228,6 +228,7 @@ class TaskScore(Strict):
     task: str
     metric: Metric
     correct: tuple[bool, ...]  # one per item, in the data set's order
+    cut: int | None = None  # items that lost their beginning; None in files older than this key
 
     @property
     def items(self) -> int:

@@ -236,11 +236,17 @@ def test_an_item_that_is_too_long_loses_its_beginning_in_an_engine_too(
         runner.prefill = lambda ids, *rest: seen.append(ids.shape[1]) or prefill(ids, *rest)  # type: ignore[method-assign]
         through_engine = evaluate_zero_shot_engine(runner, folder, ("piqa",), None, "dense")
         assert max(seen) == 24
-        evaluate_zero_shot_engine(runner, folder, ("piqa",), 1, "dense", longest_prompt=20)
+        of_20 = evaluate_zero_shot_engine(runner, folder, ("piqa",), 1, "dense", longest_prompt=20)
         assert seen[-1] == 20
-    assert (
-        through_engine.tasks[0].correct == evaluate_zero_shot(folder, ("piqa",), None, "dense", RECIPE).tasks[0].correct
-    )
+    assert through_engine.tasks == evaluate_zero_shot(folder, ("piqa",), None, "dense", RECIPE).tasks
+    tokens = [
+        len(tiny_tokenizer()(f"Question: {item['goal']}\nAnswer: {item[choice]}")["input_ids"])
+        for item in GOALS
+        for choice in ("sol1", "sol2")
+    ]
+    longest = [max(pair) for pair in zip(tokens[::2], tokens[1::2], strict=True)]
+    assert through_engine.tasks[0].cut == sum(length > 25 for length in longest) > 0
+    assert of_20.tasks[0].cut == 1
 
 
 class Sizes:

@@ -26,7 +26,14 @@ from trsp_deploy.tools.judging.statistics import Ratio
 from trsp_deploy.tools.plan import Pick
 from trsp_deploy.tools.reports import html, markdown, plots
 from trsp_deploy.tools.reports.measured import measured_by
-from trsp_deploy.tools.reports.quality import Price, QualityReport, budget_text, choices_report, quality_report
+from trsp_deploy.tools.reports.quality import (
+    ChoicesReport,
+    Price,
+    QualityReport,
+    budget_text,
+    choices_report,
+    quality_report,
+)
 from trsp_deploy.tools.reports.record import Report, verdict
 from trsp_deploy.tools.reports.rows import (
     comparison_rows,
@@ -341,6 +348,8 @@ def test_accuracy_is_on_the_pages_and_a_run_without_texts_says_nothing_of_them()
     rows = engine_rows(report.model_copy(update={"engines": engines}))
     assert any(row[2] == "accuracy (acc), t0" and row[3] == "75.0%" and "1 of 4 lost" in row[5] for row in rows)
     assert any(row[2] == "accuracy retained" for row in rows)
+    older = {name: task.model_dump(exclude={"cut"}) for name, task in choices.tasks.items()}
+    assert ChoicesReport.model_validate({**dict(choices), "tasks": older}) == choices and choices.cut == []
     assert ("", "", "ppl on text to PyTorch", "1.0000x", "1.0012x", "within 0.5%", "", "") in rows
     unread = [each.model_copy(update={"quality": {}}) for each in engines]
     assert "Perplexity" not in verdict(unread, {})
@@ -369,6 +378,18 @@ def test_accuracy_that_was_asked_for_and_has_no_figure_is_said() -> None:
     two = asked.model_copy(update={"engines": (ran, other.model_copy(update={"choices": choices})), "quality": {}})
     page = html.render(two, {"a": made, "b": made})
     assert "<b>90.0%</b><span>of accuracy retained, b</span>" in page
+
+
+def test_items_that_lost_their_beginning_are_told() -> None:
+    made = made_up()
+    cut, whole = scores("1110"), scores("1011")
+    cut = cut.model_copy(update={"tasks": tuple(task.model_copy(update={"cut": 3}) for task in cut.tasks)})
+    report = made_up_report(made)
+    for found, words in ((cut, "3 of 4 items of t0 are longer than it reads at once"), (whole, "")):
+        engines = tuple(each.model_copy(update={"choices": choices_report(found, found)}) for each in report.engines)
+        judged = report.model_copy(update={"engines": engines})
+        for page in (html.render(judged, {"ort-cpu-fp32": made}), markdown.render(judged)):
+            assert words in page and ("lost their beginning" in page) == bool(words)
 
 
 def test_layers_that_were_edited_by_hand_are_not_called_the_methods() -> None:

@@ -180,7 +180,14 @@ def _answer(subject: Any, name: str, items: Path | None, limit: int | None) -> T
             f"zero-shot task '{name}': an item's {metric} is {part:.2g}, neither right nor wrong; answers are compared "
             "item by item, so take a task that counts each as one of the two"
         )
-    return TaskScore(task=name, metric=metric, correct=tuple(score == 1 for score in scores))
+    cut = sum(_is_cut(subject, sample) for sample in samples)
+    return TaskScore(task=name, metric=metric, correct=tuple(score == 1 for score in scores), cut=cut)
+
+
+def _is_cut(subject: Any, sample: dict[str, Any]) -> bool:
+    """Whether an item is longer, with any of its choices, than what is read in one call, and so lost its beginning."""
+    pairs = (subject._encode_pair(prompt, choice) for prompt, choice in sample["arguments"] if prompt)
+    return any(len(prompt) + len(choice) - 1 > subject.max_length for prompt, choice in pairs)
 
 
 def _metric(sample: dict[str, Any]) -> Literal["acc", "acc_norm"]:

@@ -329,6 +329,7 @@ class PairedAccuracy(Strict):
     lost: int  # dense was right, pruned is wrong
     gained: int
     p_value: float  # exact McNemar test: how likely chance alone makes lost and gained as unequal
+    cut: int | None = None  # items that lost their beginning: longer than what is read at once; None in older reports
 
 
 def paired_accuracy(dense: TaskScore, pruned: TaskScore) -> PairedAccuracy:
@@ -344,6 +345,7 @@ def paired_accuracy(dense: TaskScore, pruned: TaskScore) -> PairedAccuracy:
         lost=lost,
         gained=gained,
         p_value=p_value,
+        cut=dense.cut,  # the pruned model reads the same tokens
     )
 
 

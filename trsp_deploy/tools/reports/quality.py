@@ -92,6 +92,15 @@ class ChoicesReport(Strict):
         """The share retained for people, with its interval and why that decides nothing, where it does not."""
         return self.retained.text(".1%", "", more=_behind(self.few))
 
+    @property
+    def cut(self) -> list[str]:
+        """Tasks whose items were not all read whole, for people, one line each."""
+        return [
+            f"{task.cut} of {task.items} items of {name} are longer than it reads at once: they lost their beginning"
+            for name, task in self.tasks.items()
+            if task.cut
+        ]
+
 
 def _behind(few: str) -> str:
     """What stands behind an interval within its brackets."""

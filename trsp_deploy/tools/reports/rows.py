@@ -249,7 +249,8 @@ def measured_notes(report: Report, engine: EngineReport) -> list[str]:
     lacking = [f"its perplexity on {', '.join(unread)} is not measured"] if unread else []
     if tasks and engine.choices is None:
         lacking.append(f"its accuracy on {', '.join(tasks)} is not measured, or dense has none to retain")
-    return [shapes_note(engine.comparison), *notes(engine.comparison), *lacking]
+    cut = [] if engine.choices is None else engine.choices.cut
+    return [shapes_note(engine.comparison), *notes(engine.comparison), *lacking, *cut]
 
 
 def shapes_note(found: ComparisonReport) -> str:

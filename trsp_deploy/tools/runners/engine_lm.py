@@ -26,7 +26,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         self._runner = runner
         self.tokenizer = tokenizer
         self._batch_size = batch_size
-        self._longest = longest
+        self.max_length = longest  # as lm-eval's own models call it
 
     @property
     def eot_token_id(self) -> int | None:
@@ -65,10 +65,12 @@ class EngineLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 
     def _batch(self, requests: list[Request]) -> list[tuple[float, bool]]:
         longest = max(len(continuation) for _, _, continuation in requests)
-        if longest > self._longest:
-            raise EngineUnavailable(f"a choice of {longest} tokens: model and engine read {self._longest} in one call")
-        # An item that is longer loses its beginning, as it does where lm-eval asks transformers.
-        texts = [(context + continuation)[:-1][-self._longest :] for _, context, continuation in requests]
+        if longest > self.max_length:
+            raise EngineUnavailable(
+                f"a choice of {longest} tokens: model and engine read {self.max_length} in one call"
+            )
+        # An item that is longer loses its beginning, as it does where lm-eval asks transformers; a score counts these.
+        texts = [(context + continuation)[:-1][-self.max_length :] for _, context, continuation in requests]
         input_ids, mask = left_padded(texts)
         try:
             logits = self._runner.prefill(input_ids, mask)  # (batch, sequence, vocabulary)
