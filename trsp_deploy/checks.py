@@ -40,6 +40,7 @@ from trsp_deploy.tools.reports.baselines import (
 )
 from trsp_deploy.tools.reports.quality import ChoicesReport, QualityReport, perplexity_outcomes
 from trsp_deploy.tools.reports.rows import to_pytorch_rows
+from trsp_deploy.tools.sources.overlap import overlap_note
 
 CHECK_VERSION = 1  # of `check.json`
 SHAPES = ("batch_sizes", "prompt_tokens", "new_tokens")  # settings of a measurement that a baseline decides
@@ -157,9 +158,7 @@ def _of_quality(job: Pipeline, spec: EngineSpec, quality: dict[str, QualityRepor
     """What to say beside the quality that was found."""
     for what, dense, pruned, tolerance in to_pytorch_rows(job.proof.check_perplexity(spec)):
         yield f"{what}: dense {dense}, pruned {pruned} ({tolerance})"
-    for name in quality:
-        if job.inputs.is_calibration(name):
-            yield f"'{name}' is the calibration text, and flatters the model"
+    yield from filter(None, (overlap_note(name, job.inputs.overlap(name)) for name in quality))
 
 
 def _of_earlier(earlier: _Earlier | None, before: EngineBaseline | None) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -23,9 +24,11 @@ from trsp_deploy.pipeline import Pipeline
 from trsp_deploy.pipeline.runs import load_recipe
 from trsp_deploy.recipe import BenchSettings, read_recipe
 from trsp_deploy.tools.library import load_engine_spec
+from trsp_deploy.tools.reports.record import Report
 from trsp_deploy.tools.resources import disk, memory_plan
 from trsp_deploy.tools.resources.disk import plan_disk
 from trsp_deploy.tools.runners import open_engine
+from trsp_deploy.tools.sources.overlap import overlap_note
 
 BUILDS, RUNS = ["onnx fp32", "engine ort-cpu-fp32"], ["run ort-cpu-fp32", "evaluation"]  # stages of one engine
 ENGINES = ["ort-cpu-fp32", "tensorrt-rtx-fp16", "ort-cuda-fp16", "tensorrt-fp16"]
@@ -322,25 +325,37 @@ def test_an_engines_perplexity_is_of_the_tokenizer_too(workspace, report):
         assert run.record(f"evaluate-ort-cpu-fp32-manual-{role}").inputs["tokenizer"] == dense
 
 
-def test_a_model_judged_on_its_calibration_text_says_so(workspace, report, tmp_path):
+def test_a_model_judged_on_calibration_text_says_so(workspace, report, tmp_path):
+    """Also where the two share a part: one more paragraph beside the calibration text passed for held-out text."""
     run = shutil.copytree(workspace / "run", tmp_path / "run")
-    said, recipe = (
-        [],
-        read_recipe({**load_recipe(run), "evaluation": {"same": "train.txt", "manual": "test.txt"}}, "test"),
-    )
+    mixed = f"{(workspace / 'train.txt').read_text()}\n\n{(workspace / 'test.txt').read_text()}"
+    (tmp_path / "mixed.txt").write_text(mixed)
+    texts = {"same": "train.txt", "mixed": str(tmp_path / "mixed.txt"), "manual": "test.txt"}
+    said, recipe = [], read_recipe({**load_recipe(run), "evaluation": texts}, "test")
     with RunFolder(run) as folder:
         job = Pipeline(folder, recipe, say=said.append, place=workspace)
         job.inputs.read_evaluation()
-        assert [line for line in said if "is the calibration text" in line] == [
-            "evaluation 'same' is the calibration text: its perplexity flatters what learned from it"
-        ]
-        found = job.proof.evaluate()
+        notes = [overlap_note(name, job.inputs.overlap(name)) for name in texts]
+        assert "evaluation 'same': 100.0% of it stands in the calibration text" in notes[0]
+        assert job.inputs.overlap("manual") < 0.01 < job.inputs.overlap("mixed") < 1
+        assert [line for line in said if "calibration text" in line] == notes[:2]
         settings = BenchSettings(prompt_tokens=(8,), new_tokens=2, budget_s=1.0)
         checked = check_run(job, Tolerances(max_ppl_ratio=100.0), None, "ort-cpu-fp32", settings)
-    assert "'same' is the calibration text, and flatters the model" in checked.notes
+    assert set(notes[:2]) <= set(checked.notes)
     assert not [note for note in checked.notes if "'manual'" in note]
-    assert found["same"]["pruned"].origin.endswith("train.txt (the calibration text itself)")
-    assert "calibration" not in found["manual"]["pruned"].origin
+
+
+def test_a_report_says_which_texts_were_read(workspace, report):
+    calibration, evaluation, _ = Report.model_validate(report).texts
+    assert (calibration.role, calibration.name, calibration.overlap) == ("calibration", "train.txt", None)
+    assert (evaluation.role, evaluation.name) == ("evaluation", "manual")
+    assert evaluation.overlap is not None and 0 <= evaluation.overlap < 0.01
+    for text, file in ((calibration, "train.txt"), (evaluation, "test.txt")):
+        documents = [part.strip("\n") for part in (workspace / file).read_text().split("\n\n") if part.strip()]
+        assert text.sha256 == hashlib.sha256(json.dumps(documents).encode()).hexdigest()
+        assert text.documents == len(documents) and text.origin == file and text.bos is False
+    windows = evaluation.tokens // report["quality"]["manual"]["context_length"]
+    assert evaluation.tokens == report["quality"]["manual"]["tokens"] + windows
 
 
 def test_an_engine_that_another_took_the_place_of_is_not_opened(workspace, report, tmp_path):

@@ -44,6 +44,9 @@ from trsp_deploy.tools.reports.rows import (
     provenance_rows,
     sweep_rows,
 )
+from trsp_deploy.tools.reports.texts import text_report
+from trsp_deploy.tools.sources.texts import Texts
+from trsp_deploy.tools.sources.windows import Extent
 
 
 def test_headlines_are_of_the_least_of_several_shapes_and_name_it() -> None:
@@ -152,14 +155,13 @@ def test_the_page_carries_what_quality_is_derived_from() -> None:
     assert kept["zero-shot-ort-cpu-fp32-dense"]["tasks"][0]["correct"] == [True, True, False, True]
 
 
-@pytest.mark.parametrize("more", ["", " (the calibration text itself)"])
-def test_the_page_carries_no_place_of_this_machine(more: str) -> None:
+def test_the_page_carries_no_place_of_this_machine() -> None:
     """Its download had the path of the evaluation text, which the page itself shows by name alone."""
-    made, read = made_up(), by_documents([1.0, 2.0]).model_copy(update={"origin": f"/home/alice/secret/held.txt{more}"})
+    made, read = made_up(), by_documents([1.0, 2.0]).model_copy(update={"origin": "/home/alice/secret/held.txt"})
     page = html.render(made_up_report(made), {"ort-cpu-fp32": made}, {"evaluate-text-dense": read})
     packed = re.findall(r'href="data:application/gzip;base64,([^"]+)"', page)
     kept = "".join(gzip.decompress(base64.b64decode(data)).decode() for data in packed)
-    assert "alice" not in kept and f'"origin":"held.txt{more}"' in kept
+    assert "alice" not in kept and '"origin":"held.txt"' in kept
 
 
 def budgets(quality: dict[str, QualityReport]) -> str:
@@ -378,6 +380,25 @@ def test_accuracy_that_was_asked_for_and_has_no_figure_is_said() -> None:
     two = asked.model_copy(update={"engines": (ran, other.model_copy(update={"choices": choices})), "quality": {}})
     page = html.render(two, {"a": made, "b": made})
     assert "<b>90.0%</b><span>of accuracy retained, b</span>" in page
+
+
+def test_texts_are_told_with_what_identifies_them() -> None:
+    made = made_up()
+    report = made_up_report(made)
+    text = Texts(name="held.txt", origin="/home/alice/held.txt", documents=("a", "b"), fingerprint="f" * 64)
+    read = text_report("text", "evaluation", text, Extent(640, bos=False), 0.25)
+    learned = text_report("learned.txt", "calibration", text, Extent(9_000, bos=True))
+    judged = report.model_copy(update={"texts": (learned, read)})
+    note = "evaluation 'text': 25.0% of it stands in the calibration text, and flatters what learned from it"
+    assert dict(model_rows(judged))["overlap"] == note
+    rows = dict(provenance_rows(judged))
+    assert rows["text text"] == f"held.txt; 2 documents, 640 tokens, windows without BOS; SHA-256 {'f' * 64}"
+    assert "9,000 tokens, each window after BOS" in rows["calibration text learned.txt"]
+    assert "f" * 64 in html.render(judged, {"ort-cpu-fp32": made}) and note in markdown.render(judged)
+    older = report.model_dump(mode="json")
+    del older["texts"]
+    assert Report.model_validate(older) == report and dict(provenance_rows(report))["text text"] == "made up"
+    assert "overlap" not in dict(model_rows(report))
 
 
 def test_items_that_lost_their_beginning_are_told() -> None:

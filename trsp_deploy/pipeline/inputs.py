@@ -6,7 +6,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,18 +22,28 @@ from trsp_deploy.recipe import BenchSettings, Recipe
 from trsp_deploy.results import Role
 from trsp_deploy.stages.bench import check_positions
 from trsp_deploy.tools.measuring.subjects import positions_of
+from trsp_deploy.tools.reports.texts import TextReport, text_report
 from trsp_deploy.tools.sources.kept_texts import is_small, keep_text, kept_text
 from trsp_deploy.tools.sources.mixture import joined, mix_windows
 from trsp_deploy.tools.sources.model_folders import copy_model, fingerprint_model
 from trsp_deploy.tools.sources.models import ModelSource, model_config, resolve_model
 from trsp_deploy.tools.sources.names import SHORT_NAMES, is_model_folder
+from trsp_deploy.tools.sources.overlap import overlap, overlap_note
 from trsp_deploy.tools.sources.texts import PACKAGED_TEXTS, Texts, documents_of, load_texts
 from trsp_deploy.tools.sources.texts import SHORT_NAMES as TEXT_NAMES
 from trsp_deploy.tools.sources.texts import Role as TextRole
-from trsp_deploy.tools.sources.windows import known_windows
+from trsp_deploy.tools.sources.windows import Extent, extent_of, known_windows
 
 # Windows are drawn from so many times as much text as is read: all of WikiText-2, and a part of a corpus of gigabytes.
 POOL = 16
+
+
+class _Calibration(NamedTuple):
+    """The calibration texts as windows (windows, context_length)."""
+
+    train: torch.Tensor
+    held_out: torch.Tensor
+    extents: tuple[Extent, ...]  # of each text what windows are drawn from
 
 
 class Inputs:
@@ -135,12 +145,22 @@ class Inputs:
         """Read every text that the model is judged on as its tokens; raises TextError."""
         for name in self.recipe.evaluation:
             self.evaluation_windows(name)
-            if self.is_calibration(name):
-                self.say(f"evaluation '{name}' is the calibration text: its perplexity flatters what learned from it")
+            if note := overlap_note(name, self.overlap(name)):
+                self.say(note)
 
-    def is_calibration(self, name: str) -> bool:
-        """Whether an evaluation text is one that the run calibrates and trains on."""
-        return self.evaluation_texts(name).fingerprint in {text.fingerprint for text in self._calibration()}
+    @functools.cache
+    def overlap(self, name: str) -> float:
+        """Share of an evaluation text that stands in the texts that the run calibrates and trains on."""
+        return overlap(self.evaluation_texts(name), self._calibration())
+
+    def text_reports(self) -> tuple[TextReport, ...]:
+        """Which texts the run's figures rest on."""
+        calibration = zip(self.recipe.public.calibration.texts, self._calibration(), self._read.extents, strict=True)
+        found = [text_report(name, "calibration", text, read) for name, text, read in calibration]
+        for name in self.recipe.evaluation:
+            read = extent_of(self.evaluation_windows(name)[0], self.tokenizer())
+            found.append(text_report(name, "evaluation", self.evaluation_texts(name), read, self.overlap(name)))
+        return tuple(found)
 
     def _check(self, wanted: dict[str, int]) -> None:
         self.dense()
@@ -181,9 +201,12 @@ class Inputs:
         named = self.recipe.calibration.texts
         return tuple(self._text(name, "calibration", str(number)) for number, name in enumerate(named, start=1))
 
-    @functools.cache
     def calibration_windows(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Windows to train on and windows held out, (windows, context_length) each."""
+        return self._read.train, self._read.held_out
+
+    @functools.cached_property
+    def _read(self) -> _Calibration:
         settings = self.recipe.calibration
         self._check({"calibration.context_length": settings.context_length})
         drawn_from = POOL * (settings.max_windows + settings.validation_windows)
@@ -199,7 +222,8 @@ class Inputs:
                 self.say(
                     f"calibration text '{text.name}': windows are drawn from its first {windows.numel():,} tokens alone"
                 )
-        return mix_windows(texts, settings.max_windows, settings.validation_windows, self.recipe.seed)
+        train, held_out = mix_windows(texts, settings.max_windows, settings.validation_windows, self.recipe.seed)
+        return _Calibration(train, held_out, tuple(extent_of(windows, self.tokenizer()) for windows in texts))
 
     @functools.cache
     def evaluation_texts(self, name: str) -> Texts:

@@ -178,7 +178,7 @@ class Proof:
     def _perplexity_step(self, name: str, role: Role) -> Step:
         return Step(
             steps.evaluate(name, role),
-            lambda: self._reference_settings(name),
+            lambda: self._reference_settings,
             lambda: {"model": self.inputs.made(role), "text": self.inputs.evaluation_texts(name).fingerprint},
             schema=EvaluateSettings,
         )
@@ -194,7 +194,7 @@ class Proof:
     def _engine_perplexity_step(self, spec: EngineSpec, name: str, role: Role) -> Step:
         return Step(
             steps.evaluate(name, role, spec.name),
-            lambda: self._text_settings(name),
+            lambda: self._text_settings,
             # An export need not hold the tokenizer, so that the same engine may read a text as other tokens.
             lambda: {
                 "engine": self.engines.made(spec, role),
@@ -297,15 +297,13 @@ class Proof:
         )
 
     def _perplexity(self, name: str, role: Role) -> Perplexity:
-        self.inputs.evaluation_texts(name)  # one that is not there is said before a model is made
+        origin = self.inputs.evaluation_texts(name).origin  # one that is not there is said before a model is made
         model = self.pruning.ready(role)
 
         def work() -> Perplexity:
             windows, documents = self.inputs.evaluation_windows(name)
             with quiet_libraries():
-                return evaluate.evaluate_perplexity(
-                    model, windows, name, role, self._origin(name), self.recipe, documents
-                )
+                return evaluate.evaluate_perplexity(model, windows, name, role, origin, self.recipe, documents)
 
         return self.run.do(self._perplexity_step(name, role), work, Perplexity)
 
@@ -317,10 +315,11 @@ class Proof:
 
     def _engine_perplexity(self, spec: EngineSpec, name: str, role: Role, opened: Callable[[], Runner]) -> Perplexity:
         self.pruning.ready("dense")
+        origin = self.inputs.evaluation_texts(name).origin
 
         def work() -> Perplexity:
             windows, documents = self.inputs.evaluation_windows(name)
-            return evaluate.evaluate_engine(opened(), windows, name, role, self._origin(name), spec.name, documents)
+            return evaluate.evaluate_engine(opened(), windows, name, role, origin, spec.name, documents)
 
         return self.run.do(self._engine_perplexity_step(spec, name, role), work, Perplexity)
 
@@ -342,17 +341,13 @@ class Proof:
         slowed = bench.slowed_on_purpose()
         return {**self.recipe.bench.model_dump(mode="json"), **({"slowed": slowed} if slowed else {})}
 
-    def _text_settings(self, name: str) -> dict[str, Any]:
-        read = self.recipe.evaluate.model_dump(include={"context_length", "max_tokens"})
-        return {**read, "calibration": True} if self.inputs.is_calibration(name) else read
+    @property
+    def _text_settings(self) -> dict[str, Any]:
+        return self.recipe.evaluate.model_dump(include={"context_length", "max_tokens"})
 
-    def _reference_settings(self, name: str) -> dict[str, Any]:
-        return {**self._text_settings(name), "device": str(pick_device(self.recipe))}  # decides the precision
-
-    def _origin(self, name: str) -> str:
-        """Where an evaluation text is from, for people."""
-        origin = self.inputs.evaluation_texts(name).origin
-        return f"{origin} (the calibration text itself)" if self.inputs.is_calibration(name) else origin
+    @property
+    def _reference_settings(self) -> dict[str, Any]:
+        return {**self._text_settings, "device": str(pick_device(self.recipe))}  # decides the precision
 
     @property
     def _task_settings(self) -> dict[str, Any]:

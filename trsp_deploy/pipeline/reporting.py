@@ -57,6 +57,7 @@ def make_report(proof: Proof) -> Report:
         plan=plan_report(pruning.plan()),
         provenance=now,
         measured=measured_by(made, now),
+        texts=inputs.text_reports(),
     )
     return write_pages(proof, report)
 

@@ -15,6 +15,7 @@ from trsp_deploy.tools.plan import PruningPlan
 from trsp_deploy.tools.reports.measured import Measured
 from trsp_deploy.tools.reports.quality import ChoicesReport, Price, QualityReport, price_sentences
 from trsp_deploy.tools.reports.sweeps import Sweep
+from trsp_deploy.tools.reports.texts import TextReport
 from trsp_deploy.tools.triton_server.served import ServedReport, served_sentence
 
 SCHEMA_VERSION = 2
@@ -87,6 +88,7 @@ class Report(Strict):
     plan: PruningPlan
     provenance: Provenance  # of writing the report
     measured: tuple[Measured, ...] = ()  # each measurement that it rests on
+    texts: tuple[TextReport, ...] = ()  # that were read; empty in files older than this key
 
 
 def model_report(

@@ -12,6 +12,7 @@ from trsp_deploy.tools.reports.measured import measured_rows
 from trsp_deploy.tools.reports.quality import ChoicesReport, Price, QualityReport, budget_text
 from trsp_deploy.tools.reports.record import EngineReport, Report, prices
 from trsp_deploy.tools.reports.sweeps import Point, Sweep, token_s
+from trsp_deploy.tools.reports.texts import text_rows
 from trsp_deploy.tools.triton_server.served import served_notes
 
 FITTED = {"span": " after a fold", "layers": " after a refit"}  # in closed form, before the transfer
@@ -63,6 +64,7 @@ def model_rows(report: Report) -> list[tuple[str, str]]:
                 f"{text.dense_ppl:.2f} -> {text.pruned_ppl:.2f} = {text.shown(f'; {text.tokens:,} tokens')}",
             )
         )
+    rows += [("overlap", text.note) for text in report.texts if text.note]
     found = prices(report.engines, report.quality)
     through_engines = any(price.engine is not None for price in found)
     for price in found:  # PyTorch's beside engines' is of texts alone that none of them has read
@@ -94,7 +96,7 @@ def _unmeasured(report: Report, price: Price) -> list[str]:
 def provenance_rows(report: Report) -> list[tuple[str, str]]:
     """With what the report was written, when its figures were taken, and what was another one then."""
     made = [*machine_rows(report.provenance, report.model.origin), *measured_rows(report.measured)]
-    texts = ((f"text {name}", text.origin) for name, text in report.quality.items())
+    texts = text_rows(report.texts) or [(f"text {name}", text.origin) for name, text in report.quality.items()]
     return [*made, ("seed", str(report.recipe.seed)), *texts]
 
 

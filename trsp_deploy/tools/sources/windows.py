@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trsp_deploy.errors import ModelError
 from trsp_deploy.tools.sources.texts import Texts, tokenize_windows
 
 if TYPE_CHECKING:
     import torch
+
+
+class Extent(NamedTuple):
+    """How a text was read."""
+
+    tokens: int
+    bos: bool  # whether every window begins with the tokenizer's BOS
+
+
+def extent_of(windows: torch.Tensor, tokenizer: Any) -> Extent:
+    """How a text was read as windows (windows, length)."""
+    begins = tokenizer.bos_token_id
+    return Extent(windows.numel(), begins is not None and bool((windows[:, 0] == begins).all()))
 
 
 def known_windows(
