@@ -17,11 +17,12 @@ from tests.made_run import made_sweep
 from tests.tiny import english, save_tiny, tiny_model
 from trsp_deploy import cli
 from trsp_deploy.artifacts import RunFolder, fingerprint
-from trsp_deploy.errors import EngineUnavailable
-from trsp_deploy.pipeline import Pipeline, engines
+from trsp_deploy.errors import EngineUnavailable, RecipeError
+from trsp_deploy.pipeline import Pipeline, engines, prune_and_build
 from trsp_deploy.pipeline.runs import load_recipe, no_longer_has, place_of, save_recipe
 from trsp_deploy.recipe import EngineSpec, read_recipe
 from trsp_deploy.tools.exporters import optimum
+from trsp_deploy.tools.resources import disk
 
 SETTINGS = [
     "calibration.context_length=32",
@@ -294,6 +295,80 @@ def test_a_model_that_cannot_write_is_refused_before_layers_are_chosen(place: Pa
     done = trsp_deploy(*command, *with_text, "--out", "run", cwd=tmp_path)
     assert done.code == 1 and "has nothing to begin a text with" in done.last, done.stderr
     assert not (tmp_path / "run" / "plan.json").exists()
+
+
+@pytest.fixture
+def changed(place: Path, run: Path) -> Path:
+    """The run, beside another model under the name of its own, which holds for shorter texts."""
+    for name in ("train.txt", "test.txt"):
+        shutil.copy(place / name, run.parent)
+    (run / ".place").write_text(str(run.parent))
+    save_tiny("llama", run.parent / "tiny", seed=1, max_position_embeddings=24)
+    return run
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["export", "run"],
+        ["prune", "--model", "tiny", "--drop", "2", "--calibration", "train.txt", "--out", "run"],
+        ["prune", "--model", "tiny", "--drop", "3", "--calibration", "train.txt", "--out", "run"],
+        ["prune-and-build", "--model", "tiny", "--drop", "2", "--calibration", "train.txt", "--out", "run"],
+    ],
+)
+def test_a_model_that_changed_under_its_name_takes_no_place_where_it_is_refused(
+    changed: Path, command: list[str]
+) -> None:
+    """It was `dense/` by the time that it was."""
+    before = files(changed)
+    options = [*OPTIONS, "--set", "evaluation={manual: test.txt}"] if command[0].startswith("prune") else []
+    done = trsp_deploy(*command, *options, cwd=changed.parent)
+    assert done.code == 1 and "calibration.context_length 32: tiny has 24 positions" in done.last, done.stderr
+    assert files(changed) == before
+
+
+@pytest.mark.parametrize("command", ["evaluate", "report"])
+def test_a_changed_model_that_cannot_be_judged_takes_no_place(changed: Path, command: str) -> None:
+    save_tiny("llama", changed.parent / "tiny", seed=1, max_position_embeddings=40)
+    before = files(changed)
+    done = trsp_deploy(command, "run", cwd=changed.parent)
+    assert done.code == 1 and "evaluate.context_length 64: tiny has 40 positions" in done.last, done.stderr
+    assert files(changed) == before
+
+
+def test_a_model_that_changed_under_its_name_takes_no_place_in_a_run_that_is_made_from_python(changed: Path) -> None:
+    before = files(changed)
+    with (
+        RunFolder(changed) as run,
+        pytest.raises(RecipeError, match="tiny has 24 positions"),
+    ):
+        prune_and_build(Pipeline(run, read_recipe(load_recipe(changed), "run"), place=changed.parent))
+    assert files(changed) == before
+
+
+def test_an_edited_plan_is_asked_about_before_a_changed_model_takes_its_place(changed: Path) -> None:
+    save_tiny("llama", changed.parent / "tiny", seed=1)
+    path = changed / "plan.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "dropped": [2, 4], "kept": [0, 1, 3, 5]}))
+    before = fingerprint(changed / "dense")
+    command = ["prune", "--model", "tiny", "--drop", "2", "--calibration", "train.txt", "--out", "run"]
+    done = trsp_deploy(*command, *OPTIONS, "--set", "plan.method=uidl", cwd=changed.parent)
+    assert done.code == 1 and "was edited by hand, and settings that choose layers are others now" in done.last
+    assert fingerprint(changed / "dense") == before
+
+
+def test_what_a_changed_model_needs_is_asked_before_it_takes_its_place(
+    place: Path, changed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All was there, as far as the records tell: an estimate took everything for finished."""
+    save_tiny("llama", changed.parent / "tiny", seed=1)
+    before = files(changed)
+    monkeypatch.setattr(disk, "free_bytes", lambda path: 1000)
+    command = ["prune-and-build", "--model", "tiny", "--drop", "2", "--calibration", "train.txt", "--out", "run"]
+    more = ["--set", "evaluation={manual: test.txt}", "--set", "engines=[ort-cpu-int8]"]  # whose build reads the text
+    done = trsp_deploy(*command, *OPTIONS, *more, cwd=changed.parent)
+    assert done.code == 1 and "pruned there" not in done.said and "0.00 GB are free" in done.last, done.stderr
+    assert files(changed) == before
 
 
 def test_pruning_anew_keeps_what_a_run_is_judged_on(place: Path, run: Path) -> None:

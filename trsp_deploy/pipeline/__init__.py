@@ -105,7 +105,7 @@ def _check_shares(recipe: Recipe, count: int, planned: bool = False) -> None:
 
 def check_before_work(job: Pipeline) -> None:
     """Raise what would otherwise be raised after hours: texts and tasks that are not there, windows too long, a model
-    that cannot be exported.
+    that cannot be exported. What the run has, `dense/` too, is as it was by then.
 
     Texts come first: the model may have to be downloaded. Tasks that were answered are not asked for again, nor is an
     export that is there tried.
@@ -122,7 +122,7 @@ def check_before_work(job: Pipeline) -> None:
         if not answers or not answers <= finished:
             zeroshot.check_tasks(job.recipe.evaluate.tasks)
         if not finished.issuperset(steps.export("dense", spec.graph_precision) for spec in buildable):
-            export.check_exportable(job.inputs.path("dense"), job.recipe.export, job.inputs.say)
+            export.check_exportable(job.inputs.readable(), job.recipe.export, job.inputs.say)
 
     _tried_by_main(job.run, judged)
 

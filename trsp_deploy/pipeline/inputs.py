@@ -78,7 +78,7 @@ class Inputs:
     def dense(self) -> ModelSource:
         """The dense model, as the folder `dense/`."""
         # Downloaded or unpacked by the main process, which alone may have the model's folder.
-        found: tuple[ModelSource, str] = self.run.from_main(self._source() if self.run.main else None)
+        found: tuple[ModelSource, str] = self.run.from_main(self._source if self.run.main else None)
         source, sha256 = found
         self.run.do(self.dense_step(lambda: {"model": sha256}), lambda: self._copy_dense(source), ModelSource)
         return source
@@ -86,6 +86,28 @@ class Inputs:
     def dense_step(self, inputs: Callable[[], Mapping[str, str]]) -> Step:
         """inputs: the fingerprint of the model, which takes reading it, by the name `model`."""
         return Step(steps.DENSE, lambda: {"model": self.recipe.model}, inputs, self.made("dense").path)
+
+    def model_at_hand(self) -> dict[str, str] | None:
+        """The fingerprint of the model as it is now, by the name `model`, where it is a folder here; else None.
+
+        Reads it, once in a process. Of several machines only the main process's need have it, so that it is found to
+        be another when it is asked for. Raises ModelError for one that cannot be used.
+        """
+        return {"model": self._source[1]} if is_model_folder(self.model) and not launched_as_several() else None
+
+    def is_of_another_model(self) -> bool:
+        """Whether the run has a copy of another model than lies under the name by now; raises ModelError."""
+        record = self.run.record(steps.DENSE)
+        now = None if record is None else self.model_at_hand()
+        return record is not None and now is not None and record.inputs != now
+
+    def readable(self) -> Path:
+        """A folder with the dense model's config and tokenizer. Of a model that `dense/` is still to be made of it is
+        its own, for what is refused by them leaves what the run has."""
+        if launched_as_several():  # of several machines the main process's alone may have the model
+            self.dense()
+            return self.path("dense")
+        return Path(self._source[0].path)
 
     def made(self, role: Role) -> Made:
         """The role's Hugging Face folder, as an input of what is made of it."""
@@ -96,6 +118,7 @@ class Inputs:
         kept = self._kept_model()
         return model_config(self.model, self.say) if kept is None else load_config(self.path("dense"))
 
+    @functools.cached_property
     def _source(self) -> tuple[ModelSource, str]:
         """Where the dense model is, and its fingerprint.
 
@@ -125,16 +148,19 @@ class Inputs:
 
     def check_lengths(self) -> None:
         """Raise RecipeError where windows or prompts are longer than the model was made for."""
+        self.check_context_lengths()
+        self.check_bench(self.recipe.bench)
+
+    def check_context_lengths(self) -> None:
+        """The same of windows alone."""
         wanted = {"calibration.context_length": self.recipe.calibration.context_length}
         if self.recipe.evaluation:
             wanted["evaluate.context_length"] = self.recipe.evaluate.context_length
         self._check(wanted)
-        self.check_bench(self.recipe.bench)
 
     def check_bench(self, settings: BenchSettings) -> None:
         """Raise RecipeError where a measurement's prompt and new tokens are more than the model was made for."""
-        self.dense()
-        check_positions(settings, positions_of(self.path("dense")), self.recipe.public.model)
+        check_positions(settings, positions_of(self.readable()), self.recipe.public.model)
 
     def find_evaluation(self) -> None:
         """Read every text that the model is judged on, without the model; raises TextError."""
@@ -163,8 +189,7 @@ class Inputs:
         return tuple(found)
 
     def _check(self, wanted: dict[str, int]) -> None:
-        self.dense()
-        positions = known_positions(self.path("dense"))
+        positions = known_positions(self.readable())
         longer = [name for name, length in wanted.items() if positions is not None and length > positions]
         if longer:
             raise RecipeError(
@@ -188,8 +213,7 @@ class Inputs:
     @functools.cache
     def tokenizer(self) -> Any:
         """Tokenizer of the dense model."""
-        self.dense()
-        return load_tokenizer(self.path("dense"))
+        return load_tokenizer(self.readable())
 
     @functools.cache
     def calibration_texts(self) -> Texts:
@@ -292,7 +316,7 @@ class Inputs:
     @functools.cache
     def _vocabulary(self) -> int:
         """Number of tokens that the dense model has embeddings for."""
-        embeddings: Any = meta_model(load_config(self.path("dense"))).get_input_embeddings()
+        embeddings: Any = meta_model(load_config(self.readable())).get_input_embeddings()
         return int(embeddings.num_embeddings)
 
 

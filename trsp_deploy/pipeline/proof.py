@@ -297,7 +297,8 @@ class Proof:
         )
 
     def _perplexity(self, name: str, role: Role) -> Perplexity:
-        origin = self.inputs.evaluation_texts(name).origin  # one that is not there is said before a model is made
+        origin = self.inputs.evaluation_texts(name).origin  # what is wrong with a text is said before a model is made
+        self.inputs.check_context_lengths()
         model = self.pruning.ready(role)
 
         def work() -> Perplexity:

@@ -78,8 +78,8 @@ class Pruning:
     @functools.cache
     def plan(self) -> PruningPlan:
         """Which layers go, as `plan.json`: chosen, handed in, or edited by hand."""
+        whose = self._persons_plan()  # which may be refused, and a changed model would be `dense/` by then
         self._get_model_and_text()
-        whose = self._persons_plan()
         plan = None if whose is None else read_plan(whose[1], self.inputs.num_layers())
         # Without it a person's plan would pass for a choice of this run.
         person = {} if plan is None or whose is None else {whose[0]: seal(plan.model_dump(mode="json"))}
@@ -232,8 +232,8 @@ class Pruning:
         return found
 
     def _ask_dense(self, found: Finished) -> None:
-        """A model that is another by now is found when it is read."""
-        found.ask(self.inputs.dense_step(lambda: found.recorded(steps.DENSE, "model")))
+        """A model that is no folder here is what the run has of it."""
+        found.ask(self.inputs.dense_step(lambda: self.inputs.model_at_hand() or found.recorded(steps.DENSE, "model")))
 
     def _ask_plan(self, found: Finished, count: int | None) -> None:
         def settings() -> dict[str, Any]:

@@ -34,6 +34,7 @@ from trsp_deploy.tools.triton_server.served import derive, of_another_engine
 def make_report(proof: Proof) -> Report:
     """Write report.json, report.md and report.html, and the manifest of the run; measures what is not measured yet."""
     inputs, pruning = proof.inputs, proof.pruning
+    inputs.check_context_lengths()
     source, checkpoint = inputs.dense(), pruning.prune()
     parity = proof.check_onnx() + proof.check_engines()  # before anything is timed
     quality = {name: quality_report(ppl["dense"], ppl["pruned"]) for name, ppl in proof.evaluate().items()}

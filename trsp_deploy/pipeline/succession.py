@@ -28,7 +28,7 @@ def check_succession(job: Pipeline, plan: Path | None, *, chosen: bool) -> None:
         raise RunError(f"{folder}: is a run of {was}; give --out for one of {now}")
     if was != now and not launched_as_several():  # of several machines the main process's alone may have the model
         _check_other_model(job, plan)
-    elif before != job.recipe or was != now:
+    elif job.inputs.is_of_another_model() or before != job.recipe or was != now:
         _check_other_settings(job, before, plan)
 
 
@@ -39,17 +39,20 @@ def _where(model: str) -> Path | str:
 
 
 def _check_other_model(job: Pipeline, plan: Path | None) -> None:
-    """What can be told from its config alone: asked for the model itself, a run makes it `dense/`."""
-    _check_cut(job.recipe, plan, model_config(job.inputs.model, job.inputs.say).num_hidden_layers)
-    job.inputs.calibration_texts()
-    job.inputs.find_evaluation()
+    """Of a model that may have to be downloaded, before there is known to be room for it, its config alone is read."""
+    inputs = job.inputs
+    _check_cut(job.recipe, plan, model_config(inputs.model, inputs.say).num_hidden_layers)
+    inputs.calibration_texts()
+    inputs.find_evaluation()
+    if inputs.model_at_hand() is not None:
+        inputs.calibration_windows()
 
 
 def _check_other_settings(job: Pipeline, before: Recipe, plan: Path | None) -> None:
     """What differs is tried; what was there before was tried then."""
     recipe = job.recipe
     _check_cut(recipe, plan, job.inputs.num_layers())
-    if recipe.calibration != before.calibration:
+    if recipe.calibration != before.calibration or job.inputs.is_of_another_model():
         job.inputs.calibration_windows()
     if (recipe.evaluation, recipe.evaluate) != (before.evaluation, before.evaluate):
         job.inputs.read_evaluation()
