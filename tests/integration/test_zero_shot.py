@@ -28,6 +28,7 @@ from trsp_deploy.stages import zeroshot
 from trsp_deploy.stages.zeroshot import TASKS, check_tasks, evaluate_zero_shot, evaluate_zero_shot_engine
 from trsp_deploy.tools.reports.record import Report
 from trsp_deploy.tools.runners.ort import OrtRunner
+from trsp_deploy.tools.sources.choice_items import load_items
 from trsp_deploy.tools.sources.packaged import ASSETS, find_asset
 
 RECIPE = read_recipe({"model": "tiny", "device": "cpu"}, "test")
@@ -42,6 +43,17 @@ GOALS = [
         "label": n % 2,
     }
     for n in range(6)
+]
+
+
+ITEMS = [
+    {
+        "prompt": f"Question: {item['goal']}\nAnswer:",
+        "choices": [item["sol1"], item["sol2"]],
+        "answer": item["label"],
+        "id": "an item's own, which is nobody's concern",
+    }
+    for item in GOALS
 ]
 
 
@@ -137,6 +149,59 @@ def test_answers_are_those_of_the_likelier_choice(tiny: Path, own_items: None) -
     expected = tuple(likelier_choice(tiny, item) == item["label"] for item in GOALS)
     assert found.role == "dense" and found.tasks[0].correct == expected
     assert found.tasks[0].items == 6 and found.tasks[0].accuracy == sum(expected) / 6 == found.mean_accuracy
+
+
+def items_file(folder: Path, *lines: str) -> str:
+    (folder / "tins.jsonl").write_text("\n".join(lines))
+    return str(folder / "tins.jsonl")
+
+
+@needs_lm_eval
+def test_items_of_ones_own_are_asked_as_those_of_a_stock_task(
+    tiny: Path, own_items: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PIQA's choices are shorter and longer, so that acc_norm, by which these are scored, would tell another task."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    own = load_items(items_file(tmp_path, *map(json.dumps, ITEMS), ""))
+    found, packaged = evaluate_zero_shot(tiny, (own, "piqa"), 5, "dense", RECIPE).tasks
+    monkeypatch.setitem(TASKS, "piqa", TASKS["piqa"].model_copy(update={"metric": "acc_norm"}))
+    stock = evaluate_zero_shot(tiny, ("piqa",), 5, "dense", RECIPE).tasks[0]
+    assert (found.task, found.metric, packaged.metric) == ("tins.jsonl", "acc_norm", "acc")
+    assert found.correct == stock.correct and len(found.correct) == 5
+    assert not (tmp_path / "hub").exists()  # nothing is left in the user's cache
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", "line 2: "),
+        ("[]", "line 2: "),
+        ('{"prompt": "p", "choices": ["a", "b"]}', "line 2: key 'answer'"),
+        ('{"prompt": "p", "choices": ["a", "b"], "answer": true}', "key 'answer': "),
+        ('{"prompt": "p", "choices": ["a", "b"], "answer": "0"}', "key 'answer': "),
+        ('{"prompt": "p", "choices": ["a", "b"], "answer": 2}', "answer is 2 where there are 2 choices"),
+        ('{"prompt": "p", "choices": ["a", "b"], "answer": -1}', "key 'answer': "),
+        ('{"prompt": "p", "choices": ["a", "a"], "answer": 0}', "two of the choices are the same"),
+        ('{"prompt": "p", "choices": ["a"], "answer": 0}', "key 'choices': "),
+        ('{"prompt": "", "choices": ["a", "b"], "answer": 0}', "key 'prompt': "),
+        ('{"prompt": "\\ud800", "choices": ["a", "b"], "answer": 0}', "line 2: "),
+    ],
+)
+def test_a_line_that_is_no_item_is_named_with_what_would_be_one(line: str, said: str, tmp_path: Path) -> None:
+    right = json.dumps({"prompt": "p", "choices": ["a", "b"], "answer": 0})
+    with pytest.raises(TextError) as caught:
+        load_items(items_file(tmp_path, right, line))
+    message = str(caught.value)
+    assert said in message and "tins.jsonl': line 2" in message and "\n" not in message
+    assert 'an item is {"prompt": "...", "choices": ["...", "..."], "answer": 0}' in message
+
+
+@pytest.mark.parametrize(("lines", "said"), [((), "holds no items"), (("", " "), "holds no items")])
+def test_a_file_without_items_is_refused(lines: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    with pytest.raises(TextError, match=said):
+        load_items(items_file(tmp_path, *lines))
+    with pytest.raises(TextError, match="no such file"):
+        load_items("gone.jsonl")
 
 
 @needs_lm_eval
@@ -385,6 +450,29 @@ def test_a_task_that_brings_examples_is_asked_without_and_twice_alike(
     assert len(prompts[0]) == 2 * len(GOALS) and set(prompts[0]) == wanted, "examples would stand before them"
 
 
+def judge_elsewhere_and_otherwise(report: Report, capsys: pytest.CaptureFixture[str]) -> None:
+    """The run's copy of items that are gone stands for them; other items in their place are asked."""
+    items, records = Path("own/tins.jsonl"), Path("run/records")
+    (record,) = [path for path in records.iterdir() if path.name.startswith("zero-shot") and "dense" in path.name]
+    before = record.read_text()
+    items.unlink()
+    capsys.readouterr()
+    assert cli.run(["report", "run"]) == 0
+    said = capsys.readouterr()
+    assert (
+        "zero-shot task 'own/tins.jsonl': no such file here; going on with the run's copy of it" in said.err + said.out
+    )
+    assert record.read_text() == before
+    items_file(Path("own"), *map(json.dumps, ITEMS[:4]))
+    assert cli.run(["report", "run"]) == 0
+    said = capsys.readouterr()
+    assert "items of tins.jsonl" in said.err + said.out
+    now = Report.model_validate_json(Path("run/report.json").read_text()).engines[0].choices
+    assert now is not None and report.engines[0].choices is not None
+    assert now.tasks["tins.jsonl"].items == 4 and now.tasks["piqa"] == report.engines[0].choices.tasks["piqa"]
+    assert "own/" not in Path("run/report.md").read_text()
+
+
 @needs_lm_eval
 @BREADTH
 @pytest.mark.alone
@@ -398,11 +486,14 @@ def test_a_job_with_a_task_reports_and_judges_its_accuracy(
     sets += ["plan.method=shortgpt", "transfer.form=none", "evaluation={}", "engines=[ort-cpu-fp32]"]
     sets += ["bench.prompt_tokens=8", "bench.new_tokens=2", "bench.budget_s=1", "bench.control=false"]
     options = [option for each in sets for option in ("--set", each)]
+    Path("own").mkdir()
+    items_file(tmp_path / "own", *map(json.dumps, ITEMS))
     build = ["prune-and-build", "--model", "tiny", "--drop", "3", "--calibration", "text.txt", "--task", "piqa"]
+    build += ["--task", "own/tins.jsonl"]
     assert cli.run([*build, *options, "--out", "run", "--json"]) == 0, capsys.readouterr().err
     report = Report.model_validate_json(Path("run/report.json").read_text())
     found = report.engines[0].choices
-    assert found is not None and list(found.tasks) == ["piqa"]
+    assert found is not None and list(found.tasks) == ["piqa", "tins.jsonl"]
     dense, pruned = (
         [likelier_choice(folder, item) == item["label"] for item in GOALS]
         for folder in (Path("run/dense"), Path("run/pruned"))
@@ -419,6 +510,7 @@ def test_a_job_with_a_task_reports_and_judges_its_accuracy(
     assert outcome["requirement"]["source"] == "--min-accuracy-retained"
     assert outcome["found"] == said["choices"]["retained"] == found.retained.model_dump()
     assert (code, said["verdict"]) == (3, "inconclusive"), "six items decide nothing"
+    judge_elsewhere_and_otherwise(report, capsys)
 
 
 @needs_lm_eval

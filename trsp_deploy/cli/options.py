@@ -103,7 +103,7 @@ Tasks = Annotated[
     list[str] | None,
     typer.Option(
         "--task",
-        help="Zero-shot choice task: piqa, copa (`fetch piqa`), or lm-eval's; repeat.",
+        help="Zero-shot choice task: piqa, copa (`fetch piqa`), lm-eval's, or your own .jsonl; repeat.",
         metavar="T",
         autocompletion=completion.tasks,
     ),

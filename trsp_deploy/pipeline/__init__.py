@@ -120,7 +120,7 @@ def check_before_work(job: Pipeline) -> None:
         finished, buildable = job.finished(), job.engines.buildable()
         answers = {steps.zero_shot(spec.name, role) for spec in runnable(buildable) for role in ROLES}
         if not answers or not answers <= finished:
-            zeroshot.check_tasks(job.recipe.evaluate.tasks)
+            zeroshot.check_tasks(job.inputs.tasks())
         if not finished.issuperset(steps.export("dense", spec.graph_precision) for spec in buildable):
             export.check_exportable(job.inputs.readable(), job.recipe.export, job.inputs.say)
 

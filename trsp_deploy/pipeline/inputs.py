@@ -18,11 +18,13 @@ from trsp_deploy.errors import RecipeError, TextError
 from trsp_deploy.launch import launched_as_several
 from trsp_deploy.pipeline.runs import engine_seen_from, plain_name, seen_from
 from trsp_deploy.reading import user_path
-from trsp_deploy.recipe import BenchSettings, Recipe
+from trsp_deploy.recipe import BenchSettings, Recipe, has_own_items
 from trsp_deploy.results import Role
 from trsp_deploy.stages.bench import check_positions
+from trsp_deploy.stages.zeroshot import Task
 from trsp_deploy.tools.measuring.subjects import positions_of
 from trsp_deploy.tools.reports.texts import TextReport, text_report
+from trsp_deploy.tools.sources.choice_items import load_items
 from trsp_deploy.tools.sources.kept_texts import is_small, keep_text, kept_text
 from trsp_deploy.tools.sources.mixture import joined, mix_windows
 from trsp_deploy.tools.sources.model_folders import copy_model, fingerprint_model
@@ -255,14 +257,25 @@ class Inputs:
         return self._text(self.recipe.evaluation[name], "evaluation", name)
 
     def _text(self, name: str, role: TextRole, called: str) -> Texts:
+        return self._read_or_kept(name, f"{role}-{called}", f"{role} text", lambda found: load_texts(found, role))
+
+    def _read_or_kept(self, name: str, called: str, what: str, read: Callable[[str], Texts]) -> Texts:
         """A text of the recipe: as with the model, a file on this machine is read anew."""
-        found, copy = seen_from(self.place, name, TEXT_NAMES), self.run.layout.text(f"{role}-{called}")
+        found, copy = seen_from(self.place, name, TEXT_NAMES), self.run.layout.text(called)
         kept = None if _is_file(found) else kept_text(copy, name)
         if kept is None:
-            return load_texts(found, role)
+            return read(found)
         if Path(kept.origin).is_absolute():
-            self.say(f"{role} text '{name}': no such file here; going on with the run's copy of it")
+            self.say(f"{what} '{name}': no such file here; going on with the run's copy of it")
         return kept
+
+    @functools.cache
+    def tasks(self) -> tuple[Task, ...]:
+        """The choice tasks that the model is judged on; of a file of one's own items these. Raises TextError."""
+        return tuple(
+            self._read_or_kept(task, f"task-{number}", "zero-shot task", load_items) if has_own_items(task) else task
+            for number, task in enumerate(self.recipe.evaluate.tasks, start=1)
+        )
 
     def keep_calibration(self) -> None:
         """Leave copies of the calibration texts in the run, for a machine that has not got them."""
@@ -273,6 +286,7 @@ class Inputs:
         """The same with the texts that the model is judged on."""
         for called in self.recipe.evaluation:
             self._keep_evaluation(called)
+        self._keep_items()
 
     def keep_evaluation_at_hand(self) -> None:
         """The same with those of them that are on this machine; a hub's are read when the model is judged."""
@@ -281,9 +295,16 @@ class Inputs:
             if found in PACKAGED_TEXTS or _is_file(found):
                 with contextlib.suppress(TextError):  # said where the model is judged
                     self._keep_evaluation(called)
+        with contextlib.suppress(TextError):
+            self._keep_items()
 
     def _keep_evaluation(self, called: str) -> None:
         self._keep(self.recipe.evaluation[called], self.evaluation_texts(called), f"evaluation-{called}")
+
+    def _keep_items(self) -> None:
+        for number, (name, task) in enumerate(zip(self.recipe.evaluate.tasks, self.tasks(), strict=True), start=1):
+            if isinstance(task, Texts):
+                self._keep(name, task, f"task-{number}")
 
     def _keep(self, name: str, text: Texts, called: str) -> None:
         copy = self.run.layout.text(called)

@@ -16,7 +16,7 @@ from trsp_deploy.errors import EngineUnavailable, TextError
 from trsp_deploy.pipeline.engines import GRAPH, Engines
 from trsp_deploy.pipeline.inputs import Inputs
 from trsp_deploy.pipeline.pruning import Pruning
-from trsp_deploy.recipe import BenchSettings, EngineSpec, EvaluateSettings, Precision
+from trsp_deploy.recipe import BenchSettings, EngineSpec, EvaluateSettings, Precision, task_name
 from trsp_deploy.results import ROLES, Comparison, Parity, Perplexity, PerplexityParity, Role, ZeroShot
 from trsp_deploy.stages import bench, evaluate, export, parity, zeroshot
 from trsp_deploy.tools.judging.comparisons import ComparisonReport
@@ -26,6 +26,7 @@ from trsp_deploy.tools.reports.quality import ChoicesReport, QualityReport, choi
 from trsp_deploy.tools.runners import Runner, open_engine
 from trsp_deploy.tools.runners.agreement import PERPLEXITY_TOLERANCES, TOLERANCES, Reference
 from trsp_deploy.tools.runners.half_range import write_widened
+from trsp_deploy.tools.sources.texts import Texts
 from trsp_deploy.tools.training.shared import pick_device
 
 Measured = TypeVar("Measured")
@@ -208,9 +209,17 @@ class Proof:
         return Step(
             steps.zero_shot(spec.name, role),
             lambda: self._task_settings,
-            lambda: {"engine": self.engines.made(spec, role), "tokenizer": self.inputs.made(role)},
+            lambda: {
+                "engine": self.engines.made(spec, role),
+                "tokenizer": self.inputs.made(role),
+                **self._own_items(),
+            },
             schema=EvaluateSettings,
         )
+
+    def _own_items(self) -> dict[str, str]:
+        own = (task for task in self.inputs.tasks() if isinstance(task, Texts))
+        return {f"items of {task_name(task.name)}": task.fingerprint for task in own}
 
     def _of_each(self, lack: str, measure: Callable[[EngineSpec], Measured]) -> dict[str, Measured]:
         """A measurement of every engine that runs here; one that fails at it leaves the others theirs.
@@ -325,13 +334,13 @@ class Proof:
         return self.run.do(self._engine_perplexity_step(spec, name, role), work, Perplexity)
 
     def _engine_zero_shot(self, spec: EngineSpec, role: Role) -> ZeroShot:
-        settings, folder = self.recipe.evaluate, self.engines.path(spec, role)
+        folder = self.engines.path(spec, role)
         model = self.pruning.ready(role)
 
         def work() -> ZeroShot:
             with open_engine(folder) as runner:
                 return zeroshot.evaluate_zero_shot_engine(
-                    runner, model, settings.tasks, settings.task_items, role, spec.longest_prompt
+                    runner, model, self.inputs.tasks(), self.recipe.evaluate.task_items, role, spec.longest_prompt
                 )
 
         return self.run.do(self._zero_shot_step(spec, role), work, ZeroShot)
@@ -352,7 +361,8 @@ class Proof:
 
     @property
     def _task_settings(self) -> dict[str, Any]:
-        return self.recipe.evaluate.model_dump(include={"tasks", "task_items"})
+        read = self.recipe.evaluate  # by name: where a file of items lies is no part of what is asked
+        return {"tasks": [task_name(task) for task in read.tasks], "task_items": read.task_items}
 
 
 def _machine_sha256() -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from trsp_deploy.artifacts.layout import PLACE
 from trsp_deploy.errors import RunError
 from trsp_deploy.launch import launched
 from trsp_deploy.reading import read_yaml, user_path
-from trsp_deploy.recipe import Recipe, kept_recipe, named_by_file, parse_drop
+from trsp_deploy.recipe import Recipe, has_own_items, kept_recipe, named_by_file, parse_drop
 from trsp_deploy.tools.plan import read_plan
 from trsp_deploy.tools.sources.models import model_config
 from trsp_deploy.tools.sources.texts import SHORT_NAMES as TEXT_NAMES
@@ -84,7 +84,11 @@ def seen_from(place: Path, text: str, known: Collection[str] = ()) -> str:
 
 def engine_seen_from(place: Path, engine: str) -> str:
     """The same of one of a recipe's engines, which is a file or the name of a spec that comes with the toolkit."""
-    return seen_from(place, engine) if named_by_file(engine) else engine
+    return _seen_from(place, engine, named_by_file)
+
+
+def _seen_from(place: Path, name: str, is_file: Callable[[str], bool]) -> str:
+    return seen_from(place, name) if is_file(name) else name
 
 
 def saved_recipe(run: RunFolder) -> Recipe | None:
@@ -100,6 +104,7 @@ def kept_judging(run: RunFolder) -> dict[str, Any]:
         return {}
     values = before.model_dump(mode="json", include={"evaluation", "evaluate", "engines", "bench"})
     values["evaluation"] = {name: seen_from(place, text, TEXT_NAMES) for name, text in before.evaluation.items()}
+    values["evaluate"]["tasks"] = [_seen_from(place, task, has_own_items) for task in before.evaluate.tasks]
     values["engines"] = [engine_seen_from(place, engine) for engine in before.engines]
     return values
 
@@ -112,14 +117,19 @@ def no_longer_has(run: RunFolder, now: Recipe, place: Path | None = None) -> lis
     if (before := saved_recipe(run)) is None:
         return []
     was, is_ = place_of(run.path), place or Path.cwd()
-    kept = {_engine_at(is_, engine) for engine in now.engines}  # a file may be named in another way
+
+    def lacking(had: Sequence[str], has: Sequence[str], is_file: Callable[[str], bool]) -> list[str]:
+        kept = {_at(is_, name, is_file) for name in has}  # a file may be named in another way
+        return [name for name in had if _at(was, name, is_file) not in kept]
+
     texts = [f"evaluation text {name}" for name in before.evaluation if name not in now.evaluation]
-    tasks = [f"zero-shot task {name}" for name in before.evaluate.tasks if name not in now.evaluate.tasks]
-    return texts + tasks + [f"engine {name}" for name in before.engines if _engine_at(was, name) not in kept]
+    tasks = lacking(before.evaluate.tasks, now.evaluate.tasks, has_own_items)
+    engines = lacking(before.engines, now.engines, named_by_file)
+    return texts + [f"zero-shot task {name}" for name in tasks] + [f"engine {name}" for name in engines]
 
 
-def _engine_at(place: Path, engine: str) -> Path | str:
-    return place / user_path(engine) if named_by_file(engine) else engine
+def _at(place: Path, name: str, is_file: Callable[[str], bool]) -> Path | str:
+    return place / user_path(name) if is_file(name) else name
 
 
 def load_recipe(run: Path) -> dict[str, Any]:

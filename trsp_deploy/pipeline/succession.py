@@ -57,7 +57,7 @@ def _check_other_settings(job: Pipeline, before: Recipe, plan: Path | None) -> N
     if (recipe.evaluation, recipe.evaluate) != (before.evaluation, before.evaluate):
         job.inputs.read_evaluation()
     if recipe.evaluate.tasks != before.evaluate.tasks:
-        check_tasks(recipe.evaluate.tasks)
+        check_tasks(job.inputs.tasks())
     if recipe.bench != before.bench:
         job.inputs.check_bench(recipe.bench)
 

