@@ -104,10 +104,22 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def ending_tokenizer() -> PreTrainedTokenizerFast:
     """The same as one with `add_eos_token`: it puts an EOS behind each text."""
+    return _adding("$A {}")
+
+
+def beginning_tokenizer() -> PreTrainedTokenizerFast:
+    """The same as one with `add_bos_token`, as Llama's: it puts a BOS, here the same token as EOS, before each text."""
+    tokenizer = _adding("{} $A")
+    tokenizer.bos_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _adding(template: str) -> PreTrainedTokenizerFast:
     tokenizer = copy.deepcopy(tiny_tokenizer())
-    end = tokenizer.eos_token
-    template = processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)])
-    tokenizer.backend_tokenizer.post_processor = template
+    special = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=template.format(special), special_tokens=[(special, tokenizer.eos_token_id)]
+    )
     return tokenizer
 
 

@@ -19,7 +19,7 @@ import onnx
 import pytest
 import torch
 
-from tests.tiny import POSITIONS, ending_tokenizer, english, save_tiny, tiny_tokenizer
+from tests.tiny import POSITIONS, beginning_tokenizer, ending_tokenizer, english, save_tiny, tiny_tokenizer
 from trsp_deploy.artifacts import fingerprint, write_json
 from trsp_deploy.cli import run
 from trsp_deploy.decoder import load_model
@@ -412,6 +412,20 @@ def test_a_prompt_does_not_end_with_what_its_tokenizer_puts_behind_a_text(
     assert run([*command, "--tokenizer", str(tmp_path)]) == 0
     found = json.loads(capsys.readouterr().out)["tokens"]
     assert found == [reference(place, PROMPTS[0], 9), reference(place, said, 9)]
+
+
+def test_a_prompt_that_begins_with_bos_gets_no_second_one(
+    place: Path, engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a chat template writes it."""
+    beginning = beginning_tokenizer()
+    beginning.save_pretrained(tmp_path)
+    said = f"{beginning.bos_token}{PROMPTS[0]}"
+    assert beginning(said)["input_ids"][:2] == [beginning.bos_token_id] * 2, "by itself"
+    command = ["generate", str(engine), "--prompt", PROMPTS[0], "--prompt", said, "--max-tokens", "9", "--json"]
+    assert run([*command, "--tokenizer", str(tmp_path)]) == 0
+    found = json.loads(capsys.readouterr().out)["tokens"]
+    assert found == [reference(place, said, 9)] * 2
 
 
 def test_sampling_is_repeatable_and_a_text_ends(engine: Path) -> None:

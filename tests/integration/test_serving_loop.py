@@ -19,7 +19,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from tests.served_engine import MAX_LENGTH, alone, opened
-from tests.tiny import ending_tokenizer
+from tests.tiny import beginning_tokenizer, ending_tokenizer
 from trsp_deploy.tools.model_repository.vendor import vendor
 from trsp_deploy.tools.runners import running_batch
 from trsp_deploy.tools.serving import loop as loop_module
@@ -166,6 +166,19 @@ def test_a_prompt_ends_where_its_text_does(served_engine: Path, served_tokenizer
         loop.stop()
     assert found
     assert found == served_tokenizer.decode(alone(served_engine, served_tokenizer.encode("def function_1(").ids, 20))
+
+
+def test_a_prompt_that_begins_with_bos_gets_no_second_one(served_engine: Path) -> None:
+    with opened(served_engine, 1, MAX_LENGTH) as batch:
+        tokenizer = beginning_tokenizer()
+        loop = ServingLoop(batch, tokenizer.backend_tokenizer, (), MAX_LENGTH)
+        texts = ("def function_1(", f"{tokenizer.bos_token}def function_1(")
+        plain, written = (Client(text_input=text, max_tokens=20, exclude_input_in_output=True) for text in texts)
+        for client in (plain, written):
+            loop.submit(client.ticket)
+        found = [client.wait()[-1].text for client in (plain, written)]
+        loop.stop()
+    assert found[0] and found[0] == found[1]
 
 
 def spied(tokenizer: Tokenizer, read: list[tuple[str, int]]) -> Any:

@@ -19,7 +19,7 @@ import yaml
 
 from tests.breadth import BREADTH
 from tests.exported import Made, onnx_of
-from tests.tiny import ending_tokenizer, english, save_tiny, tiny_tokenizer
+from tests.tiny import beginning_tokenizer, ending_tokenizer, english, save_tiny, tiny_tokenizer
 from trsp_deploy import cli
 from trsp_deploy.decoder import load_model, load_tokenizer
 from trsp_deploy.errors import EngineUnavailable, TextError, UserError
@@ -384,6 +384,22 @@ def test_a_choice_follows_its_prompt_whatever_the_tokenizer_puts_behind_a_text()
     pair = ("How do I open a tin?", " Use an opener.")
     plain, ending = (EngineLM(Sizes(), each, 1, 64) for each in (tiny_tokenizer(), ending_tokenizer()))  # type: ignore[arg-type]
     assert ending._encode_pair(*pair) == plain._encode_pair(*pair)
+
+
+@needs_lm_eval
+def test_a_prompt_that_begins_with_bos_gets_no_second_one_as_where_lm_eval_asks_transformers(tiny: Path) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    from trsp_deploy.tools.runners.engine_lm import EngineLM
+
+    tokenizer = beginning_tokenizer()
+    by_torch = HFLM(pretrained=load_model(tiny, dtype=torch.float32), tokenizer=tokenizer, device="cpu")
+    subject = EngineLM(Sizes(), tokenizer, 1, 64)  # type: ignore[arg-type]
+    for begin in ("", tokenizer.bos_token):
+        pair = (f"{begin}How do I open a tin?", " Use an opener.")
+        found = subject._encode_pair(*pair)
+        assert found == by_torch._encode_pair(*pair)
+        assert found[0].count(tokenizer.bos_token_id) == 1
 
 
 @needs_lm_eval

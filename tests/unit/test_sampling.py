@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from trsp_deploy.errors import EngineUnavailable
-from trsp_deploy.tools.runners.generation import COLDEST, Sampling, choose, penalised
+from trsp_deploy.tools.runners.generation import COLDEST, Sampling, choose, penalised, prompt_tokens
 
 VOCABULARY = 700
 DRAWS = 3_000
@@ -98,3 +98,22 @@ def test_what_cannot_be_chosen_by_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValidationError) as caught:
         Sampling.model_validate(wrong)
     assert [error["loc"] for error in caught.value.errors()] == [tuple(wrong)]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "added", "kept"),
+    [
+        ([1, 5, 6, 2], [1, 0, 0, 1], [1, 5, 6]),
+        ([1, 1, 5, 6], [1, 0, 0, 0], [1, 5, 6]),  # the second BOS is of the text
+        ([1, 1, 1, 5], [1, 0, 0, 0], [1, 1, 5]),  # which says it twice
+        ([3, 4, 3, 4, 5], [1, 1, 0, 0, 0], [3, 4, 5]),
+        ([3, 4, 4, 3, 5], [1, 1, 0, 0, 0], [3, 4, 4, 3, 5]),
+        ([5, 5, 6], [0, 0, 0], [5, 5, 6]),
+        ([1, 2], [1, 1], [1]),  # of no text
+        ([], [], []),
+    ],
+)
+def test_a_prompt_is_its_text_after_one_begin_and_before_no_end(
+    tokens: list[int], added: list[int], kept: list[int]
+) -> None:
+    assert prompt_tokens(tokens, added) == kept

@@ -46,7 +46,8 @@ class EngineLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         return found
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Tokens of a text that goes on: an EOS that the tokenizer puts there would part a choice from its prompt."""
+        """Tokens of a text that goes on: an EOS that the tokenizer puts there would part a choice from its prompt. One
+        that begins with BOS gets no other, as where lm-eval asks transformers."""
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         encoded = self.tokenizer(string, return_special_tokens_mask=True, **options)
         return prompt_tokens(encoded["input_ids"], encoded["special_tokens_mask"])

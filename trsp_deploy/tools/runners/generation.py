@@ -78,13 +78,17 @@ def generate(runner: Runner, prompts: Sequence[Sequence[int]], sampling: Samplin
 
 
 def prompt_tokens(tokens: Sequence[int], added: Sequence[int]) -> list[int]:
-    """A prompt's tokens without those that its tokenizer itself put behind the text, such as EOS: what follows an end
-    is another text.
+    """A prompt's tokens without what its tokenizer put around the text and does not belong there.
+
+    That is what it puts behind a text, such as EOS, for what follows an end is another text; and what it puts before a
+    text that begins so itself, as a chat template's does with BOS: models have seen no text with two of them.
 
     added: 1 for each token that is the tokenizer's own and not of the text, `special_tokens_mask` by its usual name.
     """
     last = next((place for place in range(len(tokens) - 1, 0, -1) if not added[place]), 0)
-    return list(tokens[: last + 1])
+    begin = next((place for place, own in enumerate(added) if not own), 0)
+    twice = tokens[:begin] == tokens[begin : 2 * begin]
+    return list(tokens[begin if twice else 0 : last + 1])
 
 
 def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
