@@ -59,7 +59,8 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny("opt", folder / "opt-6.7b", hidden_size=64, word_embed_proj_dim=64)
     for name in ("MODEL", "llama2-7b", "my-llama"):
         save_tiny("llama", folder / name, hidden_size=64)
-    for name, start in (("texts.jsonl", 0), ("held-out.jsonl", 60_000)):
+    names = ("texts.jsonl", "held-out.jsonl", "chat.jsonl", "held-out-chat.jsonl")
+    for name, start in zip(names, range(0, 240_000, 60_000), strict=True):
         rows = [json.dumps({"text": english()[at : at + 2000]}) for at in range(start, start + 60_000, 2000)]
         (folder / name).write_text("\n".join(rows))
     (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
