@@ -107,6 +107,28 @@ def test_file_errors(tmp_path: Path, file: str, content: bytes | None, words: st
     assert words in message and message.startswith(f"calibration text '{path}': ")
 
 
+def test_a_mistyped_path_is_a_file_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was taken for a dataset that names no split, for a file of another kind, or for a misspelt short name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "wiki.txt").write_text("Words.")
+    forms = "(expected a .txt or .jsonl file, or a dataset owner/name:split)"
+    for path in ("data/wiki.tx", "data/wiki", "./data/wiki.tx", f"{tmp_path}/data/wiki.text"):
+        assert error_line(path) == f"calibration text '{path}': no such file; did you mean 'wiki.txt'? {forms}"
+    assert error_line("data/other.tex") == f"calibration text 'data/other.tex': no such file {forms}"
+    assert error_line("data/wikj.txt") == "calibration text 'data/wikj.txt': no such file; did you mean 'wiki.txt'?"
+    assert "no such file" in error_line("~/nothing.tx") and "no such file" in error_line("./none/wiki.tx")
+    (tmp_path / "wiki.txt").write_text("Words.")
+    assert "neither a file nor a known name; did you mean 'wiki.txt'? (" in error_line("wiki.tx")
+    (tmp_path / "data" / "texts").mkdir()
+    assert error_line("data/texts") == "calibration text 'data/texts': expected a .txt or .jsonl file"
+
+
+def test_a_dataset_may_be_called_as_a_folder_here(no_hub: Path) -> None:
+    (no_hub / "owner").mkdir()
+    assert "dataset owner/name is not in the cache" in error_line("owner/name:train")
+
+
 def test_folder_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "folder.txt").mkdir()
     assert "is a folder, expected a file" in error_line(str(tmp_path / "folder.txt"))

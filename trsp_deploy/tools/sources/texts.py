@@ -81,6 +81,7 @@ PACKAGED_TEXTS: dict[str, Literal["lines", "jsonl", "instructions", "doc-tags"]]
 }
 
 SHORT_NAMES = (*HUB_DATASETS, *PACKAGED_TEXTS)
+SUFFIXES = (".txt", ".jsonl")
 MIN_DOC_CHARACTERS = 1000  # exl-wiki is mostly stubs of a line or two; 407 of its 2,349 articles are this long
 DATASET_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(,(?P<config>[\w.-]+))?(:(?P<split>[\w.\[\]:%+-]+))?")
 ARTICLE = re.compile(r"\s*= (?!=)[^\n]*(?<!=) =\s*")  # WikiText: a row ` = Title = `; ` = = Section = = ` is none
@@ -110,7 +111,7 @@ def load_texts(texts: str, role: Role) -> Texts:
         )
         documents, origin = _from_hub(dataset, role, where)
     else:
-        hint = nearest(texts, SHORT_NAMES)
+        hint = nearest(texts, (*SHORT_NAMES, *_text_files(Path())))
         raise TextError(
             f"{where}: neither a file nor a known name{hint} "
             f"(names: {', '.join(SHORT_NAMES)}; or a .txt or .jsonl file, or a dataset owner/name:split)"
@@ -195,11 +196,20 @@ def _encode(text: str, tokenizer: Any, wanted: int | None, *, offsets: bool = Fa
 
 
 def _looks_like_file(texts: str) -> bool:
-    return user_path(texts).is_file() or texts.endswith((".txt", ".jsonl")) or texts.startswith((".", "/", "~"))
+    path = user_path(texts)
+    in_a_folder = "/" in texts and ":" not in texts and path.parent.is_dir()  # a dataset has to name its split
+    return path.is_file() or in_a_folder or texts.endswith(SUFFIXES) or texts.startswith((".", "/", "~"))
+
+
+def _text_files(folder: Path) -> list[str]:
+    return [path.name for path in folder.glob("*") if path.suffix in SUFFIXES]
 
 
 def _from_file(path: Path, where: str) -> list[str]:
-    if path.suffix not in (".txt", ".jsonl"):
+    if not path.exists():
+        forms = "" if path.suffix in SUFFIXES else " (expected a .txt or .jsonl file, or a dataset owner/name:split)"
+        raise TextError(f"{where}: no such file{nearest(path.name, _text_files(path.parent))}{forms}")
+    if path.suffix not in SUFFIXES:
         raise TextError(f"{where}: expected a .txt or .jsonl file")
     content = read_text(path, TextError, where)
     if path.suffix == ".jsonl":
