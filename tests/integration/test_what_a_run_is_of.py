@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import huggingface_hub
 import pytest
 
@@ -27,7 +28,7 @@ from trsp_deploy.tools.sources import kept_texts
 from trsp_deploy.tools.sources.kept_texts import kept_text
 from trsp_deploy.tools.sources.models import resolve_model
 from trsp_deploy.tools.sources.names import is_model_folder, meant_here
-from trsp_deploy.tools.sources.texts import load_texts
+from trsp_deploy.tools.sources.texts import jsonl, load_texts
 
 SETTINGS = [
     *("--set", "calibration.context_length=32", "--set", "calibration.max_windows=8"),
@@ -289,6 +290,22 @@ def test_a_text_that_changed_is_copied_anew(place: Path) -> None:
     assert kept_text(place / "run" / "texts" / "calibration-1.json", "train.txt") == load_texts(
         str(place / "train.txt"), "calibration"
     ).model_copy(update={"name": "train.txt"})
+
+
+def test_a_folder_of_a_dataset_that_changed_is_read_anew(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a file is; the run's copy was taken for it."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", place / "cache")
+    rows, name = place / "data" / "own" / "train.jsonl", "data/own:train"
+    rows.parent.mkdir(parents=True)
+    rows.write_text(jsonl([english()[:30_000]]))
+    assert started(prune(place, text=name)) == ["dense", "plan", "prune"]
+    assert started(prune(place, text=name)) == []
+    rows.write_text(jsonl([english()[5_000:40_000]]))
+    assert started(prune(place, text=name)) == ["plan", "prune"]
+    (place / "elsewhere").mkdir()
+    rows.write_text(jsonl([english()[:30_000]]))
+    done = trsp_deploy("export", "../run", cwd=place / "elsewhere")  # where that name means no folder
+    assert done.code == 0 and not {"plan", "prune"} & set(started(done)), done.stderr
 
 
 def test_a_text_that_is_too_large_is_not_copied(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ from trsp_deploy.tools.sources.model_folders import copy_model, fingerprint_mode
 from trsp_deploy.tools.sources.models import ModelSource, model_config, resolve_model
 from trsp_deploy.tools.sources.names import SHORT_NAMES, is_model_folder
 from trsp_deploy.tools.sources.overlap import overlap, overlap_note
-from trsp_deploy.tools.sources.texts import PACKAGED_TEXTS, Texts, documents_of, load_texts
+from trsp_deploy.tools.sources.texts import DATASET_ID, PACKAGED_TEXTS, Texts, documents_of, load_texts
 from trsp_deploy.tools.sources.texts import SHORT_NAMES as TEXT_NAMES
 from trsp_deploy.tools.sources.texts import Role as TextRole
 from trsp_deploy.tools.sources.windows import Extent, extent_of, known_windows
@@ -260,9 +260,9 @@ class Inputs:
         return self._read_or_kept(name, f"{role}-{called}", f"{role} text", lambda found: load_texts(found, role))
 
     def _read_or_kept(self, name: str, called: str, what: str, read: Callable[[str], Texts]) -> Texts:
-        """A text of the recipe: as with the model, a file on this machine is read anew."""
+        """A text of the recipe: as with the model, what is on this machine is read anew."""
         found, copy = seen_from(self.place, name, TEXT_NAMES), self.run.layout.text(called)
-        kept = None if _is_file(found) else kept_text(copy, name)
+        kept = None if self._is_at_hand(found) else kept_text(copy, name)
         if kept is None:
             return read(found)
         if Path(kept.origin).is_absolute():
@@ -276,6 +276,13 @@ class Inputs:
             self._read_or_kept(task, f"task-{number}", "zero-shot task", load_items) if has_own_items(task) else task
             for number, task in enumerate(self.recipe.evaluate.tasks, start=1)
         )
+
+    def _is_at_hand(self, text: str) -> bool:
+        """Whether a text is a file here, or a dataset's folder, which is found from the working directory alone."""
+        if text in TEXT_NAMES:
+            return False
+        dataset = DATASET_ID.fullmatch(text) if self.place == Path.cwd() else None
+        return user_path(text).is_file() or (dataset is not None and Path(dataset["repo"]).is_dir())
 
     def keep_calibration(self) -> None:
         """Leave copies of the calibration texts in the run, for a machine that has not got them."""
@@ -292,7 +299,7 @@ class Inputs:
         """The same with those of them that are on this machine; a hub's are read when the model is judged."""
         for called, name in self.recipe.evaluation.items():
             found = seen_from(self.place, name, TEXT_NAMES)
-            if found in PACKAGED_TEXTS or _is_file(found):
+            if found in PACKAGED_TEXTS or self._is_at_hand(found):
                 with contextlib.suppress(TextError):  # said where the model is judged
                     self._keep_evaluation(called)
         with contextlib.suppress(TextError):
@@ -339,7 +346,3 @@ class Inputs:
         """Number of tokens that the dense model has embeddings for."""
         embeddings: Any = meta_model(load_config(self.readable())).get_input_embeddings()
         return int(embeddings.num_embeddings)
-
-
-def _is_file(text: str) -> bool:
-    return text not in TEXT_NAMES and user_path(text).is_file()
