@@ -26,7 +26,7 @@ FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no bit of an earlier word
 def overlap(text: Texts, calibration: Iterable[Texts]) -> float:
     """Share of a text's different word sequences that stand in the calibration texts, from 0 to 1.
 
-    Takes time linear in all of them, about a second for two million words, and memory for the one text.
+    Takes time linear in all of them, about a second for a million words, and memory for the one text.
     """
     wanted = np.unique(np.concatenate([_sequences(document) for document in text.documents]))
     if not len(wanted):  # no document has a word
