@@ -131,8 +131,8 @@ def _run(
     source = before[0][0].run if before else _of_earlier_call(job.run, folder)
     recipe = job.recipe.model_copy(update={"drop": str(count)})
     run = held.enter_context(RunFolder(folder, lambda step, state: say(f"{folder.name}: {step}: {state}")))
-    if source is not None:
-        _adopt_dense(source, run)
+    for made in filter(None, (source, job.run)):  # the sweep itself has the dense model
+        _adopt_dense(made, run)
     one = Pipeline(run, recipe, plan, say, job.inputs.place)
     save_recipe(run, recipe, job.inputs.place)
     return one, prune_and_build(one)

@@ -93,13 +93,13 @@ def test_a_sweep_is_one_search_and_a_run_each_and_goes_on(workspace: Path, monke
     (workspace / "sweep" / "sweep.json").write_text("{}")
     broken = trsp_deploy("verify", "sweep", cwd=workspace)
     assert broken.code == 2 and "changed: sweep.json" in broken.stdout, broken.said
-    assert "(drop-1 there, drop-2 there)" in again.stderr
+    assert "(dense there, drop-1 there, drop-2 there)" in again.stderr
     monkeypatch.setattr(memory_plan, "available_bytes", lambda device: 1000)
     monkeypatch.setattr(disk, "free_bytes", lambda path: 1000)
     again = sweep(workspace, "--drop", "1..2", "--json")
     assert again.code == 0, "nothing is to be done: nothing is asked about"
     other = sweep(workspace, "--drop", "1..3", "--ignore-memory")
-    assert other.code == 1 and "(drop-1 there, drop-2 there, drop-3 0.00 GB)" in other.stderr.splitlines()[-1]
+    assert other.code == 1 and "(dense there, drop-1 there, drop-2 there, drop-3 0.00 GB)" in other.last
     other = sweep(workspace, "--drop", "1..2", "--set", "evaluate.context_length=48")
     assert other.stderr.splitlines()[-1].startswith("error: run ort-cpu-fp32 needs about ")
     other = sweep(workspace, "--drop", "1..2", "--set", "transfer.form=l2")

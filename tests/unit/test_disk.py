@@ -9,7 +9,10 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from huggingface_hub import constants
+from safetensors.numpy import save_file
 from transformers import GPT2Config, LlamaConfig, OPTConfig
 
 from trsp_deploy.cli import jobs
@@ -19,7 +22,8 @@ from trsp_deploy.recipe import EngineSpec, Recipe, read_recipe
 from trsp_deploy.results import ROLES
 from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.resources import disk
-from trsp_deploy.tools.resources.disk import DiskPlan, check_fits, plan_disk, plan_sweep
+from trsp_deploy.tools.resources.disk import DiskPlan, check_download, check_fits, plan_disk, plan_sweep
+from trsp_deploy.tools.resources.weights import weights_bytes
 
 MB = 1e6
 SMOLLM2 = LlamaConfig(
@@ -159,7 +163,44 @@ def test_what_is_made_again_lies_beside_the_old_until_it_is_whole(tmp_path: Path
 def test_hard_links_cost_nothing(tmp_path: Path) -> None:
     here = LlamaConfig.from_dict(SMOLLM2.to_dict())
     here._name_or_path = str(tmp_path)
-    assert plan_disk(tmp_path / "run", recipe(), here, SPECS).stages[0].kept_bytes == 0
+    tokenizer = plan_disk(tmp_path / "run", recipe(), here, SPECS).stages[0].kept_bytes
+    assert tokenizer == 72 * 49_152, "a text, of which there is a copy"
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LlamaConfig:
+    """The config of a model of the hub, as it lies in the cache before the model itself is asked for."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    here = LlamaConfig.from_dict(SMOLLM2.to_dict())
+    snapshot = tmp_path / "hub" / "models--owner--name" / "snapshots" / "0"
+    here.save_pretrained(snapshot)
+    here._name_or_path = str(snapshot)
+    return here
+
+
+def test_a_model_that_is_to_be_downloaded_takes_disk(tmp_path: Path, cached: LlamaConfig) -> None:
+    """It was taken for one that is there, of which the run has links."""
+    run, snapshot = tmp_path / "run", Path(cached._name_or_path)
+    copied, plan = smollm2(run), plan_disk(run, recipe(), cached, SPECS)
+    assert [stage.stage for stage in plan.stages[:3]] == ["download", "dense", "pruned"]
+    assert plan.needed_bytes == pytest.approx(copied.needed_bytes, rel=0.01), "downloaded, and then linked"
+    swept = plan_sweep(run, recipe(), cached, SPECS, (3, 12))
+    assert [stage.stage for stage in swept.stages] == ["download", "dense", "drop-3", "drop-12"]
+    assert plan.stages[0].added_bytes == swept.stages[0].added_bytes == pytest.approx(541e6, rel=0.01)
+    save_file({"weight": np.zeros(1)}, snapshot / "model.safetensors")
+    (snapshot / "tokenizer.json").write_text("{}")
+    assert plan_disk(run, recipe(), cached, SPECS).stages[0].stage == "dense", "it is all there"
+
+
+def test_a_download_to_another_disk_is_asked_about_there(
+    tmp_path: Path, cached: LlamaConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_download(cached, tmp_path / "run", free=0)  # of the run's own disk it is a part of the plan
+    monkeypatch.setattr(disk, "_same_disk", lambda one, other: False)
+    assert plan_disk(tmp_path / "run", recipe(), cached, SPECS).stages[0].stage == "dense"
+    check_download(cached, tmp_path / "run", free=10**9)
+    with pytest.raises(StorageError, match=r"hub: downloading the model needs 0\.54 GB of disk; 0\.10 GB are free"):
+        check_download(cached, tmp_path / "run", free=10**8)
 
 
 def test_a_checkpoint_holds_what_moves_under_adapters() -> None:
@@ -202,12 +243,15 @@ def test_a_sweep_needs_a_run_for_every_number_of_layers(tmp_path: Path) -> None:
     few, many, both = planned(3), planned(12), planned(3, 12)
     assert few.needed_bytes > many.needed_bytes, "fewer layers go"
     assert few.needed_bytes == plan_disk(tmp_path / "drop-3", recipe(drop=3), SMOLLM2, SPECS).needed_bytes
-    assert [stage.stage for stage in both.stages] == ["drop-3", "drop-12"]
-    assert both.needed_bytes == few.stages[0].kept_bytes + many.needed_bytes
+    assert [stage.stage for stage in both.stages] == ["dense", "drop-3", "drop-12"]
+    linked = 30 * (disk.ENGINE_GRAPH_BYTES * 2 + disk.TENSORRT_LOG_BYTES)  # and the plan file of TensorRT
+    linked += weights_bytes(SPECS[1], disk.counts_of(SMOLLM2))
+    assert both.needed_bytes == few.stages[1].kept_bytes + many.needed_bytes - linked
     steps = ["dense", "prune", *(f"export-{role}-{each}" for role in ROLES for each in ("fp32", "fp16"))]
     steps += [f"build-{spec.name}-{role}" for spec in SPECS for role in ROLES]
-    again = plan_sweep(tmp_path, recipe(), SMOLLM2, SPECS, (3, 12), finished={3: steps})
-    assert again.needed_bytes == many.needed_bytes + disk.REPORT_BYTES
+    again = plan_sweep(tmp_path, recipe(), SMOLLM2, SPECS, (3, 12), finished={3: steps}, begun=steps)
+    dense = both.stages[0].kept_bytes
+    assert again.needed_bytes == many.needed_bytes - dense - linked + disk.REPORT_BYTES
     with pytest.raises(StorageError, match="drop-12"):
         check_fits(plan_sweep(tmp_path, recipe(), SMOLLM2, SPECS, (3, 12), free=both.needed_bytes - 1), {})
 

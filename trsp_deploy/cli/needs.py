@@ -106,7 +106,7 @@ def _disk_plan(
     run, recipe = job.run.path, job.recipe
     if counts:
         finished = {count: job.finished(count) for count in counts}
-        return plan_sweep(run, recipe, config, specs, counts, finished=finished)
+        return plan_sweep(run, recipe, config, specs, counts, finished=finished, begun=job.finished())
     dropped = _planned(job, plan_file, config)
     count = None if dropped is None else len(dropped)
     return plan_disk(run, recipe, config, specs, finished=job.finished(), dropped=count)
@@ -114,7 +114,7 @@ def _disk_plan(
 
 def check_disk(job: Pipeline, plan_file: Path | None, ignore: bool, counts: Sequence[int] = ()) -> None:
     """Say what each stage will leave on the disk, and refuse what cannot fit there; counts: as in `check_memory`."""
-    from trsp_deploy.tools.resources.disk import check_fits
+    from trsp_deploy.tools.resources.disk import check_download, check_fits
 
     if launched_as_several() and job.run.recorded():
         job.inputs.dense()  # by all processes: what the main one holds the records against may need it
@@ -125,4 +125,5 @@ def check_disk(job: Pipeline, plan_file: Path | None, ignore: bool, counts: Sequ
         plan = _disk_plan(job, plan_file, config, specs, counts)
         say(plan.line())
         if not ignore:
+            check_download(config, job.run.path)
             check_fits(plan, {spec.name: _disk_plan(job, plan_file, config, [spec], counts) for spec in specs})

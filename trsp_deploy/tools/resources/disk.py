@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import constants
 
-from trsp_deploy.artifacts import RunLayout, free_bytes, nearest_existing, steps
+from trsp_deploy.artifacts import RunLayout, free_bytes, nearest_existing, size_bytes, steps
 from trsp_deploy.artifacts.layout import CHECKPOINTS, cut_name
 from trsp_deploy.decoder import WeightCounts
 from trsp_deploy.errors import StorageError
@@ -26,6 +27,8 @@ from trsp_deploy.results import ROLES, Role
 from trsp_deploy.tools.resources.cleaning import freed_bytes
 from trsp_deploy.tools.resources.memory import MOMENT_8BIT_BYTES
 from trsp_deploy.tools.resources.weights import counts_of, weights_bytes
+from trsp_deploy.tools.sources.model_folders import missing_part
+from trsp_deploy.tools.sources.models import converted_model
 from trsp_deploy.tools.training.shared import TRAINING_DTYPES
 
 GB = 1e9
@@ -89,15 +92,8 @@ def plan_disk(
     dropped: how many layers go by the plan that is there; None where that is still the recipe's to say.
     Raises RecipeError when the recipe's `drop` does not suit the model.
     """
-    dense = counts_of(config)
-    pruned = _without(dense, parse_drop(recipe.drop, len(dense.layers)) if dropped is None else dropped)
-    basis = _Basis(
-        layout=RunLayout(run),
-        counts={"dense": dense, "pruned": pruned},
-        words_bytes=TOKENIZER_BYTES * (getattr(config, "vocab_size", None) or dense.lm_head // config.hidden_size),
-        finished=finished,
-    )
-    stages = (*_models(basis, recipe, config), *_graphs(basis, specs), *_engines(basis, specs), _report(basis.layout))
+    basis = _basis(run, recipe, config, finished, dropped)
+    stages = (*_download(config, run), _dense(run, config, finished), *_made(basis, recipe, config, specs))
     return DiskPlan(run=str(run), free_bytes=free_bytes(run) if free is None else free, stages=stages)
 
 
@@ -107,31 +103,93 @@ class _Basis:
 
     layout: RunLayout
     counts: Mapping[Role, WeightCounts]
-    words_bytes: int  # of a tokenizer's files
     finished: Collection[str]  # steps
+    linked: bool = False  # whether what concerns the dense model is taken over from another run, as in a sweep
 
 
-def _models(basis: _Basis, recipe: Recipe, config: Any) -> list[StageDisk]:
-    """Both checkpoints, as wide as the model is stored; the training's own lie beside the second meanwhile."""
-    width = (getattr(config, "dtype", None) or torch.float32).itemsize
-    dense, pruned = (width * basis.counts[role].total + basis.words_bytes for role in ROLES)
-    if config._name_or_path and _shares_blocks(Path(config._name_or_path), basis.layout.root):
-        dense = 0
+def _basis(
+    run: Path, recipe: Recipe, config: Any, finished: Collection[str], dropped: int | None = None, linked: bool = False
+) -> _Basis:
+    dense = counts_of(config)
+    pruned = _without(dense, parse_drop(recipe.drop, len(dense.layers)) if dropped is None else dropped)
+    return _Basis(RunLayout(run), {"dense": dense, "pruned": pruned}, finished, linked)
+
+
+def _made(basis: _Basis, recipe: Recipe, config: Any, specs: Sequence[EngineSpec]) -> Iterator[StageDisk]:
+    """All that a run makes of the dense model's folder."""
+    words = _words_bytes(config)
+    yield _pruned(basis, recipe, config)
+    yield from _graphs(basis, specs, words)
+    yield from _engines(basis, specs)
+    yield _report(basis.layout)
+
+
+def _words_bytes(config: Any) -> int:
+    """A tokenizer's files."""
+    words: int = getattr(config, "vocab_size", None) or counts_of(config).lm_head // config.hidden_size
+    return TOKENIZER_BYTES * words
+
+
+def _checkpoint_bytes(config: Any, counts: WeightCounts) -> int:
+    """A Hugging Face folder, as wide as the model is stored."""
+    width: int = (getattr(config, "dtype", None) or torch.float32).itemsize
+    return width * counts.total + _words_bytes(config)
+
+
+def _download(config: Any, run: Path) -> Iterator[StageDisk]:
+    """What a model of the hub lacks in the cache, where that is on the run's disk."""
+    lacking = _lacking_bytes(config)
+    if lacking and _same_disk(Path(constants.HF_HUB_CACHE), run):
+        yield StageDisk(stage="download", kept_bytes=lacking, added_bytes=lacking)
+
+
+def check_download(config: Any, run: Path, free: int | None = None) -> None:
+    """Raise StorageError where a model is to be downloaded to another disk than the run's, and has no room there.
+
+    free: bytes; None asks the disk that the Hugging Face cache is on.
+    """
+    cache, lacking = Path(constants.HF_HUB_CACHE), _lacking_bytes(config)
+    free = free_bytes(cache) if free is None else free
+    if lacking > free and not _same_disk(cache, run):
+        raise StorageError(
+            f"{cache}: downloading the model needs {_gb(lacking)} of disk; {_gb(free)} are free; would fit: HF_HOME on "
+            "a larger disk; --ignore-disk runs anyway"
+        )
+
+
+def _lacking_bytes(config: Any) -> int:
+    """Bytes of a model of the hub that are to be downloaded; its config comes first, and by itself."""
+    folder = Path(config._name_or_path)
+    if not folder.is_relative_to(constants.HF_HUB_CACHE) or missing_part(folder) is None:
+        return 0
+    repo = folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+    if converted_model(repo) is not None:  # which is taken in its place
+        return 0
+    return max(0, _checkpoint_bytes(config, counts_of(config)) - size_bytes(folder))
+
+
+def _dense(run: Path, config: Any, finished: Collection[str]) -> StageDisk:
+    """The model's copy; of links its texts alone, which libraries change in place."""
+    linked = config._name_or_path and _shares_blocks(Path(config._name_or_path), run)
+    size = _words_bytes(config) if linked else _checkpoint_bytes(config, counts_of(config))
+    return _stage("dense", [_Output(steps.DENSE, RunLayout(run).model("dense"), size)], finished)
+
+
+def _pruned(basis: _Basis, recipe: Recipe, config: Any) -> StageDisk:
+    """The checkpoint; the training's own lie beside it meanwhile."""
+    size = _checkpoint_bytes(config, basis.counts["pruned"])
     checkpoints = max(0, _checkpoints(recipe, basis.counts["dense"]) - freed_bytes([basis.layout.checkpoints]))
-    return [
-        _stage("dense", [_Output(steps.DENSE, basis.layout.model("dense"), dense)], basis.finished),
-        _stage("pruned", [_Output(steps.PRUNE, basis.layout.model("pruned"), pruned)], basis.finished, checkpoints),
-    ]
+    return _stage("pruned", [_Output(steps.PRUNE, basis.layout.model("pruned"), size)], basis.finished, checkpoints)
 
 
-def _graphs(basis: _Basis, specs: Sequence[EngineSpec]) -> Iterator[StageDisk]:
+def _graphs(basis: _Basis, specs: Sequence[EngineSpec], words_bytes: int) -> Iterator[StageDisk]:
     """Of each precision both graphs; of fp16 a copy reads the calibration text in fp32."""
     for precision in dict.fromkeys(spec.graph_precision for spec in specs):
         outputs = [
             _Output(
                 steps.export(role, precision),
                 basis.layout.onnx(role, precision),
-                _graph(basis.counts[role], precision) + basis.words_bytes,
+                _graph(basis.counts[role], precision) + words_bytes,
             )
             for role in ROLES
         ]
@@ -144,7 +202,9 @@ def _engines(basis: _Basis, specs: Sequence[EngineSpec]) -> Iterator[StageDisk]:
     for spec in specs:
         outputs = [
             _Output(
-                steps.build(spec.name, role), basis.layout.engine(spec.name, role), _engine(spec, basis.counts[role])
+                steps.build(spec.name, role),
+                basis.layout.engine(spec.name, role),
+                (_copied if basis.linked and role == "dense" else _engine)(spec, basis.counts[role]),
             )
             for role in ROLES
         ]
@@ -168,16 +228,19 @@ def plan_sweep(
     counts: Sequence[int],
     free: int | None = None,
     finished: Mapping[int, Collection[str]] | None = None,
+    begun: Collection[str] = (),
 ) -> DiskPlan:
     """Estimate a sweep, a run for each number of layers; the arguments are those of `plan_disk`.
 
-    folder: of the sweep. A run's graphs and engines of the dense model are copies (sweep.py: EXTERNAL_DATA).
-    finished: by number of layers.
+    folder: of the sweep, whose copy of the dense model all runs have links to. What else concerns that model the first
+    run makes, and the others have links to it as well, but copies of weights beside a graph (sweep.py: EXTERNAL_DATA).
+    finished: by number of layers. begun: steps of the sweep itself that need not be done again.
     """
-    stages = []
+    stages = [*_download(config, folder), _dense(folder, config, begun)]
     for count in counts:
         run, point = RunLayout(folder).cut(count), recipe.model_copy(update={"drop": str(count)})
-        one = plan_disk(run, point, config, specs, free, (finished or {}).get(count, ()))
+        basis = _basis(run, point, config, (finished or {}).get(count, ()), linked=count != counts[0])
+        one = DiskPlan(run=str(run), free_bytes=0, stages=tuple(_made(basis, point, config, specs)))
         added = sum(stage.added_bytes for stage in one.stages)
         stages.append(
             StageDisk(
@@ -251,14 +314,21 @@ def _graph(counts: WeightCounts, precision: Float) -> int:
 
 def _engine(spec: EngineSpec, counts: WeightCounts) -> int:
     """Both what runs and, of TensorRT, the graph that it was compiled from and the log."""
-    weights = weights_bytes(spec, counts)
-    size = weights + ENGINE_GRAPH_BYTES * len(counts.layers)
+    size = _copied(spec, counts) + ENGINE_GRAPH_BYTES * len(counts.layers)
     if spec.backend.startswith("tensorrt"):
-        changed = spec.fuse or spec.cache_length is not None or spec.precision in ("bf16", "int8", "int4")
-        quantised = spec.precision in ("int8", "int4")
-        graph = weights if quantised else FLOAT_BYTES[spec.graph_precision] * counts.total
-        size += (graph if changed else 0) + TENSORRT_LOG_BYTES * len(counts.layers)
+        size += weights_bytes(spec, counts) + TENSORRT_LOG_BYTES * len(counts.layers)
     return size
+
+
+def _copied(spec: EngineSpec, counts: WeightCounts) -> int:
+    """What of an engine is weights beside a graph: of ONNX Runtime what runs, of TensorRT what it was compiled from."""
+    weights = weights_bytes(spec, counts)
+    if not spec.backend.startswith("tensorrt"):
+        return weights
+    changed = spec.fuse or spec.cache_length is not None or spec.precision in ("bf16", "int8", "int4")
+    quantised = spec.precision in ("int8", "int4")
+    graph = weights if quantised else FLOAT_BYTES[spec.graph_precision] * counts.total
+    return graph if changed else 0
 
 
 def _checkpoints(recipe: Recipe, dense: WeightCounts) -> int:
@@ -278,7 +348,12 @@ def _checkpoints(recipe: Recipe, dense: WeightCounts) -> int:
 
 def _shares_blocks(source: Path, run: Path) -> bool:
     """Whether the dense copy can be hard links, which it is on one file system."""
-    return source.is_dir() and source.stat().st_dev == nearest_existing(run).stat().st_dev
+    return source.is_dir() and _same_disk(source, run)
+
+
+def _same_disk(one: Path, other: Path) -> bool:
+    """Whether what is, or would be, at two paths is on one file system."""
+    return nearest_existing(one).stat().st_dev == nearest_existing(other).stat().st_dev
 
 
 def _gb(size: int) -> str:
