@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import itertools
 from collections import Counter
@@ -25,6 +24,7 @@ from trsp_deploy.reading import user_path
 from trsp_deploy.recipe import EngineSpec, ExportSettings, Float, engine_name, named_by_file
 from trsp_deploy.results import ROLES, OnnxModel, Role
 from trsp_deploy.stages import build, export
+from trsp_deploy.tools.cached import cached_method
 from trsp_deploy.tools.library import load_engine_spec, wanted_engines
 from trsp_deploy.tools.measuring.subjects import Subject, find_subject
 from trsp_deploy.tools.runners import EngineManifest, bound_to, check_can_build, check_can_run
@@ -81,7 +81,7 @@ class Engines:
         precisions = dict.fromkeys(spec.graph_precision for spec in self.buildable())
         return {(role, precision): self.onnx(role, precision) for precision in precisions for role in ROLES}
 
-    @functools.cache
+    @cached_method
     def onnx(self, role: Role, precision: Float) -> OnnxModel:
         """One exported model."""
         folder = self._onnx(role, precision).path
@@ -123,7 +123,7 @@ class Engines:
         """Every engine of the recipe that can be built here, dense and pruned."""
         return [self.engine(spec) for spec in self.specs]
 
-    @functools.cache
+    @cached_method
     def engine(self, spec: EngineSpec) -> EngineOutcome:
         """Build one engine for both models; what cannot be built or run is an outcome with its reason."""
         reason = why_not(check_can_build, spec)

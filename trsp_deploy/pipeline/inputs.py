@@ -22,6 +22,7 @@ from trsp_deploy.recipe import BenchSettings, Recipe, has_own_items
 from trsp_deploy.results import Role
 from trsp_deploy.stages.bench import check_positions
 from trsp_deploy.stages.zeroshot import Task
+from trsp_deploy.tools.cached import cached_method
 from trsp_deploy.tools.measuring.subjects import positions_of
 from trsp_deploy.tools.reports.texts import TextReport, text_report
 from trsp_deploy.tools.sources.choice_items import load_items
@@ -76,7 +77,7 @@ class Inputs:
         """The role's Hugging Face folder, there or not."""
         return self.run.layout.model(role)
 
-    @functools.cache
+    @cached_method
     def dense(self) -> ModelSource:
         """The dense model, as the folder `dense/`."""
         # Downloaded or unpacked by the main process, which alone may have the model's folder.
@@ -176,7 +177,7 @@ class Inputs:
             if note := overlap_note(name, self.overlap(name)):
                 self.say(note)
 
-    @functools.cache
+    @cached_method
     def overlap(self, name: str) -> float:
         """Share of an evaluation text that stands in the texts that the run calibrates and trains on."""
         return overlap(self.evaluation_texts(name), self._calibration())
@@ -204,7 +205,7 @@ class Inputs:
             copy_model(Path(source.path), partial)
         return source.model_copy(update={"path": "dense"})  # the folder that it came from is no part of a run
 
-    @functools.cache
+    @cached_method
     def num_layers(self) -> int:
         """Number of layers of the dense model, as its config has it: a model is not made `dense/` to be counted."""
         if launched_as_several():
@@ -212,17 +213,17 @@ class Inputs:
         count: int = self.config().num_hidden_layers
         return count
 
-    @functools.cache
+    @cached_method
     def tokenizer(self) -> Any:
         """Tokenizer of the dense model."""
         return load_tokenizer(self.readable())
 
-    @functools.cache
+    @cached_method
     def calibration_texts(self) -> Texts:
         """The texts that the run trains and calibrates on, as one."""
         return joined(self._calibration())
 
-    @functools.cache
+    @cached_method
     def _calibration(self) -> tuple[Texts, ...]:
         named = self.recipe.calibration.texts
         return tuple(self._text(name, "calibration", str(number)) for number, name in enumerate(named, start=1))
@@ -251,7 +252,7 @@ class Inputs:
         train, held_out = mix_windows(texts, settings.max_windows, settings.validation_windows, self.recipe.seed)
         return _Calibration(train, held_out, tuple(extent_of(windows, self.tokenizer()) for windows in texts))
 
-    @functools.cache
+    @cached_method
     def evaluation_texts(self, name: str) -> Texts:
         """The texts that quality is measured on, by the recipe's names for them."""
         return self._text(self.recipe.evaluation[name], "evaluation", name)
@@ -269,7 +270,7 @@ class Inputs:
             self.say(f"{what} '{name}': no such file here; going on with the run's copy of it")
         return kept
 
-    @functools.cache
+    @cached_method
     def tasks(self) -> tuple[Task, ...]:
         """The choice tasks that the model is judged on; of a file of one's own items these. Raises TextError."""
         return tuple(
@@ -327,7 +328,7 @@ class Inputs:
             self.run.outdate_manifest()
             copy.unlink()
 
-    @functools.cache
+    @cached_method
     def evaluation_windows(self, name: str) -> tuple[torch.Tensor, np.ndarray | None]:
         """(windows, context_length) token ids of an evaluation text, and which document each of them belongs to."""
         settings = self.recipe.evaluate
@@ -341,7 +342,7 @@ class Inputs:
         """Windows (windows, length) of a text, `most` at most; raises ModelError for a token that the model lacks."""
         return known_windows(text, self.tokenizer(), length, most, option, self._vocabulary())
 
-    @functools.cache
+    @cached_method
     def _vocabulary(self) -> int:
         """Number of tokens that the dense model has embeddings for."""
         embeddings: Any = meta_model(load_config(self.readable())).get_input_embeddings()

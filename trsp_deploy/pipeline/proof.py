@@ -19,6 +19,7 @@ from trsp_deploy.pipeline.pruning import Pruning
 from trsp_deploy.recipe import BenchSettings, EngineSpec, EvaluateSettings, Precision, task_name
 from trsp_deploy.results import ROLES, Comparison, Parity, Perplexity, PerplexityParity, Role, ZeroShot
 from trsp_deploy.stages import bench, evaluate, export, parity, zeroshot
+from trsp_deploy.tools.cached import cached_method
 from trsp_deploy.tools.judging.comparisons import ComparisonReport
 from trsp_deploy.tools.quiet import quiet_libraries
 from trsp_deploy.tools.reports.baselines import this_machine
@@ -44,7 +45,7 @@ class Proof:
         self.recipe = inputs.recipe
         self.failed: dict[str, str] = {}  # engine that was to run here -> what it does not do, and why
 
-    @functools.cache
+    @cached_method
     def check_onnx(self) -> tuple[Parity, ...]:
         """PyTorch against every ONNX model, before engines are built from it; raises ParityError.
 
@@ -64,7 +65,7 @@ class Proof:
             for (role, precision), model in exported.items()
         )
 
-    @functools.cache
+    @cached_method
     def check_engines(self) -> tuple[Parity, ...]:
         """PyTorch against every engine that runs here; raises ParityError."""
 
@@ -77,25 +78,25 @@ class Proof:
         found = self._of_each("cannot be checked against PyTorch", both)
         return tuple(parity for pair in found.values() for parity in pair)
 
-    @functools.cache
+    @cached_method
     def bench(self) -> dict[str, Comparison]:
         """Latency of dense and pruned on every engine that runs here, by engine name."""
         return self._of_each("cannot be timed", self._measure)
 
-    @functools.cache
+    @cached_method
     def compared(self, name: str) -> ComparisonReport:
         """What the bench of one engine found, by the engine's name."""
         spec = next(spec for spec in self.engines.specs if spec.name == name)
         return bench.derive(*self.engines.pair(spec), self.bench()[name])
 
-    @functools.cache
+    @cached_method
     def evaluate(self) -> dict[str, dict[Role, Perplexity]]:
         """Perplexity of dense and pruned on every evaluation text, by name."""
         found = {name: {role: self._perplexity(name, role) for role in ROLES} for name in self.recipe.evaluation}
         self.inputs.keep_evaluation()
         return found
 
-    @functools.cache
+    @cached_method
     def engine_perplexity(self, spec: EngineSpec) -> dict[str, dict[Role, Perplexity]]:
         """Perplexity of dense and pruned through an engine that runs here, by text, as far as it reads them."""
         found: dict[str, dict[Role, Perplexity]] = {name: {} for name in self.recipe.evaluation}
@@ -113,7 +114,7 @@ class Proof:
                             break  # the others are read by an engine that nothing has happened to
         return found
 
-    @functools.cache
+    @cached_method
     def check_perplexity(self, spec: EngineSpec) -> tuple[PerplexityParity, ...]:
         """An engine's perplexity against PyTorch's, of each model on each text that it reads; raises ParityError."""
         rounded = str(pick_device(self.recipe)) != "cpu"
@@ -123,7 +124,7 @@ class Proof:
             for role, found in both.items()
         )
 
-    @functools.cache
+    @cached_method
     def engine_quality(self, spec: EngineSpec) -> dict[str, QualityReport]:
         """What the cut costs through an engine that runs here, by text; raises ParityError where the engine itself
         costs more than its precision explains, for a ratio of two damaged models hides what is damaged in both."""
@@ -132,7 +133,7 @@ class Proof:
             name: quality_report(both["dense"], both["pruned"]) for name, both in self.engine_perplexity(spec).items()
         }
 
-    @functools.cache
+    @cached_method
     def engine_choices(self, spec: EngineSpec) -> ChoicesReport | None:
         """Choice tasks through an engine that runs here; None where the recipe asks for none, or it cannot."""
         answers = self.engine_answers(spec)
@@ -142,7 +143,7 @@ class Proof:
             self.inputs.say(f"{spec.name}: its accuracy is not compared ({problem})")
             return None
 
-    @functools.cache
+    @cached_method
     def engine_answers(self, spec: EngineSpec) -> dict[Role, ZeroShot]:
         """Item by item; empty where the recipe asks for no tasks, or the engine cannot."""
         if not self.recipe.evaluate.tasks:
@@ -286,7 +287,7 @@ class Proof:
     def _open_onnx(self, folder: Path) -> Runner:
         return parity.open_graph(folder / export.FILE)
 
-    @functools.cache
+    @cached_method
     def _reference(self, role: Role) -> Reference:
         train, _ = self.inputs.calibration_windows()
         ids = train.flatten()[: sum(PARITY_PROMPTS)].tolist()

@@ -34,6 +34,7 @@ from trsp_deploy.pipeline.plan_origin import EDITED, GIVEN, chosen_alike, made_b
 from trsp_deploy.recipe import Recipe, Strict, parse_drop
 from trsp_deploy.results import PrunedCheckpoint, Role
 from trsp_deploy.stages import selection, transfer
+from trsp_deploy.tools.cached import cached_method
 from trsp_deploy.tools.plan import PruningPlan, read_plan
 from trsp_deploy.tools.quiet import quiet_libraries
 from trsp_deploy.tools.sources.texts import jsonl, load_texts, tokenize_windows
@@ -75,7 +76,7 @@ class Pruning:
         self.recipe = inputs.recipe
         self._plan_file = plan_file
 
-    @functools.cache
+    @cached_method
     def plan(self) -> PruningPlan:
         """Which layers go, as `plan.json`: chosen, handed in, or edited by hand."""
         whose = self._persons_plan()  # which may be refused, and a changed model would be `dense/` by then
@@ -148,7 +149,7 @@ class Pruning:
     def _plans_step(self, counts: Sequence[int]) -> Step:
         return Step(steps.PLANS, lambda: self._sweep_settings(counts), self._model_and_text, PLANS, Recipe)
 
-    @functools.cache
+    @cached_method
     def self_generated(self) -> Path | None:
         """The text that the dense model wrote itself, `self-generated.jsonl`; None where none is wanted."""
         tokens, length = self._own_text_settings["tokens"], self.recipe.calibration.context_length
@@ -177,7 +178,7 @@ class Pruning:
             Recipe,
         )
 
-    @functools.cache
+    @cached_method
     def prune(self) -> PrunedCheckpoint:
         """Transfer and removal: the checkpoint `pruned/`.
 

@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from trsp_deploy.decoder import cache_per_token, count_weights, decoder_layers, meta_model
 from trsp_deploy.errors import TrspError
 from trsp_deploy.recipe import FLOAT_BYTES, Recipe, Strict, parse_drop
+from trsp_deploy.tools.cached import cached_method
 from trsp_deploy.tools.closed_form.span import spans_at_a_time
 from trsp_deploy.tools.methods.fold import SHORTLIST
 from trsp_deploy.tools.resources.rehearsal import (
@@ -369,7 +370,7 @@ class MemoryEstimate:
     def _autocast(self, recipe: Recipe) -> bool:
         return recipe.autocast == "auto" and self.fast_bf16
 
-    @functools.cache
+    @cached_method
     def _rehearse(
         self, weights: str, autocast: bool, batch_size: int, length: int, step: Step, *options: Any
     ) -> Rehearsal:
