@@ -23,6 +23,8 @@ from trsp_deploy.pipeline.proof import Proof
 from trsp_deploy.pipeline.pruning import Pruning
 from trsp_deploy.tools.reports.record import Report
 from trsp_deploy.tools.resources import disk, memory_plan
+from trsp_deploy.tools.resources.cleaning import freed_bytes
+from trsp_deploy.tools.sources import model_folders
 
 SETTINGS = [
     "calibration.context_length=32",
@@ -104,6 +106,26 @@ def test_a_sweep_is_one_search_and_a_run_each_and_goes_on(workspace: Path, monke
     assert other.stderr.splitlines()[-1].startswith("error: run ort-cpu-fp32 needs about ")
     other = sweep(workspace, "--drop", "1..2", "--set", "transfer.form=l2")
     assert other.stderr.splitlines()[-1].startswith("error: transfer needs about ")
+
+
+@pytest.mark.parametrize("engine", ["tensorrt-rtx-fp16", pytest.param("ort-cpu-fp32", marks=BREADTH)])
+def test_the_disk_that_a_sweep_needs_was_estimated(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    """Where the model is on another disk: one copy for all runs, which was counted for each, and made twice."""
+    monkeypatch.setattr(model_folders, "_linked", lambda file, place: False)
+    monkeypatch.setattr(disk, "_shares_blocks", lambda source, run: False)
+    monkeypatch.setattr(Proof, "bench", lambda self: {})
+    planned = []
+    monkeypatch.setattr(disk, "check_fits", lambda plan, alone: planned.append(plan))
+    options = ["--method", "shortgpt", "--set", f"engines=[{engine}]", "--set", "evaluation={}"]
+    done = sweep(workspace, "--drop", "1..3", *options, out="measured")
+    assert done.code == 0, done.said
+    folder = workspace / "measured"
+    weights = [folder / each / "dense" / "model.safetensors" for each in (".", "drop-1", "drop-2", "drop-3")]
+    assert len({each.stat().st_ino for each in weights}) == 1, "linked, not copied"
+    measured = freed_bytes([folder])
+    assert measured <= planned[0].total_bytes <= planned[0].needed_bytes < 1.25 * measured
 
 
 @pytest.mark.parametrize(
