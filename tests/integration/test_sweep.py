@@ -108,17 +108,14 @@ def test_a_sweep_is_one_search_and_a_run_each_and_goes_on(workspace: Path, monke
     assert other.stderr.splitlines()[-1].startswith("error: transfer needs about ")
 
 
-@pytest.mark.parametrize("engine", ["tensorrt-rtx-fp16", pytest.param("ort-cpu-fp32", marks=BREADTH)])
-def test_the_disk_that_a_sweep_needs_was_estimated(
-    workspace: Path, monkeypatch: pytest.MonkeyPatch, engine: str
-) -> None:
+def test_the_disk_that_a_sweep_needs_was_estimated(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the model is on another disk: one copy for all runs, which was counted for each, and made twice."""
     monkeypatch.setattr(model_folders, "_linked", lambda file, place: False)
     monkeypatch.setattr(disk, "_shares_blocks", lambda source, run: False)
     monkeypatch.setattr(Proof, "bench", lambda self: {})
     planned = []
     monkeypatch.setattr(disk, "check_fits", lambda plan, alone: planned.append(plan))
-    options = ["--method", "shortgpt", "--set", f"engines=[{engine}]", "--set", "evaluation={}"]
+    options = ["--method", "shortgpt", "--set", "engines=[ort-cpu-fp32]", "--set", "evaluation={}"]
     done = sweep(workspace, "--drop", "1..3", *options, out="measured")
     assert done.code == 0, done.said
     folder = workspace / "measured"
