@@ -209,11 +209,11 @@ def test_a_model_is_tried_without_its_weights(tmp_path: Path) -> None:
 def test_a_run_refuses_before_it_trains_what_cannot_be_exported(tmp_path: Path) -> None:
     config, _ = UNTRACEABLE["a cache of convolutions"]
     said: list[str] = []
-    inputs = SimpleNamespace(path=lambda role: saved(config, tmp_path / role), say=said.append)
+    inputs = SimpleNamespace(readable=lambda: saved(config, tmp_path / "dense"), tasks=tuple, say=said.append)
     for each in ("calibration_texts", "find_evaluation", "check_lengths", "calibration_windows", "read_evaluation"):
         setattr(inputs, each, lambda: None)
     run = SimpleNamespace(main=True, from_main=lambda value: value)
-    recipe = SimpleNamespace(export=ExportSettings(), evaluate=SimpleNamespace(tasks=()))
+    recipe = SimpleNamespace(export=ExportSettings())
     engines = SimpleNamespace(buildable=lambda: [SPEC])
     # What is there of another model or other settings is made again, so that it says nothing.
     job: Any = SimpleNamespace(inputs=inputs, run=run, recipe=recipe, engines=engines, finished=frozenset)
