@@ -171,6 +171,19 @@ def test_items_of_ones_own_are_asked_as_those_of_a_stock_task(
     assert not (tmp_path / "hub").exists()  # nothing is left in the user's cache
 
 
+@needs_lm_eval
+def test_items_of_ones_own_are_no_templates(exported: Made, asked: list[str], tmp_path: Path) -> None:
+    """lm-eval renders what a task definition has, and a template may run anything."""
+    made = exported("llama")
+    folder = Path(shutil.copytree(made / "model", tmp_path / "model"))
+    tiny_tokenizer().save_pretrained(folder)
+    item = {"prompt": "{{ 6 * 7 }}", "choices": ["{{ 1 }}", "{% if %}"], "answer": 0}
+    with OrtRunner(onnx_of(made)) as runner:
+        own = load_items(items_file(tmp_path, json.dumps(item)))
+        evaluate_zero_shot_engine(runner, folder, (own,), None, "dense")
+    assert set(asked) == {"{{ 6 * 7 }}"} and len(asked) == 2
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
