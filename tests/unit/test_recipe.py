@@ -200,6 +200,8 @@ def test_engine_spec_errors(changes: dict, words: list[str]) -> None:
 def test_a_task_counts_once() -> None:
     with pytest.raises(RecipeError, match=r"key 'evaluate.tasks': 'piqa' stands twice"):
         read_recipe({"model": "m", "evaluate": {"tasks": ["piqa", "copa", "piqa"]}}, "test")
+    with pytest.raises(RecipeError, match=r"two files are called a\.jsonl, by which reports call a task; rename one"):
+        read_recipe({"model": "m", "evaluate": {"tasks": ["one/a.jsonl", "two/a.jsonl"]}}, "test")
 
 
 @pytest.mark.parametrize("name", ["batch_sizes", "prompt_tokens"])
