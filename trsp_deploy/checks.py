@@ -97,7 +97,7 @@ def check_run(
     # What needs no engine to be told is told before any is built.
     _check_asked(job, tolerances)
     _check_engine(job, engine)
-    job.inputs.check_bench(_shaped(settings, _part(earlier, _expected(job, engine))))
+    job.inputs.model.check_bench(_shaped(settings, _part(earlier, _expected(job, engine))))
     said = [] if earlier is None else check_model(earlier.baseline, earlier.path, cut_of(job))
     spec = engine_to_check(job, engine)
     before = _part(earlier, spec.name)
@@ -158,7 +158,7 @@ def _of_quality(job: Pipeline, spec: EngineSpec, quality: dict[str, QualityRepor
     """What to say beside the quality that was found."""
     for what, dense, pruned, tolerance in to_pytorch_rows(job.proof.check_perplexity(spec)):
         yield f"{what}: dense {dense}, pruned {pruned} ({tolerance})"
-    yield from filter(None, (overlap_note(name, job.inputs.overlap(name)) for name in quality))
+    yield from filter(None, (overlap_note(name, job.inputs.texts.overlap(name)) for name in quality))
 
 
 def _of_earlier(earlier: _Earlier | None, before: EngineBaseline | None) -> list[str]:
@@ -233,9 +233,9 @@ def _quality(quality: dict[str, QualityReport], choices: ChoicesReport | None, t
 
 def cut_of(job: Pipeline) -> Cut:
     """What the run has done to which model."""
-    layers = job.inputs.num_layers()
+    layers = job.inputs.model.num_layers()
     kept = layers - len(job.pruning.plan().dropped)
-    return Cut(name=job.inputs.shown_model, num_layers_dense=layers, num_layers_pruned=kept)
+    return Cut(name=job.inputs.model.shown, num_layers_dense=layers, num_layers_pruned=kept)
 
 
 def _check_engine(job: Pipeline, engine: str | None) -> None:
@@ -274,7 +274,7 @@ def make_baseline(job: Pipeline, engine: str | None, settings: BenchSettings, ou
         raise BaselineError(
             f"baseline: {slowed} slows engines on purpose, and nothing is to be held against such times; unset it"
         )
-    job.inputs.check_bench(settings)
+    job.inputs.model.check_bench(settings)
     first = engine_to_check(job, engine)
     others = [spec for spec in job.engines.specs if spec != first and job.engines.engine(spec).reason is None]
     job.proof.check_engines()  # what does not compute what was trained is nothing to hold others against

@@ -57,13 +57,13 @@ def sweep(
     job.run.outdate_manifest()
     (job.run.path / PLANS).mkdir(exist_ok=True)  # a sweep by its first sign, and no run to go on with
     plans = job.pruning.plans(counts)
-    job.inputs.keep_calibration()
-    job.inputs.keep_evaluation()
+    job.inputs.texts.keep_calibration()
+    job.inputs.texts.keep_evaluation()
     runs: Runs = []
     failed: dict[int, TrspError] = {}
     with contextlib.ExitStack() as held:  # every run's lock: its last pages are of the report that was made here
         for number, count in enumerate(counts, start=1):
-            say(f"[{number}/{len(counts)}] {count} of {job.inputs.num_layers()} layers")
+            say(f"[{number}/{len(counts)}] {count} of {job.inputs.model.num_layers()} layers")
             try:
                 runs.append(_run(job, count, plans[count], runs, say, held))
             except OF_ONE_CUT as problem:
@@ -101,8 +101,8 @@ def _found(job: Pipeline, counts: tuple[int, ...], targets: Targets, runs: Runs)
     points = _points({one.run.path.name: report for one, report in runs})
     judged = {point.engine for point in points}
     return Sweep(
-        model=job.inputs.shown_model,
-        num_layers=job.inputs.num_layers(),
+        model=job.inputs.model.shown,
+        num_layers=job.inputs.model.num_layers(),
         points=points,
         targets=targets,
         choice=choose(points, targets, counts),

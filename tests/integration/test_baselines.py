@@ -149,7 +149,7 @@ def job_of_three(folder: Path, said: list[str], engine_quality: Any = lambda spe
             engine_quality=engine_quality,
         ),
         recipe=SimpleNamespace(seed=0),
-        inputs=SimpleNamespace(say=said.append, check_bench=lambda settings: None),
+        inputs=SimpleNamespace(say=said.append, model=SimpleNamespace(check_bench=lambda settings: None)),
         run=SimpleNamespace(path=folder),
     )
 

@@ -214,7 +214,7 @@ def unbuilt(evaluation: dict[str, str], *engines: str) -> Any:
     return SimpleNamespace(
         recipe=SimpleNamespace(evaluation=evaluation, evaluate=SimpleNamespace(tasks=())),
         engines=SimpleNamespace(specs=specs),
-        inputs=SimpleNamespace(check_bench=lambda settings: None),
+        inputs=SimpleNamespace(model=SimpleNamespace(check_bench=lambda settings: None)),
         run=SimpleNamespace(path=Path("run")),
     )
 

@@ -334,10 +334,10 @@ def test_a_model_judged_on_calibration_text_says_so(workspace, report, tmp_path)
     said, recipe = [], read_recipe({**load_recipe(run), "evaluation": texts}, "test")
     with RunFolder(run) as folder:
         job = Pipeline(folder, recipe, say=said.append, place=workspace)
-        job.inputs.read_evaluation()
-        notes = [overlap_note(name, job.inputs.overlap(name)) for name in texts]
+        job.inputs.texts.read_evaluation()
+        notes = [overlap_note(name, job.inputs.texts.overlap(name)) for name in texts]
         assert "evaluation 'same': 100.0% of it stands in the calibration text" in notes[0]
-        assert job.inputs.overlap("manual") < 0.01 < job.inputs.overlap("mixed") < 1
+        assert job.inputs.texts.overlap("manual") < 0.01 < job.inputs.texts.overlap("mixed") < 1
         assert [line for line in said if "calibration text" in line] == notes[:2]
         settings = BenchSettings(prompt_tokens=(8,), new_tokens=2, budget_s=1.0)
         checked = check_run(job, Tolerances(max_ppl_ratio=100.0), None, "ort-cpu-fp32", settings)

@@ -173,7 +173,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Made:
         return report
 
     def plans(self: Pruning, counts: tuple[int, ...]) -> dict[int, Path]:
-        self.inputs.dense()  # as choosing layers makes it
+        self.inputs.model.copied()  # as choosing layers makes it
         return {count: self.run.path / f"drop-{count}.json" for count in counts}
 
     monkeypatch.setattr(Pruning, "plans", plans)

@@ -18,7 +18,7 @@ from trsp_deploy.artifacts import RunFolder, write_json
 from trsp_deploy.cli import needs
 from trsp_deploy.errors import LeftToMain, TextError
 from trsp_deploy.pipeline import Pipeline, prune_and_build
-from trsp_deploy.pipeline.inputs import Inputs
+from trsp_deploy.pipeline.dense_model import DenseModel
 from trsp_deploy.pipeline.plan_origin import chosen_alike
 from trsp_deploy.pipeline.runs import load_recipe, seen_from
 from trsp_deploy.recipe import Recipe, read_recipe
@@ -406,7 +406,7 @@ def test_processes_of_other_machines_need_not_have_the_models_folder(place: Path
     sent = iter([(source, ""), source])
     with RunFolder(place / "run") as run:
         run.main, run.from_main = False, lambda value: next(sent)
-        assert Inputs(run, recipe, lambda _: None, place).dense() == source
+        assert DenseModel(run, recipe, lambda _: None, place).copied() == source
 
 
 def test_processes_beside_the_main_one_leave_by_an_exception_that_a_program_can_catch(place: Path) -> None:
@@ -473,7 +473,7 @@ def test_the_disk_that_a_run_needs_is_by_its_plan(place: Path) -> None:
     def pruned_bytes(file: Path | None) -> int:
         with RunFolder(place / "run") as run:
             job = Pipeline(run, recipe, file, place=place)
-            found = needs._disk_plan(job, file, job.inputs.config(), [], ())
+            found = needs._disk_plan(job, file, job.inputs.model.config(), [], ())
         return next(stage.kept_bytes for stage in found.stages if stage.stage == "pruned")
 
     of_two, of_four = pruned_bytes(None), pruned_bytes(given)

@@ -43,8 +43,8 @@ def test_a_pipeline_goes_once_nobody_has_it(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("Words to read.")
     recipe = Recipe(model="model", calibration={"texts": str(tmp_path / "text.txt")})  # type: ignore[arg-type]
     job = Pipeline(RunFolder(tmp_path / "run"), recipe)
-    text = job.inputs.calibration_texts()
-    assert job.inputs.calibration_texts() is text
+    text = job.inputs.texts.calibration()
+    assert job.inputs.texts.calibration() is text
     gone = weakref.ref(job.inputs)
     del job
     gc.collect()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.samples import made_up, made_up_point, made_up_report, made_up_sweep, scores
-from trsp_deploy.artifacts import provenance
+from trsp_deploy.artifacts import RunFolder, provenance
 from trsp_deploy.artifacts.layout import SWEEP
 from trsp_deploy.checks import cut_of
 from trsp_deploy.cli.tables import print_sweep
@@ -488,9 +488,9 @@ def test_every_report_of_a_point_has_the_other_points() -> None:
 
 def test_a_sweep_and_a_baseline_of_the_working_directory_have_its_name(tmp_path: Path) -> None:
     """They were of a model called "."; the report beside them was of its folder."""
-    run, recipe = SimpleNamespace(path=tmp_path / "drop-4"), Recipe(model=".")
-    inputs = Inputs(run, recipe, print, tmp_path / "mine")  # type: ignore[arg-type]
-    inputs.num_layers = lambda: 8  # type: ignore[method-assign]
+    run, recipe = RunFolder(tmp_path / "drop-4"), Recipe(model=".")
+    inputs = Inputs(run, recipe, print, tmp_path / "mine")
+    inputs.model.num_layers = lambda: 8  # type: ignore[method-assign]
     report = made_up_report(made_up())
     pruning = SimpleNamespace(plan=lambda: report.plan)
     engines = SimpleNamespace(specs=())

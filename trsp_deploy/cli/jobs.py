@@ -158,7 +158,7 @@ def prune(
         return show_memory(chosen, plan, Output(as_json))
     check = functools.partial(check_memory, plan_file=plan, ignore=ignore_memory)
     with run_of(chosen, out, plan, choose=choose, check=check) as job:
-        job.inputs.calibration_texts()  # before the model, which may have to be downloaded
+        job.inputs.texts.calibration()  # before the model, which may have to be downloaded
         result = job.pruning.prune()
         output = Output(as_json)
         output.say(

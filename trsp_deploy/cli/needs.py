@@ -72,7 +72,7 @@ def check_memory(
     if launched_as_several() or not (missing or engines):
         return
     with contextlib.suppress(ModelError):  # of a model that cannot be used the pipeline says more
-        config = job.inputs.config()
+        config = job.inputs.model.config()
         if engines is not None:
             missing = job.unfinished(counts)
         if plan_file is not None:
@@ -117,11 +117,11 @@ def check_disk(job: Pipeline, plan_file: Path | None, ignore: bool, counts: Sequ
     from trsp_deploy.tools.resources.disk import check_download, check_fits
 
     if launched_as_several() and job.run.recorded():
-        job.inputs.dense()  # by all processes: what the main one holds the records against may need it
+        job.inputs.model.copied()  # by all processes: what the main one holds the records against may need it
     if not job.run.main:
         return
     with contextlib.suppress(ModelError):  # of a model that cannot be used the pipeline says more
-        config, specs = job.inputs.config(), job.engines.buildable()
+        config, specs = job.inputs.model.config(), job.engines.buildable()
         plan = _disk_plan(job, plan_file, config, specs, counts)
         say(plan.line())
         if not ignore:

@@ -82,7 +82,7 @@ def run_of(
     from trsp_deploy.artifacts import RUN_MARK, RunFolder
     from trsp_deploy.artifacts.layout import check_can_hold, check_can_hold_cuts
     from trsp_deploy.pipeline import Pipeline
-    from trsp_deploy.pipeline.inputs import Inputs
+    from trsp_deploy.pipeline.dense_model import DenseModel
     from trsp_deploy.pipeline.runs import (
         default_folder,
         kept_judging,
@@ -102,7 +102,8 @@ def run_of(
     check_can_hold(folder, sweep=drops is not None)
     _check_outside(seen_from(place or Path.cwd(), recipe.model, SHORT_NAMES), folder)
     if drops is not None:
-        config = Inputs(RunFolder(folder), recipe, say, place).config()  # of a sweep that was begun its own copy's
+        model = DenseModel(RunFolder(folder), recipe, say, place or Path.cwd())
+        config = model.config()  # of a sweep that was begun its own copy's
         check_can_hold_cuts(folder, parse_drops(drops, config.num_hidden_layers))
     with RunFolder(folder, Announcer()) as run:
         if choose is not None and (kept := kept_judging(run)):

@@ -117,12 +117,13 @@ def sweep(
     check_targets(chosen, targets)  # before the recipe of a finished sweep is another
 
     def check(job: Pipeline) -> None:
-        counts = parse_drops(drop, job.inputs.config().num_hidden_layers)  # without the model, which it may refuse
+        num_layers = job.inputs.model.config().num_hidden_layers  # without the model, which it may refuse
+        counts = parse_drops(drop, num_layers)
         check_memory(job, None, ignore_memory, whole=True, counts=counts)
         check_disk(job, None, ignore_disk, counts)
 
     with run_of(chosen, out, drops=drop, check=check) as job:
-        counts = parse_drops(drop, job.inputs.num_layers())
+        counts = parse_drops(drop, job.inputs.model.num_layers())
         found, failed = sweep_all(job, counts, targets, say)
         folder = job.run.path
     output = Output(as_json)

@@ -110,19 +110,19 @@ def check_before_work(job: Pipeline) -> None:
     Texts come first: the model may have to be downloaded. Tasks that were answered are not asked for again, nor is an
     export that is there tried.
     """
-    job.inputs.calibration_texts()
-    _tried_by_main(job.run, job.inputs.find_evaluation)
+    job.inputs.texts.calibration()
+    _tried_by_main(job.run, job.inputs.texts.find_evaluation)
     job.inputs.check_lengths()
-    job.inputs.calibration_windows()
+    job.inputs.texts.calibration_windows()
 
     def judged() -> None:
-        job.inputs.read_evaluation()
+        job.inputs.texts.read_evaluation()
         finished, buildable = job.finished(), job.engines.buildable()
         answers = {steps.zero_shot(spec.name, role) for spec in runnable(buildable) for role in ROLES}
         if not answers or not answers <= finished:
-            zeroshot.check_tasks(job.inputs.tasks())
+            zeroshot.check_tasks(job.inputs.texts.tasks())
         if not finished.issuperset(steps.export("dense", spec.graph_precision) for spec in buildable):
-            export.check_exportable(job.inputs.readable(), job.recipe.export, job.inputs.say)
+            export.check_exportable(job.inputs.model.readable(), job.recipe.export, job.inputs.say)
 
     _tried_by_main(job.run, judged)
 

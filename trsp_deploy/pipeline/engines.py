@@ -255,7 +255,7 @@ class Engines:
 
     def _calibration(self) -> np.ndarray:
         """(texts, tokens) of calibration text, for a graph or an engine that has choices to make."""
-        train, _ = self.inputs.calibration_windows()
+        train, _ = self.inputs.texts.calibration_windows()
         tokens: np.ndarray = train.flatten().numpy()
         length = min(len(tokens), READ_TOKENS)
         texts = min(len(tokens) // length, INT4_TEXTS)  # what needs fewer reads fewer

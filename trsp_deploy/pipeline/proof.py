@@ -93,7 +93,7 @@ class Proof:
     def evaluate(self) -> dict[str, dict[Role, Perplexity]]:
         """Perplexity of dense and pruned on every evaluation text, by name."""
         found = {name: {role: self._perplexity(name, role) for role in ROLES} for name in self.recipe.evaluation}
-        self.inputs.keep_evaluation()
+        self.inputs.texts.keep_evaluation()
         return found
 
     @cached_method
@@ -181,7 +181,7 @@ class Proof:
         return Step(
             steps.evaluate(name, role),
             lambda: self._reference_settings,
-            lambda: {"model": self.inputs.made(role), "text": self.inputs.evaluation_texts(name).fingerprint},
+            lambda: {"model": self.inputs.made(role), "text": self.inputs.texts.evaluation(name).fingerprint},
             schema=EvaluateSettings,
         )
 
@@ -200,7 +200,7 @@ class Proof:
             # An export need not hold the tokenizer, so that the same engine may read a text as other tokens.
             lambda: {
                 "engine": self.engines.made(spec, role),
-                "text": self.inputs.evaluation_texts(name).fingerprint,
+                "text": self.inputs.texts.evaluation(name).fingerprint,
                 "tokenizer": self.inputs.made("dense"),
             },
             schema=EvaluateSettings,
@@ -219,7 +219,7 @@ class Proof:
         )
 
     def _own_items(self) -> dict[str, str]:
-        own = (task for task in self.inputs.tasks() if isinstance(task, Texts))
+        own = (task for task in self.inputs.texts.tasks() if isinstance(task, Texts))
         return {f"items of {task_name(task.name)}": task.fingerprint for task in own}
 
     def _of_each(self, lack: str, measure: Callable[[EngineSpec], Measured]) -> dict[str, Measured]:
@@ -270,7 +270,7 @@ class Proof:
             inputs={
                 "model": self.pruning.ready(role),
                 "engine": folder,
-                "text": self.inputs.calibration_texts().fingerprint,
+                "text": self.inputs.texts.calibration().fingerprint,
             },
         )
 
@@ -289,7 +289,7 @@ class Proof:
 
     @cached_method
     def _reference(self, role: Role) -> Reference:
-        train, _ = self.inputs.calibration_windows()
+        train, _ = self.inputs.texts.calibration_windows()
         ids = train.flatten()[: sum(PARITY_PROMPTS)].tolist()
         first = len(ids) * PARITY_PROMPTS[0] // sum(PARITY_PROMPTS)  # of a shorter text, too, each prompt has some
         prompts = [ids[:first], ids[first:]]
@@ -307,12 +307,12 @@ class Proof:
         )
 
     def _perplexity(self, name: str, role: Role) -> Perplexity:
-        origin = self.inputs.evaluation_texts(name).origin  # what is wrong with a text is said before a model is made
-        self.inputs.check_context_lengths()
+        origin = self.inputs.texts.evaluation(name).origin  # what is wrong with a text is said before a model is made
+        self.inputs.texts.check_lengths()
         model = self.pruning.ready(role)
 
         def work() -> Perplexity:
-            windows, documents = self.inputs.evaluation_windows(name)
+            windows, documents = self.inputs.texts.evaluation_windows(name)
             with quiet_libraries():
                 return evaluate.evaluate_perplexity(model, windows, name, role, origin, self.recipe, documents)
 
@@ -326,10 +326,10 @@ class Proof:
 
     def _engine_perplexity(self, spec: EngineSpec, name: str, role: Role, opened: Callable[[], Runner]) -> Perplexity:
         self.pruning.ready("dense")
-        origin = self.inputs.evaluation_texts(name).origin
+        origin = self.inputs.texts.evaluation(name).origin
 
         def work() -> Perplexity:
-            windows, documents = self.inputs.evaluation_windows(name)
+            windows, documents = self.inputs.texts.evaluation_windows(name)
             return evaluate.evaluate_engine(opened(), windows, name, role, origin, spec.name, documents)
 
         return self.run.do(self._engine_perplexity_step(spec, name, role), work, Perplexity)
@@ -341,7 +341,7 @@ class Proof:
         def work() -> ZeroShot:
             with open_engine(folder) as runner:
                 return zeroshot.evaluate_zero_shot_engine(
-                    runner, model, self.inputs.tasks(), self.recipe.evaluate.task_items, role, spec.longest_prompt
+                    runner, model, self.inputs.texts.tasks(), self.recipe.evaluate.task_items, role, spec.longest_prompt
                 )
 
         return self.run.do(self._zero_shot_step(spec, role), work, ZeroShot)

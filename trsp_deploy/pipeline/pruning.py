@@ -81,7 +81,7 @@ class Pruning:
         """Which layers go, as `plan.json`: chosen, handed in, or edited by hand."""
         whose = self._persons_plan()  # which may be refused, and a changed model would be `dense/` by then
         self._get_model_and_text()
-        plan = None if whose is None else read_plan(whose[1], self.inputs.num_layers())
+        plan = None if whose is None else read_plan(whose[1], self.inputs.model.num_layers())
         # Without it a person's plan would pass for a choice of this run.
         person = {} if plan is None or whose is None else {whose[0]: seal(plan.model_dump(mode="json"))}
         return self._resumable(
@@ -112,7 +112,7 @@ class Pruning:
             raise PlanError(
                 f"{path}: {other}; keep it with `prune` and --plan {path}, or delete it to have them chosen anew"
             )
-        dropped = ", ".join(map(str, read_plan(path, self.inputs.num_layers()).dropped))
+        dropped = ", ".join(map(str, read_plan(path, self.inputs.model.num_layers()).dropped))
         said = "edited by hand" if how == EDITED else "given, not chosen here"
         self.inputs.say(f"{PLAN} was {said}: dropping {dropped}; delete it to have layers chosen")
         return how, path
@@ -122,7 +122,7 @@ class Pruning:
         record = self.run.record(steps.PLAN)
         if self._plan_file is None or record is None:
             return False
-        given = read_plan(self._plan_file, self.inputs.num_layers())
+        given = read_plan(self._plan_file, self.inputs.model.num_layers())
         try:
             return PruningPlan.model_validate(record.result) != given
         except ValidationError:  # of another version, whose step is done again
@@ -133,10 +133,10 @@ class Pruning:
         layout = self.run.layout
 
         def work(checkpoints: Checkpoints) -> Done:
-            train, validation = self.inputs.calibration_windows()
+            train, validation = self.inputs.texts.calibration_windows()
             with quiet_libraries(), writing(self.run.path / PLANS) as partial:
                 model = self._checked_model()
-                origin = self.inputs.calibration_texts().origin
+                origin = self.inputs.texts.calibration().origin
                 found = selection.select_for_counts(model, train, validation, counts, self.recipe, origin, checkpoints)
                 for count, plan in found.items():
                     write_json(partial / layout.plan_of_cut(count).name, plan)
@@ -160,7 +160,7 @@ class Pruning:
         def work(checkpoints: Checkpoints) -> Done:
             with quiet_libraries(), writing(path) as partial:
                 model = self._checked_model()
-                tokenizer = self.inputs.tokenizer()
+                tokenizer = self.inputs.model.tokenizer()
                 documents = write_texts(model, tokenizer, tokens, length, self.recipe.seed, checkpoints)
                 partial.write_text(jsonl(documents), encoding="utf-8")
             return Done()
@@ -193,8 +193,8 @@ class Pruning:
         _leave_together()
         if not self.run.main:
             raise LeftToMain("the model is pruned, and the rest is the main process's work")
-        self.inputs.keep_calibration()
-        self.inputs.keep_evaluation_at_hand()
+        self.inputs.texts.keep_calibration()
+        self.inputs.texts.keep_evaluation_at_hand()
         self.run.from_main = lambda value: value  # nobody is left to tell
         return result
 
@@ -211,7 +211,7 @@ class Pruning:
     def ready(self, role: Role) -> Path:
         """The role's Hugging Face folder, made when it is not there."""
         if role == "dense":
-            self.inputs.dense()
+            self.inputs.model.copied()
         else:
             self.prune()
         return self.inputs.path(role)
@@ -234,7 +234,7 @@ class Pruning:
 
     def _ask_dense(self, found: Finished) -> None:
         """A model that is no folder here is what the run has of it."""
-        found.ask(self.inputs.dense_step(lambda: self.inputs.model_at_hand() or found.recorded(steps.DENSE, "model")))
+        found.ask(self.inputs.model.step(lambda: self.inputs.model.at_hand() or found.recorded(steps.DENSE, "model")))
 
     def _ask_plan(self, found: Finished, count: int | None) -> None:
         def settings() -> dict[str, Any]:
@@ -282,7 +282,7 @@ class Pruning:
         return result
 
     def _select(self, checkpoints: Checkpoints) -> PruningPlan:
-        train, validation = self.inputs.calibration_windows()
+        train, validation = self.inputs.texts.calibration_windows()
         with quiet_libraries():
             return selection.select_layers(
                 self._checked_model(),
@@ -290,7 +290,7 @@ class Pruning:
                 validation,
                 self._count,
                 self.recipe,
-                self.inputs.calibration_texts().origin,
+                self.inputs.texts.calibration().origin,
                 checkpoints,
             )
 
@@ -322,10 +322,10 @@ class Pruning:
         return plan
 
     def _transfer(self, plan: PruningPlan, own: Path | None, checkpoints: Checkpoints) -> PrunedCheckpoint:
-        train, validation = self.inputs.calibration_windows()
+        train, validation = self.inputs.texts.calibration_windows()
         if own is not None:
             texts, length = load_texts(str(own), "calibration"), self.recipe.calibration.context_length
-            written = tokenize_windows(texts, self.inputs.tokenizer(), length, self._self_generated_windows())
+            written = tokenize_windows(texts, self.inputs.model.tokenizer(), length, self._self_generated_windows())
             train = torch.cat([train[: self.recipe.calibration.max_windows - len(written)], written])
         path = self.inputs.path("pruned")
         with quiet_libraries(), writing(path) if self.run.main else contextlib.nullcontext(path) as folder:
@@ -333,7 +333,7 @@ class Pruning:
                 _take_cores(pick_device(self.recipe))
             pruned = transfer.transfer_and_remove(
                 dense=self.inputs.path("dense"),
-                source=self.inputs.dense(),
+                source=self.inputs.model.copied(),
                 plan=plan,
                 train=train,
                 validation=validation,
@@ -351,7 +351,7 @@ class Pruning:
         share = self.recipe.calibration.self_generated
         if not share or (settings.form == "none" and settings.closed_form == "none"):
             return 0
-        train, _ = self.inputs.calibration_windows()
+        train, _ = self.inputs.texts.calibration_windows()
         return self_generated_windows(share, self.recipe.calibration.max_windows, len(train))
 
     def _checked_model(self) -> PreTrainedModel:
@@ -368,7 +368,7 @@ class Pruning:
             add_adapters(meta_model(load_config(self.inputs.path("dense"))), settings.lora_rank, self.recipe.seed)
         if self._self_generated_windows():
             length = self.recipe.calibration.context_length
-            check_can_write(meta_model(load_config(self.inputs.path("dense"))), self.inputs.tokenizer(), length)
+            check_can_write(meta_model(load_config(self.inputs.path("dense"))), self.inputs.model.tokenizer(), length)
         if settings.form != "none":
             sharded = Processes(pick_device(self.recipe)).sharded
             check_weights_are_whole(settings, sharded)
@@ -376,17 +376,17 @@ class Pruning:
 
     def _get_model_and_text(self) -> None:
         """Have here what every choice starts from; of the two the texts are read first, for a model may be large."""
-        self.inputs.calibration_texts()
-        self.inputs.dense()
+        self.inputs.texts.calibration()
+        self.inputs.model.copied()
 
     def _model_and_text(self) -> dict[str, Made | str]:
         """What every choice and training starts from, as inputs of a step."""
-        return {"model": self.inputs.made("dense"), "calibration": self.inputs.calibration_texts().fingerprint}
+        return {"model": self.inputs.made("dense"), "calibration": self.inputs.texts.calibration().fingerprint}
 
     @functools.cached_property
     def _count(self) -> int:
         """How many layers go."""
-        return parse_drop(self.recipe.drop, self.inputs.num_layers())
+        return parse_drop(self.recipe.drop, self.inputs.model.num_layers())
 
     @functools.cached_property
     def _plan_settings(self) -> dict[str, Any]:

@@ -34,8 +34,8 @@ from trsp_deploy.tools.triton_server.served import derive, of_another_engine
 def make_report(proof: Proof) -> Report:
     """Write report.json, report.md and report.html, and the manifest of the run; measures what is not measured yet."""
     inputs, pruning = proof.inputs, proof.pruning
-    inputs.check_context_lengths()
-    source, checkpoint = inputs.dense(), pruning.prune()
+    inputs.texts.check_lengths()
+    source, checkpoint = inputs.model.copied(), pruning.prune()
     parity = proof.check_onnx() + proof.check_engines()  # before anything is timed
     quality = {name: quality_report(ppl["dense"], ppl["pruned"]) for name, ppl in proof.evaluate().items()}
     engines = [_engine_report(proof, outcome) for outcome in proof.engines.build()]
@@ -48,7 +48,7 @@ def make_report(proof: Proof) -> Report:
     report = Report(
         schema_version=SCHEMA_VERSION,
         verdict=verdict(engines, quality, as_served),
-        model=model_report(inputs.shown_model, source.origin, decoder, checkpoint, was_edited(proof.run)),
+        model=model_report(inputs.model.shown, source.origin, decoder, checkpoint, was_edited(proof.run)),
         removal=removal_report(checkpoint),
         quality=quality,
         engines=tuple(engines),
@@ -58,7 +58,7 @@ def make_report(proof: Proof) -> Report:
         plan=plan_report(pruning.plan()),
         provenance=now,
         measured=measured_by(made, now),
-        texts=inputs.text_reports(),
+        texts=inputs.texts.reports(),
     )
     return write_pages(proof, report)
 

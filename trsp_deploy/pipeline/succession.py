@@ -23,12 +23,12 @@ def check_succession(job: Pipeline, plan: Path | None, *, chosen: bool) -> None:
     folder, before = job.run.path, saved_recipe(job.run)
     if before is None:
         return
-    was, now = _where(seen_from(place_of(folder), before.model)), _where(job.inputs.model)
+    was, now = _where(seen_from(place_of(folder), before.model)), _where(job.inputs.model.name)
     if was != now and not chosen:
         raise RunError(f"{folder}: is a run of {was}; give --out for one of {now}")
     if was != now and not launched_as_several():  # of several machines the main process's alone may have the model
         _check_other_model(job, plan)
-    elif job.inputs.is_of_another_model() or before != job.recipe or was != now:
+    elif job.inputs.model.is_another() or before != job.recipe or was != now:
         _check_other_settings(job, before, plan)
 
 
@@ -41,25 +41,25 @@ def _where(model: str) -> Path | str:
 def _check_other_model(job: Pipeline, plan: Path | None) -> None:
     """Of a model that may have to be downloaded, before there is known to be room for it, its config alone is read."""
     inputs = job.inputs
-    _check_cut(job.recipe, plan, model_config(inputs.model, inputs.say).num_hidden_layers)
-    inputs.calibration_texts()
-    inputs.find_evaluation()
-    if inputs.model_at_hand() is not None:
-        inputs.calibration_windows()
+    _check_cut(job.recipe, plan, model_config(inputs.model.name, inputs.say).num_hidden_layers)
+    inputs.texts.calibration()
+    inputs.texts.find_evaluation()
+    if inputs.model.at_hand() is not None:
+        inputs.texts.calibration_windows()
 
 
 def _check_other_settings(job: Pipeline, before: Recipe, plan: Path | None) -> None:
     """What differs is tried; what was there before was tried then."""
     recipe = job.recipe
-    _check_cut(recipe, plan, job.inputs.num_layers())
-    if recipe.calibration != before.calibration or job.inputs.is_of_another_model():
-        job.inputs.calibration_windows()
+    _check_cut(recipe, plan, job.inputs.model.num_layers())
+    if recipe.calibration != before.calibration or job.inputs.model.is_another():
+        job.inputs.texts.calibration_windows()
     if (recipe.evaluation, recipe.evaluate) != (before.evaluation, before.evaluate):
-        job.inputs.read_evaluation()
+        job.inputs.texts.read_evaluation()
     if recipe.evaluate.tasks != before.evaluate.tasks:
-        check_tasks(job.inputs.tasks())
+        check_tasks(job.inputs.texts.tasks())
     if recipe.bench != before.bench:
-        job.inputs.check_bench(recipe.bench)
+        job.inputs.model.check_bench(recipe.bench)
 
 
 def _check_cut(recipe: Recipe, plan: Path | None, layers: int) -> None:
