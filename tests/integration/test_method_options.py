@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from trsp_deploy.pipeline import Pipeline, pruning
 from trsp_deploy.pipeline.runs import load_recipe, place_of
 from trsp_deploy.recipe import METHODS, read_recipe
 from trsp_deploy.stages import transfer
+from trsp_deploy.tools.resources import memory_plan
 from trsp_deploy.tools.sources.texts import load_texts, tokenize_windows
 from trsp_deploy.tools.training.checkpoints import Checkpoints
 
@@ -154,6 +156,23 @@ def test_a_text_that_is_gone_is_a_transfer_to_do(prune, tmp_path):
     assert finished() == {"dense", "plan", "self-generated", "prune"}
     (tmp_path / "run" / "self-generated.jsonl").unlink()
     assert finished() == {"dense", "plan"}
+
+
+def test_a_command_that_trains_again_says_first_what_that_needs(prune, monkeypatch, capsys, tmp_path):
+    """`evaluate`, `report` and their like began it without a word, however much more memory a changed setting takes."""
+    prune("--method", "shortgpt")
+    monkeypatch.setattr(memory_plan, "available_bytes", lambda device: 1_000_000)  # for no training at all
+
+    def evaluated(*options: str) -> list[str]:
+        settings = ["--eval", "own=text.txt", "--set", "evaluate.context_length=32", "--set", "evaluate.max_tokens=320"]
+        assert run(["evaluate", str(tmp_path / "run"), *settings, *options]) == 0
+        lines = capsys.readouterr().err.splitlines()
+        return [line for line in lines if "needs main memory" in line or line.startswith("> prune: ")]
+
+    assert evaluated() == ["> prune: reused"]
+    needs, again, started, done = evaluated("--set", "transfer.form=train")
+    assert re.match(r"> needs main memory: selection \S+ GB, transfer \S+ GB; 0\.00 GB there", needs)
+    assert again.endswith("; done again") and started.endswith("started") and "done in" in done
 
 
 def test_records_are_asked_about_another_model_without_it(prune, tmp_path):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trsp_deploy.cli.needs import check_address_space
+from trsp_deploy.cli.needs import check_address_space, check_memory
 from trsp_deploy.cli.recipe_options import say_twins, with_lists
 from trsp_deploy.cli.terminal import Announcer, say
 from trsp_deploy.errors import PlanError, RunError
@@ -26,7 +27,11 @@ def existing(
     evaluation: list[str] | None = None,
     sets: list[str] | None = None,
 ) -> Iterator[Pipeline]:
-    """Enter the folder of a run that was begun, with its recipe and the options on top."""
+    """Enter the folder of a run that was begun, with its recipe and the options on top.
+
+    What selection and transfer need is shown where they are to be done again, and refuses nothing: the commands over a
+    run have no `--ignore-memory`, with which the run may have been begun.
+    """
     check_address_space()
     from trsp_deploy.artifacts import RUN_MARK
     from trsp_deploy.pipeline.runs import load_recipe, place_of
@@ -37,7 +42,8 @@ def existing(
     values = override(with_lists(load_recipe(run), *named), sets or [])
     say_twins(sets)
     source = f"{run / RUN_MARK} with the options given" if engine or evaluation or sets else str(run / RUN_MARK)
-    with run_of(read_recipe(values, source), run, place=place) as job:
+    check = functools.partial(check_memory, plan_file=None, ignore=True)
+    with run_of(read_recipe(values, source), run, place=place, check=check) as job:
         yield job
 
 
