@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import functools
 import json
 import logging.handlers
 import os
@@ -12,7 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -88,9 +89,9 @@ def silent(line: str) -> None:
     pass
 
 
-def error_line(name: str) -> str:
+def error_line(name: str, ask: Callable[..., object] = resolve_model) -> str:
     with pytest.raises(ModelError) as caught:
-        resolve_model(name, silent)
+        ask(name, progress=silent)
     return one_line(caught.value)
 
 
@@ -260,6 +261,21 @@ def test_names_that_are_nothing(hub: Path, tmp_path: Path) -> None:
     assert "is a file; give the folder" in error_line(str(tmp_path / "file.gguf"))
 
 
+def test_a_mistyped_path_is_a_folder_that_is_missing(hub: Path, tmp_path: Path) -> None:
+    """It was taken for a hub id and nothing else, whose owner is the folder's name."""
+    (tmp_path / "data" / "wiki").mkdir(parents=True)
+    (tmp_path / "data" / "wikj.txt").touch()
+    near = "model 'data/wikj': no such folder; did you mean 'wiki'? (as a hub id: "
+    for ask in (resolve_model, model_config, functools.partial(convert, out=None)):
+        message = error_line("data/wikj", ask)
+        assert message.startswith(near) and "HF_HUB_OFFLINE is set" in message and message.endswith(")")
+    assert error_line("data/other").startswith("model 'data/other': no such folder (as a hub id: ")
+    assert error_line("none/wikj").startswith("model 'none/wikj': not (or not all) in the Hugging Face cache")
+    nowhere = "no such folder, and not a hub id of the form owner/name; did you mean 'wiki'?"
+    for path in ("./data/wikj", f"{tmp_path}/data/wikj"):
+        assert error_line(path) == f"model '{path}': {nowhere}"
+
+
 def test_hub_model_from_the_cache(hub: Path, tiny: Path) -> None:
     snapshot = put_into_cache(hub, "facebook/opt-125m", tiny)
     for name in ("opt-125m", "facebook/opt-125m"):
@@ -272,6 +288,15 @@ def test_short_name_wins_over_a_folder_that_is_no_model(hub: Path, tiny: Path, t
     put_into_cache(hub, "facebook/opt-125m", tiny)
     (tmp_path / "opt-125m").mkdir()
     assert resolve_model("opt-125m", silent).kind == "hub"
+
+
+def test_a_folder_of_its_owners_name_hides_no_hub_model(local_hub: type[Hub], tiny: Path, tmp_path: Path) -> None:
+    local_hub.files = {path.name: path.read_bytes() for path in tiny.iterdir()}
+    (tmp_path / "owner" / "tiny2").mkdir(parents=True)
+    assert resolve_model("owner/tiny", silent).kind == "hub"
+    message = error_line("owner/tinz")
+    assert message.startswith("model 'owner/tinz': no such folder; did you mean 'tiny2'? (as a hub id: ")
+    assert "the hub has nothing of that name" in message
 
 
 @pytest.mark.parametrize("name", ["opt-6.7b", "facebook/opt-6.7b"])

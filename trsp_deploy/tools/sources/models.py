@@ -36,7 +36,7 @@ from trsp_deploy.tools.sources.model_folders import (
     only_pickles,
     refuse_pickles,
 )
-from trsp_deploy.tools.sources.names import HUB_ID, SHORT_NAMES, is_model_folder, not_found
+from trsp_deploy.tools.sources.names import HUB_ID, SHORT_NAMES, is_model_folder, not_delivered, not_found
 from trsp_deploy.tools.sources.packaged import ASSETS, dequantised_model, home
 
 COMPANIONS = re.compile(rf"{LINKED.pattern}|chat_template\.jinja|README\.md|{LEGAL_FILES.pattern}")
@@ -110,10 +110,8 @@ def _config_from_hub(name: str, repo: str, progress: Callable[[str], None]) -> P
                 folder = Path(snapshot_download(repo, allow_patterns=[*CONFIGS, CODE]))
         return folder
     except hub_errors() as problem:
-        raise ModelError(
-            f"model '{name}': config.json of {repo} is not in the Hugging Face cache, and {hub_problem(problem)}; "
-            f"{_how_to_get(name, repo)}"
-        ) from problem
+        reason = f"config.json of {repo} is not in the Hugging Face cache, and {hub_problem(problem)}"
+        raise ModelError(not_delivered(name, f"{reason}; {_how_to_get(name, repo)}")) from problem
 
 
 def _how_to_get(name: str, repo: str) -> str:
@@ -160,11 +158,9 @@ def _from_hub(name: str, repo: str, progress: Callable[[str], None]) -> ModelSou
             with storage_errors(Path(HF_HUB_CACHE)):
                 folder = _download(repo, progress)
         except hub_errors() as problem:
-            called = f"'{name}'" if name == repo else f"'{name}' ({repo})"
-            raise ModelError(
-                f"model {called}: not (or not all) in the Hugging Face cache {HF_HUB_CACHE}, "
-                f"and {hub_problem(problem)}; {_how_to_get(name, repo)}"
-            ) from problem
+            called = "" if name == repo else f"{repo} is "
+            reason = f"{called}not (or not all) in the Hugging Face cache {HF_HUB_CACHE}, and {hub_problem(problem)}"
+            raise ModelError(not_delivered(name, f"{reason}; {_how_to_get(name, repo)}")) from problem
     check_folder(folder, name)
     if not (folder / "README.md").is_file():  # transformers fetches no card, nor what a licence wants carried along
         with contextlib.suppress(*hub_errors()):

@@ -78,7 +78,22 @@ def not_found(name: str, folder: Path) -> str:
     if folder.is_file():
         return f"model '{name}': is a file; give the folder that holds config.json and the weights"
     if "/" in name or name.startswith((".", "~")):
-        return f"model '{name}': no such folder, and not a hub id of the form owner/name"
+        return f"model '{name}': no such folder, and not a hub id of the form owner/name{_nearest_folder(folder)}"
     examples = "opt-6.7b, llama3-8b, qwen3-8b, mistral-7b, gpt2, pythia-1b, smollm2-135m"
     hint = nearest(name, SHORT_NAMES) or f"; short names are such as {examples}"
     return f"model '{name}': neither a folder nor a short name{hint} (a hub id has the form owner/name)"
+
+
+def not_delivered(name: str, said: str) -> str:
+    """The line for a name whose model the hub did not deliver; said: why, and what helps.
+
+    A hub id whose owner is a folder here is mostly a mistyped path; it may be an id, so that the hub is asked first.
+    """
+    folder = user_path(name)
+    if name in SHORT_NAMES or not folder.parent.is_dir():
+        return f"model '{name}': {said}"
+    return f"model '{name}': no such folder{_nearest_folder(folder)} (as a hub id: {said})"
+
+
+def _nearest_folder(path: Path) -> str:
+    return nearest(path.name, [folder.name for folder in path.parent.glob("*/")])

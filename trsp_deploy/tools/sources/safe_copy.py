@@ -22,7 +22,7 @@ from trsp_deploy.reading import read_json, user_path
 from trsp_deploy.tools.sources.hub import hub_errors, hub_problem
 from trsp_deploy.tools.sources.model_folders import PYTORCH_BINS, check_decoder_only, check_folder, goes_along
 from trsp_deploy.tools.sources.models import COMPANIONS, conversions, quiet_retries
-from trsp_deploy.tools.sources.names import HUB_ID, SHORT_NAMES
+from trsp_deploy.tools.sources.names import HUB_ID, SHORT_NAMES, not_delivered
 from trsp_deploy.tools.sources.packaged import alone
 
 INDEX = "pytorch_model.bin.index.json"
@@ -99,7 +99,7 @@ def _source(name: str, progress: Callable[[str], None]) -> Path:
         with storage_errors(Path(HF_HUB_CACHE)), quiet_retries():
             return Path(snapshot_download(repo, allow_patterns=patterns))
     except hub_errors() as problem:
-        raise ModelError(f"model '{name}': {hub_problem(problem)}; give a folder that holds it") from problem
+        raise ModelError(not_delivered(name, f"{hub_problem(problem)}; give a folder that holds it")) from problem
 
 
 def _check_whole(folder: Path, weights: Collection[str]) -> None:
