@@ -45,11 +45,13 @@ del sys.argv[1]
 from trsp_deploy.cli import main
 main()
 """
+# The same with all that pip wrote of them: half removed.
+HALF_REMOVED = WITHOUT.replace("metadata.Distribution.from_name = classmethod(from_name)\n", "")
 OF_THE_COMMAND_LINE = ("pydantic", "pyyaml", "rich", "typer")
 
 
-def call_without(absent: list[str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", WITHOUT, ",".join(absent), *arguments]
+def call_without(absent: list[str], *arguments: str, code: str = WITHOUT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, ",".join(absent), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -107,6 +109,24 @@ def test_every_package_may_be_absent_that_the_command_line_can_start_without() -
     assert findings["packages"]["state"] == "ok"
     assert findings["packages"]["detail"].endswith("; whether these versions fit is not known without packaging")
     assert findings["engines"]["detail"].startswith("not looked at: a package that they need does not load (No module")
+
+
+def test_a_package_that_is_half_removed_is_not_called_installed() -> None:
+    """Its metadata is there and its module is not: pip would not install it again unless it is told to."""
+    absent = ["torch", "packaging", "nvidia-ml-py"]
+    done = call_without(absent, "doctor", "--json", code=HALF_REMOVED)
+    assert (done.returncode, done.stderr) == (0, "")
+    findings = {finding["subject"]: finding for finding in json.loads(done.stdout)["findings"]}
+    for name in absent:
+        assert findings[name]["state"] == "missing"
+        assert findings[name]["detail"] == "half removed: pip has it for installed, and its module is not there"
+        assert findings[name]["install"] == f"pip install --force-reinstall --no-deps '{name}{requirements()[name]}'"
+    assert findings["packages"]["detail"].endswith("; whether these versions fit is not known without packaging")
+    (line,) = call_without(["pyyaml"], "doctor", code=HALF_REMOVED).stderr.splitlines()
+    assert line == (
+        "error: the package pyyaml is half removed: pip has it for installed, and its module is not there, without "
+        f"which this command does not work: pip install --force-reinstall --no-deps 'pyyaml{requirements()['pyyaml']}'"
+    )
 
 
 @pytest.mark.parametrize("name", OF_THE_COMMAND_LINE)

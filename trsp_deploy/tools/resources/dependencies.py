@@ -6,11 +6,14 @@ Imports nothing but the standard library: it is asked where something is missing
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import re
 from collections import defaultdict
 
 REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)(\[[^]]*\])?(?P<range>[^;\s]*)(; extra == '(?P<extra>[\w-]+)')?")
 DISTRIBUTIONS = {"yaml": "pyyaml", "pynvml": "nvidia-ml-py"}  # of modules that are called otherwise
+MODULES = {distribution: module for module, distribution in DISTRIBUTIONS.items()}
+HALF_REMOVED = "half removed: pip has it for installed, and its module is not there"
 
 
 def installed(distribution: str) -> str | None:
@@ -19,6 +22,16 @@ def installed(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def half_removed(distribution: str) -> bool:
+    """Whether pip has a distribution for installed whose module is gone, as a removal leaves it that was cut short.
+
+    Of one with a top-level module of its own, as `requirements` without an extra have; the module is not imported.
+    """
+    module = importlib.util.find_spec(MODULES.get(distribution, distribution.replace("-", "_")))
+    # A folder that some file was left in is found as a namespace package, which has no origin.
+    return installed(distribution) is not None and (module is None or module.origin is None)
 
 
 def requirements(extra: str | None = None) -> dict[str, str]:
@@ -43,8 +56,13 @@ def install_command(distribution: str, versions: str) -> str:
     return f"pip install '{distribution}{versions}'"
 
 
+def reinstall_command(distribution: str, versions: str) -> str:
+    """The same of one that pip has for installed: it would leave it as it is."""
+    return f"pip install --force-reinstall --no-deps '{distribution}{versions}'"
+
+
 def missing_package(problem: BaseException) -> str | None:
-    """The line for an import that failed because one of `requirements` is not installed; None for all other errors.
+    """The line for an import that failed because one of `requirements` is not here; None for all other errors.
 
     Libraries wrap such errors in their own, so what led to `problem` counts too.
     """
@@ -55,9 +73,12 @@ def missing_package(problem: BaseException) -> str | None:
             distribution = DISTRIBUTIONS.get(module, module.replace("_", "-"))
             versions = requirements().get(distribution)
             if versions is not None and installed(distribution) is None:
-                return (
-                    f"the package {distribution} is not installed, without which this command does not work: "
-                    f"{install_command(distribution, versions)}"
-                )
+                return _unusable(distribution, "not installed", install_command(distribution, versions))
+            if versions is not None and half_removed(distribution):
+                return _unusable(distribution, HALF_REMOVED, reinstall_command(distribution, versions))
         cause = cause.__cause__ or cause.__context__
     return None
+
+
+def _unusable(distribution: str, reason: str, remedy: str) -> str:
+    return f"the package {distribution} is {reason}, without which this command does not work: {remedy}"

@@ -17,7 +17,14 @@ from trsp_deploy.errors import one_line
 from trsp_deploy.recipe import Strict
 from trsp_deploy.tools.host_memory import available_host_bytes
 from trsp_deploy.tools.library import engine_names
-from trsp_deploy.tools.resources.dependencies import install_command, installed, requirements
+from trsp_deploy.tools.resources.dependencies import (
+    HALF_REMOVED,
+    half_removed,
+    install_command,
+    installed,
+    reinstall_command,
+    requirements,
+)
 
 State = Literal["ok", "missing", "conflict", "warning"]
 
@@ -64,10 +71,11 @@ def _packages() -> Iterator[Finding]:
         detail = "not looked at: trsp_deploy itself is not installed, so nothing says which it asks for"
         yield Finding(subject="packages", state="warning", detail=detail)
         return
-    findings = [_package(distribution, versions) for distribution, versions in asked.items()]
+    findings = [_required(distribution, versions) for distribution, versions in asked.items()]
     yield from (found for found in findings if found.state != "ok")
     fine = ", ".join(f"{found.subject} {found.detail}" for found in findings if found.state == "ok")
-    unsure = "" if installed("packaging") else "; whether these versions fit is not known without packaging"
+    unknown = any(found.subject == "packaging" and found.state == "missing" for found in findings)
+    unsure = "; whether these versions fit is not known without packaging" if unknown else ""
     yield Finding(subject="packages", state="ok", detail=f"{fine}{unsure}")
 
 
@@ -86,6 +94,14 @@ def _optimum() -> Finding:
         return Finding(subject=subject, state="ok", detail=f"Optimum's ({versions})")
     detail = f"Optimum's does not fit: {wrong.subject} {wrong.detail}"
     return Finding(subject=subject, state="conflict", detail=detail, install="pip install 'trsp_deploy[optimum]'")
+
+
+def _required(distribution: str, versions: str) -> Finding:
+    """One of the packages that trsp_deploy cannot do without."""
+    if half_removed(distribution):
+        install = reinstall_command(distribution, versions)
+        return Finding(subject=distribution, state="missing", detail=HALF_REMOVED, install=install)
+    return _package(distribution, versions)
 
 
 def _package(distribution: str, versions: str) -> Finding:
