@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,10 +27,11 @@ from trsp_deploy.tools.judging.verdicts import Outcome, Word, worst
 from trsp_deploy.tools.measuring.subjects import Subject
 from trsp_deploy.tools.quiet import quiet_libraries
 from trsp_deploy.tools.reports.quality import QualityReport, perplexity_outcomes, quality_report
+from trsp_deploy.tools.reports.texts import TextReport, text_report
 from trsp_deploy.tools.runners import Runner, open_engine
 from trsp_deploy.tools.runners.inspection import has_tokenizer, tokenizer_folder
 from trsp_deploy.tools.sources.texts import Texts, documents_of, load_texts
-from trsp_deploy.tools.sources.windows import known_windows
+from trsp_deploy.tools.sources.windows import extent_of, known_windows
 
 
 class Asked(Strict):
@@ -48,6 +49,16 @@ class Samples(Comparison):
     """`compare --out`: a comparison's raw samples, and the losses that its perplexities are derived from."""
 
     perplexity: dict[str, dict[Role, Perplexity]] = Field(default_factory=dict)  # by text
+    texts: tuple[TextReport, ...] = ()  # that were read
+
+
+class _Read(NamedTuple):
+    """A text as both engines read it."""
+
+    ids: torch.Tensor  # (windows, length)
+    documents: np.ndarray | None  # which one each token is of
+    origin: str
+    report: TextReport
 
 
 @dataclass(frozen=True)
@@ -85,13 +96,14 @@ def compare_paths(
         bench.check_pair(*pair, asked.bench)
         goals = bench.speedup_goals(*pair, asked.min_speedup, asked.bench)
         label = bench.label_of(*pair)
-        losses = _perplexities(*pair, asked)  # first: a text that cannot be read is said before the long part
+        texts = _read_texts(*pair, asked)  # first: a text that cannot be read is said before the long part
+        losses = _perplexities(*pair, texts)
         comparison = bench.compare_engines(*pair, label, asked.bench, seed=0, goals=goals, say=say)
     quality = {name: quality_report(both["dense"], both["pruned"]) for name, both in losses.items()}
     outcomes = [goal.outcome(comparison.replicates, cases=comparison.settings.cases) for goal in goals]
     return Compared(
         label=label,
-        samples=Samples(**dict(comparison), perplexity=losses),
+        samples=Samples(**dict(comparison), perplexity=losses, texts=tuple(text.report for text in texts.values())),
         report=bench.derive(*pair, comparison),
         quality=quality,
         outcomes=(*outcomes, *perplexity_outcomes(quality, asked.max_ppl_ratio, "--max-ppl-ratio")),
@@ -99,8 +111,8 @@ def compare_paths(
     )
 
 
-def _perplexities(dense: Subject, pruned: Subject, asked: Asked) -> dict[str, dict[Role, Perplexity]]:
-    """Losses of both on the same tokens, by text; one engine is open at a time."""
+def _read_texts(dense: Subject, pruned: Subject, asked: Asked) -> dict[str, _Read]:
+    """The texts that were asked for, by name, as tokens that both know."""
     if not asked.texts:
         if asked.max_ppl_ratio is not None:
             raise RecipeError("compare: --max-ppl-ratio needs a text to read; give one with --eval NAME=TEXTS")
@@ -112,18 +124,22 @@ def _perplexities(dense: Subject, pruned: Subject, asked: Asked) -> dict[str, di
     with quiet_libraries():
         tokenizers = _tokenizers(dense, pruned, asked.tokenizer)
         vocabulary = min(dense.vocabulary, pruned.vocabulary)
-        windows = {
-            name: _windows(name, text, tokenizers, vocabulary, length, asked.evaluate.max_tokens)
+        return {
+            name: _read(name, text, tokenizers, vocabulary, length, asked.evaluate.max_tokens)
             for name, text in texts.items()
         }
+
+
+def _perplexities(dense: Subject, pruned: Subject, texts: Mapping[str, _Read]) -> dict[str, dict[Role, Perplexity]]:
+    """Losses of both on the same tokens, by text; one engine is open at a time."""
     found: dict[str, dict[Role, Perplexity]] = {name: {} for name in texts}
     subjects: dict[Role, Subject] = {"dense": dense, "pruned": pruned}
-    for role in ROLES:
+    for role in ROLES if texts else ():
         try:
             with _opened(subjects[role].path) as runner:
-                for name, (ids, documents) in windows.items():
+                for name, text in texts.items():
                     found[name][role] = evaluate.evaluate_engine(
-                        runner, ids, name, role, texts[name].origin, subjects[role].name, documents
+                        runner, text.ids, name, role, text.origin, subjects[role].name, text.documents
                     )
         except EngineUnavailable as problem:
             raise RunError(str(problem)) from problem
@@ -170,11 +186,11 @@ def _tokenizer_of(subject: Subject) -> Path | None:
         return None
 
 
-def _windows(
+def _read(
     name: str, text: Texts, tokenizers: Mapping[Path, Any], vocabulary: int, length: int, most: int | None
-) -> tuple[torch.Tensor, np.ndarray | None]:
-    """(windows, length) token ids that both engines know, and which document each is of; RunError where two tokenizers
-    read the text as different tokens, whose perplexities have nothing to do with each other."""
+) -> _Read:
+    """A text as windows of `length` tokens that both engines know; RunError where two tokenizers read it as different
+    tokens, whose perplexities have nothing to do with each other."""
     limit = None if most is None else max(1, most // length)
     (first, tokenizer), *others = tokenizers.items()
     windows = known_windows(text, tokenizer, length, limit, f"--eval {name}", vocabulary)
@@ -184,4 +200,6 @@ def _windows(
                 f"--eval {name}: the tokenizers in {first} and {folder} read it as different tokens, so that "
                 "perplexities a token cannot be compared; if one of them is right for both, give it with --tokenizer"
             )
-    return windows, documents_of(text, tokenizer, windows.numel())
+    documents = documents_of(text, tokenizer, windows.numel())
+    report = text_report(name, "evaluation", text, extent_of(windows, tokenizer))
+    return _Read(windows, documents, text.origin, report)

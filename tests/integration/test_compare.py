@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from trsp_deploy.errors import RecipeError, RunError
 from trsp_deploy.recipe import EvaluateSettings
 from trsp_deploy.stages.bench import find_pair, label_of
 from trsp_deploy.tools.measuring.subjects import Subject
+from trsp_deploy.tools.sources.texts import load_texts
 
 pytestmark = pytest.mark.alone
 
@@ -54,7 +56,13 @@ def test_compare_reads_a_text_with_both(workspace: Path, baseline: Path, form: s
         ("perplexity over dense, manual", "fail")
     ]
     assert "ppl on manual" in done.stderr, "in the table"
-    kept = json.loads(out.read_text())["perplexity"]["manual"]
+    raw = json.loads(out.read_text())
+    documents = load_texts(str(workspace / "text.txt"), "evaluation").documents
+    sha256 = hashlib.sha256(json.dumps(documents).encode()).hexdigest()
+    known = {"sha256": sha256, "documents": len(documents), "tokens": 640, "bos": False, "overlap": None}
+    named = {"name": "manual", "role": "evaluation", "origin": "text.txt"}
+    assert raw["texts"] == found["texts"] == [named | known], "as a run's report has them"
+    kept = raw["perplexity"]["manual"]
     for role in ("dense", "pruned"):
         of_run = json.loads((workspace / f"run/records/evaluate-ort-cpu-fp32-manual-{role}.json").read_text())["result"]
         assert kept[role]["nll"] == pytest.approx(of_run["nll"], rel=1e-4), "as the run's own evaluation has it"

@@ -89,6 +89,7 @@ def compare(
             "verdict": sentence(found.label, found.report),
             "comparison": found.report.model_dump(mode="json"),
             "quality": {name: text.model_dump(mode="json") for name, text in found.quality.items()},
+            "texts": [text.model_dump(mode="json") for text in found.samples.texts],
             "outcomes": [outcome.model_dump(mode="json") for outcome in found.outcomes],
             "notes": [*notes(found.report), *found.said],
         }
