@@ -209,9 +209,11 @@ def test_a_model_is_tried_without_its_weights(tmp_path: Path) -> None:
 def test_a_run_refuses_before_it_trains_what_cannot_be_exported(tmp_path: Path) -> None:
     config, _ = UNTRACEABLE["a cache of convolutions"]
     said: list[str] = []
-    inputs = SimpleNamespace(readable=lambda: saved(config, tmp_path / "dense"), tasks=tuple, say=said.append)
-    for each in ("calibration_texts", "find_evaluation", "check_lengths", "calibration_windows", "read_evaluation"):
-        setattr(inputs, each, lambda: None)
+    texts = SimpleNamespace(tasks=tuple)
+    for each in ("calibration", "find_evaluation", "calibration_windows", "read_evaluation"):
+        setattr(texts, each, lambda: None)
+    model = SimpleNamespace(readable=lambda: saved(config, tmp_path / "dense"))
+    inputs = SimpleNamespace(model=model, texts=texts, check_lengths=lambda: None, say=said.append)
     run = SimpleNamespace(main=True, from_main=lambda value: value)
     recipe = SimpleNamespace(export=ExportSettings())
     engines = SimpleNamespace(buildable=lambda: [SPEC])

@@ -309,7 +309,7 @@ def test_other_windows_of_one_text_are_another_calibration() -> None:
     def engines(first: int) -> Any:
         windows = torch.arange(first, first + 64).reshape(2, 32)
         made: Any = Engines.__new__(Engines)
-        made.inputs = SimpleNamespace(calibration_windows=lambda: (windows, None))
+        made.inputs = SimpleNamespace(texts=SimpleNamespace(calibration_windows=lambda: (windows, None)))
         return made
 
     assert engines(0)._calibration_sha256() == engines(0)._calibration_sha256() != engines(5)._calibration_sha256()
