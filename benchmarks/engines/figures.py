@@ -15,7 +15,8 @@ from benchmarks.targets import at_least, at_most
 from trsp_deploy.artifacts import Provenance
 from trsp_deploy.decoder import decoder_size
 from trsp_deploy.recipe import Case, Precision, Strict
-from trsp_deploy.tools.judging.limits import Stored, decode_bytes, speed_limit, stored
+from trsp_deploy.tools.graphs.stored import Stored
+from trsp_deploy.tools.judging.limits import decode_bytes, speed_limit
 from trsp_deploy.tools.judging.statistics import Ratio, bootstrap
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "int8", "int4")
@@ -58,7 +59,7 @@ class Found(Strict):
     perplexity: dict[str, float]
     bandwidths: tuple[float, ...]  # bytes/s that the machine read in each round of the first race
     peers: dict[str, str] = Field(default_factory=dict)  # versions in the peers' environment
-    stored: dict[Precision, Stored] = Field(default_factory=dict)  # our engines; else as `limits.stored` says
+    stored: dict[Precision, Stored]  # our engines
     vnni: bool = True  # whether integer products are quick and exact: processors of one name differ in it
 
     @property
@@ -97,13 +98,13 @@ def ratios(
     def kept(precision: Precision) -> Ratio | None:
         dense, pruned = (decoder_size(subjects.model(name)) for name in ("dense", "pruned"))
         case = Case(batch_size=1, prompt_tokens=PROMPT, new_tokens=NEW_TOKENS)
-        limit = speed_limit(dense, pruned, ours.get(precision, stored(precision)), case)
+        limit = speed_limit(dense, pruned, ours[precision], case)
         found = ratio(f"ours {precision}", f"pruned {precision}")
         return None if found is None else _scaled(found, 1 / limit.decode.ratio)
 
     def floor(precision: Precision) -> Ratio | None:
         label, past = f"ours {precision}", PROMPT + NEW_TOKENS // 2
-        read = decode_bytes(decoder_size(subjects.model("dense")), ours.get(precision, stored(precision)), 1, past)
+        read = decode_bytes(decoder_size(subjects.model("dense")), ours[precision], 1, past)
         return paired_ratio([read / each for each in bandwidths], times(label)) if label in samples else None
 
     genai4, ours4 = perplexities.get("genai int4"), perplexities.get("ours int4")

@@ -25,7 +25,7 @@ from benchmarks.engines.figures import (
 from benchmarks.engines.peers import negative_log_likelihood
 from trsp_deploy.artifacts import provenance
 from trsp_deploy.errors import EngineUnavailable
-from trsp_deploy.tools.judging.limits import stored_by
+from trsp_deploy.tools.graphs.stored import stored_by
 from trsp_deploy.tools.library import load_engine_spec
 from trsp_deploy.tools.measuring.rates import fresh_rates
 from trsp_deploy.tools.measuring.worker import Worker

@@ -32,7 +32,8 @@ from benchmarks.gpu.torch_runner import measure_bandwidth
 from trsp_deploy.artifacts import provenance
 from trsp_deploy.decoder import decoder_size
 from trsp_deploy.errors import NO_MEMORY, EngineUnavailable, RunError, TrspError, one_line
-from trsp_deploy.tools.judging.limits import decode_bytes, stored
+from trsp_deploy.tools.graphs.stored import in_floats
+from trsp_deploy.tools.judging.limits import decode_bytes
 from trsp_deploy.tools.prctl import end_with_parent
 from trsp_deploy.tools.runners import Runner
 
@@ -95,7 +96,7 @@ def measure(contender: str, layers: int, plan: Plan, device: str) -> Line:
         layers=layers,
         machine=provenance(),
         bandwidth_bytes_per_s=measure_bandwidth(device),
-        bytes_of_a_step=decode_bytes(size, stored("fp16" if device == "cuda" else "fp32"), 1, plan.pasts[0]),
+        bytes_of_a_step=decode_bytes(size, in_floats("fp16" if device == "cuda" else "fp32"), 1, plan.pasts[0]),
         samples=samples,
     )
 

@@ -13,7 +13,7 @@ from benchmarks.engines import figures, race, subjects
 from benchmarks.engines.peers import negative_log_likelihood
 from trsp_deploy.decoder import DecoderSize, WeightCounts
 from trsp_deploy.errors import EngineUnavailable
-from trsp_deploy.tools.judging.limits import stored
+from trsp_deploy.tools.graphs.stored import in_floats
 
 TOKEN_MS = {
     "ours fp32": 10.0,
@@ -50,12 +50,15 @@ def samples(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[dict[str, Any]]]:
     }
 
 
+STORED = {precision: in_floats("fp32") for precision in figures.PRECISIONS}
+
+
 def test_figures(samples: dict[str, list[dict[str, Any]]]) -> None:
     ratios = figures.ratios(
         samples,
         [11_000 * 4 / 9e-3] * 3,
         {"ours int4": 30.0, "genai int4": 33.0},
-        {precision: stored("fp32") for precision in figures.PRECISIONS},
+        STORED,
     )
     found = {name: value.ratio for name, value in ratios.items() if value is not None}
     assert found["fp32_decode_to_genai"] == pytest.approx(1.2)
@@ -73,7 +76,7 @@ def test_figures(samples: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def test_what_is_not_measured_is_not_met(samples: dict[str, list[dict[str, Any]]]) -> None:
-    ratios = figures.ratios(samples, [1e9], {}, {})
+    ratios = figures.ratios(samples, [1e9], {}, STORED)
     found = figures.verdict({name: None if value is None else value.ratio for name, value in ratios.items()})
     assert found["figures"].keys() == found["targets"].keys() == found["met"].keys()
     for name in ("gpt2_decode_to_optimum", "int4_perplexity_to_genai", "batch_int8"):

@@ -26,6 +26,7 @@ from trsp_deploy.recipe import Case, Recipe
 from trsp_deploy.results import Parity, Perplexity, Phase, Rates
 from trsp_deploy.stages import bench, evaluate, parity
 from trsp_deploy.stages.bench import derive, pair_notes, without_limit
+from trsp_deploy.tools.graphs.stored import in_floats, stored_by
 from trsp_deploy.tools.judging.limits import (
     PhaseLimit,
     SpeedLimit,
@@ -33,8 +34,6 @@ from trsp_deploy.tools.judging.limits import (
     decode_work,
     prefill_operations,
     speed_limit,
-    stored,
-    stored_by,
 )
 from trsp_deploy.tools.judging.statistics import perplexity_ratio
 from trsp_deploy.tools.library import load_engine_spec
@@ -67,9 +66,9 @@ def shape(batch: int = 1, prompt: int = 128, new: int = 1) -> Case:
 
 
 def test_limit_of_opt_6_7b_is_the_published_bound():
-    limit = speed_limit(opt_6_7b(32), opt_6_7b(24), stored("fp16"), shape(prompt=1))
+    limit = speed_limit(opt_6_7b(32), opt_6_7b(24), in_floats("fp16"), shape(prompt=1))
     assert limit.decode.ratio == pytest.approx(1.320, abs=0.001)
-    long_past = speed_limit(opt_6_7b(32), opt_6_7b(24), stored("fp16"), shape(batch=64, prompt=100_000))
+    long_past = speed_limit(opt_6_7b(32), opt_6_7b(24), in_floats("fp16"), shape(batch=64, prompt=100_000))
     assert long_past.decode.ratio == pytest.approx(32 / 24, abs=0.001)  # the cache dominates
 
 
@@ -77,11 +76,11 @@ def test_measured_rates_tell_which_resource_binds():
     dense, pruned = opt_6_7b(32), opt_6_7b(24)
     slow_memory = Rates(bytes_per_s=1e9, operations_per_s={"fp16": 1e15})
     slow_products = Rates(bytes_per_s=1e15, operations_per_s={"fp16": 1e9})
-    by_bytes = speed_limit(dense, pruned, stored("fp16"), shape(new=100), rates=slow_memory)
+    by_bytes = speed_limit(dense, pruned, in_floats("fp16"), shape(new=100), rates=slow_memory)
     assert by_bytes.prefill.ratio == pytest.approx(by_bytes.decode.ratio, rel=0.01)
-    by_operations = speed_limit(dense, pruned, stored("fp16"), shape(new=100), rates=slow_products, logits=1)
+    by_operations = speed_limit(dense, pruned, in_floats("fp16"), shape(new=100), rates=slow_products, logits=1)
     assert by_operations.prefill.ratio > by_operations.decode.ratio, "the LM head multiplies for one position"
-    unknown = speed_limit(dense, pruned, stored("int8"), shape(), rates=slow_memory)
+    unknown = speed_limit(dense, pruned, stored_by(load_engine_spec("ort-cpu-int8")), shape(), rates=slow_memory)
     assert unknown.assumed and not by_bytes.assumed
     assert unknown.decode.floor_s == float("inf"), "all of its time is taken for what bytes bind"
 
@@ -138,11 +137,11 @@ def test_a_head_of_4_bits_raises_what_layers_can_gain():
     dense, pruned = opt_6_7b(32), opt_6_7b(24)
     narrow, wide = (stored_by(load_engine_spec(f"ort-cpu-int4{name}")) for name in ("", "-accurate"))
     assert (narrow.layers, narrow.head) == (0.5625, 0.5625) and wide.layers == pytest.approx(0.5703, abs=1e-4)
-    assert wide.head == 1.125 and narrow.cached == wide.cached == 4
+    assert wide.head == 1.0625 and narrow.cached == wide.cached == 4
     by_head = [speed_limit(dense, pruned, kept, shape()).decode.ratio for kept in (narrow, wide)]
     assert by_head[0] > by_head[1]
     static = load_engine_spec("tensorrt-int4")
-    assert stored_by(static).cached == 2 and stored_by(static).head == 1.125
+    assert stored_by(static).cached == 2 and stored_by(static).head == 1
 
 
 def engine_of(name: str, layers: int, **changed: object) -> Subject:
@@ -207,9 +206,9 @@ def test_bytes_and_operations():
     size = DecoderSize(
         weights=WeightCounts(total=30, layers=(10, 10), lm_head=5, embeddings=5), cache_per_token=4, attention_width=3
     )
-    assert decode_bytes(size, stored("fp16"), batch=2, past=7) == 2 * (20 + 5 + 2 * 7 * 4 * 2)
+    assert decode_bytes(size, in_floats("fp16"), batch=2, past=7) == 2 * (20 + 5 + 2 * 7 * 4 * 2)
     assert prefill_operations(size, batch=1, prompt=10) == 2 * 10 * (25 + 2 * 2 * 10 * 3)
-    work = decode_work(size, stored("fp16"), shape(batch=2, prompt=7, new=6))  # the median token has 10 before it
+    work = decode_work(size, in_floats("fp16"), shape(batch=2, prompt=7, new=6))  # the median token has 10 before it
     assert work.read_bytes == 2 * (20 + 5 + 2 * 10 * 4 * 2)
     assert work.operations == 2 * 2 * (20 + 5 + 2 * 2 * 10 * 3)
 
@@ -408,7 +407,8 @@ def test_a_short_calibration_text_is_two_prompts_all_the_same(monkeypatch, token
     """One without a token gave no numbers, and the graph was blamed for it."""
     prompts = []
     monkeypatch.setattr(parity, "make_reference", lambda folder, given: prompts.extend(given))
-    inputs = SimpleNamespace(run=None, recipe=None, calibration_windows=lambda: (torch.arange(tokens)[None], None))
+    texts = SimpleNamespace(calibration_windows=lambda: (torch.arange(tokens)[None], None))
+    inputs = SimpleNamespace(run=None, recipe=None, texts=texts)
     Proof(inputs, SimpleNamespace(ready=lambda role: Path()), None)._reference("dense")
     assert [len(prompt) for prompt in prompts] == lengths
     assert prompts[0] + prompts[1] == list(range(min(tokens, 63)))

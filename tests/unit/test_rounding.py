@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -14,6 +15,7 @@ from trsp_deploy.tools.graphs import costs, qdq, quantize, rounding
 from trsp_deploy.tools.graphs.nodes import NoMatch
 from trsp_deploy.tools.graphs.products import Activations, check_finite
 from trsp_deploy.tools.graphs.rounding import Rounded, round_weight
+from trsp_deploy.tools.graphs.stored import stored_by
 from trsp_deploy.tools.library import load_engine_spec
 
 
@@ -96,12 +98,11 @@ def test_texts_read_one_after_the_other_are_one_text() -> None:
 
 def of_one_product(weight: np.ndarray) -> ir.Model:
     """A graph of 5 rows x times a weight (inputs, outputs); the node is called `product`."""
-    x = ir.Value(name="x", shape=ir.Shape([5, len(weight)]), type=ir.TensorType(ir.DataType.FLOAT))
-    constant = ir.Value(
-        name="w", shape=ir.Shape(weight.shape), type=ir.TensorType(ir.DataType.FLOAT), const_value=ir.tensor(weight)
-    )
+    kind = ir.TensorType(ir.tensor(weight).dtype)
+    x = ir.Value(name="x", shape=ir.Shape([5, len(weight)]), type=kind)
+    constant = ir.Value(name="w", shape=ir.Shape(weight.shape), type=kind, const_value=ir.tensor(weight))
     product = ir.node("MatMul", [x, constant], name="product")
-    product.outputs[0].name, product.outputs[0].type = "y", ir.TensorType(ir.DataType.FLOAT)
+    product.outputs[0].name, product.outputs[0].type = "y", kind
     graph = ir.Graph([x], product.outputs, nodes=[product], initializers=[constant], opset_imports={"": 21}, name="g")
     return ir.Model(graph, ir_version=10)
 
@@ -124,6 +125,44 @@ def test_onnx_runtime_reads_the_bytes_as_they_are_meant(inputs: int, zero_points
     (found,) = session.run(["y"], {"x": read})
     wanted = read @ value_of(round_weight(weight, 32, None, symmetric=not zero_points), 32)
     assert np.abs(found - wanted).max() < 0.02 * np.abs(wanted).max()  # it rounds activations to 8 bits
+
+
+def bytes_of_a_weight(model: ir.Model, weights: int) -> float:
+    """What a graph of one product keeps of each of its weights."""
+    constants = [value.const_value for value in model.graph.initializers.values()]
+    return sum(tensor.nbytes for tensor in constants if tensor is not None and tensor.size > 1) / weights
+
+
+@pytest.mark.parametrize("head", ["none", "product"])
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("ort-cpu-int4", {}),
+        ("ort-cpu-int4", {"zero_points": True, "block_size": 64}),
+        ("ort-cpu-int4-accurate", {}),
+        ("ort-cpu-int8", {}),
+        ("ort-cpu-int8", {"block_size": 16}),
+        ("tensorrt-int4", {}),
+        ("tensorrt-int8", {}),
+    ],
+)
+def test_what_is_counted_of_a_weight_is_what_is_written(name: str, changed: dict[str, Any], head: str) -> None:
+    """Limits, and what an engine needs of memory and disk, go by it; one below the bytes would make no upper bound."""
+    spec = load_engine_spec(name).model_copy(update=changed)
+    inputs, outputs = 2048, 64
+    weight = numbers(inputs, outputs).astype(np.float16 if spec.graph_precision == "fp16" else np.float32)
+    model = of_one_product(weight)
+    found = {"product": Activations.of(numbers(8, inputs, seed=1), symmetric=True)}
+    if spec.backend == "tensorrt":
+        qdq.quantize_products(model, 4 if spec.precision == "int4" else 8, spec.block_size, head, found)
+    elif spec.precision == "int4":
+        bits, zero_points = spec.head_bits, spec.zero_points
+        model = quantize.quantize_int4(model, spec.block_size, head, found, head_bits=bits, zero_points=zero_points)
+    else:
+        model = quantize.quantize_int8(model, spec.block_size, head, found)
+    kept = stored_by(spec)
+    counted = kept.head if head == "product" else kept.layers
+    assert 0 <= counted - bytes_of_a_weight(model, inputs * outputs) + 0.002 < 0.012
 
 
 @pytest.mark.parametrize("width", [4, 8])

@@ -11,9 +11,10 @@ from trsp_deploy.errors import EngineUnavailable, RecipeError, RunError
 from trsp_deploy.recipe import BenchSettings, Case, EngineSpec
 from trsp_deploy.results import Comparison, Phase, Rates, Replicate, Role
 from trsp_deploy.results import Subject as Name
+from trsp_deploy.tools.graphs.stored import stored_by
 from trsp_deploy.tools.judging.comparisons import ComparisonReport, LimitOf, compare
 from trsp_deploy.tools.judging.goals import Goal, least_speedup, settled_all
-from trsp_deploy.tools.judging.limits import SpeedLimit, speed_limit, stored_by
+from trsp_deploy.tools.judging.limits import SpeedLimit, speed_limit
 from trsp_deploy.tools.measuring.bench_worker import PAUSED, PLANTED
 from trsp_deploy.tools.measuring.rates import measure_rates
 from trsp_deploy.tools.measuring.samples import measure

@@ -20,9 +20,9 @@ import onnx_ir as ir
 from trsp_deploy.tools.graphs.nodes import Writer, constant
 from trsp_deploy.tools.graphs.products import Activations, weight_of
 from trsp_deploy.tools.graphs.rounding import round_weight
+from trsp_deploy.tools.graphs.stored import HEAD_BITS
 from trsp_deploy.tools.progress import Meter
 
-HEAD_BITS = 8
 OPSET = 21  # the first whose DequantizeLinear has blocks; with scales in fp16 since 19
 SMALLEST = 2.0**-14  # of a scale: fp16's smallest normal number; a column of zeros has one too
 

@@ -23,11 +23,10 @@ import onnx_ir as ir
 from trsp_deploy.tools.graphs.nodes import MICROSOFT, Writer, constant
 from trsp_deploy.tools.graphs.products import Activations, weight_of
 from trsp_deploy.tools.graphs.rounding import round_weight
+from trsp_deploy.tools.graphs.stored import HEAD_BITS, HEAD_BLOCK, LOOKUP_BITS, LOOKUP_BLOCK
 from trsp_deploy.tools.progress import Meter
 from trsp_deploy.tools.quiet import quiet_libraries
 
-HEAD_BITS, HEAD_BLOCK = 8, 64
-LOOKUP_BITS, LOOKUP_BLOCK = 4, 32
 MOVES = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze")  # leave indices what they are
 AXES_ARE_INPUTS = 18  # the first opset whose ReduceMax has its axes as an input
 ACCURACY_LEVEL = 4  # of MatMulNBits: activations in int8 too, so that products run in integers

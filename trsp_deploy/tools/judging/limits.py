@@ -13,49 +13,9 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from trsp_deploy.decoder import DecoderSize
-from trsp_deploy.recipe import FLOAT_BYTES, Case, EngineSpec, Float, Precision, Strict
+from trsp_deploy.recipe import Case, Precision, Strict
 from trsp_deploy.results import Phase, Rates
-
-# Bytes per weight of the layers and of the LM head, scales and zero points among them (tools/graphs/quantize.py).
-WEIGHT_BYTES: dict[Precision, tuple[float, float]] = {
-    "fp32": (4, 4),
-    "fp16": (2, 2),
-    "bf16": (2, 2),
-    "int8": (1.03, 1.125),
-    "int4": (0.57, 1.125),
-}
-
-
-class Stored(NamedTuple):
-    """How an engine keeps its numbers: bytes of one, scales and zero points among them."""
-
-    precision: Precision
-    layers: float  # a weight of theirs
-    head: float  # a weight of the LM head
-    cached: float  # a key or a value
-    computes: Precision | None = None  # of its products, whose rate counts; None in integers, and in older results
-
-
-def stored(precision: Precision) -> Stored:
-    """How a precision alone keeps numbers: a cache as wide as floats are, and in fp32 beside integers."""
-    cached: Float = "fp16" if precision in ("fp16", "bf16") else "fp32"
-    computes = None if precision in ("int8", "int4") else precision
-    return Stored(precision, *WEIGHT_BYTES[precision], FLOAT_BYTES[cached], computes)
-
-
-def stored_by(spec: EngineSpec) -> Stored:
-    """How an engine built from a spec keeps its numbers."""
-    layers, head = WEIGHT_BYTES[spec.precision]
-    if spec.precision == "int4" and not spec.backend.startswith("tensorrt"):
-        layers = (4 + (32 + 4 * spec.zero_points) / spec.block_size) / 8  # a block has a scale of 32 bits
-        head = layers if spec.head_bits == 4 else head
-    if spec.head_bits > 8:
-        head = spec.head_bits / 8
-    computes = stored(spec.precision).computes
-    if spec.precision == "int4" and spec.backend.startswith("tensorrt"):
-        # Its weights alone are integers (tools/graphs/qdq.py); ONNX Runtime rounds a product's inputs too.
-        computes = spec.graph_precision
-    return Stored(spec.precision, layers, head, FLOAT_BYTES[spec.graph_precision], computes)
+from trsp_deploy.tools.graphs.stored import Stored
 
 
 class PhaseLimit(NamedTuple):

@@ -15,7 +15,7 @@ import torch
 
 from trsp_deploy.decoder import WeightCounts, cache_per_token
 from trsp_deploy.recipe import FLOAT_BYTES, EngineSpec, Float, Recipe, Strict
-from trsp_deploy.tools.judging.limits import stored_by
+from trsp_deploy.tools.graphs.stored import stored_by
 from trsp_deploy.tools.resources.weights import tied, weights_bytes
 from trsp_deploy.tools.runners import device_of
 

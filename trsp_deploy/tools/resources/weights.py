@@ -10,9 +10,8 @@ from typing import Any
 
 from trsp_deploy.decoder import WeightCounts, count_config
 from trsp_deploy.recipe import FLOAT_BYTES, EngineSpec
-from trsp_deploy.tools.judging.limits import stored_by
+from trsp_deploy.tools.graphs.stored import stored_by, table_bytes
 
-EIGHT_BIT_BYTES = 1.125  # a number in 8 bits, 32 of which share a scale
 _COUNTED: dict[str, WeightCounts] = {}
 
 
@@ -31,12 +30,8 @@ def tied(counts: WeightCounts) -> bool:
 
 def weights_bytes(spec: EngineSpec, counts: WeightCounts) -> int:
     """Weights of an engine, as it keeps them in its file and in memory."""
-    kept = stored_by(spec)
-    layers, head = kept.layers, kept.head
-    width = FLOAT_BYTES[spec.graph_precision]
     if spec.precision in ("fp32", "fp16", "bf16"):
         # A tied head is stored a second time, the way its product wants it.
-        return width * (counts.total + (counts.lm_head if tied(counts) else 0))
-    packed = spec.precision == "int4" and not spec.backend.startswith("tensorrt")
-    table = {4: layers, 8: EIGHT_BIT_BYTES, 32: width}[spec.embedding_bits] if packed else width
-    return round(layers * sum(counts.layers) + head * counts.lm_head + table * counts.embeddings)
+        return FLOAT_BYTES[spec.graph_precision] * (counts.total + (counts.lm_head if tied(counts) else 0))
+    kept = stored_by(spec)
+    return round(kept.layers * sum(counts.layers) + kept.head * counts.lm_head + table_bytes(spec) * counts.embeddings)
