@@ -71,7 +71,11 @@ def silent(_: str) -> None:
 
 @pytest.mark.parametrize(
     ("drops", "words"),
-    [("2..4:0", "a step of 0 leads nowhere"), ("0.001%..50%:0.001%", "is 50000 points, at most 1000 can be asked for")],
+    [
+        ("2..4:0", "a step of 0 leads nowhere"),
+        ("0.001%..50%:0.001%", "is 50000 points, at most 1000 can be asked for"),
+        ("1000000..1000002", "--drop '1000000'"),
+    ],
 )
 def test_a_range_that_is_none(drops: str, words: str) -> None:
     says(words, lambda: parse_drops(drops, 10), errors.RecipeError)

@@ -9,6 +9,8 @@ import functools
 import io
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,8 @@ from benchmarks.memory import BUILD, ENGINES, OPT_1B3, Memory
 from tests.breadth import by_default
 from tests.families import GROUPED, family_config
 from tests.tiny import FAMILIES, tiny_config
+from trsp_deploy.artifacts import RunFolder
+from trsp_deploy.cli.needs import check_memory
 from trsp_deploy.cli.tables import print_memory
 from trsp_deploy.decoder import WeightCounts, cache_per_token, count_config, count_weights
 from trsp_deploy.errors import DeviceMemoryError
@@ -234,6 +238,25 @@ def card(monkeypatch):
 
 
 SMALL = ["calibration.context_length=128", "drop=1", "device=cpu", "autocast='off'"]
+
+
+def test_a_sweep_is_held_against_the_cut_that_needs_most(card, tmp_path):
+    """The smallest alone was looked at; without training the largest has the most spans, and so the most equations."""
+    config = tiny_config("llama", hidden_size=256, intermediate_size=1024, num_hidden_layers=12)
+    folded = ["plan.method=shortgpt", "transfer.form=none", "transfer.refit=span", *SMALL]
+    peaks = [plan_memory(recipe(*folded, f"drop={count}"), config).peak_bytes for count in (1, 4)]
+    assert peaks[0] < peaks[1]
+    card((peaks[0] + peaks[1]) // 2)
+    job: Any = SimpleNamespace(
+        recipe=recipe(*folded),
+        run=RunFolder(tmp_path),
+        pruning=SimpleNamespace(unfinished=lambda: ["selection", "transfer"]),
+        engines=SimpleNamespace(buildable=list, specs=()),
+        inputs=SimpleNamespace(model=SimpleNamespace(config=lambda: config)),
+    )
+    check_memory(job, None, ignore=False, counts=(1,))
+    with pytest.raises(DeviceMemoryError, match="transfer needs about"):
+        check_memory(job, None, ignore=False, counts=(1, 2, 4))
 
 
 def test_a_checkpoint_is_saved_in_its_stored_dtype_whatever_it_trained_in():

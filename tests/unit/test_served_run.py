@@ -12,7 +12,7 @@ import pytest
 from tests.made_run import made_run
 from tests.samples import made_up_served
 from trsp_deploy import cli
-from trsp_deploy.artifacts import RunFolder
+from trsp_deploy.artifacts import RunFolder, steps
 from trsp_deploy.errors import RunError, StorageError
 from trsp_deploy.pipeline import Pipeline
 from trsp_deploy.pipeline.runs import save_recipe
@@ -49,6 +49,21 @@ def test_a_run_in_use_is_said_before_anything_is_measured(
         assert bench_server(run) == 1
     assert f"{run}: in use by another trsp-deploy" in capsys.readouterr().err
     assert not (run / "served.json").exists() and (run / "MANIFEST.json").is_file()
+
+
+def test_a_measurement_that_is_left_out_is_said_once(run: Path) -> None:
+    """It was looked at for the report and again for its pages."""
+    (run / "served.json").write_text("{}")
+    said: list[str] = []
+    proof = Pipeline(RunFolder(run), Recipe(model="tiny"), say=said.append).proof
+    assert proof.served() is None and proof.served() is None
+    assert said == [f"{run / 'served.json'}: is no measurement of this version; it is left out of the report"]
+
+
+def test_an_engine_of_any_name_keeps_when_it_was_measured() -> None:
+    """That of an engine called "server" was the server's."""
+    assert steps.SERVED not in {steps.bench(name) for name in ("server", "served", "")}
+    assert not steps.SERVED.startswith(steps.MEASURING)
 
 
 def test_nobody_else_enters_a_run_while_its_server_is_measured(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 DENSE, PLAN, SELF_GENERATED, PRUNE = "dense", "plan", "self-generated", "prune"
 PLANS = "plans"  # of a sweep
+SERVED = "served"  # no step, yet of a provenance of its own: what `bench-server` measured
 EXPORT, PARITY, BENCH, EVALUATE, ZERO_SHOT = "export-", "parity-", "bench-", "evaluate-", "zero-shot-"
 MEASURING = (PARITY, BENCH, EVALUATE, ZERO_SHOT)  # how steps begin whose results a report shows
 

@@ -78,13 +78,14 @@ def check_memory(
         if plan_file is not None:
             missing = [stage for stage in missing if stage != "selection"]
         dropped = _planned(job, plan_file, config)
-        # The smallest cut of a sweep leaves the most to train.
-        recipe = job.recipe.model_copy(update={"drop": str(min(counts))}) if counts else job.recipe
+        # The smallest cut of a sweep leaves the most to train, the largest has the most spans to fold.
+        ends = [{"drop": str(count)} for count in sorted({min(counts), max(counts)})] if counts else [{}]
+        recipes = [job.recipe.model_copy(update=end) for end in ends]
         if ignore:
-            found = plan_memory(recipe, config, dropped, engines)
+            plans = [plan_memory(recipe, config, dropped, engines) for recipe in recipes]
         else:
-            found = plan_fitting(recipe, config, missing, dropped, engines)
-        for line in found.lines():
+            plans = [plan_fitting(recipe, config, missing, dropped, engines) for recipe in recipes]
+        for line in max(plans, key=lambda plan: plan.peak_bytes).lines():
             say(line)
 
 

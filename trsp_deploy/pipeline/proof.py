@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import ValidationError
+
 from trsp_deploy.artifacts import Finished, Step, steps
 from trsp_deploy.errors import EngineUnavailable, TextError
 from trsp_deploy.pipeline.engines import GRAPH, Engines
 from trsp_deploy.pipeline.inputs import Inputs
 from trsp_deploy.pipeline.pruning import Pruning
 from trsp_deploy.recipe import BenchSettings, EngineSpec, EvaluateSettings, Precision, task_name
-from trsp_deploy.results import ROLES, Comparison, Parity, Perplexity, PerplexityParity, Role, ZeroShot
+from trsp_deploy.results import ROLES, Comparison, Parity, Perplexity, PerplexityParity, Role, Served, ZeroShot
 from trsp_deploy.stages import bench, evaluate, export, parity, zeroshot
 from trsp_deploy.tools.cached import cached_method
 from trsp_deploy.tools.judging.comparisons import ComparisonReport
@@ -29,6 +31,7 @@ from trsp_deploy.tools.runners.agreement import PERPLEXITY_TOLERANCES, TOLERANCE
 from trsp_deploy.tools.runners.half_range import write_widened
 from trsp_deploy.tools.sources.texts import Texts
 from trsp_deploy.tools.training.shared import pick_device
+from trsp_deploy.tools.triton_server.served import of_another_engine
 
 Measured = TypeVar("Measured")
 PARITY_PROMPTS = (40, 23)  # tokens; unequal, so that left padding is part of the check
@@ -153,6 +156,23 @@ class Proof:
         except (EngineUnavailable, TextError) as problem:  # such as items that are longer than its profiles
             self.inputs.say(f"{spec.name}: its accuracy is not measured ({problem})")
             return {}
+
+    @cached_method
+    def served(self) -> Served | None:
+        """What `bench-server` measured of this run's engines as they are now; says what is left out."""
+        path = self.run.layout.served
+        if not path.is_file():
+            return None
+        try:
+            found = Served.model_validate_json(path.read_bytes())
+        except ValidationError:
+            self.inputs.say(f"{path}: is no measurement of this version; it is left out of the report")
+            return None
+        role = of_another_engine(found.engine, found.engines, self.run.layout)
+        if role is not None:
+            self.inputs.say(f"{path}: is of another {role} engine; `trsp-deploy bench-server` measures this one")
+            return None
+        return found
 
     def answers(self) -> dict[str, Perplexity | ZeroShot]:
         """What quality is derived from, in PyTorch and through each engine that was timed: losses of every window and

@@ -6,13 +6,12 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from trsp_deploy.artifacts import provenance
+from trsp_deploy.artifacts import provenance, steps
 from trsp_deploy.artifacts.layout import SWEEP
 from trsp_deploy.pipeline.engines import EngineOutcome
 from trsp_deploy.pipeline.inputs import Inputs
 from trsp_deploy.pipeline.plan_origin import was_edited
 from trsp_deploy.pipeline.proof import Proof
-from trsp_deploy.results import Served
 from trsp_deploy.stages.report import write_report
 from trsp_deploy.tools.reports.measured import measured_by
 from trsp_deploy.tools.reports.quality import quality_report
@@ -28,7 +27,7 @@ from trsp_deploy.tools.reports.record import (
 )
 from trsp_deploy.tools.reports.sweeps import Point, Sweep
 from trsp_deploy.tools.sources.model_folders import check_decoder_only
-from trsp_deploy.tools.triton_server.served import derive, of_another_engine
+from trsp_deploy.tools.triton_server.served import derive
 
 
 def make_report(proof: Proof) -> Report:
@@ -39,11 +38,11 @@ def make_report(proof: Proof) -> Report:
     parity = proof.check_onnx() + proof.check_engines()  # before anything is timed
     quality = {name: quality_report(ppl["dense"], ppl["pruned"]) for name, ppl in proof.evaluate().items()}
     engines = [_engine_report(proof, outcome) for outcome in proof.engines.build()]
-    served = served_of(inputs)
+    served = proof.served()
     as_served = None if served is None else derive(served)
     now, made = provenance(), dict(proof.run.made)
     if served is not None:
-        made["bench-server"] = served.provenance
+        made[steps.SERVED] = served.provenance
     decoder = check_decoder_only(inputs.path("dense"))
     report = Report(
         schema_version=SCHEMA_VERSION,
@@ -69,7 +68,7 @@ def write_pages(proof: Proof, report: Report) -> Report:
     run = proof.run
     report = report.model_copy(update={"sweep": sweep_of(proof.inputs, report)})
     run.outdate_manifest()
-    write_report(report, proof.bench(), run.path, proof.answers(), served_of(proof.inputs))
+    write_report(report, proof.bench(), run.path, proof.answers(), proof.served())
     run.write_manifest()
     return report
 
@@ -110,24 +109,6 @@ def _other(point: Point, report: Report) -> str:
     if point.choices not in (None, *(engine.choices for engine in report.engines)):
         return "accuracies"
     return ""
-
-
-def served_of(inputs: Inputs) -> Served | None:
-    """What `bench-server` measured of this run's engines as they are now."""
-    run = inputs.run.layout
-    path = run.served
-    if not path.is_file():
-        return None
-    try:
-        found = Served.model_validate_json(path.read_bytes())
-    except ValidationError:
-        inputs.say(f"{path}: is no measurement of this version; it is left out of the report")
-        return None
-    role = of_another_engine(found.engine, found.engines, run)
-    if role is not None:
-        inputs.say(f"{path}: is of another {role} engine; `trsp-deploy bench-server` measures this one")
-        return None
-    return found
 
 
 def _engine_report(proof: Proof, outcome: EngineOutcome) -> EngineReport:

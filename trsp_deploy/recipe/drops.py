@@ -64,7 +64,7 @@ def parse_drops(drops: str, num_layers: int = UNREAD) -> tuple[int, ...]:
     if points > MOST_POINTS:
         raise RecipeError(f"--drop '{drops}': is {points} points, at most {MOST_POINTS} can be asked for")
     values = [float(first) + width * index for index in range(points)]
-    return tuple(sorted({parse_drop(f"{value:g}{kind}", num_layers) for value in values}))
+    return tuple(sorted({parse_drop(f"{value:.10g}{kind}", num_layers) for value in values}))
 
 
 def _smallest_share(num_layers: int) -> int:

@@ -45,6 +45,11 @@ class MemoryPlan(Strict):
     later: tuple[LaterStage, ...] = ()  # exports, engines, evaluation
     later_available_bytes: dict[Device, int | None] = Field(default_factory=dict)  # where those run; None as above
 
+    @property
+    def peak_bytes(self) -> int:
+        """The most that selection or transfer needs of the training device's memory."""
+        return max(stage.peak.total_bytes for stage in self.stages)
+
     def fits(self, stage: StageMemory) -> bool:
         """Whether a stage's peak is within what is there; what cannot be told is not held against it."""
         return self.available_bytes is None or stage.peak.total_bytes <= self.available_bytes
