@@ -68,10 +68,19 @@ class EngineSpec(Strict):
         return self.model_dump(mode="json", exclude={"description"})
 
     @property
+    def on_tensorrt(self) -> bool:
+        """Whether TensorRT runs it, or TensorRT-RTX; else ONNX Runtime."""
+        return self.backend.startswith("tensorrt")
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether its weights are integers; what is not quantised stays in floats."""
+        return self.precision in ("int8", "int4")
+
+    @property
     def graph_precision(self) -> Float:
         """Precision of the ONNX graph that the engine is built from."""
-        integers = self.precision in ("int8", "int4")  # what is not quantised stays in floats
-        half = integers and self.backend.startswith("tensorrt")
+        half = self.is_quantised and self.on_tensorrt
         return "fp16" if half or self.precision in ("fp16", "bf16") else "fp32"
 
     @property
@@ -96,21 +105,21 @@ class EngineSpec(Strict):
     @property
     def reads_text(self) -> bool:
         """Whether a calibration text decides something in its build."""
-        return self.precision in ("int8", "int4") or self.graph_precision == "fp16"
+        return self.is_quantised or self.graph_precision == "fp16"
 
     @property
     def ignored(self) -> str | None:
         """What is set and decides nothing, in words: harmless in an engine's manifest, a mistake in a file."""
         if self.threads is not None and self.backend != "onnxruntime-cpu":
             return f"`threads` is for backend onnxruntime-cpu, got {self.backend}"
-        blocks = self.precision == "int4" or (self.precision == "int8" and self.backend.startswith("onnxruntime"))
+        blocks = self.precision == "int4" or (self.precision == "int8" and not self.on_tensorrt)
         if not self._is_default("block_size") and not blocks:
             return f"`block_size` is for precision int4, and int8 on ONNX Runtime, got {self.precision}, {self.backend}"
         return None
 
     @model_validator(mode="after")
     def _fits_the_backend(self) -> EngineSpec:
-        tensorrt = self.backend.startswith("tensorrt")
+        tensorrt = self.on_tensorrt
         if tensorrt and not self.profiles:
             raise ValueError(f"backend {self.backend} needs at least one entry under `profiles`")
         for name in ("profiles", "cache_length", "workspace_gib", "weight_streaming_gib"):
@@ -122,9 +131,9 @@ class EngineSpec(Strict):
             raise ValueError("`cuda_graphs` is for TensorRT backends with `cache_length`")
         if self.hardware_compatibility != "none" and self.backend != "tensorrt":
             raise ValueError(f"`hardware_compatibility` is for backend tensorrt, got {self.backend}")
-        if self.precision in ("int8", "int4") and self.backend == "onnxruntime-cuda":
+        if self.is_quantised and self.backend == "onnxruntime-cuda":
             raise ValueError(f"precision {self.precision} is not for backend {self.backend}")
-        if self.keep_high_precision and self.precision not in ("int8", "int4"):
+        if self.keep_high_precision and not self.is_quantised:
             raise ValueError(f"`keep_high_precision` is for precision int8 and int4, got {self.precision}")
         self._head_fits()
         for name in ("embedding_bits", "zero_points"):
@@ -155,8 +164,8 @@ class EngineSpec(Strict):
         if self._is_default("head_bits"):
             return
         floats = 8 * FLOAT_BYTES[self.graph_precision]  # of what is not quantised
-        valid = [8, floats] if self.precision in ("int8", "int4") else []
-        if self.precision == "int4" and self.backend.startswith("onnxruntime"):
+        valid = [8, floats] if self.is_quantised else []
+        if self.precision == "int4" and not self.on_tensorrt:
             valid.append(4)
         if self.head_bits not in valid:
             said = f"takes {', '.join(map(str, sorted(valid)))}" if valid else "has none"

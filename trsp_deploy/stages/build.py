@@ -95,7 +95,7 @@ def build_engine(
     with writing(folder) as partial, _log_of_failure(spec, partial, folder):
         partial.mkdir()
         built = BACKENDS[spec.backend].build(onnx, spec, partial, calibration)
-        if spec.backend.startswith("tensorrt"):
+        if spec.on_tensorrt:
             _write_trtexec(spec, built, partial, source.onnx, folder.resolve().name)
         manifest = _record(spec, source, built, partial, rebuild, began)
         if hold:
@@ -223,7 +223,7 @@ def _held(onnx: Path, folder: Path, manifest: EngineManifest, calibration: np.nd
         return manifest.model_copy(update={"not_held": f"{onnx.name} itself gives logits that are no numbers"})
     found = agreement(reference, logits, spec.precision, of_text=calibration is not None)
     # Integers may be far off and useful still, which only a text can tell.
-    if not found.passed and (spec.precision in ("fp32", "fp16", "bf16") or math.isinf(found.ppl_ratio)):
+    if not found.passed and (not spec.is_quantised or math.isinf(found.ppl_ratio)):
         raise ParityError(
             f"parity: {spec.name} is {found.max_error:.3g} standard deviations from the logits of {onnx} (tolerance "
             f"{found.tolerance:g}), {found.tokens_equal} of {found.tokens_compared} greedy tokens equal; nothing is "
@@ -323,7 +323,7 @@ def read_calibration(texts: str, tokenizer: Path) -> np.ndarray:
 @contextmanager
 def _log_of_failure(spec: EngineSpec, partial: Path, folder: Path) -> Iterator[None]:
     """Save a failed build's log from the removal of its folder, and remove an older one after a success."""
-    if not spec.backend.startswith("tensorrt"):
+    if not spec.on_tensorrt:
         yield
         return
     kept = _place_for_log(folder)

@@ -103,7 +103,7 @@ def _compared(path: Path, kind: Kind) -> Verification:
     """Raises RunError where the manifest is no record, or an earlier version's that says too little."""
     if kind == "engine":
         manifest = read_record(path / ENGINE_MANIFEST, EngineManifest, RunError, UNREADABLE)
-        if manifest.spec.backend.startswith("tensorrt") and not manifest.beside:
+        if manifest.spec.on_tensorrt and not manifest.beside:
             raise RunError(
                 f"{path / ENGINE_MANIFEST}: is an earlier version's, which kept no SHA-256 of the graph; build it again"
             )

@@ -65,7 +65,7 @@ def _block(inputs: int, spec: EngineSpec) -> int | None:
     """Inputs that share a scale as the engine is built; None where it leaves that many more than 4 bits."""
     if spec.precision == "int8":
         return inputs
-    return spec.block_size if spec.backend.startswith("onnxruntime") else qdq.block_of(inputs, spec.block_size)
+    return qdq.block_of(inputs, spec.block_size) if spec.on_tensorrt else spec.block_size
 
 
 def _lost(weight: np.ndarray, power: np.ndarray, bits: int, block: int) -> float:

@@ -33,17 +33,17 @@ def in_floats(precision: Float | Precision) -> Stored:
 
 def stored_by(spec: EngineSpec) -> Stored:
     """How an engine built from a spec keeps its numbers."""
-    if spec.precision not in ("int8", "int4"):
+    if not spec.is_quantised:
         return in_floats(spec.precision)
     layers = BY_OUTPUT if spec.precision == "int8" else _of_block(spec, 4, spec.block_size)
     # TensorRT's weights of 4 bits alone are integers; ONNX Runtime rounds a product's inputs too.
-    computes = spec.graph_precision if spec.precision == "int4" and _on_tensorrt(spec) else None
+    computes = spec.graph_precision if spec.precision == "int4" and spec.on_tensorrt else None
     return Stored(spec.precision, layers, _head(spec, layers), FLOAT_BYTES[spec.graph_precision], computes)
 
 
 def table_bytes(spec: EngineSpec) -> float:
     """Bytes of a number in the table of tokens, which is looked up."""
-    if spec.precision != "int4" or _on_tensorrt(spec) or spec.embedding_bits > HEAD_BITS:
+    if spec.precision != "int4" or spec.on_tensorrt or spec.embedding_bits > HEAD_BITS:
         return FLOAT_BYTES[spec.graph_precision]
     return (spec.embedding_bits + 8 * FLOAT_BYTES[spec.graph_precision] / LOOKUP_BLOCK) / 8
 
@@ -53,16 +53,12 @@ def _head(spec: EngineSpec, layers: float) -> float:
         return spec.head_bits / 8
     if spec.head_bits < HEAD_BITS:
         return layers
-    if _on_tensorrt(spec):
+    if spec.on_tensorrt:
         return 1.0  # a scale for each of so many outputs is next to nothing
     return _of_block(spec, HEAD_BITS, spec.block_size if spec.precision == "int8" else HEAD_BLOCK)
 
 
 def _of_block(spec: EngineSpec, bits: int, block_size: int) -> float:
     """Bytes of a weight: each block has a scale in floats, and of 4 bits may have a zero point."""
-    zero_point = bits if bits == 4 and spec.zero_points and not _on_tensorrt(spec) else 0
+    zero_point = bits if bits == 4 and spec.zero_points and not spec.on_tensorrt else 0
     return (bits + (8 * FLOAT_BYTES[spec.graph_precision] + zero_point) / block_size) / 8
-
-
-def _on_tensorrt(spec: EngineSpec) -> bool:
-    return spec.backend.startswith("tensorrt")

@@ -315,7 +315,7 @@ def _graph(counts: WeightCounts, precision: Float) -> int:
 def _engine(spec: EngineSpec, counts: WeightCounts) -> int:
     """Both what runs and, of TensorRT, the graph that it was compiled from and the log."""
     size = _copied(spec, counts) + ENGINE_GRAPH_BYTES * len(counts.layers)
-    if spec.backend.startswith("tensorrt"):
+    if spec.on_tensorrt:
         size += weights_bytes(spec, counts) + TENSORRT_LOG_BYTES * len(counts.layers)
     return size
 
@@ -323,10 +323,10 @@ def _engine(spec: EngineSpec, counts: WeightCounts) -> int:
 def _copied(spec: EngineSpec, counts: WeightCounts) -> int:
     """What of an engine is weights beside a graph: of ONNX Runtime what runs, of TensorRT what it was compiled from."""
     weights = weights_bytes(spec, counts)
-    if not spec.backend.startswith("tensorrt"):
+    if not spec.on_tensorrt:
         return weights
     changed = spec.fuse or spec.cache_length is not None or spec.precision in ("bf16", "int8", "int4")
-    quantised = spec.precision in ("int8", "int4")
+    quantised = spec.is_quantised
     graph = weights if quantised else FLOAT_BYTES[spec.graph_precision] * counts.total
     return graph if changed else 0
 

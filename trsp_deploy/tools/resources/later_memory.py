@@ -85,9 +85,9 @@ def _exported(counts: WeightCounts, precision: Float) -> int:
 def _building(counts: WeightCounts, spec: EngineSpec) -> int:
     """Of the passes, each proven in a session of ONNX Runtime's, and of what makes the engine."""
     graph = FLOAT_BYTES[spec.graph_precision] * (counts.total + (counts.lm_head if tied(counts) else 0))
-    if spec.backend.startswith("tensorrt"):
+    if spec.on_tensorrt:
         return PROCESS_BYTES + BUILDER_BYTES + round(COMPILED * graph)
-    times = QUANTISED if spec.precision in ("int8", "int4") else SESSION
+    times = QUANTISED if spec.is_quantised else SESSION
     return PROCESS_BYTES + round(times * graph)
 
 

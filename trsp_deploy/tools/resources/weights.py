@@ -30,7 +30,7 @@ def tied(counts: WeightCounts) -> bool:
 
 def weights_bytes(spec: EngineSpec, counts: WeightCounts) -> int:
     """Weights of an engine, as it keeps them in its file and in memory."""
-    if spec.precision in ("fp32", "fp16", "bf16"):
+    if not spec.is_quantised:
         # A tied head is stored a second time, the way its product wants it.
         return FLOAT_BYTES[spec.graph_precision] * (counts.total + (counts.lm_head if tied(counts) else 0))
     kept = stored_by(spec)

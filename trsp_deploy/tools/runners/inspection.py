@@ -50,7 +50,7 @@ def inspect_engine(folder: Path) -> Inspection:
     """
     manifest = read_manifest(folder)
     check_files(folder, manifest)
-    if manifest.spec.backend.startswith("onnxruntime"):
+    if not manifest.spec.on_tensorrt:
         nodes = _graph_nodes(folder / manifest.file)
         return Inspection(manifest=manifest, operators=_kinds(nodes), nodes=nodes, trtexec=None)
     build, graph = read_log(folder / BUILD_LOG), compiled_graph(manifest.beside, manifest.source)

@@ -94,7 +94,7 @@ def prepare(
         # CUDA's GroupQueryAttention refuses a mask of the graph's own (`attention_bias`) and has no fp32 kernel.
         wanted = {name: wanted[name] for name in ("fuse-norms", "cut-logits") if name in wanted}
     current, outcomes = run_passes(onnx, wanted, spec, scratch)
-    if spec.precision in ("int8", "int4"):
+    if spec.is_quantised:
         current, quantised = _quantise(onnx, current, spec, scratch / "quantize" / onnx.name, calibration)
         outcomes += quantised
     return current, outcomes

@@ -25,7 +25,7 @@ Pass = Callable[[Any], int]  # changes an onnx_ir model in place; returns in how
 
 def passes_version(spec: EngineSpec) -> str:
     """Of what an engine's graph becomes before it is built."""
-    return INT8_VERSION if spec.precision == "int8" and spec.backend.startswith("onnxruntime") else VERSION
+    return INT8_VERSION if spec.precision == "int8" and not spec.on_tensorrt else VERSION
 
 
 def run_passes(

@@ -136,7 +136,7 @@ def prepare(
         raise EngineUnavailable(
             f"{spec.name}: no cache of fixed length: {fixed.reason}; a spec without `cache_length` lets it grow"
         )
-    if spec.precision in ("int8", "int4"):
+    if spec.is_quantised:
         current, quantised = _quantise(onnx, current, spec, scratch / "quantize" / onnx.name, calibration)
         outcomes += quantised
     if spec.precision == "bf16":

@@ -38,7 +38,7 @@ def batches(manifest: EngineManifest) -> bool:
 
 
 def _runner(folder: Path, manifest: EngineManifest) -> Runner:
-    if manifest.spec.backend.startswith("onnxruntime"):
+    if not manifest.spec.on_tensorrt:
         from trsp_deploy.tools.runners import ort
 
         return ort.open_engine(folder, manifest)
