@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def read_engine_spec(values: dict[str, Any], source: str) -> EngineSpec:
 
 def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
     """Return a copy of `values` with each `a.b=value` of `--set` applied; values are read as YAML."""
-    result = _deep_copy(values)
+    result = copy.deepcopy(values)
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not key.strip():
@@ -66,10 +67,6 @@ def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
             target = child
         target[last] = value
     return result
-
-
-def _deep_copy(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: _deep_copy(value) if isinstance(value, dict) else value for key, value in values.items()}
 
 
 def _validate(model: type[Record], values: dict[str, Any], source: str, error: type[UserError]) -> Record:

@@ -114,6 +114,15 @@ class ComparisonReport(Strict):
         return min(totals, key=lambda report: report.speedup.ratio).case
 
     @property
+    def has_several_shapes(self) -> bool:
+        """Whether more than one was measured."""
+        return len(self.phases) > len(PHASES)
+
+    def title_of(self, report: PhaseReport) -> str:
+        """A phase for people; with its shape where several were measured."""
+        return report.title if self.has_several_shapes else PHASE_TITLES[report.phase]
+
+    @property
     def where(self) -> str:
         """That shape, to be said behind a figure; empty where no other was measured."""
         count = len(self.phases) // len(PHASES)

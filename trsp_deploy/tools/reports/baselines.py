@@ -19,7 +19,7 @@ from trsp_deploy.results import PHASES, Comparison
 from trsp_deploy.tools.judging.goals import Earlier, Logs
 from trsp_deploy.tools.judging.statistics import Ratio, replicate_logs, replicate_ratios, widened
 from trsp_deploy.tools.reports.quality import QualityReport
-from trsp_deploy.tools.runners.requirements import driver_version, instruction_sets
+from trsp_deploy.tools.runners.requirements import instruction_sets
 
 SCHEMA_VERSION = 1
 LARGEST_LOG = 50.0  # of seconds or of a ratio: e^50 s are longer than there has been time
@@ -105,7 +105,7 @@ def this_machine() -> Machine:
         cpu=here.cpu,
         cores=here.cores,
         gpus=here.gpus,
-        driver=driver_version() if here.gpus else None,
+        driver=here.driver,
         instructions=instruction_sets(),
     )
 

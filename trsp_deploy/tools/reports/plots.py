@@ -61,7 +61,6 @@ def speedups(found: ComparisonReport) -> str:
     """Every phase's speed-up with its interval, its control and its limit."""
     with rc_context(STYLE):
         figure, axes = _figure(0.9 + 0.42 * len(found.phases))
-        several = len(found.phases) > len(PHASES)
         for place, phase in enumerate(found.phases):
             ratio = phase.speedup
             axes.plot([ratio.low, ratio.high], [place, place], color=PRUNED, linewidth=3, solid_capstyle="round")
@@ -73,12 +72,12 @@ def speedups(found: ComparisonReport) -> str:
                 axes.plot([phase.limit] * 2, [place - 0.3, place + 0.3], color=LIMIT, linewidth=2)
                 axes.plot([], [], color=LIMIT, linewidth=2, label="_" if place else "limit")
         axes.axvline(1, color=FAINT, linewidth=1)
-        titles = [phase.title if several else PHASE_TITLES[phase.phase] for phase in found.phases]
+        titles = [found.title_of(phase) for phase in found.phases]
         axes.set_yticks(range(len(titles)), titles)
         axes.invert_yaxis()
         axes.tick_params(axis="y", length=0)
         # Beside long titles there is room for a short label.
-        axes.set_xlabel("times as fast (95%)" if several else "times as fast as dense (95% interval)")
+        axes.set_xlabel("times as fast (95%)" if found.has_several_shapes else "times as fast as dense (95% interval)")
         axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1), ncols=3, handlelength=1)
         return _svg(figure, "speedups", "Speed-up of each phase with its 95% interval, its control and its limit")
 

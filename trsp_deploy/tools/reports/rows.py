@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from trsp_deploy.artifacts import Provenance
-from trsp_deploy.results import PHASES, ROLES, PerplexityParity, Role
+from trsp_deploy.results import ROLES, PerplexityParity, Role
 from trsp_deploy.tools.judging.comparisons import ComparisonReport, notes
-from trsp_deploy.tools.judging.goals import PHASE_TITLES
 from trsp_deploy.tools.reports.measured import measured_rows
 from trsp_deploy.tools.reports.quality import ChoicesReport, Price, QualityReport, budget_text
 from trsp_deploy.tools.reports.record import EngineReport, Report, prices
@@ -191,11 +190,10 @@ def perplexity_rows(quality: Mapping[str, QualityReport]) -> list[tuple[str, ...
 def _measured_rows(found: ComparisonReport) -> list[tuple[str, ...]]:
     """Phases, rate, loading and memory: a run's report has an engine's size from its build, measured or not."""
     rows: list[tuple[str, ...]] = []
-    several = len(found.phases) > len(PHASES)
     for phase in found.phases:
         rows.append(
             (
-                phase.title if several else PHASE_TITLES[phase.phase],
+                found.title_of(phase),
                 f"{1e3 * phase.dense_s:.1f} ms",
                 f"{1e3 * phase.pruned_s:.1f} ms",
                 phase.speedup.text() + (" (!)" if phase.above_limit else ""),
@@ -205,7 +203,7 @@ def _measured_rows(found: ComparisonReport) -> list[tuple[str, ...]]:
         )
     for phase in found.phases:
         if phase.device is not None:
-            title = phase.title if several else PHASE_TITLES[phase.phase]
+            title = found.title_of(phase)
             rows.append(
                 (
                     f"{title}, GPU time by CUDA events",
@@ -217,7 +215,7 @@ def _measured_rows(found: ComparisonReport) -> list[tuple[str, ...]]:
                 )
             )
     for phase in found.phases:
-        title = phase.title if several else PHASE_TITLES[phase.phase]
+        title = found.title_of(phase)
         rows += [
             (f"{title}, {name}", f"{1e3 * dense:.1f} ms", f"{1e3 * pruned:.1f} ms", "", "", "")
             for name, (dense, pruned) in phase.tail.items()
@@ -225,7 +223,13 @@ def _measured_rows(found: ComparisonReport) -> list[tuple[str, ...]]:
     decode = found.of("decode")
     rates = (decode.case.batch_size / seconds for seconds in (decode.dense_s, decode.pruned_s))
     rows.append(
-        (f"rate, {decode.case.title}" if several else "rate", *(f"{rate:.1f} tokens/s" for rate in rates), "", "", "")
+        (
+            f"rate, {decode.case.title}" if found.has_several_shapes else "rate",
+            *(f"{rate:.1f} tokens/s" for rate in rates),
+            "",
+            "",
+            "",
+        )
     )
     rows.append(("load", *(f"{found.load_s[role]:.2f} s" for role in ROLES), "", "", ""))
     rows.append(("peak memory", *(f"{found.peak_rss_bytes[role] / 1e6:.0f} MB" for role in ROLES), "", "", ""))
