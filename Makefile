@@ -32,7 +32,7 @@ test: $(READY) check ## style, types, import rule and the default tests, offline
 	$(BIN)/python -m pytest -q --numprocesses auto --dist loadfile -m '$(DEFAULT) and not alone'
 	$(BIN)/python -m pytest -q -m '$(DEFAULT) and alone'
 
-test-breadth: $(READY) ## whole jobs, and engines of more families, precisions and compilers than the default tests build: a quarter of an hour
+test-breadth: $(READY) ## what takes seconds each: whole jobs, and engines of more families, precisions and compilers: 25 minutes
 	$(BIN)/python -m pytest -q --numprocesses auto --dist loadfile -m 'breadth and not alone'
 	$(BIN)/python -m pytest -q -m 'breadth and alone'
 
@@ -119,7 +119,7 @@ release: $(READY) ## wheel and sdist in dist/, with bill of materials, licences,
 	$(BIN)/pip --python .venv-release/bin/python install --quiet --disable-pip-version-check "$$(ls dist/*.whl)[$(EXTRAS)]"
 	$(BIN)/python -m release .venv-release --extras $(EXTRAS) $(ARGS)
 
-coverage: $(READY) ## which lines the default tests run, processes that they start included: a quarter of an hour; then a JSON line
+coverage: $(READY) ## which lines `test` and `test-breadth` run, processes that they start included: half an hour; then a JSON line
 	$(BIN)/python -m benchmarks.coverage $(ARGS)
 
 format: $(READY)

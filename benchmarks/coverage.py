@@ -1,11 +1,11 @@
 """Which lines of the package the tests run, those of the processes that they start included: `make coverage`.
 
-    python -m benchmarks.coverage              # the default tests as `make test` runs them, then the table
+    python -m benchmarks.coverage              # the tests of `make test` and `make test-breadth`, then the table
     python -m benchmarks.coverage tests/unit   # some of them, as pytest takes it
     python -m benchmarks.coverage --report     # what was measured last
 
 Settings stand in pyproject.toml, the data in .coverage. Prints coverage.py's table and ends with one JSON line. What
-the default tests run is kept, by package, in benchmarks/results/coverage.json, and CONTRIBUTING.md says it.
+they run is kept, by package, in benchmarks/results/coverage.json, and CONTRIBUTING.md says it.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ TARGETS = {"lines_percent": at_least(90)}
 KEPT = RESULTS / "coverage.json"
 PAGE = Path("CONTRIBUTING.md")
 LEAST = 3  # packages that the page names
-DEFAULT = "not breadth and not slow and not network and not faults"
-MAKE_TEST = (  # the arguments of its two runs
-    ["--numprocesses", "auto", "--dist", "loadfile", "-m", f"{DEFAULT} and not alone"],
-    ["-m", f"{DEFAULT} and alone"],
+OFFLINE = "not slow and not network and not faults"
+RUNS = (  # pytest's arguments: beside each other, and alone
+    ["--numprocesses", "auto", "--dist", "loadfile", "-m", f"{OFFLINE} and not alone"],
+    ["-m", f"{OFFLINE} and alone"],
 )
 
 
@@ -69,10 +69,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the tests under coverage.py and report; pytest's exit code, the first that is not 0, else 2 where the default
     tests miss the target."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.coverage", description=__doc__.splitlines()[0])
-    parser.add_argument("tests", nargs="*", help="default: the default tests")
+    parser.add_argument("tests", nargs="*", help="default: all of these")
     parser.add_argument("--report", action="store_true", help="run nothing")
     options = parser.parse_args(arguments)
-    codes = [0] if options.report else list(measure([options.tests] if options.tests else MAKE_TEST))
+    codes = [0] if options.report else list(measure([options.tests] if options.tests else RUNS))
     try:
         files = table()
     except coverage.exceptions.NoDataError:

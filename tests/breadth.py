@@ -1,4 +1,7 @@
-"""What `make test-breadth` adds to the default tests: other parameters, and whole jobs of which they try the parts."""
+"""What `make test-breadth` adds to the default tests, which take ten minutes: those that take seconds each.
+
+Whole jobs, other parameters, and what few users meet; CI runs both.
+"""
 
 from __future__ import annotations
 

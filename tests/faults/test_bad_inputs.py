@@ -18,6 +18,7 @@ pytest.importorskip("hypothesis", reason="hypothesis is not installed: pip insta
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.breadth import BREADTH
 from tests.faults.drawn import (
     ASSIGNMENTS,
     BYTES,
@@ -65,6 +66,7 @@ SPEC_FILES = st.one_of(
 )
 
 
+@BREADTH
 def test_recipes(tally, place):
     @given(RECIPE_FILES, st.lists(ASSIGNMENTS, max_size=3))
     def check(content: bytes, sets: list[str]) -> None:

@@ -156,6 +156,7 @@ def test_a_device_that_is_not_here_is_found_before_anything_is_fetched(fails, pl
     assert not (place / "never" / "dense").exists()
 
 
+@BREADTH
 def test_texts_longer_than_the_model_are_found_before_anything_slow(fails):
     options = ["--model", "model", "--calibration", "text.txt", "--eval", "t=text.txt"]
     fails(
@@ -172,6 +173,7 @@ def test_texts_longer_than_the_model_are_found_before_anything_slow(fails):
     )
 
 
+@BREADTH
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -189,6 +191,7 @@ def test_what_is_judged_on_is_looked_at_before_the_work(fails, tmp_path, options
     assert not (out / "plan.json").exists()
 
 
+@BREADTH
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -339,6 +342,7 @@ def test_a_working_directory_that_is_gone(tmp_path):
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: the working directory is gone")
 
 
+@BREADTH
 @pytest.mark.parametrize(
     ("redirect", "code"), [("| true", 2), (">&-", 2), ("2>&-", 2), (">&- 2>&-", 2), ("<&- >&- 2>&-", 2)]
 )

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.breadth import BREADTH
 from tests.command import Done, trsp_deploy
 from tests.samples import MADE_UP_QUALITY, made_up
 from trsp_deploy import checks
@@ -72,6 +73,7 @@ def test_a_baseline_of_another_model_is_refused_or_noted(workspace: Path, baseli
     )
 
 
+@BREADTH
 def test_a_regression_against_the_baseline_is_found(workspace: Path, baseline: Path, tmp_path: Path) -> None:
     limits = ["--max-speedup-loss", "60%", "--max-latency-regression", "90%"]
     done = trsp_deploy("check", "run", "--against", str(baseline), *limits, cwd=workspace)

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.breadth import BREADTH
 from tests.exported import Made, onnx_of
 from trsp_deploy.artifacts import fingerprint
 from trsp_deploy.artifacts.fingerprints import known_files
@@ -75,6 +76,7 @@ def test_a_planted_slow_down_is_found(onnx: Path) -> None:
         assert 0.3 < speedup(found.replicates, 0, phase).found.ratio < 0.8, phase  # one half, on a busy machine
 
 
+@BREADTH
 def test_measuring_ends_when_everything_is_decided(onnx: Path) -> None:
     found = measuring.measure(
         {"dense": onnx, "pruned": onnx}, "e", 384, settings(budget_s=300), seed=0, decided=lambda speedups: True

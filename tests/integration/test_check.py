@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from tests.breadth import BREADTH
 from tests.command import trsp_deploy
 from tests.planted import SECRETS, check_no_secret
 from trsp_deploy import checks, cli
@@ -258,6 +259,7 @@ def test_an_engine_that_fails_leaves_the_others_their_figures() -> None:
     assert proof._of_each("cannot be timed", measure) == {"a": 1, "c": 1} and len(said) == 1, "not asked again"
 
 
+@BREADTH
 def test_a_task_that_is_none_is_not_kept_in_the_run(workspace: Path) -> None:
     before = (workspace / "run" / "recipe.yaml").read_bytes()
     done = trsp_deploy("check", "run", "--min-accuracy-retained", "90%", "--task", "piqqa", cwd=workspace)

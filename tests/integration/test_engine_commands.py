@@ -19,6 +19,7 @@ import onnx
 import pytest
 import torch
 
+from tests.breadth import BREADTH
 from tests.tiny import POSITIONS, beginning_tokenizer, ending_tokenizer, english, save_tiny, tiny_tokenizer
 from trsp_deploy.artifacts import fingerprint, write_json
 from trsp_deploy.cli import run
@@ -64,6 +65,7 @@ def reference(place: Path, prompt: str, new_tokens: int) -> list[int]:
     return [token for token in found[0, ids.shape[1] :].tolist() if token != 0]
 
 
+@BREADTH
 def test_what_is_built_from_a_file_is_not_built_twice(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -112,6 +114,7 @@ def damaged_after(build: Build, damage: Callable[[np.ndarray], None]) -> Build:
     return broken
 
 
+@BREADTH
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -138,6 +141,7 @@ def test_an_engine_that_does_not_compute_its_graph_is_not_handed_over(
     assert (out / "manifest.json").read_bytes() == before and not list(tmp_path.glob(".*"))
 
 
+@BREADTH
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
 def test_how_far_an_engine_is_from_its_graph_is_kept_and_shown(place: Path, tmp_path: Path, precision: str) -> None:
     command = ["build", "--onnx", str(place / "onnx" / "model.onnx"), "--engine", f"ort-cpu-{precision}"]
@@ -276,6 +280,7 @@ def test_an_engine_of_another_graph_or_spec_is_not_opened(
     open_engine(out)  # of what is not known any more
 
 
+@BREADTH
 def test_an_engine_is_of_the_files_that_it_was_asked_for_last(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -302,6 +307,7 @@ def test_an_engine_is_of_the_files_that_it_was_asked_for_last(
         open_engine(tmp_path / "engine")
 
 
+@BREADTH
 def test_nothing_goes_that_is_no_engines(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     graph, engine, file = place / "onnx" / "model.onnx", tmp_path / "engine", tmp_path / "file"
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
 
-from tests.breadth import by_default
+from tests.breadth import BREADTH, by_default
 from trsp_deploy.errors import EngineUnavailable, RunError
 from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.stages.build import build_engine, finished
@@ -166,6 +166,7 @@ def test_bare_onnx_file_agrees_with_the_engine(name: str, cpu_engines: dict[str,
         assert largest_difference(generated(bare), generated(engine)) < 1e-6
 
 
+@BREADTH
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_fp16_graph_gives_float32_logits(name: str, export: Export, checkpoints: Path) -> None:
     model = ARCHITECTURES[name]().from_pretrained(checkpoints / name).eval()
@@ -430,6 +431,7 @@ class TestTensorRtRtx:
         with pytest.raises(EngineUnavailable, match="no CUDA device"), open_engine(tmp_path / "engine"):
             raise AssertionError("an engine open without a GPU")
 
+    @BREADTH
     def test_builds_in_fp32_for_one_gpu(self, export: Export, tmp_path: Path) -> None:
         settings = {"precision": "fp32", "compute_capabilities": ("sm89",), "workspace_gib": 1.0}
         spec = load_engine_spec("tensorrt-rtx-fp16").model_copy(update=settings)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.breadth import BREADTH
 from tests.tiny import tiny_model
 from trsp_deploy.decoder import load_model
 from trsp_deploy.errors import ModelError
@@ -36,6 +37,7 @@ def agrees(model: Path, graph: Path) -> bool:
         return parity.check_parity(reference, runner, "onnx", "dense", "fp32").max_error < 1e-4
 
 
+@BREADTH
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("family", ["opt", "llama"])
 def test_every_matrix_has_the_bits_that_loading_gives(family: str, precision: Float, tmp_path: Path) -> None:

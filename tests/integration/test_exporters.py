@@ -15,7 +15,7 @@ import onnx_ir as ir
 import pytest
 import transformers
 
-from tests.breadth import by_default
+from tests.breadth import BREADTH, by_default
 from tests.exported import MODELS
 from tests.families import FAMILIES, family_config
 from tests.made_run import SPEC
@@ -121,6 +121,7 @@ def test_what_simplifies_optimums_graph_is_asked_for_when_it_is_chosen(monkeypat
     assert chosen(ExportSettings(exporter="dynamo")) == "dynamo"
 
 
+@BREADTH
 def test_torchs_own_never_holds_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights come from the checkpoint one by one, a tied one too."""
     config = family_config("opt")
@@ -197,6 +198,7 @@ def test_what_no_exporter_can_export_is_told_in_one_line_before_and_after_traini
     assert sum(map(len, capfd.readouterr())) < 200, "nothing of the graph is on the terminal"
 
 
+@BREADTH
 def test_a_model_is_tried_without_its_weights(tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "model")
     (folder / "model.safetensors").unlink()
@@ -250,6 +252,7 @@ def test_what_torch_cannot_trace_is_one_line(tmp_path: Path, monkeypatch: pytest
         export_onnx(folder, "fp32", DYNAMO, tmp_path / "onnx")
 
 
+@BREADTH
 def test_what_torch_cannot_optimise_is_exported_as_it_was_traced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

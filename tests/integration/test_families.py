@@ -46,7 +46,8 @@ def test_onnx_agrees_with_pytorch(family, role, tmp_path):
     assert found.tokens_equal == found.tokens_compared == 17 + 9 + 2 * parity.NEW_TOKENS
 
 
-@pytest.mark.parametrize("family", by_default(["opt"], FAMILIES))
+@BREADTH
+@pytest.mark.parametrize("family", FAMILIES)
 def test_half_precision_agrees_too_and_rtx_builds_it(family, tmp_path):
     folder = save_cut(family, tmp_path)
     export_onnx(folder, "fp16", ExportSettings(), tmp_path / "onnx")
@@ -72,6 +73,7 @@ def rtx_engine(folder: Path) -> EngineManifest:
     return manifest
 
 
+@BREADTH
 def test_a_stale_layer_index_is_caught_by_parity(tmp_path):
     """What Optimum's own validation lets through: it exports, and fails only when it runs."""
     folder = save_tiny("llama", tmp_path / "model")
@@ -93,6 +95,7 @@ def test_a_stale_layer_index_is_caught_by_parity(tmp_path):
         parity.check_parity(reference, runner, "onnx", "pruned", "fp32")
 
 
+@BREADTH
 def test_numbers_beyond_half_precision_are_named(tmp_path):
     folder = save_tiny("llama", tmp_path / "model", num_hidden_layers=2)
     model = load_model(folder)

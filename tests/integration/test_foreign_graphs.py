@@ -17,6 +17,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from tests.breadth import BREADTH
 from tests.tiny import tiny_model
 from trsp_deploy.artifacts import storage
 from trsp_deploy.errors import EngineUnavailable, ParityError, StorageError, TextError
@@ -110,6 +111,7 @@ def operators(engine: Path) -> Counter[str]:
     return Counter(node.op_type for node in onnx.load(engine / "model.onnx", load_external_data=False).graph.node)
 
 
+@BREADTH
 @pytest.mark.parametrize("engine", ["ort-cpu-int4", "ort-cpu-int8"])
 @pytest.mark.parametrize(
     "change",
@@ -127,6 +129,7 @@ def test_integer_engines_of_every_form_are_alike(graphs: Path, tmp_path: Path, c
     np.testing.assert_allclose(found["plain"][1], found["other"][1], atol=1e-5)
 
 
+@BREADTH
 def test_an_output_that_is_given_twice_keeps_its_name(graphs: Path, tmp_path: Path) -> None:
     def twice(model: onnx.ModelProto) -> None:
         model.graph.node.append(helper.make_node("Identity", ["logits"], ["again"]))
@@ -157,6 +160,7 @@ def weights_behind_nodes(model: onnx.ModelProto) -> None:
     model.graph.node.extend(nodes)
 
 
+@BREADTH
 @pytest.mark.parametrize("engine", ["ort-cpu-int4", "ort-cpu-int8"])
 def test_weights_behind_nodes_are_quantised(graphs: Path, tmp_path: Path, engine: str) -> None:
     spec, found = load_engine_spec(engine).model_copy(update={"fuse": False}), {}
@@ -180,6 +184,7 @@ def weights_in_fp16(model: onnx.ModelProto) -> None:
     model.graph.node.extend(nodes)
 
 
+@BREADTH
 @pytest.mark.parametrize("engine", ["ort-cpu-fp32", "ort-cpu-int4", "ort-cpu-int8"])
 def test_weights_in_fp16_get_the_passes_of_others(graphs: Path, tmp_path: Path, engine: str) -> None:
     found, ids = {}, np.arange(3, 19)[None]
@@ -196,6 +201,7 @@ def test_weights_in_fp16_get_the_passes_of_others(graphs: Path, tmp_path: Path, 
     assert np.abs(one - other).mean() < (1e-4 if engine == "ort-cpu-fp32" else 0.5) * other.std()
 
 
+@BREADTH
 def test_functions_of_another_opset_are_one_line_or_stay(graphs: Path, tmp_path: Path) -> None:
     graph = changed(graphs / "fp32" / FILE, lambda model: in_functions(model, 17), tmp_path / "graph")
     said = "its functions cannot be written out: Opset mismatch"
@@ -205,6 +211,7 @@ def test_functions_of_another_opset_are_one_line_or_stay(graphs: Path, tmp_path:
     assert all(said in (outcome.reason or "") for outcome in outcomes)
 
 
+@BREADTH
 def test_products_without_names_are_the_same_in_the_graph_that_passes_made(graphs: Path, tmp_path: Path) -> None:
     """A cache of fixed length takes products out, and what the others read was measured before."""
     spec, found = load_engine_spec("tensorrt-rtx-int4"), []
@@ -258,6 +265,7 @@ def test_a_graph_of_another_precision_or_no_decoder_is_one_line_before_anything_
             build_engine(graph, load_engine_spec(name), tmp_path / "engine")
 
 
+@BREADTH
 def test_a_graph_with_other_integers_reads_a_text(graphs: Path, tmp_path: Path) -> None:
     def narrow(model: onnx.ModelProto) -> None:
         first = []
@@ -291,6 +299,7 @@ def with_cast(model: onnx.ModelProto, name: str, outside: int, inside: int) -> N
     value.type.tensor_type.elem_type = outside
 
 
+@BREADTH
 @pytest.mark.parametrize("engine", ["ort-cpu-fp32", "ort-cpu-int8"])
 def test_inputs_and_logits_of_other_types(graphs: Path, tmp_path: Path, engine: str) -> None:
     def other_types(model: onnx.ModelProto) -> None:
@@ -340,6 +349,7 @@ def last_logits(model: onnx.ModelProto) -> None:
     del next(value for value in model.graph.output if value.name == "logits").type.tensor_type.shape.dim[1]
 
 
+@BREADTH
 @pytest.mark.parametrize(("change", "said"), [(open_logits, ", vocabulary"), (last_logits, ", 384")])
 def test_logits_of_another_form_are_one_line(graphs: Path, tmp_path: Path, change: Change, said: str) -> None:
     plain = changed(graphs / "fp32" / FILE, change, tmp_path / "plain")
@@ -365,6 +375,7 @@ def last_logits_alone(model: onnx.ModelProto) -> None:
     next(value for value in model.graph.output if value.name == "logits").type.tensor_type.shape.dim[1].dim_value = 1
 
 
+@BREADTH
 @pytest.mark.parametrize(
     ("change", "engine", "said"),
     [
@@ -402,6 +413,7 @@ def one_text(model: onnx.ModelProto) -> None:
         value.type.tensor_type.shape.dim[0].dim_value = 1
 
 
+@BREADTH
 def test_a_graph_for_one_text_at_a_time_gets_every_pass(graphs: Path, tmp_path: Path) -> None:
     found, ids, mask = {}, np.arange(3, 19)[None], np.ones((1, 16), dtype=np.int64)
     mask[0, :3] = 0
@@ -424,6 +436,7 @@ def held(graph: Path, out: Path, **more: Any) -> EngineManifest:
     return build_engine(graph, load_engine_spec("ort-cpu-fp32"), out, hold=True, **more)
 
 
+@BREADTH
 def test_an_engine_for_one_text_is_held_too(graphs: Path, tmp_path: Path) -> None:
     """It was fed two, and ONNX Runtime's refusal, which named a folder that was gone, stood for a comparison."""
     one = held(changed(graphs / "fp32" / FILE, one_text, tmp_path / "one"), tmp_path / "engine")
@@ -459,6 +472,7 @@ def masked(value: float) -> Change:
     return change
 
 
+@BREADTH
 def test_an_unused_vocabulary_that_is_ruled_out_makes_an_engine(graphs: Path, tmp_path: Path) -> None:
     graph = changed(graphs / "fp32" / FILE, masked(-np.inf), tmp_path / "masked")
     shutil.copy(graphs / "fp32" / "config.json", graph.parent)
@@ -472,6 +486,7 @@ def test_an_unused_vocabulary_that_is_ruled_out_makes_an_engine(graphs: Path, tm
         held(graph, tmp_path / "none")
 
 
+@BREADTH
 def test_what_an_engine_alone_rules_out_is_no_number(
     graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -487,6 +502,7 @@ def test_what_an_engine_alone_rules_out_is_no_number(
         held(graphs / "fp32" / FILE, tmp_path / "engine")
 
 
+@BREADTH
 def test_perplexity_is_judged_of_a_text_alone(graphs: Path, tmp_path: Path) -> None:
     """That of a few random tokens says little: right bf16 engines were beyond their tolerance."""
     text = np.arange(3, 67).reshape(1, 64)
@@ -528,6 +544,7 @@ def adapted_head(model: onnx.ModelProto) -> None:
     )
 
 
+@BREADTH
 @pytest.mark.parametrize("engine", ["ort-cpu-fp32", "ort-cpu-int8"])
 def test_logits_that_are_cut_in_part_alone_are_not_cut(graphs: Path, tmp_path: Path, engine: str) -> None:
     """The pass was kept, for its proof asked for all logits alone, and every longer prompt failed."""
@@ -562,6 +579,7 @@ def test_a_graph_for_one_text_at_a_time_is_kept_within_fp16(graphs: Path, tmp_pa
     assert found is not None and found.kept and found.error is not None and found.error < 0.1
 
 
+@BREADTH
 def test_a_projection_that_is_kept_in_fp32_does_not_hide_its_attention(graphs: Path, tmp_path: Path) -> None:
     graph = changed(graphs / "fp16" / FILE, lambda model: beyond(model, "o_proj", 2**17), tmp_path / "beyond")
     spec = load_engine_spec("tensorrt-rtx-fp16-static")
@@ -581,6 +599,7 @@ def test_norms_are_fused_without_a_word(
     assert capfd.readouterr() == ("", "")
 
 
+@BREADTH
 def test_a_text_of_another_models_tokens_is_one_line(graphs: Path, tmp_path: Path) -> None:
     text = np.full((1, 16), 10_000)
     with pytest.raises(TextError, match="the calibration text has token 10000"):
@@ -672,6 +691,7 @@ def behind_the_head(model: onnx.ModelProto) -> None:
     logits.type.tensor_type.shape.dim[-1].dim_value = 380
 
 
+@BREADTH
 @pytest.mark.parametrize("engine", ["ort-cpu-int4-accurate", "ort-cpu-int8"])
 def test_an_lm_head_is_found_behind_what_its_logits_go_through(graphs: Path, tmp_path: Path, engine: str) -> None:
     """No integers were made of such a graph at all."""
@@ -697,6 +717,7 @@ def hidden_states(model: onnx.ModelProto) -> None:
     model.graph.output.append(helper.make_empty_tensor_value_info("hidden_states"))
 
 
+@BREADTH
 def test_tensorrt_keeps_no_output_that_nothing_reads(graphs: Path, tmp_path: Path) -> None:
     """Each needs memory when the engine runs, and there was none for it."""
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install 'trsp_deploy[rtx]'")
@@ -712,6 +733,7 @@ def one_label(model: onnx.ModelProto) -> None:
             value.type.tensor_type.shape.dim[1].dim_param = "sequence_length"
 
 
+@BREADTH
 def test_one_label_for_two_lengths_comes_with_advice(graphs: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install 'trsp_deploy[rtx]'")
     graph = changed(graphs / "fp16" / FILE, one_label, tmp_path / "graph")
@@ -728,6 +750,7 @@ def test_tensorrt_refuses_logits_without_tokens(graphs: Path, tmp_path: Path) ->
         build_engine(half, load_engine_spec("tensorrt-rtx-fp16"), tmp_path / "engine")
 
 
+@BREADTH
 def test_an_engine_of_a_graph_behind_a_link_notices_its_change(graphs: Path, tmp_path: Path) -> None:
     first = changed(graphs / "fp32" / FILE, as_it_is, tmp_path / "first")
     second = changed(graphs / "fp32" / FILE, other_weights, tmp_path / "second")
@@ -750,6 +773,7 @@ def other_weights(model: onnx.ModelProto) -> None:
     weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * 2, weight.name))
 
 
+@BREADTH
 def test_a_bound_of_numbers_is_no_hidden_score(graphs: Path, tmp_path: Path) -> None:
     """In fp16 what hides scores is lowered; the lower end of a Clip would cut values off."""
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 
-from tests.breadth import by_default
+from tests.breadth import BREADTH, by_default
 from tests.exported import HEADS, LAYERS, Made, onnx_of
 from tests.families import FAMILIES
 from tests.tiny import VOCABULARY, tiny_model
@@ -243,6 +243,7 @@ def test_int8_weights_are_those_of_onnxruntimes_own_tool(reduced: bool, exported
     assert operators[0] == operators[1] and constants(ours) == constants(theirs)
 
 
+@BREADTH
 @pytest.mark.parametrize("exact", [True, False])
 def test_an_int8_engine_is_made_for_what_the_processor_can_add(
     exact: bool, exported: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -265,6 +266,7 @@ def test_an_int8_engine_is_made_for_what_the_processor_can_add(
 
 
 # Gemm in the graph, with and without a transposed weight.
+@BREADTH
 @pytest.mark.parametrize(
     ("precision", "family"),
     by_default([("int4", "opt")], itertools.product(("int8", "int4"), ("opt", "gpt2"))),
@@ -313,6 +315,7 @@ def in_a_stack(graph: onnx.GraphProto, node: onnx.NodeProto, weight: np.ndarray)
         node.input[1] = f"{node.name}/stack"
 
 
+@BREADTH
 @pytest.mark.parametrize("hide", [behind_a_cast, behind_scales])
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_weights_that_are_computed_of_constants_are_quantised_too(
@@ -325,6 +328,7 @@ def test_weights_that_are_computed_of_constants_are_quantised_too(
     assert 1e-3 < agreement(source, engine, precision) < 2 and read_manifest(engine).in_floats is None
 
 
+@BREADTH
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_weights_without_a_form_in_integers_are_told(precision: str, exported: Made, tmp_path: Path) -> None:
     source = hidden_weights(exported("llama"), tmp_path / "hidden", in_a_stack)
@@ -333,6 +337,7 @@ def test_weights_without_a_form_in_integers_are_told(precision: str, exported: M
     assert f"{LAYERS} products" in said and "down_proj" in said and said in describe(inspect_engine(engine))
 
 
+@BREADTH
 def test_what_an_fp16_graph_multiplies_in_fp32_stays_as_it_is(exported: Made) -> None:
     """Its activations are beyond the range of fp16, or of an 8-bit scale (fp16_range.py)."""
     graph = onnx.load(onnx_of(exported("llama", "fp16"), "fp16"))
@@ -359,6 +364,7 @@ def test_signal_to_noise_is_that_of_the_ordinary_token() -> None:
     assert products.signal_to_noise(np.zeros((4, 8))) == pytest.approx(0)
 
 
+@BREADTH
 def test_a_pass_that_changes_the_logits_is_left_out(
     exported: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -376,6 +382,7 @@ def test_a_pass_that_changes_the_logits_is_left_out(
     assert agreement(exported("llama"), engine) < 1e-4
 
 
+@BREADTH
 def test_graphs_of_others_are_fused_as_far_as_they_fit(exported: Made, tmp_path: Path) -> None:
     (tmp_path / "other" / "onnx").mkdir(parents=True)
     for name in ("model.onnx", "model.onnx_data"):  # and no config
@@ -419,7 +426,8 @@ def lookups(engine: Path) -> Counter[tuple[str, int]]:
     return found
 
 
-@pytest.mark.parametrize("width", by_default([8], [4, 8, 32]))
+@BREADTH
+@pytest.mark.parametrize("width", [4, 8, 32])
 def test_the_tokens_table_alone_is_rounded(width: int, exported: Made, tmp_path: Path) -> None:
     source = exported("opt")
     engine = built(source, tmp_path / "engine", "ort-cpu-int4", embedding_bits=width, head_bits=32)
@@ -452,7 +460,8 @@ def test_every_token_of_the_text_says_how_to_round_the_head(
     assert list(tokens.values()) == pytest.approx([text.size] * len(tokens), rel=0.01)
 
 
-@pytest.mark.parametrize("precision", by_default(["int4"], ["int4", "int8"]))
+@BREADTH
+@pytest.mark.parametrize("precision", ["int4", "int8"])
 def test_the_costliest_products_keep_more_bits(precision: str, tmp_path: Path) -> None:
     model = tiny_model("llama", **HEADS)
     with torch.no_grad():  # one weight a block far above the others leaves those nothing but 0

@@ -160,6 +160,7 @@ def test_one_graph_lies_beside_the_exported_one(tmp_path: Path, monkeypatch: pyt
     assert max(sizes) < 2.1 * (tmp_path / "onnx" / "model.onnx_data").stat().st_size
 
 
+@BREADTH
 def test_left_padding_is_no_nan_where_scores_are_low(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """fp16's lowest number plus such a score is -inf: a row of padding, all of it hidden, would be 0 / 0."""
     model = changed(tmp_path / "model", "opt", scores_below_minus_16)
@@ -194,6 +195,7 @@ def test_a_cache_beyond_the_range_is_refused(tmp_path: Path) -> None:
         build_engine(tmp_path / "onnx" / "model.onnx", cpu_spec(), tmp_path / "engine")
 
 
+@BREADTH
 @pytest.mark.parametrize("name", ["tensorrt-bf16", "tensorrt-rtx-bf16"])
 def test_what_fp16_cannot_hold_becomes_bf16(name: str, tmp_path: Path) -> None:
     """Up to what the compiler reads, which needs no package of TensorRT's."""
@@ -243,6 +245,7 @@ def half_range_logits(graph: Path, scratch: Path) -> np.ndarray:
         return check.sample_logits(runner, runner.vocabulary)
 
 
+@BREADTH
 @pytest.mark.parametrize("width", [8, 16])
 def test_the_head_of_a_tensorrt_engine_may_stay_in_floats(width: int, exported: Made, tmp_path: Path) -> None:
     spec = EngineSpec.model_validate({**rtx_spec("int4").model_dump(), "head_bits": width})

@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.breadth import BREADTH
 from tests.command import LAUNCHED
 from tests.tiny import english, save_tiny
 from tests.training import same_weights, transfer
@@ -281,6 +282,7 @@ def test_a_process_that_ends_is_no_bug_of_the_others() -> None:
     assert "left the group" not in lost
 
 
+@BREADTH
 def test_a_group_is_left_together_before_the_main_process_goes_on() -> None:
     said, codes = two(LEAVING)
     assert codes == (3, 0), said

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, OPTConfig, PretrainedConfig
 
+from tests.breadth import BREADTH
 from tests.measure_memory import recipe_for
 from tests.tiny import english, save_tiny, tiny_tokenizer
 from trsp_deploy.artifacts import RunFolder
@@ -168,6 +169,7 @@ def test_pruning_needs_no_room_for_engines(command, capsys, monkeypatch):
     assert "would fit" in capsys.readouterr().err.splitlines()[-1]
 
 
+@BREADTH
 def test_what_cannot_fit_is_refused_before_it_starts(command, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(memory_plan, "available_bytes", lambda device: 1000)
     assert run(command) == 1
@@ -179,6 +181,7 @@ def test_what_cannot_fit_is_refused_before_it_starts(command, tmp_path, capsys, 
     assert run(command) == 0  # all is there already: nothing to ask about
 
 
+@BREADTH
 @pytest.mark.parametrize("lacks", ["memory", "disk"])
 def test_what_cannot_fit_leaves_a_run_its_recipe_and_manifest(command, tmp_path, capsys, monkeypatch, lacks):
     """The next command would have gone by the recipe that was refused, `report` without a look at the memory."""

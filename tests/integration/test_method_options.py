@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.breadth import BREADTH, by_default
 from tests.tiny import english, save_tiny
 from trsp_deploy.artifacts import RunFolder
 from trsp_deploy.cli import run
@@ -52,7 +53,7 @@ def prune(place, monkeypatch, capsys, tmp_path):
     return go
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", by_default(["trsp", "sleb"], METHODS))
 def test_each_method_prunes(prune, method):
     result, plan = prune("--method", method)
     assert result["num_layers_pruned"] == 4 and len(result["dropped"]) == 2
@@ -88,6 +89,7 @@ def test_a_wrong_option_is_not_blamed_on_the_recipe_alone(options, tmp_path):
         recipe_from_options(recipe=str(tmp_path / "mine.yaml"), **options)
 
 
+@BREADTH
 @pytest.mark.parametrize(
     ("package", "setting"), [("peft", "transfer.lora_rank=2"), ("bitsandbytes", "transfer.optimizer=adamw-8bit")]
 )
@@ -116,6 +118,7 @@ def test_removal_of_a_folded_span_changes_nothing(prune):
     assert result["ppl_before_removal"] == result["ppl_after_removal"]
 
 
+@BREADTH
 def test_any_selection_can_be_folded(prune):
     folded, plan = prune("--method", "sleb", "--set", "transfer.refit=span", "--set", "plan.batch_size=8")
     plain, _ = prune("--method", "sleb", "--set", "plan.batch_size=8")
@@ -123,12 +126,14 @@ def test_any_selection_can_be_folded(prune):
     assert folded["ppl_after_removal"] != plain["ppl_after_removal"]
 
 
+@BREADTH
 def test_annealed_refit_leaves_nothing_for_the_removal(prune):
     result, _ = prune("--method", "trsp-refit", "--set", "transfer.kl_weight=1.0")
     assert result["form"] == "anneal" and result["tokens"] == 3 * 4 * 32
     assert result["ppl_before_removal"] == pytest.approx(result["ppl_after_removal"], rel=1e-6)
 
 
+@BREADTH
 def test_the_dense_model_writes_a_part_of_the_training_text(prune, tmp_path):
     plain, plan = prune()
     file = tmp_path / "run" / "self-generated.jsonl"
@@ -144,6 +149,7 @@ def test_the_dense_model_writes_a_part_of_the_training_text(prune, tmp_path):
     assert longer["tokens"] > result["tokens"] and file.stat().st_mtime_ns == made, "written once"
 
 
+@BREADTH
 def test_a_text_that_is_gone_is_a_transfer_to_do(prune, tmp_path):
     """Written again it may be another one: memory and disk were not estimated for the training that may follow."""
     prune("--set", "calibration.self_generated=0.5")
@@ -175,6 +181,7 @@ def test_a_command_that_trains_again_says_first_what_that_needs(prune, monkeypat
     assert again.endswith("; done again") and started.endswith("started") and "done in" in done
 
 
+@BREADTH
 def test_records_are_asked_about_another_model_without_it(prune, tmp_path):
     """How much of the text a model writes takes its tokens: `dense/` was another by then."""
     prune("--set", "calibration.self_generated=0.5")
@@ -186,6 +193,7 @@ def test_records_are_asked_about_another_model_without_it(prune, tmp_path):
     assert (tmp_path / "run" / "dense" / "model.safetensors").read_bytes() == before
 
 
+@BREADTH
 def test_checkpoints_of_what_trains_no_layers_are_of_no_package_that_it_does_not_use(prune, monkeypatch):
     """Selection began anew where peft or bitsandbytes was another version."""
     found = {}
@@ -213,6 +221,7 @@ def given(monkeypatch) -> list[torch.Tensor]:
     return found
 
 
+@BREADTH
 def test_a_short_calibration_text_is_read_whole_beside_the_models_own(prune, place, given):
     short = place / "short.txt"
     short.write_text(english()[:1_200])
@@ -223,6 +232,7 @@ def test_a_short_calibration_text_is_read_whole_beside_the_models_own(prune, pla
     assert torch.equal(beside[: len(alone)], alone)
 
 
+@BREADTH
 def test_several_calibration_texts_are_read_in_equal_parts(prune, place, given, tmp_path):
     other = place / "other.txt"
     other.write_text(english()[40_000:60_000])
@@ -242,6 +252,7 @@ def test_several_calibration_texts_are_read_in_equal_parts(prune, place, given, 
     assert len(alone) == 48 and not torch.equal(alone, mixed)
 
 
+@BREADTH
 @pytest.mark.parametrize(
     "second, line",
     [
@@ -261,6 +272,7 @@ def test_calibration_texts_that_cannot_go_together(place, monkeypatch, capsys, t
     assert line in capsys.readouterr().err
 
 
+@BREADTH
 @pytest.mark.parametrize(
     ("job", "options", "named"),
     [
@@ -286,6 +298,7 @@ def test_a_token_that_the_model_lacks_is_said_before_the_work(
     assert not (tmp_path / "run" / "plan.json").exists()
 
 
+@BREADTH
 @pytest.mark.parametrize(("windows", "alone"), [(4, True), (48, False)])
 def test_a_text_of_which_only_the_beginning_is_read_is_named(place, monkeypatch, capsys, tmp_path, windows, alone):
     monkeypatch.chdir(place)
@@ -297,6 +310,7 @@ def test_a_text_of_which_only_the_beginning_is_read_is_named(place, monkeypatch,
     assert capsys.readouterr().err.count(line) == alone
 
 
+@BREADTH
 def test_a_text_of_one_window_is_said_to_be_trained_on_and_judged_by(place, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(place)
     (place / "short.txt").write_text(english()[:100])
@@ -308,12 +322,14 @@ def test_a_text_of_one_window_is_said_to_be_trained_on_and_judged_by(place, monk
         assert (f"calibration text '{text}': {line}" in capsys.readouterr().err) == said
 
 
+@BREADTH
 def test_any_selection_with_any_transfer(prune):
     result, plan = prune("--method", "sleb", "--then", "anneal")
     assert (plan["method"], result["form"]) == ("sleb", "anneal")
     assert plan["settings"]["forward_passes"] == 6 + 5
 
 
+@BREADTH
 def test_a_penalty_needs_the_layers_that_a_fold_would_replace(prune):
     result, plan = prune("--method", "fold", "--then", "l2")
     assert (plan["method"], result["form"], result["refit"]) == ("fold", "l2", "none")
@@ -329,6 +345,7 @@ def test_unknown_method_and_senseless_pair(place, monkeypatch, capsys):
     assert "transfer.form must be anneal, train or none, got l2" in capsys.readouterr().err
 
 
+@BREADTH
 def test_default_folder_names_model_and_count(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     settings = [option for pair in QUICK for option in ("--set", pair)]

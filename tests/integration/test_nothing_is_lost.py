@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.breadth import BREADTH
 from tests.command import trsp_deploy
 from tests.made_run import made_sweep
 from tests.tiny import english, save_tiny, tiny_model
@@ -109,6 +110,7 @@ def test_a_folder_with_another_kind_of_manifest_is_no_engine(graph: Path, tmp_pa
     assert files(tmp_path) == before
 
 
+@BREADTH
 def test_an_engine_whose_manifest_is_no_record_still_says_what_is_its_own(graph: Path, tmp_path: Path) -> None:
     """As of another version; all that lay in its folder went with it."""
     command = ["build", "--onnx", str(graph), "--engine", "ort-cpu-fp32", "--out", "engine"]
@@ -177,6 +179,7 @@ def test_a_sweep_takes_no_folder_for_one_of_its_runs(place: Path, tmp_path: Path
 # -- settings ----------------------------------------------------------------------------------------------------------
 
 
+@BREADTH
 @pytest.mark.parametrize(
     ("command", "words"),
     [
@@ -226,6 +229,7 @@ def test_a_range_that_the_model_does_not_have_leaves_a_sweep_finished(place: Pat
     assert files(tmp_path) == before
 
 
+@BREADTH
 def test_text_by_the_dense_model_is_no_reason_to_choose_layers_anew(run: Path) -> None:
     path = run / "plan.json"
     plan = json.loads(path.read_text())
@@ -253,6 +257,7 @@ main()
 """
 
 
+@BREADTH
 @pytest.mark.parametrize("other", ["drop", "text"])
 def test_layers_chosen_anew_by_a_killed_command_are_nobodys(place: Path, run: Path, other: str) -> None:
     """The old record stood beside the new plan.json then, which seemed edited by hand."""
@@ -269,6 +274,7 @@ def test_layers_chosen_anew_by_a_killed_command_are_nobodys(place: Path, run: Pa
     assert set(json.loads((run / "records" / "plan.json").read_text())["inputs"]) == {"model", "calibration"}
 
 
+@BREADTH
 def test_a_plan_whose_record_is_damaged_is_kept_aside(place: Path, run: Path) -> None:
     path, record = run / "plan.json", run / "records" / "plan.json"
     edited = {**json.loads(path.read_text()), "dropped": [2, 4], "kept": [0, 1, 3, 5]}
@@ -286,6 +292,7 @@ def test_a_plan_whose_record_is_damaged_is_kept_aside(place: Path, run: Path) ->
     assert trsp_deploy("verify", "run", cwd=run.parent).code == 0, "it was a file that nobody had made"
 
 
+@BREADTH
 def test_a_model_that_cannot_write_is_refused_before_layers_are_chosen(place: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(place / "tiny", tmp_path / "mute"))
     config = json.loads((model / "config.json").read_text())
@@ -371,6 +378,7 @@ def test_what_a_changed_model_needs_is_asked_before_it_takes_its_place(
     assert files(changed) == before
 
 
+@BREADTH
 def test_pruning_anew_keeps_what_a_run_is_judged_on(place: Path, run: Path) -> None:
     """It was refused for the default recipe's texts, of which `prune` has no option and reads none."""
     for name in ("tiny", "train.txt"):
@@ -385,6 +393,7 @@ def test_pruning_anew_keeps_what_a_run_is_judged_on(place: Path, run: Path) -> N
     assert (recipe.evaluate.context_length, recipe.engines, recipe.bench.new_tokens) == (64, ("ort-cpu-fp32",), 4)
 
 
+@BREADTH
 def test_a_recipe_that_says_nothing_of_judging_changes_nothing_of_it(place: Path, run: Path) -> None:
     """The default recipe's engines, texts and measurement took the place of the run's, the last two without a word."""
     (run.parent / "mine.yaml").write_text("bench: {new_tokens: 4}\ntransfer: {form: none, refit: none}\n")
@@ -408,6 +417,7 @@ def test_tasks_that_a_recipe_no_longer_has_are_named(run: Path) -> None:
         assert no_longer_has(folder, has) == ["zero-shot task piqa"] and no_longer_has(folder, had) == []
 
 
+@BREADTH
 def test_an_export_for_engines_that_cannot_be_built_here_is_no_silence(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -426,6 +436,7 @@ def test_an_export_for_engines_that_cannot_be_built_here_is_no_silence(
     assert "dense-fp32: fp32" in told and (run / "onnx").exists()
 
 
+@BREADTH
 @pytest.mark.parametrize("command", ["build", "bench"])
 def test_a_build_or_bench_of_no_engine_at_all_is_no_success(
     command: str, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -448,6 +459,7 @@ def test_a_build_or_bench_of_no_engine_at_all_is_no_success(
         assert [engine["built"] for engine in found["engines"]] == [False, True]
 
 
+@BREADTH
 @pytest.mark.skipif(not optimum.installed(), reason="Optimum is not installed: pip install 'trsp_deploy[optimum]'")
 @pytest.mark.parametrize("exporter", ["auto", "optimum"])
 def test_graphs_stay_where_their_exporter_is_not_installed(
@@ -474,6 +486,7 @@ def test_graphs_stay_where_their_exporter_is_not_installed(
         assert f"> {said}" in anew.stderr.splitlines()
 
 
+@BREADTH
 def test_texts_and_engines_that_a_recipe_no_longer_has_are_named(place: Path, run: Path) -> None:
     """They were replaced without a word, and a later report lacked them."""
     said = "recipe.yaml no longer has: "
@@ -501,6 +514,7 @@ def test_two_engines_of_one_name_are_refused(place: Path, run: Path) -> None:
 # -- from elsewhere ----------------------------------------------------------------------------------------------------
 
 
+@BREADTH
 def test_a_run_is_of_its_own_model_and_texts_from_anywhere(place: Path, tmp_path: Path) -> None:
     """Even where other ones lie by the same names; what a command names itself is of where it runs."""
     tiny_model("llama", seed=9).save_pretrained(tmp_path / "tiny")
@@ -524,6 +538,7 @@ def test_a_run_that_was_moved_with_what_it_is_of(place: Path, tmp_path: Path) ->
     assert done.code == 0 and "prune: reused" in done.stderr, done.stderr
 
 
+@BREADTH
 def test_a_working_directory_need_not_be_named_in_utf8(place: Path, tmp_path: Path) -> None:
     """What a run's relative paths are relative to was written as UTF-8: a traceback, and no run."""
     folder = tmp_path / os.fsdecode(b"caf\xe9")

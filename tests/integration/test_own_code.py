@@ -196,6 +196,7 @@ def test_a_known_architecture_with_code_of_its_own(workspace: Path) -> None:
     assert not torch.allclose(torch.load(workspace / "own.pt"), plain.logits), "the pruned model ran without its code"
 
 
+@BREADTH
 def test_code_that_fails_says_so_in_a_line(workspace: Path) -> None:
     folder = Path(shutil.copytree(workspace / "mine", workspace / "broken", dirs_exist_ok=True))
     (folder / "activation_mine.py").write_text("import no_such_package_of_mine\n")
@@ -253,6 +254,7 @@ class CountedForCausalLM(PreTrainedModel):
 }
 
 
+@BREADTH
 def test_layers_that_its_config_counts_by_another_name_are_one_line(workspace: Path) -> None:
     """As ChatGLM's: it was a traceback."""
     model = Path(shutil.copytree(workspace / "mine", workspace / "counted", ignore=shutil.ignore_patterns("*.py")))

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from tests.breadth import BREADTH
 from tests.command import QUICK, Done, own_process, trsp_deploy
 from tests.planted import SECRETS, check_no_secret
 from tests.tiny import english, save_tiny
@@ -206,6 +207,7 @@ def test_the_disk_estimate_was_right(workspace, first):
         assert kept[stage] == pytest.approx(size, rel=0.2), stage
 
 
+@BREADTH
 def test_too_small_a_disk_stops_the_job_before_it_begins(workspace, monkeypatch, tmp_path):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     done = job(workspace, out=tmp_path / "new")
@@ -213,6 +215,7 @@ def test_too_small_a_disk_stops_the_job_before_it_begins(workspace, monkeypatch,
     assert not (tmp_path / "new" / "dense").exists()
 
 
+@BREADTH
 @pytest.mark.parametrize("plan", [False, True])
 def test_a_refused_run_of_another_model_leaves_the_finished_one(plan, workspace, report, monkeypatch, tmp_path):
     """What was asked of the records took the other model as `dense/`, and the manifest went with it."""
@@ -274,6 +277,7 @@ def test_second_run_redoes_nothing(workspace, report):
     assert len(steps(again.stderr, "reused")) >= 14
 
 
+@BREADTH
 def test_a_finished_run_is_asked_about_what_its_settings_change(workspace, report, tmp_path, monkeypatch):
     shutil.copytree(workspace / "run", tmp_path / "run")
     monkeypatch.setattr(memory_plan, "available_bytes", lambda device: 800_000_000)  # for a tiny model's training
@@ -325,6 +329,7 @@ def test_an_engines_perplexity_is_of_the_tokenizer_too(workspace, report):
         assert run.record(f"evaluate-ort-cpu-fp32-manual-{role}").inputs["tokenizer"] == dense
 
 
+@BREADTH
 def test_a_model_judged_on_calibration_text_says_so(workspace, report, tmp_path):
     """Also where the two share a part: one more paragraph beside the calibration text passed for held-out text."""
     run = shutil.copytree(workspace / "run", tmp_path / "run")
@@ -396,6 +401,7 @@ def test_a_plan_that_was_edited_or_handed_in_leaves_the_transfer_to_do(workspace
     assert unfinished() == ["transfer"]
 
 
+@BREADTH
 def test_changed_recipe_redoes_only_what_depends_on_it(workspace, report):
     again = job(workspace, "--set", "bench.new_tokens=3")
     assert again.code == 0, again.stderr
@@ -415,6 +421,7 @@ def test_stages_are_commands_over_the_same_run(workspace, report):
     assert trsp_deploy("verify", "run", cwd=workspace).code == 0
 
 
+@BREADTH
 def test_plan_edited_by_hand_is_applied(workspace, report):
     path = workspace / "run" / "plan.json"
     plan = json.loads(path.read_text())
@@ -431,6 +438,7 @@ def test_plan_edited_by_hand_is_applied(workspace, report):
     assert {"prune", "export-pruned-fp32", "evaluate-manual-pruned"} <= redone
 
 
+@BREADTH
 def test_plan_handed_in_is_applied(workspace, report, tmp_path):
     plan = json.loads((workspace / "run" / "plan.json").read_text())
     plan["dropped"], plan["kept"] = [2], [0, 1, 3, 4, 5]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from tests.breadth import BREADTH
 from tests.command import QUICK, trsp_deploy
 from tests.hub import TOKEN, Hub, stand_in
 from tests.tiny import english, save_tiny
@@ -44,6 +45,7 @@ def weights(workspace: Path) -> bytes:
     return (workspace / "run/pruned/model.safetensors").read_bytes()
 
 
+@BREADTH
 def test_prune_pushes_its_checkpoint_at_the_end(workspace: Path, hub: type[Hub]) -> None:
     done = trsp_deploy(*arguments("prune"), "--private", cwd=workspace)
     assert done.code == 0, done.stderr

@@ -219,6 +219,7 @@ def service(monkeypatch) -> Iterator[type[Vulnerabilities]]:
     server.server_close()
 
 
+@BREADTH
 def test_vulnerabilities_are_named_with_what_fixes_them(service):
     service.known[("jinja2", "3.1.6")] = "PYSEC-2099-1"
     found = audit(of(("Jinja2", "3.1.6"), ("torch", "2.13.0+cpu")), ["osv"])
@@ -227,6 +228,7 @@ def test_vulnerabilities_are_named_with_what_fixes_them(service):
     assert ("torch", "2.13.0") in service.asked  # the release that the local version was built from
 
 
+@BREADTH
 def test_what_is_accepted_by_its_cve_stops_nothing(service):
     service.known |= {("transformers", "4.57.6"): "GHSA-29pf-2h5f-8g72", ("jinja2", "3.1.6"): "PYSEC-2099-1"}
     found = audit(of(("transformers", "4.57.6"), ("jinja2", "3.1.6")), ["osv"])
@@ -249,6 +251,7 @@ def test_a_service_that_knows_of_nothing_has_not_audited(service):
     assert service.asked == [tuple(CANARY.split("=="))]
 
 
+@BREADTH
 def test_without_a_service_the_release_says_so_in_one_line(bom, monkeypatch, tmp_path, capsys):
     as_validated(bom, monkeypatch)
     for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.breadth import BREADTH
 from tests.exported import LAYERS, Made
 from tests.families import family_model
 from tests.served_engine import MAX_LENGTH, alone, opened
@@ -177,6 +178,7 @@ def test_a_prompt_that_is_read_in_pieces_is_the_whole_prompt(
     assert tokens == alone(served_engine, prompt, 21)
 
 
+@BREADTH
 @pytest.mark.parametrize("family", ["mistral-sliding", "gpt2"])
 def test_pieces_are_the_whole_where_attention_has_a_window_and_where_positions_are_embedded(
     family: str, exported: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -218,6 +220,7 @@ def test_one_text_at_a_time_on_any_runner(served_engine: Path) -> None:
             assert tokens == alone(served_engine, prompt, 6)
 
 
+@BREADTH
 def test_layers_that_turn_no_keys_keep_theirs(exported: Made, tmp_path: Path) -> None:
     """SmolLM3 has layers without rotary embedding: a text that joins behind a longer one is the text alone."""
     build_engine(exported("smollm3") / "onnx" / FILE, load_engine_spec("ort-cpu-fp32"), tmp_path / "engine")
@@ -233,6 +236,7 @@ def test_layers_that_turn_no_keys_keep_theirs(exported: Made, tmp_path: Path) ->
         np.testing.assert_allclose(batch.step({other: 8, text: 7})[text], expected, atol=1e-4)
 
 
+@BREADTH
 @pytest.mark.parametrize(("family", "joins"), [("falcon-rw", True), ("gemma3", False)])
 def test_a_text_is_moved_to_see_whether_texts_can_join(family: str, joins: bool, tmp_path: Path) -> None:
     """Optimum tells neither graph a position: Falcon's bias comes from the mask, Gemma counts places of the cache."""
@@ -253,6 +257,7 @@ def test_layers_may_turn_keys_in_two_ways() -> None:
     assert (batch._moved("c", keys, 3) == keys).all(), "turned by nobody"
 
 
+@BREADTH
 def test_an_engine_whose_cache_grows_serves_one_text_at_a_time(tmp_path: Path) -> None:
     model = save_tiny("llama", tmp_path / "model", hidden_size=64)
     (tmp_path / "onnx").mkdir()

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
+from tests.breadth import BREADTH
 from tests.served_engine import MAX_LENGTH, alone, opened
 from tests.tiny import beginning_tokenizer, ending_tokenizer
 from trsp_deploy.tools.model_repository.vendor import vendor
@@ -306,6 +307,7 @@ def test_who_is_answered_already_does_not_wait_for_all_who_come(
     assert longest <= PIECES
 
 
+@BREADTH
 def test_who_is_answered_already_does_not_wait_for_several_long_prompts(
     served_engine: Path, served_tokenizer: Tokenizer
 ) -> None:
@@ -587,6 +589,7 @@ def test_stopping_answers_everyone(served_engine: Path, served_tokenizer: Tokeni
 # -- vendoring ---------------------------------------------------------------------------------------------------------
 
 
+@BREADTH
 def test_the_vendored_part_serves_by_itself(served_engine: Path, served_tokenizer: Tokenizer, tmp_path: Path) -> None:
     vendor(tmp_path / "vendor")
     served_tokenizer.save(str(tmp_path / "tokenizer.json"))

@@ -334,6 +334,7 @@ class TestTensorRtRtx:
             assert len(node.inputs) == 4 and None not in node.inputs, "query, key, value, mask"
             assert len(node.outputs) == 1 and not node.attributes.get_int("is_causal", 0)
 
+    @BREADTH
     @pytest.mark.parametrize("static", by_default([True], [True, False]))
     def test_a_profile_of_one_token_alone_builds(self, static: bool, exported: Made, tmp_path: Path) -> None:
         """It did not from opsets 23 and 24 of torch's exporter, in whose place these graphs have 18 or 20."""
@@ -342,11 +343,13 @@ class TestTensorRtRtx:
         spec = static_spec(cache_length=256 if static else None, profiles=[one])
         assert build_engine(onnx_of(exported("llama-wide", "fp16"), "fp16"), spec, tmp_path / "engine").size_bytes
 
+    @BREADTH
     def test_a_graph_that_does_not_fit_is_refused_with_the_reason(self, exported: Made, tmp_path: Path) -> None:
         graph = onnx_of(exported("bloom", "fp16"), "fp16")
         with pytest.raises(EngineUnavailable, match=r"no cache of fixed length: .*; a spec without `cache_length`"):
             build_engine(graph, static_spec(), tmp_path / "engine")
 
+    @BREADTH
     def test_trtexec_reads_the_graph_that_was_compiled_and_leaves_the_engine_alone(
         self, exported: Made, tmp_path: Path
     ) -> None:

@@ -108,6 +108,7 @@ def test_a_sweep_is_one_search_and_a_run_each_and_goes_on(workspace: Path, monke
     assert other.stderr.splitlines()[-1].startswith("error: transfer needs about ")
 
 
+@BREADTH
 def test_the_disk_that_a_sweep_needs_was_estimated(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the model is on another disk: one copy for all runs, which was counted for each, and made twice."""
     monkeypatch.setattr(model_folders, "_linked", lambda file, place: False)
@@ -204,6 +205,7 @@ def test_a_task_is_of_every_run(workspace: Path, made: Made) -> None:
 PARITY = "parity: ort-cpu-fp32 (pruned, fp32) gives logits that are no numbers"
 
 
+@BREADTH
 def test_a_cut_that_fails_leaves_the_others(workspace: Path, made: Made) -> None:
     """It ended the sweep, every time: none was made after it, those before were not shown, and no line named it."""
     made[2] = ParityError(PARITY)
@@ -241,6 +243,7 @@ def test_what_is_wrong_with_every_cut_ends_the_sweep(
     assert f"> [{tried}/3]" in done.stderr and f"> [{tried + 1}/3]" not in done.stderr
 
 
+@BREADTH
 def test_a_sweep_goes_on_where_its_model_is_no_more(workspace: Path, made: Made, tmp_path: Path) -> None:
     """The folder that it came from was asked for the number of layers, and not the sweep's own copy of the model."""
     assert sweep(workspace, "--drop", "1..2", out="begun").code == 0
@@ -255,6 +258,7 @@ def test_a_sweep_goes_on_where_its_model_is_no_more(workspace: Path, made: Made,
     assert beyond.code == 1 and "is 6 of the model's 6 layers" in beyond.last, "told by that copy too"
 
 
+@BREADTH
 def test_a_sweeps_runs_are_in_use_until_it_ends(workspace: Path, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     """What another command did to a finished one meanwhile was written over with the report of before."""
     others: list[Done] = []

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.breadth import BREADTH
 from tests.command import trsp_deploy
 from tests.tiny import english, save_tiny
 from trsp_deploy import cli
@@ -34,6 +35,7 @@ def completed(line: str) -> list[str]:
     return done.stdout.split()
 
 
+@BREADTH
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
@@ -143,6 +145,7 @@ def prune(out: str) -> list[str]:
     return ["prune", *options, *(part for pair in settings for part in ("--set", pair))]
 
 
+@BREADTH
 def test_a_job_is_quiet_when_piped(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wishes(monkeypatch)
     done = trsp_deploy(*prune("piped"), cwd=workspace)
@@ -153,6 +156,7 @@ def test_a_job_is_quiet_when_piped(workspace: Path, monkeypatch: pytest.MonkeyPa
     assert "\x1b" not in done.stdout + done.stderr and "\r" not in done.stderr, "no colour, no bar"
 
 
+@BREADTH
 @pytest.mark.parametrize("name", WISHES)
 def test_a_job_has_bars_and_colours_for_terminals_that_want_them(
     name: str, workspace: Path, monkeypatch: pytest.MonkeyPatch
@@ -175,6 +179,7 @@ def test_a_job_has_bars_and_colours_for_terminals_that_want_them(
     assert name != "dumb" or ESCAPE not in said
 
 
+@BREADTH
 def test_a_job_goes_on_without_its_terminal(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As after `trsp-deploy prune … & disown`, when the terminal is closed: neither a step's line nor a bar ends it."""
     wishes(monkeypatch)

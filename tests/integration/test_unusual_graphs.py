@@ -14,7 +14,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from tests.breadth import by_default
+from tests.breadth import BREADTH, by_default
 from tests.families import family_model
 from tests.tiny import POSITIONS, random_model, tiny_model
 from trsp_deploy.decoder import max_positions
@@ -49,6 +49,7 @@ def exported(model: PreTrainedModel, folder: Path, **settings: Any) -> Path:
     return folder / "onnx" / FILE
 
 
+@BREADTH
 def test_longrope_holds_to_the_length_that_was_traced(tmp_path: Path) -> None:
     model = family_model("phi3", **PHI).eval()
     graph = exported(model, tmp_path)
@@ -77,6 +78,7 @@ DYNAMIC = {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_positio
 PARTLY = {"short_factor": [1.0] * 6, "long_factor": [4.0] * 6}
 
 
+@BREADTH
 @pytest.mark.parametrize(
     ("family", "changes", "fuse"),
     [
@@ -106,6 +108,7 @@ def test_no_graph_computes_a_text_that_it_does_not_hold_for(
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+@BREADTH
 def test_an_export_of_before_is_told_by_its_config_alone(tmp_path: Path) -> None:
     graph = exported(family_model("phi3", **PHI).eval(), tmp_path)
     model = onnx.load(graph, load_external_data=False)
@@ -174,6 +177,7 @@ def by_place(model: onnx.ModelProto, source: str) -> None:
     model.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in constants.items())
 
 
+@BREADTH
 @pytest.mark.parametrize("source", ["cache", "mask", "mask of each"])
 def test_a_table_ends_the_texts_whose_positions_are_places(source: str, tmp_path: Path) -> None:
     """On a GPU such a graph read on behind its table, and nobody said so."""
@@ -189,6 +193,7 @@ def test_a_table_ends_the_texts_whose_positions_are_places(source: str, tmp_path
             runner.decode(ids[:, :1])
 
 
+@BREADTH
 @pytest.mark.parametrize(
     ("operator", "domain", "longest"), [("Same", "own", POSITIONS), ("QuickGelu", "com.microsoft", None)]
 )
@@ -222,6 +227,7 @@ def test_what_computes_positions_may_be_no_operator_of_onnx(
         np.testing.assert_allclose(*(each.prefill(ids, np.ones_like(ids)) for each in (runner, plain)), atol=1e-4)
 
 
+@BREADTH
 def test_a_pass_that_fails_is_left_out_with_its_reason(tmp_path: Path) -> None:
     def fails(model: Any) -> int:
         raise IndexError("list index out of range")
@@ -247,6 +253,7 @@ def test_experts_that_no_token_was_sent_to_are_missed_before_parity(tmp_path: Pa
         exported(random_model(config), tmp_path)
 
 
+@BREADTH
 def test_norms_fuse_where_attention_does_not(tmp_path: Path) -> None:
     model = family_model("falcon-7b").eval()
     build_engine(exported(model, tmp_path), load_engine_spec("ort-cpu-int8"), tmp_path / "engine")
@@ -268,6 +275,7 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return exported(random_model(config), tmp_path_factory.mktemp("experts"))
 
 
+@BREADTH
 @pytest.mark.parametrize("name", ["ort-cpu-int4", "ort-cpu-int8"])
 def test_an_expert_that_read_nothing_is_rounded_without_a_text(experts: Path, tmp_path: Path, name: str) -> None:
     text = np.full((1, 3), 7)
@@ -277,6 +285,7 @@ def test_an_expert_that_read_nothing_is_rounded_without_a_text(experts: Path, tm
         assert np.isfinite(runner.prefill(np.array([[5, 9, 200]]), np.ones((1, 3), dtype=np.int64))).all()
 
 
+@BREADTH
 def test_an_expert_that_read_nothing_is_within_fp16(experts: Path, tmp_path: Path) -> None:
     text = np.full((1, 3), 7)
     export_onnx(experts.parents[1] / "model", "fp16", ExportSettings(), tmp_path, text)

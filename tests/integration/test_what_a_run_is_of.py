@@ -12,6 +12,7 @@ import datasets
 import huggingface_hub
 import pytest
 
+from tests.breadth import BREADTH
 from tests.command import Done, trsp_deploy
 from tests.tiny import english, save_tiny
 from trsp_deploy.artifacts import RunFolder, write_json
@@ -95,6 +96,7 @@ def test_a_run_within_its_models_folder_is_not_part_of_the_model(place: Path) ->
     assert started(again) == []
 
 
+@BREADTH
 def test_a_config_that_is_written_in_place_is_not_the_runs(place: Path) -> None:
     prune(place)
     with (place / "model" / "config.json").open("a") as file:
@@ -104,6 +106,7 @@ def test_a_config_that_is_written_in_place_is_not_the_runs(place: Path) -> None:
     assert weights.st_ino == (place / "run" / "dense" / "model.safetensors").stat().st_ino
 
 
+@BREADTH
 def test_a_model_of_that_name_elsewhere_does_not_take_its_place(place: Path) -> None:
     prune(place)
     (place / "model").rename(place / "moved")
@@ -115,6 +118,7 @@ def test_a_model_of_that_name_elsewhere_does_not_take_its_place(place: Path) -> 
     assert seen_from(place, "owner/name") == "owner/name"
 
 
+@BREADTH
 def test_a_folder_with_a_short_name_is_the_runs_alone_where_it_is_meant(place: Path) -> None:
     """A run was made anew from whatever folder of that name lay where a later command ran."""
     (place / "model").rename(place / "gpt2")
@@ -142,6 +146,7 @@ def test_a_short_name_in_a_run_is_no_folder(place: Path, monkeypatch: pytest.Mon
     assert meant_here("opt-125m") == "opt-125m", "a run of its name, or an empty folder"
 
 
+@BREADTH
 def test_a_run_of_a_model_that_is_called_as_a_part_of_it_is_used_from_within(place: Path) -> None:
     (place / "model").rename(place / "pruned")
     prune(place, model="pruned")
@@ -168,6 +173,7 @@ def taken(unplugged: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(unplugged, tmp_path / "taken"))
 
 
+@BREADTH
 def test_a_run_is_built_and_judged_where_its_model_and_texts_are_not(taken: Path) -> None:
     elsewhere = taken.parent
     built = trsp_deploy("build", taken.name, "--engine", "spec.yaml", *BENCH, cwd=elsewhere)
@@ -182,6 +188,7 @@ def test_a_run_is_built_and_judged_where_its_model_and_texts_are_not(taken: Path
     assert trsp_deploy("verify", taken.name, cwd=elsewhere).code == 0
 
 
+@BREADTH
 def test_prune_copies_the_texts_at_hand_that_its_model_will_be_judged_on(place: Path) -> None:
     (place / "judge.txt").write_text(english()[30_000:50_000])
     texts = {"own": "judge.txt", "gone": "gone.txt", "hub": "wikitext2"}
@@ -211,6 +218,7 @@ def test_a_text_that_was_damaged_is_not_gone_on_with(taken: Path, damage: Callab
     assert done.code == 1 and done.last == "error: calibration text 'train.txt': no such file"
 
 
+@BREADTH
 def test_a_name_of_the_hub_means_what_the_run_read_under_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(place / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -234,6 +242,7 @@ def test_another_text_is_not_the_copy_of_the_one_before(taken: Path) -> None:
     assert done.code == 1 and done.last == "error: calibration text 'other.txt': no such file"
 
 
+@BREADTH
 def test_a_run_of_before_copies_its_model_once_more_and_makes_nothing_else(place: Path) -> None:
     prune(place)
     record = place / "run" / "records" / "dense.json"
@@ -264,6 +273,7 @@ LATER = {  # settings that a run of before knows nothing of, of a step
 }
 
 
+@BREADTH
 def test_a_run_of_before_a_setting_was_there_is_not_trained_again(place: Path) -> None:
     """An update that brought a setting threw finished training away, and `check` judged what was trained then."""
     prune(place)
@@ -283,6 +293,7 @@ def test_a_run_of_before_a_setting_was_there_is_not_trained_again(place: Path) -
     assert started(done) == ["plan", "prune"] and "prune: weights is 'bf16', was 'fp32'; plan is another" in done.stderr
 
 
+@BREADTH
 def test_a_text_that_changed_is_copied_anew(place: Path) -> None:
     prune(place)
     (place / "train.txt").write_text(english()[5_000:40_000])
@@ -292,6 +303,7 @@ def test_a_text_that_changed_is_copied_anew(place: Path) -> None:
     ).model_copy(update={"name": "train.txt"})
 
 
+@BREADTH
 def test_a_folder_of_a_dataset_that_changed_is_read_anew(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a file is; the run's copy was taken for it."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", place / "cache")
@@ -308,6 +320,7 @@ def test_a_folder_of_a_dataset_that_changed_is_read_anew(place: Path, monkeypatc
     assert done.code == 0 and not {"plan", "prune"} & set(started(done)), done.stderr
 
 
+@BREADTH
 def test_a_text_that_is_too_large_is_not_copied(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (place / "train.txt").write_text(english()[:15_000])
     monkeypatch.setattr(kept_texts, "LARGEST", 20_000)
@@ -325,6 +338,7 @@ def test_a_text_that_is_too_large_is_not_copied(place: Path, monkeypatch: pytest
     assert (place / "run" / "MANIFEST.json").is_file()  # which is outdated by what is written alone
 
 
+@BREADTH
 def test_a_plan_that_was_given_stays_with_another_text(place: Path) -> None:
     hand_in(place)
     given = dropped(place)
@@ -338,6 +352,7 @@ def test_a_plan_that_was_given_stays_with_another_text(place: Path) -> None:
         assert Pipeline(run, recipe, place=place).pruning.unfinished() == []
 
 
+@BREADTH
 def test_what_a_persons_plan_leaves_to_do(place: Path) -> None:
     prune(place)
     path = place / "run" / "plan.json"
@@ -360,6 +375,7 @@ def test_what_a_persons_plan_leaves_to_do(place: Path) -> None:
     assert unfinished() == ["selection", "transfer"], "others may be chosen"
 
 
+@BREADTH
 def test_a_run_of_before_keeps_its_given_plan(place: Path) -> None:
     """Its record names the text among the settings."""
     hand_in(place)
@@ -371,6 +387,7 @@ def test_a_run_of_before_keeps_its_given_plan(place: Path) -> None:
     assert done.code == 0 and dropped(place) == given, done.stderr
 
 
+@BREADTH
 def test_a_recorded_plan_of_another_version_is_another_one_than_was_handed_in(place: Path) -> None:
     """It was a traceback, before anything began."""
     hand_in(place)
@@ -384,6 +401,7 @@ def test_a_recorded_plan_of_another_version_is_another_one_than_was_handed_in(pl
     assert left == ["selection", "transfer"]
 
 
+@BREADTH
 def test_a_sweep_with_another_text_is_not_searched(place: Path) -> None:
     (place / "other.txt").write_text(english()[30_000:60_000])
     prune(place)
@@ -423,6 +441,7 @@ def test_processes_beside_the_main_one_leave_by_an_exception_that_a_program_can_
             job.prune()
 
 
+@BREADTH
 def test_other_settings_that_choose_layers_ask_whose_choice_it_is(place: Path) -> None:
     hand_in(place)
     settings = ["uidl" if word == "shortgpt" else word for word in SETTINGS]
@@ -434,6 +453,7 @@ def test_other_settings_that_choose_layers_ask_whose_choice_it_is(place: Path) -
     assert done.code == 0 and "dropping the layers of given.json" in done.stderr
 
 
+@BREADTH
 def test_other_words_about_an_engine_build_nothing(place: Path) -> None:
     prune(place)
     spec = place / "mine.yaml"
@@ -443,6 +463,7 @@ def test_other_words_about_an_engine_build_nothing(place: Path) -> None:
         assert done.code == 0 and f"> build-mine-pruned: {state}" in done.stderr, done.stderr
 
 
+@BREADTH
 def test_an_engine_of_a_file_that_is_gone_is_built_by_what_the_run_has_of_it(place: Path) -> None:
     """Every command of such a run ended with "no such file", on another machine and here."""
     prune(place)
@@ -463,6 +484,7 @@ def test_an_engine_of_a_file_that_is_gone_is_built_by_what_the_run_has_of_it(pla
     assert other.code == 1 and other.last == "error: others/mine.yaml: no such file", "of which the run has none"
 
 
+@BREADTH
 def test_the_disk_that_a_run_needs_is_by_its_plan(place: Path) -> None:
     """It was by the recipe's `drop`, whatever plan was handed in, or had been edited."""
     given = hand_in(place)  # of two layers

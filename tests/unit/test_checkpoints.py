@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.breadth import BREADTH, by_default
 from tests.tiny import save_tiny, tiny_model
 from tests.training import TRAIN, recipe, same_weights, transfer, windows
 from trsp_deploy.stages.selection import select_layers
@@ -53,7 +54,7 @@ FORMS = [
 ]
 
 
-@pytest.mark.parametrize("settings", FORMS, ids=lambda s: "-".join(map(str, s.values())))
+@pytest.mark.parametrize("settings", by_default(FORMS[2:4], FORMS), ids=lambda s: "-".join(map(str, s.values())))
 def test_transfer_goes_on_where_it_was_killed(dense, tmp_path, settings):
     if "lora_rank" in settings:
         pytest.importorskip("peft", reason="peft is not installed: pip install 'trsp_deploy[train]'")
@@ -68,6 +69,7 @@ def test_transfer_goes_on_where_it_was_killed(dense, tmp_path, settings):
     assert same_weights(tmp_path / "whole", tmp_path / "out")
 
 
+@BREADTH
 def test_what_a_checkpoint_holds_is_not_worked_out_again(dense, tmp_path, monkeypatch):
     settings = {"form": "train", "refit": "span", "kl_weight": 1.0, "steps": 6}  # of 4 windows; there are 32
     whole = transfer(dense, tmp_path / "whole", **settings)
@@ -99,6 +101,7 @@ def test_selection_goes_on_where_it_was_killed(tmp_path, gate):
     assert 99 - resumed.left == 3  # of 2 x (3 updates + 1 pick) saves
 
 
+@BREADTH
 def test_sleb_goes_on_after_its_last_round(tmp_path):
     """It tries every layer in every round: half an hour for SmolLM2-135M on 2 cores."""
     chosen = recipe(plan={"method": "sleb"})

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.breadth import BREADTH
 from tests.samples import busy, made_up, made_up_report, same_limit
 from trsp_deploy.recipe import EngineSpec
 from trsp_deploy.results import GpuTelemetry, Role, Telemetry
@@ -74,6 +75,7 @@ def test_the_sentence_follows_the_intervals(speed: float, noise: float, words: l
     assert all(word in text for word in words), text
 
 
+@BREADTH
 @pytest.mark.parametrize(
     ("prefill", "words"),
     [

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.breadth import BREADTH
 from trsp_deploy import cli, errors
 from trsp_deploy.cli import app
 from trsp_deploy.errors import (
@@ -194,6 +195,7 @@ def test_a_full_gpu_is_no_matter_of_the_machines_limits(problem: RuntimeError) -
     assert NO_MEMORY.search(str(problem)), "another time it would be the same"
 
 
+@BREADTH
 def test_every_error_is_in_the_tree_that_is_drawn() -> None:
     root = Path(errors.__file__).parent
     parents = {

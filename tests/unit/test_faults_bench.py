@@ -11,6 +11,7 @@ import pytest
 from benchmarks import faults
 from benchmarks.faults import NAMED, TARGETS, Keeper, Tried, figures, table, verdict
 from benchmarks.kept import keep
+from tests.breadth import BREADTH
 from trsp_deploy.artifacts import provenance
 
 HERE = provenance()  # once: days are compared, and this knows the time
@@ -21,6 +22,7 @@ def tried(name: str, outcome: str = "passed", cpu: str = "A", **noted: str) -> T
     return Tried(test=name, outcome=outcome, elapsed_s=1.0, noted=noted, machine=machine)
 
 
+@BREADTH
 def test_what_was_never_noted_is_not_0() -> None:
     tests = [tried("t::a", fault="kill -9", place="prune"), tried("t::b", fault="Ctrl-C")]
     values = figures(tests, [])
@@ -85,6 +87,7 @@ def test_outcomes_of_tests_that_are_gone_are_dropped(folder: Path) -> None:
     assert "test_some::test_two" in keeper.missing()
 
 
+@BREADTH
 def test_a_part_of_the_tests_takes_nothing_from_the_others(folder: Path) -> None:
     found = {name: tried(name) for name in ("test_some::test_two", "test_some::test_gone")}
     keeper = Keeper(found)

@@ -21,6 +21,7 @@ from benchmarks.gpu.contenders import ENGINES, beyond_memory, random_opt, with_p
 from benchmarks.gpu.found import Line, Sample, figures, key_of, lacking, text, verdict
 from benchmarks.gpu.plan import FULL, SETTLING, TINY, Shape, shapes
 from benchmarks.gpu.torch_runner import TorchRunner
+from tests.breadth import BREADTH
 from trsp_deploy.artifacts import provenance
 from trsp_deploy.decoder import DecoderSize, WeightCounts
 from trsp_deploy.errors import EngineSpecError, EngineUnavailable
@@ -102,6 +103,7 @@ def test_what_did_not_run_is_not_met_and_says_so() -> None:
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
+@BREADTH
 @pytest.mark.parametrize("contender", ["torch-eager", "ort-cpu-fp32"])
 def test_a_contender_on_the_cpu(contender: str) -> None:
     found = measure(contender, 2, TINY, "cpu")
@@ -114,6 +116,7 @@ def test_a_contender_on_the_cpu(contender: str) -> None:
     assert contender in text([found], TINY, {}) and found.bytes_of_a_step > 0
 
 
+@BREADTH
 def test_a_shape_that_fails_is_a_reason_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     decode = TorchRunner.decode
 
@@ -132,6 +135,7 @@ def test_a_shape_that_fails_is_a_reason_and_the_rest_goes_on(monkeypatch: pytest
     assert "torch-eager, 2 layers, 2 x past 16: CUDA out of memory" in page
 
 
+@BREADTH
 def test_memory_is_a_reason_also_where_it_lies_deeper(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(self: TorchRunner, input_ids: np.ndarray) -> np.ndarray:
         try:
@@ -143,6 +147,7 @@ def test_memory_is_a_reason_also_where_it_lies_deeper(monkeypatch: pytest.Monkey
     assert measure("torch-eager", 2, TINY, "cpu").done
 
 
+@BREADTH
 def test_the_drawn_model_gives_its_memory_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from transformers import OPTForCausalLM
 
@@ -156,6 +161,7 @@ def test_the_drawn_model_gives_its_memory_back(monkeypatch: pytest.MonkeyPatch, 
     assert alive == [before]
 
 
+@BREADTH
 def test_no_copy_of_the_weights_stays_longer_than_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     build, opened = contenders.build_engine, contenders.open_engine
     there: dict[str, list[str]] = {}
@@ -208,6 +214,7 @@ def tokens(batch: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     return ids, np.ones_like(ids)
 
 
+@BREADTH
 def test_steps_compile_once_for_a_batch_and_say_what_eager_says(model: Path, graphs: list[Any]) -> None:
     made = []
     with (

@@ -10,7 +10,9 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+from tests.breadth import BREADTH
+
+pytestmark = [BREADTH, pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")]
 SIZE = 64 << 20  # bytes; mapped anew each time by glibc's own rule
 FRESH = """
 import contextlib, resource, sys

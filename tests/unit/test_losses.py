@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig
 
+from tests.breadth import BREADTH
 from tests.families import family_model
 from tests.tiny import FAMILIES, VOCABULARY, gradients, tiny_model, tokens
 from trsp_deploy.errors import ModelError
@@ -68,6 +69,7 @@ def check_same(wanted, found):
         torch.testing.assert_close(found[2][name], gradient, rtol=1e-3, atol=1e-5 * largest, msg=name)
 
 
+@BREADTH
 @pytest.mark.parametrize("train_head", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_value_and_gradients_are_those_of_the_plain_loss(family, train_head):

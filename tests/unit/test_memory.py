@@ -19,7 +19,7 @@ from transformers import LlamaConfig, OPTConfig
 
 from benchmarks.kept import RESULTS
 from benchmarks.memory import BUILD, ENGINES, OPT_1B3, Memory
-from tests.breadth import by_default
+from tests.breadth import BREADTH
 from tests.families import GROUPED, family_config
 from tests.tiny import FAMILIES, tiny_config
 from trsp_deploy.artifacts import RunFolder
@@ -79,6 +79,7 @@ def needed(estimates):
     return peak
 
 
+@BREADTH
 def test_a_fold_that_is_annealed_holds_the_dense_layers_meanwhile(estimates):
     def highest(form):
         settings = [f"transfer.form={form}", "transfer.refit=span"]
@@ -89,6 +90,7 @@ def test_a_fold_that_is_annealed_holds_the_dense_layers_meanwhile(estimates):
     assert highest("anneal")["fold"] - highest("train")["fold"] == layers
 
 
+@BREADTH
 def test_families_that_say_their_body_otherwise_are_counted():
     """Gemma 3's text model names itself as its body."""
     found = MemoryEstimate(family_config("gemma3"), "cpu", fast_bf16=False).stages(recipe())
@@ -146,7 +148,8 @@ def test_exports_and_builds_need_what_the_bench_measured(measured):
             assert 0.95 * held - 0.5 * GIB < needed[stage] < 1.3 * held + 0.5 * GIB, row.job
 
 
-@pytest.mark.parametrize("family", by_default(["llama", "opt"], FAMILIES))
+@BREADTH
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_can_be_counted_and_grows_with_the_batch(family):
     estimate = MemoryEstimate(tiny_config(family), "cpu", fast_bf16=False)
     small, large = (
@@ -164,6 +167,7 @@ def activations(estimate: MemoryEstimate, *settings: str) -> dict[str, int]:
     return {moment.name: moment.activations_bytes for moment in reversed(moments)}
 
 
+@BREADTH
 def test_slebs_trials_hold_what_enters_each_layer():
     tokens, wide = 2 * 64, LlamaConfig(hidden_size=1024, num_hidden_layers=8, num_attention_heads=8, vocab_size=1000)
     sizes = {
@@ -176,6 +180,7 @@ def test_slebs_trials_hold_what_enters_each_layer():
     assert sizes["sleb"] - sizes["shortgpt"] == 8 * tokens * 1024 * 4
 
 
+@BREADTH
 def test_checkpointing_keeps_one_state_a_layer():
     estimate = MemoryEstimate(tiny_config("llama"), "cpu", fast_bf16=False)
     length = "calibration.context_length=128"
@@ -183,6 +188,7 @@ def test_checkpointing_keeps_one_state_a_layer():
     assert activations(estimate, length, "transfer.gradient_checkpointing=true")["forward"] < everything / 3
 
 
+@BREADTH
 def test_a_model_that_reads_a_value_while_it_is_made_is_counted():
     """Apertus' activation (xIELU) does; on "meta" there is none."""
     config = transformers.ApertusConfig(**GROUPED)
@@ -191,6 +197,7 @@ def test_a_model_that_reads_a_value_while_it_is_made_is_counted():
     assert all(stage.peak.total_bytes for stage in estimate.stages(recipe("plan.method=shortgpt")))
 
 
+@BREADTH
 def test_a_step_in_parts_keeps_gradients_and_few_activations():
     config = tiny_config("llama", hidden_size=256, intermediate_size=1024)
     whole, parts = (
@@ -204,6 +211,7 @@ def test_a_step_in_parts_keeps_gradients_and_few_activations():
     assert not whole["forward"].gradients_bytes
 
 
+@BREADTH
 def test_of_what_depends_on_data_the_rest_is_told_and_checked(card):
     config = transformers.MixtralConfig(
         hidden_size=64, intermediate_size=512, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=2
@@ -220,6 +228,7 @@ def test_of_what_depends_on_data_the_rest_is_told_and_checked(card):
         plan_fitting(chosen, config, ["transfer"])
 
 
+@BREADTH
 def test_what_is_planned_is_refused_with_what_would_fit(card):
     """`--plan-memory` says the same as a run that would not begin."""
     config = tiny_config("llama", hidden_size=256, intermediate_size=1024)
@@ -259,6 +268,7 @@ def test_a_sweep_is_held_against_the_cut_that_needs_most(card, tmp_path):
         check_memory(job, None, ignore=False, counts=(1, 2, 4))
 
 
+@BREADTH
 def test_a_checkpoint_is_saved_in_its_stored_dtype_whatever_it_trained_in():
     """Trained in bf16, a model that is stored in fp32 is largest when it is saved."""
     none = ["weights=bf16", "transfer.form=none", "transfer.refit=none", "drop=1", *SMALL]
@@ -283,6 +293,7 @@ def test_a_refusal_names_what_would_fit(card):
     plan_fitting(recipe(*SMALL), config, ["transfer"])
 
 
+@BREADTH
 def test_what_comes_after_training_is_refused_with_the_engines_that_would_fit(card):
     config = tiny_config("llama", hidden_size=512, intermediate_size=4096, vocab_size=100_000)
     small, large = (load_engine_spec(f"ort-cpu-{precision}") for precision in ("fp32", "int8"))
@@ -342,6 +353,7 @@ def test_an_engine_that_answers_tasks_holds_their_logits():
     assert needed[1] >= needed[0] + 4 * 50_000 * 1024
 
 
+@BREADTH
 @pytest.mark.parametrize(("family", "more"), [("opt", True), ("llama", False)])
 @pytest.mark.parametrize("recomputed", [False, "selective", True])
 def test_layer_norms_are_in_fp32_where_cudas_autocast_is(family, more, recomputed):
@@ -367,6 +379,7 @@ def test_a_cache_that_grows_is_there_twice_on_a_gpu():
     assert grows - stays == 4 * 1024 * cache_per_token(config) * len(counts.layers) * 2  # fp16
 
 
+@BREADTH
 def test_text_by_a_model_without_a_cache_that_grows_is_planned_for():
     """Mamba's state has no heads."""
     config = transformers.MambaConfig(hidden_size=32, num_hidden_layers=4, state_size=8, vocab_size=384)
@@ -375,6 +388,7 @@ def test_text_by_a_model_without_a_cache_that_grows_is_planned_for():
     assert [stage.stage for stage in stages] == ["selection", "transfer"]
 
 
+@BREADTH
 def test_an_engine_of_a_gpu_is_held_against_that(monkeypatch):
     config = tiny_config("llama")
     there = {"cpu": 10**12, "cuda": 1000}
@@ -414,6 +428,7 @@ def test_training_on_a_gpu_needs_main_memory_too():
     assert not on_cpu.host_stages(recipe(*SMALL)), "all of it is in `stages`"
 
 
+@BREADTH
 def test_main_memory_that_a_gpus_job_lacks_is_refused_with_what_would_fit(monkeypatch):
     config = tiny_config("llama", hidden_size=512, intermediate_size=2048, dtype="bfloat16")
     chosen = recipe("calibration.context_length=256", "calibration.max_windows=2048", "transfer.steps=512", "drop=1")
@@ -442,6 +457,7 @@ def test_main_memory_that_a_gpus_job_lacks_is_refused_with_what_would_fit(monkey
     assert {line.device for line in absent.later} == {"cpu", "cuda"} and "yes" not in shown.getvalue()
 
 
+@BREADTH
 def test_no_setting_is_tried_that_a_recipe_refuses(monkeypatch):
     """Fewer windows than texts; and no teacher where that is all there is to learn from."""
     config = tiny_config("llama", hidden_size=512, intermediate_size=2048, dtype="bfloat16")
@@ -453,6 +469,7 @@ def test_no_setting_is_tried_that_a_recipe_refuses(monkeypatch):
             plan_fitting(recipe(*windows, setting), config, ["transfer"])
 
 
+@BREADTH
 def test_settings_are_tried_together_and_nothing_is_promised(card):
     config = tiny_config("llama", hidden_size=256, intermediate_size=1024)
     card(1000)
@@ -483,6 +500,7 @@ def test_control_groups_count(tmp_path):
     assert available_host_bytes(tmp_path) == 1_700_000_000
 
 
+@BREADTH
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_a_gpu_that_is_not_here_is_planned_for():
     plan = plan_memory(recipe(*SMALL[:2]), tiny_config("opt"))

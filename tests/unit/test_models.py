@@ -25,6 +25,7 @@ import pytest
 import torch
 from transformers import Gemma3Config, OPTForCausalLM
 
+from tests.breadth import BREADTH
 from tests.command import one_line
 from tests.hub import forget_sessions
 from tests.tiny import save_tiny, tiny_tokenizer
@@ -329,6 +330,7 @@ def test_pickles_in_the_cache_are_refused_without_a_network(hub: Path, folder: P
     assert "its weights are a pickle (pytorch_model.bin)" in message and "`trsp-deploy convert opt-125m`" in message
 
 
+@BREADTH
 def test_a_card_that_says_nothing_for_hubs_is_no_news(folder: Path) -> None:
     """The hub's client warned on stderr, of something that is the model's own affair."""
     (folder / "README.md").write_text("# A card without front matter\n")

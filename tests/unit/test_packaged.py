@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from tests.breadth import BREADTH
 from trsp_deploy.errors import ModelError, StorageError, TextError, UserError
 from trsp_deploy.tools.sources import packaged
 from trsp_deploy.tools.sources.packaged import ASSETS, Asset, fetch_asset, find_asset
@@ -221,6 +222,7 @@ class Refusal(BaseHTTPRequestHandler):
         """Not into the tests' output."""
 
 
+@BREADTH
 @pytest.mark.parametrize("code, reason", [(401, "401 Client Error"), (403, "403 Client Error"), (404, "404 Client")])
 def test_an_index_that_refuses_is_quoted(
     code: int, reason: str, wheelhouse: Path, monkeypatch: pytest.MonkeyPatch

@@ -20,6 +20,7 @@ from benchmarks.quality.figures import TARGETS, Found, figures, over_seeds
 from benchmarks.quality.rows import Accuracies, Losses, Outcome, Row, Selected, recipe_of
 from benchmarks.quality.store import CODE, Store, work_digest
 from benchmarks.quality.table import FULL, QUICK, Table, labelled_rows, rows, trained_arms
+from tests.breadth import BREADTH
 from trsp_deploy.errors import RunError
 from trsp_deploy.results import TaskScore, ZeroShot
 
@@ -225,6 +226,7 @@ def test_nothing_measured_is_null_and_not_met(tmp_path: Path) -> None:
     json.dumps(summary)
 
 
+@BREADTH
 def test_figures_of_a_full_table(tmp_path: Path) -> None:
     found = Found(FULL, filled(tmp_path / "quality.jsonl", FULL))
     values = figures(found)
@@ -237,6 +239,7 @@ def test_figures_of_a_full_table(tmp_path: Path) -> None:
     assert TARGETS["zero_shot_margin"].met(values["zero_shot_margin"])
 
 
+@BREADTH
 def test_zero_shot_accuracy_is_compared_in_pairs_of_seeds(tmp_path: Path) -> None:
     lines = filled(tmp_path / "quality.jsonl", FULL)
     found = Found(FULL, lines)
@@ -283,6 +286,7 @@ def test_report_keeps_what_is_not_its_own(tmp_path: Path, monkeypatch: pytest.Mo
         assert (report.IMAGES / name).read_bytes().startswith(b"\x89PNG")
 
 
+@BREADTH
 def test_the_short_table_has_the_same_figures_once(tmp_path: Path) -> None:
     lines = report.short_table(Found(FULL, filled(tmp_path / "quality.jsonl", FULL))).splitlines()[2:]
     budgets = [line.split(" | ")[0].removeprefix("| ") for line in lines]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.breadth import BREADTH
 from tests.doc_lines import ROOT
 from trsp_deploy.tools.model_repository.vendor import vendor
 from trsp_deploy.tools.quiet import quiet_libraries
@@ -49,6 +50,7 @@ def test_threads_side_by_side_leave_stdout_and_logging_as_they_were() -> None:
     assert (logging.root.manager.disable, list(warnings.filters)) == (disabled, filters)
 
 
+@BREADTH
 def test_quantising_leaves_logging_alone() -> None:
     code = (
         "import logging, onnx; from onnx import helper as h; from trsp_deploy.tools.graphs import quantize;"

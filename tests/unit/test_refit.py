@@ -7,6 +7,7 @@ import contextlib
 import pytest
 import torch
 
+from tests.breadth import BREADTH
 from tests.tiny import tiny_model, tokens
 from tests.unit.test_methods import plant_linear_layer
 from trsp_deploy.decoder import decoder_layers, remove_layers
@@ -76,6 +77,7 @@ def test_groups_of_a_parallel_residual_layer():
     assert [names for names, writes in groups_of("gpt_neox") if writes] == [("dense",), ("dense_4h_to_h",)]
 
 
+@BREADTH
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dropped", [[2], [1, 3]])
 def test_states_come_closer_to_the_dense_ones_than_by_plain_removal(family, dropped):
@@ -185,6 +187,7 @@ def test_no_states_are_held_beside_the_streams():
     assert all(call.hidden.numel() == 0 for call in streams._calls)
 
 
+@BREADTH
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
 def test_annealed_weights_end_where_the_refit_alone_would_put_them(share):
     windows, dropped = tokens(32, 20, seed=5), [2]

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.breadth import BREADTH
 from tests.samples import by_documents, made_up, made_up_report, made_up_sweep, scores
 from trsp_deploy.artifacts import provenance
 from trsp_deploy.cli.tables import print_comparison, print_report
@@ -91,6 +92,7 @@ def test_a_model_that_a_cut_has_broken_has_a_report() -> None:
         assert budget_text(Price(None, {"text": found})).startswith("99.0% not kept, 99.9% not kept")
 
 
+@BREADTH
 def test_what_is_infinite_is_said_in_json_that_every_reader_takes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
 
+from tests.breadth import BREADTH
 from tests.families import family_model
 from tests.tiny import next_token_loss, save_tiny, tiny_model, tiny_tokenizer
 from tests.training import same_weights
@@ -321,6 +322,7 @@ def test_stored_dtype_is_kept(tmp_path, windows):
     assert load_model(tmp_path / "out").dtype == torch.float16
 
 
+@BREADTH
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_what_bf16_training_leaves_alone_is_stored_as_it_was(tmp_path, windows, dtype):
     """bf16 has 8 significant bits, fp16 has 11: embeddings, head and whatever else does not train would be rounded."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
+from tests.breadth import BREADTH
 from tests.command import PYTHON_SCRIPT
 from tests.samples import NEW_TOKENS_SERVED, made_up, made_up_report, made_up_served
 from tests.tiny import save_tiny
@@ -82,6 +83,7 @@ def test_a_speedup_is_claimed_when_it_is_there_and_only_then() -> None:
     assert served_sentence(derive(made_up_served(1.25, 0.01, replicates=3))).startswith("INCONCLUSIVE")
 
 
+@BREADTH
 def test_a_model_alone_is_shown_and_not_compared() -> None:
     served = made_up_served()
     alone = served.model_copy(update={"windows": tuple(w for w in served.windows if w.subject == "pruned")})
@@ -108,6 +110,7 @@ def with_requests(dense: int, pruned: int) -> Served:
     return served.model_copy(update={"windows": tuple(windows)})
 
 
+@BREADTH
 @pytest.mark.parametrize(
     ("each", "tails"),
     [
@@ -166,6 +169,7 @@ def test_the_report_has_serving_beside_the_engines_own() -> None:
     assert "the engine alone, batch 8, prompt 128: 1.2" in text and "one text" not in text
 
 
+@BREADTH
 @pytest.mark.parametrize(("engine", "server", "mood"), [(1.25, 1.25, "good"), (1.25, 0.8, ""), (0.8, 0.8, "bad")])
 def test_the_pages_colour_is_of_the_served_claim_too(engine: float, server: float, mood: str) -> None:
     """NOT THERE as served stood in a green box."""

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from tests.breadth import BREADTH
 from tests.samples import by_documents, made_up, scores, slow_again
 from trsp_deploy.errors import TextError
 from trsp_deploy.results import TURNS, Block, Subject
@@ -128,6 +129,7 @@ def test_an_engine_against_itself_is_seldom_called_different() -> None:
     assert sum(each.difference != 0 for each in made) <= 4
 
 
+@BREADTH
 def test_an_interval_holds_the_truth_as_often_as_it_says_and_is_not_wider_than_that() -> None:
     """The control's own uncertainty, counted in full, made 95% intervals that held the truth in 99 to 100%."""
     made = [
@@ -172,6 +174,7 @@ def test_retained_accuracy_counts_each_task_once() -> None:
     assert found.ratio == pytest.approx((0.5 + 0.5) / (1 + 0.5)) and found.low < found.ratio < found.high
 
 
+@BREADTH
 def test_many_tasks_of_few_items_are_not_drawn_towards_no_loss() -> None:
     """Half an item for each outcome of each task had the low end above the truth in 12% of such trials, for 2.5%."""
     generator, tasks, items, above = np.random.default_rng(0), 8, 10, 0
@@ -201,6 +204,7 @@ def test_a_ratio_of_few_items_has_an_interval_and_of_none_right_no_ratio() -> No
         retained_accuracy(scores("00"), scores("10"))
 
 
+@BREADTH
 @pytest.mark.parametrize(
     ("items", "lost", "gained"), [(50, 0.02, 0.0), (50, 0.1, 0.0), (100, 0.02, 0.01), (60, 0.2, 0.1)]
 )
@@ -230,6 +234,7 @@ def test_perplexity_is_paired_by_documents() -> None:
     assert not paired_by_documents(by_documents([1.0] * 5), by_documents([1.0] * 5))
 
 
+@BREADTH
 @pytest.mark.parametrize("documents", [10, 15])
 def test_an_interval_over_few_documents_covers_the_truth(documents: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Documents of unlike lengths, 20% worse: percentiles alone hold that in 89% of draws."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.breadth import BREADTH
 from tests.made_run import SPEC, Nothing, made_run
 from trsp_deploy import cli
 from trsp_deploy.artifacts import RunFolder, write_json
@@ -85,6 +86,7 @@ def test_an_engine_that_is_outdated_of_one_model_is_not_common(role: Role, run: 
         common_engine(run, run)
 
 
+@BREADTH
 def test_a_run_in_use_is_not_compared(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

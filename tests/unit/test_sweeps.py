@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.breadth import BREADTH
 from tests.samples import made_up, made_up_point, made_up_report, made_up_sweep, scores
 from trsp_deploy.artifacts import RunFolder, provenance
 from trsp_deploy.artifacts.layout import SWEEP
@@ -62,6 +63,7 @@ def test_the_choice_and_the_limit_that_bound(targets: dict[str, float], count: i
     assert found.num_dropped == count and all(word in found.reason for word in words), found.reason
 
 
+@BREADTH
 @pytest.mark.parametrize(
     ("targets", "doubt"),
     [
@@ -177,6 +179,7 @@ def test_times_of_different_days_are_doubted_and_ratios_are_not() -> None:
     assert not choose(elsewhere, Targets(max_latency_s=0.0084)).doubts, "of measurements that are none of its times"
 
 
+@BREADTH
 def test_a_sweeps_page_says_when_its_points_were_measured() -> None:
     """Those of an earlier call were as of now, with now's packages."""
     report = made_up_report(made_up(speedup=1.3, noise=1e-6))

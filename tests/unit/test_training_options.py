@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+from tests.breadth import BREADTH
 from tests.families import GROUPED, MLP
 from tests.tiny import FAMILIES, gradients, random_model, save_tiny, tiny_model, tokens
 from tests.training import recipe, same_weights, transfer, windows
@@ -72,6 +73,7 @@ def test_cached_teacher_teaches_what_a_copy_of_the_model_would():
     assert found == pytest.approx(wanted, rel=0.02) and wanted > 0.01  # the states are rounded to bf16
 
 
+@BREADTH
 def test_only_windows_that_will_be_seen_are_cached(dense, tmp_path, monkeypatch):
     cached = []
     original = DenseStates.__init__
@@ -127,6 +129,7 @@ def test_selection_computes_no_weight_gradients():
     assert products and not weights & set(products)  # what a weight's gradient would look like
 
 
+@BREADTH
 @pytest.mark.parametrize("checkpointing", ["selective", True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_recomputed_layers_have_the_same_gradients(family, checkpointing):
@@ -183,6 +186,7 @@ def test_recomputed_layers_keep_less_for_backward():
     assert kept(True) < 0.4 * everything and kept("selective") < 0.7 * everything
 
 
+@BREADTH
 @pytest.mark.parametrize("checkpointing", ["selective", True])
 def test_gradient_checkpointing_changes_no_result(dense, tmp_path, checkpointing):
     plain = transfer(dense, tmp_path / "plain", form="l2", gradient_checkpointing=False)
@@ -193,6 +197,7 @@ def test_gradient_checkpointing_changes_no_result(dense, tmp_path, checkpointing
 # -- adapters and the optimiser --------------------------------------------------------------------------------------
 
 
+@BREADTH
 @needs_peft
 def test_a_router_that_returns_its_choice_has_no_adapter():
     model = random_model(transformers.Llama4TextConfig(**GROUPED, intermediate_size_mlp=64, num_local_experts=2))
@@ -208,6 +213,7 @@ def test_a_family_without_adapters_is_one_line():
         add_adapters(meta_model(config), rank=2, seed=0)
 
 
+@BREADTH
 @needs_peft
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_train_alone_and_merge_into_the_weights(family):
@@ -229,6 +235,7 @@ def test_adapters_train_alone_and_merge_into_the_weights(family):
         assert TokenLosses(model)(tokens()).total.item() == pytest.approx(adapted_loss, rel=1e-4)
 
 
+@BREADTH
 @needs_peft
 def test_folder_trained_by_adapters_is_a_plain_one(dense, tmp_path):
     result = transfer(dense, tmp_path / "out", form="anneal", lora_rank=4, steps=12, learning_rate=0.02)
@@ -240,6 +247,7 @@ def test_folder_trained_by_adapters_is_a_plain_one(dense, tmp_path):
     assert not torch.equal(decoder_layers(before)[0].mlp.up_proj.weight, decoder_layers(after)[0].mlp.up_proj.weight)
 
 
+@BREADTH
 def test_8_bit_moments_train_as_well_and_take_a_quarter(dense, tmp_path):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'trsp_deploy[train]'")
     full = transfer(dense, tmp_path / "full", form="train", steps=12)
@@ -324,6 +332,7 @@ def test_gradients_are_clipped_to_a_norm_of_1():
         assert weight.grad.norm().item() == pytest.approx(wanted, rel=1e-4)
 
 
+@BREADTH
 @pytest.mark.parametrize("form", ["anneal", "train"])
 def test_a_step_in_parts_is_the_same_step(dense, tmp_path, form):
     settings = {"form": form, "steps": 4, "batch_size": 4, "kl_weight": 0.5}

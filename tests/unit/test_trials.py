@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.breadth import BREADTH
 from tests.families import FAMILIES, family_model
 from tests.tiny import LAYERS, tiny_model, tokens
 from trsp_deploy.decoder import decoder_layers, layer_output, with_layer_output
@@ -32,6 +33,7 @@ def whole_passes(model, trials, windows) -> dict[tuple[int, ...], float]:
     return found
 
 
+@BREADTH
 @pytest.mark.parametrize("family", FAMILIES)
 def test_losses_are_those_of_whole_passes_in_every_family(family):
     model, windows = family_model(family), tokens()
@@ -44,6 +46,7 @@ def test_losses_are_those_of_whole_passes_in_every_family(family):
     assert len(set(found.values())) == LAYERS  # the layers mattered
 
 
+@BREADTH
 @pytest.mark.parametrize("sets", SETS)
 def test_losses_are_those_of_whole_passes_for_any_sets(sets):
     model, windows = tiny_model("llama"), tokens(5)

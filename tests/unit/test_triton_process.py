@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.breadth import BREADTH
 from tests.command import PYTHON_SCRIPT
 from trsp_deploy.artifacts import writing_alone
 from trsp_deploy.errors import RunError, StorageError
@@ -321,6 +322,7 @@ def test_ctrl_c_in_a_bench_leaves_nothing_of_its_server(repository: Path, stubbo
     assert not process._processes(server)
 
 
+@BREADTH
 @pytest.mark.alone
 def test_ctrl_c_in_a_bench_leaves_nothing_within_the_second_that_it_has(repository: Path, tmp_path: Path) -> None:
     """The process that waits for it adopts the models of the killed server, and they stay zombies until it ends."""
