@@ -13,6 +13,7 @@ from tests.made_run import made_run
 from tests.samples import made_up_served
 from trsp_deploy import cli
 from trsp_deploy.artifacts import RunFolder, steps
+from trsp_deploy.cli import running
 from trsp_deploy.errors import RunError, StorageError
 from trsp_deploy.pipeline import Pipeline
 from trsp_deploy.pipeline.runs import save_recipe
@@ -30,6 +31,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(load, "find_load_generator", lambda environment: SimpleNamespace())
     monkeypatch.setattr(serve_bench, "measure_served", lambda *_, **__: made_up_served())
     monkeypatch.setattr(Pipeline, "report", lambda self: None)
+    monkeypatch.setattr(running, "check_memory", lambda *_, **__: None)  # it would read the model and texts of a run
     with RunFolder(run) as folder:
         save_recipe(folder, Recipe.model_validate(recipe))
         folder.write_manifest()
