@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from trsp_deploy.cli.terminal import say
 from trsp_deploy.errors import DeviceMemoryError, ModelError
 from trsp_deploy.launch import launched_as_several
+from trsp_deploy.tools.resources import stage_names
 
 if TYPE_CHECKING:
     from trsp_deploy.cli.terminal import Output
@@ -76,7 +77,7 @@ def check_memory(
         if engines is not None:
             missing = job.unfinished(counts)
         if plan_file is not None:
-            missing = [stage for stage in missing if stage != "selection"]
+            missing = [stage for stage in missing if stage != stage_names.SELECTION]
         dropped = _planned(job, plan_file, config)
         # The smallest cut of a sweep leaves the most to train, the largest has the most spans to fold.
         ends = [{"drop": str(count)} for count in sorted({min(counts), max(counts)})] if counts else [{}]
@@ -94,7 +95,7 @@ def _planned(job: Pipeline, plan_file: Path | None, config: Any) -> tuple[int, .
     from trsp_deploy.tools.plan import read_plan
 
     plan = plan_file or job.run.layout.plan
-    if plan_file is None and (not plan.is_file() or "selection" in job.pruning.unfinished()):
+    if plan_file is None and (not plan.is_file() or stage_names.SELECTION in job.pruning.unfinished()):
         return None
     return read_plan(plan, config.num_hidden_layers).dropped
 

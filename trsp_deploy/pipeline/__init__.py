@@ -25,6 +25,7 @@ from trsp_deploy.recipe import Recipe
 from trsp_deploy.results import ROLES
 from trsp_deploy.stages import export, zeroshot
 from trsp_deploy.tools.reports.record import Report
+from trsp_deploy.tools.resources import stage_names
 from trsp_deploy.tools.training.processes import Processes
 from trsp_deploy.tools.training.shared import pick_device
 
@@ -65,23 +66,23 @@ class Pipeline:
 
     def unfinished(self, counts: Sequence[int] = ()) -> list[str]:
         """Stages, by the estimates' names, with a step that has to be done; counts: of layers, of a sweep of them."""
-        stages = {"selection": [steps.PLAN], "transfer": [steps.PRUNE]}
+        stages = {stage_names.SELECTION: [steps.PLAN], stage_names.TRANSFER: [steps.PRUNE]}
         texts = list(itertools.product(self.recipe.evaluation, ROLES))
         for spec in self.engines.specs:
             precision = spec.graph_precision
-            stages[f"onnx {precision}"] = [steps.export(role, precision) for role in ROLES]
-            stages[f"engine {spec.name}"] = [steps.build(spec.name, role) for role in ROLES]
-            stages[f"run {spec.name}"] = [
+            stages[stage_names.export(precision)] = [steps.export(role, precision) for role in ROLES]
+            stages[stage_names.build(spec.name)] = [steps.build(spec.name, role) for role in ROLES]
+            stages[stage_names.run(spec.name)] = [
                 steps.bench(spec.name),
                 *(steps.evaluate(name, role, spec.name) for name, role in texts),
                 *(steps.zero_shot(spec.name, role) for role in ROLES if self.recipe.evaluate.tasks),
             ]
-        stages["evaluation"] = [steps.evaluate(name, role) for name, role in texts]
+        stages[stage_names.EVALUATION] = [steps.evaluate(name, role) for name, role in texts]
         done = [self.finished(count) for count in counts] or [self.finished()]
         left = [stage for stage, needed in stages.items() if not all(each.issuperset(needed) for each in done)]
         if counts:  # one search for all
-            left = [stage for stage in left if stage != "selection"]
-        return ["selection", *left] if counts and not self.pruning.searched(counts) else left
+            left = [stage for stage in left if stage != stage_names.SELECTION]
+        return [stage_names.SELECTION, *left] if counts and not self.pruning.searched(counts) else left
 
     def report(self) -> Report:
         """Measure what is missing; write report.json, report.md, report.html and the manifest."""

@@ -37,6 +37,7 @@ from trsp_deploy.stages import selection, transfer
 from trsp_deploy.tools.cached import cached_method
 from trsp_deploy.tools.plan import PruningPlan, read_plan
 from trsp_deploy.tools.quiet import quiet_libraries
+from trsp_deploy.tools.resources import stage_names
 from trsp_deploy.tools.sources.texts import jsonl, load_texts, tokenize_windows
 from trsp_deploy.tools.training.checkpoints import Checkpoints, trains_with
 from trsp_deploy.tools.training.forms import check_weights_are_whole
@@ -253,7 +254,8 @@ class Pruning:
     def unfinished(self) -> list[str]:
         """Of selection and transfer what has to be done."""
         done = self.finished().steps
-        return [stage for stage, step in (("selection", steps.PLAN), ("transfer", steps.PRUNE)) if step not in done]
+        stages = {stage_names.SELECTION: steps.PLAN, stage_names.TRANSFER: steps.PRUNE}
+        return [stage for stage, step in stages.items() if step not in done]
 
     def searched(self, counts: Sequence[int]) -> bool:
         """Whether the plans of a sweep need not be searched for again."""

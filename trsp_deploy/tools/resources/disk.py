@@ -24,6 +24,7 @@ from trsp_deploy.decoder import WeightCounts
 from trsp_deploy.errors import StorageError
 from trsp_deploy.recipe import FLOAT_BYTES, EngineSpec, Float, Recipe, Strict, parse_drop
 from trsp_deploy.results import ROLES, Role
+from trsp_deploy.tools.resources import stage_names
 from trsp_deploy.tools.resources.cleaning import freed_bytes
 from trsp_deploy.tools.resources.memory import MOMENT_8BIT_BYTES
 from trsp_deploy.tools.resources.weights import counts_of, weights_bytes
@@ -194,7 +195,7 @@ def _graphs(basis: _Basis, specs: Sequence[EngineSpec], words_bytes: int) -> Ite
             for role in ROLES
         ]
         scratch = _graph(basis.counts["dense"], precision) if precision == "fp16" else 0
-        yield _stage(f"onnx {precision}", outputs, basis.finished, scratch)
+        yield _stage(stage_names.export(precision), outputs, basis.finished, scratch)
 
 
 def _engines(basis: _Basis, specs: Sequence[EngineSpec]) -> Iterator[StageDisk]:
@@ -212,7 +213,7 @@ def _engines(basis: _Basis, specs: Sequence[EngineSpec]) -> Iterator[StageDisk]:
         graphs = 0 if not spec.fuse and spec.precision == spec.graph_precision else 1
         graphs += spec.precision != spec.graph_precision
         scratch = graphs * _graph(basis.counts["dense"], spec.graph_precision)
-        yield _stage(f"engine {spec.name}", outputs, basis.finished, scratch)
+        yield _stage(stage_names.build(spec.name), outputs, basis.finished, scratch)
 
 
 def _report(layout: RunLayout) -> StageDisk:

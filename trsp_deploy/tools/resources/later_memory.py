@@ -16,6 +16,7 @@ import torch
 from trsp_deploy.decoder import WeightCounts, cache_per_token
 from trsp_deploy.recipe import FLOAT_BYTES, EngineSpec, Float, Recipe, Strict
 from trsp_deploy.tools.graphs.stored import stored_by
+from trsp_deploy.tools.resources import stage_names
 from trsp_deploy.tools.resources.weights import tied, weights_bytes
 from trsp_deploy.tools.runners import device_of
 
@@ -54,18 +55,19 @@ def later_stages(
     and to run here. device: where PyTorch evaluates.
     """
     found = [
-        LaterStage(stage=f"onnx {precision}", device="cpu", needed_bytes=_exported(counts, precision))
+        LaterStage(stage=stage_names.export(precision), device="cpu", needed_bytes=_exported(counts, precision))
         for precision in dict.fromkeys(spec.graph_precision for spec in built)
     ]
     found += [
-        LaterStage(stage=f"engine {spec.name}", device="cpu", needed_bytes=_building(counts, spec)) for spec in built
+        LaterStage(stage=stage_names.build(spec.name), device="cpu", needed_bytes=_building(counts, spec))
+        for spec in built
     ]
     found += [_running(recipe, config, counts, spec) for spec in run]
     if recipe.evaluation:
         # fp32 on a CPU, on a GPU as it is stored.
         width = 4 if device == "cpu" else (getattr(config, "dtype", None) or torch.float32).itemsize
         needed = _beside(device) + width * counts.total + _window_bytes(recipe, config, counts)
-        found.append(LaterStage(stage="evaluation", device=device, needed_bytes=needed))
+        found.append(LaterStage(stage=stage_names.EVALUATION, device=device, needed_bytes=needed))
     return tuple(found)
 
 
@@ -105,7 +107,7 @@ def _running(recipe: Recipe, config: Any, counts: WeightCounts, spec: EngineSpec
     cache = round(caches * kept.cached * max(tokens) * len(counts.layers) * per_token)
     window = _window_bytes(recipe, config, counts) if recipe.evaluation or recipe.evaluate.tasks else 0
     needed = _beside(device) + weights_bytes(spec, counts) + max(cache, window)
-    return LaterStage(stage=f"run {spec.name}", device=device, needed_bytes=needed)
+    return LaterStage(stage=stage_names.run(spec.name), device=device, needed_bytes=needed)
 
 
 def _window_bytes(recipe: Recipe, config: Any, counts: WeightCounts) -> int:
