@@ -1,4 +1,4 @@
-"""What `make test-breadth` adds to the default tests, which take ten minutes: those that take seconds each.
+"""What `make test-breadth` adds to the default tests, which should take ten minutes: those of several seconds.
 
 Whole jobs, other parameters, and what few users meet; CI runs both.
 """
