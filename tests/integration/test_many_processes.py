@@ -95,7 +95,8 @@ def work(arguments):
     main = Processes("cpu").main
     run = SimpleNamespace(main=main, path=None)
     kept = lambda: print("went on", file=sys.stderr)
-    inputs = SimpleNamespace(run=run, recipe=None, keep_calibration=kept, keep_evaluation_at_hand=lambda: None)
+    texts = SimpleNamespace(keep_calibration=kept, keep_evaluation_at_hand=lambda: None)
+    inputs = SimpleNamespace(run=run, recipe=None, texts=texts)
     Pruned(inputs, None).prune()
     return 3  # a verdict's
 
